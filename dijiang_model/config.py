@@ -1,0 +1,103 @@
+"""The shape of a network, frozen, from `config.json`. An unsupported value is an error that names it.
+
+`ModelConfig` describes the backbone (dimensions, norms, rotary embedding) and, layer by layer, the
+attention that replaced softmax (`AttentionConfig`). The JSON form is read and written by
+`dijiang_model.config_json`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Family = Literal["gpt_neox", "llama"]
+Normalisation = Literal["softmax", "exp"]
+ReadOut = Literal["denominator", "group_norm"]
+Basis = Literal["dct2", "dct4", "matrix"]
+Decay = Literal["static", "table"]
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureConfig:
+    """The frequency-domain feature map of one layer (paper eq. 11 and 12; `dijiang_model.features`).
+
+    Attributes:
+        bases: orthonormal transforms stacked to K = head_size * len(bases) features. `matrix` (alone)
+            takes the whole projection from the checkpoint, as the released format stores it.
+        normalisation: `softmax(T C x + log D)` over the features, or the paper's `D * exp(T C x)`.
+        scale: temperature applied to queries and keys before the map (released: 1;
+            head_size ** -0.25 reproduces softmax attention's 1/sqrt(d)).
+        nodes: the recorded low-discrepancy set behind the inverse CDF, e.g. `midpoint` (see
+            `features.NODE_SETS`), or `checkpoint` when they came with the weights.
+    """
+
+    bases: tuple[Basis, ...] = ("dct2",)
+    normalisation: Normalisation = "softmax"
+    scale: float = 1.0
+    nodes: str = "midpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """What one layer computes in the place of softmax attention.
+
+    Attributes:
+        features: the feature map.
+        read_out: the paper's `phi(q) S / phi(q) z`, or the released GroupNorm with swish gate.
+        decay: one static decay per key-value head, or the released position tables D1 and D2.
+        window: w, exact-softmax tokens kept in a ring; 0: none.
+        sinks: s, first tokens kept beside the ring; 0 unless `window` > 0.
+    """
+
+    features: FeatureConfig = FeatureConfig()
+    read_out: ReadOut = "denominator"
+    decay: Decay = "static"
+    window: int = 0
+    sinks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A whole network.
+
+    Attributes:
+        family: the backbone's architecture.
+        num_kv_heads: G; divides num_heads (H). GPT-NeoX has G = H.
+        rotary_dims: channels of each head that rotate (the first ones), even, <= head_size.
+        max_position_embeddings: the teacher's trained range in tokens. Generation does not end there;
+            sink keys are seen from no further away than this.
+        activation: HF's name: `gelu`, `gelu_new`, `gelu_fast`, `gelu_pytorch_tanh`, `silu`, `relu`.
+        parallel_residual: GPT-NeoX: attention and MLP both read the layer's input.
+        attention_bias / mlp_bias: whether those projections carry biases.
+        position_table_length: entries of the released D1 / D2 tables; 0 without tables.
+        layers: one `AttentionConfig` per layer.
+        bos_token_id / eos_token_ids / pad_token_id: from the base model; may be absent.
+    """
+
+    family: Family
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    rotary_dims: int
+    rope_theta: float
+    max_position_embeddings: int
+    norm_eps: float
+    activation: str
+    parallel_residual: bool
+    attention_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+    layers: tuple[AttentionConfig, ...]
+    position_table_length: int = 0
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def num_features(self, layer: int) -> int:
+        """K, the feature width of a layer."""
+        return self.head_size * len(self.layers[layer].features.bases)

@@ -1,0 +1,146 @@
+"""The plain values that cross the engine's process boundary. Standard library only.
+
+Everything here is frozen and serialisable by field: the service builds requests, the engine answers
+with events, and nothing else (no tensor, no pickle) passes between them.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended. Every submitted request ends with exactly one of these."""
+
+    STOP = "stop"
+    """End-of-sequence token, or a stop token of the request."""
+    LENGTH = "length"
+    """`max_tokens` reached."""
+    ABORT = "abort"
+    """The client left, or the service cancelled the request."""
+    ERROR = "error"
+    """The request failed; `TokenEvent.error` says how."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens of one sequence are chosen and when it ends. Ranges are checked by the service.
+
+    Attributes:
+        max_tokens: most new tokens, >= 1; None: no limit.
+        min_tokens: end-of-sequence and stop tokens are suppressed before that many new tokens.
+        temperature: >= 0; 0 is greedy.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches it, in (0, 1].
+        min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1].
+        repetition_penalty: > 0, over prompt and output; 1 is off.
+        presence_penalty: subtracted once from the logit of each token already generated.
+        frequency_penalty: subtracted per occurrence in the output.
+        logit_bias: (token id, added bias) pairs.
+        seed: 64-bit; equal seeds give equal tokens whatever runs beside them.
+        stop_token_ids: further ids that end the sequence.
+        ignore_eos: go on through the model's end-of-sequence tokens.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sequence to generate: a prompt of token ids (at least one) and how to go on from it."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class EngineError:
+    """What went wrong with one request, in words for its client.
+
+    Attributes:
+        code: stable machine-readable name: `numerical_error`, `engine_restarting`, `overloaded`,
+            `internal_error`.
+    """
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """Progress of one request: new tokens in order, and the end if `finish_reason` is set.
+
+    A terminal event may carry the last tokens too. The end-of-sequence or stop token that ended a
+    sequence is included in `token_ids` (the text layer leaves it out).
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: EngineError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """The frozen part of the settings that the engine process gets.
+
+    Attributes:
+        model_path: folder of the model.
+        device: `cpu`, `cuda` or `cuda:N`.
+        weights_dtype: `float32`, `bfloat16` or `float16`.
+        num_threads: CPU threads for tensor work, >= 1.
+        state_memory_bytes: budget from which the number of slots is computed.
+        max_num_slots: upper bound on the slots, whatever the budget.
+        max_step_tokens: tokens (decode rows and prefill chunks together) in one step.
+        max_waiting: requests that may wait for a slot before new ones are refused.
+    """
+
+    model_path: str
+    device: str
+    weights_dtype: str
+    num_threads: int
+    state_memory_bytes: int
+    max_num_slots: int
+    max_step_tokens: int
+    max_waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What a loaded engine says about itself, once, when it is ready."""
+
+    num_slots: int
+    state_bytes_per_slot: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    device: str
+    device_name: str
+    weights_dtype: str
+    num_parameters: int
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges and totals of the engine, sent with the events about once a second."""
+
+    num_running: int
+    num_waiting: int
+    num_free_slots: int
+    num_steps: int
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    step_time_s: float
+    """Sum over all steps, seconds."""

@@ -1,0 +1,101 @@
+"""Everything that can go wrong for a client of the service, and its one mapping to the wire.
+
+    ApiError                      -> {"error": {"message", "type", "param", "code"}}
+    ├── InvalidRequestError       400
+    │   └── ContextLengthError    400 context_length_exceeded
+    ├── AuthenticationError       401
+    ├── NotFoundError             404
+    ├── UnavailableError          503 + Retry-After
+    │   ├── OverloadedError       503 overloaded (the queue is full)
+    │   └── EngineUnavailableError 503 (loading, restarting, draining)
+    └── InternalError             500 internal_error
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class ApiError(Exception):
+    """Base: a message for the client, and where it belongs in the OpenAI error body."""
+
+    message: str
+    param: str | None = None
+    code: str | None = None
+    status: int = 500
+    type: str = "server_error"
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.message
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The error envelope; all four keys are always there."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class InvalidRequestError(ApiError):
+    """The request can never work as it is."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message, param=param, code=code, status=status, type="invalid_request_error")
+
+
+class ContextLengthError(InvalidRequestError):
+    """The prompt is over the limit that the operator set."""
+
+    def __init__(self, message: str, *, param: str) -> None:
+        super().__init__(message, param=param, code="context_length_exceeded")
+
+
+class AuthenticationError(ApiError):
+    """No key, or a wrong one."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            message,
+            code="invalid_api_key",
+            status=401,
+            type="authentication_error",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+class NotFoundError(ApiError):
+    """No such model, route or object (or not for this caller)."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param=param, code=code, status=404, type="invalid_request_error")
+
+
+class UnavailableError(ApiError):
+    """The service cannot take the request just now; try again after `retry_after_s` seconds."""
+
+    def __init__(self, message: str, *, code: str, retry_after_s: int) -> None:
+        super().__init__(
+            message,
+            code=code,
+            status=503,
+            type="server_error",
+            headers={"Retry-After": str(retry_after_s)},
+        )
+
+
+class OverloadedError(UnavailableError):
+    """As many requests wait as the operator allows."""
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message, code="overloaded", retry_after_s=retry_after_s)
+
+
+class EngineUnavailableError(UnavailableError):
+    """The engine is loading, restarting or draining."""
+
+    def __init__(self, message: str, *, code: str = "engine_unavailable", retry_after_s: int = 2) -> None:
+        super().__init__(message, code=code, retry_after_s=retry_after_s)
+
+
+class InternalError(ApiError):
+    """Our bug. The message names no path and no traceback."""
+
+    def __init__(self, message: str = "internal error") -> None:
+        super().__init__(message, code="internal_error", status=500, type="server_error")
