@@ -1,0 +1,124 @@
+"""The hybrid: softmax over a few near tokens and linear attention over all others, one denominator.
+
+At token t the near tokens are the s sinks (positions < s) and the last w tokens (t itself included), each
+counted once; everything else is far. With c_t the largest near score s_tj = q_t . k_j / sqrt(d):
+
+    f_tj = beta_h(q_t) gamma_g^(t-j) phi(q_t) . phi(k_j)
+    y_t  = (sum_near exp(s_tj - c_t) v_j + sum_far f_tj v_j) / (sum_near exp(s_tj - c_t) + sum_far f_tj)
+
+Sinks are scored with `q_sink`, the query rotated no further than the teacher's trained range.
+"""
+
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from dijiang_model.reference.linear import LinearState
+
+
+@dataclass(frozen=True, slots=True)
+class HybridInputs:
+    """One layer's tensors, positions counting from 0 at the first row.
+
+    Attributes:
+        q: [T, H, d], rotated; q_sink: [T, H, d], the same rotated at min(t, trained range - 1).
+        k: [T, G, d], rotated; v: [T, G, V].
+        phi_q: [T, H, K]; phi_k: [T, G, K].
+        beta: [T, H] >= 0, weight of the far part.
+        log_decay: [G].
+    """
+
+    q: Tensor
+    q_sink: Tensor
+    k: Tensor
+    v: Tensor
+    phi_q: Tensor
+    phi_k: Tensor
+    beta: Tensor
+    log_decay: Tensor
+
+
+@dataclass(slots=True)
+class HybridState:
+    """What remains of a sequence: keys and values of the sinks and of the last w tokens, and the far state.
+
+    Attributes:
+        num_seen: tokens so far.
+        sinks, ring: (position, k [G, d], v [G, V]), oldest first.
+        far: sums over the tokens that left the window, each decayed by its distance to the last token.
+    """
+
+    num_seen: int
+    sinks: list[tuple[int, Tensor, Tensor]]
+    ring: list[tuple[int, Tensor, Tensor, Tensor]]
+    far: LinearState
+
+
+def hybrid_parallel(x: HybridInputs, *, window: int, sinks: int) -> Tensor:
+    """The definition, pair by pair, from the beginning of the sequence: y [T, H, V]. `window` >= 1."""
+    num_tokens, num_heads, size = x.q.shape
+    per_group = num_heads // x.k.shape[1]
+    output = torch.zeros((num_tokens, num_heads, x.v.shape[-1]), dtype=x.v.dtype)
+    for t in range(num_tokens):
+        near = [j for j in range(t + 1) if j < sinks or j > t - window]
+        far = [j for j in range(t + 1) if j not in near]
+        for h in range(num_heads):
+            g = h // per_group
+            queries = [x.q_sink[t, h] if j < sinks else x.q[t, h] for j in near]
+            scores = torch.stack([q @ x.k[j, g] / sqrt(size) for q, j in zip(queries, near, strict=True)])
+            weights = list((scores - scores.max()).exp())
+            for j in far:
+                decay = (x.log_decay[g] * (t - j)).exp()
+                weights.append(x.beta[t, h] * decay * (x.phi_q[t, h] @ x.phi_k[j, g]))
+            total = torch.stack(weights)
+            output[t, h] = total @ x.v[near + far, g] / total.sum()
+    return output
+
+
+def hybrid_recurrent(
+    x: HybridInputs, *, window: int, sinks: int, state: HybridState | None = None
+) -> tuple[Tensor, HybridState]:
+    """The same with a constant-size state, one token at a time: y [T, H, V] and the state after the last.
+
+    A token enters the far state in the step in which it leaves the window (decayed by gamma^w already);
+    a sink never does.
+    """
+    if state is None:
+        state = HybridState(0, [], [], LinearState.zeros(x.phi_k, x.v))
+    else:
+        state = HybridState(state.num_seen, list(state.sinks), list(state.ring), state.far)
+    outputs = []
+    for row in range(x.q.shape[0]):
+        _push(x, state, row=row, window=window, sinks=sinks)
+        outputs.append(torch.stack([_read(x, state, row=row, head=h) for h in range(x.q.shape[1])]))
+    return torch.stack(outputs), state
+
+
+def _push(x: HybridInputs, state: HybridState, *, row: int, window: int, sinks: int) -> None:
+    """Takes token `row` in: decay the far part, move what leaves the window into it, keep the new token."""
+    position, gamma = state.num_seen, x.log_decay.exp()
+    s, z = state.far.s * gamma[:, None, None], state.far.z * gamma[:, None]
+    if state.ring and state.ring[0][0] == position - window:
+        _, _, v, phi_k = state.ring.pop(0)
+        entering = (gamma**window)[:, None] * phi_k  # [G, K]
+        s, z = s + entering[:, :, None] * v[:, None, :], z + entering
+    state.far = LinearState(s, z)
+    if position < sinks:
+        state.sinks.append((position, x.k[row], x.v[row]))
+    else:
+        state.ring.append((position, x.k[row], x.v[row], x.phi_k[row]))
+    state.num_seen += 1
+
+
+def _read(x: HybridInputs, state: HybridState, *, row: int, head: int) -> Tensor:
+    g, size = head * x.k.shape[1] // x.q.shape[1], x.q.shape[2]
+    scores = [x.q_sink[row, head] @ k[g] / sqrt(size) for _, k, _ in state.sinks]
+    scores += [x.q[row, head] @ k[g] / sqrt(size) for _, k, _, _ in state.ring]
+    values = torch.stack([v[g] for _, _, v in state.sinks] + [v[g] for _, _, v, _ in state.ring])
+    near = torch.stack(scores)
+    weights = (near - near.max()).exp()
+    scaled_query = x.beta[row, head] * x.phi_q[row, head]
+    numerator = weights @ values + scaled_query @ state.far.s[g]
+    return numerator / (weights.sum() + scaled_query @ state.far.z[g])

@@ -1,0 +1,176 @@
+"""Whole forward passes of GPT-NeoX and LLaMA with the reference attention, from a state dict."""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import pi, sqrt
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dijiang_model.config import AttentionConfig, ModelConfig
+from dijiang_model.reference import hybrid, linear
+from dijiang_model.reference.features import feature_map
+
+Form = Literal["parallel", "chunked", "recurrent"]
+Tensors = Mapping[str, Tensor]
+
+CHUNK_SIZE = 7
+"""Of the chunked form here: small and odd, so that every text has several and a ragged last one."""
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu": lambda x: x * (1 + torch.erf(x / sqrt(2))) / 2,
+    "gelu_new": lambda x: x * (1 + torch.tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))) / 2,
+    "gelu_fast": lambda x: x * (1 + torch.tanh(0.7978845608 * x * (1 + 0.044715 * x * x))) / 2,
+    "gelu_pytorch_tanh": lambda x: x * (1 + torch.tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))) / 2,
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "relu": lambda x: x.clamp(min=0),
+}
+
+
+def forward(
+    config: ModelConfig,
+    tensors: Tensors,
+    token_ids: Sequence[int],
+    *,
+    form: Form = "parallel",
+    dtype: torch.dtype = torch.float64,
+) -> tuple[list[Tensor], Tensor]:
+    """One sequence from position 0.
+
+    Args:
+        tensors: the checkpoint's names (see `DiJiangForCausalLM.state_dict()`), any float dtype.
+        form: how linear attention is computed; a layer with a window has no chunked form here.
+
+    Returns:
+        Hidden states, HF's order: the embeddings, each layer's output, the last one after the final
+        norm, [T, D] each; and logits [T, vocab].
+    """
+    weights = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    prefix = {"llama": "model", "gpt_neox": "gpt_neox"}[config.family]
+    embedding = {"llama": "model.embed_tokens.weight", "gpt_neox": "gpt_neox.embed_in.weight"}[config.family]
+    final_norm = {"llama": "model.norm", "gpt_neox": "gpt_neox.final_layer_norm"}[config.family]
+    head = {"llama": "lm_head.weight", "gpt_neox": "embed_out.weight"}[config.family]
+    x = weights[embedding][torch.tensor(token_ids, dtype=torch.int64)]
+    hidden = [x]
+    for index, layer in enumerate(config.layers):
+        part = _below(weights, f"{prefix}.layers.{index}")
+        x = (_llama_layer if config.family == "llama" else _neox_layer)(config, layer, part, x, form)
+        hidden.append(x)
+    hidden[-1] = _norm(config, _below(weights, final_norm), x)
+    return hidden, hidden[-1] @ weights[embedding if config.tie_word_embeddings else head].T
+
+
+def greedy(
+    config: ModelConfig, tensors: Tensors, prompt: Sequence[int], *, num_new: int, form: Form = "parallel"
+) -> list[int]:
+    """The prompt and its `num_new` greedy tokens, each from a whole forward pass."""
+    token_ids = list(prompt)
+    for _ in range(num_new):
+        _, logits = forward(config, tensors, token_ids, form=form)
+        token_ids.append(int(logits[-1].argmax()))
+    return token_ids
+
+
+def _below(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
+
+
+def _norm(config: ModelConfig, part: Tensors, x: Tensor) -> Tensor:
+    """RMSNorm of LLaMA, LayerNorm of GPT-NeoX."""
+    if config.family == "gpt_neox":
+        x = x - x.mean(dim=-1, keepdim=True)
+    normed = x / (x.square().mean(dim=-1, keepdim=True) + config.norm_eps).sqrt() * part["weight"]
+    return normed + part["bias"] if config.family == "gpt_neox" else normed
+
+
+def _dense(part: Tensors, name: str, x: Tensor) -> Tensor:
+    y = x @ part[f"{name}.weight"].T
+    return y + part[f"{name}.bias"] if f"{name}.bias" in part else y
+
+
+def _llama_layer(config: ModelConfig, layer: AttentionConfig, part: Tensors, x: Tensor, form: Form) -> Tensor:
+    attention, mlp = _below(part, "self_attn"), _below(part, "mlp")
+    normed = _norm(config, _below(part, "input_layernorm"), x)
+    q, k, v = (_dense(attention, f"{name}_proj", normed).view(x.shape[0], -1, config.head_size) for name in "qkv")
+    x = x + _dense(attention, "o_proj", _attention(config, layer, attention, q, k, v, normed=normed, form=form))
+    normed = _norm(config, _below(part, "post_attention_layernorm"), x)
+    activated = ACTIVATIONS[config.activation](_dense(mlp, "gate_proj", normed))
+    return x + _dense(mlp, "down_proj", activated * _dense(mlp, "up_proj", normed))
+
+
+def _neox_layer(config: ModelConfig, layer: AttentionConfig, part: Tensors, x: Tensor, form: Form) -> Tensor:
+    attention, mlp = _below(part, "attention"), _below(part, "mlp")
+    normed = _norm(config, _below(part, "input_layernorm"), x)
+    fused = _dense(attention, "query_key_value", normed).view(-1, config.num_heads, 3, config.head_size)
+    q, k, v = fused.unbind(dim=2)
+    attended = _dense(attention, "dense", _attention(config, layer, attention, q, k, v, normed=normed, form=form))
+    mlp_input = x if config.parallel_residual else x + attended
+    normed = _norm(config, _below(part, "post_attention_layernorm"), mlp_input)
+    grown = ACTIVATIONS[config.activation](_dense(mlp, "dense_h_to_4h", normed))
+    return x + attended + _dense(mlp, "dense_4h_to_h", grown)
+
+
+def _rotate(config: ModelConfig, x: Tensor, positions: Sequence[int]) -> Tensor:
+    """RoPE on the first `rotary_dims` channels of each head, channel c paired with c + rotary_dims / 2."""
+    half = config.rotary_dims // 2
+    rotated = x.clone()
+    for c in range(half):
+        frequency = config.rope_theta ** (-2 * c / config.rotary_dims)
+        angle = torch.tensor([position * frequency for position in positions], dtype=torch.float64)
+        cos, sin = angle.cos().to(x.dtype)[:, None], angle.sin().to(x.dtype)[:, None]
+        rotated[:, :, c] = x[:, :, c] * cos - x[:, :, c + half] * sin
+        rotated[:, :, c + half] = x[:, :, c + half] * cos + x[:, :, c] * sin
+    return rotated
+
+
+def _attention(
+    config: ModelConfig,
+    layer: AttentionConfig,
+    part: Tensors,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    normed: Tensor,
+    form: Form,
+) -> Tensor:
+    """What replaces softmax attention, before the output projection: [T, H * d]."""
+    positions = range(q.shape[0])
+    own = _below(part, "linear")
+    q_sink = _rotate(config, q, [min(t, config.max_position_embeddings - 1) for t in positions])
+    q, k = _rotate(config, q, positions), _rotate(config, k, positions)
+    phi_q, phi_k = feature_map(q, layer.features, own), feature_map(k, layer.features, own)
+    if layer.window > 0:
+        mix = own["mix_bias"] + torch.einsum("thd,hd->th", q, own["mix_weight"])
+        beta = phi_q.shape[-1] * mix.exp()
+        inputs = hybrid.HybridInputs(q, q_sink, k, v, phi_q, phi_k, beta, own["log_decay"])
+        if form == "parallel":
+            return hybrid.hybrid_parallel(inputs, window=layer.window, sinks=layer.sinks).flatten(1)
+        assert form == "recurrent", "a layer with a window has no chunked reference"
+        return hybrid.hybrid_recurrent(inputs, window=layer.window, sinks=layer.sinks)[0].flatten(1)
+    attended = _linear_attention(layer, own, phi_q, phi_k, v, form=form)
+    if layer.read_out == "denominator":
+        return attended.flatten(1)
+    gate, scale, shift = normed @ part["gate.weight"].T, part["group_norm.weight"], part["group_norm.bias"]
+    return linear.group_norm_gate(attended, gate, weight=scale, bias=shift, num_groups=config.head_size)
+
+
+def _linear_attention(
+    layer: AttentionConfig, own: Tensors, phi_q: Tensor, phi_k: Tensor, v: Tensor, *, form: Form
+) -> Tensor:
+    """[T, H, V], divided by the denominator where the layer has one."""
+    log_decay = own["log_decay"].expand(phi_q.shape[0], -1)
+    if layer.decay == "table":
+        tables = {"read_table": own["read_table"], "write_table": own["write_table"], "log_decay": own["log_decay"]}
+        if form == "parallel":
+            assert layer.read_out == "group_norm", "the released tables have no denominator"
+            return linear.position_table_parallel(phi_q, phi_k, v, **tables)
+        log_decay, write, read = linear.position_table_factors(**tables, num_tokens=phi_q.shape[0])
+        phi_q, phi_k = phi_q * read[:, :, None], phi_k * write[:, :, None]
+    if form == "parallel":
+        numerator, denominator, _ = linear.parallel(phi_q, phi_k, v, log_decay)
+    elif form == "chunked":
+        numerator, denominator, _ = linear.chunked(phi_q, phi_k, v, log_decay, chunk_size=CHUNK_SIZE)
+    else:
+        numerator, denominator, _ = linear.recurrent(phi_q, phi_k, v, log_decay)
+    return numerator / denominator[:, :, None] if layer.read_out == "denominator" else numerator
