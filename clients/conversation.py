@@ -1,0 +1,68 @@
+"""A conversation with a chat model: its history, and what of an answer is kept."""
+
+import json
+from collections.abc import Generator
+from pathlib import Path
+
+from clients.client import Client
+from clients.errors import ClientError
+from clients.types import GenerationOptions, Message, Usage
+
+
+class Conversation:
+    """The turns so far, and the client that answers the next one.
+
+    Attributes:
+        messages: the turns, without the system prompt.
+        system: the system prompt; None sends none.
+        usage: what the last answer cost, if the server said so.
+    """
+
+    def __init__(self, client: Client, model: str, *, options: GenerationOptions, system: str | None = None) -> None:
+        self.messages: list[Message] = []
+        self.system = system
+        self.usage: Usage | None = None
+        self._client = client
+        self._model = model
+        self._options = options
+
+    def ask(self, text: str) -> Generator[str, None, None]:
+        """Sends a turn and yields the answer piece by piece.
+
+        The turn and its answer join the history when the answer is complete, or, with what there is of it,
+        when the caller stops it (closes this generator, or interrupts it). Of a request that failed nothing
+        is kept, so that it can be asked again.
+        """
+        question = Message(role="user", content=text)
+        pieces: list[str] = []
+        self.usage = None
+        try:
+            with self._client.stream_chat([*self.transcript(), question], model=self._model, **self._options) as stream:
+                for piece in stream.text_stream:
+                    pieces.append(piece)
+                    yield piece
+        except ClientError:
+            raise
+        except BaseException:
+            if pieces:
+                self._keep(question, "".join(pieces))
+            raise
+        self._keep(question, "".join(pieces))
+        self.usage = stream.usage
+
+    def reset(self) -> None:
+        """Forgets the turns, not the system prompt."""
+        self.messages.clear()
+
+    def save(self, path: Path) -> None:
+        """Writes the conversation as JSON, in the form of a request's `messages`. Raises OSError."""
+        path.write_text(json.dumps(self.transcript(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+    def transcript(self) -> list[Message]:
+        """The system prompt, if any, and the turns."""
+        if self.system is None:
+            return list(self.messages)
+        return [Message(role="system", content=self.system), *self.messages]
+
+    def _keep(self, question: Message, answer: str) -> None:
+        self.messages += [question, Message(role="assistant", content=answer)]

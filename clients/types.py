@@ -1,0 +1,207 @@
+"""What goes over the wire, as the client sees it.
+
+Answers are read leniently: fields this client does not know are kept (as attributes), and fields that
+other servers leave out have defaults, so that one client speaks to every OpenAI-style server.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+from pydantic import BaseModel, ConfigDict
+
+Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+"""A text, several texts, token ids, or several lists of token ids."""
+
+
+class Message(TypedDict):
+    """One turn of a conversation that is sent."""
+
+    role: Literal["system", "user", "assistant", "tool", "developer"]
+    content: str
+
+
+class GenerationOptions(TypedDict, total=False):
+    """How to generate; what is absent is left to the server. See the server's documentation for ranges."""
+
+    max_tokens: int
+    """Most new tokens of each choice."""
+    max_completion_tokens: int
+    """The chat endpoint's newer name of `max_tokens`; wins over it."""
+    min_tokens: int
+    """No end of text before that many new tokens."""
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    """Keep the likeliest tokens up to this probability mass."""
+    top_k: int
+    """Keep the k likeliest tokens; 0 keeps all."""
+    min_p: float
+    """Keep tokens at least this fraction as likely as the likeliest."""
+    repetition_penalty: float
+    """Over prompt and output; 1 is off."""
+    presence_penalty: float
+    """Subtracted once from the logit of each token generated before."""
+    frequency_penalty: float
+    """Subtracted for each occurrence in the output."""
+    logit_bias: Mapping[str, float]
+    """Token id, as a string, to a bias added to its logit."""
+    seed: int
+    """Equal seeds give equal answers."""
+    n: int
+    """Number of choices."""
+    stop: str | Sequence[str]
+    """Texts at which an answer ends; they are not part of it."""
+    stop_token_ids: Sequence[int]
+    """Tokens at which an answer ends."""
+    ignore_eos: bool
+    """Go on through the model's end-of-text tokens."""
+    stream_options: Mapping[str, bool]
+    """Streams only; this client asks for `include_usage` unless told otherwise."""
+    user: str
+    """Your name for the end user."""
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+
+class Usage(_Wire):
+    """Tokens that a request cost."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+
+
+class CompletionChoice(_Wire):
+    """One continuation, or a piece of one in a stream."""
+
+    index: int = 0
+    text: str = ""
+    finish_reason: str | None = None
+    """`stop`, `length`, ...; None in a stream until the last piece."""
+    logprobs: Any = None
+
+
+class Completion(_Wire):
+    """Answer of `/v1/completions`, and each chunk of its stream."""
+
+    id: str = ""
+    created: int = 0
+    model: str = ""
+    choices: tuple[CompletionChoice, ...]
+    usage: Usage | None = None
+
+    @property
+    def text(self) -> str:
+        """Text of choice 0; empty if this chunk has none."""
+        return "".join(choice.text for choice in self.choices if choice.index == 0)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why choice 0 ended; None if this chunk does not say."""
+        return _finish_reason(self.choices)
+
+
+class ChatMessage(_Wire):
+    """One turn of a conversation that was received, or a piece of one in a stream."""
+
+    role: str | None = None
+    content: str | None = None
+    tool_calls: Any = None
+
+
+class ChatChoice(_Wire):
+    """One answer."""
+
+    index: int = 0
+    message: ChatMessage
+    finish_reason: str | None = None
+    logprobs: Any = None
+
+
+class ChatCompletion(_Wire):
+    """Answer of `/v1/chat/completions`."""
+
+    id: str = ""
+    created: int = 0
+    model: str = ""
+    choices: tuple[ChatChoice, ...]
+    usage: Usage | None = None
+
+    @property
+    def text(self) -> str:
+        """Text of choice 0; empty if it has none (a tool call, say)."""
+        contents = (choice.message.content for choice in self.choices if choice.index == 0)
+        return "".join(content for content in contents if content is not None)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why choice 0 ended."""
+        return _finish_reason(self.choices)
+
+
+class ChatChunkChoice(_Wire):
+    """A piece of one answer."""
+
+    index: int = 0
+    delta: ChatMessage = ChatMessage()
+    finish_reason: str | None = None
+    logprobs: Any = None
+
+
+class ChatChunk(_Wire):
+    """Each chunk of a chat stream."""
+
+    id: str = ""
+    created: int = 0
+    model: str = ""
+    choices: tuple[ChatChunkChoice, ...]
+    usage: Usage | None = None
+
+    @property
+    def text(self) -> str:
+        """New text of choice 0; empty if this chunk has none."""
+        contents = (choice.delta.content for choice in self.choices if choice.index == 0)
+        return "".join(content for content in contents if content is not None)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why choice 0 ended; None if this chunk does not say."""
+        return _finish_reason(self.choices)
+
+
+class Model(_Wire):
+    """A model that the server serves."""
+
+    id: str
+    created: int = 0
+    owned_by: str = ""
+
+
+class ModelList(_Wire):
+    """Answer of `/v1/models`."""
+
+    data: tuple[Model, ...]
+
+
+class Tokenized(_Wire):
+    """Answer of `/tokenize`."""
+
+    tokens: tuple[int, ...]
+
+
+class Detokenized(_Wire):
+    """Answer of `/detokenize`."""
+
+    prompt: str
+
+
+class Health(_Wire):
+    """Answer of `/health`; what else the server tells about itself is kept as attributes."""
+
+    status: str = "ok"
+
+
+def _finish_reason(choices: Sequence[CompletionChoice | ChatChoice | ChatChunkChoice]) -> str | None:
+    return next((choice.finish_reason for choice in choices if choice.index == 0), None)
