@@ -8,6 +8,8 @@ attention that replaced softmax (`AttentionConfig`). The JSON form is read and w
 from dataclasses import dataclass
 from typing import Literal
 
+from dijiang_model.errors import ConfigError
+
 Family = Literal["gpt_neox", "llama"]
 Normalisation = Literal["softmax", "exp"]
 ReadOut = Literal["denominator", "group_norm"]
@@ -53,6 +55,23 @@ class AttentionConfig:
     window: int = 0
     sinks: int = 0
 
+    def problems(self) -> list[str]:
+        """Contradictions in words; empty when there are none."""
+        found = []
+        if self.window < 0 or self.sinks < 0:
+            found.append(f"window {self.window} and sinks {self.sinks} must be >= 0")
+        if self.sinks > 0 and self.window == 0:
+            found.append(f"{self.sinks} sinks need a window")
+        if self.window > 0 and self.read_out != "denominator":
+            found.append(f"a window needs the denominator read-out, not {self.read_out!r}")
+        if self.window > 0 and self.decay != "static":
+            found.append(f"a window needs a static decay, not {self.decay!r}")
+        if "matrix" in self.features.bases and len(self.features.bases) > 1:
+            found.append("basis 'matrix' stands alone")
+        if not self.features.bases:
+            found.append("at least one basis is needed")
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -93,6 +112,25 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses contradictions, all of them at once.
+
+        Raises:
+            ConfigError: with every contradiction in its text.
+        """
+        found = [f"layer {i}: {text}" for i, layer in enumerate(self.layers) for text in layer.problems()]
+        if not self.layers:
+            found.append("a model needs at least one layer")
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads != 0:
+            found.append(f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads")
+        if self.rotary_dims % 2 != 0 or not 0 <= self.rotary_dims <= self.head_size:
+            found.append(f"rotary_dims {self.rotary_dims} must be even and at most the head size {self.head_size}")
+        tables = any(layer.decay == "table" for layer in self.layers)
+        if tables and (self.num_kv_heads != self.num_heads or self.position_table_length < 1):
+            found.append("position tables need a length and one key-value head per head")
+        if found:
+            raise ConfigError("; ".join(found))
 
     @property
     def num_layers(self) -> int:

@@ -1,0 +1,74 @@
+"""What both families' attention modules share: the kernel's parameters, the read-out, the state's shape."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dijiang_model.config import ModelConfig
+from dijiang_model.kernel import LinearKernel
+from dijiang_model.ops import AttentionOp, LayerState
+from dijiang_model.ops.layout import StepLayout
+from dijiang_model.state import StateBuffer, StateTensor
+
+
+def state_dtype(weights_dtype: torch.dtype) -> torch.dtype:
+    """fp32 for every storage dtype of weights; fp64 models (tests) keep fp64 states."""
+    return torch.float64 if weights_dtype == torch.float64 else torch.float32
+
+
+class DiJiangAttention(nn.Module):
+    """Linear attention of one layer between the family's projections, which subclasses own.
+
+    Parameters besides the family's: `linear` (see `LinearKernel`); with the `group_norm` read-out also
+    `gate` (W_G) and `group_norm` over the concatenated heads, in head_size groups as released.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.weights_dtype = dtype
+        self.linear = LinearKernel(config, layer, state_dtype(dtype))
+        width = config.num_heads * config.head_size
+        if self.read_out == "group_norm":
+            self.gate = nn.Linear(config.hidden_size, width, bias=False, dtype=dtype)
+            self.group_norm = nn.GroupNorm(config.head_size, width, dtype=dtype)
+
+    @property
+    def read_out(self) -> str:
+        return self.config.layers[self.layer].read_out
+
+    def attend(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState
+    ) -> Tensor:
+        """x [T, D] (normed input), q [T, H, d], k and v [T, G, d] -> [T, H * d] in x's dtype, before the output map."""
+        attended = op(q, k, v, kernel=self.linear, layout=layout, state=state).flatten(1).to(x.dtype)
+        if self.read_out == "group_norm":
+            return functional.silu(self.gate(x)) * self.group_norm(attended)
+        return attended
+
+    def state_tensors(self) -> tuple[StateTensor, ...]:
+        """What one slot holds for this layer, in storage order."""
+        config, attention = self.config, self.config.layers[self.layer]
+        groups, head, features = config.num_kv_heads, config.head_size, config.num_features(self.layer)
+        dtype = state_dtype(self.weights_dtype)
+        tensors = [StateTensor(self._name("linear_state"), (groups, features, head), dtype)]
+        if attention.read_out == "denominator":
+            tensors.append(StateTensor(self._name("normaliser"), (groups, features), dtype))
+        if attention.window > 0:
+            near = (groups, attention.sinks + attention.window, head)
+            tensors.append(StateTensor(self._name("near_keys"), near, self.weights_dtype))
+            tensors.append(StateTensor(self._name("near_values"), near, self.weights_dtype))
+        return tuple(tensors)
+
+    def layer_state(self, buffer: StateBuffer) -> LayerState:
+        """This layer's views into a buffer."""
+        get = buffer.tensors.get
+        return LayerState(
+            linear_state=buffer.tensors[self._name("linear_state")],
+            normaliser=get(self._name("normaliser")),
+            near_keys=get(self._name("near_keys")),
+            near_values=get(self._name("near_values")),
+        )
+
+    def _name(self, tensor: str) -> str:
+        return f"layers.{self.layer}.{tensor}"

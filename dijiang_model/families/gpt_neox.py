@@ -1,0 +1,102 @@
+"""GPT-NeoX (Pythia): LayerNorm, partial rotary embedding, parallel or sequential residual."""
+
+import torch
+from torch import Tensor, nn
+
+from dijiang_model.attention import DiJiangAttention
+from dijiang_model.config import ModelConfig
+from dijiang_model.families.activations import ACTIVATIONS
+from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.ops import AttentionOp, LayerState
+from dijiang_model.ops.layout import StepLayout
+
+
+class GPTNeoXAttention(DiJiangAttention):
+    """One fused projection, interleaved per head: [H, 3, d]."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
+        super().__init__(config, layer, dtype=dtype)
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.query_key_value = nn.Linear(hidden, 3 * hidden, bias=bias, dtype=dtype)
+        self.dense = nn.Linear(hidden, hidden, bias=bias, dtype=dtype)
+
+    def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
+        fused = self.query_key_value(x).unflatten(1, (self.config.num_heads, 3, self.config.head_size))
+        q, k, v = fused.unbind(2)
+        return self.dense(self.attend(x, q, k, v, op=op, layout=layout, state=state))
+
+
+class GPTNeoXMLP(nn.Module):
+    """Two projections around the activation."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, dtype=dtype)
+        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x)))
+
+
+class GPTNeoXBlock(nn.Module):
+    """Attention and MLP on the layer's input (parallel) or one after the other."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.is_parallel = config.parallel_residual
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+        self.attention = GPTNeoXAttention(config, layer, dtype=dtype)
+        self.mlp = GPTNeoXMLP(config, dtype=dtype)
+
+    @property
+    def dijiang(self) -> DiJiangAttention:
+        return self.attention
+
+    def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
+        attended = self.attention(self.input_layernorm(x), op=op, layout=layout, state=state)
+        if self.is_parallel:
+            return x + attended + self.mlp(self.post_attention_layernorm(x))
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class GPTNeoXBackbone(nn.Module):
+    """Embedding, blocks and final norm, under HF's prefix `gpt_neox`."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = nn.ModuleList(GPTNeoXBlock(config, i, dtype=dtype) for i in range(config.num_layers))
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+
+
+class GPTNeoXForCausalLM(DiJiangForCausalLM):
+    """The family's modules under their checkpoint names; `embed_out` is absent when tied."""
+
+    ATTENTION_PATH = "gpt_neox.layers.{layer}.attention"
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+        super().__init__(config)
+        self.gpt_neox = GPTNeoXBackbone(config, dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        self.is_tied = config.tie_word_embeddings
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.gpt_neox.embed_in
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.gpt_neox.layers
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.gpt_neox.final_layer_norm
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab, D]."""
+        return self.gpt_neox.embed_in.weight if self.is_tied else self.embed_out.weight

@@ -1,0 +1,118 @@
+"""LLaMA (LLaMA-2, TinyLLaMA, SmolLM): RMSNorm, SwiGLU, grouped-query heads, sequential residual."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dijiang_model.attention import DiJiangAttention
+from dijiang_model.config import ModelConfig
+from dijiang_model.families.activations import ACTIVATIONS
+from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.ops import AttentionOp, LayerState
+from dijiang_model.ops.layout import StepLayout
+
+
+class LlamaAttention(DiJiangAttention):
+    """Separate q, k, v and output projections."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
+        super().__init__(config, layer, dtype=dtype)
+        hidden, bias = config.hidden_size, config.attention_bias
+        queries, keys = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+        self.q_proj = nn.Linear(hidden, queries, bias=bias, dtype=dtype)
+        self.k_proj = nn.Linear(hidden, keys, bias=bias, dtype=dtype)
+        self.v_proj = nn.Linear(hidden, keys, bias=bias, dtype=dtype)
+        self.o_proj = nn.Linear(queries, hidden, bias=bias, dtype=dtype)
+
+    def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
+        heads = (-1, self.config.head_size)
+        q = self.q_proj(x).unflatten(1, heads)
+        k = self.k_proj(x).unflatten(1, heads)
+        v = self.v_proj(x).unflatten(1, heads)
+        return self.o_proj(self.attend(x, q, k, v, op=op, layout=layout, state=state))
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.activation = ACTIVATIONS[config.activation]
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in fp32 for narrower inputs."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
+        self.eps = config.norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class LlamaBlock(nn.Module):
+    """Pre-norm attention, then pre-norm MLP."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config, dtype=dtype)
+        self.self_attn = LlamaAttention(config, layer, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(config, dtype=dtype)
+        self.mlp = LlamaMLP(config, dtype=dtype)
+
+    @property
+    def dijiang(self) -> DiJiangAttention:
+        return self.self_attn
+
+    def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), op=op, layout=layout, state=state)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaBackbone(nn.Module):
+    """Embedding, blocks and final norm, under HF's prefix `model`."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = nn.ModuleList(LlamaBlock(config, i, dtype=dtype) for i in range(config.num_layers))
+        self.norm = RMSNorm(config, dtype=dtype)
+
+
+class LlamaForCausalLM(DiJiangForCausalLM):
+    """The family's modules under their checkpoint names; `lm_head` is absent when tied."""
+
+    ATTENTION_PATH = "model.layers.{layer}.self_attn"
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+        super().__init__(config)
+        self.model = LlamaBackbone(config, dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        self.is_tied = config.tie_word_embeddings
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.layers
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.model.norm
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab, D]."""
+        return self.model.embed_tokens.weight if self.is_tied else self.lm_head.weight

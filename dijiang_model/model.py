@@ -1,0 +1,163 @@
+"""The network: packed variable-length input, recurrent state in slots, no padding, no maximum length."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dijiang_model.attention import DiJiangAttention
+from dijiang_model.config import ModelConfig
+from dijiang_model.ops import AttentionOp
+from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
+from dijiang_model.ops.torch_attention import TorchAttention
+from dijiang_model.state import StateBuffer, StateSpec
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One step's input: the tokens of N sequences one after another.
+
+    Attributes:
+        token_ids: [T] int64 on the model's device.
+        positions: [T] int64, each token's position in its own conversation, from 0.
+        slots: [N] int64, the state slot of each sequence; distinct, but for scratch slot 0.
+        lengths: tokens of each sequence, >= 1; they sum to T.
+        num_decode: the first so many sequences have one token each and take the recurrent path.
+        logit_rows: [R] int64, the tokens whose next-token logits are wanted.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    lengths: tuple[int, ...]
+    num_decode: int
+    logit_rows: Tensor
+
+
+class DiJiangForCausalLM(nn.Module):
+    """A family's network with DiJiang attention; build one with `dijiang_model.families.build_model`.
+
+    The state dict's names are the checkpoint's tensor names. After loading, `prepare()` derives what the
+    kernels need. A slot must be zero before its first token (`StateBuffer.storage[slot].zero_()`).
+    """
+
+    ATTENTION_PATH: str
+    """Module path of a layer's attention, with `{layer}`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.attention_op: AttentionOp = TorchAttention()
+
+    @property
+    @abstractmethod
+    def embedding(self) -> nn.Embedding:
+        """Token embedding."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> nn.ModuleList:
+        """The layers, first to last; each has `dijiang`, its attention."""
+
+    @property
+    @abstractmethod
+    def final_norm(self) -> nn.Module:
+        """The norm before the output head."""
+
+    @property
+    @abstractmethod
+    def head_weight(self) -> Tensor:
+        """Output head, [vocab, D]."""
+
+    @property
+    def attentions(self) -> Iterable[DiJiangAttention]:
+        """The attention of each layer."""
+        return (cast(DiJiangAttention, block.dijiang) for block in self.blocks)
+
+    @property
+    def state_spec(self) -> StateSpec:
+        """What one conversation's state holds."""
+        return StateSpec(tuple(tensor for attention in self.attentions for tensor in attention.state_tensors()))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.head_weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight.device
+
+    def prepare(self) -> "DiJiangForCausalLM":
+        """Derives buffers from loaded parameters and switches gradients off; returns itself."""
+        for attention in self.attentions:
+            attention.linear.prepare()
+        return self.requires_grad_(False).eval()
+
+    def forward(self, batch: PackedBatch, state: StateBuffer) -> Tensor:
+        """Runs a step, moving the slots of its sequences on in place.
+
+        Returns:
+            [R, vocab] fp32 (fp64 for fp64 models): next-token logits of `batch.logit_rows`.
+        """
+        return self.logits(self.hidden_states(batch, state)[-1][batch.logit_rows])
+
+    def hidden_states(self, batch: PackedBatch, state: StateBuffer, *, all_layers: bool = False) -> list[Tensor]:
+        """The final normed hidden states [T, D]; with `all_layers` those before each layer come first."""
+        layout = self._layout(batch)
+        x = self.embedding(batch.token_ids)
+        kept = []
+        for block in self.blocks:
+            if all_layers:
+                kept.append(x)
+            x = block(x, op=self.attention_op, layout=layout, state=block.dijiang.layer_state(state))
+        return [*kept, self.final_norm(x)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, D] normed -> [R, vocab], fp32 or fp64."""
+        logits = functional.linear(hidden, self.head_weight)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def prefill(
+        self, token_ids: Tensor, *, lengths: Sequence[int], slots: Tensor, starts: Tensor, state: StateBuffer
+    ) -> Tensor:
+        """Feeds a segment to each of N sequences; next-token logits of every token, [T, vocab].
+
+        Args:
+            token_ids: [T] int64, packed.
+            lengths: tokens of each segment.
+            slots, starts: [N] int64: slot, and position of the segment's first token.
+        """
+        tokens = torch.tensor(lengths, device=starts.device)
+        first = torch.repeat_interleave(starts - (tokens.cumsum(0) - tokens), tokens)
+        rows = torch.arange(len(token_ids), device=starts.device)
+        return cast(Tensor, self(PackedBatch(token_ids, first + rows, slots, tuple(lengths), 0, rows), state))
+
+    def decode(self, token_ids: Tensor, *, slots: Tensor, positions: Tensor, state: StateBuffer) -> Tensor:
+        """Feeds one token to each of N sequences; next-token logits [N, vocab]. All arguments [N] int64."""
+        num = len(token_ids)
+        rows = torch.arange(num, device=token_ids.device)
+        return cast(Tensor, self(PackedBatch(token_ids, positions, slots, (1,) * num, num, rows), state))
+
+    def _layout(self, batch: PackedBatch) -> StepLayout:
+        config, split = self.config, batch.num_decode
+        kernel_dtype = next(iter(self.attentions)).linear.log_decay.dtype
+
+        def rotary(positions: Tensor) -> Rotary:
+            return Rotary.at(positions, dims=config.rotary_dims, theta=config.rope_theta, dtype=kernel_dtype)
+
+        prefill = None
+        if split < len(batch.lengths):
+            prefill = PrefillLayout(batch.positions[split:], batch.slots[split:], batch.lengths[split:])
+        return StepLayout(
+            num_decode=split,
+            positions=batch.positions,
+            decode_slots=batch.slots[:split],
+            rotary=rotary(batch.positions),
+            sink_rotary=rotary(batch.positions.clamp(max=config.max_position_embeddings - 1)),
+            prefill=prefill,
+        )

@@ -1,0 +1,46 @@
+"""The attention operators behind one small protocol, chosen once at load.
+
+`TorchAttention` runs everywhere; a device with its own kernels implements the same call.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from dijiang_model.kernel import LinearKernel
+from dijiang_model.ops.layout import StepLayout
+
+
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """Views of one layer's state over all slots; written in place.
+
+    Attributes:
+        linear_state: [P, G, K, V], S.
+        normaliser: [P, G, K], z; None for a read-out without denominator.
+        near_keys, near_values: [P, G, Z + W, d], sinks first, then the ring (position t in ring row t mod W);
+            keys are rotated. None without a window.
+    """
+
+    linear_state: Tensor
+    normaliser: Tensor | None
+    near_keys: Tensor | None
+    near_values: Tensor | None
+
+
+class AttentionOp(Protocol):
+    """One layer's attention between its two projections."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
+    ) -> Tensor:
+        """Rotates, attends, and moves the states of the step's sequences on.
+
+        Args:
+            q: [T, H, d], k and v: [T, G, d], as projected.
+
+        Returns:
+            [T, H, d]: normalised with the `denominator` read-out, raw sums with `group_norm`.
+        """
+        ...

@@ -1,0 +1,234 @@
+"""What one step's packed batch looks like to the attention, computed once and shared by all layers.
+
+Letters: T tokens of the step, N sequences, C chunk length, M chunks, W window, Z sinks.
+The first `num_decode` sequences have one token each and take the recurrent path; the others are prefill
+segments, cut into chunks of at most `CHUNK_TOKENS`.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+CHUNK_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Cosines and sines of the step's positions, [T, rotary_dims / 2] each."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def at(cls, positions: Tensor, *, dims: int, theta: float, dtype: torch.dtype) -> "Rotary":
+        """Angles in fp64: in fp32 a position of 10^6 is off by 0.06 rad."""
+        exponents = torch.arange(0, dims, 2, dtype=torch.float64, device=positions.device) / max(dims, 1)
+        angles = positions.double()[:, None] * theta**-exponents
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Rotates the first `dims` channels of x [T, heads, d] (half-split pairing, as HF does)."""
+        half = self.cos.shape[-1]
+        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        cos, sin = self.cos[:, None, :], self.sin[:, None, :]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+    def rows(self, start: int, stop: int) -> "Rotary":
+        return Rotary(self.cos[start:stop], self.sin[start:stop])
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeWindow:
+    """The near tokens of decode rows for one (window, sinks) pair; near rows are [sinks | ring].
+
+    Attributes:
+        ring_row: [N] row of the near tensors that the new token takes, and the leaving one held.
+        sink_row: [N] second row written: the sink's while the position is a sink's, else `ring_row`.
+        leaves: [N, 1] bool, whether the token in `ring_row` goes over into the linear state.
+        visible: [N, 1, 1, Z + W] bool, near rows that hold a token to be seen, each token once.
+    """
+
+    ring_row: Tensor
+    sink_row: Tensor
+    leaves: Tensor
+    visible: Tensor
+
+    @classmethod
+    def at(cls, positions: Tensor, *, window: int, sinks: int) -> "DecodeWindow":
+        ring = positions % window
+        columns = torch.arange(window, device=positions.device)
+        held = positions[:, None] - (ring[:, None] - columns) % window
+        sink_seen = torch.arange(sinks, device=positions.device) <= positions[:, None]
+        visible = torch.cat([sink_seen, held >= sinks], dim=1)
+        return cls(
+            ring_row=sinks + ring,
+            sink_row=torch.where(positions < sinks, positions, sinks + ring),
+            leaves=(positions - window >= sinks)[:, None],
+            visible=visible[:, None, None, :],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillWindow:
+    """The near tokens of prefill chunks for one (window, sinks) pair.
+
+    A sequence's *extended* stream is its ring in order of time (W tokens before the segment) followed by the
+    segment. The query at offset i sees extended tokens i+1 ... i+W; extended token i leaves the window as it comes.
+
+    Attributes:
+        ring_rows: [N, W] near rows of the ring in order of time.
+        leaving: [T] index of each query's leaving token in [all rings | all segments].
+        leaves: [T, 1] bool, whether that token exists and is no sink.
+        band: [M, C + W - 1] indices into [all rings | all segments]: the keys near a chunk.
+        band_visible: [M, C, C + W - 1] bool.
+        sinks_visible: [M, C, Z] bool.
+        write_rows, write_tokens, write_sequences: near row, token and sequence of each write after the segment.
+        sink_rows, sink_tokens, sink_sequences: the same for tokens that are sinks, written before reading.
+    """
+
+    ring_rows: Tensor
+    leaving: Tensor
+    leaves: Tensor
+    band: Tensor
+    band_visible: Tensor
+    sinks_visible: Tensor
+    write_rows: Tensor
+    write_tokens: Tensor
+    write_sequences: Tensor
+    sink_rows: Tensor
+    sink_tokens: Tensor
+    sink_sequences: Tensor
+
+
+class PrefillLayout:
+    """The prefill segments of a step, cut into chunks.
+
+    Attributes:
+        slots: [N] int64.
+        positions: [T] int64 (prefill tokens only).
+        starts: N host ints, first token of each segment.
+        chunk_sequence: [M] sequence of each chunk.
+        chunk_offset: [M] offset of the chunk's first token in its segment.
+        tokens: [M, C] token of each place (clamped where there is none).
+        valid: [M, C] bool.
+        places: [T] flat place m * C + i of each token, the inverse of `tokens`.
+        rounds: for r = 0, 1, ...: (chunks, sequences) that are the r-th chunk of their sequence.
+    """
+
+    def __init__(self, positions: Tensor, slots: Tensor, lengths: tuple[int, ...]) -> None:
+        device = positions.device
+        self.positions, self.slots, self.lengths = positions, slots, lengths
+        self.starts = [0]
+        for length in lengths:
+            self.starts.append(self.starts[-1] + length)
+        chunks = [(n, offset) for n, length in enumerate(lengths) for offset in range(0, length, CHUNK_TOKENS)]
+        self.chunk_tokens = CHUNK_TOKENS
+        self.chunk_sequence = torch.tensor([n for n, _ in chunks], device=device)
+        self.chunk_offset = torch.tensor([offset for _, offset in chunks], device=device)
+        self.sequence_start = torch.tensor(self.starts[:-1], device=device)
+        self.sequence_length = torch.tensor(lengths, device=device)
+        within = self.chunk_offset[:, None] + torch.arange(CHUNK_TOKENS, device=device)
+        limit = self.sequence_length[self.chunk_sequence][:, None]
+        self.valid = within < limit
+        self.tokens = self.sequence_start[self.chunk_sequence][:, None] + torch.minimum(within, limit - 1)
+        self.places = self.valid.flatten().nonzero().squeeze(1)
+        rounds: list[list[int]] = [[] for _ in range(-(-max(lengths) // CHUNK_TOKENS))]
+        for m, (_, offset) in enumerate(chunks):
+            rounds[offset // CHUNK_TOKENS].append(m)
+        self.rounds = [
+            (torch.tensor(ms, device=device), torch.tensor([chunks[m][0] for m in ms], device=device)) for ms in rounds
+        ]
+        self._windows: dict[tuple[int, int], PrefillWindow] = {}
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def sequence_of_token(self) -> Tensor:
+        """[T] int64."""
+        return torch.repeat_interleave(
+            torch.arange(self.num_sequences, device=self.positions.device), self.sequence_length
+        )
+
+    def window(self, *, window: int, sinks: int) -> PrefillWindow:
+        """The indices for one (window, sinks) pair; computed once a step."""
+        key = (window, sinks)
+        if key not in self._windows:
+            self._windows[key] = self._build_window(window, sinks)
+        return self._windows[key]
+
+    def _build_window(self, window: int, sinks: int) -> PrefillWindow:
+        device = self.positions.device
+        sequence = self.sequence_of_token
+        first_position = self.positions[self.sequence_start]  # [N]
+        offset = torch.arange(self.positions.shape[0], device=device) - self.sequence_start[sequence]
+        num_ring_tokens = self.num_sequences * window
+
+        def extended(n: Tensor, j: Tensor) -> Tensor:
+            """Index of sequence n's extended token j in [all rings | all segments], clamped into the segment."""
+            inside = torch.minimum(j - window, self.sequence_length[n] - 1)
+            return torch.where(j < window, n * window + j, num_ring_tokens + self.sequence_start[n] + inside)
+
+        ring_positions = first_position[:, None] - window + torch.arange(window, device=device)
+        m_sequence = self.chunk_sequence[:, None]
+        band_offset = self.chunk_offset[:, None] + 1 + torch.arange(CHUNK_TOKENS + window - 1, device=device)
+        band_position = first_position[m_sequence] - window + band_offset
+        distance = (
+            torch.arange(1, CHUNK_TOKENS + window, device=device)[None, :]
+            - torch.arange(CHUNK_TOKENS, device=device)[:, None]
+        )
+        in_window = (distance >= 1) & (distance <= window)  # [C, C + W - 1]
+        query_position = (
+            first_position[m_sequence] + self.chunk_offset[:, None] + torch.arange(CHUNK_TOKENS, device=device)
+        )
+        kept = (offset >= self.sequence_length[sequence] - window).nonzero().squeeze(1)
+        sink_tokens = (self.positions < sinks).nonzero().squeeze(1)
+        return PrefillWindow(
+            ring_rows=sinks + ring_positions % window,
+            leaving=extended(sequence, offset),
+            leaves=(self.positions - window >= sinks)[:, None],
+            band=extended(m_sequence.expand_as(band_offset), band_offset),
+            band_visible=in_window & (band_position >= sinks)[:, None, :],
+            sinks_visible=torch.arange(sinks, device=device) <= query_position[:, :, None],
+            write_rows=sinks + self.positions[kept] % window,
+            write_tokens=kept,
+            write_sequences=sequence[kept],
+            sink_rows=self.positions[sink_tokens],
+            sink_tokens=sink_tokens,
+            sink_sequences=sequence[sink_tokens],
+        )
+
+
+@dataclass(slots=True)
+class StepLayout:
+    """A whole step: decode rows first, then prefill segments.
+
+    Attributes:
+        positions: [T] int64, decode rows first.
+        decode_slots: [num_decode] int64.
+        rotary: at the true positions.
+        sink_rotary: at positions capped to the teacher's trained range, for queries that look at sinks.
+        prefill: None in a pure decode step.
+    """
+
+    num_decode: int
+    positions: Tensor
+    decode_slots: Tensor
+    rotary: Rotary
+    sink_rotary: Rotary
+    prefill: PrefillLayout | None
+    _decode_windows: dict[tuple[int, int], DecodeWindow] = field(default_factory=dict)
+
+    @property
+    def decode_positions(self) -> Tensor:
+        return self.positions[: self.num_decode]
+
+    def decode_window(self, *, window: int, sinks: int) -> DecodeWindow:
+        """The near rows for one (window, sinks) pair; computed once a step."""
+        key = (window, sinks)
+        if key not in self._decode_windows:
+            self._decode_windows[key] = DecodeWindow.at(self.decode_positions, window=window, sinks=sinks)
+        return self._decode_windows[key]

@@ -1,0 +1,173 @@
+"""The attention of one layer in plain torch operations, on any device: see `ops.AttentionOp`."""
+
+import torch
+from torch import Tensor
+
+from dijiang_model.kernel import LinearKernel
+from dijiang_model.ops import LayerState
+from dijiang_model.ops.layout import PrefillLayout, StepLayout
+from dijiang_model.ops.linear import LinearResult, chunked, recurrent_step
+from dijiang_model.ops.window import decode_window, prefill_window
+
+
+class TorchAttention:
+    """Decode rows by the recurrence, prefill segments in chunks; the state and all sums in the kernel's dtype."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
+    ) -> Tensor:
+        dtype = state.linear_state.dtype
+        q, k = q.to(dtype), k.to(dtype)
+        groups = (kernel.num_kv_heads, -1)
+        q_sink = layout.sink_rotary.apply(q).unflatten(1, groups) if kernel.attention.sinks > 0 else None
+        q = layout.rotary.apply(q).unflatten(1, groups)  # [T, G, R, d]
+        k = layout.rotary.apply(k)
+        if state.near_keys is not None:  # keys are kept in the storage's dtype: use what a later step will find
+            k = k.to(state.near_keys.dtype).to(dtype)
+        v = v.to(dtype)
+        split = layout.num_decode
+        parts: list[Tensor] = []
+        if split > 0:
+            sink = None if q_sink is None else q_sink[:split]
+            parts.append(_decode(q[:split], sink, k[:split], v[:split], kernel=kernel, layout=layout, state=state))
+        if layout.prefill is not None:
+            sink = None if q_sink is None else q_sink[split:]
+            parts.append(
+                _prefill(q[split:], sink, k[split:], v[split:], kernel=kernel, layout=layout.prefill, state=state)
+            )
+        return torch.cat(parts).flatten(1, 2)
+
+
+def _write_factor(kernel: LinearKernel, positions: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Log decay [G] or [T, G], and the write and read factors [T, H] of position tables."""
+    if kernel.attention.decay == "static":
+        return kernel.log_decay, None, None
+    entry = positions.clamp(max=kernel.table_write.shape[0] - 1)
+    return kernel.table_log_decay[entry], kernel.table_write[entry], kernel.table_read[entry]
+
+
+def _features(
+    q: Tensor, k: Tensor, *, kernel: LinearKernel, positions: Tensor, leaves: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """phi(q) [T, G, R, K], phi(k) [T, G, K] with factors folded in, and the log decay.
+
+    `leaves` [T, 1] marks which keys really enter the state: they come W steps late, decayed accordingly.
+    """
+    log_decay, write, read = _write_factor(kernel, positions)
+    phi_q, phi_k = kernel.phi(q), kernel.phi(k[:, :, None, :]).squeeze(2)
+    if write is not None and read is not None:
+        phi_q, phi_k = phi_q * read[:, :, None, None], phi_k * write[:, :, None]
+    if leaves is not None:
+        late = (log_decay * kernel.attention.window).exp()
+        phi_k = phi_k * (leaves * late)[..., None]
+    return phi_q, phi_k, log_decay
+
+
+def _read_out(far: LinearResult, near: tuple[Tensor, Tensor] | None, q: Tensor, kernel: LinearKernel) -> Tensor:
+    """Joins the linear part and the window under one denominator; [T, G, R, d]."""
+    if far.denominator is None:
+        return far.numerator
+    if near is None:
+        return far.numerator / far.denominator[..., None]
+    mix = kernel.mix(q)
+    near_numerator, near_denominator = near
+    numerator = torch.addcmul(near_numerator, mix[..., None], far.numerator)
+    denominator = torch.addcmul(near_denominator, mix, far.denominator)
+    return numerator / denominator[..., None]
+
+
+def _decode(
+    q: Tensor,
+    q_sink: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kernel: LinearKernel,
+    layout: StepLayout,
+    state: LayerState,
+) -> Tensor:
+    slots, config = layout.decode_slots, kernel.attention
+    near, leaves, far_k, far_v = None, None, k, v
+    if state.near_keys is not None and state.near_values is not None:
+        rows = layout.decode_window(window=config.window, sinks=config.sinks)
+        leaves = rows.leaves
+        far_k = state.near_keys[slots, :, rows.ring_row].to(k.dtype)
+        far_v = state.near_values[slots, :, rows.ring_row].to(v.dtype)
+        for near_rows, new in ((state.near_keys, k), (state.near_values, v)):
+            near_rows[slots, :, rows.ring_row] = new.to(near_rows.dtype)
+            if config.sinks > 0:
+                near_rows[slots, :, rows.sink_row] = new.to(near_rows.dtype)
+        scale = kernel.head_size**-0.5
+        near = decode_window(
+            q * scale,
+            (q if q_sink is None else q_sink) * scale,
+            keys=state.near_keys[slots].to(k.dtype),
+            values=state.near_values[slots].to(v.dtype),
+            num_sinks=config.sinks,
+            visible=rows.visible,
+        )
+    phi_q, phi_k, log_decay = _features(q, far_k, kernel=kernel, positions=layout.decode_positions, leaves=leaves)
+    normaliser = None if state.normaliser is None else state.normaliser[slots]
+    far = recurrent_step(
+        phi_q, phi_k, far_v, log_decay=log_decay, state=state.linear_state[slots], normaliser=normaliser
+    )
+    _store(far, slots, state)
+    return _read_out(far, near, q, kernel)
+
+
+def _prefill(
+    q: Tensor,
+    q_sink: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kernel: LinearKernel,
+    layout: PrefillLayout,
+    state: LayerState,
+) -> Tensor:
+    near, leaves, far_k, far_v = None, None, k, v
+    if state.near_keys is not None and state.near_values is not None:
+        window = layout.window(window=kernel.attention.window, sinks=kernel.attention.sinks)
+        leaves = window.leaves
+        stream_keys = _extend_and_store(k, state.near_keys, layout, kernel)
+        stream_values = _extend_and_store(v, state.near_values, layout, kernel)
+        far_k, far_v = stream_keys[window.leaving], stream_values[window.leaving]
+        num_sinks, scale = kernel.attention.sinks, kernel.head_size**-0.5
+        near = prefill_window(
+            q * scale,
+            (q if q_sink is None else q_sink) * scale,
+            stream_keys=stream_keys,
+            stream_values=stream_values,
+            sink_keys=state.near_keys[layout.slots, :, :num_sinks].to(k.dtype),
+            sink_values=state.near_values[layout.slots, :, :num_sinks].to(v.dtype),
+            layout=layout,
+            window=window,
+        )
+    phi_q, phi_k, log_decay = _features(q, far_k, kernel=kernel, positions=layout.positions, leaves=leaves)
+    far = chunked(
+        phi_q,
+        phi_k,
+        far_v,
+        log_decay=log_decay,
+        state=state.linear_state[layout.slots],
+        normaliser=None if state.normaliser is None else state.normaliser[layout.slots],
+        layout=layout,
+    )
+    _store(far, layout.slots, state)
+    return _read_out(far, near, q, kernel)
+
+
+def _extend_and_store(new: Tensor, rows: Tensor, layout: PrefillLayout, kernel: LinearKernel) -> Tensor:
+    """The extended streams [N * W + T, G, d]; then writes the segment's sinks and last W tokens into `rows`."""
+    window = layout.window(window=kernel.attention.window, sinks=kernel.attention.sinks)
+    ring = rows[layout.slots[:, None], :, window.ring_rows].flatten(0, 1).to(new.dtype)
+    stored = new.to(rows.dtype)
+    rows[layout.slots[window.sink_sequences], :, window.sink_rows] = stored[window.sink_tokens]
+    rows[layout.slots[window.write_sequences], :, window.write_rows] = stored[window.write_tokens]
+    return torch.cat([ring, new])
+
+
+def _store(result: LinearResult, slots: Tensor, state: LayerState) -> None:
+    state.linear_state[slots] = result.state
+    if state.normaliser is not None and result.normaliser is not None:
+        state.normaliser[slots] = result.normaliser

@@ -1,0 +1,113 @@
+"""Tiny random models of every kind we serve, in memory and as folders, with a byte tokenizer."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
+from dijiang_model.families import build_model
+from dijiang_model.features import node_radii
+from dijiang_model.kernel import released_log_decay
+from dijiang_model.model import DiJiangForCausalLM
+
+BYTE_VOCAB_SIZE = 260
+"""256 bytes, then <|endoftext|>, <|im_start|>, <|im_end|> and one unused id."""
+EOS_TOKEN_ID = 258
+
+HYBRID = AttentionConfig(features=FeatureConfig(scale=16**-0.25), window=5, sinks=2)
+PURE = AttentionConfig(features=FeatureConfig(scale=16**-0.25))
+RELEASED = AttentionConfig(features=FeatureConfig(bases=("matrix",), nodes="checkpoint"), read_out="group_norm")
+TABLES = replace(RELEASED, decay="table")
+
+
+def llama_config(*layers: AttentionConfig, num_heads: int = 4, num_kv_heads: int = 2) -> ModelConfig:
+    """Two layers of grouped-query heads by default (hybrid, then pure with two bases)."""
+    wide = replace(PURE, features=replace(PURE.features, bases=("dct2", "dct4")))
+    return ModelConfig(
+        family="llama",
+        vocab_size=BYTE_VOCAB_SIZE,
+        hidden_size=num_heads * 16,
+        intermediate_size=96,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=16,
+        rotary_dims=16,
+        rope_theta=10_000.0,
+        max_position_embeddings=128,
+        norm_eps=1e-5,
+        activation="silu",
+        parallel_residual=False,
+        attention_bias=False,
+        mlp_bias=False,
+        tie_word_embeddings=True,
+        layers=layers or (HYBRID, wide),
+        bos_token_id=257,
+        eos_token_ids=(EOS_TOKEN_ID,),
+    )
+
+
+def gpt_neox_config(*layers: AttentionConfig, parallel_residual: bool = True) -> ModelConfig:
+    """Two layers with the released read-out and position tables by default."""
+    return ModelConfig(
+        family="gpt_neox",
+        vocab_size=BYTE_VOCAB_SIZE,
+        hidden_size=48,
+        intermediate_size=96,
+        num_heads=3,
+        num_kv_heads=3,
+        head_size=16,
+        rotary_dims=4,
+        rope_theta=10_000.0,
+        max_position_embeddings=64,
+        norm_eps=1e-5,
+        activation="gelu",
+        parallel_residual=parallel_residual,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=False,
+        layers=layers or (TABLES, TABLES),
+        position_table_length=64,
+        bos_token_id=256,
+        eos_token_ids=(256,),
+    )
+
+
+def random_tensors(config: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
+    """fp32 checkpoint tensors with every part at work (no silent mixing weight, weights and tables as if trained)."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, parameter in build_model(config).state_dict().items():
+        noise = torch.randn(parameter.shape, generator=generator)
+        tensors[name] = _initial(name, noise, config)
+    return tensors
+
+
+def _initial(name: str, noise: Tensor, config: ModelConfig) -> Tensor:
+    kind = name.rsplit(".", 1)[-1]
+    if kind == "nodes":
+        return (node_radii("midpoint", noise.shape[1]).float() + 0.1 * noise).contiguous()
+    if kind == "projection":
+        return noise
+    if kind == "log_decay":
+        return released_log_decay(len(noise)).float() if config.family == "gpt_neox" else -(noise.abs() * 0.1 + 0.01)
+    if kind in ("read_table", "write_table"):
+        steps = torch.arange(noise.shape[1]) * released_log_decay(len(noise)).float()[:, None]
+        return (steps if kind == "read_table" else -steps).exp() * (1 + 0.05 * noise)
+    if kind in ("log_weights", "mix_bias", "mix_weight"):
+        return 0.3 * noise - (2.0 if kind == "mix_bias" else 0.0)
+    if "norm" in name:
+        return 0.1 * noise + (1.0 if kind == "weight" else 0.0)
+    return 0.1 * noise if kind == "bias" else noise * noise.shape[-1] ** -0.5
+
+
+def tiny_model(
+    config: ModelConfig | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> DiJiangForCausalLM:
+    """A ready model on the CPU; the hybrid LLaMA of `llama_config()` by default."""
+    config = llama_config() if config is None else config
+    model = build_model(config, dtype=dtype)
+    wanted = model.state_dict()
+    tensors = {name: tensor.to(wanted[name].dtype) for name, tensor in random_tensors(config, seed=seed).items()}
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.prepare()
