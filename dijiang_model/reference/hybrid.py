@@ -59,21 +59,18 @@ class HybridState:
 def hybrid_parallel(x: HybridInputs, *, window: int, sinks: int) -> Tensor:
     """The definition, pair by pair, from the beginning of the sequence: y [T, H, V]. `window` >= 1."""
     num_tokens, num_heads, size = x.q.shape
-    per_group = num_heads // x.k.shape[1]
     output = torch.zeros((num_tokens, num_heads, x.v.shape[-1]), dtype=x.v.dtype)
     for t in range(num_tokens):
-        near = [j for j in range(t + 1) if j < sinks or j > t - window]
-        far = [j for j in range(t + 1) if j not in near]
+        j = torch.arange(t + 1)
+        is_near = (j < sinks) | (j > t - window)
         for h in range(num_heads):
-            g = h // per_group
-            queries = [x.q_sink[t, h] if j < sinks else x.q[t, h] for j in near]
-            scores = torch.stack([q @ x.k[j, g] / sqrt(size) for q, j in zip(queries, near, strict=True)])
-            weights = list((scores - scores.max()).exp())
-            for j in far:
-                decay = (x.log_decay[g] * (t - j)).exp()
-                weights.append(x.beta[t, h] * decay * (x.phi_q[t, h] @ x.phi_k[j, g]))
-            total = torch.stack(weights)
-            output[t, h] = total @ x.v[near + far, g] / total.sum()
+            g = h * x.k.shape[1] // num_heads
+            k, v = x.k[: t + 1, g], x.v[: t + 1, g]
+            scores = torch.where(j < sinks, k @ x.q_sink[t, h], k @ x.q[t, h]) / sqrt(size)
+            near = torch.where(is_near, (scores - scores[is_near].max()).exp(), 0)
+            linear = x.beta[t, h] * (x.log_decay[g] * (t - j)).exp() * (x.phi_k[: t + 1, g] @ x.phi_q[t, h])
+            weights = torch.where(is_near, near, linear)
+            output[t, h] = weights @ v / weights.sum()
     return output
 
 
@@ -92,7 +89,7 @@ def hybrid_recurrent(
     outputs = []
     for row in range(x.q.shape[0]):
         _push(x, state, row=row, window=window, sinks=sinks)
-        outputs.append(torch.stack([_read(x, state, row=row, head=h) for h in range(x.q.shape[1])]))
+        outputs.append(_read(x, state, row=row))
     return torch.stack(outputs), state
 
 
@@ -112,13 +109,17 @@ def _push(x: HybridInputs, state: HybridState, *, row: int, window: int, sinks: 
     state.num_seen += 1
 
 
-def _read(x: HybridInputs, state: HybridState, *, row: int, head: int) -> Tensor:
-    g, size = head * x.k.shape[1] // x.q.shape[1], x.q.shape[2]
-    scores = [x.q_sink[row, head] @ k[g] / sqrt(size) for _, k, _ in state.sinks]
-    scores += [x.q[row, head] @ k[g] / sqrt(size) for _, k, _, _ in state.ring]
-    values = torch.stack([v[g] for _, _, v in state.sinks] + [v[g] for _, _, v, _ in state.ring])
-    near = torch.stack(scores)
-    weights = (near - near.max()).exp()
-    scaled_query = x.beta[row, head] * x.phi_q[row, head]
-    numerator = weights @ values + scaled_query @ state.far.s[g]
-    return numerator / (weights.sum() + scaled_query @ state.far.z[g])
+def _read(x: HybridInputs, state: HybridState, *, row: int) -> Tensor:
+    """y [H, V] of token `row`, which is in the state already."""
+    num_heads, size = x.q.shape[1:]
+    kept = [(k, v) for _, k, v in state.sinks] + [(k, v) for _, k, v, _ in state.ring]
+    keys, values = (torch.stack(tensors) for tensors in zip(*kept, strict=True))  # [near, G, d], [near, G, V]
+    is_sink = torch.arange(len(kept)) < len(state.sinks)
+    heads = []
+    for h in range(num_heads):
+        g = h * keys.shape[1] // num_heads
+        scores = torch.where(is_sink, keys[:, g] @ x.q_sink[row, h], keys[:, g] @ x.q[row, h]) / sqrt(size)
+        near = (scores - scores.max()).exp()
+        phi = x.beta[row, h] * x.phi_q[row, h]
+        heads.append((near @ values[:, g] + phi @ state.far.s[g]) / (near.sum() + phi @ state.far.z[g]))
+    return torch.stack(heads)

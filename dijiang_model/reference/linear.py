@@ -52,11 +52,11 @@ def parallel(
     denominator = torch.zeros((num_tokens, num_heads), dtype=v.dtype)
     end_s, end_z = torch.zeros_like(start.s), torch.zeros_like(start.z)
     for g in range(num_groups):
-        mask = torch.zeros((num_tokens, num_tokens), dtype=v.dtype)
-        for i in range(num_tokens):
-            for j in range(i + 1):
-                mask[i, j] = log_decay[j + 1 : i + 1, g].sum().exp()
-        since_start = torch.stack([log_decay[: i + 1, g].sum().exp() for i in range(num_tokens)])
+        gamma = log_decay[:, g].exp()
+        since_start = gamma.cumprod(dim=0)
+        mask = torch.eye(num_tokens, dtype=v.dtype)
+        for i in range(1, num_tokens):
+            mask[i, :i] = gamma[i] * mask[i - 1, :i]
         for h in range(g * num_heads // num_groups, (g + 1) * num_heads // num_groups):
             weights = (phi_q[:, h] @ phi_k[:, g].T) * mask
             numerator[:, h] = weights @ v[:, g] + since_start[:, None] * (phi_q[:, h] @ start.s[g])

@@ -115,12 +115,17 @@ def _rotate(config: ModelConfig, x: Tensor, positions: Sequence[int]) -> Tensor:
     half = config.rotary_dims // 2
     rotated = x.clone()
     for c in range(half):
-        frequency = config.rope_theta ** (-2 * c / config.rotary_dims)
-        angle = torch.tensor([position * frequency for position in positions], dtype=torch.float64)
-        cos, sin = angle.cos().to(x.dtype)[:, None], angle.sin().to(x.dtype)[:, None]
+        angle = _angles(config, positions, c)[:, None]
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         rotated[:, :, c] = x[:, :, c] * cos - x[:, :, c + half] * sin
         rotated[:, :, c + half] = x[:, :, c + half] * cos + x[:, :, c] * sin
     return rotated
+
+
+def _angles(config: ModelConfig, positions: Sequence[int], channel: int) -> Tensor:
+    """By how much RoPE turns a channel at each position, in radians: fp64 in every mode. [T]."""
+    frequency = config.rope_theta ** (-2 * channel / config.rotary_dims)
+    return torch.tensor([position * frequency for position in positions], dtype=torch.float64)
 
 
 def _attention(
