@@ -41,9 +41,9 @@ class DiJiangAttention(nn.Module):
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState
     ) -> Tensor:
         """x [T, D] (normed input), q [T, H, d], k and v [T, G, d] -> [T, H * d] in x's dtype, before the output map."""
-        attended = op(q, k, v, kernel=self.linear, layout=layout, state=state).flatten(1).to(x.dtype)
+        attended: Tensor = op(q, k, v, kernel=self.linear, layout=layout, state=state).flatten(1).to(x.dtype)
         if self.read_out == "group_norm":
-            return functional.silu(self.gate(x)) * self.group_norm(attended)
+            attended = functional.silu(self.gate(x)) * self.group_norm(attended)
         return attended
 
     def state_tensors(self) -> tuple[StateTensor, ...]:

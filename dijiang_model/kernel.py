@@ -26,6 +26,9 @@ class LinearKernel(nn.Module):
 
     basis: Tensor
     """[d, K], derived."""
+    ones: Tensor
+    zeros: Tensor
+    """[G, K], derived: nodes and log weights of a whole projection."""
     table_log_decay: Tensor
     table_write: Tensor
     table_read: Tensor

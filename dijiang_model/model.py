@@ -111,10 +111,10 @@ class DiJiangForCausalLM(nn.Module):
         layout = self._layout(batch)
         x = self.embedding(batch.token_ids)
         kept = []
-        for block in self.blocks:
+        for block, attention in zip(self.blocks, self.attentions, strict=True):
             if all_layers:
                 kept.append(x)
-            x = block(x, op=self.attention_op, layout=layout, state=block.dijiang.layer_state(state))
+            x = block(x, op=self.attention_op, layout=layout, state=attention.layer_state(state))
         return [*kept, self.final_norm(x)]
 
     def logits(self, hidden: Tensor) -> Tensor:

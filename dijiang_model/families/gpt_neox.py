@@ -23,7 +23,8 @@ class GPTNeoXAttention(DiJiangAttention):
     def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
         fused = self.query_key_value(x).unflatten(1, (self.config.num_heads, 3, self.config.head_size))
         q, k, v = fused.unbind(2)
-        return self.dense(self.attend(x, q, k, v, op=op, layout=layout, state=state))
+        output: Tensor = self.dense(self.attend(x, q, k, v, op=op, layout=layout, state=state))
+        return output
 
 
 class GPTNeoXMLP(nn.Module):
@@ -36,7 +37,8 @@ class GPTNeoXMLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x)))
+        output: Tensor = self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x)))
+        return output
 
 
 class GPTNeoXBlock(nn.Module):
@@ -56,10 +58,9 @@ class GPTNeoXBlock(nn.Module):
 
     def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
         attended = self.attention(self.input_layernorm(x), op=op, layout=layout, state=state)
-        if self.is_parallel:
-            return x + attended + self.mlp(self.post_attention_layernorm(x))
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+        mlp_input = x if self.is_parallel else x + attended
+        output: Tensor = x + attended + self.mlp(self.post_attention_layernorm(mlp_input))
+        return output
 
 
 class GPTNeoXBackbone(nn.Module):

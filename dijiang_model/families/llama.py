@@ -29,7 +29,8 @@ class LlamaAttention(DiJiangAttention):
         q = self.q_proj(x).unflatten(1, heads)
         k = self.k_proj(x).unflatten(1, heads)
         v = self.v_proj(x).unflatten(1, heads)
-        return self.o_proj(self.attend(x, q, k, v, op=op, layout=layout, state=state))
+        output: Tensor = self.o_proj(self.attend(x, q, k, v, op=op, layout=layout, state=state))
+        return output
 
 
 class LlamaMLP(nn.Module):
@@ -44,7 +45,8 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=bias, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        output: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return output
 
 
 class RMSNorm(nn.Module):
@@ -75,7 +77,8 @@ class LlamaBlock(nn.Module):
 
     def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), op=op, layout=layout, state=state)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        output: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return output
 
 
 class LlamaBackbone(nn.Module):
