@@ -1,15 +1,19 @@
 """Tiny random models of every kind we serve, in memory and as folders, with a byte tokenizer."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
+from dijiang_model.config_json import Origin, StoredConfig, base_document, stored_config_text
 from dijiang_model.families import build_model
 from dijiang_model.features import node_radii
 from dijiang_model.kernel import released_log_decay
 from dijiang_model.model import DiJiangForCausalLM
+from tests.byte_tokenizer import write_byte_tokenizer
 
 BYTE_VOCAB_SIZE = 260
 """256 bytes, then <|endoftext|>, <|im_start|>, <|im_end|> and one unused id."""
@@ -111,3 +115,17 @@ def tiny_model(
     tensors = {name: tensor.to(wanted[name].dtype) for name, tensor in random_tensors(config, seed=seed).items()}
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.prepare()
+
+
+def write_tiny_model(
+    folder: Path, config: ModelConfig | None = None, *, seed: int = 0, with_tokenizer: bool = True
+) -> Path:
+    """The same model as `tiny_model`, as a folder in our own format."""
+    config = llama_config() if config is None else config
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = StoredConfig(config=config, base=base_document(config), origin=Origin(recipe="hybrid", teacher="random"))
+    (folder / "config.json").write_text(stored_config_text(stored))
+    save_file(random_tensors(config, seed=seed), folder / "model.safetensors")
+    if with_tokenizer:
+        write_byte_tokenizer(folder)
+    return folder
