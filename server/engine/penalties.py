@@ -1,0 +1,115 @@
+"""Which tokens a penalised sequence has seen, counted on the device.
+
+Only sequences with a penalty get a row here, from their first sampled token to their end; the tables
+grow with the most that were ever penalised at once. Rows are zeroed when they are given back.
+"""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.engine.sequence import Chunk, Sequence
+from server.engine.transfer import Arrived, Field, Transfer
+
+
+@dataclass(frozen=True, slots=True)
+class PenaltyPlan:
+    """The penalised rows of one step; M of them.
+
+    Attributes:
+        rows: [M] int64, their rows in the step's logits.
+        entries: [M] int64, their rows in the tables.
+        repetition, presence, frequency: [M] float64.
+        started: (table row, prompt tokens) of those that sample for the first time.
+    """
+
+    rows: Field
+    entries: Field
+    repetition: Field
+    presence: Field
+    frequency: Field
+    started: tuple[tuple[int, Field], ...]
+
+
+def is_penalised(sequence: Sequence) -> bool:
+    """Whether the request sets any penalty to other than its neutral value."""
+    sampling = sequence.sampling
+    return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+class PenaltyTables:
+    """Prompt tokens seen and output tokens counted, one row for each penalised sequence."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._in_prompt = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)  # [E, vocab]
+        self._counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)  # [E, vocab]
+        self._free: list[int] = []
+        self._entries: dict[Sequence, int] = {}
+
+    def prepare(self, chunks: Items[Chunk], transfer: Transfer) -> PenaltyPlan | None:
+        """Plans one step; None when it penalises nobody.
+
+        Args:
+            chunks: those of the step that sample, in the order of its logits.
+            transfer: takes what the device needs.
+        """
+        rows = [row for row, chunk in enumerate(chunks) if is_penalised(chunk.sequence)]
+        if not rows:
+            return None
+        started = []
+        for row in rows:
+            sequence = chunks[row].sequence
+            if sequence not in self._entries:
+                self._entries[sequence] = entry = self._allocate()
+                started.append((entry, transfer.integers(sequence.request.prompt_token_ids)))
+        sequences = [chunks[row].sequence for row in rows]
+        return PenaltyPlan(
+            rows=transfer.integers(rows),
+            entries=transfer.integers(self._entries[sequence] for sequence in sequences),
+            repetition=transfer.reals(sequence.sampling.repetition_penalty for sequence in sequences),
+            presence=transfer.reals(sequence.sampling.presence_penalty for sequence in sequences),
+            frequency=transfer.reals(sequence.sampling.frequency_penalty for sequence in sequences),
+            started=tuple(started),
+        )
+
+    def apply(self, logits: Tensor, plan: PenaltyPlan, arrived: Arrived) -> None:
+        """Penalises the planned rows of logits [R, vocab] fp32, in place."""
+        for entry, prompt in plan.started:
+            self._in_prompt[entry].index_fill_(0, arrived[prompt], True)
+        rows, entries = arrived[plan.rows], arrived[plan.entries]
+        counts = self._counts[entries]  # [M, vocab]
+        was_output = counts > 0
+        repetition = torch.where(self._in_prompt[entries] | was_output, _column(plan.repetition, arrived), 1.0)
+        penalised = logits[rows]  # [M, vocab]
+        penalised = torch.where(penalised > 0, penalised / repetition, penalised * repetition)
+        penalised -= counts * _column(plan.frequency, arrived)
+        penalised -= was_output * _column(plan.presence, arrived)
+        logits[rows] = penalised
+
+    def count(self, token_ids: Tensor, plan: PenaltyPlan, arrived: Arrived) -> None:
+        """Notes the sampled tokens [R] int64 of the planned rows."""
+        index = (arrived[plan.entries], token_ids[arrived[plan.rows]])
+        self._counts[index] += 1
+
+    def release(self, sequence: Sequence) -> None:
+        """Forgets an ended sequence; nothing happens if it never was penalised."""
+        entry = self._entries.pop(sequence, None)
+        if entry is not None:
+            self._in_prompt[entry].zero_()
+            self._counts[entry].zero_()
+            self._free.append(entry)
+
+    def _allocate(self) -> int:
+        if not self._free:
+            num_entries = len(self._counts)
+            added = max(1, num_entries)
+            self._in_prompt = torch.cat((self._in_prompt, self._in_prompt.new_zeros(added, self._in_prompt.shape[1])))
+            self._counts = torch.cat((self._counts, self._counts.new_zeros(added, self._counts.shape[1])))
+            self._free = list(range(num_entries, num_entries + added))
+        return self._free.pop()
+
+
+def _column(field: Field, arrived: Arrived) -> Tensor:
+    return arrived[field].float().unsqueeze(1)  # [M, 1] fp32

@@ -1,0 +1,158 @@
+"""Runs steps on the device: the only caller of the model and of the sampler.
+
+A step costs one copy to the device (`Transfer`) and one back (the sampled tokens). The last token of
+every slot stays on the device, so `launch` may be called for the next step before `collect` for this
+one; everything goes into one stream, in order, clearing of slots included.
+"""
+
+from array import array
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dijiang_model.model import PackedBatch
+from dijiang_model.state import StateBuffer
+from server.engine.sampler import FAULTY, Sampler
+from server.engine.scheduler import Batch
+from server.engine.sequence import Chunk, Sequence
+from server.engine.state_pool import StatePool
+from server.engine.transfer import Arrived, Field, Transfer
+
+Model = Callable[[PackedBatch, StateBuffer], Tensor]
+"""Logits [R, vocab] of a step; moves the slots on in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step sampled: one token and one fault flag for each of `Batch.sampled`, in order."""
+
+    token_ids: list[int]
+    faults: list[bool]
+
+
+class Runner(Protocol):
+    """What the engine needs of a runner; tests drive the engine with one of their own."""
+
+    def launch(self, batch: Batch) -> None:
+        """Starts a step."""
+
+    def collect(self) -> StepResult:
+        """Waits for the oldest step that was not collected yet."""
+
+    def release(self, sequence: Sequence) -> None:
+        """Clears what an ended sequence left on the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A launched step: tokens on their way to the host, and the event that says they are there."""
+
+    token_ids: Tensor  # [R] int64 on the host
+    arrived: torch.cuda.Event | None
+
+
+class ModelRunner:
+    """A model, its states and its sampler on one device."""
+
+    def __init__(self, model: Model, *, pool: StatePool, sampler: Sampler, device: torch.device) -> None:
+        self._model = model
+        self._pool = pool
+        self._sampler = sampler
+        self._device = device
+        # Filled with 0, not left as it is: a token id read from the scratch slot must be a valid one.
+        self._last_token_ids = torch.zeros(pool.num_slots + 1, dtype=torch.int64, device=device)
+        self._in_flight: deque[_InFlight] = deque()
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> None:
+        """Starts a step; on a CPU it is done on return."""
+        for chunk in batch.chunks:
+            if chunk.start == 0:
+                self._pool.reset(chunk.slot)
+        transfer = Transfer()
+        fields = _StepFields.prepare(batch, transfer)
+        plan = self._sampler.prepare(batch.sampled, transfer)
+        arrived = transfer.send(self._device)
+        logits = self._model(self._packed(batch, fields, arrived), self._pool.buffer)
+        if not batch.sampled:
+            self._in_flight.append(_InFlight(torch.empty(0, dtype=torch.int64), None))
+            return
+        token_ids = self._sampler.sample(logits, plan, arrived)
+        self._last_token_ids[arrived[fields.sampled_slots]] = token_ids.clamp(min=0)
+        self._in_flight.append(self._send_back(token_ids))
+
+    def collect(self) -> StepResult:
+        """Waits for the oldest launched step and takes its tokens.
+
+        Raises:
+            IndexError: no step is in flight.
+        """
+        step = self._in_flight.popleft()
+        if step.arrived is not None:
+            step.arrived.synchronize()
+        token_ids = step.token_ids.tolist()
+        return StepResult(token_ids, [token_id == FAULTY for token_id in token_ids])
+
+    @torch.inference_mode()
+    def release(self, sequence: Sequence) -> None:
+        """Clears the slot and the sampler's memory of an ended sequence."""
+        assert sequence.slot is not None
+        self._pool.reset(sequence.slot)
+        self._sampler.release(sequence)
+
+    def _packed(self, batch: Batch, fields: "_StepFields", arrived: Arrived) -> PackedBatch:
+        slots = arrived[fields.slots]
+        last = self._last_token_ids[slots[: batch.num_decode]]
+        return PackedBatch(
+            token_ids=torch.cat((last, arrived[fields.prompt_token_ids])),
+            positions=arrived[fields.positions],
+            slots=slots,
+            lengths=tuple(chunk.length for chunk in batch.chunks),
+            num_decode=batch.num_decode,
+            logit_rows=arrived[fields.logit_rows],
+        )
+
+    def _send_back(self, token_ids: Tensor) -> _InFlight:
+        if self._device.type != "cuda":
+            return _InFlight(token_ids, None)
+        on_host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+        on_host.copy_(token_ids, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return _InFlight(on_host, event)
+
+
+@dataclass(frozen=True, slots=True)
+class _StepFields:
+    """The model's part of a transfer; see `PackedBatch`."""
+
+    slots: Field
+    prompt_token_ids: Field
+    positions: Field
+    logit_rows: Field
+    sampled_slots: Field
+
+    @classmethod
+    def prepare(cls, batch: Batch, transfer: Transfer) -> "_StepFields":
+        prompt_token_ids, positions, logit_rows = array("q"), array("q"), array("q")
+        for chunk in batch.chunks:
+            prompt_token_ids.extend(chunk.prompt_token_ids)
+            positions.extend(range(chunk.start, chunk.start + chunk.length))
+            if chunk.output_index is not None:
+                logit_rows.append(len(positions) - 1)
+        return cls(
+            slots=transfer.integers(_slots(batch.chunks)),
+            prompt_token_ids=transfer.integers(prompt_token_ids),
+            positions=transfer.integers(positions),
+            logit_rows=transfer.integers(logit_rows),
+            sampled_slots=transfer.integers(_slots(batch.sampled)),
+        )
+
+
+def _slots(chunks: Items[Chunk]) -> list[int]:
+    return [chunk.slot for chunk in chunks]

@@ -1,0 +1,233 @@
+"""From logits to tokens, for all rows of a step together, each row by its own parameters.
+
+Order, as in the field: penalties, logit bias, suppression until `min_tokens`; then, for rows that are
+not greedy, temperature, min-p, top-k, top-p, each over what the one before left. A token is drawn by
+inverse CDF, in vocabulary order, from one uniform number that depends on the seed and the output index
+alone: no row ever depends on another. Work that no row asks for is not done; a greedy step is an argmax.
+"""
+
+import math
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.engine.penalties import PenaltyPlan, PenaltyTables
+from server.engine.randomness import uniform
+from server.engine.sequence import Chunk, Sequence
+from server.engine.transfer import Arrived, Field, Transfer
+from server.engine.types import SamplingParams
+
+FAULTY = -1
+"""In the place of a token: the row's logits were not finite."""
+
+# Any temperature is exact within these; beyond, fp32 has the same limits: greedy, and uniform.
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-30, 1e30
+_MAX_LOGIT_BIAS = 1e30
+_KEEP_ALL_MASS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class BiasPlan:
+    """Additions to logits, [B] each: rows and tokens int64, values float64."""
+
+    rows: Field
+    token_ids: Field
+    values: Field
+
+
+@dataclass(frozen=True, slots=True)
+class SuppressionPlan:
+    """Tokens that a row may not sample, [B] each, int64."""
+
+    rows: Field
+    token_ids: Field
+
+
+@dataclass(frozen=True, slots=True)
+class DrawPlan:
+    """The M rows that are not greedy.
+
+    Attributes:
+        rows: [M] int64, rows of the logits; None: all of them.
+        uniforms, temperatures: [M] float64.
+        min_scores: [M] float64, log of min-p; None: no row uses it.
+        top_k: None: no row uses it; else [M] int64, the vocabulary's size where it is off.
+        max_top_k: the largest k in use.
+        top_p: None: no row uses it; else [M] float64, `_KEEP_ALL_MASS` where it is off.
+    """
+
+    rows: Field | None
+    uniforms: Field
+    temperatures: Field
+    min_scores: Field | None
+    top_k: Field | None
+    max_top_k: int
+    top_p: Field | None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingPlan:
+    """How a step's rows are sampled; None stands for work that no row asks for."""
+
+    penalties: PenaltyPlan | None
+    bias: BiasPlan | None
+    suppression: SuppressionPlan | None
+    draw: DrawPlan | None
+
+
+class Sampler:
+    """Samples steps; remembers between them only the tokens of penalised sequences."""
+
+    def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._penalties = PenaltyTables(vocab_size, device)
+
+    def prepare(self, chunks: Items[Chunk], transfer: Transfer) -> SamplingPlan:
+        """Host side: plans the sampling of a step's chunks, in the order of its logits, into a transfer."""
+        return SamplingPlan(
+            penalties=self._penalties.prepare(chunks, transfer),
+            bias=_bias_plan(chunks, transfer),
+            suppression=self._suppression_plan(chunks, transfer),
+            draw=self._draw_plan(chunks, transfer),
+        )
+
+    def sample(self, logits: Tensor, plan: SamplingPlan, arrived: Arrived) -> Tensor:
+        """Device side: one token for each row, nothing read back.
+
+        Args:
+            logits: [R, vocab] fp32; overwritten.
+            plan: of these rows.
+            arrived: the transfer that the plan was prepared into.
+
+        Returns:
+            [R] int64 token ids; `FAULTY` where a row's logits are not all finite.
+        """
+        is_finite = torch.isfinite(logits.sum(dim=-1))  # one pass; NaN and infinities carry through a sum
+        if plan.penalties is not None:
+            self._penalties.apply(logits, plan.penalties, arrived)
+        if plan.bias is not None:
+            index = (arrived[plan.bias.rows], arrived[plan.bias.token_ids])
+            logits.index_put_(index, arrived[plan.bias.values].float(), accumulate=True)
+        if plan.suppression is not None:
+            # Not -inf: a row with every token suppressed stays well defined.
+            index = (arrived[plan.suppression.rows], arrived[plan.suppression.token_ids])
+            logits.index_put_(index, torch.full_like(index[0], torch.finfo(logits.dtype).min, dtype=logits.dtype))
+        token_ids = _choose(logits, plan.draw, arrived)
+        if plan.penalties is not None:
+            self._penalties.count(token_ids, plan.penalties, arrived)
+        return torch.where(is_finite, token_ids, FAULTY)
+
+    def release(self, sequence: Sequence) -> None:
+        """Forgets an ended sequence."""
+        self._penalties.release(sequence)
+
+    def _suppression_plan(self, chunks: Items[Chunk], transfer: Transfer) -> SuppressionPlan | None:
+        pairs = [
+            (row, token_id)
+            for row, chunk in enumerate(chunks)
+            if chunk.output_index is not None and chunk.output_index < chunk.sequence.sampling.min_tokens
+            for token_id in (*self._eos_token_ids, *chunk.sequence.sampling.stop_token_ids)
+        ]
+        if not pairs:
+            return None
+        rows, token_ids = zip(*pairs, strict=True)
+        return SuppressionPlan(transfer.integers(rows), transfer.integers(token_ids))
+
+    def _draw_plan(self, chunks: Items[Chunk], transfer: Transfer) -> DrawPlan | None:
+        rows = [row for row, chunk in enumerate(chunks) if chunk.sequence.sampling.temperature > 0]
+        if not rows:
+            return None
+        params = [chunks[row].sequence.sampling for row in rows]
+        top_k = [_effective_top_k(sampling, self._vocab_size) for sampling in params]
+        in_use = [k for k in top_k if k < self._vocab_size]
+        return DrawPlan(
+            rows=transfer.integers(rows) if len(rows) < len(chunks) else None,
+            uniforms=transfer.reals(_uniform(chunks[row]) for row in rows),
+            temperatures=transfer.reals(
+                min(max(sampling.temperature, _MIN_TEMPERATURE), _MAX_TEMPERATURE) for sampling in params
+            ),
+            min_scores=_unless_off(_min_scores(params), -math.inf, transfer),
+            top_k=transfer.integers(top_k) if in_use else None,
+            max_top_k=max(in_use, default=0),
+            top_p=_unless_off([p.top_p if p.top_p < 1 else _KEEP_ALL_MASS for p in params], _KEEP_ALL_MASS, transfer),
+        )
+
+
+def _bias_plan(chunks: Items[Chunk], transfer: Transfer) -> BiasPlan | None:
+    triples = [
+        (row, token_id, min(max(value, -_MAX_LOGIT_BIAS), _MAX_LOGIT_BIAS))
+        for row, chunk in enumerate(chunks)
+        for token_id, value in chunk.sequence.sampling.logit_bias
+    ]
+    if not triples:
+        return None
+    rows, token_ids, values = zip(*triples, strict=True)
+    return BiasPlan(transfer.integers(rows), transfer.integers(token_ids), transfer.reals(values))
+
+
+def _uniform(chunk: Chunk) -> float:
+    assert chunk.output_index is not None
+    return uniform(chunk.sequence.sampling.seed, chunk.output_index)
+
+
+def _effective_top_k(sampling: SamplingParams, vocab_size: int) -> int:
+    return sampling.top_k if 0 < sampling.top_k < vocab_size else vocab_size
+
+
+def _min_scores(params: Items[SamplingParams]) -> list[float]:
+    return [math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf for sampling in params]
+
+
+def _unless_off(values: Items[float], off: float, transfer: Transfer) -> Field | None:
+    return None if all(value == off for value in values) else transfer.reals(values)
+
+
+def _choose(logits: Tensor, plan: DrawPlan | None, arrived: Arrived) -> Tensor:
+    """[R, vocab] fp32 -> [R] int64: the likeliest token, or a drawn one for the rows of the plan."""
+    if plan is not None and plan.rows is None:
+        return _draw(logits, plan, arrived)
+    token_ids = logits.argmax(dim=-1)
+    if plan is not None and plan.rows is not None:
+        rows = arrived[plan.rows]
+        token_ids[rows] = _draw(logits[rows], plan, arrived)
+    return token_ids
+
+
+def _draw(logits: Tensor, plan: DrawPlan, arrived: Arrived) -> Tensor:
+    """[M, vocab] fp32 -> [M] int64, by inverse CDF over the tokens that the filters leave."""
+    scores = logits - logits.amax(dim=-1, keepdim=True)  # before the division: the best stays 0, never NaN
+    scores /= arrived[plan.temperatures].float().unsqueeze(1)
+    if plan.min_scores is not None:
+        scores.masked_fill_(scores < arrived[plan.min_scores].float().unsqueeze(1), -math.inf)
+    if plan.top_p is not None:
+        scores = _truncate(scores, plan, arrived)
+    elif plan.top_k is not None:
+        best = scores.topk(plan.max_top_k, dim=-1).values  # [M, max_top_k]
+        _keep_top_k(scores, best, arrived[plan.top_k])
+    mass = scores.exp().cumsum(dim=-1, dtype=torch.float64)  # [M, vocab]; fp64: no tail token is rounded away
+    targets = arrived[plan.uniforms].unsqueeze(1) * mass[:, -1:]
+    token_ids = torch.searchsorted(mass, targets, right=True).squeeze(1)
+    return token_ids.clamp_(max=logits.shape[-1] - 1)  # only a row of NaN ever points behind the end
+
+
+def _truncate(scores: Tensor, plan: DrawPlan, arrived: Arrived) -> Tensor:
+    """Top-k and top-p over sorted scores [M, vocab]; equal scores count in vocabulary order for top-p."""
+    assert plan.top_p is not None
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    if plan.top_k is not None:
+        _keep_top_k(ordered, ordered, arrived[plan.top_k])
+    weights = ordered.exp().double()
+    mass = weights.cumsum(dim=-1)
+    needed = arrived[plan.top_p].unsqueeze(1) * mass[:, -1:]
+    ordered.masked_fill_(mass - weights >= needed, -math.inf)  # the tokens before it reach top_p already
+    return torch.empty_like(scores).scatter_(1, order, ordered)
+
+
+def _keep_top_k(scores: Tensor, best: Tensor, top_k: Tensor) -> None:
+    """Masks, in place, what scores below the k-th of `best` [M, n], sorted; a k beyond n keeps all."""
+    kth = best.gather(1, (top_k - 1).clamp(max=best.shape[1] - 1).unsqueeze(1))
+    kth.masked_fill_((top_k > best.shape[1]).unsqueeze(1), -math.inf)
+    scores.masked_fill_(scores < kth, -math.inf)

@@ -1,0 +1,210 @@
+"""Who runs in the next step. Pure bookkeeping: no tensor, no clock, no thread.
+
+Rules:
+    - Continuous batching: every step takes all decoding sequences first, then chunks of prompts, first
+      come first served, until `max_step_tokens` are reached. Several prompts share a step; a prompt
+      longer than what is left goes on in the next one, and only its last chunk samples.
+    - There are never more running sequences than tokens in a step, so decoding never starves, and the
+      oldest prompt moves on by at least one token in every step.
+    - A request runs as soon as a slot is free. At most `max_waiting` wait; one more is refused.
+    - Every request that was added ends in exactly one terminal event.
+    - A step may be planned while earlier ones are in flight: rows whose sequence has ended meanwhile are
+      ignored by `commit`.
+"""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+from server.engine.sequence import Chunk, Sequence, SequenceStatus
+from server.engine.slots import SlotAllocator
+from server.engine.types import EngineError, FinishReason, GenerationRequest, TokenEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step.
+
+    Attributes:
+        chunks: decoding sequences first, then prompt chunks.
+        num_decode: how many of the chunks decode.
+        sampled: those of the chunks that sample a token, in order.
+    """
+
+    chunks: tuple[Chunk, ...]
+    num_decode: int
+    sampled: tuple[Chunk, ...]
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Prompt tokens in this step."""
+        return sum(chunk.length for chunk in self.chunks[self.num_decode :])
+
+
+class Scheduler:
+    """The engine's queue and its running set."""
+
+    def __init__(
+        self,
+        *,
+        num_slots: int,
+        max_step_tokens: int,
+        max_waiting: int,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...] = (),
+    ) -> None:
+        """
+        Args:
+            num_slots: sequences that may run together, 1 .. max_step_tokens.
+            max_step_tokens: most tokens in a step.
+            max_waiting: requests that may wait for a slot, >= 0.
+            vocab_size: token ids are 0 .. vocab_size - 1.
+            eos_token_ids: the model's end-of-sequence tokens.
+
+        Raises:
+            ValueError: the numbers do not fit each other.
+        """
+        if num_slots > max_step_tokens:
+            raise ValueError(f"{num_slots} slots need steps of at least as many tokens, not {max_step_tokens}")
+        if max_waiting < 0:
+            raise ValueError(f"max_waiting must be 0 or more, not {max_waiting}")
+        self._slots = SlotAllocator(num_slots)
+        self._max_step_tokens = max_step_tokens
+        self._max_waiting = max_waiting
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._waiting: dict[str, Sequence] = {}
+        self._running: dict[str, Sequence] = {}
+        self._ended: list[Sequence] = []
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold a slot."""
+        return len(self._running)
+
+    @property
+    def num_free_slots(self) -> int:
+        return self._slots.num_free
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request still owes its terminal event."""
+        return bool(self._waiting or self._running)
+
+    def add(self, request: GenerationRequest) -> TokenEvent | None:
+        """Takes a request in; returns its terminal event at once if it cannot be taken.
+
+        Raises:
+            ValueError: a request of this id has not ended yet.
+        """
+        request_id = request.request_id
+        if request_id in self._waiting or request_id in self._running:
+            raise ValueError(f"request {request_id!r} is already in the engine")
+        fault = self._fault(request)
+        if fault is not None:
+            return _failed(request_id, code="internal_error", message=fault)
+        if self.num_waiting - self.num_free_slots >= self._max_waiting:
+            message = f"the engine is full: {self.num_running} requests run and {self.num_waiting} wait"
+            return _failed(request_id, code="overloaded", message=message)
+        self._waiting[request_id] = Sequence(request, self._eos_token_ids)
+        return None
+
+    def abort(self, request_id: str) -> TokenEvent | None:
+        """Ends a request wherever it is; its terminal event, or None if it is unknown or has ended."""
+        sequence = self._waiting.pop(request_id, None)
+        if sequence is not None:
+            sequence.finish()
+        elif request_id in self._running:
+            self._end(self._running[request_id])
+        else:
+            return None
+        return TokenEvent(request_id, finish_reason=FinishReason.ABORT)
+
+    def next_batch(self) -> Batch | None:
+        """Plans a step and counts its tokens as fed; None when nothing can be scheduled now."""
+        chunks = [sequence.next_chunk(1) for sequence in self._running.values() if sequence.wants_decode]
+        num_decode = len(chunks)
+        budget = self._max_step_tokens - num_decode
+        for sequence in [*self._running.values()]:
+            if budget > 0 and sequence.status is SequenceStatus.PREFILL:
+                chunks.append(sequence.next_chunk(budget))
+                budget -= chunks[-1].length
+        while budget > 0 and (admitted := self._admit()) is not None:
+            chunks.append(admitted.next_chunk(budget))
+            budget -= chunks[-1].length
+        if not chunks:
+            return None
+        return Batch(tuple(chunks), num_decode, tuple(chunk for chunk in chunks if chunk.output_index is not None))
+
+    def commit(self, batch: Batch, token_ids: Items[int], faults: Items[bool]) -> list[TokenEvent]:
+        """Takes the step's result in; at most one event per sequence.
+
+        Args:
+            batch: the step, of the oldest uncommitted `next_batch`.
+            token_ids: the sampled token of each of `batch.sampled`.
+            faults: for each of them, whether its logits were not finite; then the token is void.
+        """
+        events = []
+        for chunk, token_id, is_faulty in zip(batch.sampled, token_ids, faults, strict=True):
+            if chunk.sequence.status is not SequenceStatus.FINISHED:
+                events.append(self._commit_row(chunk.sequence, token_id, is_faulty=is_faulty))
+        return events
+
+    def take_ended(self) -> list[Sequence]:
+        """The sequences that gave their slot back since the last call, for the clean-up of the device."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _commit_row(self, sequence: Sequence, token_id: int, *, is_faulty: bool) -> TokenEvent:
+        if is_faulty:
+            self._end(sequence)
+            message = "the model's output for this request was not finite"
+            return _failed(sequence.request_id, code="numerical_error", message=message)
+        reason = sequence.accept(token_id)
+        if reason is not None:
+            self._end(sequence)
+        return TokenEvent(sequence.request_id, (token_id,), reason)
+
+    def _admit(self) -> Sequence | None:
+        """The request that has waited longest, in a slot; None without a request or a slot."""
+        if not self._waiting:
+            return None
+        slot = self._slots.allocate()
+        if slot is None:
+            return None
+        sequence = self._waiting.pop(next(iter(self._waiting)))
+        sequence.admit(slot)
+        self._running[sequence.request_id] = sequence
+        return sequence
+
+    def _end(self, sequence: Sequence) -> None:
+        del self._running[sequence.request_id]
+        sequence.finish()
+        assert sequence.slot is not None
+        self._slots.free(sequence.slot)
+        self._ended.append(sequence)
+
+    def _fault(self, request: GenerationRequest) -> str | None:
+        """Why this request would break a step for everybody; the service has checked before."""
+        sampling = request.sampling
+        if not request.prompt_token_ids:
+            return "the prompt has no tokens"
+        if sampling.max_tokens is not None and sampling.max_tokens < 1:
+            return f"max_tokens is {sampling.max_tokens}, and must be at least 1"
+        bias_ids = (token_id for token_id, _ in sampling.logit_bias)
+        for name, token_ids in (
+            ("prompt", request.prompt_token_ids),
+            ("stop_token_ids", sampling.stop_token_ids),
+            ("logit_bias", tuple(bias_ids)),
+        ):
+            if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._vocab_size):
+                return f"{name} has a token id outside of the vocabulary (0 to {self._vocab_size - 1})"
+        return None
+
+
+def _failed(request_id: str, *, code: str, message: str) -> TokenEvent:
+    return TokenEvent(request_id, finish_reason=FinishReason.ERROR, error=EngineError(code, message))

@@ -1,0 +1,138 @@
+"""The progress of one request: WAITING -> PREFILL -> DECODE -> FINISHED.
+
+Progress is counted when tokens are *scheduled*, and again when sampled tokens are *committed*, so that
+a step can be planned before the one before it was read back. No token but the prompt's is kept here:
+a sequence takes the same memory at output 1 and at output 1,000,000.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from server.engine.types import FinishReason, GenerationRequest, SamplingParams
+
+
+class SequenceStatus(Enum):
+    """What a sequence does next."""
+
+    WAITING = "waiting"
+    """It has no slot yet."""
+    PREFILL = "prefill"
+    """Prompt tokens are left to feed."""
+    DECODE = "decode"
+    """The whole prompt is scheduled; each step feeds the last sampled token."""
+    FINISHED = "finished"
+    """Its terminal event was made."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request in the engine.
+
+    Attributes:
+        request: what the client wants.
+        eos_token_ids: the model's end-of-sequence tokens.
+        status: what comes next.
+        slot: place of its state, from admission on; kept after the end for the clean-up.
+        num_fed: tokens scheduled into the model, hence the position of the next one.
+        num_scheduled: output tokens that steps were asked for.
+        num_outputs: output tokens committed, <= num_scheduled.
+        end_token_ids: tokens that end it.
+    """
+
+    request: GenerationRequest
+    eos_token_ids: tuple[int, ...]
+    status: SequenceStatus = SequenceStatus.WAITING
+    slot: int | None = None
+    num_fed: int = 0
+    num_scheduled: int = 0
+    num_outputs: int = 0
+    end_token_ids: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        eos = () if self.sampling.ignore_eos else self.eos_token_ids
+        self.end_token_ids = frozenset((*eos, *self.sampling.stop_token_ids))
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.request.sampling
+
+    @property
+    def num_prompt_left(self) -> int:
+        """Prompt tokens that no step has taken yet."""
+        return max(0, len(self.request.prompt_token_ids) - self.num_fed)
+
+    @property
+    def wants_decode(self) -> bool:
+        """Whether another output token may be scheduled; false once `max_tokens` are on their way."""
+        limit = self.sampling.max_tokens
+        return self.status is SequenceStatus.DECODE and (limit is None or self.num_scheduled < limit)
+
+    def admit(self, slot: int) -> None:
+        """WAITING -> PREFILL, in a slot of its own."""
+        assert self.status is SequenceStatus.WAITING
+        self.slot = slot
+        self.status = SequenceStatus.PREFILL
+
+    def next_chunk(self, max_tokens: int) -> "Chunk":
+        """Schedules its next tokens: up to `max_tokens` (>= 1) of the prompt, or one decoded token."""
+        is_decode = self.status is SequenceStatus.DECODE
+        length = 1 if is_decode else min(self.num_prompt_left, max_tokens)
+        assert self.slot is not None
+        assert length > 0
+        start = self.num_fed
+        self.num_fed += length
+        output_index = None
+        if self.num_prompt_left == 0:
+            self.status = SequenceStatus.DECODE
+            output_index = self.num_scheduled
+            self.num_scheduled += 1
+        return Chunk(
+            sequence=self, slot=self.slot, start=start, length=length, output_index=output_index, is_decode=is_decode
+        )
+
+    def accept(self, token_id: int) -> FinishReason | None:
+        """Commits one sampled token; says whether, and why, the sequence ends with it."""
+        self.num_outputs += 1
+        if token_id in self.end_token_ids and self.num_outputs > self.sampling.min_tokens:
+            return FinishReason.STOP
+        if self.num_outputs == self.sampling.max_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def finish(self) -> None:
+        """Any state -> FINISHED, once."""
+        assert self.status is not SequenceStatus.FINISHED
+        self.status = SequenceStatus.FINISHED
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The tokens of one sequence in one step.
+
+    Attributes:
+        sequence: whose tokens these are.
+        slot: where its state lies.
+        start: position of the first token in the conversation.
+        length: tokens, >= 1.
+        output_index: which output token the step samples from the last of them, from 0; None: none,
+            more of the prompt follows.
+        is_decode: the token is the last sampled one, which the device holds.
+    """
+
+    sequence: Sequence
+    slot: int
+    start: int
+    length: int
+    output_index: int | None
+    is_decode: bool
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        """The prompt tokens to feed; empty when decoding."""
+        if self.is_decode:
+            return ()
+        return self.sequence.request.prompt_token_ids[self.start : self.start + self.length]
