@@ -10,7 +10,7 @@ from typing import Literal
 
 from dijiang_model.errors import ConfigError
 
-Family = Literal["gpt_neox", "llama"]
+Family = Literal["gpt_neox", "llama", "opt"]
 Normalisation = Literal["softmax", "exp"]
 ReadOut = Literal["denominator", "group_norm"]
 Basis = Literal["dct2", "dct4", "matrix"]
@@ -80,12 +80,14 @@ class ModelConfig:
     Attributes:
         family: the backbone's architecture.
         num_kv_heads: G; divides num_heads (H). GPT-NeoX has G = H.
-        rotary_dims: channels of each head that rotate (the first ones), even, <= head_size.
+        rotary_dims: channels of each head that rotate (the first ones), even, <= head_size; 0 for OPT.
         max_position_embeddings: the teacher's trained range in tokens. Generation does not end there;
             sink keys are seen from no further away than this.
         activation: HF's name: `gelu`, `gelu_new`, `gelu_fast`, `gelu_pytorch_tanh`, `silu`, `relu`.
         parallel_residual: GPT-NeoX: attention and MLP both read the layer's input.
         attention_bias / mlp_bias: whether those projections carry biases.
+        pre_norm: norms before attention and MLP; False (OPT-350M) has them after the residuals and none at the end.
+        embedding_size: width of the token embedding if it is projected to hidden_size (OPT-350M), else 0.
         position_table_length: entries of the released D1 / D2 tables; 0 without tables.
         layers: one `AttentionConfig` per layer.
         bos_token_id / eos_token_ids / pad_token_id: from the base model; may be absent.
@@ -108,6 +110,8 @@ class ModelConfig:
     mlp_bias: bool
     tie_word_embeddings: bool
     layers: tuple[AttentionConfig, ...]
+    pre_norm: bool = True
+    embedding_size: int = 0
     position_table_length: int = 0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -135,6 +139,11 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def embedding_width(self) -> int:
+        """Columns of the embedding and of the output head."""
+        return self.embedding_size if self.embedding_size > 0 else self.hidden_size
 
     def num_features(self, layer: int) -> int:
         """K, the feature width of a layer."""

@@ -55,23 +55,21 @@ class DiJiangForCausalLM(nn.Module):
 
     @property
     @abstractmethod
-    def embedding(self) -> nn.Embedding:
-        """Token embedding."""
-
-    @property
-    @abstractmethod
     def blocks(self) -> nn.ModuleList:
         """The layers, first to last; each has `dijiang`, its attention."""
 
     @property
     @abstractmethod
-    def final_norm(self) -> nn.Module:
-        """The norm before the output head."""
-
-    @property
-    @abstractmethod
     def head_weight(self) -> Tensor:
-        """Output head, [vocab, D]."""
+        """Output head, [vocab, D] (D: the embedding's width)."""
+
+    @abstractmethod
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """[T] and [T] int64 -> [T, hidden], what the first block reads."""
+
+    @abstractmethod
+    def finish(self, x: Tensor) -> Tensor:
+        """[T, hidden] of the last block -> [T, D], what the output head reads."""
 
     @property
     def attentions(self) -> Iterable[DiJiangAttention]:
@@ -109,13 +107,13 @@ class DiJiangForCausalLM(nn.Module):
     def hidden_states(self, batch: PackedBatch, state: StateBuffer, *, all_layers: bool = False) -> list[Tensor]:
         """The final normed hidden states [T, D]; with `all_layers` those before each layer come first."""
         layout = self._layout(batch)
-        x = self.embedding(batch.token_ids)
+        x = self.embed(batch.token_ids, batch.positions)
         kept = []
         for block, attention in zip(self.blocks, self.attentions, strict=True):
             if all_layers:
                 kept.append(x)
             x = block(x, op=self.attention_op, layout=layout, state=attention.layer_state(state))
-        return [*kept, self.final_norm(x)]
+        return [*kept, self.finish(x)]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, D] normed -> [R, vocab], fp32 or fp64."""

@@ -7,11 +7,13 @@ import torch
 from dijiang_model.config import Family, ModelConfig
 from dijiang_model.families.gpt_neox import GPTNeoXForCausalLM
 from dijiang_model.families.llama import LlamaForCausalLM
+from dijiang_model.families.opt import OPTForCausalLM
 from dijiang_model.model import DiJiangForCausalLM
 
-FAMILIES: Mapping[Family, type[GPTNeoXForCausalLM] | type[LlamaForCausalLM]] = {
+FAMILIES: Mapping[Family, type[GPTNeoXForCausalLM] | type[LlamaForCausalLM] | type[OPTForCausalLM]] = {
     "gpt_neox": GPTNeoXForCausalLM,
     "llama": LlamaForCausalLM,
+    "opt": OPTForCausalLM,
 }
 
 

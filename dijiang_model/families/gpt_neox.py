@@ -86,18 +86,18 @@ class GPTNeoXForCausalLM(DiJiangForCausalLM):
         self.is_tied = config.tie_word_embeddings
 
     @property
-    def embedding(self) -> nn.Embedding:
-        return self.gpt_neox.embed_in
-
-    @property
     def blocks(self) -> nn.ModuleList:
         return self.gpt_neox.layers
-
-    @property
-    def final_norm(self) -> nn.Module:
-        return self.gpt_neox.final_layer_norm
 
     @property
     def head_weight(self) -> Tensor:
         """[vocab, D]."""
         return self.gpt_neox.embed_in.weight if self.is_tied else self.embed_out.weight
+
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        x: Tensor = self.gpt_neox.embed_in(token_ids)
+        return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.gpt_neox.final_layer_norm(x)
+        return normed

@@ -104,18 +104,18 @@ class LlamaForCausalLM(DiJiangForCausalLM):
         self.is_tied = config.tie_word_embeddings
 
     @property
-    def embedding(self) -> nn.Embedding:
-        return self.model.embed_tokens
-
-    @property
     def blocks(self) -> nn.ModuleList:
         return self.model.layers
-
-    @property
-    def final_norm(self) -> nn.Module:
-        return self.model.norm
 
     @property
     def head_weight(self) -> Tensor:
         """[vocab, D]."""
         return self.model.embed_tokens.weight if self.is_tied else self.lm_head.weight
+
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        x: Tensor = self.model.embed_tokens(token_ids)
+        return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.model.norm(x)
+        return normed

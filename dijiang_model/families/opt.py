@@ -1,0 +1,134 @@
+"""OPT: learned positions, biases everywhere, pre-norm or (350M) post-norm with embedding projections."""
+
+import torch
+from torch import Tensor, nn
+
+from dijiang_model.attention import DiJiangAttention
+from dijiang_model.config import ModelConfig
+from dijiang_model.families.activations import ACTIVATIONS
+from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.ops import AttentionOp, LayerState
+from dijiang_model.ops.layout import StepLayout
+
+POSITION_OFFSET = 2
+"""OPT's first token has position row 2."""
+
+
+class OPTAttention(DiJiangAttention):
+    """Separate q, k, v and output projections; no rotary embedding."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
+        super().__init__(config, layer, dtype=dtype)
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden, hidden, bias=bias, dtype=dtype)
+        self.k_proj = nn.Linear(hidden, hidden, bias=bias, dtype=dtype)
+        self.v_proj = nn.Linear(hidden, hidden, bias=bias, dtype=dtype)
+        self.out_proj = nn.Linear(hidden, hidden, bias=bias, dtype=dtype)
+
+    def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
+        heads = (-1, self.config.head_size)
+        q = self.q_proj(x).unflatten(1, heads)
+        k = self.k_proj(x).unflatten(1, heads)
+        v = self.v_proj(x).unflatten(1, heads)
+        output: Tensor = self.out_proj(self.attend(x, q, k, v, op=op, layout=layout, state=state))
+        return output
+
+
+class OPTBlock(nn.Module):
+    """Attention, then MLP; each normed before (pre-norm) or after its residual (post-norm)."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.is_pre_norm = config.pre_norm
+        self.activation = ACTIVATIONS[config.activation]
+        self.self_attn = OPTAttention(config, layer, dtype=dtype)
+        self.self_attn_layer_norm = nn.LayerNorm(hidden, eps=config.norm_eps, dtype=dtype)
+        self.fc1 = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
+        self.fc2 = nn.Linear(inner, hidden, bias=bias, dtype=dtype)
+        self.final_layer_norm = nn.LayerNorm(hidden, eps=config.norm_eps, dtype=dtype)
+
+    @property
+    def dijiang(self) -> DiJiangAttention:
+        return self.self_attn
+
+    def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
+        output: Tensor
+        if self.is_pre_norm:
+            x = x + self.self_attn(self.self_attn_layer_norm(x), op=op, layout=layout, state=state)
+            output = x + self._mlp(self.final_layer_norm(x))
+        else:
+            x = self.self_attn_layer_norm(x + self.self_attn(x, op=op, layout=layout, state=state))
+            output = self.final_layer_norm(x + self._mlp(x))
+        return output
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        output: Tensor = self.fc2(self.activation(self.fc1(x)))
+        return output
+
+
+class OPTDecoder(nn.Module):
+    """Embeddings, blocks, and what follows them, under HF's prefix `model.decoder`."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_width, dtype=dtype)
+        num_positions = config.max_position_embeddings + POSITION_OFFSET
+        self.embed_positions = nn.Embedding(num_positions, config.hidden_size, dtype=dtype)
+        if config.embedding_width != config.hidden_size:
+            self.project_in = nn.Linear(config.embedding_width, config.hidden_size, bias=False, dtype=dtype)
+            self.project_out = nn.Linear(config.hidden_size, config.embedding_width, bias=False, dtype=dtype)
+        self.layers = nn.ModuleList(OPTBlock(config, i, dtype=dtype) for i in range(config.num_layers))
+        if config.pre_norm:
+            self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+
+
+class OPTBackbone(nn.Module):
+    """HF's `model`."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.decoder = OPTDecoder(config, dtype=dtype)
+
+
+class OPTForCausalLM(DiJiangForCausalLM):
+    """The family's modules under their checkpoint names; `lm_head` is absent when tied.
+
+    Past the learned positions the last one is used, so that generation has no end; what lies beyond the
+    teacher's range is untrained there.
+    """
+
+    ATTENTION_PATH = "model.decoder.layers.{layer}.self_attn"
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+        super().__init__(config)
+        self.model = OPTBackbone(config, dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.embedding_width, config.vocab_size, bias=False, dtype=dtype)
+        self.is_tied = config.tie_word_embeddings
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.decoder.layers
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab, embedding width]."""
+        return self.model.decoder.embed_tokens.weight if self.is_tied else self.lm_head.weight
+
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        decoder, config = self.model.decoder, self.config
+        x = decoder.embed_tokens(token_ids)
+        if config.embedding_width != config.hidden_size:
+            x = decoder.project_in(x)
+        rows = positions.clamp(max=config.max_position_embeddings - 1) + POSITION_OFFSET
+        output: Tensor = x + decoder.embed_positions(rows)
+        return output
+
+    def finish(self, x: Tensor) -> Tensor:
+        decoder, config = self.model.decoder, self.config
+        if config.pre_norm:
+            x = decoder.final_layer_norm(x)
+        if config.embedding_width != config.hidden_size:
+            x = decoder.project_out(x)
+        return x
