@@ -157,7 +157,7 @@ def _error_of(response: httpx.Response) -> object:
     if isinstance(body, dict):
         # FastAPI's own errors, from servers in front of which no envelope was put, say `detail`.
         return body.get("error", body.get("detail", body))
-    return f"HTTP {response.status_code}: {response.text[:MAX_QUOTED_CHARACTERS].strip()}"
+    return f"HTTP {response.status_code}: {response.text[:MAX_QUOTED_CHARACTERS]}".rstrip(": \n")
 
 
 def _error_fields(error: object) -> dict[str, Any]:
