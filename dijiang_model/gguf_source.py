@@ -216,4 +216,5 @@ def _bfloat16(tensor: gguf.ReaderTensor, info: TensorInfo) -> Tensor:
 
 def _unpermuted(value: Tensor, num_heads: int) -> Tensor:
     """[heads * d, ...] with the two halves of each head interleaved -> halves one after the other."""
-    return value.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+    halves: Tensor = value.unflatten(0, (num_heads, -1, 2)).transpose(1, 2)  # [heads, 2, d / 2, ...]
+    return halves.flatten(0, 2).contiguous()

@@ -1,0 +1,1 @@
+"""Making DiJiang models from pretrained transformers."""

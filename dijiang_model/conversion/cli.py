@@ -1,0 +1,95 @@
+"""`dijiang convert`: the command line of the converter."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dijiang_model.conversion.convert import DTYPES, Conversion, convert
+from dijiang_model.conversion.recipes import Recipe
+from dijiang_model.errors import ModelError
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def convert_command(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of an HF model (safetensors or pytorch_model.bin, whole or sharded), a GGUF file of the "
+            "llama architecture, or a DiJiang checkpoint as the paper's authors release them."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write. It appears complete or not at all.")],
+    recipe: Annotated[
+        Recipe | None,
+        typer.Option(
+            help="How attention is replaced. hybrid: a window of exact softmax beside the silent linear part, answers "
+            "sensibly without training. pure: the paper's normalised kernel alone. released: as the authors' code "
+            "starts. pure and released generate no sense before they are trained. "
+            "Default: hybrid; a DiJiang checkpoint keeps its attention."
+        ),
+    ] = None,
+    window: Annotated[int, typer.Option(min=1, help="hybrid: recent tokens seen by exact softmax.")] = 60,
+    sinks: Annotated[int, typer.Option(min=0, help="hybrid: first tokens seen by exact softmax.")] = 4,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Stored weights: float32, bfloat16 or float16. Default: the source's; float32 if quantized."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of fresh random tensors (recipe released).")] = 0,
+    max_shard_size: Annotated[str, typer.Option(help="Most bytes in a file of weights, e.g. 500M or 2G.")] = "2G",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+) -> None:
+    """Make a DiJiang model of a pretrained transformer."""
+    console = Console(stderr=True)
+    if dtype is not None and dtype not in DTYPES:
+        raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
+    max_shard_bytes = parse_size(max_shard_size)
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(binary_units=True), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("convert", total=None)
+            made = convert(
+                source,
+                out,
+                recipe=recipe,
+                window=window,
+                sinks=sinks,
+                dtype=dtype,
+                seed=seed,
+                max_shard_bytes=max_shard_bytes,
+                overwrite=overwrite,
+                on_progress=lambda written, total: progress.update(task, completed=written, total=total),
+            )
+    except ModelError as error:
+        console.print(f"[red]error:[/red] {_escaped(str(error))}", highlight=False)
+        raise typer.Exit(1) from error
+    _summarise(made, console)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from a whole number with an optional unit K, M or G (powers of 1024).
+
+    Raises:
+        typer.BadParameter: anything else, or less than 1 byte.
+    """
+    match = re.fullmatch(r"(\d{1,12})\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    size = int(match[1]) * _UNITS[match[2].upper()] if match else 0
+    if size < 1:
+        raise typer.BadParameter(f"{text!r} is not a size such as 500M or 2G", param_hint="--max-shard-size")
+    return size
+
+
+def _summarise(made: Conversion, console: Console) -> None:
+    for warning in made.warnings:
+        console.print(f"[yellow]warning:[/yellow] {_escaped(warning)}", highlight=False)
+    console.print(f"{made.title}: {made.state_bytes / 2**20:.2f} MiB of state per conversation", highlight=False)
+    console.print(f"Serve it with `dijiang serve {_escaped(str(made.out))}`", highlight=False)
+
+
+def _escaped(text: str) -> str:
+    """Square brackets are text here, not rich's markup."""
+    return text.replace("[", "\\[")

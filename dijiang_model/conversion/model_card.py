@@ -1,0 +1,147 @@
+"""The model card of a converted model: what it is, what was trained and what was not."""
+
+import json
+
+from dijiang_model.config import AttentionConfig, ModelConfig
+from dijiang_model.config_json import Origin
+from dijiang_model.state import StateSpec
+
+UNTRAINED_WARNING = (
+    "An untrained swap of softmax attention for a kernel destroys a model. Measured on SmolLM2-135M-Instruct, mean "
+    "negative log-likelihood per token: teacher 3.30; any 64-feature map swapped into all layers, no training, "
+    "6.7 to 7.7; the hybrid's window of 60 + 4 sinks, no training, 3.60. This model does not generate sense "
+    "before it is trained."
+)
+_LAYER_KINDS = {
+    "dct2": "the orthonormal DCT-II",
+    "dct4": "the orthonormal DCT-IV",
+    "matrix": "the projection matrices of the checkpoint",
+}
+
+
+def needs_training(config: ModelConfig, origin: Origin) -> bool:
+    """Whether the model is a swap without a window that nothing was trained for."""
+    return origin.recipe in ("pure", "released") and origin.tokens_trained == 0
+
+
+def title(config: ModelConfig) -> str:
+    """What the model may be called, e.g. `DiJiang hybrid, window 60+4`."""
+    windows = sorted({(layer.window, layer.sinks) for layer in config.layers})
+    if windows == [(0, 0)]:
+        return "DiJiang"
+    return "DiJiang hybrid, window " + " or ".join(f"{window}+{sinks}" for window, sinks in windows)
+
+
+def model_card(config: ModelConfig, origin: Origin, state: StateSpec, *, name: str, dtype: str) -> str:
+    """The text of the model's README.md.
+
+    Args:
+        state: one conversation's.
+        name: the model's folder name.
+        dtype: of the stored weights, e.g. `float32`.
+    """
+    sections = [
+        _front_matter(origin),
+        f"# {name}\n\n{title(config)}. Made with recipe `{origin.recipe}` from {origin.teacher}.",
+        f"**{UNTRAINED_WARNING}**" if needs_training(config, origin) else "",
+        _facts(config, origin, state, dtype),
+        "## What was trained\n\n" + _training(origin, config),
+        "## Why it may be called DiJiang\n\n" + _conditions(config, origin),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _front_matter(origin: Origin) -> str:
+    lines = ["tags: [dijiang, linear-attention]"]
+    if origin.licence is not None:
+        lines.insert(0, f"license: {json.dumps(origin.licence)}")
+    return "---\n" + "\n".join(lines) + "\n---"
+
+
+def _facts(config: ModelConfig, origin: Origin, state: StateSpec, dtype: str) -> str:
+    rows = [
+        ("teacher", origin.teacher),
+        ("teacher's licence", origin.licence if origin.licence is not None else "not stated by the source"),
+        ("architecture", f"{config.family}, {config.num_layers} layers, hidden size {config.hidden_size}"),
+        ("heads", f"{config.num_heads}, {config.num_kv_heads} key-value, of {config.head_size} channels"),
+        ("weights", f"{dtype}{_dequantised(origin)}"),
+        ("state", f"{state.bytes_per_slot:,} bytes per conversation with {dtype} weights, whatever its length"),
+        ("attention", "; ".join(_attention_lines(config))),
+        ("seed of fresh tensors", str(origin.seed)),
+    ]
+    return "\n".join(["| | |", "|---|---|", *(f"| {label} | {_cell(text)} |" for label, text in rows)])
+
+
+def _cell(text: str) -> str:
+    """Text from a source file must not break the table or forge a line."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _dequantised(origin: Origin) -> str:
+    if origin.dequantised_from is None:
+        return ""
+    return f", dequantized from {origin.dequantised_from}: they carry the quantization's error"
+
+
+def _attention_lines(config: ModelConfig) -> list[str]:
+    lines = []
+    for layer in dict.fromkeys(config.layers):
+        count = sum(other == layer for other in config.layers)
+        lines.append(f"{count} layers: {_attention(layer)}")
+    return lines
+
+
+def _attention(layer: AttentionConfig) -> str:
+    bases = " and ".join(_LAYER_KINDS[basis] for basis in layer.features.bases)
+    window = f", window {layer.window}+{layer.sinks} of exact softmax" if layer.window else ""
+    return (
+        f"{bases}, nodes {layer.features.nodes}, {layer.features.normalisation} features, "
+        f"{layer.decay} decay, {layer.read_out} read-out{window}"
+    )
+
+
+def _training(origin: Origin, config: ModelConfig) -> str:
+    if origin.tokens_trained > 0:
+        return f"{origin.tokens_trained:,} tokens after the swap."
+    if origin.recipe == "checkpoint":
+        return (
+            "The weights are those of a DiJiang checkpoint, saved in another form; its training is not recorded here."
+        )
+    lines = ["Nothing was trained after the swap: all projections, norms and embeddings are the teacher's."]
+    if any(layer.window for layer in config.layers):
+        lines.append(
+            "The linear part is silent (its mixing weight is zero), so the model computes exactly what attention to "
+            "the window and the sinks computes. What lies beyond the window is not used. It is the training-free "
+            "window that a trained conversion has to beat."
+        )
+    else:
+        lines.append("Nodes, weights, decays (and gate and GroupNorm, where there are any) are fresh.")
+    return " ".join(lines)
+
+
+def _conditions(config: ModelConfig, origin: Origin) -> str:
+    is_matrix = any("matrix" in layer.features.bases for layer in config.layers)
+    is_silent = origin.tokens_trained == 0 and any(layer.window for layer in config.layers)
+    computes = "Each layer computes `phi(q)^T sum phi(k) v^T` with " + (
+        "the projection that the checkpoint stores as DCT times nodes; that it is one was not verified."
+        if is_matrix
+        else "the fixed orthonormal DCT and no learned dense matrix between rotary embedding and exponential."
+    )
+    if is_silent:
+        computes += " At present its weight is zero: as it stands, this is a window model with room for DiJiang."
+    nodes = (
+        "The nodes are part of the checkpoint's projection."
+        if is_matrix
+        else "The nodes come from the normal inverse CDF of the recorded low-discrepancy set, the weights are "
+        "positive; both are stored as `linear.nodes` and `linear.log_weights`."
+    )
+    return "\n".join(
+        [
+            f"1. {computes}",
+            f"2. {nodes}",
+            f"3. Decoding is strictly recurrent, its state constant. {title(config)}.",
+            "4. Tokens trained: "
+            + f"{origin.tokens_trained:,}. Losses, likelihood against the teacher and against the "
+            "window of equal bytes, ablations and a recall probe: not measured for this conversion.",
+        ]
+    )
