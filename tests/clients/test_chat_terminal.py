@@ -1,0 +1,112 @@
+"""`dijiang chat` at a real (pseudo-)terminal."""
+
+import json
+import threading
+from pathlib import Path
+
+from tests.clients import answers
+from tests.clients.loopback import Exchange, loopback_server
+from tests.clients.terminal_session import CTRL_D, chat_at_terminal
+
+PROMPT = "you> "
+
+
+def _chat_server(exchange: Exchange) -> None:
+    if exchange.path == "/v1/models":
+        exchange.answer(200, answers.MODELS)
+    else:
+        exchange.stream(*answers.chat_chunks("You said: ", exchange.body["messages"][-1]["content"]))
+
+
+def test_conversation_keeps_its_history_and_obeys_commands(tmp_path: Path) -> None:
+    saved = tmp_path / "talk.json"
+    with (
+        loopback_server(_chat_server) as server,
+        chat_at_terminal(["--system", "Be brief.", "--temperature", "0"], {"DIJIANG_BASE_URL": server.url}) as terminal,
+    ):
+        assert "tiny at http://127.0.0.1" in terminal.read_until(PROMPT)
+        terminal.type("one\n")
+        assert "You said: one" in terminal.read_until(PROMPT)
+        terminal.type("two\n")
+        assert "You said: two" in terminal.read_until(PROMPT)
+        terminal.type(f"/save {saved}\n")
+        assert "saved to" in terminal.read_until(PROMPT)
+        terminal.type("/reset\n/system Be long.\n/help\n")
+        terminal.read_until("/exit")
+        terminal.type("three\n")
+        terminal.read_until("You said: three")
+        terminal.type("/system\nfour\n")
+        terminal.read_until("You said: four")
+        terminal.type("/exit\n")
+        assert terminal.wait() == 0
+    bodies = [exchange.body for exchange in server.requests[1:]]
+    turns = [[message["content"] for message in body["messages"]] for body in bodies]
+    assert turns == [
+        ["Be brief.", "one"],
+        ["Be brief.", "one", "You said: one", "two"],
+        ["Be long.", "three"],
+        ["three", "You said: three", "four"],
+    ]
+    assert [message["role"] for message in bodies[1]["messages"]] == ["system", "user", "assistant", "user"]
+    assert (bodies[0]["model"], bodies[0]["temperature"]) == ("tiny", 0)
+    assert [message["content"] for message in json.loads(saved.read_text())] == [*turns[1], "You said: two"]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
+    stopped = threading.Event()
+
+    def handle(exchange: Exchange) -> None:
+        if len(server.requests) > 1:
+            _chat_server(exchange)
+            return
+        exchange.start_stream()
+        exchange.send(b'data: {"choices":[{"delta":{"content":"begun"}}]}\n\n')
+        exchange.wait_for_disconnect()
+        stopped.set()
+
+    with (
+        loopback_server(handle) as server,
+        chat_at_terminal(["--base-url", server.url, "--model", "tiny"], {}) as terminal,
+    ):
+        terminal.read_until(PROMPT)
+        terminal.type("one\n")
+        terminal.read_until("begun")
+        terminal.interrupt_until("(stopped)")
+        assert stopped.wait(30), "stopping an answer must close its connection"
+        terminal.read_until(PROMPT)
+        terminal.type("half a li")
+        terminal.read_until("half a li")
+        terminal.interrupt_until("(/exit or Ctrl-D to leave)")
+        terminal.read_until(PROMPT)
+        terminal.type("two\n")
+        terminal.read_until("You said: two")
+        terminal.read_until(PROMPT)
+        terminal.type(CTRL_D)
+        assert terminal.wait() == 0
+    contents = [message["content"] for message in server.requests[1].body["messages"]]
+    assert contents == ["one", "begun", "two"], "what was said before the stop is remembered"
+
+
+def test_failed_turn_is_told_and_forgotten_and_the_program_goes_on() -> None:
+    def handle(exchange: Exchange) -> None:
+        if len(server.requests) == 1:
+            exchange.answer(400, answers.error("prompt has 9,311 tokens", param="messages"))
+        else:
+            exchange.stream(*answers.chat_chunks("fine\x1b[2J"))
+
+    with (
+        loopback_server(handle) as server,
+        chat_at_terminal(["--base-url", server.url, "--model", "tiny"], {}) as terminal,
+    ):
+        terminal.read_until(PROMPT)
+        terminal.type("too long\n")
+        assert "error: prompt has 9,311 tokens" in terminal.read_until(PROMPT)
+        terminal.type("short\n")
+        assert "fine\N{REPLACEMENT CHARACTER}[2J" in terminal.read_until(PROMPT), "an answer cannot steer the terminal"
+        terminal.type("/nonsense\n")
+        assert "no command /nonsense" in terminal.read_until(PROMPT)
+        terminal.type("/save\n")
+        assert "needs a file name" in terminal.read_until(PROMPT)
+        terminal.type("/save /nowhere/at/all\n")
+        assert "cannot write" in terminal.read_until(PROMPT)
+    assert server.requests[1].body["messages"] == [{"role": "user", "content": "short"}]
