@@ -77,6 +77,33 @@ def gpt_neox_config(*layers: AttentionConfig, parallel_residual: bool = True) ->
     )
 
 
+def opt_config(*layers: AttentionConfig, pre_norm: bool = True, embedding_size: int = 0) -> ModelConfig:
+    """Two layers (hybrid, then pure); OPT-350M's form is `pre_norm=False` with an embedding_size of its own."""
+    return ModelConfig(
+        family="opt",
+        vocab_size=BYTE_VOCAB_SIZE,
+        hidden_size=48,
+        intermediate_size=96,
+        num_heads=3,
+        num_kv_heads=3,
+        head_size=16,
+        rotary_dims=0,
+        rope_theta=10_000.0,
+        max_position_embeddings=128,
+        norm_eps=1e-5,
+        activation="relu",
+        parallel_residual=False,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+        layers=layers or (HYBRID, PURE),
+        pre_norm=pre_norm,
+        embedding_size=embedding_size,
+        bos_token_id=256,
+        eos_token_ids=(256,),
+    )
+
+
 def random_tensors(config: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
     """fp32 checkpoint tensors with every part at work (no silent mixing weight, weights and tables as if trained)."""
     generator = torch.Generator().manual_seed(seed)

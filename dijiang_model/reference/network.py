@@ -1,18 +1,38 @@
-"""Whole forward passes of GPT-NeoX and LLaMA with the reference attention, from a state dict."""
+"""Whole forward passes of GPT-NeoX, LLaMA and OPT with the reference attention, from a state dict."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import pi, sqrt
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dijiang_model.config import AttentionConfig, ModelConfig
+from dijiang_model.config import AttentionConfig, Family, ModelConfig
 from dijiang_model.reference import hybrid, linear
 from dijiang_model.reference.features import feature_map
 
 Form = Literal["parallel", "chunked", "recurrent"]
 Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Where a family keeps its tensors."""
+
+    prefix: str
+    embedding: str
+    final_norm: str
+    head: str
+
+
+NAMES: Mapping[Family, Names] = {
+    "llama": Names("model", "model.embed_tokens.weight", "model.norm", "lm_head.weight"),
+    "gpt_neox": Names("gpt_neox", "gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm", "embed_out.weight"),
+    "opt": Names(
+        "model.decoder", "model.decoder.embed_tokens.weight", "model.decoder.final_layer_norm", "lm_head.weight"
+    ),
+}
 
 CHUNK_SIZE = 7
 """Of the chunked form here: small and odd, so that every text has several and a ragged last one."""
@@ -46,18 +66,19 @@ def forward(
         norm, [T, D] each; and logits [T, vocab].
     """
     weights = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    prefix = {"llama": "model", "gpt_neox": "gpt_neox"}[config.family]
-    embedding = {"llama": "model.embed_tokens.weight", "gpt_neox": "gpt_neox.embed_in.weight"}[config.family]
-    final_norm = {"llama": "model.norm", "gpt_neox": "gpt_neox.final_layer_norm"}[config.family]
-    head = {"llama": "lm_head.weight", "gpt_neox": "embed_out.weight"}[config.family]
-    x = weights[embedding][torch.tensor(token_ids, dtype=torch.int64)]
+    names = NAMES[config.family]
+    x = _embed(config, weights, torch.tensor(token_ids, dtype=torch.int64))
     hidden = [x]
     for index, layer in enumerate(config.layers):
-        part = _below(weights, f"{prefix}.layers.{index}")
-        x = (_llama_layer if config.family == "llama" else _neox_layer)(config, layer, part, x, form)
+        part = _below(weights, f"{names.prefix}.layers.{index}")
+        x = LAYERS[config.family](config, layer, part, x, form)
         hidden.append(x)
-    hidden[-1] = _norm(config, _below(weights, final_norm), x)
-    return hidden, hidden[-1] @ weights[embedding if config.tie_word_embeddings else head].T
+    if config.pre_norm:
+        x = _norm(config, _below(weights, names.final_norm), x)
+    if config.embedding_width != config.hidden_size:
+        x = x @ weights["model.decoder.project_out.weight"].T
+    hidden[-1] = x
+    return hidden, x @ weights[names.embedding if config.tie_word_embeddings else names.head].T
 
 
 def greedy(
@@ -71,16 +92,27 @@ def greedy(
     return token_ids
 
 
+def _embed(config: ModelConfig, weights: Tensors, token_ids: Tensor) -> Tensor:
+    """[T, D]. OPT adds learned positions, the first in row 2, and beyond its trained range the last one."""
+    x = weights[NAMES[config.family].embedding][token_ids]
+    if config.embedding_width != config.hidden_size:
+        x = x @ weights["model.decoder.project_in.weight"].T
+    if config.family == "opt":
+        rows = [2 + min(t, config.max_position_embeddings - 1) for t in range(len(token_ids))]
+        x = x + weights["model.decoder.embed_positions.weight"][rows]
+    return x
+
+
 def _below(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
 
 
 def _norm(config: ModelConfig, part: Tensors, x: Tensor) -> Tensor:
-    """RMSNorm of LLaMA, LayerNorm of GPT-NeoX."""
-    if config.family == "gpt_neox":
+    """RMSNorm of LLaMA, LayerNorm of the others."""
+    if config.family != "llama":
         x = x - x.mean(dim=-1, keepdim=True)
     normed = x / (x.square().mean(dim=-1, keepdim=True) + config.norm_eps).sqrt() * part["weight"]
-    return normed + part["bias"] if config.family == "gpt_neox" else normed
+    return normed if config.family == "llama" else normed + part["bias"]
 
 
 def _dense(part: Tensors, name: str, x: Tensor) -> Tensor:
@@ -108,6 +140,22 @@ def _neox_layer(config: ModelConfig, layer: AttentionConfig, part: Tensors, x: T
     normed = _norm(config, _below(part, "post_attention_layernorm"), mlp_input)
     grown = ACTIVATIONS[config.activation](_dense(mlp, "dense_h_to_4h", normed))
     return x + attended + _dense(mlp, "dense_4h_to_h", grown)
+
+
+def _opt_layer(config: ModelConfig, layer: AttentionConfig, part: Tensors, x: Tensor, form: Form) -> Tensor:
+    """Norms before attention and MLP, or (350M) after their residuals."""
+    attention = _below(part, "self_attn")
+    norms = [_below(part, name) for name in ("self_attn_layer_norm", "final_layer_norm")]
+    read = _norm(config, norms[0], x) if config.pre_norm else x
+    q, k, v = (_dense(attention, f"{name}_proj", read).view(x.shape[0], -1, config.head_size) for name in "qkv")
+    x = x + _dense(attention, "out_proj", _attention(config, layer, attention, q, k, v, normed=read, form=form))
+    x = x if config.pre_norm else _norm(config, norms[0], x)
+    read = _norm(config, norms[1], x) if config.pre_norm else x
+    x = x + _dense(part, "fc2", ACTIVATIONS[config.activation](_dense(part, "fc1", read)))
+    return x if config.pre_norm else _norm(config, norms[1], x)
+
+
+LAYERS = {"llama": _llama_layer, "gpt_neox": _neox_layer, "opt": _opt_layer}
 
 
 def _rotate(config: ModelConfig, x: Tensor, positions: Sequence[int]) -> Tensor:

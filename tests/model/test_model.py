@@ -14,7 +14,17 @@ from dijiang_model.config import ModelConfig
 from dijiang_model.model import DiJiangForCausalLM, PackedBatch
 from dijiang_model.state import StateBuffer
 from tests.model.stepping import Stepper, assert_close_in_norm, assert_states_close, logits_of, random_text
-from tests.tiny_models import HYBRID, PURE, RELEASED, TABLES, gpt_neox_config, llama_config, random_tensors, tiny_model
+from tests.tiny_models import (
+    HYBRID,
+    PURE,
+    RELEASED,
+    TABLES,
+    gpt_neox_config,
+    llama_config,
+    opt_config,
+    random_tensors,
+    tiny_model,
+)
 
 LENGTHS = (1, 2, 63, 64, 65, 127, 130, 500)
 TEXT = random_text(500)
@@ -36,6 +46,8 @@ CONFIGS = {
     "gpt_neox: hybrid, sequential": replace(
         gpt_neox_config(HYBRID, TWO_BASES, parallel_residual=False), position_table_length=0
     ),
+    "opt: hybrid, pre-norm": opt_config(),
+    "opt: post-norm, embedding of its own width": opt_config(HYBRID, RELEASED, pre_norm=False, embedding_size=24),
 }
 FP64_TOLERANCE = 1e-10
 """Of the logits' norm: 1e-16 per operation, through two or three layers and sums of up to 500 terms."""
