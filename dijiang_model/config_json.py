@@ -100,15 +100,13 @@ def parse_stored_config(document: Mapping[str, object]) -> StoredConfig:
     section = top.nested("dijiang")
     section.only(_SECTION_FIELDS)
     origin = _origin(section.nested("origin"))
-    config = replace(
-        backbone,
-        layers=_layers(section.nested("layers"), backbone.num_layers),
-        position_table_length=section.integer("position_table_length", 0, minimum=0),
-        **_token_ids(section, backbone),
-    )
-    for problem in attention_problems(config):
+    layers = _layers(section.nested("layers"), backbone.num_layers)
+    table_length = section.integer("position_table_length", 0, minimum=0)
+    token_ids = _token_ids(section, backbone)
+    for problem in layers_problems(layers, base=backbone, position_table_length=table_length):
         section.report(problem)
     top.raise_if_any("unsupported or contradictory values in config.json")
+    config = replace(backbone, layers=layers, position_table_length=table_length, **token_ids)
     return StoredConfig(config=config, base=base, origin=origin)
 
 
@@ -170,37 +168,29 @@ def base_document(config: ModelConfig) -> dict[str, object]:
     }
 
 
-def attention_problems(config: ModelConfig) -> list[str]:
+def layers_problems(layers: tuple[AttentionConfig, ...], *, base: ModelConfig, position_table_length: int) -> list[str]:
     """What contradicts itself, or cannot be computed, in the layers; empty when all is well."""
     problems = [
-        f"layer {index}: {text}" for index, layer in enumerate(config.layers) for text in _layer_problems(layer)
+        f"layer {index}: {text}"
+        for index, layer in enumerate(layers)
+        for text in [*layer.problems(), *_feature_problems(layer.features)]
     ]
-    has_tables = any(layer.decay == "table" for layer in config.layers)
-    if has_tables and not config.position_table_length:
+    has_tables = any(layer.decay == "table" for layer in layers)
+    if has_tables and not position_table_length:
         problems.append("layers with decay tables need a position_table_length above 0")
-    if has_tables and config.num_kv_heads != config.num_heads:
-        problems.append(
-            f"decay tables need a key-value head per head, not {config.num_kv_heads} for {config.num_heads}"
-        )
-    if config.position_table_length and not has_tables:
-        problems.append(f"position_table_length is {config.position_table_length}, but no layer has decay tables")
+    if has_tables and base.num_kv_heads != base.num_heads:
+        problems.append(f"decay tables need a key-value head per head, not {base.num_kv_heads} for {base.num_heads}")
+    if position_table_length and not has_tables:
+        problems.append(f"position_table_length is {position_table_length}, but no layer has decay tables")
     return problems
 
 
-def _layer_problems(layer: AttentionConfig) -> list[str]:
-    features, problems = layer.features, []
-    if "matrix" in features.bases and len(features.bases) > 1:
-        problems.append("basis matrix stands alone")
+def _feature_problems(features: FeatureConfig) -> list[str]:
+    problems = []
+    if len(set(features.bases)) < len(features.bases):
+        problems.append(f"bases {list(features.bases)} repeat themselves")
     if ("matrix" in features.bases) != (features.nodes == CHECKPOINT_NODES):
         problems.append(f"nodes {features.nodes!r} do not fit bases {list(features.bases)}")
-    if len(set(features.bases)) < len(features.bases) or not features.bases:
-        problems.append(f"bases {list(features.bases)} must be one or more different ones")
-    if layer.sinks and not layer.window:
-        problems.append(f"{layer.sinks} sinks without a window")
-    if layer.window and layer.read_out != "denominator":
-        problems.append("a window shares its denominator with the linear part: read_out must be denominator")
-    if layer.window and layer.decay != "static":
-        problems.append("a window needs a static decay")
     return problems
 
 

@@ -37,11 +37,8 @@ def base_model_config(document: Mapping[str, object]) -> ModelConfig:
     if model_type not in ("gpt_neox", "llama"):
         raise ConfigError(f"model_type {model_type!r} is not supported; gpt_neox and llama are")
     fields = Fields(document)
-    config = _gpt_neox(fields) if model_type == "gpt_neox" else _llama(fields)
     _refuse_unsupported(fields)
-    _check(config, fields)
-    fields.raise_if_any(f"unsupported or contradictory values in the {model_type} config")
-    return config
+    return _gpt_neox(fields) if model_type == "gpt_neox" else _llama(fields)
 
 
 def eos_ids(value: object) -> tuple[int, ...] | None:
@@ -118,25 +115,32 @@ def _common(
     num_layers = fields.integer("num_hidden_layers")
     if num_layers > MAX_LAYERS:
         fields.report(f"num_hidden_layers is {num_layers:,}, at most {MAX_LAYERS:,} are supported")
+    num_heads = fields.integer("num_attention_heads")
+    if num_heads % num_kv_heads:
+        fields.report(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
+    if rotary_dims % 2 or not 2 <= rotary_dims <= head_size:
+        fields.report(f"{rotary_dims} of {head_size} channels of a head rotate, must be an even number from 2")
     bos, eos, pad = _token_ids(fields, default_token_ids)
+    sizes = {name: fields.integer(name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    max_positions = fields.integer("max_position_embeddings", 2048)
+    is_tied = fields.boolean("tie_word_embeddings", False)
+    fields.raise_if_any(f"unsupported or contradictory values in the {family} config")
     return ModelConfig(
         family=family,
-        vocab_size=fields.integer("vocab_size"),
-        hidden_size=fields.integer("hidden_size"),
-        intermediate_size=fields.integer("intermediate_size"),
-        num_heads=fields.integer("num_attention_heads"),
+        **sizes,
+        num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
         rotary_dims=rotary_dims,
         rope_theta=rope_theta,
-        max_position_embeddings=fields.integer("max_position_embeddings", 2048),
+        max_position_embeddings=max_positions,
         norm_eps=norm_eps,
         activation=activation,
         parallel_residual=parallel_residual,
         attention_bias=attention_bias,
         mlp_bias=mlp_bias,
-        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
-        layers=(AttentionConfig(),) * min(num_layers, MAX_LAYERS),
+        tie_word_embeddings=is_tied,
+        layers=(AttentionConfig(),) * num_layers,
         bos_token_id=bos,
         eos_token_ids=eos,
         pad_token_id=pad,
@@ -204,14 +208,3 @@ def _refuse_unsupported(fields: Fields) -> None:
     kinds = fields.value("layer_types")
     if isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds):
         fields.report("layer_types names other kinds of layers than full_attention")
-
-
-def _check(config: ModelConfig, fields: Fields) -> None:
-    if config.num_heads % config.num_kv_heads:
-        fields.report(
-            f"num_attention_heads {config.num_heads} is not a multiple of num_key_value_heads {config.num_kv_heads}"
-        )
-    if config.rotary_dims % 2 or not 2 <= config.rotary_dims <= config.head_size:
-        fields.report(
-            f"{config.rotary_dims} of {config.head_size} channels of a head rotate, must be an even number from 2"
-        )
