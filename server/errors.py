@@ -1,20 +1,22 @@
 """Everything that can go wrong for a client of the service, and its one mapping to the wire.
 
-    ApiError                      -> {"error": {"message", "type", "param", "code"}}
-    ├── InvalidRequestError       400
-    │   └── ContextLengthError    400 context_length_exceeded
-    ├── AuthenticationError       401
-    ├── NotFoundError             404
-    ├── UnavailableError          503 + Retry-After
-    │   ├── OverloadedError       503 overloaded (the queue is full)
-    │   └── EngineUnavailableError 503 (loading, restarting, draining)
-    └── InternalError             500 internal_error
+ApiError                      -> {"error": {"message", "type", "param", "code"}}
+├── InvalidRequestError       400
+│   └── ContextLengthError    400 context_length_exceeded
+├── AuthenticationError       401
+├── NotFoundError             404
+├── DeadlineError             504 timeout (never worth a retry: the deadline was the request's own)
+├── UnavailableError          503 + Retry-After
+│   ├── OverloadedError       503 overloaded (the queue is full)
+│   └── EngineUnavailableError 503 (loading, restarting, draining)
+└── InternalError             500 internal_error
 """
 
+import json
 from dataclasses import dataclass, field
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class ApiError(Exception):
     """Base: a message for the client, and where it belongs in the OpenAI error body."""
 
@@ -31,6 +33,10 @@ class ApiError(Exception):
     def body(self) -> dict[str, dict[str, str | None]]:
         """The error envelope; all four keys are always there."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def to_json(self) -> bytes:
+        """The envelope as UTF-8 JSON."""
+        return json.dumps(self.body()).encode()
 
 
 class InvalidRequestError(ApiError):
@@ -67,6 +73,13 @@ class NotFoundError(ApiError):
         super().__init__(message, param=param, code=code, status=404, type="invalid_request_error")
 
 
+class DeadlineError(ApiError):
+    """The request ran longer than its `timeout`, or than the operator allows."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="timeout", status=504, type="timeout_error", headers={"x-should-retry": "false"})
+
+
 class UnavailableError(ApiError):
     """The service cannot take the request just now; try again after `retry_after_s` seconds."""
 
@@ -95,7 +108,7 @@ class EngineUnavailableError(UnavailableError):
 
 
 class InternalError(ApiError):
-    """Our bug. The message names no path and no traceback."""
+    """Our bug, or a failure inside the engine. The message names no path and no traceback."""
 
-    def __init__(self, message: str = "internal error") -> None:
-        super().__init__(message, code="internal_error", status=500, type="server_error")
+    def __init__(self, message: str = "internal error", *, code: str = "internal_error") -> None:
+        super().__init__(message, code=code, status=500, type="server_error")

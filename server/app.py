@@ -1,0 +1,87 @@
+"""The ASGI application: routes, middleware, and the error envelope for everything that can go wrong."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from server.errors import ApiError, InvalidRequestError
+from server.middleware import (
+    AuthenticationMiddleware,
+    BodyMiddleware,
+    RequestContextMiddleware,
+    error_response,
+    printable,
+)
+from server.protocol.wire import validation_error
+from server.routes import chat, completions, models, operations, tokenization
+from server.service import Service
+
+DESCRIPTION = "OpenAI-compatible inference for DiJiang models: linear attention with a constant-size state."
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application around a service; the caller starts and ends the engine."""
+    app = FastAPI(
+        title="dijiang",
+        version=service.options.version,
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=_middleware(service),
+        exception_handlers={
+            ApiError: _api_error,
+            RequestValidationError: _validation_error,
+            HTTPException: _http_error,
+        },
+    )
+    app.state.service = service
+    for module in (completions, chat, models, tokenization, operations):
+        app.include_router(module.router)
+    return app
+
+
+def _middleware(service: Service) -> list[Middleware]:
+    layers = [
+        Middleware(RequestContextMiddleware, service=service),
+        Middleware(AuthenticationMiddleware, service=service),
+        Middleware(BodyMiddleware, service=service),
+    ]
+    if service.options.cors_origins:
+        cors: dict[str, Any] = {
+            "allow_origins": service.options.cors_origins,
+            "allow_methods": ["GET", "POST"],
+            "allow_headers": ["*"],
+            "expose_headers": ["x-request-id", "retry-after"],
+        }
+        layers.insert(0, Middleware(CORSMiddleware, **cors))
+    return layers
+
+
+async def _api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def _validation_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return error_response(validation_error(error.errors()))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Unknown routes and wrong methods."""
+    assert isinstance(error, HTTPException)
+    asked = f"{request.method} {printable(request.url.path)}"
+    match error.status_code:
+        case 404:
+            problem = InvalidRequestError(f"unknown route: {asked}", code="not_found", status=404)
+        case 405:
+            problem = InvalidRequestError(f"wrong method: {asked}", code="method_not_allowed", status=405)
+        case status:
+            problem = InvalidRequestError(str(error.detail)[:200], status=status)
+    problem.headers.update(error.headers or {})
+    return error_response(problem)

@@ -1,0 +1,211 @@
+"""Pure ASGI middleware, outermost first: request context and log, CORS (Starlette's), keys, bodies."""
+
+import asyncio
+import hashlib
+import hmac
+import time
+import uuid
+from typing import Any
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import ApiError, AuthenticationError, InternalError, InvalidRequestError
+from server.service import Service
+
+MAX_HEADERS = 200
+MAX_HEADER_BYTES = 64 << 10
+MAX_REQUEST_ID_CHARACTERS = 64
+OPEN_PATHS = frozenset({"/health", "/ready"})
+DRAIN_S = 5.0
+logger = structlog.stdlib.get_logger("dijiang.http")
+
+
+def error_response(error: ApiError) -> Response:
+    """The error envelope as a response."""
+    return Response(error.to_json(), status_code=error.status, media_type="application/json", headers=error.headers)
+
+
+class RequestContextMiddleware:
+    """Gives each request an id, a log line and a count; turns an unexpected exception into a clean 500."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(Headers(scope=scope))
+        facts: dict[str, Any] = {}
+        scope.setdefault("state", {}).update(request_id=request_id, facts=facts)
+        status: int | None = None
+        begin = time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                _check_headers(scope)
+                await self._app(scope, receive, send_with_id)
+            except ApiError as error:
+                await error_response(error)(scope, receive, send_with_id)
+            except Exception:
+                logger.exception("request failed")
+                if status is None:
+                    await error_response(InternalError(f"internal error in request {request_id}"))(
+                        scope, receive, send_with_id
+                    )
+            finally:
+                self._log(scope, status, time.perf_counter() - begin, facts)
+
+    def _log(self, scope: Scope, status: int | None, seconds: float, facts: dict[str, Any]) -> None:
+        route = getattr(scope.get("route"), "path", "unknown")
+        self._service.metrics.http_requests.labels(scope["method"], route, str(status)).inc()
+        logger.info(
+            "request",
+            method=scope["method"],
+            path=printable(scope["path"]),
+            status=status,
+            duration_ms=round(seconds * 1000, 1),
+            **facts,
+        )
+
+
+class AuthenticationMiddleware:
+    """Lets in who knows a key, on every route but `/health` and `/ready` (and `/metrics` by setting)."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        options = service.options
+        self._key_hashes = options.key_hashes
+        self._open_paths = OPEN_PATHS if options.metrics_need_key else OPEN_PATHS | {"/metrics"}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._key_hashes and scope["path"] not in self._open_paths:
+            self._check(Headers(scope=scope).get("authorization", ""))
+        await self._app(scope, receive, send)
+
+    def _check(self, authorization: str) -> None:
+        scheme, _, key = authorization.partition(" ")
+        given = hash_key(key.strip())
+        # Every key is compared, and in constant time, so that timing tells nothing.
+        matches = [hmac.compare_digest(given, known) for known in self._key_hashes]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise AuthenticationError(
+                "a key is needed: `Authorization: Bearer KEY`" if not authorization else "the key is not valid"
+            )
+
+
+def hash_key(key: str) -> bytes:
+    """SHA-256; keys themselves are not kept."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+class BodyMiddleware:
+    """Reads the body of a POST within limits of type, size and time, and hands it on in one piece."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._max_bytes = service.options.max_body_bytes
+        self._timeout_s = service.options.body_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] not in {"POST", "PUT", "PATCH"}:
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        _check_content_type(headers)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                body = await self._read(headers, receive)
+        except TimeoutError:
+            raise InvalidRequestError(
+                f"the body did not arrive within {self._timeout_s:g} s", code="body_timeout", status=408
+            ) from None
+        if body is None:
+            return  # the client left
+        pending: Message | None = {"type": "http.request", "body": body, "more_body": False}
+
+        async def replay() -> Message:
+            nonlocal pending
+            message, pending = pending, None
+            return message if message is not None else await receive()
+
+        await self._app(scope, replay, send)
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
+        length = headers.get("content-length", "")
+        chunks: list[bytes] = []
+        size = int(length) if length.isdigit() else 0
+        if size > self._max_bytes:
+            await self._refuse(receive)
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            if size > self._max_bytes:
+                await self._refuse(receive)
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                return b"".join(chunks)
+
+    async def _refuse(self, receive: Receive) -> None:
+        """Discards what still comes for a moment: closing at once would keep clients from reading the answer."""
+        budget = 4 * self._max_bytes
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                while budget > 0:
+                    message = await receive()
+                    budget -= len(message.get("body", b""))
+                    if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                        break
+        except TimeoutError:
+            pass
+        error = InvalidRequestError(
+            f"the body is larger than the {self._max_bytes:,} bytes allowed here", code="body_too_large", status=413
+        )
+        error.headers["connection"] = "close"
+        raise error
+
+
+def _check_content_type(headers: Headers) -> None:
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise InvalidRequestError(
+            "the content type must be application/json", code="unsupported_media_type", status=415
+        )
+
+
+def _check_headers(scope: Scope) -> None:
+    headers = scope["headers"]
+    if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
+        raise InvalidRequestError(
+            f"more than {MAX_HEADERS} headers, or more than {MAX_HEADER_BYTES:,} bytes of them",
+            code="headers_too_large",
+            status=431,
+        )
+
+
+def _request_id(headers: Headers) -> str:
+    """The client's `X-Request-Id` if it is short and printable, else a new one."""
+    given = headers.get("x-request-id", "")
+    if 0 < len(given) <= MAX_REQUEST_ID_CHARACTERS and all("!" <= character <= "~" for character in given):
+        return given
+    return uuid.uuid4().hex
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """ASCII without control characters, so that nothing can forge a log line."""
+    return ascii(text[:limit])[1:-1]

@@ -1,0 +1,212 @@
+"""`POST /v1/chat/completions`."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from server.errors import InvalidRequestError
+from server.protocol.sampling import FinishReasonText, GenerationFields
+from server.protocol.unsupported import CHAT_FIELDS, refuse_unsupported
+from server.protocol.usage import Usage
+from server.protocol.wire import RequestModel, ResponseModel
+
+MAX_MESSAGES = 10_000
+MESSAGE_FIELDS: Mapping[str, tuple[Any, ...]] = {
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
+    "audio": (),
+    "refusal": (),
+}
+
+
+def _joined_parts(value: object) -> object:
+    """Text parts `[{"type": "text", "text": "..."}]` as one text."""
+    if not isinstance(value, list):
+        if not isinstance(value, str):
+            raise PydanticCustomError("content", "must be a string or a list of text parts")
+        return value
+    texts: list[str] = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise PydanticCustomError(
+                "content", "only parts of type 'text' are supported (images, audio and files are not)"
+            )
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise PydanticCustomError("content", "a text part needs `text`, a string")
+        texts.append(text)
+    return "".join(texts)
+
+
+class MessageIn(RequestModel):
+    """One message of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    """Who speaks."""
+    content: Annotated[
+        str,
+        BeforeValidator(_joined_parts),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "string"},
+                    {
+                        "type": "array",
+                        "items": {
+                            "type": "object",
+                            "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                            "required": ["type", "text"],
+                        },
+                    },
+                ]
+            }
+        ),
+    ]
+    """The text, or a list of text parts, which are put together."""
+    name: str | None = Field(None, max_length=256)
+    """Name of the speaker, if the model's template has a place for it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, message: Any) -> Any:
+        if isinstance(message, dict) and message.get("role") in ("tool", "function"):
+            raise InvalidRequestError(
+                "tools are not supported by this server: a message has the role of a tool's answer",
+                param="messages",
+                code="unsupported_parameter",
+            )
+        refuse_unsupported(message, MESSAGE_FIELDS)
+        return message
+
+
+class ConversationFields(RequestModel):
+    """Messages, and how they become a prompt."""
+
+    messages: Annotated[list[MessageIn], FailFast()] = Field(min_length=1, max_length=MAX_MESSAGES)
+    """The conversation so far."""
+    add_generation_prompt: bool | None = None
+    """Open the assistant's turn after the last message (default true)."""
+    continue_final_message: bool | None = None
+    """Go on with the last message, which must be the assistant's, instead of a new turn."""
+    add_special_tokens: bool | None = None
+    """Put the tokenizer's special tokens around what the template wrote (default false)."""
+
+    @model_validator(mode="after")
+    def _turns(self) -> Self:
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                raise InvalidRequestError(
+                    "`continue_final_message` and `add_generation_prompt` exclude each other",
+                    param="continue_final_message",
+                )
+            if self.messages[-1].role != "assistant":
+                raise InvalidRequestError(
+                    "`continue_final_message` needs a last message of the assistant", param="continue_final_message"
+                )
+        return self
+
+
+class ChatRequest(GenerationFields, ConversationFields):
+    """A conversation to answer."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, body: Any) -> Any:
+        refuse_unsupported(body, CHAT_FIELDS)
+        return body
+
+
+class ChatMessageOut(ResponseModel):
+    """The assistant's answer."""
+
+    role: Literal["assistant"]
+    """Who speaks."""
+    content: str
+    """The text."""
+    refusal: None
+    """Always null here."""
+
+
+class ChatChoice(ResponseModel):
+    """One answer."""
+
+    index: int
+    """Number of the answer, from 0."""
+    message: ChatMessageOut
+    """The answer itself."""
+    logprobs: None
+    """Always null here."""
+    finish_reason: FinishReasonText
+    """`stop`: end of turn, stop token or stop string; `length`: the token limit."""
+    token_ids: tuple[int, ...] = ()
+    """The generated tokens, with `return_token_ids`."""
+
+
+class ChatCompletion(ResponseModel):
+    """The whole answer."""
+
+    id: str
+    """`chatcmpl-...`."""
+    object: Literal["chat.completion"]
+    """Kind of this object."""
+    created: int
+    """Seconds since 1970."""
+    model: str
+    """Name of the model that answered."""
+    system_fingerprint: str
+    """Changes when model or server version change."""
+    choices: list[ChatChoice]
+    """Answers, `n` of them."""
+    usage: Usage
+    """Token counts."""
+    prompt_token_ids: tuple[int, ...] = ()
+    """The tokens of the rendered conversation, with `return_token_ids`."""
+
+
+class ChatDelta(ResponseModel):
+    """What is new in a chunk."""
+
+    role: Literal["assistant"] = "assistant"
+    """Only in the first chunk of a choice."""
+    content: str = ""
+    """The next piece of text."""
+
+
+class ChatChunkChoice(ResponseModel):
+    """The next piece of one answer."""
+
+    index: int
+    """Number of the answer, from 0."""
+    delta: ChatDelta
+    """What is new."""
+    logprobs: None
+    """Always null here."""
+    finish_reason: FinishReasonText | None
+    """Set in the last chunk of each answer."""
+    token_ids: tuple[int, ...] = ()
+    """The tokens since the last chunk, with `return_token_ids`."""
+
+
+class ChatChunk(ResponseModel):
+    """One event of a stream."""
+
+    id: str
+    """`chatcmpl-...`, the same for all chunks."""
+    object: Literal["chat.completion.chunk"]
+    """Kind of this object."""
+    created: int
+    """Seconds since 1970, the same for all chunks."""
+    model: str
+    """Name of the model that answers."""
+    system_fingerprint: str
+    """Changes when model or server version change."""
+    choices: list[ChatChunkChoice]
+    """One piece; empty in the chunk that carries the usage."""
+    usage: Usage | None = None
+    """Token counts, only with `stream_options.include_usage`."""
+    prompt_token_ids: tuple[int, ...] = ()
+    """The tokens of the rendered conversation, in the first chunk, with `return_token_ids`."""

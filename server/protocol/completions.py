@@ -1,0 +1,69 @@
+"""`POST /v1/completions`."""
+
+from typing import Any, Literal, cast
+
+from pydantic import model_validator
+
+from server.protocol.prompts import Prompt, Prompts
+from server.protocol.sampling import FinishReasonText, GenerationFields
+from server.protocol.unsupported import COMPLETION_FIELDS, refuse_unsupported
+from server.protocol.usage import Usage
+from server.protocol.wire import ResponseModel
+
+DEFAULT_MAX_TOKENS = 16
+
+
+class CompletionRequest(GenerationFields):
+    """Text or tokens to go on from."""
+
+    prompt: Prompts
+    """A text, token ids, a list of texts, or a list of lists of token ids."""
+    add_special_tokens: bool | None = None
+    """Put the tokenizer's special tokens (such as a beginning-of-sequence token) around texts (default true)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, body: Any) -> Any:
+        refuse_unsupported(body, COMPLETION_FIELDS)
+        return body
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts, at least one."""
+        return cast(list[Prompt], self.prompt)
+
+
+class CompletionChoice(ResponseModel):
+    """One answer, or the next piece of it in a stream."""
+
+    index: int
+    """Prompt number times `n`, plus the number of the answer."""
+    text: str
+    """Generated text; empty if the model has no tokenizer."""
+    logprobs: None
+    """Always null here."""
+    finish_reason: FinishReasonText | None
+    """`stop`: end of sequence, stop token or stop string; `length`: the token limit; null: goes on."""
+    token_ids: tuple[int, ...] = ()
+    """The generated tokens; with `return_token_ids`, or if the model has no tokenizer."""
+    prompt_token_ids: tuple[int, ...] = ()
+    """The prompt's tokens; with `return_token_ids`, in a stream only in the first piece."""
+
+
+class Completion(ResponseModel):
+    """The answer, whole or one chunk of a stream."""
+
+    id: str
+    """`cmpl-...`, the same for all chunks."""
+    object: Literal["text_completion"]
+    """Kind of this object."""
+    created: int
+    """Seconds since 1970."""
+    model: str
+    """Name of the model that answered."""
+    system_fingerprint: str
+    """Changes when model or server version change."""
+    choices: list[CompletionChoice]
+    """Answers; empty in the chunk that carries the usage."""
+    usage: Usage | None = None
+    """Token counts; in streams only with `stream_options.include_usage`."""

@@ -1,0 +1,155 @@
+"""Request fields that completions and chat share: sampling, stopping, output."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from server.errors import InvalidRequestError
+from server.protocol.wire import RequestModel
+
+MAX_TOKENS = 2**31 - 1
+MAX_STOP_CHARACTERS = 1024
+MAX_STOP_TOKEN_IDS = 256
+MAX_LOGIT_BIAS = 4096
+LEAST_TEMPERATURE = 1e-4
+
+
+def _stop_list(value: object) -> object:
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        return value  # None, or left to the type check
+    for stop in value:
+        if not isinstance(stop, str):
+            raise PydanticCustomError("stop", "must be a string or a list of strings")
+        if not stop:
+            raise PydanticCustomError("stop", "a stop string must not be empty")
+        if len(stop) > MAX_STOP_CHARACTERS:
+            raise PydanticCustomError("stop", "a stop string has {n} characters, the limit is 1024", {"n": len(stop)})
+    return value
+
+
+def _bias_by_token(value: object) -> object:
+    """JSON keys are strings: `{"50256": -100}` -> `{50256: -100.0}`."""
+    if not isinstance(value, dict):
+        return value
+    if len(value) > MAX_LOGIT_BIAS:
+        raise PydanticCustomError("logit_bias", "has {n} entries, the limit is 4096", {"n": len(value)})
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 12):
+            raise PydanticCustomError("logit_bias", "keys must be token ids")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise PydanticCustomError("logit_bias", "values must be numbers from -100 to 100")
+        biases[int(key)] = float(bias)
+    return biases
+
+
+def _temperature(value: object) -> object:
+    if isinstance(value, float) and 0 < value < LEAST_TEMPERATURE:
+        raise PydanticCustomError("temperature", "must be 0, or at least 0.0001")
+    return value
+
+
+class StreamOptions(RequestModel):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = None
+    """Send one more chunk with the token counts before `[DONE]`; all others then have `usage: null`."""
+    continuous_usage_stats: bool | None = None
+    """With `include_usage`: send the token counts so far in every chunk."""
+
+
+class GenerationFields(RequestModel):
+    """How to generate; the same for every endpoint that does."""
+
+    model: str | None = None
+    """Name of the model; the one that is served if absent."""
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    """Most tokens of one answer. Completions: 16 if absent. Chat: no limit if absent."""
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    """Newer name of `max_tokens`; wins when both are given."""
+    min_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
+    """No end of sequence, stop token or stop string before that many tokens."""
+    temperature: Annotated[float | None, BeforeValidator(_temperature)] = Field(None, ge=0, le=2)
+    """0: always the likeliest token; 1 (default): the model's own distribution."""
+    top_p: float | None = Field(None, ge=0, le=1)
+    """Sample from the smallest set of tokens whose probability reaches it; 1 (default): from all."""
+    top_k: int | None = Field(None, ge=-1, le=MAX_TOKENS)
+    """Sample from the k likeliest tokens; 0 or -1: from all (default)."""
+    min_p: float | None = Field(None, ge=0, le=1)
+    """Leave out tokens less likely than this fraction of the likeliest; 0 (default): none."""
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    """Above 1: tokens already in prompt or answer become less likely. Default 1."""
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    """Subtracted once from the logit of each token already in the answer. Default 0."""
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    """Subtracted from a token's logit as often as it is in the answer. Default 0."""
+    logit_bias: Annotated[
+        dict[int, float] | None,
+        BeforeValidator(_bias_by_token),
+        WithJsonSchema({"anyOf": [{"type": "object", "additionalProperties": {"type": "number"}}, {"type": "null"}]}),
+    ] = None
+    """Token id (as a string) -> bias from -100 to 100 added to its logit."""
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    """Equal seeds give equal answers. Choice number i uses seed + i. Absent: a random one."""
+    n: int | None = Field(None, ge=1)
+    """Answers per prompt. Default 1."""
+    stop: Annotated[
+        list[str] | None,
+        BeforeValidator(_stop_list),
+        WithJsonSchema(
+            {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
+        ),
+    ] = None
+    """Texts that end the answer (a string or a list of them); not part of it."""
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
+    """Further tokens that end the answer."""
+    include_stop_str_in_output: bool | None = None
+    """Keep the stop string at the end of the text."""
+    ignore_eos: bool | None = None
+    """Go on through the model's end-of-sequence token."""
+    skip_special_tokens: bool | None = None
+    """Leave special tokens out of the text (default true)."""
+    return_token_ids: bool | None = None
+    """Return token ids beside the text: `token_ids`, and `prompt_token_ids` of the prompt."""
+    truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    """Use only that many last tokens of the prompt."""
+    timeout: float | None = Field(None, gt=0, le=86400)
+    """Seconds after which the request ends with an error."""
+    stream: bool | None = None
+    """Send the answer as server-sent events while it grows."""
+    stream_options: StreamOptions | None = None
+    """Only with `stream`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("`stream_options` is only allowed with `stream: true`", param="stream_options")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        """`max_completion_tokens`, else `max_tokens`, else None."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def num_choices(self) -> int:
+        """`n`, 1 if absent."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream carries token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage is True
+
+    @property
+    def wants_usage_in_every_chunk(self) -> bool:
+        """Whether they are in every chunk instead of null."""
+        return (
+            self.wants_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats is True
+        )
+
+
+FinishReasonText = Literal["stop", "length"]

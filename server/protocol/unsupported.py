@@ -1,0 +1,78 @@
+"""Known fields that this server does not build: refused by name unless they ask for nothing.
+
+A client that sends such a field expects its effect, so ignoring it would be a silent lie. Fields that
+are no part of any known API are ignored, and so are `user`, `metadata`, `store`, `service_tier` and
+`parallel_tool_calls`, which ask for nothing that changes an answer.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from server.errors import InvalidRequestError
+
+# Field -> values besides null that ask for nothing.
+_SHARED: Mapping[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "cache_prompt": (False,),
+    "cache_salt": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "length_penalty": (1,),
+    "logprob_token_ids": ([],),
+    "priority": (0,),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "request_id": (),
+    "response_format": ({"type": "text"},),
+    "return_state": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "state_id": (),
+    "structured_outputs": (),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+}
+COMPLETION_FIELDS: Mapping[str, tuple[Any, ...]] = {
+    **_SHARED,
+    "echo": (False,),
+    "logprobs": (),
+    "suffix": ("",),
+}
+CHAT_FIELDS: Mapping[str, tuple[Any, ...]] = {
+    **_SHARED,
+    "documents": ([],),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "prediction": (),
+    "reasoning_effort": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+def refuse_unsupported(body: object, fields: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises a 400 naming the first known field in `body` that this server cannot honour."""
+    if not isinstance(body, dict):
+        return
+    for name, neutral_values in fields.items():
+        value = body.get(name)
+        if value is not None and not any(_same(value, neutral) for neutral in neutral_values):
+            raise InvalidRequestError(
+                f"`{name}` is not supported by this server", param=name, code="unsupported_parameter"
+            )
+
+
+def _same(value: object, neutral: object) -> bool:
+    """Equality in which `true` is not 1."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)

@@ -1,0 +1,33 @@
+"""Token counts."""
+
+from server.protocol.wire import ResponseModel
+
+
+class PromptTokensDetails(ResponseModel):
+    """Where prompt tokens came from."""
+
+    cached_tokens: int
+    """Prompt tokens that were not computed again."""
+
+
+class Usage(ResponseModel):
+    """What a request cost."""
+
+    prompt_tokens: int
+    """Tokens of all prompts, each prompt counted once."""
+    completion_tokens: int
+    """Tokens generated for all choices, end-of-sequence tokens included."""
+    total_tokens: int
+    """The sum of both."""
+    prompt_tokens_details: PromptTokensDetails
+    """Details of the prompt tokens."""
+
+    @classmethod
+    def of(cls, *, prompt_tokens: int, completion_tokens: int) -> "Usage":
+        """Counts of one request."""
+        return cls(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
+        )

@@ -1,0 +1,56 @@
+"""The base of all wire types, and the one way in which a validation error becomes an API error."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from server.errors import InvalidRequestError
+
+MAX_ERRORS = 10
+MAX_ERROR_CHARACTERS = 200
+
+
+class RequestModel(BaseModel):
+    """Base of requests: `"5"` is not 5, `true` is not 1, floats are finite, unknown fields are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ResponseModel(BaseModel):
+    """Base of answers. They are written with `exclude_unset`: what is not set is not on the wire."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True, extra="forbid")
+
+    def to_json(self) -> bytes:
+        """UTF-8 JSON without the fields that were not set."""
+        return self.model_dump_json(exclude_unset=True).encode()
+
+
+def validation_error(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
+    """One 400 for the errors that pydantic found; `param` is the first field concerned.
+
+    The message is bounded: at most 10 errors of 200 characters, and nothing of the input is repeated.
+    """
+    shown = [_describe(error)[:MAX_ERROR_CHARACTERS] for error in errors[:MAX_ERRORS]]
+    if len(errors) > MAX_ERRORS:
+        shown.append(f"and {len(errors) - MAX_ERRORS} more")
+    first = errors[0]
+    code = None if first["type"] in {"json_invalid", "missing"} else "invalid_value"
+    return InvalidRequestError("; ".join(shown), param=field_path(first["loc"]), code=code)
+
+
+def field_path(location: Sequence[str | int]) -> str | None:
+    """`("body", "messages", 0, "role")` -> `messages[0].role`; None for the body as a whole."""
+    path = ""
+    for part in location[1:] if location and location[0] == "body" else location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path[:MAX_ERROR_CHARACTERS] or None
+
+
+def _describe(error: Mapping[str, Any]) -> str:
+    if error["type"] == "json_invalid":
+        return f"the body is not valid JSON: {error.get('ctx', {}).get('error', 'syntax error')}"
+    path = field_path(error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{path}: {message}" if path is not None else f"the body: {message}"

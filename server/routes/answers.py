@@ -1,0 +1,255 @@
+"""The answers of one request while they grow: one engine request and one text stream for each choice.
+
+`Generation` submits them all before the first byte is answered, merges their pieces in the order in
+which they come, and leaves the engine (which frees the slots) in whichever way the request ends.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+
+import structlog
+
+from server.engine.types import EngineError, FinishReason, GenerationRequest, TokenEvent
+from server.errors import ApiError, DeadlineError, EngineUnavailableError, InternalError, OverloadedError
+from server.metrics import Metrics
+from server.protocol.sampling import FinishReasonText
+from server.protocol.usage import Usage
+from server.service import Service
+from server.text.stream import TextStream
+
+logger = structlog.stdlib.get_logger("dijiang.answers")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One choice to generate.
+
+    Attributes:
+        request: what the engine gets.
+        text: where its tokens become text; None if the model has no tokenizer.
+    """
+
+    request: GenerationRequest
+    text: TextStream | None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What is new in one choice: text and tokens since the last piece, and the end if there is one."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReasonText | None
+
+
+@dataclass(slots=True)
+class Answer:
+    """One whole choice."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReasonText = "stop"
+
+
+class Choice:
+    """Turns the events of one engine request into pieces, and measures it."""
+
+    def __init__(self, index: int, plan: Plan, metrics: Metrics) -> None:
+        self._index = index
+        self._text = plan.text
+        self._metrics = metrics
+        self._num_prompt_tokens = len(plan.request.prompt_token_ids)
+        self._begin = self._last = time.perf_counter()
+        self._reason: str | None = None
+        self.num_tokens = 0
+
+    def take(self, event: TokenEvent) -> Piece:
+        """The piece that one event makes.
+
+        Raises:
+            ApiError: the engine ended the request with an error, or stopped.
+        """
+        if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+            self._reason = str(event.finish_reason)
+            raise _api_error(event.error)
+        reason: FinishReasonText | None = None
+        if event.finish_reason is not None:
+            reason = "stop" if event.finish_reason is FinishReason.STOP else "length"
+        text, num_taken = self._push(event.token_ids, ends_with_stop_token=event.finish_reason is FinishReason.STOP)
+        if self._text is not None:
+            if self._text.stopped:
+                reason = "stop"
+            elif reason is not None:
+                text += self._text.finish()
+        self._measure(num_taken)
+        if reason is not None:
+            self._reason = reason
+        return Piece(self._index, text, event.token_ids[:num_taken], reason)
+
+    def close(self) -> None:
+        """Counts the end, whatever it was."""
+        self._metrics.finished.labels(self._reason if self._reason is not None else "abort").inc()
+        self._metrics.e2e_latency.observe(time.perf_counter() - self._begin)
+        self._metrics.prompt_length.observe(self._num_prompt_tokens)
+        self._metrics.answer_length.observe(self.num_tokens)
+
+    def _push(self, token_ids: tuple[int, ...], *, ends_with_stop_token: bool) -> tuple[str, int]:
+        """Text of the tokens, and how many of them were taken before a stop string was complete."""
+        if self._text is None:
+            return "", len(token_ids)
+        text = ""
+        for number, token_id in enumerate(token_ids, start=1):
+            if ends_with_stop_token and number == len(token_ids):
+                break  # the token that ended the sequence is no text
+            text += self._text.push(token_id)
+            if self._text.stopped:
+                return text, number
+        return text, len(token_ids)
+
+    def _measure(self, num_tokens: int) -> None:
+        if num_tokens == 0:
+            return
+        now = time.perf_counter()
+        if self.num_tokens == 0:
+            self._metrics.time_to_first_token.observe(now - self._begin)
+        else:
+            self._metrics.inter_token_latency.observe((now - self._last) / num_tokens)
+        self._last = now
+        self.num_tokens += num_tokens
+        self._metrics.generation_tokens.inc(num_tokens)
+
+
+class Generation:
+    """All choices of one request, from admission to the last slot freed."""
+
+    def __init__(
+        self, service: Service, plans: Sequence[Plan], *, num_prompt_tokens: int, timeout_s: float | None
+    ) -> None:
+        """
+        Args:
+            num_prompt_tokens: of all prompts, each counted once.
+            timeout_s: after which the whole request ends with an error; None: never.
+        """
+        self._service = service
+        self._plans = plans
+        self._num_prompt_tokens = num_prompt_tokens
+        self._timeout_s = timeout_s
+        self._choices = [Choice(index, plan, service.metrics) for index, plan in enumerate(plans)]
+        self._admitted = AsyncExitStack()
+        self._pumps: list[asyncio.Task[None]] = []
+        self._pieces: asyncio.Queue[Piece | ApiError] = asyncio.Queue()
+        self._deadline: float | None = None
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts so far."""
+        completion_tokens = sum(choice.num_tokens for choice in self._choices)
+        return Usage.of(prompt_tokens=self._num_prompt_tokens, completion_tokens=completion_tokens)
+
+    def prompt_token_ids(self, index: int) -> tuple[int, ...]:
+        """The prompt of a choice."""
+        return self._plans[index].request.prompt_token_ids
+
+    async def start(self) -> None:
+        """Submits every choice, or none.
+
+        Raises:
+            ApiError: the engine takes no more work now.
+        """
+        try:
+            self._admitted.enter_context(self._service.generating())
+            for choice, plan in zip(self._choices, self._plans, strict=True):
+                stack = await self._admitted.enter_async_context(AsyncExitStack())
+                events = await stack.enter_async_context(self._service.engine.submit(plan.request))
+                stack.callback(choice.close)
+                self._pumps.append(asyncio.create_task(self._pump(choice, events, stack)))
+        except BaseException:
+            await self.close()
+            raise
+        self._service.metrics.prompt_tokens.inc(self._num_prompt_tokens)
+        if self._timeout_s is not None:
+            self._deadline = asyncio.get_running_loop().time() + self._timeout_s
+
+    async def close(self) -> None:
+        """Ends what still runs and frees its slots. May be called twice."""
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+        await self._admitted.aclose()
+
+    async def pieces(self, *, idle_s: float | None = None) -> AsyncIterator[Piece | None]:
+        """Pieces of all choices as they come, until every choice has ended.
+
+        Args:
+            idle_s: after that much silence a None comes.
+
+        Raises:
+            ApiError: a choice failed, or the deadline has passed.
+        """
+        num_open = len(self._choices)
+        while num_open:
+            piece = await self._next(idle_s)
+            if piece is not None and piece.finish_reason is not None:
+                num_open -= 1
+            yield piece
+
+    async def collect(self) -> list[Answer]:
+        """Waits for the whole answers, by index."""
+        answers = [Answer() for _ in self._plans]
+        texts: list[list[str]] = [[] for _ in self._plans]
+        async for piece in self.pieces():
+            assert piece is not None
+            answer = answers[piece.index]
+            texts[piece.index].append(piece.text)
+            answer.token_ids += piece.token_ids
+            if piece.finish_reason is not None:
+                answer.finish_reason = piece.finish_reason
+        for answer, parts in zip(answers, texts, strict=True):
+            answer.text = "".join(parts)
+        return answers
+
+    async def _next(self, idle_s: float | None) -> Piece | None:
+        loop = asyncio.get_running_loop()
+        silent_until = None if idle_s is None else loop.time() + idle_s
+        until = min((moment for moment in (silent_until, self._deadline) if moment is not None), default=None)
+        try:
+            async with asyncio.timeout_at(until):
+                piece = await self._pieces.get()
+        except TimeoutError:
+            if self._deadline is not None and loop.time() >= self._deadline:
+                raise DeadlineError(f"the answer was not complete after {self._timeout_s:g} s") from None
+            return None
+        if isinstance(piece, ApiError):
+            raise piece
+        return piece
+
+    async def _pump(self, choice: Choice, events: AsyncIterator[TokenEvent], stack: AsyncExitStack) -> None:
+        """Carries the pieces of one choice to the queue; leaves the engine as soon as it has ended."""
+        async with stack:
+            try:
+                async for event in events:
+                    piece = choice.take(event)
+                    self._pieces.put_nowait(piece)
+                    if piece.finish_reason is not None:
+                        return
+            except ApiError as error:
+                self._pieces.put_nowait(error)
+                return
+            except Exception:
+                logger.exception("an answer failed")
+            self._pieces.put_nowait(InternalError())
+
+
+def _api_error(error: EngineError | None) -> ApiError:
+    """What a client is told when the engine gives up on its request."""
+    if error is None:
+        return EngineUnavailableError("the server stopped before the answer was complete", code="engine_stopped")
+    if error.code == "engine_restarting":
+        return EngineUnavailableError(error.message, code=error.code)
+    if error.code == "overloaded":
+        return OverloadedError(error.message)
+    return InternalError(error.message, code=error.code)

@@ -1,0 +1,142 @@
+"""`POST /v1/chat/completions`."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from server.protocol.chat import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatMessageOut,
+    ChatRequest,
+)
+from server.protocol.sampling import FinishReasonText
+from server.routes.answers import Answer, Generation, Piece
+from server.routes.json_body import JsonRoute, ServiceDependency
+from server.routes.prompting import check_counts, encode_messages, plan_generation
+from server.routes.streaming import (
+    ClientDisconnectedError,
+    ClientGoneResponse,
+    collect_answers,
+    json_response,
+    stream_answers,
+)
+from server.service import Service
+from server.sse import KEEP_ALIVE, event
+
+router = APIRouter(route_class=JsonRoute, tags=["generation"])
+
+
+@router.post("/v1/chat/completions", responses={200: {"model": ChatCompletion}}, response_class=Response)
+async def create_chat_completion(body: ChatRequest, request: Request, service: ServiceDependency) -> Response:
+    """Answers a conversation."""
+    service.require_model(body.model)
+    check_counts(service.options, body, num_prompts=1)
+    info = service.require_open()
+    prompt = await encode_messages(
+        service,
+        body.messages,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=body.continue_final_message is True,
+        add_special_tokens=body.add_special_tokens is True,
+    )
+    generation = plan_generation(service, info, body, [prompt], param="messages", max_tokens=None)
+    await generation.start()
+    writer = _Writer(service, body, generation)
+    if body.stream:
+        return stream_answers(request, generation, writer.chunks())
+    try:
+        answers = await collect_answers(request, generation)
+    except ClientDisconnectedError:
+        return ClientGoneResponse()
+    return json_response(writer.whole(answers))
+
+
+class _Writer:
+    """Puts pieces and answers into the shapes of the wire."""
+
+    def __init__(self, service: Service, body: ChatRequest, generation: Generation) -> None:
+        self._body = body
+        self._generation = generation
+        self._with_token_ids = body.return_token_ids is True
+        self._idle_s = service.options.keepalive_s
+        self._head: dict[str, Any] = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": service.options.model_name,
+            "system_fingerprint": service.options.fingerprint,
+        }
+
+    def whole(self, answers: list[Answer]) -> ChatCompletion:
+        choices = [
+            ChatChoice(
+                index=index,
+                message=ChatMessageOut(role="assistant", content=answer.text, refusal=None),
+                logprobs=None,
+                finish_reason=answer.finish_reason,
+                **self._token_ids(tuple(answer.token_ids)),
+            )
+            for index, answer in enumerate(answers)
+        ]
+        return ChatCompletion(
+            **self._head,
+            object="chat.completion",
+            choices=choices,
+            usage=self._generation.usage,
+            **self._prompt_token_ids(),
+        )
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        for index in range(self._body.num_choices):
+            opening = ChatDelta(role="assistant", content="")
+            yield self._chunk(index, opening, token_ids=(), **(self._prompt_token_ids() if index == 0 else {}))
+        async for piece in self._generation.pieces(idle_s=self._idle_s):
+            if piece is None:
+                yield KEEP_ALIVE
+            else:
+                for chunk in self._piece(piece):
+                    yield chunk
+        if self._body.wants_usage:
+            yield self._event(choices=[], usage=self._generation.usage)
+
+    def _piece(self, piece: Piece) -> list[bytes]:
+        """The new text, if there is any; then the end, if it is there."""
+        chunks: list[bytes] = []
+        token_ids = piece.token_ids
+        if piece.text or (self._with_token_ids and piece.finish_reason is None):
+            chunks.append(self._chunk(piece.index, ChatDelta(content=piece.text), token_ids=token_ids))
+            token_ids = ()
+        if piece.finish_reason is not None:
+            chunks.append(self._chunk(piece.index, ChatDelta(), token_ids=token_ids, finish_reason=piece.finish_reason))
+        return chunks
+
+    def _chunk(
+        self,
+        index: int,
+        delta: ChatDelta,
+        *,
+        token_ids: tuple[int, ...],
+        finish_reason: FinishReasonText | None = None,
+        **more: Any,
+    ) -> bytes:
+        choice = ChatChunkChoice(
+            index=index, delta=delta, logprobs=None, finish_reason=finish_reason, **self._token_ids(token_ids)
+        )
+        if self._body.wants_usage:
+            more["usage"] = self._generation.usage if self._body.wants_usage_in_every_chunk else None
+        return self._event(choices=[choice], **more)
+
+    def _event(self, **fields: Any) -> bytes:
+        return event(ChatChunk(**self._head, object="chat.completion.chunk", **fields).to_json())
+
+    def _token_ids(self, token_ids: tuple[int, ...]) -> dict[str, Any]:
+        return {"token_ids": token_ids} if self._with_token_ids else {}
+
+    def _prompt_token_ids(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self._generation.prompt_token_ids(0)} if self._with_token_ids else {}

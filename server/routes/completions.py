@@ -1,0 +1,105 @@
+"""`POST /v1/completions`."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from server.protocol.completions import DEFAULT_MAX_TOKENS, Completion, CompletionChoice, CompletionRequest
+from server.routes.answers import Answer, Generation, Piece
+from server.routes.json_body import JsonRoute, ServiceDependency
+from server.routes.prompting import check_counts, encode_prompts, plan_generation
+from server.routes.streaming import (
+    ClientDisconnectedError,
+    ClientGoneResponse,
+    collect_answers,
+    json_response,
+    stream_answers,
+)
+from server.service import Service
+from server.sse import KEEP_ALIVE, event
+
+router = APIRouter(route_class=JsonRoute, tags=["generation"])
+
+
+@router.post("/v1/completions", responses={200: {"model": Completion}}, response_class=Response)
+async def create_completion(body: CompletionRequest, request: Request, service: ServiceDependency) -> Response:
+    """Goes on from a text or from token ids."""
+    service.require_model(body.model)
+    check_counts(service.options, body, num_prompts=len(body.prompts))
+    info = service.require_open()
+    prompts = await encode_prompts(service, body.prompts, add_special_tokens=body.add_special_tokens is not False)
+    generation = plan_generation(service, info, body, prompts, param="prompt", max_tokens=DEFAULT_MAX_TOKENS)
+    await generation.start()
+    writer = _Writer(service, body, generation)
+    if body.stream:
+        return stream_answers(request, generation, writer.chunks())
+    try:
+        answers = await collect_answers(request, generation)
+    except ClientDisconnectedError:
+        return ClientGoneResponse()
+    return json_response(writer.whole(answers))
+
+
+class _Writer:
+    """Puts pieces and answers into the shapes of the wire."""
+
+    def __init__(self, service: Service, body: CompletionRequest, generation: Generation) -> None:
+        self._body = body
+        self._generation = generation
+        self._with_token_ids = body.return_token_ids is True or service.tokenizer is None
+        self._idle_s = service.options.keepalive_s
+        self._head: dict[str, Any] = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.options.model_name,
+            "system_fingerprint": service.options.fingerprint,
+        }
+
+    def whole(self, answers: list[Answer]) -> Completion:
+        choices = [
+            CompletionChoice(
+                index=index,
+                text=answer.text,
+                logprobs=None,
+                finish_reason=answer.finish_reason,
+                **self._token_ids(index, tuple(answer.token_ids), is_first=True),
+            )
+            for index, answer in enumerate(answers)
+        ]
+        return Completion(**self._head, choices=choices, usage=self._generation.usage)
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        seen: set[int] = set()
+        async for piece in self._generation.pieces(idle_s=self._idle_s):
+            if piece is None:
+                yield KEEP_ALIVE
+            elif piece.text or piece.finish_reason is not None or self._with_token_ids:
+                yield self._chunk(piece, is_first=piece.index not in seen)
+                seen.add(piece.index)
+        if self._body.wants_usage:
+            yield event(Completion(**self._head, choices=[], usage=self._generation.usage).to_json())
+
+    def _chunk(self, piece: Piece, *, is_first: bool) -> bytes:
+        choice = CompletionChoice(
+            index=piece.index,
+            text=piece.text,
+            logprobs=None,
+            finish_reason=piece.finish_reason,
+            **self._token_ids(piece.index, piece.token_ids, is_first=is_first),
+        )
+        return event(Completion(**self._head, choices=[choice], **self._usage()).to_json())
+
+    def _usage(self) -> dict[str, Any]:
+        if not self._body.wants_usage:
+            return {}
+        return {"usage": self._generation.usage if self._body.wants_usage_in_every_chunk else None}
+
+    def _token_ids(self, index: int, token_ids: tuple[int, ...], *, is_first: bool) -> dict[str, Any]:
+        if not self._with_token_ids:
+            return {}
+        prompt = {"prompt_token_ids": self._generation.prompt_token_ids(index)} if is_first else {}
+        return {"token_ids": token_ids} | prompt

@@ -1,0 +1,39 @@
+"""For operators: `/health`, `/ready`, `/version`, `/metrics`."""
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from server.routes.json_body import ServiceDependency
+
+router = APIRouter(tags=["operations"])
+RETRY_LATER = {"Retry-After": "2"}
+
+
+@router.get("/health")
+async def health(service: ServiceDependency) -> JSONResponse:
+    """200 while the engine works (also while draining); else 503 with the engine's state."""
+    status = service.status
+    is_well = status in {"ok", "draining"}
+    content = {"status": status, "engine_restarts": service.engine.num_restarts}
+    return JSONResponse(content, 200 if is_well else 503, headers=None if is_well else RETRY_LATER)
+
+
+@router.get("/ready")
+async def ready(service: ServiceDependency) -> JSONResponse:
+    """200 when new requests are taken; 503 while loading, restarting or draining."""
+    status = service.status if not service.draining else "draining"
+    is_ready = status == "ok"
+    return JSONResponse({"status": status}, 200 if is_ready else 503, headers=None if is_ready else RETRY_LATER)
+
+
+@router.get("/version")
+async def version(service: ServiceDependency) -> JSONResponse:
+    """Version of the server."""
+    return JSONResponse({"version": service.options.version})
+
+
+@router.get("/metrics")
+async def metrics(service: ServiceDependency) -> Response:
+    """Prometheus text format."""
+    return Response(service.metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})

@@ -1,0 +1,78 @@
+"""What both generating routes share: answering whole or as a stream, and telling the log what it cost."""
+
+from collections.abc import AsyncIterator
+
+import structlog
+from fastapi import Request, Response
+
+from server.errors import ApiError, InternalError
+from server.protocol.wire import ResponseModel
+from server.routes.answers import Answer, Generation
+from server.sse import DONE, ClientDisconnectedError, EventStreamResponse, event, unless_disconnected
+
+logger = structlog.stdlib.get_logger("dijiang.answers")
+CLIENT_CLOSED_REQUEST = 499
+
+
+class ClientGoneResponse(Response):
+    """For the log only: nobody reads it."""
+
+    def __init__(self) -> None:
+        super().__init__(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def json_response(answer: ResponseModel) -> Response:
+    """A whole answer."""
+    return Response(answer.to_json(), media_type="application/json")
+
+
+async def collect_answers(request: Request, generation: Generation) -> list[Answer]:
+    """All answers of an admitted generation; its slots are free afterwards.
+
+    Raises:
+        ApiError: the generation failed.
+        ClientDisconnectedError: the client left first.
+    """
+    try:
+        return await unless_disconnected(request.receive, generation.collect())
+    finally:
+        await generation.close()
+        note_usage(request, generation)
+
+
+def stream_answers(request: Request, generation: Generation, chunks: AsyncIterator[bytes]) -> Response:
+    """An admitted generation as server-sent events; its slots are free when the response has ended."""
+
+    async def close() -> None:
+        await generation.close()
+        note_usage(request, generation)
+
+    return EventStreamResponse(_guarded(chunks), close=close)
+
+
+def note_usage(request: Request, generation: Generation) -> None:
+    """Puts the token counts into the request's log line."""
+    usage = generation.usage
+    request.state.facts.update(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
+
+
+async def _guarded(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """After the 200 an error is an event, and `[DONE]` still comes."""
+    try:
+        async for chunk in chunks:
+            yield chunk
+    except ApiError as error:
+        yield event(error.to_json())
+    except Exception:
+        logger.exception("a stream failed")
+        yield event(InternalError().to_json())
+    yield DONE
+
+
+__all__ = [
+    "ClientDisconnectedError",
+    "ClientGoneResponse",
+    "collect_answers",
+    "json_response",
+    "stream_answers",
+]

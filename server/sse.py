@@ -1,0 +1,75 @@
+"""Server-sent events: framing, keep-alive comments, and a response that notices when its reader leaves."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
+T = TypeVar("T")
+
+
+class ClientDisconnectedError(Exception):
+    """Nobody is there any more to read the answer."""
+
+
+def event(data: bytes) -> bytes:
+    """One event; JSON has no raw line breaks, so one `data:` line is enough."""
+    return b"data: " + data + b"\n\n"
+
+
+async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
+    """Result of `work`; cancelled as soon as the client leaves.
+
+    Raises:
+        ClientDisconnectedError: the client left first.
+    """
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnectedError
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStreamResponse(Response):
+    """Streams `body`, and closes what is behind it in every case: end, error, or a reader that left."""
+
+    def __init__(self, body: AsyncIterator[bytes], *, close: Callable[[], Awaitable[None]]) -> None:
+        """`close` is awaited exactly once, also when not a byte was sent."""
+        super().__init__(status_code=200, headers=HEADERS)
+        del self.headers["content-length"]
+        self._chunks = body
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await unless_disconnected(receive, self._stream(send))
+        except (ClientDisconnectedError, OSError):
+            pass  # the reader left; nothing can be told to it
+        finally:
+            await self._close()
+
+    async def _stream(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for chunk in self._chunks:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

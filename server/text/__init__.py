@@ -1,0 +1,1 @@
+"""Text: tokenizer, chat template, incremental detokenisation, stop strings. Knows neither HTTP nor the engine."""

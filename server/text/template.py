@@ -1,0 +1,215 @@
+"""Chat templates: Jinja as Hugging Face models carry it, in a sandbox, with bounded time and output.
+
+The template comes with the model, never from a request. What users write inside their messages stays
+text: a special token typed by a user is split by a marker before rendering, so that the tokenizer
+recognises exactly those special tokens that the template itself has written.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from server.text.tokenizer import Tokenizer
+
+MAX_RENDER_S = 2.0
+MAX_EXPANSION = 8
+MIN_OUTPUT_CHARACTERS = 1 << 20
+MARKERS = tuple(map(chr, range(0xE000, 0xF900)))
+
+# Of the rendering in progress: several may run in threads at once.
+_deadline: ContextVar[float] = ContextVar("template_deadline", default=float("inf"))
+
+
+class TemplateFailure(ValueError):
+    """The template refuses these messages, or cannot render them within its limits."""
+
+
+class TemplateSyntaxFailure(ValueError):
+    """The model's template is not valid Jinja."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One message as the template sees it: `role` is one of a few words, `content` any text."""
+
+    role: str
+    content: str
+    name: str | None = None
+
+
+class ChatTemplate:
+    """The chat format of one model."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Raises `TemplateSyntaxFailure`. The tokenizer must have a template."""
+        assert tokenizer.chat_template is not None
+        self._tokenizer = tokenizer
+        self._knows_developer = "developer" in tokenizer.chat_template
+        self._environment = _BoundedEnvironment()
+        try:
+            self._template = self._environment.from_string(tokenizer.chat_template)
+        except TemplateError as error:
+            raise TemplateSyntaxFailure(f"the model's chat template is not valid: {error}") from error
+
+    def encode(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+    ) -> list[int]:
+        """Token ids of the rendered conversation.
+
+        Raises:
+            TemplateFailure: the template raised an exception or went over a limit.
+        """
+        protected, marker = self._protect(messages)
+        text = self._render(protected, add_generation_prompt=add_generation_prompt and not continue_final_message)
+        if continue_final_message:
+            text = _cut_after(text, protected[-1].content)
+        if marker is None:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        prefix = self._tokenizer.encode("", add_special_tokens=add_special_tokens)
+        return prefix + self._encode_marked(text, marker)
+
+    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> str:
+        """The conversation as text, for reading."""
+        return self._render(messages, add_generation_prompt=add_generation_prompt)
+
+    def _render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
+        size = sum(len(message.content) for message in messages)
+        limit = max(MIN_OUTPUT_CHARACTERS, MAX_EXPANSION * size)
+        variables = {
+            "messages": [self._variables(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+            **self._tokenizer.special_tokens,
+        }
+        self._environment.restart_clock()
+        pieces: list[str] = []
+        try:
+            for piece in self._template.generate(variables):
+                self._environment.check_clock()
+                limit -= len(piece)
+                if limit < 0:
+                    raise TemplateFailure("the chat template writes too much text for these messages")
+                pieces.append(piece)
+        except TemplateFailure:
+            raise
+        except Exception as error:  # a template can raise anything: TypeError, RecursionError, ...
+            raise TemplateFailure(f"the chat template cannot render these messages: {error}"[:300]) from error
+        return "".join(pieces)
+
+    def _variables(self, message: ChatMessage) -> dict[str, str]:
+        role = message.role
+        if role == "developer" and not self._knows_developer:
+            role = "system"
+        variables = {"role": role, "content": message.content}
+        return variables if message.name is None else variables | {"name": message.name}
+
+    def _protect(self, messages: Sequence[ChatMessage]) -> tuple[Sequence[ChatMessage], str | None]:
+        """Splits special tokens typed by users; returns the marker used, None if there was none."""
+        texts = [text for message in messages for text in (message.content, message.name) if text is not None]
+        if not any(self._tokenizer.find_special_tokens(text) for text in texts):
+            return messages, None
+        used = set().union(*texts, self._tokenizer.chat_template or "")
+        marker = next((marker for marker in MARKERS if marker not in used), None)
+        if marker is None:
+            raise TemplateFailure("the messages use every private-use character next to special tokens")
+
+        def split(text: str) -> str:
+            for begin, _ in reversed(self._tokenizer.find_special_tokens(text)):
+                text = text[: begin + 1] + marker + text[begin + 1 :]
+            return text
+
+        protected = [
+            ChatMessage(message.role, split(message.content), None if message.name is None else split(message.name))
+            for message in messages
+        ]
+        return protected, marker
+
+    def _encode_marked(self, text: str, marker: str) -> list[int]:
+        token_ids: list[int] = []
+        position = 0
+        for begin, end in self._tokenizer.find_special_tokens(text):
+            plain = text[position:begin].replace(marker, "")
+            token_ids += self._tokenizer.encode_plain(plain, continues=position > 0)
+            token_ids.append(self._tokenizer.special_token_id(text[begin:end]))
+            position = end
+        return token_ids + self._tokenizer.encode_plain(text[position:].replace(marker, ""), continues=position > 0)
+
+
+class _BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox with the helpers that templates expect, and a clock read at every step that can loop."""
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"])
+        self.filters["tojson"] = _to_json
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+
+    def restart_clock(self) -> None:
+        _deadline.set(time.monotonic() + MAX_RENDER_S)
+
+    def check_clock(self) -> None:
+        if time.monotonic() > _deadline.get():
+            raise TemplateFailure(f"the chat template needs more than {MAX_RENDER_S:g} s for these messages")
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        self.check_clock()
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: str | Any) -> Any:
+        self.check_clock()
+        return super().getitem(obj, argument)
+
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        self.check_clock()
+        return super().call(context, obj, *args, **kwargs)
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}...{% endgeneration %}` marks answers for training; here it is only its content."""
+
+    tags = {"generation"}  # noqa: RUF012 (the base class declares it so)
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateFailure(str(message)[:300])
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Unlike Jinja's own filter this one does not escape HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _cut_after(text: str, content: str) -> str:
+    """The rendering up to the end of the last message, so that an answer goes on with it."""
+    wanted = content.strip()
+    begin = text.rfind(wanted)
+    if begin < 0:
+        raise TemplateFailure("continue_final_message: the chat template does not write the last message as it is")
+    end = begin + len(wanted)
+    trailing = content[len(content.rstrip()) :]
+    return text[:end] + (trailing if text.startswith(trailing, end) else "")

@@ -1,0 +1,110 @@
+"""A real server on loopback, in a thread of its own, with a fake engine behind it."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from server.app import create_app
+from server.service import Service, ServiceOptions
+from server.text.tokenizer import Tokenizer, load_tokenizer
+from tests.byte_tokenizer import write_byte_tokenizer
+from tests.server.fake_engine import FakeEngine
+
+PATIENCE_S = 10.0
+OPTIONS = ServiceOptions(
+    model_name="org/tiny", version="1.2.3", max_n=8, max_prompts=8, max_choices=16, keepalive_s=5.0
+)
+
+
+class Loopback:
+    """A running service and ways to talk to it."""
+
+    def __init__(self, service: Service, engine: FakeEngine, port: int) -> None:
+        self.service = service
+        self.engine = engine
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE_S, trust_env=False)
+        self.openai = openai.OpenAI(
+            base_url=f"{self.url}/v1",
+            api_key="any",
+            max_retries=0,
+            timeout=PATIENCE_S,
+        )
+
+    def close(self) -> None:
+        self.http.close()
+        self.openai.close()
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Waits for something that another thread brings about."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen"
+            time.sleep(0.005)
+
+
+@contextmanager
+def serve(engine: FakeEngine, options: ServiceOptions, tokenizer: Tokenizer | None) -> Iterator[Loopback]:
+    """Runs the application on an ephemeral port until the context is left."""
+    service = Service(engine, options, tokenizer)
+    config = uvicorn.Config(create_app(service), port=0, log_config=None, ws="none", lifespan="off", http="httptools")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread.start()
+    deadline = time.monotonic() + PATIENCE_S
+    while not server.started:
+        assert time.monotonic() < deadline, "the server did not start"
+        time.sleep(0.005)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    loopback = Loopback(service, engine, port)
+    try:
+        yield loopback
+    finally:
+        loopback.close()
+        server.should_exit = True
+        thread.join(PATIENCE_S)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tokenizer_folder: Path) -> Tokenizer:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    assert tokenizer is not None
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def shared_loopback(byte_tokenizer: Tokenizer) -> Iterator[Loopback]:
+    with serve(FakeEngine(), OPTIONS, byte_tokenizer) as running:
+        yield running
+
+
+@pytest.fixture
+def server(shared_loopback: Loopback) -> Iterator[Loopback]:
+    """The shared server with a fresh engine script; nothing may be left running by the test before."""
+    fresh = FakeEngine()
+    shared_loopback.engine.__dict__.update(fresh.__dict__)
+    yield shared_loopback
+    shared_loopback.wait_until(lambda: not shared_loopback.engine.running)
+    shared_loopback.service.draining = False
+
+
+@pytest.fixture
+def options() -> ServiceOptions:
+    return replace(OPTIONS)
