@@ -6,6 +6,8 @@ with torch's `weights_only` loader: anything in them but tensors is refused, no 
 """
 
 import pickle
+import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,13 +179,13 @@ def _open_torch(path: Path) -> tuple[dict[str, TensorInfo], Callable[[str], Tens
 
 
 def _load_torch(path: Path) -> object:
+    # Files from before torch 1.6 are no zip archives and cannot be mapped.
+    can_map = zipfile.is_zipfile(path)
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError):
-            # Files from before torch 1.6 are no zip archives and cannot be mapped.
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch comments on pickles that it is about to refuse
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} holds more than tensors and is refused; no code in it was run") from error
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
+    except Exception as error:  # the unpickler raises whatever the damage provokes
         raise CheckpointError(f"{path} is not a readable PyTorch file: {error}") from error
