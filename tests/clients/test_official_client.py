@@ -8,7 +8,6 @@ from clients.client import Client
 from tests.clients import answers
 from tests.clients.loopback import Exchange, loopback_server
 
-
 STATUSES = [400, 401, 403, 404, 405, 408, 409, 413, 422, 429, 500, 502, 503, 504, 529]
 
 
