@@ -134,10 +134,10 @@ def same_backbone(config: ModelConfig, golden: Golden) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", NAMES)
 def test_generation_goes_on_past_the_tables(name: str, dtype: torch.dtype) -> None:
-    """300 tokens with tables of 64: the fast path against the definition with tables continued in fp64."""
+    """200 tokens with tables of 64: the fast path against the definition with tables continued in fp64."""
     golden = load_golden(name)
     model = load_model(golden.path, dtype=dtype)
-    token_ids = (golden.input_ids.flatten().tolist() * 4)[:300]
+    token_ids = (golden.input_ids.flatten().tolist() * 3)[:200]
     _, expected = reference.forward(golden.config, golden.tensors, token_ids)
     for form in ("parallel", "chunked", "recurrent"):
         assert_close_in_norm(feed(model, token_ids, form), expected, tolerance=TOLERANCES[dtype])

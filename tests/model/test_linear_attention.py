@@ -1,6 +1,7 @@
 """The attention operators against the naive forms: output and state, packed, grouped, in fp64 and fp32."""
 
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -200,6 +201,12 @@ LAYERS = {
 }
 
 
+@cache
+def twin_of(layer: str, num_tokens: int) -> tuple[Tensor, LinearState, HybridInputs]:
+    """Shared by all ways of splitting."""
+    return OneLayer(LAYERS[layer], num_tokens, dtype=torch.float64).twin()
+
+
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("num_tokens", [1, 2, 63, 64, 65, 127, 130, 200])
@@ -207,7 +214,7 @@ def test_layer_equals_its_twin_in_output_and_state(num_tokens: int, layer: str, 
     """200 tokens pass the teacher's range of 128, beyond which sinks are scored with a capped rotation."""
     one = OneLayer(LAYERS[layer], num_tokens, dtype=torch.float64)
     output = torch.cat([one.run(begin, end, decode=decode) for begin, end, decode in SPLITS[split](num_tokens)])
-    expected, end, inputs = one.twin()
+    expected, end, inputs = twin_of(layer, num_tokens)
     assert_close_in_norm(output, expected, tolerance=1e-12)
     state = one.state()
     assert state.normaliser is not None
@@ -236,7 +243,7 @@ def test_layer_in_fp32_stays_near_its_fp64_twin(num_tokens: int, layer: str) -> 
     one = OneLayer(LAYERS[layer], num_tokens, dtype=torch.float32)
     cuts = sorted({0, num_tokens // 2, num_tokens})
     output = torch.cat([one.run(begin, end, decode=False) for begin, end in pairwise(cuts)])
-    expected, end, _ = one.twin()
+    expected, end, _ = twin_of(layer, num_tokens)
     assert output.dtype == torch.float32
     assert_close_in_norm(output, expected, tolerance=1e-5)
     assert_close_in_norm(one.state().linear_state[3], end.s, tolerance=1e-5)
