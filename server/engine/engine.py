@@ -49,15 +49,13 @@ class Engine:
         Raises:
             dijiang_model.errors.ModelError: the model's files or configuration cannot be served.
             server.engine.state_pool.StateBudgetError: the state memory holds no conversation.
-            ValueError: an unknown dtype.
+            ValueError: an unknown dtype, or a device that is not there.
         """
         started = time.monotonic()
         if config.weights_dtype not in _DTYPES:
             raise ValueError(f"weights_dtype is {config.weights_dtype!r}, and must be one of {', '.join(_DTYPES)}")
         torch.set_num_threads(config.num_threads)
-        device = torch.device(config.device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        _select_device(config.device)
         model = load_model(config.model_path, device=config.device, dtype=_DTYPES[config.weights_dtype])
         return cls.of(model, config, started=started)
 
@@ -150,6 +148,17 @@ class Engine:
     def _release_ended(self) -> None:
         for sequence in self._scheduler.take_ended():
             self._runner.release(sequence)
+
+
+def _select_device(name: str) -> None:
+    device = torch.device(name)
+    if device.type == "cuda":
+        num_devices = torch.cuda.device_count()
+        if (device.index or 0) >= num_devices:
+            raise ValueError(f"device is {name!r}, but {num_devices} CUDA devices are usable here")
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise ValueError(f"device is {name!r}, and must be cpu, cuda or cuda:N")
 
 
 def _device_name(device: torch.device) -> str:

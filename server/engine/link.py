@@ -1,0 +1,146 @@
+"""One engine process as its parent sees it: started, talked to, ended. Its successor gets a new link."""
+
+import asyncio
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from server.engine.messages import COMMANDS_SOCKET, EVENTS_SOCKET, Command, Report, ipc_address
+from server.engine.types import EngineConfig
+
+_DRAIN_S = 0.05
+
+
+class EngineEndedError(Exception):
+    """The engine process is not there to take a command."""
+
+
+class EngineLink:
+    """A running engine process and the two sockets to it, in a folder that only this user may enter.
+
+    Commands go out through a plain socket, at once and in order; reports come in through another one
+    that the event loop waits for.
+    """
+
+    def __init__(self, folder: str) -> None:
+        """`open` is the way to make one; `folder` is its own, and goes with it."""
+        self._folder = folder
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._commands = self._context.socket(zmq.PUSH)
+        self._events = zmq.asyncio.Context(self._context).socket(zmq.PULL)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Report)
+        self._process: asyncio.subprocess.Process | None = None
+
+    @classmethod
+    async def open(cls, config: EngineConfig, *, module: str) -> "EngineLink":
+        """Starts an engine process; it goes on loading after the return.
+
+        Args:
+            config: what the engine gets.
+            module: run with `python -m`; see `server.engine.process`.
+
+        Raises:
+            OSError: no process can be started.
+            zmq.ZMQError: the sockets cannot be made (a temporary folder with too long a name, say).
+        """
+        link = cls(tempfile.mkdtemp(prefix="dijiang-"))  # mode 0700
+        try:
+            link._bind()
+            await link._start(config, module)
+        except BaseException:
+            await link.close()
+            raise
+        return link
+
+    @property
+    def pid(self) -> int | None:
+        """The process; None before it was started."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status, negative for a signal; None while it runs."""
+        return None if self._process is None else self._process.returncode
+
+    def send(self, command: Command) -> None:
+        """Hands a command over, without waiting.
+
+        Raises:
+            EngineEndedError: the process has gone.
+        """
+        try:
+            self._commands.send(self._encoder.encode(command), zmq.NOBLOCK)
+        except zmq.Again as error:
+            raise EngineEndedError from error
+
+    async def reports(self) -> AsyncIterator[Report]:
+        """Everything the engine says, until its process has ended."""
+        assert self._process is not None
+        ended = asyncio.ensure_future(self._process.wait())
+        message = asyncio.ensure_future(self._events.recv())
+        try:
+            while True:
+                await asyncio.wait({message, ended}, return_when=asyncio.FIRST_COMPLETED)
+                if not message.done():
+                    break
+                yield self._decoder.decode(message.result())
+                message = asyncio.ensure_future(self._events.recv())
+            # Its last words, sent just before it ended, may still be on their way.
+            await asyncio.wait({message}, timeout=_DRAIN_S)
+            while message.done():
+                yield self._decoder.decode(message.result())
+                message = asyncio.ensure_future(self._events.recv())
+                await asyncio.wait({message}, timeout=_DRAIN_S)
+        finally:
+            ended.cancel()
+            message.cancel()
+
+    async def close(self) -> None:
+        """Ends the process and removes the sockets."""
+        try:
+            await self._end_process()
+        finally:
+            self._commands.close()
+            self._events.close()
+            self._context.term()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _bind(self) -> None:
+        for socket, name in ((self._commands, COMMANDS_SOCKET), (self._events, EVENTS_SOCKET)):
+            socket.set_hwm(0)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.bind(ipc_address(self._folder, name))
+
+    async def _start(self, config: EngineConfig, module: str) -> None:
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            module,
+            self._folder,
+            stdin=asyncio.subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C at the terminal is for the parent to handle
+        )
+        standard_input = self._process.stdin
+        assert standard_input is not None
+        standard_input.write(msgspec.json.encode(config) + b"\n")
+        try:
+            await standard_input.drain()
+        except ConnectionError:
+            return  # ended already; `reports` will say so
+
+    async def _end_process(self) -> None:
+        if self._process is None:
+            return
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                self._process.kill()  # it holds nothing that it would have to put away
+        await self._process.wait()

@@ -1,0 +1,171 @@
+"""The loop that hosts an `Engine` in a process of its own: `python -m server.engine.process FOLDER`.
+
+- One message to the service per step, for all sequences together.
+- Blocks while there is nothing to do.
+- Lives no longer than its parent: standard input is a pipe whose other end only the parent holds, and
+  its end is the signal to go, whichever way the parent went.
+- Ignores SIGINT and SIGTERM: those reach whole process groups, and it is for the parent to decide
+  whether running requests are finished first.
+- A fault that belongs to one request ends that request. Any other exception ends the process, with a
+  line of JSON on standard error; the service restarts it.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+import msgspec
+import zmq
+
+from dijiang_model.errors import ModelError
+from server.engine.engine import Engine
+from server.engine.messages import (
+    COMMANDS_SOCKET,
+    EVENTS_SOCKET,
+    AbortRequest,
+    Command,
+    EngineReady,
+    LoadFailed,
+    Report,
+    StepDone,
+    ipc_address,
+)
+from server.engine.types import EngineConfig, TokenEvent
+
+EXIT_STEP_FAILED = 70
+EXIT_LOAD_FAILED = 71
+STATS_INTERVAL_S = 1.0
+_LINGER_MS = 2_000
+
+Load = Callable[[EngineConfig], Engine]
+
+
+class EngineLoop:
+    """Moves commands into an engine and its events out."""
+
+    def __init__(self, engine: Engine, *, commands: zmq.Socket[bytes], events: zmq.Socket[bytes]) -> None:
+        self._engine = engine
+        self._commands = commands
+        self._events = events
+        self._decoder = msgspec.msgpack.Decoder(Command)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._next_stats_s = 0.0
+
+    def run_forever(self) -> None:
+        """Turns until an exception ends it."""
+        while True:
+            self.turn()
+
+    def turn(self) -> None:
+        """Takes all commands that are there (waits for one when idle), steps once, reports once."""
+        was_idle = not self._engine.has_work
+        events = self._take_commands(wait=was_idle)
+        if self._engine.has_work:
+            events += self._engine.step()
+        now_idle = not self._engine.has_work
+        # The last message before going idle carries the numbers too, or the gauges would stay up.
+        wants_stats = now_idle or time.monotonic() >= self._next_stats_s
+        if events or wants_stats:
+            self._report(events, with_stats=wants_stats)
+
+    def _take_commands(self, *, wait: bool) -> list[TokenEvent]:
+        events: list[TokenEvent] = []
+        flags = 0 if wait else zmq.NOBLOCK
+        while True:
+            try:
+                message = self._commands.recv(flags)
+            except zmq.Again:
+                return events
+            flags = zmq.NOBLOCK
+            event = self._obey(self._decoder.decode(message))
+            if event is not None:
+                events.append(event)
+
+    def _obey(self, command: Command) -> TokenEvent | None:
+        if isinstance(command, AbortRequest):
+            return self._engine.abort(command.request_id)
+        return self._engine.add(command.request)
+
+    def _report(self, events: list[TokenEvent], *, with_stats: bool) -> None:
+        stats = None
+        if with_stats:
+            stats = self._engine.stats
+            self._next_stats_s = time.monotonic() + STATS_INTERVAL_S
+        self._events.send(self._encoder.encode(StepDone(events, stats)))
+
+
+def run(config: EngineConfig, folder: str, *, load: Load) -> int:
+    """Loads, reports, serves; returns the exit status, for it only ends by failing."""
+    context = zmq.Context()
+    commands, events = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    try:
+        for socket, name in ((commands, COMMANDS_SOCKET), (events, EVENTS_SOCKET)):
+            socket.set_hwm(0)  # the service keeps up or grows; it must never hold up everybody's next token
+            socket.setsockopt(zmq.LINGER, _LINGER_MS)
+            socket.connect(ipc_address(folder, name))
+        try:
+            engine = load(config)
+        except Exception as error:
+            log_failure("engine_load_failed", error)
+            _send(events, LoadFailed(_reason(error), is_permanent=_is_permanent(error)))
+            return EXIT_LOAD_FAILED
+        _send(events, EngineReady(engine.info))
+        try:
+            EngineLoop(engine, commands=commands, events=events).run_forever()
+        except Exception as error:
+            log_failure("engine_step_failed", error)
+        return EXIT_STEP_FAILED
+    finally:
+        commands.close()
+        events.close()
+        context.term()
+
+
+def log_failure(event: str, error: BaseException) -> None:
+    """One line of JSON on standard error: what failed and where; no value of any variable."""
+    frames = [
+        f"{os.path.basename(frame.filename)}:{frame.lineno} {frame.name}"
+        for frame in traceback.extract_tb(error.__traceback__)
+    ]
+    line = {"level": "error", "event": event, "error": type(error).__name__, "message": str(error), "frames": frames}
+    sys.stderr.write(json.dumps(line) + "\n")
+    sys.stderr.flush()
+
+
+def main(load: Load = Engine.load) -> int:
+    """Entry point of the process; the folder of the sockets is the only argument."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    standard_input = sys.stdin.buffer
+    config = msgspec.json.decode(standard_input.readline(), type=EngineConfig)
+    threading.Thread(target=_end_with_parent, args=(standard_input.fileno(),), daemon=True).start()
+    return run(config, sys.argv[1], load=load)
+
+
+def _end_with_parent(standard_input: int) -> None:
+    """Reads the bare descriptor: a thread inside a Python file object would block the interpreter's exit."""
+    while os.read(standard_input, 1):
+        pass
+    os._exit(0)  # at once, from whatever the main thread is doing
+
+
+def _send(socket: zmq.Socket[bytes], report: Report) -> None:
+    socket.send(msgspec.msgpack.encode(report))
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _is_permanent(error: Exception) -> bool:
+    """Whether loading again would fail again: wrong files and settings, not lost devices or memory."""
+    return isinstance(error, ModelError | ValueError | FileNotFoundError)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
