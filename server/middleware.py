@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import hmac
+import logging
 import time
 import uuid
 from typing import Any
@@ -18,6 +19,7 @@ from server.service import Service
 MAX_HEADERS = 200
 MAX_HEADER_BYTES = 64 << 10
 MAX_REQUEST_ID_CHARACTERS = 64
+POLLED_PATHS = frozenset({"/health", "/ready", "/metrics"})
 OPEN_PATHS = frozenset({"/health", "/ready"})
 DRAIN_S = 5.0
 logger = structlog.stdlib.get_logger("dijiang.http")
@@ -70,7 +72,9 @@ class RequestContextMiddleware:
     def _log(self, scope: Scope, status: int | None, seconds: float, facts: dict[str, Any]) -> None:
         route = getattr(scope.get("route"), "path", "unknown")
         self._service.metrics.http_requests.labels(scope["method"], route, str(status)).inc()
-        logger.info(
+        is_poll = scope["path"] in POLLED_PATHS and status is not None
+        logger.log(
+            logging.DEBUG if is_poll else logging.INFO,
             "request",
             method=scope["method"],
             path=printable(scope["path"]),

@@ -1,7 +1,8 @@
 """Server-sent events: framing, keep-alive comments, and a response that notices when its reader leaves."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import TypeVar
 
 from starlette.responses import Response
@@ -53,7 +54,7 @@ async def _disconnected(receive: Receive) -> None:
 class EventStreamResponse(Response):
     """Streams `body`, and closes what is behind it in every case: end, error, or a reader that left."""
 
-    def __init__(self, body: AsyncIterator[bytes], *, close: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, body: AsyncGenerator[bytes, None], *, close: Callable[[], Awaitable[None]]) -> None:
         """`close` is awaited exactly once, also when not a byte was sent."""
         super().__init__(status_code=200, headers=HEADERS)
         del self.headers["content-length"]
@@ -70,6 +71,7 @@ class EventStreamResponse(Response):
 
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for chunk in self._chunks:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        async with aclosing(self._chunks) as chunks:
+            async for chunk in chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -92,7 +92,7 @@ class _Writer:
             **self._prompt_token_ids(),
         )
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         for index in range(self._body.num_choices):
             opening = ChatDelta(role="assistant", content="")
             yield self._chunk(index, opening, token_ids=(), **(self._prompt_token_ids() if index == 0 else {}))

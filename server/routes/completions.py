@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -72,7 +72,7 @@ class _Writer:
         ]
         return Completion(**self._head, choices=choices, usage=self._generation.usage)
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         seen: set[int] = set()
         async for piece in self._generation.pieces(idle_s=self._idle_s):
             if piece is None:

@@ -1,6 +1,7 @@
 """What both generating routes share: answering whole or as a stream, and telling the log what it cost."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 import structlog
 from fastapi import Request, Response
@@ -40,7 +41,7 @@ async def collect_answers(request: Request, generation: Generation) -> list[Answ
         note_usage(request, generation)
 
 
-def stream_answers(request: Request, generation: Generation, chunks: AsyncIterator[bytes]) -> Response:
+def stream_answers(request: Request, generation: Generation, chunks: AsyncGenerator[bytes, None]) -> Response:
     """An admitted generation as server-sent events; its slots are free when the response has ended."""
 
     async def close() -> None:
@@ -56,11 +57,12 @@ def note_usage(request: Request, generation: Generation) -> None:
     request.state.facts.update(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
 
 
-async def _guarded(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _guarded(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     """After the 200 an error is an event, and `[DONE]` still comes."""
     try:
-        async for chunk in chunks:
-            yield chunk
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
     except ApiError as error:
         yield event(error.to_json())
     except Exception:

@@ -1,0 +1,5 @@
+"""`python -m server` is `dijiang`."""
+
+from server.cli import main
+
+main()

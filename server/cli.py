@@ -1,0 +1,65 @@
+"""The `dijiang` program. Its commands are imported when they are called, so that `--help` is quick."""
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+
+# Everything behind the command's name goes to the real command, `--help` included.
+PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
+
+app = typer.Typer(
+    name="dijiang",
+    help="DiJiang models: linear attention with a constant-size state, served with the OpenAI API.",
+    invoke_without_command=True,
+    add_completion=False,
+)
+
+
+def main() -> None:
+    """Entry point of the `dijiang` command."""
+    app()
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if show_version:
+        typer.echo(f"dijiang {version('dijiang')}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def serve(context: typer.Context) -> None:
+    """Serve a model over HTTP; without a model: the default one."""
+    _call(import_module("server.serve_flags").serve_command(), context)
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def convert(context: typer.Context) -> None:
+    """Make a DiJiang model of a pretrained transformer."""
+    _call(import_module("dijiang_model.conversion.cli").convert_command, context)
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def chat(context: typer.Context) -> None:
+    """Talk to a served model in the terminal."""
+    _call(import_module("clients.cli").chat_command, context)
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def complete(context: typer.Context) -> None:
+    """Complete the text on standard input."""
+    _call(import_module("clients.cli").complete_command, context)
+
+
+def _call(command: Callable[..., Any], context: typer.Context) -> None:
+    """Runs a command as a program of its own, with the arguments that were left for it."""
+    program = typer.Typer(add_completion=False)
+    program.command()(command)
+    program(args=context.args, prog_name=f"dijiang {context.info_name}")

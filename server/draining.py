@@ -1,0 +1,41 @@
+"""The HTTP server that finishes its answers before it stops."""
+
+import time
+from types import FrameType
+
+import uvicorn
+
+from server.engine_client import EngineClient, EngineStatus
+from server.service import Service
+
+
+class DrainingServer(uvicorn.Server):
+    """Uvicorn that finishes its answers: the first signal drains, the second one ends at once."""
+
+    def __init__(
+        self, config: uvicorn.Config, service: Service, engine: EngineClient, *, drain_timeout_s: float
+    ) -> None:
+        super().__init__(config)
+        self._service = service
+        self._engine = engine
+        self._drain_timeout_s = drain_timeout_s
+        self._drain_until: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by uvicorn for SIGTERM and SIGINT."""
+        if self._service.draining:
+            self.should_exit = self.force_exit = True
+        self._service.draining = True
+        if self._drain_until is None:
+            self._drain_until = time.monotonic() + self._drain_timeout_s
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether it is time to stop."""
+        if self._engine.status is EngineStatus.FAILED:
+            self.should_exit = True
+        if self._drain_until is not None and self._service.num_active == 0:
+            self.should_exit = True
+        elif self._drain_until is not None and time.monotonic() > self._drain_until:
+            await self._engine.close()  # what still runs gets a clean error
+            self.should_exit = True
+        return await super().on_tick(counter)

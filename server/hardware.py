@@ -1,0 +1,104 @@
+"""What the machine offers: device, cores, free memory. Imports no torch, so that the service stays small.
+
+CUDA is asked about in a short-lived process: a context in this one would hold device memory for ever.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+CUDA_DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg")
+CUDA_QUESTION = (
+    "import json, torch; print(json.dumps([torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]))"
+)
+QUESTION_TIMEOUT_S = 120
+SMALL_MACHINE_CORES = 8
+CPU_SHARE, CUDA_SHARE = 0.5, 0.9
+WORKSPACE_BYTES = 1 << 30
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+
+
+class HardwareError(ValueError):
+    """The machine lacks what was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device and the memory that was free on it, in bytes."""
+
+    name: str
+    free_bytes: int
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.name.startswith("cuda")
+
+
+def find_device(wanted: str) -> Device:
+    """The device for `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        HardwareError: a CUDA device is asked for that is not there.
+    """
+    free = [] if wanted == "cpu" else free_cuda_bytes()
+    if wanted == "cpu" or (wanted == "auto" and not free):
+        return Device("cpu", free_host_bytes())
+    number = int(wanted.partition(":")[2] or 0)
+    if number >= len(free):
+        raise HardwareError(f"device is {wanted}, but there are {len(free)} CUDA devices that torch can use here")
+    return Device(f"cuda:{number}", free[number])
+
+
+def free_cuda_bytes() -> list[int]:
+    """Free memory of each CUDA device that torch can use; empty without any."""
+    if not any(Path(path).exists() for path in CUDA_DEVICE_FILES):
+        return []
+    command = [sys.executable, "-c", CUDA_QUESTION]
+    try:
+        answer = subprocess.run(  # noqa: S603 (a fixed command)
+            command, capture_output=True, check=True, timeout=QUESTION_TIMEOUT_S
+        )
+        return [int(free) for free in json.loads(answer.stdout)]
+    except (subprocess.SubprocessError, ValueError):
+        return []
+
+
+def free_host_bytes() -> int:
+    """Memory that can be taken without swapping, within the limit of a container."""
+    available = psutil.virtual_memory().available
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):  # no control group, or no limit ("max")
+        return available
+    return min(available, max(0, limit - used))
+
+
+def default_threads() -> int:
+    """All cores but one on small machines, half of them (one for each pair of hyperthreads) on large ones."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores - 1) if cores <= SMALL_MACHINE_CORES else cores // 2
+
+
+def default_state_bytes(device: Device, model: Path) -> int:
+    """A share of the free memory after the weights: half of it on a CPU, nearly all on CUDA.
+
+    Raises:
+        HardwareError: the weights alone do not fit.
+    """
+    weights = sum(path.stat().st_size for pattern in WEIGHT_FILES for path in model.glob(pattern))
+    # Weights stored in half precision double in float32 on a CPU.
+    reserved = weights + WORKSPACE_BYTES if device.is_cuda else 2 * weights
+    share = CUDA_SHARE if device.is_cuda else CPU_SHARE
+    budget = int((device.free_bytes - reserved) * share)
+    if budget <= 0:
+        raise HardwareError(
+            f"{device.free_bytes / 2**30:.1f} GiB are free on {device.name}, too little for the "
+            f"{weights / 2**30:.1f} GiB of weights and states beside them; set state_memory to try it all the same"
+        )
+    return budget

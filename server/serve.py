@@ -1,0 +1,236 @@
+"""The composition root of `dijiang serve`: settings -> engine -> application -> HTTP server."""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import socket
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from server.app import create_app
+from server.draining import DrainingServer
+from server.engine.types import EngineConfig
+from server.engine_client import EngineClient
+from server.errors import EngineUnavailableError
+from server.hardware import Device, HardwareError, default_state_bytes, default_threads, find_device
+from server.logs import configure_logging
+from server.middleware import hash_key
+from server.service import Service, ServiceOptions
+from server.settings import Settings, misplaced_key
+from server.summary import Summary
+from server.text.template import TemplateSyntaxFailure
+from server.text.tokenizer import load_tokenizer
+from server.text.vocabulary import UnsupportedTokenizerError
+
+CPU_STEP_TOKENS, CUDA_STEP_TOKENS = 512, 2048
+LAST_ANSWERS_S = 5
+HASHED_KEY = "sha256:"
+
+
+class StartError(Exception):
+    """The server cannot start; the text is a sentence for the operator."""
+
+
+def run(settings: Settings, console: Console) -> None:
+    """Serves until a signal ends it.
+
+    Raises:
+        StartError: the model, the device, the address or the engine cannot be used.
+    """
+    configure_logging(level=settings.log_level, log_format=settings.log_format)
+    if misplaced_key(settings):
+        console.print(
+            "[yellow]warning:[/yellow] DIJIANG_API_KEY is for clients; the server's keys are DIJIANG_API_KEYS, "
+            "and without them everybody is let in",
+            highlight=False,
+        )
+    model, default_name = _find_model(settings, console)
+    try:
+        tokenizer = load_tokenizer(model)
+        device = find_device(settings.device)
+        config = engine_config(settings, model, device)
+        engine = EngineClient(config)
+        service = Service(engine, service_options(settings, model, default_name), tokenizer)
+    except (UnsupportedTokenizerError, TemplateSyntaxFailure, HardwareError) as error:
+        raise StartError(str(error)) from error
+    listener = _bind(settings)
+    summary = Summary(settings, config, service.options, recipe_of(model), tokenizer, listener)
+    server = DrainingServer(_http_config(settings, service), service, engine, drain_timeout_s=settings.drain_timeout_s)
+    _event_loop_runner()(_serve(server, engine, listener, summary, console))
+
+
+async def _serve(
+    server: DrainingServer, engine: EngineClient, listener: socket.socket, summary: Summary, console: Console
+) -> None:
+    """Opens the port at once, while the engine loads."""
+    await engine.start()
+    console.print(f"Loading {summary.model}; the port of {summary.base_url} is open already", highlight=False)
+    waiting = asyncio.create_task(_announce(engine, summary, console))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        failure = engine.failure
+        await engine.close()
+    if failure is not None:
+        raise StartError(f"the engine cannot run: {failure}")
+
+
+async def _announce(engine: EngineClient, summary: Summary, console: Console) -> None:
+    with contextlib.suppress(EngineUnavailableError):
+        console.print(summary.table(await engine.wait_ready()))
+
+
+def engine_config(settings: Settings, model: Path, device: Device) -> EngineConfig:
+    """The frozen part of the settings that the engine gets, with every `auto` decided.
+
+    Raises:
+        HardwareError: too little memory.
+    """
+    auto_dtype = "bfloat16" if device.is_cuda else "float32"
+    auto_step = max(CUDA_STEP_TOKENS if device.is_cuda else CPU_STEP_TOKENS, settings.max_conversations)
+    return EngineConfig(
+        model_path=str(model),
+        device=device.name,
+        weights_dtype=auto_dtype if settings.dtype == "auto" else settings.dtype,
+        num_threads=default_threads() if settings.threads == "auto" else settings.threads,
+        state_memory_bytes=(
+            default_state_bytes(device, model) if settings.state_memory == "auto" else int(settings.state_memory)
+        ),
+        max_num_slots=settings.max_conversations,
+        max_step_tokens=auto_step if settings.max_step_tokens == "auto" else settings.max_step_tokens,
+        max_waiting=settings.max_queue,
+    )
+
+
+def service_options(settings: Settings, model: Path, default_name: str) -> ServiceOptions:
+    """The frozen part of the settings that the HTTP side gets."""
+    name = settings.served_model_name if settings.served_model_name is not None else default_name
+    number = version("dijiang")
+    digest = hashlib.sha256(f"{number}\n{name}\n".encode() + (model / "config.json").read_bytes()).hexdigest()
+    return ServiceOptions(
+        model_name=name,
+        version=number,
+        fingerprint=f"fp_{digest[:12]}",
+        max_prompt_tokens=settings.max_prompt_tokens,
+        max_n=settings.max_n,
+        max_prompts=settings.max_prompts,
+        max_choices=settings.max_choices,
+        max_stop=settings.max_stop,
+        max_body_bytes=int(settings.max_body_bytes),
+        body_timeout_s=settings.body_timeout_s,
+        request_timeout_s=settings.request_timeout_s,
+        keepalive_s=settings.keepalive_s,
+        key_hashes=key_hashes(settings),
+        metrics_need_key=settings.metrics_need_key,
+        cors_origins=settings.cors_origins,
+    )
+
+
+def key_hashes(settings: Settings) -> frozenset[bytes]:
+    """SHA-256 of every key that is let in.
+
+    Raises:
+        StartError: a `sha256:` entry that is no SHA-256, or a file of keys without any.
+    """
+    keys = [key.get_secret_value() for key in settings.api_keys]
+    if settings.api_keys_file is not None:
+        lines = [line.strip() for line in settings.api_keys_file.read_text().splitlines()]
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise StartError(f"api_keys_file: {settings.api_keys_file} holds no key")
+        keys += found
+    return frozenset(_key_hash(key) for key in keys)
+
+
+def _key_hash(key: str) -> bytes:
+    if not key.startswith(HASHED_KEY):
+        return hash_key(key)
+    try:
+        digest = bytes.fromhex(key.removeprefix(HASHED_KEY))
+    except ValueError:
+        digest = b""
+    if len(digest) != hashlib.sha256().digest_size:
+        raise StartError("api_keys: an entry that begins with sha256: is not followed by 64 hexadecimal digits")
+    return digest
+
+
+def recipe_of(model: Path) -> str:
+    """How the model was made, as its `config.json` says; the authors' own format is `released`."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    try:
+        return str(config["dijiang"]["origin"]["recipe"])
+    except (KeyError, TypeError):
+        return "released"
+
+
+def _find_model(settings: Settings, console: Console) -> tuple[Path, str]:
+    """The model's folder and its name."""
+    if settings.model is None:
+        return _default_model(settings.cache_dir, console)
+    folder = settings.model.expanduser().resolve()
+    if not (folder / "config.json").is_file():
+        raise StartError(f"{settings.model} is not the folder of a model: it has no config.json")
+    return folder, folder.name
+
+
+def _default_model(home: Path | None, console: Console) -> tuple[Path, str]:
+    # Imported here: it brings torch, which a server with a model of its own does not need.
+    from dijiang_model.conversion.default_model import MODEL_NAME, ensure_default_model
+    from dijiang_model.errors import ModelError
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("Converting the default model, once", total=None, visible=False)
+            path = ensure_default_model(
+                home,
+                on_progress=lambda done, total: progress.update(task, completed=done, total=total, visible=True),
+            )
+    except ModelError as error:
+        raise StartError(str(error)) from error
+    return path, MODEL_NAME
+
+
+def _bind(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise StartError(f"{settings.host} port {settings.port} cannot be used: {error.strerror}") from error
+    listener.set_inheritable(False)
+    return listener
+
+
+def _http_config(settings: Settings, service: Service) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(service),
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=LAST_ANSWERS_S,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+    )
+
+
+def _event_loop_runner() -> Callable[..., Any]:
+    try:
+        import uvloop
+    except ImportError:  # not made for Windows
+        return asyncio.run
+    return uvloop.run

@@ -1,0 +1,73 @@
+"""`dijiang serve` as typer sees it: one option for each setting, made from `Settings` itself."""
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, get_args
+
+import typer
+from pydantic import ByteSize
+from rich.console import Console
+
+from server.serve import StartError, run
+from server.settings import Settings, SettingsError, flag_of, read_settings
+from server.summary import escaped
+
+
+def serve_command() -> Callable[..., None]:
+    """The typer command: one option for each setting, taken from `Settings` itself."""
+
+    def serve(**values: Any) -> None:
+        """Serve a model over HTTP, with the OpenAI API.
+
+        Every option is an environment variable too: --state-memory 2GiB is DIJIANG_STATE_MEMORY=2GiB.
+        """
+        console = Console(stderr=True)
+        try:
+            settings = read_settings({name: value for name, value in values.items() if value is not None})
+            run(settings, console)
+        except (SettingsError, StartError) as error:
+            for line in str(error).split("\n"):
+                console.print(f"[red]error:[/red] {escaped(line)}", highlight=False)
+            raise typer.Exit(1) from error
+
+    parameters = [_parameter(name) for name in Settings.model_fields]
+    serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    serve.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return serve
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    """A setting as typer wants it; values stay text here, `Settings` checks them."""
+    field = Settings.model_fields[name]
+    help_text = " ".join((field.description or "").split())
+    extra = field.json_schema_extra
+    panel = extra["panel"] if isinstance(extra, dict) else None
+    assert isinstance(panel, str)
+    note = (
+        help_text
+        if field.default is None or field.default == ()
+        else f"{help_text} \\[default: {_shown(field.default)}]"
+    )
+    kind: Any = bool if field.annotation is bool else str
+    annotation: Any
+    if name == "model":
+        annotation = Annotated[kind | None, typer.Argument(help=note, show_default=False)]
+    else:
+        flags = f"{flag_of(name)}/--no-{flag_of(name)[2:]}" if kind is bool else flag_of(name)
+        annotation = Annotated[
+            kind | None,
+            typer.Option(flags, help=note, rich_help_panel=panel, show_default=False, metavar=_metavar(name)),
+        ]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _shown(default: object) -> str:
+    if isinstance(default, ByteSize):
+        return default.human_readable(separator="")
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _metavar(name: str) -> str | None:
+    annotation = Settings.model_fields[name].annotation
+    choices = [choice for choice in get_args(annotation) if isinstance(choice, str)]
+    return "|".join(choices) if len(choices) > 1 else None

@@ -1,0 +1,197 @@
+"""Everything an operator may set, each as a flag of `dijiang serve` and as an environment variable.
+
+`state_memory` is `--state-memory` and `DIJIANG_STATE_MEMORY`; a flag wins over the variable. This is the
+only place where the service reads the environment. Names that do not exist are errors, and so are
+settings that cannot take effect together.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PREFIX = "DIJIANG_"
+CLIENT_VARIABLES = frozenset({"DIJIANG_BASE_URL", "DIJIANG_API_KEY"})
+"""Read by `dijiang chat` and `dijiang complete`, so they are no mistakes here."""
+
+
+class SettingsError(ValueError):
+    """Settings that are unknown, wrong or contradictory; the text is one sentence a line, for the operator."""
+
+
+def _list(value: object) -> object:
+    """`a, b` -> `["a", "b"]`."""
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
+Auto = Literal["auto"]
+CommaList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_list)]
+SecretList = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_list)]
+
+
+def _in(panel: str, default: Any, **limits: Any) -> Any:
+    """A setting with its group in `--help`."""
+    return Field(default, json_schema_extra={"panel": panel}, **limits)
+
+
+class Settings(BaseSettings):
+    """All settings of `dijiang serve`; frozen."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+    )
+
+    model: Path | None = _in("Model", None)
+    """Folder of the model. Default: SmolLM2-135M-Instruct, converted once to a DiJiang hybrid and kept."""
+    served_model_name: str | None = _in("Model", None, min_length=1, max_length=200)
+    """Name that clients ask for. Default: the name of the folder."""
+    cache_dir: Path | None = _in("Model", None)
+    """Where the converted default model is kept. Default: ~/.cache/dijiang."""
+    device: str = _in("Model", "auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
+    """auto, cpu, cuda or cuda:N. auto takes the first CUDA device if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _in("Model", "auto")
+    """Numbers of the weights: auto is float32 on a CPU and bfloat16 on CUDA. The state is always float32."""
+    threads: Annotated[int, Field(ge=1, le=1024)] | Auto = _in("Model", "auto")
+    """CPU threads for tensor work. auto leaves one core free on small machines."""
+
+    state_memory: Annotated[ByteSize, Field(ge=1)] | Auto = _in("Capacity", "auto")
+    """Memory for the states of conversations, such as 2GiB. auto: a share of what is free."""
+    max_conversations: int = _in("Capacity", 512, ge=1, le=1_000_000)
+    """Most conversations that run at once, even if the memory would hold more."""
+    max_step_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = _in("Capacity", "auto")
+    """Tokens computed in one step, prompts and answers together: more is faster for long prompts, but makes running
+    answers wait longer. auto: 512 on a CPU, 2048 on CUDA, or max_conversations if that is more."""
+    max_queue: int = _in("Capacity", 1024, ge=0, le=1_000_000)
+    """Requests that may wait for a free conversation before new ones are refused with 503."""
+
+    host: str = _in("Address", "127.0.0.1", min_length=1)
+    """Address to listen on; 0.0.0.0 for every network."""
+    port: int = _in("Address", 8000, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one."""
+    tls_cert: Path | None = _in("Address", None)
+    """Certificate chain (PEM) for HTTPS; needs tls_key."""
+    tls_key: Path | None = _in("Address", None)
+    """Private key (PEM) of tls_cert."""
+    cors_origins: CommaList = _in("Address", ())
+    """Web origins whose pages may call the server, separated by commas, or *. Default: none."""
+
+    api_keys: SecretList = _in("Keys", ())
+    """Keys that are let in, separated by commas: as they are, or as sha256:HEX. Default: everybody is."""
+    api_keys_file: Path | None = _in("Keys", None)
+    """File with further keys, one a line."""
+    metrics_need_key: bool = _in("Keys", False)
+    """Ask for a key on /metrics too."""
+
+    max_prompt_tokens: int = _in("Limits", 0, ge=0)
+    """Longest prompt in tokens; 0: no limit."""
+    max_body_bytes: ByteSize = _in("Limits", ByteSize(16 << 20), ge=1024)
+    """Largest request body, such as 16MiB."""
+    max_n: int = _in("Limits", 16, ge=1)
+    """Most answers per prompt (n)."""
+    max_prompts: int = _in("Limits", 128, ge=1)
+    """Most prompts in one completion request."""
+    max_choices: int = _in("Limits", 128, ge=1)
+    """Most answers in one request: prompts times n."""
+    max_stop: int = _in("Limits", 16, ge=1, le=1024)
+    """Most stop strings."""
+    body_timeout_s: float = _in("Limits", 60.0, gt=0)
+    """Longest time for a request body to arrive, seconds."""
+    request_timeout_s: float = _in("Limits", 0.0, ge=0)
+    """Longest time for an answer, seconds; 0: no limit."""
+
+    drain_timeout_s: float = _in("Operation", 30.0, ge=0)
+    """After SIGTERM: longest time to finish what runs, seconds."""
+    keepalive_s: float = _in("Operation", 15.0, gt=0)
+    """A silent stream gets a comment after that many seconds, so that proxies keep it open."""
+    log_level: Literal["debug", "info", "warning", "error"] = _in("Operation", "info")
+    """Least important messages to log."""
+    log_format: Literal["console", "json"] = _in("Operation", "console")
+    """console for eyes, json for machines. Prompts and answers are never logged."""
+
+    @model_validator(mode="after")
+    def _take_effect(self) -> Self:
+        problems = [problem for problem in self._problems() if problem]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _problems(self) -> list[str]:
+        """Sentences about settings that cannot take effect together."""
+        step_tokens = self.max_step_tokens
+        return [
+            "tls_cert and tls_key are only of use together"
+            if (self.tls_cert is None) != (self.tls_key is None)
+            else "",
+            *(
+                f"{name}: the file {path} does not exist"
+                for name in ("tls_cert", "tls_key", "api_keys_file")
+                if (path := getattr(self, name)) is not None and not path.is_file()
+            ),
+            f"max_n is {self.max_n}, but max_choices allows only {self.max_choices} answers in one request"
+            if self.max_n > self.max_choices
+            else "",
+            f"max_conversations is {self.max_conversations}, but a step has only {step_tokens} tokens "
+            "(max_step_tokens), and each running conversation needs one of them"
+            if step_tokens != "auto" and self.max_conversations > step_tokens
+            else "",
+            "metrics_need_key has no effect without api_keys or api_keys_file"
+            if self.metrics_need_key and not self.api_keys and self.api_keys_file is None
+            else "",
+        ]
+
+
+def read_settings(flags: Mapping[str, Any]) -> Settings:
+    """Settings from flags (by field name; only those given) and the environment.
+
+    Raises:
+        SettingsError: all that is wrong, a sentence a line.
+    """
+    problems = unknown_variables(os.environ)
+    try:
+        settings = Settings(**flags)
+    except ValidationError as error:
+        # Of a setting with alternatives (a number or `auto`) the first complaint says enough.
+        first = {item["loc"][:1]: item for item in reversed(error.errors())}
+        problems += [line for item in reversed(first.values()) for line in _describe(item)]
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return settings
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """A sentence for each `DIJIANG_` variable that is no setting."""
+    known = {variable_of(name) for name in Settings.model_fields}
+    problems = []
+    for name in sorted(environment):
+        if name.upper().startswith(PREFIX) and name.upper() not in known | CLIENT_VARIABLES:
+            close = difflib.get_close_matches(name.upper(), known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            problems.append(f"the environment variable {name} is not a setting{hint}")
+    return problems
+
+
+def misplaced_key(settings: Settings) -> bool:
+    """Whether the clients' key is set but no key of the server: a likely mistake that leaves the server open."""
+    return "DIJIANG_API_KEY" in os.environ and not settings.api_keys and settings.api_keys_file is None
+
+
+def flag_of(name: str) -> str:
+    """`state_memory` -> `--state-memory`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def variable_of(name: str) -> str:
+    """`state_memory` -> `DIJIANG_STATE_MEMORY`."""
+    return PREFIX + name.upper()
+
+
+def _describe(error: Mapping[str, Any]) -> list[str]:
+    message = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:
+        return list(message.split("\n"))
+    name = str(error["loc"][0])
+    return [f"{flag_of(name)} ({variable_of(name)}): {message}"]

@@ -1,0 +1,59 @@
+"""What an operator sees when the server is ready."""
+
+import socket
+
+from rich.table import Table
+
+from server.engine.types import EngineConfig, EngineInfo
+from server.service import ServiceOptions
+from server.settings import Settings
+from server.text.tokenizer import Tokenizer
+
+
+class Summary:
+    """What an operator sees when the server is ready."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        config: EngineConfig,
+        options: ServiceOptions,
+        recipe: str,
+        tokenizer: Tokenizer | None,
+        listener: socket.socket,
+    ) -> None:
+        host, port = listener.getsockname()[:2]
+        shown = "127.0.0.1" if host in {"0.0.0.0", "::"} else host  # noqa: S104 (only shown)
+        authority = f"[{shown}]" if ":" in shown else shown
+        self.base_url = f"{'http' if settings.tls_cert is None else 'https'}://{authority}:{port}/v1"
+        self.model = options.model_name
+        self._address = f"{host} port {port}"
+        self._config = config
+        self._recipe = recipe
+        self._text = "token ids only (the model has no tokenizer)" if tokenizer is None else "yes"
+        self._keys = len(options.key_hashes)
+
+    def table(self, info: EngineInfo) -> Table:
+        mib, total = info.state_bytes_per_slot / 2**20, info.num_slots * info.state_bytes_per_slot
+        rows = {
+            "model": f"{self.model} ({info.num_parameters / 1e6:,.1f} M parameters, loaded in {info.load_s:.1f} s)",
+            "recipe": self._recipe,
+            "device": f"{info.device} ({info.device_name})",
+            "dtype": f"{info.weights_dtype} weights, float32 state",
+            "threads": str(self._config.num_threads),
+            "capacity": f"{info.num_slots} conversations of {mib:.1f} MiB, whatever their length",
+            "state": f"{total / 2**30:.2f} GiB ({total:,} bytes)",
+            "text": self._text,
+            "keys": f"{self._keys} let in" if self._keys else "none: everybody is let in",
+            "address": self._address,
+            "base_url": self.base_url,
+        }
+        table = Table(title="DiJiang is ready", show_header=False, title_justify="left", title_style="bold")
+        for name, value in rows.items():
+            table.add_row(name, escaped(value))
+        return table
+
+
+def escaped(text: str) -> str:
+    """Square brackets are text here, not rich's markup."""
+    return text.replace("[", "\\[")
