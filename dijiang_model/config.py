@@ -28,13 +28,16 @@ class FeatureConfig:
         scale: temperature applied to queries and keys before the map (released: 1;
             head_size ** -0.25 reproduces softmax attention's 1/sqrt(d)).
         nodes: the recorded low-discrepancy set behind the inverse CDF, e.g. `midpoint` (see
-            `features.NODE_SETS`), or `checkpoint` when they came with the weights.
+            `features.NODE_NAMES`), or `checkpoint` when they came with the weights.
+        far_rank: rank of a learned update of the queries that read the linear part, applied before the
+            rotary embedding (`LinearKernel.far_query`); 0: they are the window's queries.
     """
 
     bases: tuple[Basis, ...] = ("dct2",)
     normalisation: Normalisation = "softmax"
     scale: float = 1.0
     nodes: str = "midpoint"
+    far_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,8 @@ class AttentionConfig:
             found.append(f"a window needs a static decay, not {self.decay!r}")
         if "matrix" in self.features.bases and len(self.features.bases) > 1:
             found.append("basis 'matrix' stands alone")
+        if self.features.far_rank < 0:
+            found.append(f"far_rank {self.features.far_rank} must be >= 0")
         if not self.features.bases:
             found.append("at least one basis is needed")
         return found

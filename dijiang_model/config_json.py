@@ -26,7 +26,7 @@ from dijiang_model.config import (
     ReadOut,
 )
 from dijiang_model.errors import ConfigError
-from dijiang_model.features import NODE_SETS
+from dijiang_model.features import NODE_NAMES
 from dijiang_model.hf_config import base_model_config, eos_ids
 from dijiang_model.json_fields import Fields, read_json_object
 
@@ -233,7 +233,8 @@ def _features(section: Fields) -> FeatureConfig:
         bases=tuple(bases),
         normalisation=cast(Normalisation, section.text("normalisation", choices=get_args(Normalisation))),
         scale=section.number("scale"),
-        nodes=section.text("nodes", choices=(*NODE_SETS, CHECKPOINT_NODES)),
+        nodes=section.text("nodes", choices=(*NODE_NAMES, CHECKPOINT_NODES)),
+        far_rank=section.integer("far_rank", 0, minimum=0),
     )
 
 

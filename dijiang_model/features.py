@@ -69,16 +69,28 @@ NODE_SETS: Mapping[str, Callable[[int], Tensor]] = {
 """Recorded low-discrepancy sets in (0, 1); the name goes into the model's config."""
 
 
+SIGNED_SPHERE = "signed_sphere"
+"""Nodes sqrt(K) with alternating signs; see `node_radii`."""
+NODE_NAMES = (*NODE_SETS, SIGNED_SPHERE)
+"""Every set of nodes that a config may name."""
+
+
 def node_radii(name: str, num: int) -> Tensor:
-    """T: the standard normal quantiles of a recorded set, [num] fp64, finite.
+    """T: the inverse CDF at a recorded set, [num] fp64, finite.
+
+    For a key of `NODE_SETS` it is the standard normal one. `signed_sphere` takes the radii that Theorem 3.2
+    asks for, those of a standard normal vector in d dimensions: their distribution is so narrow (sqrt(d) within
+    1 / sqrt(2)) that its median serves every node; directions alternate between both signs.
 
     Args:
-        name: a key of `NODE_SETS`.
+        name: one of `NODE_NAMES`.
         num: number of nodes, >= 1.
 
     Raises:
         KeyError: no such set.
     """
+    if name == SIGNED_SPHERE:
+        return math.sqrt(num) * torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(num)[:num]
     radii = torch.special.ndtri(NODE_SETS[name](num))
     return torch.where(torch.isfinite(radii), radii, torch.zeros_like(radii))
 

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dijiang_model.config import AttentionConfig, ModelConfig
 from dijiang_model.features import basis_matrix, feature_map
@@ -21,6 +22,7 @@ class LinearKernel(nn.Module):
         nodes, log_weights: [G, K]; absent with basis `matrix`, where `projection` [d, K] stands instead.
         log_decay: [G], <= 0.
         read_table, write_table: [H, N], the released D1 and D2; only with decay `table`.
+        far_query_down [r, H * d], far_query_up [H * d, r]: only with a `far_rank`.
         mix_bias [H], mix_weight [H, d]: only with a window; a bias of -inf silences the linear part.
     """
 
@@ -54,6 +56,10 @@ class LinearKernel(nn.Module):
         if self.attention.decay == "table":
             self.read_table = parameter(config.num_heads, config.position_table_length)
             self.write_table = parameter(config.num_heads, config.position_table_length)
+        rank = self.attention.features.far_rank
+        if rank > 0:
+            self.far_query_down = parameter(rank, config.num_heads * config.head_size)
+            self.far_query_up = parameter(config.num_heads * config.head_size, rank)
         if self.attention.window > 0:
             self.mix_bias = parameter(config.num_heads)
             self.mix_weight = parameter(config.num_heads, config.head_size)
@@ -84,6 +90,17 @@ class LinearKernel(nn.Module):
         if self.is_whole_projection:
             return feature_map(x, self.basis, self.ones, self.zeros, self.attention.features)
         return feature_map(x, self.basis, self.nodes, self.log_weights, self.attention.features)
+
+    def far_query(self, q: Tensor) -> Tensor:
+        """What reads the linear part: q + U D q over all heads, before the rotary embedding; [T, H, d] -> the same.
+
+        A learned update of the query projection for the far branch alone. The keys have none: a key that leaves
+        the window comes rotated from the ring.
+        """
+        if self.attention.features.far_rank == 0:
+            return q
+        low = functional.linear(q.flatten(1), self.far_query_down)
+        return q + functional.linear(low, self.far_query_up).view_as(q)
 
     def mix(self, q: Tensor) -> Tensor:
         """beta_h(q) = K exp(a_h + w_h . q), the weight of the linear part beside the window.

@@ -1,5 +1,7 @@
 """The attention of one layer in plain torch operations, on any device: see `ops.AttentionOp`."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,19 @@ from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import PrefillLayout, StepLayout
 from dijiang_model.ops.linear import LinearResult, chunked, recurrent_step
 from dijiang_model.ops.window import decode_window, prefill_window
+
+
+@dataclass(frozen=True, slots=True)
+class _Queries:
+    """Rotated queries [T, G, R, d]: for the window, for the linear part, for the sinks (None without sinks)."""
+
+    near: Tensor
+    far: Tensor
+    sink: Tensor | None
+
+    @property
+    def for_sinks(self) -> Tensor:
+        return self.near if self.sink is None else self.sink
 
 
 class TorchAttention:
@@ -20,7 +35,10 @@ class TorchAttention:
         q, k = q.to(dtype), k.to(dtype)
         groups = (kernel.num_kv_heads, -1)
         q_sink = layout.sink_rotary.apply(q).unflatten(1, groups) if kernel.attention.sinks > 0 else None
-        q = layout.rotary.apply(q).unflatten(1, groups)  # [T, G, R, d]
+        unrotated, q = q, layout.rotary.apply(q).unflatten(1, groups)  # [T, G, R, d]
+        far_q = q
+        if kernel.attention.features.far_rank > 0:
+            far_q = layout.rotary.apply(kernel.far_query(unrotated)).unflatten(1, groups)
         k = layout.rotary.apply(k)
         if state.near_keys is not None:  # keys are kept in the storage's dtype: use what a later step will find
             k = k.to(state.near_keys.dtype).to(dtype)
@@ -29,12 +47,12 @@ class TorchAttention:
         parts: list[Tensor] = []
         if split > 0:
             sink = None if q_sink is None else q_sink[:split]
-            parts.append(_decode(q[:split], sink, k[:split], v[:split], kernel=kernel, layout=layout, state=state))
+            queries = _Queries(q[:split], far_q[:split], sink)
+            parts.append(_decode(queries, k[:split], v[:split], kernel=kernel, layout=layout, state=state))
         if layout.prefill is not None:
             sink = None if q_sink is None else q_sink[split:]
-            parts.append(
-                _prefill(q[split:], sink, k[split:], v[split:], kernel=kernel, layout=layout.prefill, state=state)
-            )
+            queries = _Queries(q[split:], far_q[split:], sink)
+            parts.append(_prefill(queries, k[split:], v[split:], kernel=kernel, layout=layout.prefill, state=state))
         return torch.cat(parts).flatten(1, 2)
 
 
@@ -77,8 +95,7 @@ def _read_out(far: LinearResult, near: tuple[Tensor, Tensor] | None, q: Tensor, 
 
 
 def _decode(
-    q: Tensor,
-    q_sink: Tensor | None,
+    q: _Queries,
     k: Tensor,
     v: Tensor,
     *,
@@ -99,25 +116,24 @@ def _decode(
                 near_rows[slots, :, rows.sink_row] = new.to(near_rows.dtype)
         scale = kernel.head_size**-0.5
         near = decode_window(
-            q * scale,
-            (q if q_sink is None else q_sink) * scale,
+            q.near * scale,
+            q.for_sinks * scale,
             keys=state.near_keys[slots].to(k.dtype),
             values=state.near_values[slots].to(v.dtype),
             num_sinks=config.sinks,
             visible=rows.visible,
         )
-    phi_q, phi_k, log_decay = _features(q, far_k, kernel=kernel, positions=layout.decode_positions, leaves=leaves)
+    phi_q, phi_k, log_decay = _features(q.far, far_k, kernel=kernel, positions=layout.decode_positions, leaves=leaves)
     normaliser = None if state.normaliser is None else state.normaliser[slots]
     far = recurrent_step(
         phi_q, phi_k, far_v, log_decay=log_decay, state=state.linear_state[slots], normaliser=normaliser
     )
     _store(far, slots, state)
-    return _read_out(far, near, q, kernel)
+    return _read_out(far, near, q.near, kernel)
 
 
 def _prefill(
-    q: Tensor,
-    q_sink: Tensor | None,
+    q: _Queries,
     k: Tensor,
     v: Tensor,
     *,
@@ -134,8 +150,8 @@ def _prefill(
         far_k, far_v = stream_keys[window.leaving], stream_values[window.leaving]
         num_sinks, scale = kernel.attention.sinks, kernel.head_size**-0.5
         near = prefill_window(
-            q * scale,
-            (q if q_sink is None else q_sink) * scale,
+            q.near * scale,
+            q.for_sinks * scale,
             stream_keys=stream_keys,
             stream_values=stream_values,
             sink_keys=state.near_keys[layout.slots, :, :num_sinks].to(k.dtype),
@@ -143,7 +159,7 @@ def _prefill(
             layout=layout,
             window=window,
         )
-    phi_q, phi_k, log_decay = _features(q, far_k, kernel=kernel, positions=layout.positions, leaves=leaves)
+    phi_q, phi_k, log_decay = _features(q.far, far_k, kernel=kernel, positions=layout.positions, leaves=leaves)
     far = chunked(
         phi_q,
         phi_k,
@@ -154,7 +170,7 @@ def _prefill(
         layout=layout,
     )
     _store(far, layout.slots, state)
-    return _read_out(far, near, q, kernel)
+    return _read_out(far, near, q.near, kernel)
 
 
 def _extend_and_store(new: Tensor, rows: Tensor, layout: PrefillLayout, kernel: LinearKernel) -> Tensor:

@@ -1,0 +1,169 @@
+"""Attention for training and evaluation: whole segments from an empty state, differentiable, nothing written in place.
+
+`HybridAttention` computes what `TorchAttention` computes for a segment that starts at position 0, from the same
+chunked operators; its memory is linear in length. `SoftmaxAttention` is the teacher: full causal softmax through
+the same blocks, so that teacher and student share their weights. `WindowAttention` is the training-free baseline.
+All three take only prefill segments that start at position 0.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dijiang_model.kernel import LinearKernel
+from dijiang_model.ops import LayerState
+from dijiang_model.ops.layout import PrefillLayout, StepLayout
+from dijiang_model.ops.linear import LinearResult, chunked
+from dijiang_model.ops.window import prefill_window
+
+NO_STATE = LayerState(torch.empty(0), None, None, None)
+"""Stands for a layer's state where there is none to read or write."""
+
+
+@dataclass(frozen=True, slots=True)
+class SoftmaxAttention:
+    """The unconverted attention: every token sees all before it."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
+    ) -> Tensor:
+        """See `ops.AttentionOp`; `state` is not touched."""
+        prefill = _from_scratch(layout)
+        q, k = layout.rotary.apply(q), layout.rotary.apply(k)
+        segments = zip(prefill.starts, prefill.lengths, strict=False)
+        return torch.cat([_causal(*(x[first : first + length] for x in (q, k, v))) for first, length in segments])
+
+
+@dataclass(frozen=True, slots=True)
+class WindowAttention:
+    """Exact softmax over the last `window` tokens and the first `sinks`, and nothing beyond."""
+
+    window: int
+    sinks: int
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
+    ) -> Tensor:
+        """See `ops.AttentionOp`; `state` is not touched."""
+        rotated = _Rotated.of(q, k, v, kernel=kernel, layout=layout)
+        numerator, denominator = _near(rotated, layout, window=self.window, sinks=self.sinks)
+        return (numerator / denominator[..., None]).flatten(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class HybridAttention:
+    """The layer's own attention, hybrid or pure.
+
+    Attributes:
+        window: replaces the window of layers that have one; 1 leaves everything but the token itself and the
+            sinks to the linear part. None: the layer's own.
+    """
+
+    window: int | None = None
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
+    ) -> Tensor:
+        """See `ops.AttentionOp`; `state` is not touched."""
+        assert kernel.attention.read_out == "denominator" and kernel.attention.decay == "static"
+        rotated = _Rotated.of(q, k, v, kernel=kernel, layout=layout)
+        if kernel.attention.window == 0:
+            far = _far(rotated, layout, kernel=kernel, window=0)
+            assert far.denominator is not None
+            return (far.numerator / far.denominator[..., None]).flatten(1, 2)
+        window = kernel.attention.window if self.window is None else self.window
+        near, near_denominator = _near(rotated, layout, window=window, sinks=kernel.attention.sinks)
+        far = _far(rotated, layout, kernel=kernel, window=window)
+        assert far.denominator is not None
+        mix = kernel.mix(rotated.q)
+        numerator = torch.addcmul(near, mix[..., None], far.numerator)
+        denominator = torch.addcmul(near_denominator, mix, far.denominator)
+        return (numerator / denominator[..., None]).flatten(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rotated:
+    """q, far_q and q_sink [T, G, R, d], k and v [T, G, d]."""
+
+    q: Tensor
+    far_q: Tensor
+    q_sink: Tensor
+    k: Tensor
+    v: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout) -> "_Rotated":
+        groups = (kernel.num_kv_heads, -1)
+        dtype = kernel.log_decay.dtype
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        rotated = layout.rotary.apply(q).unflatten(1, groups)
+        far = rotated
+        if kernel.attention.features.far_rank > 0:
+            far = layout.rotary.apply(kernel.far_query(q)).unflatten(1, groups)
+        capped = rotated if layout.sink_rotary is layout.rotary else layout.sink_rotary.apply(q).unflatten(1, groups)
+        return cls(rotated, far, capped, layout.rotary.apply(k), v)
+
+
+def _from_scratch(layout: StepLayout) -> PrefillLayout:
+    assert layout.num_decode == 0 and layout.prefill is not None, "training ops take whole segments only"
+    return layout.prefill
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One segment: q [T, H, d], k and v [T, G, d] -> [T, H, d]; memory linear in T."""
+    heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+    attended = functional.scaled_dot_product_attention(
+        *heads_first, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return attended[0].transpose(0, 1)
+
+
+def _near(x: _Rotated, layout: StepLayout, *, window: int, sinks: int) -> tuple[Tensor, Tensor]:
+    """Numerator [T, G, R, d] and denominator [T, G, R] of the near tokens."""
+    prefill = _from_scratch(layout)
+    near = prefill.window(window=window, sinks=sinks)
+    # Segments shorter than the sinks repeat their last token there; it is masked as yet unseen.
+    offsets = torch.minimum(torch.arange(sinks, device=x.k.device)[None, :], prefill.sequence_length[:, None] - 1)
+    sink_rows = prefill.sequence_start[:, None] + offsets  # [N, Z]
+    scale = x.q.shape[-1] ** -0.5
+    return prefill_window(
+        x.q * scale,
+        x.q_sink * scale,
+        stream_keys=_after_empty_rings(x.k, prefill, window),
+        stream_values=_after_empty_rings(x.v, prefill, window),
+        sink_keys=x.k[sink_rows].transpose(1, 2),
+        sink_values=x.v[sink_rows].transpose(1, 2),
+        layout=prefill,
+        window=near,
+    )
+
+
+def _after_empty_rings(x: Tensor, prefill: PrefillLayout, window: int) -> Tensor:
+    """[T, G, d] -> the extended streams [N * W + T, G, d] of segments that nothing precedes."""
+    return torch.cat([x.new_zeros((prefill.num_sequences * window, *x.shape[1:])), x])
+
+
+def _far(x: _Rotated, layout: StepLayout, *, kernel: LinearKernel, window: int) -> LinearResult:
+    """The linear part over all tokens that left the window (over all, if `window` is 0)."""
+    prefill = _from_scratch(layout)
+    k, v = x.k, x.v
+    if window > 0:
+        near = prefill.window(window=window, sinks=kernel.attention.sinks)
+        k = _after_empty_rings(k, prefill, window)[near.leaving]
+        v = _after_empty_rings(v, prefill, window)[near.leaving]
+    phi_q, phi_k = kernel.phi(x.far_q), kernel.phi(k[:, :, None, :]).squeeze(2)
+    if window > 0:
+        late = (kernel.log_decay * window).exp()
+        phi_k = phi_k * (near.leaves * late)[..., None]
+    shape = (prefill.num_sequences, *phi_k.shape[1:])
+    return chunked(
+        phi_q,
+        phi_k,
+        v,
+        log_decay=kernel.log_decay,
+        state=phi_k.new_zeros((*shape, v.shape[-1])),
+        normaliser=phi_k.new_zeros(shape),
+        layout=prefill,
+    )
