@@ -99,7 +99,7 @@ def _connected(base_url: str, api_key: str | None, model: str | None, notices: C
         with client:
             yield client, model if model is not None else _first_model(client)
     except ClientError as error:
-        notices.print(_explained(error, base_url), style="red", markup=False, highlight=False, soft_wrap=True)
+        notices.print(_explained(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         raise typer.Exit(INTERRUPTED) from error
@@ -115,12 +115,10 @@ def _first_model(client: Client) -> str:
     return models[0].id
 
 
-def _explained(error: ClientError, base_url: str) -> str:
+def _explained(error: ClientError) -> str:
     if isinstance(error, APIConnectionError):
-        return (
-            f"error: no answer from {base_url}: {error}\n"
-            "Start a server with `make serve` or `dijiang serve`, or name another one with --base-url."
-        )
+        remedy = "Start a server with `make serve` or `dijiang serve`, or name another one with --base-url."
+        return f"error: {error}\n{remedy}"
     return f"error: {error}"
 
 

@@ -73,11 +73,12 @@ def retry_delay_s(attempt: int, response: httpx.Response | None) -> float:
 
 
 def connection_error(error: httpx.TransportError) -> APIConnectionError:
-    """The client's own error for one of httpx's."""
+    """The client's own error for one of httpx's, with the address in it."""
+    url = error.request.url
     if isinstance(error, httpx.TimeoutException):
-        return APITimeoutError(f"no answer in time ({type(error).__name__})")
+        return APITimeoutError(f"no answer in time from {url} ({type(error).__name__})")
     details = str(error)
-    return APIConnectionError(details if details != "" else type(error).__name__)
+    return APIConnectionError(f"no answer from {url}: {details if details != '' else type(error).__name__}")
 
 
 @contextmanager
