@@ -55,8 +55,10 @@ def _only_writer(out: Path) -> Iterator[None]:
     path = out.parent / f".{out.name}.lock"
     try:
         with FileLock(path, timeout=0):
-            yield
-            path.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
     except Timeout as error:
         raise CheckpointError(f"another process is writing {out}") from error
 
