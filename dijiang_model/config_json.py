@@ -168,6 +168,23 @@ def base_document(config: ModelConfig) -> dict[str, object]:
     }
 
 
+def parse_layers(document: object, *, base: ModelConfig) -> tuple[AttentionConfig, ...]:
+    """Layers from a list of `asdict(AttentionConfig)`, as an adapter stores them.
+
+    Raises:
+        ConfigError: unsupported or contradictory values, all of them listed.
+    """
+    listed = document if isinstance(document, list) else []
+    section = Fields({str(index): layer for index, layer in enumerate(listed)})
+    layers = tuple(_attention(section.nested(name)) for name in section.names())
+    if len(layers) != base.num_layers:
+        section.report(f"{len(layers)} layers, the base has {base.num_layers}")
+    for problem in layers_problems(layers, base=base, position_table_length=base.position_table_length):
+        section.report(problem)
+    section.raise_if_any("unsupported or contradictory layers")
+    return layers
+
+
 def layers_problems(layers: tuple[AttentionConfig, ...], *, base: ModelConfig, position_table_length: int) -> list[str]:
     """What contradicts itself, or cannot be computed, in the layers; empty when all is well."""
     problems = [

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dijiang_model.kernel import LinearKernel
-from dijiang_model.ops import LayerState
+from dijiang_model.model import DiJiangForCausalLM, PackedBatch
+from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import PrefillLayout, StepLayout
 from dijiang_model.ops.linear import LinearResult, chunked
 from dijiang_model.ops.window import prefill_window
@@ -67,7 +68,8 @@ class HybridAttention:
         self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
     ) -> Tensor:
         """See `ops.AttentionOp`; `state` is not touched."""
-        assert kernel.attention.read_out == "denominator" and kernel.attention.decay == "static"
+        assert kernel.attention.read_out == "denominator"
+        assert kernel.attention.decay == "static"
         rotated = _Rotated.of(q, k, v, kernel=kernel, layout=layout)
         if kernel.attention.window == 0:
             far = _far(rotated, layout, kernel=kernel, window=0)
@@ -107,7 +109,8 @@ class _Rotated:
 
 
 def _from_scratch(layout: StepLayout) -> PrefillLayout:
-    assert layout.num_decode == 0 and layout.prefill is not None, "training ops take whole segments only"
+    assert layout.num_decode == 0, "training ops take whole segments only"
+    assert layout.prefill is not None
     return layout.prefill
 
 
@@ -167,3 +170,22 @@ def _far(x: _Rotated, layout: StepLayout, *, kernel: LinearKernel, window: int) 
         normaliser=phi_k.new_zeros(shape),
         layout=prefill,
     )
+
+
+def run_segments(model: DiJiangForCausalLM, token_ids: Tensor, op: AttentionOp) -> Tensor:
+    """Segments of equal length, each from position 0, through the model's blocks with an attention of choice.
+
+    Args:
+        token_ids: [N, T] int64 on the model's device.
+
+    Returns:
+        [N * T, D], what `model.logits` reads; with gradients where parameters ask for them.
+    """
+    num, length = token_ids.shape
+    positions = torch.arange(length, device=token_ids.device).repeat(num)
+    none = torch.zeros(num, dtype=torch.int64, device=token_ids.device)
+    layout = model._layout(PackedBatch(token_ids.flatten(), positions, none, (length,) * num, 0, none))
+    x = model.embed(token_ids.flatten(), positions)
+    for block in model.blocks:
+        x = block(x, op=op, layout=layout, state=NO_STATE)
+    return model.finish(x)

@@ -1,0 +1,118 @@
+"""The two stages' losses. The teacher is the same model with full causal softmax, its updates switched off.
+
+Stage 1: one pass of the teacher gives every layer its input and its target; each layer's linear part learns on
+the spot, and only one layer's activations are kept at a time. Stage 2: the student's next-token distribution
+follows the teacher's.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dijiang_model.attention import DiJiangAttention
+from dijiang_model.conversion.lora import LoraLinear, inactive
+from dijiang_model.kernel import LinearKernel
+from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.ops import LayerState
+from dijiang_model.ops.layout import StepLayout
+from dijiang_model.ops.training import HybridAttention, SoftmaxAttention, run_segments
+
+OUTPUT_MAPS = ("o_proj", "dense", "out_proj")
+"""The families' names of the projection after the attention."""
+HEAD_ROWS = 256
+"""Rows of logits held at a time: [rows, vocab] three times."""
+
+
+@dataclass(slots=True)
+class AttentionErrors:
+    """The teacher's attention, which on its way lets each layer's own attention learn from it (stage 1).
+
+    An `AttentionOp`. The loss of a layer is the squared error after the output projection, over the target's
+    square. Its gradients are added to the kernel's parameters at once.
+
+    Attributes:
+        output_maps: by identity of the kernel: its layer and output projection without bias.
+        losses: [L] of the last pass.
+    """
+
+    output_maps: Mapping[int, tuple[int, Tensor]]
+    losses: Tensor
+    teacher: SoftmaxAttention = field(default_factory=SoftmaxAttention)
+    student: HybridAttention = field(default_factory=HybridAttention)
+
+    @classmethod
+    def of(cls, model: DiJiangForCausalLM) -> "AttentionErrors":
+        maps = {
+            id(attention.linear): (layer, output_weight(attention)) for layer, attention in enumerate(model.attentions)
+        }
+        return cls(maps, torch.zeros(len(maps)))
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
+    ) -> Tensor:
+        """See `ops.AttentionOp`; answers the teacher's output."""
+        target = self.teacher(q, k, v, kernel=kernel, layout=layout, state=state)
+        layer, weight = self.output_maps[id(kernel)]
+        with torch.enable_grad():
+            answer = self.student(q, k, v, kernel=kernel, layout=layout, state=state)
+            error = functional.linear((answer - target).flatten(1).to(weight.dtype), weight)
+            scale = functional.linear(target.flatten(1).to(weight.dtype), weight).float().square().sum()
+            loss = error.float().square().sum() / scale
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.losses[layer] = loss.detach()
+        return target
+
+
+def output_weight(attention: DiJiangAttention) -> Tensor:
+    """[hidden, H * d], the projection after the attention."""
+    module = next(getattr(attention, name) for name in OUTPUT_MAPS if hasattr(attention, name))
+    weight: Tensor = module.weight
+    return weight
+
+
+def layer_losses(model: DiJiangForCausalLM, token_ids: Tensor) -> Tensor:
+    """Stage 1 on [N, T] tokens: adds gradients to the kernels' parameters; answers the layers' losses [L]."""
+    op = AttentionErrors.of(model)
+    with torch.no_grad(), autocast(model):
+        run_segments(model, token_ids, op)
+    return op.losses
+
+
+def imitation_loss(model: DiJiangForCausalLM, token_ids: Tensor, updates: Mapping[str, LoraLinear]) -> Tensor:
+    """Stage 2 on [N, T] tokens: adds gradients to all trained parameters; answers the mean KL per token, nats."""
+    with torch.no_grad(), inactive(updates), autocast(model):
+        teacher = run_segments(model, token_ids, SoftmaxAttention())
+    with autocast(model):
+        student = run_segments(model, token_ids, HybridAttention())
+    loss, gradient = _divergence(student.detach(), teacher, model.head_weight)
+    student.backward(gradient.to(student.dtype))  # type: ignore[no-untyped-call]
+    return loss
+
+
+@torch.no_grad()
+def _divergence(student: Tensor, teacher: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean KL(teacher || student) over rows [T, D], and its gradient for the student's rows.
+
+    Written out (softmax minus target, through the head) so that logits live for `HEAD_ROWS` rows only.
+    """
+    num_rows, total = len(student), student.new_zeros((), dtype=torch.float32)
+    gradient = torch.empty_like(student)
+    for first in range(0, num_rows, HEAD_ROWS):
+        rows = slice(first, first + HEAD_ROWS)
+        ours = torch.log_softmax((student[rows].to(head.dtype) @ head.T).float(), dim=-1)
+        theirs = torch.log_softmax((teacher[rows].to(head.dtype) @ head.T).float(), dim=-1)
+        target = theirs.exp()
+        total += (target * (theirs - ours)).sum()
+        gradient[rows] = ((ours.exp() - target).to(head.dtype) @ head).to(gradient.dtype) / num_rows
+    return total / num_rows, gradient
+
+
+def autocast(model: DiJiangForCausalLM) -> AbstractContextManager[object]:
+    """bf16 products on CUDA; fp32 weights stay the masters."""
+    if model.device.type == "cuda":
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return nullcontext()

@@ -1,0 +1,63 @@
+"""The kernels' tensors under training: which of them learn, how fast, and under which constraint."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from dijiang_model.model import DiJiangForCausalLM
+
+VECTORS = ("nodes", "log_weights", "log_decay", "mix_bias", "mix_weight")
+MATRICES = ("far_query_down", "far_query_up")
+
+
+class NegativeExponential(nn.Module):
+    """log decay = -exp(raw): stays below 0 whatever a step does; steps are relative to the decay rate."""
+
+    def forward(self, raw: Tensor) -> Tensor:
+        return -raw.exp()
+
+    def right_inverse(self, log_decay: Tensor) -> Tensor:
+        return (-log_decay).clamp(min=1e-8).log()
+
+
+def make_trainable(model: DiJiangForCausalLM) -> None:
+    """Freezes everything but the kernels' tensors, and keeps the decays below 1. In place."""
+    model.requires_grad_(False)
+    for attention in model.attentions:
+        kernel = attention.linear
+        parametrize.register_parametrization(kernel, "log_decay", NegativeExponential())
+        for parameter in kernel.parameters():
+            parameter.requires_grad_(True)
+
+
+def kernel_tensors(model: DiJiangForCausalLM) -> dict[str, Tensor]:
+    """Checkpoint names and values of the kernels' tensors, detached; also while they are under training."""
+    tensors: dict[str, Tensor] = {}
+    for layer, attention in enumerate(model.attentions):
+        prefix = f"{model.ATTENTION_PATH.format(layer=layer)}.linear"
+        for name in (*VECTORS, *MATRICES):
+            value = getattr(attention.linear, name, None)
+            if isinstance(value, Tensor):
+                tensors[f"{prefix}.{name}"] = value.detach().clone()
+    return tensors
+
+
+def trained_parameters(model: DiJiangForCausalLM, names: tuple[str, ...]) -> Iterator[nn.Parameter]:
+    """The parameters behind some of the kernels' tensors, layer by layer."""
+    for attention in model.attentions:
+        for name, parameter in attention.linear.named_parameters():
+            parts = name.split(".")
+            stem = parts[1] if parts[0] == "parametrizations" else parts[0]
+            if stem in names:
+                yield parameter
+
+
+def fill_silent(model: DiJiangForCausalLM, bias: Tensor) -> None:
+    """Gives the linear parts a first voice: mix_bias [L, H], in place, where they are silent."""
+    with torch.no_grad():
+        for attention, value in zip(model.attentions, bias, strict=True):
+            kernel = attention.linear
+            if attention.config.layers[attention.layer].window > 0:
+                kernel.mix_bias.copy_(torch.where(kernel.mix_bias.isneginf(), value, kernel.mix_bias))
