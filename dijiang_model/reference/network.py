@@ -190,9 +190,13 @@ def _attention(
     """What replaces softmax attention, before the output projection: [T, H * d]."""
     positions = range(q.shape[0])
     own = _below(part, "linear")
+    q_far = q
+    if layer.features.far_rank > 0:
+        low = q.flatten(1) @ own["far_query_down"].T  # [T, rank]
+        q_far = q + (low @ own["far_query_up"].T).view_as(q)
     q_sink = _rotate(config, q, [min(t, config.max_position_embeddings - 1) for t in positions])
-    q, k = _rotate(config, q, positions), _rotate(config, k, positions)
-    phi_q, phi_k = feature_map(q, layer.features, own), feature_map(k, layer.features, own)
+    q, q_far, k = _rotate(config, q, positions), _rotate(config, q_far, positions), _rotate(config, k, positions)
+    phi_q, phi_k = feature_map(q_far, layer.features, own), feature_map(k, layer.features, own)
     if layer.window > 0:
         mix = own["mix_bias"] + torch.einsum("thd,hd->th", q, own["mix_weight"])
         beta = phi_q.shape[-1] * mix.exp()

@@ -31,6 +31,7 @@ TEXT = random_text(500)
 
 TWO_BASES = replace(PURE, features=replace(PURE.features, bases=("dct2", "dct4")))
 PAPER = replace(PURE, features=replace(PURE.features, normalisation="exp"))
+FAR_QUERIES = replace(HYBRID, features=replace(HYBRID.features, far_rank=3, bases=("dct2", "dct4")))
 CONFIGS = {
     "llama: hybrid 5+2, pure with two bases": llama_config(),
     "llama: a window of its own for each layer": llama_config(
@@ -38,6 +39,9 @@ CONFIGS = {
     ),
     "llama: one key-value head, untied": replace(
         llama_config(HYBRID, TWO_BASES, num_kv_heads=1), tie_word_embeddings=False, attention_bias=True, mlp_bias=True
+    ),
+    "llama: far queries, hybrid and pure": llama_config(
+        FAR_QUERIES, replace(PURE, features=replace(PURE.features, far_rank=5))
     ),
     "llama: the paper's exp features": llama_config(PAPER, PAPER, num_kv_heads=4),
     "gpt_neox: released": gpt_neox_config(),
@@ -99,9 +103,11 @@ def test_decode_equals_prefill(name: str) -> None:
     assert_states_close(stepper.state(2), stepper.state(1), tolerance=FP64_TOLERANCE)
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_decode_equals_prefill_in_fp32(name: str) -> None:
-    model, text = model_of(name, torch.float32), TEXT[:200]
+def test_decode_equals_prefill_in_fp32(name: str, native: bool) -> None:
+    """By the compiled kernels where they run this model, and by torch."""
+    model, text = tiny_model(CONFIGS[name]).prepare(native=native), TEXT[:200]
     stepper = Stepper(model).open(2)
     decoded = torch.cat([stepper.step(decode={2: token})[2] for token in text])
     assert_close_in_norm(decoded, expected_of(name)[1][:200], tolerance=FP32_TOLERANCE)
@@ -283,7 +289,9 @@ def test_bf16_weights_keep_an_fp32_state_and_decode_as_they_prefill(name: str) -
     assert_close_in_norm(decoded, prefilled, tolerance=2e-2)
 
 
-@pytest.mark.parametrize("name", ["llama: one key-value head, untied", "gpt_neox: released"])
+@pytest.mark.parametrize(
+    "name", ["llama: one key-value head, untied", "llama: far queries, hybrid and pure", "gpt_neox: released"]
+)
 def test_every_tensor_of_a_checkpoint_counts(name: str) -> None:
     """None is loaded and left unused; 80 tokens pass the window and the tables, where the decay matters too."""
     config, text = CONFIGS[name], TEXT[:80]
