@@ -41,9 +41,10 @@ MIX_BIAS = "linear.mix_bias"
 _BUFFERS = {
     "gpt_neox": re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"),
     "llama": re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
+    "opt": re.compile(r"model\.decoder\.version"),
 }
 """Constants that HF checkpoints carry beside the weights; they are derived from the config here."""
-_TIED_HEADS = {"gpt_neox": "embed_out.weight", "llama": "lm_head.weight"}
+_TIED_HEADS = {"gpt_neox": "embed_out.weight", "llama": "lm_head.weight", "opt": "lm_head.weight"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,6 +160,14 @@ def base_document(config: ModelConfig) -> dict[str, object]:
             "rope_theta": config.rope_theta,
             "mlp_bias": config.mlp_bias,
         }
+    if config.family == "opt":
+        return document | {
+            "ffn_dim": config.intermediate_size,
+            "activation_function": config.activation,
+            "do_layer_norm_before": config.pre_norm,
+            "word_embed_proj_dim": config.embedding_width,
+            "enable_bias": config.attention_bias,
+        }
     return document | {
         "layer_norm_eps": config.norm_eps,
         "rotary_emb_base": config.rope_theta,

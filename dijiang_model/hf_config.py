@@ -1,4 +1,4 @@
-"""The backbone of a Hugging Face `config.json` (GPT-NeoX and LLaMA) as a `ModelConfig`.
+"""The backbone of a Hugging Face `config.json` (GPT-NeoX, LLaMA, OPT) as a `ModelConfig`.
 
 Both spellings of the rotary embedding are read: the old one (`rotary_pct`, `rotary_emb_base`,
 `rope_theta`, `rope_scaling`) and that of transformers 5 (`rope_parameters`). Absent fields have the
@@ -14,6 +14,7 @@ from dijiang_model.families.activations import ACTIVATIONS
 from dijiang_model.json_fields import Fields
 
 MAX_LAYERS = 1024
+DEFAULT_THETA = 10_000.0
 
 _REFUSED = {
     "sliding_window": "a sliding window",
@@ -32,13 +33,16 @@ def base_model_config(document: Mapping[str, object]) -> ModelConfig:
         ConfigError: unsupported or contradictory values, all of them listed.
     """
     model_type = document.get("model_type")
-    if model_type == "opt":
-        raise ConfigError("model_type opt is not supported yet; gpt_neox and llama are")
-    if model_type not in ("gpt_neox", "llama"):
-        raise ConfigError(f"model_type {model_type!r} is not supported; gpt_neox and llama are")
     fields = Fields(document)
     _refuse_unsupported(fields)
-    return _gpt_neox(fields) if model_type == "gpt_neox" else _llama(fields)
+    match model_type:
+        case "gpt_neox":
+            return _gpt_neox(fields)
+        case "llama":
+            return _llama(fields)
+        case "opt":
+            return _opt(fields)
+    raise ConfigError(f"model_type {model_type!r} is not supported; gpt_neox, llama and opt are")
 
 
 def eos_ids(value: object) -> tuple[int, ...] | None:
@@ -97,6 +101,36 @@ def _llama(fields: Fields) -> ModelConfig:
     )
 
 
+def _opt(fields: Fields) -> ModelConfig:
+    hidden_size = fields.integer("hidden_size")
+    pre_norm = fields.boolean("do_layer_norm_before", True)
+    if pre_norm and fields.boolean("_remove_final_layer_norm", False):
+        fields.report("_remove_final_layer_norm with do_layer_norm_before is not supported")
+    if not fields.boolean("layer_norm_elementwise_affine", True):
+        fields.report("layer_norm_elementwise_affine false is not supported")
+    num_heads = fields.integer("num_attention_heads")
+    has_bias = fields.boolean("enable_bias", True)
+    embedding_size = fields.integer("word_embed_proj_dim", hidden_size)
+    return _common(
+        fields,
+        family="opt",
+        intermediate_name="ffn_dim",
+        num_kv_heads=num_heads,
+        head_size=_head_size(fields, hidden_size, num_heads),
+        rotary_dims=0,
+        rope_theta=DEFAULT_THETA,
+        norm_eps=1e-5,
+        activation=fields.text("activation_function", "relu", choices=ACTIVATIONS),
+        parallel_residual=False,
+        attention_bias=has_bias,
+        mlp_bias=has_bias,
+        is_tied_by_default=True,
+        default_token_ids=(2, 2),
+        pre_norm=pre_norm,
+        embedding_size=embedding_size if embedding_size != hidden_size else 0,
+    )
+
+
 def _common(
     fields: Fields,
     *,
@@ -111,6 +145,10 @@ def _common(
     attention_bias: bool,
     mlp_bias: bool,
     default_token_ids: tuple[int, int],
+    intermediate_name: str = "intermediate_size",
+    is_tied_by_default: bool = False,
+    pre_norm: bool = True,
+    embedding_size: int = 0,
 ) -> ModelConfig:
     num_layers = fields.integer("num_hidden_layers")
     if num_layers > MAX_LAYERS:
@@ -118,16 +156,19 @@ def _common(
     num_heads = fields.integer("num_attention_heads")
     if num_heads % num_kv_heads:
         fields.report(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
-    if rotary_dims % 2 or not 2 <= rotary_dims <= head_size:
+    if family != "opt" and (rotary_dims % 2 or not 2 <= rotary_dims <= head_size):
         fields.report(f"{rotary_dims} of {head_size} channels of a head rotate, must be an even number from 2")
     bos, eos, pad = _token_ids(fields, default_token_ids)
-    sizes = {name: fields.integer(name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    vocab_size, hidden_size = fields.integer("vocab_size"), fields.integer("hidden_size")
+    intermediate_size = fields.integer(intermediate_name)
     max_positions = fields.integer("max_position_embeddings", 2048)
-    is_tied = fields.boolean("tie_word_embeddings", False)
+    is_tied = fields.boolean("tie_word_embeddings", is_tied_by_default)
     fields.raise_if_any(f"unsupported or contradictory values in the {family} config")
     return ModelConfig(
         family=family,
-        **sizes,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
@@ -141,6 +182,8 @@ def _common(
         mlp_bias=mlp_bias,
         tie_word_embeddings=is_tied,
         layers=(AttentionConfig(),) * num_layers,
+        pre_norm=pre_norm,
+        embedding_size=embedding_size,
         bos_token_id=bos,
         eos_token_ids=eos,
         pad_token_id=pad,
@@ -163,7 +206,7 @@ def _rope(fields: Fields, *, theta_name: str, factor_name: str, default_factor: 
             fields.report(f"{name} of type {kind!r} is not supported, only unscaled rotary embeddings are")
         elif any(isinstance(kinds.value(member), dict) for member in kinds.names()):
             fields.report(f"{name} differs between kinds of layers, which is not supported")
-    theta = _either(fields, parameters, names=(theta_name, "rope_theta"), default=10_000.0)
+    theta = _either(fields, parameters, names=(theta_name, "rope_theta"), default=DEFAULT_THETA)
     factor = _either(fields, parameters, names=(factor_name, "partial_rotary_factor"), default=default_factor)
     if factor > 1:
         fields.report(f"{factor_name} is {factor}, must be at most 1")

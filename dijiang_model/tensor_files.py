@@ -84,6 +84,21 @@ class _Files:
         return self._read_open(name)
 
 
+class RenamedTensors:
+    """A source under other names."""
+
+    def __init__(self, source: TensorSource, rename: Callable[[str], str]) -> None:
+        self._source = source
+        self._names = {rename(name): name for name in source.infos()}
+        self._infos = {rename(name): info for name, info in source.infos().items()}
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def read(self, name: str) -> Tensor:
+        return self._source.read(self._names[name])
+
+
 def open_tensors(folder: Path) -> TensorSource:
     """The tensors of a model folder; safetensors are preferred where both formats are there.
 

@@ -15,7 +15,7 @@ from dijiang_model.gguf_source import GgufSource
 from dijiang_model.hf_config import base_model_config, eos_ids
 from dijiang_model.json_fields import read_json_object
 from dijiang_model.released_format import is_released_format
-from dijiang_model.tensor_files import TensorSource, open_tensors
+from dijiang_model.tensor_files import RenamedTensors, TensorSource, open_tensors
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 MAX_CARD_BYTES = 2**20
@@ -85,7 +85,7 @@ def _open_folder(path: Path) -> Source:
         return _open_own(path)
     base = {name: value for name, value in document.items() if name != "auto_map"}
     backbone = base_model_config(base)
-    tensors = open_tensors(path)
+    tensors = _with_prefix(open_tensors(path), backbone)
     is_dijiang = is_released_format(tensors.infos())
     if is_dijiang:
         checkpoint = open_checkpoint(path)
@@ -101,6 +101,13 @@ def _open_folder(path: Path) -> Source:
         dequantised_from=None,
         write_tokenizer=lambda folder: write_tokenizer(path, folder, vocab_size=config.vocab_size),
     )
+
+
+def _with_prefix(tensors: TensorSource, config: ModelConfig) -> TensorSource:
+    """The first OPT checkpoints were saved without the outer module's prefix, as HF's loader knows too."""
+    if config.family != "opt" or not any(name.startswith("decoder.") for name in tensors.infos()):
+        return tensors
+    return RenamedTensors(tensors, lambda name: f"model.{name}" if name.startswith("decoder.") else name)
 
 
 def _open_own(path: Path) -> Source:

@@ -5,7 +5,15 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 
 from tests.byte_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, _byte_vocabulary, write_byte_tokenizer
 
@@ -47,6 +55,24 @@ def gpt_neox_teacher(**changes: object) -> PreTrainedModel:
     }
     torch.manual_seed(0)
     return GPTNeoXForCausalLM(GPTNeoXConfig(**values | changes)).eval()
+
+
+def opt_teacher(**changes: object) -> PreTrainedModel:
+    values = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 48,
+        "ffn_dim": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "max_position_embeddings": 128,
+        "word_embed_proj_dim": 48,
+        "init_std": 0.1,
+        "bos_token_id": 256,
+        "eos_token_id": 256,
+        "pad_token_id": None,
+    }
+    torch.manual_seed(0)
+    return OPTForCausalLM(OPTConfig(**values | changes)).eval()
 
 
 def save_teacher(model: PreTrainedModel, folder: Path, *, max_shard_size: str = "1GB") -> Path:

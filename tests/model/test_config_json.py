@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GPTNeoXConfig, LlamaConfig
+from transformers import GPTNeoXConfig, LlamaConfig, OPTConfig
 
 from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
 from dijiang_model.config_json import (
@@ -20,7 +20,7 @@ from dijiang_model.config_json import (
 )
 from dijiang_model.errors import ConfigError
 from dijiang_model.hf_config import base_model_config
-from tests.tiny_models import gpt_neox_config, llama_config
+from tests.tiny_models import gpt_neox_config, llama_config, opt_config
 
 PYTHIA = {
     "model_type": "gpt_neox",
@@ -78,6 +78,14 @@ def test_configs_that_transformers_writes_are_read() -> None:
     assert base_model_config(neox.to_dict()).rotary_dims == 8
     llama = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32, rope_theta=7000.0)
     assert base_model_config(llama.to_dict()).rope_theta == 7000.0
+
+
+def test_opt_config_has_learned_positions_and_ties_by_default() -> None:
+    config = base_model_config(OPTConfig(hidden_size=48, num_attention_heads=3, word_embed_proj_dim=24).to_dict())
+    assert (config.family, config.rotary_dims, config.head_size, config.embedding_size) == ("opt", 0, 16, 24)
+    assert config.tie_word_embeddings
+    with pytest.raises(ConfigError, match="_remove_final_layer_norm"):
+        base_model_config(OPTConfig(_remove_final_layer_norm=True).to_dict())
 
 
 def test_all_unsupported_values_are_listed_at_once() -> None:
@@ -153,7 +161,14 @@ def stored(config: ModelConfig) -> StoredConfig:
 
 
 def test_own_format_reads_back_what_was_written() -> None:
-    for config in (llama_config(), gpt_neox_config(), replace(llama_config(), eos_token_ids=(), bos_token_id=None)):
+    opt_350m = opt_config(pre_norm=False, embedding_size=24)
+    for config in (
+        llama_config(),
+        gpt_neox_config(),
+        opt_config(),
+        opt_350m,
+        replace(llama_config(), eos_token_ids=(), bos_token_id=None),
+    ):
         assert parse_stored_config(json.loads(stored_config_text(stored(config)))) == stored(config)
 
 

@@ -24,7 +24,7 @@ from dijiang_model.errors import ConfigError, ConversionError, ModelError
 from dijiang_model.tensor_files import open_tensors
 from tests.model.golden_checkpoints import FOLDER
 from tests.model.stepping import logits_of, random_text
-from tests.model.teachers import gpt_neox_teacher, llama_teacher, save_teacher
+from tests.model.teachers import gpt_neox_teacher, llama_teacher, opt_teacher, save_teacher
 from tests.tiny_models import write_tiny_model
 
 TEXT = random_text(40)
@@ -37,6 +37,8 @@ TEACHERS: dict[str, Callable[[], PreTrainedModel]] = {
         tie_word_embeddings=False, attention_bias=True, mlp_bias=True, num_key_value_heads=1, head_dim=32
     ),
     "gpt_neox": gpt_neox_teacher,
+    "opt": opt_teacher,
+    "opt 350m": lambda: opt_teacher(do_layer_norm_before=False, word_embed_proj_dim=24),
     "gpt_neox sequential": lambda: gpt_neox_teacher(use_parallel_residual=False, tie_word_embeddings=True),
 }
 
@@ -101,6 +103,16 @@ def _write_bin(folder: Path, tensors: dict[str, Tensor], *, num_shards: int) -> 
     for shard in set(weight_map.values()):
         torch.save({name: tensors[name] for name, owner in weight_map.items() if owner == shard}, folder / shard)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_opt_weights_without_the_outer_prefix_are_found(tmp_path: Path) -> None:
+    source = save_teacher(opt_teacher(), tmp_path / "teacher")
+    convert(source, tmp_path / "expected")
+    tensors = {name.removeprefix("model."): value for name, value in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    convert(source, tmp_path / "out")
+    expected, actual = load_model(tmp_path / "expected").state_dict(), load_model(tmp_path / "out").state_dict()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("recipe", Recipe)
