@@ -69,6 +69,8 @@ class AttentionConfig:
             found.append(f"a window needs the denominator read-out, not {self.read_out!r}")
         if self.window > 0 and self.decay != "static":
             found.append(f"a window needs a static decay, not {self.decay!r}")
+        if self.decay == "table" and self.read_out != "group_norm":
+            found.append(f"position tables need the group_norm read-out, not {self.read_out!r}")
         if "matrix" in self.features.bases and len(self.features.bases) > 1:
             found.append("basis 'matrix' stands alone")
         if self.features.far_rank < 0:
@@ -138,6 +140,8 @@ class ModelConfig:
         tables = any(layer.decay == "table" for layer in self.layers)
         if tables and (self.num_kv_heads != self.num_heads or self.position_table_length < 1):
             found.append("position tables need a length and one key-value head per head")
+        if self.num_heads < 2 and any(layer.read_out == "group_norm" for layer in self.layers):
+            found.append("the group_norm read-out needs at least 2 heads: its groups have a channel of each")
         if found:
             raise ConfigError("; ".join(found))
 
