@@ -2,8 +2,8 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch.nn import functional
 
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import ModelConfig
+from dijiang_model.native.decoder import NativeDecoder, decoder_for, mixed_step
+from dijiang_model.native.int8 import Int8Weight
 from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
 from dijiang_model.ops.torch_attention import TorchAttention
@@ -37,6 +39,20 @@ class PackedBatch:
     num_decode: int
     logit_rows: Tensor
 
+    def without_decode(self) -> "PackedBatch":
+        """The prefill segments alone."""
+        split = self.num_decode
+        rows = self.logit_rows[self.logit_rows >= split] - split
+        return replace(
+            self,
+            token_ids=self.token_ids[split:],
+            positions=self.positions[split:],
+            slots=self.slots[split:],
+            lengths=self.lengths[split:],
+            num_decode=0,
+            logit_rows=rows,
+        )
+
 
 class DiJiangForCausalLM(nn.Module):
     """A family's network with DiJiang attention; build one with `dijiang_model.families.build_model`.
@@ -52,6 +68,9 @@ class DiJiangForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.attention_op: AttentionOp = TorchAttention()
+        self.int8_head: Int8Weight | None = None
+        """The output head, where weights are quantised (`native.int8.quantize_`)."""
+        self._decoder: NativeDecoder | None = None
 
     @property
     @abstractmethod
@@ -90,11 +109,27 @@ class DiJiangForCausalLM(nn.Module):
     def device(self) -> torch.device:
         return self.head_weight.device
 
-    def prepare(self) -> "DiJiangForCausalLM":
-        """Derives buffers from loaded parameters and switches gradients off; returns itself."""
+    @property
+    def decode_path(self) -> Literal["native", "torch"]:
+        """What runs decode rows: the compiled kernels, or torch operations."""
+        return "torch" if self._decoder is None else "native"
+
+    def prepare(self, *, native: bool = True) -> "DiJiangForCausalLM":
+        """Derives buffers from loaded parameters and switches gradients off; returns itself.
+
+        Args:
+            native: whether to decode with the compiled kernels where they can run this model.
+        """
         for attention in self.attentions:
             attention.linear.prepare()
+        self._decoder = decoder_for(self) if native else None
         return self.requires_grad_(False).eval()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "DiJiangForCausalLM":
+        """A move to another device or dtype leaves the kernels' pointers behind; `prepare()` makes new ones."""
+        self._decoder = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(self, batch: PackedBatch, state: StateBuffer) -> Tensor:
         """Runs a step, moving the slots of its sequences on in place.
@@ -102,6 +137,9 @@ class DiJiangForCausalLM(nn.Module):
         Returns:
             [R, vocab] fp32 (fp64 for fp64 models): next-token logits of `batch.logit_rows`.
         """
+        decoder = self._decoder
+        if batch.num_decode > 0 and decoder is not None and not self.training and decoder.is_current:
+            return mixed_step(self, decoder, batch, state)
         return self.logits(self.hidden_states(batch, state)[-1][batch.logit_rows])
 
     def hidden_states(self, batch: PackedBatch, state: StateBuffer, *, all_layers: bool = False) -> list[Tensor]:
@@ -117,6 +155,8 @@ class DiJiangForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, D] normed -> [R, vocab], fp32 or fp64."""
+        if self.int8_head is not None:
+            return self.int8_head.product(hidden)
         logits = functional.linear(hidden, self.head_weight)
         return logits if logits.dtype == torch.float64 else logits.float()
 

@@ -1,0 +1,171 @@
+"""Loads the compiled kernels and describes their structures.
+
+`setup.py` compiles `src/` once for each kind of processor it may meet; the best one that this processor runs
+is loaded. The build is optional: without a compiler there is no library and everything runs in torch.
+"""
+
+import ctypes
+import platform
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+VARIANTS: dict[str, frozenset[str]] = {
+    "avx512": frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "fma", "bmi2"}),
+    "avx2": frozenset({"avx2", "fma", "bmi2", "f16c"}),
+    "base": frozenset(),
+}
+"""Best first: the processor flags that each needs (x86; other processors have `base` alone)."""
+
+_CPU_INFO = Path("/proc/cpuinfo")
+
+Pointer = ctypes.c_void_p
+Integer = ctypes.c_int64
+
+
+class Matrix(ctypes.Structure):
+    """A projection: fp32 weights, or int8 codes with a scale and a sum per output."""
+
+    _fields_ = (
+        ("weight", Pointer),
+        ("codes", Pointer),
+        ("scales", Pointer),
+        ("totals", Pointer),
+        ("bias", Pointer),
+        ("rows", Integer),
+        ("columns", Integer),
+    )
+
+
+class Norm(ctypes.Structure):
+    """Layer norm; RMS norm without a bias."""
+
+    _fields_ = (("weight", Pointer), ("bias", Pointer), ("eps", ctypes.c_double))
+
+
+class Attention(ctypes.Structure):
+    """What stands between a layer's projections; see `src/attention.h`."""
+
+    _fields_ = (
+        ("basis", Pointer),
+        ("nodes", Pointer),
+        ("log_weights", Pointer),
+        ("decay", Pointer),
+        ("late", Pointer),
+        ("table_write", Pointer),
+        ("table_read", Pointer),
+        ("mix_bias", Pointer),
+        ("mix_weight", Pointer),
+        ("table_entries", Integer),
+        ("num_features", Integer),
+        ("window", Integer),
+        ("sinks", Integer),
+        ("is_softmax", Integer),
+        ("has_denominator", Integer),
+        ("state_offset", Integer),
+        ("normaliser_offset", Integer),
+        ("keys_offset", Integer),
+        ("values_offset", Integer),
+    )
+
+
+class Heads(ctypes.Structure):
+    """Head counts, and where each head lies in the projected row."""
+
+    _fields_ = (
+        ("num_heads", Integer),
+        ("num_groups", Integer),
+        ("head_size", Integer),
+        ("rotary_half", Integer),
+        ("query_start", Integer),
+        ("query_step", Integer),
+        ("key_start", Integer),
+        ("key_step", Integer),
+        ("value_start", Integer),
+        ("value_step", Integer),
+    )
+
+
+class Layer(ctypes.Structure):
+    """One block of the network."""
+
+    _fields_ = (
+        ("input_norm", Norm),
+        ("mlp_norm", Norm),
+        ("query", Matrix),
+        ("key", Matrix),
+        ("value", Matrix),
+        ("gate", Matrix),
+        ("group_norm", Norm),
+        ("output", Matrix),
+        ("mlp_gate", Matrix),
+        ("mlp_up", Matrix),
+        ("mlp_down", Matrix),
+        ("attention", Attention),
+    )
+
+
+class Network(ctypes.Structure):
+    """The whole network."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(Layer)),
+        ("num_layers", Integer),
+        ("final_norm", Norm),
+        ("head", Matrix),
+        ("heads", Heads),
+        ("frequencies", Pointer),
+        ("hidden_size", Integer),
+        ("inner_size", Integer),
+        ("last_sink_position", Integer),
+        ("activation", Integer),
+        ("is_parallel", Integer),
+    )
+
+
+@cache
+def load_library() -> ctypes.CDLL | None:
+    """The best kernels that were built and that this processor runs; None when there are none."""
+    for path in _candidates():
+        library = ctypes.CDLL(str(path))
+        _declare(library)
+        return library
+    return None
+
+
+def _candidates() -> Iterator[Path]:
+    flags = _processor_flags()
+    for variant, needed in VARIANTS.items():
+        if needed <= flags:
+            yield from sorted(Path(__file__).parent.glob(f"_kernels_{variant}.*so"))
+
+
+def _processor_flags() -> frozenset[str]:
+    if platform.machine().lower() not in ("x86_64", "amd64") or not _CPU_INFO.exists():
+        return frozenset()
+    for line in _CPU_INFO.read_text().splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Argument types, and a check that both sides lay the structures out alike."""
+    for name, structure in (("model", Network), ("layer", Layer)):
+        size = getattr(library, f"dijiang_sizeof_{name}")
+        size.restype = Integer
+        found = size()
+        assert found == ctypes.sizeof(structure), (
+            f"{name}: {found} bytes in the library, {ctypes.sizeof(structure)} here"
+        )
+    library.dijiang_step.argtypes = (
+        *(Pointer,) * 4,
+        Integer,
+        Pointer,
+        Integer,
+        Pointer,
+        Integer,
+        Pointer,
+        ctypes.c_int,
+    )
+    library.dijiang_linear.argtypes = (Pointer, Pointer, Integer, Pointer, ctypes.c_int)

@@ -1,0 +1,299 @@
+// One decode step of a whole network, behind a C interface: N sequences, one token each, states moved on in place.
+#include <new>
+#include <vector>
+
+#include "attention.h"
+#include "matrix.h"
+#include "rows.h"
+#include "threads.h"
+
+namespace dijiang {
+
+struct Layer {
+  Norm input_norm, mlp_norm;
+  Matrix query, key, value;       // a fused projection: all of it is `query`
+  Matrix gate;                    // of the released read-out; rows = 0 without
+  Norm group_norm;
+  Matrix output;
+  Matrix mlp_gate, mlp_up, mlp_down;  // an ungated MLP has mlp_gate.rows = 0
+  Attention attention;
+};
+
+struct Model {
+  const Layer* layers;
+  int64_t num_layers;
+  Norm final_norm;
+  Matrix head;
+  Heads heads;
+  const double* frequencies;      // [rotary_half]
+  int64_t hidden_size, inner_size;
+  int64_t last_sink_position;     // sinks are seen from no further away
+  int64_t activation;
+  int64_t is_parallel;            // attention and MLP both read the layer's input
+};
+
+// Memory of steps, grown to the largest one so far.
+class Scratch {
+ public:
+  float* floats(size_t which, int64_t count) {
+    if (buffers_.size() <= which) buffers_.resize(which + 1);
+    if (buffers_[which].size() < static_cast<size_t>(count) + kAlign) buffers_[which].resize(static_cast<size_t>(count) + kAlign);
+    const auto address = reinterpret_cast<uintptr_t>(buffers_[which].data());
+    return reinterpret_cast<float*>((address + 63) / 64 * 64);
+  }
+
+ private:
+  static constexpr size_t kAlign = 16;
+  std::vector<std::vector<float>> buffers_;
+};
+
+// Rows that products read: fp32 and, where a matrix has int8 weights, 16-bit planes.
+struct RowBuffer {
+  float* values;
+  uint8_t* planes;
+  float* scales;
+  int64_t width;
+
+  Activations activations() const { return {values, width, planes, scales}; }
+  void quantize_row(int64_t n) const {
+    scales[n] = quantize(values + n * width, width, planes + n * 2 * padded(width));
+  }
+};
+
+class Step {
+ public:
+  Step(const Model& model, Scratch& scratch, float* hidden, int64_t num_rows, int num_threads)
+      : model_(model), num_rows_(num_rows), threads_(num_threads), hidden_(hidden) {
+    const Heads& heads = model.heads;
+    const Layer& layer = model.layers[0];
+    projected_width_ = layer.query.rows + layer.key.rows + layer.value.rows;
+    const int64_t width = heads.num_heads * heads.head_size;
+    normed_ = rows(scratch, 1, model.hidden_size);
+    mlp_normed_ = rows(scratch, 4, model.hidden_size);
+    attended_ = rows(scratch, 7, width);
+    inner_ = rows(scratch, 10, model.inner_size);
+    gate_ = scratch.floats(13, num_rows * width);
+    inner_gate_ = scratch.floats(14, num_rows * model.inner_size);
+    projected_ = scratch.floats(15, num_rows * projected_width_);
+    angles_ = scratch.floats(16, num_rows * 4 * heads.rotary_half + 1);
+    for (int64_t i = 0; i < model.num_layers; ++i) {
+      const int64_t wanted = (attention_scratch(heads, model.layers[i].attention) + 15) / 16 * 16;
+      arena_size_ = wanted > arena_size_ ? wanted : arena_size_;
+    }
+    arenas_ = scratch.floats(17, arena_size_ * kMaxThreads);
+    tokens_.resize(static_cast<size_t>(num_rows));
+  }
+
+  void start(const int64_t* positions, const int64_t* slots, uint8_t* storage, int64_t slot_bytes) {
+    const int64_t half = model_.heads.rotary_half;
+    for (int64_t n = 0; n < num_rows_; ++n) {
+      float* angles = angles_ + n * 4 * half;
+      const int64_t position = positions[n];
+      const int64_t sink_position = position < model_.last_sink_position ? position : model_.last_sink_position;
+      fill_angles(position, angles);
+      if (sink_position == position) {
+        std::memcpy(angles + 2 * half, angles, static_cast<size_t>(2 * half) * sizeof(float));
+      } else {
+        fill_angles(sink_position, angles + 2 * half);
+      }
+      tokens_[static_cast<size_t>(n)] = {position,          storage + slots[n] * slot_bytes, angles, angles + half,
+                                         angles + 2 * half, angles + 3 * half};
+    }
+  }
+
+  void layer(const Layer& layer) {
+    const bool is_parallel = model_.is_parallel != 0;
+    norm(layer.input_norm, normed_, layer.query.codes != nullptr);
+    if (is_parallel) norm(layer.mlp_norm, mlp_normed_, mlp_input(layer).codes != nullptr);
+    project(layer);
+    attend_all(layer);
+    add_product(layer.output, attended_);
+    if (!is_parallel) norm(layer.mlp_norm, mlp_normed_, mlp_input(layer).codes != nullptr);
+    mlp(layer);
+    if (layer.mlp_down.codes != nullptr) for_rows([&](int64_t n) { inner_.quantize_row(n); });
+    add_product(layer.mlp_down, inner_);
+  }
+
+  void logits(const int64_t* wanted, int64_t num_wanted, float* out) {
+    const bool is_quantized = model_.head.codes != nullptr;
+    const int64_t size = model_.hidden_size;
+    for (int64_t i = 0; i < num_wanted; ++i) {
+      apply(model_.final_norm, hidden_ + wanted[i] * size, size, normed_.values + i * size);
+      if (is_quantized) normed_.quantize_row(i);
+    }
+    const Activations x = normed_.activations();
+    for_outputs(model_.head.rows, num_wanted, [&](int64_t first, int64_t last) {
+      product(model_.head, x, num_wanted, first, last, out, model_.head.rows, false);
+    });
+  }
+
+ private:
+  RowBuffer rows(Scratch& scratch, size_t which, int64_t width) const {
+    float* values = scratch.floats(which, num_rows_ * width);
+    float* planes = scratch.floats(which + 1, num_rows_ * padded(width) / 2 + 1);
+    return {values, reinterpret_cast<uint8_t*>(planes), scratch.floats(which + 2, num_rows_), width};
+  }
+
+  // Angles in fp64: in fp32 a position of 10^6 is off by 0.06 rad.
+  void fill_angles(int64_t position, float* out) const {
+    const int64_t half = model_.heads.rotary_half;
+    for (int64_t i = 0; i < half; ++i) {
+      const double angle = static_cast<double>(position) * model_.frequencies[i];
+      out[i] = static_cast<float>(std::cos(angle));
+      out[half + i] = static_cast<float>(std::sin(angle));
+    }
+  }
+
+  // Work too small to share is done at once: handing it over takes about a microsecond.
+  template <class Task>
+  void for_rows(const Task& task) const {
+    Pool::instance().run(num_rows_, num_rows_ >= 8 ? threads_ : 1, [&](int64_t n, int) { task(n); });
+  }
+
+  template <class Task>
+  void for_outputs(int64_t count, int64_t num_rows, const Task& task) const {
+    if (num_rows == 0) return;
+    const int64_t share = outputs_per_task(count, threads_);
+    Pool::instance().run((count + share - 1) / share, threads_, [&](int64_t index, int) {
+      const int64_t first = index * share, last = first + share < count ? first + share : count;
+      task(first, last);
+    });
+  }
+
+  void norm(const Norm& norm, const RowBuffer& out, bool is_quantized) const {
+    for_rows([&](int64_t n) {
+      apply(norm, hidden_ + n * model_.hidden_size, model_.hidden_size, out.values + n * out.width);
+      if (is_quantized) out.quantize_row(n);
+    });
+  }
+
+  // q, k, v and the read-out's gate side by side, as if they were one matrix.
+  void project(const Layer& layer) const {
+    const Matrix* parts[] = {&layer.query, &layer.key, &layer.value, &layer.gate};
+    const Activations x = normed_.activations();
+    for_outputs(projected_width_ + layer.gate.rows, num_rows_, [&](int64_t first, int64_t last) {
+      int64_t start = 0;
+      for (const Matrix* part : parts) {
+        const int64_t from = first > start ? first - start : 0;
+        const int64_t to = last - start < part->rows ? last - start : part->rows;
+        const bool is_gate = part == &layer.gate;
+        float* target = is_gate ? gate_ : projected_ + start;
+        if (from < to)
+          product(*part, x, num_rows_, from, to, target, is_gate ? layer.gate.rows : projected_width_, false);
+        start += part->rows;
+      }
+    });
+  }
+
+  void attend_all(const Layer& layer) const {
+    const Heads& heads = model_.heads;
+    Pool::instance().run(num_rows_ * heads.num_groups, threads_, [&](int64_t index, int thread) {
+      const int64_t n = index / heads.num_groups, group = index % heads.num_groups;
+      attend(layer.attention, heads, tokens_[static_cast<size_t>(n)], group, projected_ + n * projected_width_,
+             attended_.values + n * attended_.width, arenas_ + thread * arena_size_);
+    });
+    const bool is_gated = layer.gate.rows > 0, is_quantized = layer.output.codes != nullptr;
+    if (!is_gated && !is_quantized) return;
+    for_rows([&](int64_t n) {
+      float* row = attended_.values + n * attended_.width;
+      if (is_gated)
+        gated_group_norm(layer.group_norm, heads.head_size, attended_.width, gate_ + n * attended_.width, row);
+      if (is_quantized) attended_.quantize_row(n);
+    });
+  }
+
+  static const Matrix& mlp_input(const Layer& layer) { return layer.mlp_up; }
+
+  void mlp(const Layer& layer) const {
+    const Activations x = mlp_normed_.activations();
+    const int64_t width = inner_.width;
+    const auto kind = static_cast<ActivationKind>(model_.activation);
+    const bool is_gated = layer.mlp_gate.rows > 0;
+    for_outputs(width, num_rows_, [&](int64_t first, int64_t last) {
+      product(layer.mlp_up, x, num_rows_, first, last, inner_.values, width, false);
+      if (is_gated) product(layer.mlp_gate, x, num_rows_, first, last, inner_gate_, width, false);
+      for (int64_t n = 0; n < num_rows_; ++n) {
+        float *up = inner_.values + n * width, *gate = inner_gate_ + n * width;
+        activate(kind, (is_gated ? gate : up) + first, last - first);
+        for (int64_t j = first; is_gated && j < last; ++j) up[j] *= gate[j];
+      }
+    });
+  }
+
+  void add_product(const Matrix& matrix, const RowBuffer& x) const {
+    for_outputs(matrix.rows, num_rows_, [&](int64_t first, int64_t last) {
+      product(matrix, x.activations(), num_rows_, first, last, hidden_, model_.hidden_size, true);
+    });
+  }
+
+  const Model& model_;
+  int64_t num_rows_;
+  int threads_;
+  float* hidden_;  // [N, D], each layer adds to it
+  int64_t projected_width_ = 0, arena_size_ = 0;
+  float *gate_, *inner_gate_, *projected_, *angles_, *arenas_;
+  RowBuffer normed_, mlp_normed_, attended_, inner_;
+  std::vector<Token> tokens_;
+};
+
+Scratch& step_scratch() {
+  static Scratch* scratch = new Scratch();
+  return *scratch;
+}
+
+}  // namespace dijiang
+
+extern "C" {
+
+// Sizes of the structures that the caller lays out, so that a mismatch is found when the library is loaded.
+int64_t dijiang_sizeof_model() { return sizeof(dijiang::Model); }
+int64_t dijiang_sizeof_layer() { return sizeof(dijiang::Layer); }
+
+// Moves num_rows sequences on by one token: hidden [num_rows, D] comes in as what the first block reads and is
+// overwritten; the logits [num_wanted, vocab] of the wanted rows come out.
+// Returns 0, or 1 when memory ran out (before any state was touched).
+int dijiang_step(const dijiang::Model* model, float* hidden, const int64_t* positions, const int64_t* slots,
+                 int64_t num_rows, uint8_t* storage, int64_t slot_bytes, const int64_t* wanted, int64_t num_wanted,
+                 float* logits, int num_threads) {
+  dijiang::Pool& pool = dijiang::Pool::instance();
+  std::lock_guard<std::mutex> turn(pool.turn());
+  try {
+    dijiang::Step step(*model, dijiang::step_scratch(), hidden, num_rows, num_threads);
+    step.start(positions, slots, storage, slot_bytes);
+    for (int64_t i = 0; i < model->num_layers; ++i) step.layer(model->layers[i]);
+    step.logits(wanted, num_wanted, logits);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
+
+// y [num_rows, matrix.rows] = x [num_rows, matrix.columns] W^T + b.
+int dijiang_linear(const dijiang::Matrix* matrix, const float* x, int64_t num_rows, float* y, int num_threads) {
+  using namespace dijiang;
+  Pool& pool = Pool::instance();
+  std::lock_guard<std::mutex> turn(pool.turn());
+  try {
+    static Scratch* scratch = new Scratch();
+    const int64_t columns = matrix->columns;
+    Activations rows{x, columns, nullptr, nullptr};
+    if (matrix->codes != nullptr) {
+      auto* planes = reinterpret_cast<uint8_t*>(scratch->floats(0, num_rows * padded(columns) / 2 + 1));
+      float* scales = scratch->floats(1, num_rows);
+      pool.run(num_rows, num_rows >= 8 ? num_threads : 1, [&](int64_t n, int) {
+        scales[n] = quantize(x + n * columns, columns, planes + n * 2 * padded(columns));
+      });
+      rows.planes = planes;
+      rows.scales = scales;
+    }
+    const int64_t share = outputs_per_task(matrix->rows, num_threads);
+    pool.run((matrix->rows + share - 1) / share, num_threads, [&](int64_t index, int) {
+      const int64_t first = index * share, last = first + share < matrix->rows ? first + share : matrix->rows;
+      product(*matrix, rows, num_rows, first, last, y, matrix->rows, false);
+    });
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
+}

@@ -1,0 +1,249 @@
+"""A model's tensors as the kernels want them: pointers to where they lie, and a few derived vectors.
+
+Nothing large is copied: projections and embeddings are used in place, mapped files included.
+"""
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from dijiang_model.attention import DiJiangAttention
+from dijiang_model.config import Family
+from dijiang_model.native import library
+from dijiang_model.native.int8 import Int8Linear, Int8Weight
+
+if TYPE_CHECKING:
+    from dijiang_model.model import DiJiangForCausalLM
+
+ACTIVATIONS: Mapping[str, int] = {
+    "silu": 0,
+    "gelu": 1,
+    "gelu_new": 2,
+    "gelu_fast": 2,
+    "gelu_pytorch_tanh": 2,
+    "relu": 3,
+}
+HEAD_SIZE_MULTIPLE = 16
+"""Features and values are worked on in whole vectors, of up to 16 floats."""
+
+
+def why_unsupported(model: "DiJiangForCausalLM") -> str | None:
+    """Why the kernels cannot run a model, in words; None if they can."""
+    if model.device.type != "cpu":
+        return f"the model is on {model.device.type}, not on a CPU"
+    if model.dtype != torch.float32:
+        return f"weights are {model.dtype}, not float32"
+    if model.config.head_size % HEAD_SIZE_MULTIPLE != 0:
+        return f"head size {model.config.head_size} is no multiple of {HEAD_SIZE_MULTIPLE}"
+    if not model.config.pre_norm or model.config.embedding_width != model.config.hidden_size:
+        return "norms after the residuals and projected embeddings are not among the kernels"
+    if any(layer.features.far_rank > 0 for layer in model.config.layers):
+        return "the linear part has queries of its own (far_rank), which the kernels do not compute"
+    if library.load_library() is None:
+        return "the compiled kernels were not built at install"
+    return None
+
+
+@dataclass(slots=True)
+class NetworkWeights:
+    """A `library.Network` and everything that its pointers need alive.
+
+    Attributes:
+        watched: parameters that derived vectors were made from.
+    """
+
+    network: library.Network = field(default_factory=library.Network)
+    watched: list[Tensor] = field(default_factory=list)
+    kept: list[object] = field(default_factory=list)
+
+    def pointer(self, tensor: Tensor) -> int:
+        """Address of a tensor's values, which stay alive with this object."""
+        tensor = tensor.detach().contiguous()
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def derived(self, tensor: Tensor) -> int:
+        """Address of a fp32 copy."""
+        return self.pointer(tensor.detach().to(torch.float32).clone())
+
+    def linear(self, module: nn.Module | None) -> library.Matrix:
+        """A projection of either kind; without one, a matrix of no rows."""
+        if module is None:
+            return library.Matrix()
+        if isinstance(module, Int8Linear):
+            return self.codes(module.quantized, module.bias)
+        return self.matrix(cast(Tensor, module.weight), cast("Tensor | None", module.bias))
+
+    def matrix(self, weight: Tensor, bias: Tensor | None = None) -> library.Matrix:
+        """fp32 weights [rows, columns]."""
+        return library.Matrix(
+            weight=self.pointer(weight),
+            bias=None if bias is None else self.pointer(bias),
+            rows=weight.shape[0],
+            columns=weight.shape[1],
+        )
+
+    def codes(self, weight: Int8Weight, bias: Tensor | None = None) -> library.Matrix:
+        """int8 weights."""
+        self.kept.append(weight)
+        return weight.matrix(None if bias is None else self.pointer(bias))
+
+    def norm(self, module: nn.Module) -> library.Norm:
+        """Layer norm, group norm, or RMS norm (which has no bias)."""
+        bias = getattr(module, "bias", None)
+        return library.Norm(
+            weight=self.pointer(cast(Tensor, module.weight)),
+            bias=None if bias is None else self.pointer(bias),
+            eps=cast(float, module.eps),
+        )
+
+
+@torch.no_grad()
+def network_weights(model: "DiJiangForCausalLM") -> NetworkWeights:
+    """Describes a model that `why_unsupported` has nothing against."""
+    config, weights = model.config, NetworkWeights()
+    names = _NAMES[config.family]
+    offsets = model.state_spec.offsets()
+    layers = (library.Layer * config.num_layers)(*(_layer(weights, block, names, offsets) for block in model.blocks))
+    half = config.rotary_dims // 2
+    exponents = torch.arange(0, config.rotary_dims, 2, dtype=torch.float64) / max(config.rotary_dims, 1)
+    frequencies = config.rope_theta**-exponents
+    weights.kept += [layers, frequencies]
+    network = weights.network
+    network.layers = ctypes.cast(layers, ctypes.POINTER(library.Layer))
+    network.num_layers = config.num_layers
+    network.head = weights.matrix(model.head_weight) if model.int8_head is None else weights.codes(model.int8_head)
+    network.final_norm = weights.norm(model.get_submodule(names.final_norm))
+    network.heads = _heads(model, half)
+    network.frequencies = frequencies.data_ptr()
+    network.hidden_size, network.inner_size = config.hidden_size, config.intermediate_size
+    network.last_sink_position = config.max_position_embeddings - 1
+    network.activation = ACTIVATIONS[config.activation]
+    network.is_parallel = int(config.family == "gpt_neox" and config.parallel_residual)
+    return weights
+
+
+def _heads(model: "DiJiangForCausalLM", half: int) -> library.Heads:
+    config = model.config
+    heads, groups, size = config.num_heads, config.num_kv_heads, config.head_size
+    if config.family == "gpt_neox":  # [H, 3, d]
+        places = (0, 3 * size, size, 3 * size, 2 * size, 3 * size)
+    else:  # queries, keys, values
+        places = (0, size, heads * size, size, (heads + groups) * size, size)
+    return library.Heads(heads, groups, size, half, *places)
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """Where a family keeps its parts: module paths, from the model and from a block."""
+
+    final_norm: str
+    input_norm: str
+    mlp_norm: str
+    query: str
+    output: str
+    mlp_up: str
+    mlp_down: str
+    key: str | None = None
+    value: str | None = None
+    mlp_gate: str | None = None
+
+
+_LAYER_NORMS = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+_NAMES: Mapping[Family, _Names] = {
+    "llama": _Names(
+        final_norm="model.norm",
+        **_LAYER_NORMS,
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        output="self_attn.o_proj",
+        mlp_gate="mlp.gate_proj",
+        mlp_up="mlp.up_proj",
+        mlp_down="mlp.down_proj",
+    ),
+    "gpt_neox": _Names(
+        final_norm="gpt_neox.final_layer_norm",
+        **_LAYER_NORMS,
+        query="attention.query_key_value",
+        output="attention.dense",
+        mlp_up="mlp.dense_h_to_4h",
+        mlp_down="mlp.dense_4h_to_h",
+    ),
+    "opt": _Names(
+        final_norm="model.decoder.final_layer_norm",
+        input_norm="self_attn_layer_norm",
+        mlp_norm="final_layer_norm",
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        output="self_attn.out_proj",
+        mlp_up="fc1",
+        mlp_down="fc2",
+    ),
+}
+
+
+def _layer(weights: NetworkWeights, block: nn.Module, names: _Names, offsets: Mapping[str, int]) -> library.Layer:
+    attention = cast(DiJiangAttention, block.dijiang)
+
+    def linear(path: str | None) -> library.Matrix:
+        return weights.linear(None if path is None else block.get_submodule(path))
+
+    layer = library.Layer(
+        input_norm=weights.norm(block.get_submodule(names.input_norm)),
+        mlp_norm=weights.norm(block.get_submodule(names.mlp_norm)),
+        query=linear(names.query),
+        key=linear(names.key),
+        value=linear(names.value),
+        output=linear(names.output),
+        mlp_gate=linear(names.mlp_gate),
+        mlp_up=linear(names.mlp_up),
+        mlp_down=linear(names.mlp_down),
+        attention=_attention(weights, attention, offsets),
+    )
+    if attention.read_out == "group_norm":
+        layer.gate = weights.linear(attention.gate)
+        layer.group_norm = weights.norm(attention.group_norm)
+    return layer
+
+
+def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mapping[str, int]) -> library.Attention:
+    kernel = module.linear
+    config = kernel.attention
+    names = [tensor.name for tensor in module.state_tensors()]
+    place = {name.rsplit(".", 1)[-1]: offsets[name] for name in names}
+    if kernel.is_whole_projection:
+        nodes, log_weights = kernel.ones, kernel.zeros
+    else:
+        nodes, log_weights = kernel.nodes, kernel.log_weights
+    weights.watched += [nodes, log_weights, kernel.log_decay]
+    attention = library.Attention(
+        basis=weights.pointer(kernel.basis),
+        nodes=weights.derived(nodes * config.features.scale),
+        log_weights=weights.derived(log_weights),
+        decay=weights.derived(kernel.log_decay.exp()),
+        num_features=kernel.num_features,
+        window=config.window,
+        sinks=config.sinks,
+        is_softmax=int(config.features.normalisation == "softmax"),
+        has_denominator=int(config.read_out == "denominator"),
+        state_offset=place["linear_state"],
+        normaliser_offset=place.get("normaliser", -1),
+        keys_offset=place.get("near_keys", -1),
+        values_offset=place.get("near_values", -1),
+    )
+    if config.window > 0:
+        attention.late = weights.derived((kernel.log_decay * config.window).exp())
+        attention.mix_bias = weights.pointer(kernel.mix_bias)
+        attention.mix_weight = weights.pointer(kernel.mix_weight)
+    if config.decay == "table":
+        attention.decay = weights.derived(kernel.table_log_decay.exp())
+        attention.table_write = weights.pointer(kernel.table_write)
+        attention.table_read = weights.pointer(kernel.table_read)
+        attention.table_entries = kernel.table_write.shape[0]
+    return attention

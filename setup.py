@@ -1,0 +1,35 @@
+"""Builds the decode kernels, once for each kind of processor that the result may meet; `pyproject.toml` has the rest.
+
+The extension is optional: without a C++ compiler the installation goes on, and everything runs in torch.
+"""
+
+import platform
+import sys
+
+from setuptools import Extension, setup
+
+SOURCE = "dijiang_model/native/src"
+HEADERS = ("attention.h", "matrix.h", "rows.h", "threads.h", "vector.h")
+# Never -ffast-math: a row's sums must come in the same order in every batch.
+COMMON = ("-std=c++17", "-O3", "-fno-math-errno", "-g0", "-Wno-psabi", "-pthread")
+VARIANTS = {"base": ()}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    VARIANTS |= {"avx2": ("-march=x86-64-v3",), "avx512": ("-march=x86-64-v4", "-mavx512vnni")}
+
+setup(
+    ext_modules=[]
+    if sys.platform == "win32"
+    else [
+        Extension(
+            f"dijiang_model.native._kernels_{variant}",
+            # One source for every variant: setuptools wants distinct object files, hence one-line wrappers.
+            sources=[f"{SOURCE}/kernels_{variant}.cpp"],
+            depends=[f"{SOURCE}/step.cpp", *(f"{SOURCE}/{header}" for header in HEADERS)],
+            extra_compile_args=[*COMMON, *options],
+            extra_link_args=["-pthread"],
+            language="c++",
+            optional=True,
+        )
+        for variant, options in VARIANTS.items()
+    ]
+)
