@@ -4,6 +4,7 @@ import json
 
 from dijiang_model.config import AttentionConfig, ModelConfig
 from dijiang_model.config_json import Origin
+from dijiang_model.features import SIGNED_SPHERE
 from dijiang_model.state import StateSpec
 
 UNTRAINED_WARNING = (
@@ -119,6 +120,20 @@ def _training(origin: Origin, config: ModelConfig) -> str:
     return " ".join(lines)
 
 
+def _nodes(config: ModelConfig) -> str:
+    sets = sorted({layer.features.nodes for layer in config.layers})
+    kinds = [
+        "the median radius of a normal vector, with both signs (`signed_sphere`)"
+        if name == SIGNED_SPHERE
+        else f"the normal inverse CDF of the recorded low-discrepancy set `{name}`"
+        for name in sets
+    ]
+    return (
+        f"The nodes start from {' and '.join(kinds)}, the weights are positive; both are stored as `linear.nodes` "
+        "and `linear.log_weights`."
+    )
+
+
 def _conditions(config: ModelConfig, origin: Origin) -> str:
     is_matrix = any("matrix" in layer.features.bases for layer in config.layers)
     is_silent = origin.tokens_trained == 0 and any(layer.window for layer in config.layers)
@@ -129,12 +144,7 @@ def _conditions(config: ModelConfig, origin: Origin) -> str:
     )
     if is_silent:
         computes += " At present its weight is zero: as it stands, this is a window model with room for DiJiang."
-    nodes = (
-        "The nodes are part of the checkpoint's projection."
-        if is_matrix
-        else "The nodes come from the normal inverse CDF of the recorded low-discrepancy set, the weights are "
-        "positive; both are stored as `linear.nodes` and `linear.log_weights`."
-    )
+    nodes = "The nodes are part of the checkpoint's projection." if is_matrix else _nodes(config)
     return "\n".join(
         [
             f"1. {computes}",

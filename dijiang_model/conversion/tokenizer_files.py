@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 from dijiang_model.errors import ConversionError
+from dijiang_model.json_fields import read_json_object
 
 TOKENIZER_FILE = "tokenizer.json"
+_SENTENCEPIECE_FILE = "tokenizer.model"
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
     "tokenizer_config.json",
@@ -16,11 +18,11 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "tokenizer.model",
+    _SENTENCEPIECE_FILE,
     "vocab.json",
     "merges.txt",
 )
-_SLOW_FILES = ("tokenizer.model", "vocab.json")
+_SLOW_FILES = (_SENTENCEPIECE_FILE, "vocab.json")
 _SAMPLES = (
     "The capital of France is Paris.",
     "In 1789, 25% of  12,345 people\n\tdidn't agree; naïve café, 北京, Ω≈3.14 🙂",
@@ -77,8 +79,13 @@ def check_tokenizer(folder: Path, *, vocab_size: int, must_round_trip: bool) -> 
 def _build(source: Path, folder: Path) -> None:
     from transformers import AutoTokenizer  # seconds to import, and rarely needed
 
+    config = source / "tokenizer_config.json"
+    settings = read_json_object(config) if config.is_file() else {}
+    # SentencePiece models of the LLaMA family were trained with a first token, whether the source says so or not.
+    options = {"add_bos_token": True} if (source / _SENTENCEPIECE_FILE).is_file() else {}
+    options = {name: value for name, value in options.items() if name not in settings}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False, **options)
         tokenizer.save_pretrained(folder)
     except Exception as error:  # whatever transformers raises for files that it cannot use
         raise ConversionError(f"no tokenizer can be built from the source's files: {error}") from error

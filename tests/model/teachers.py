@@ -1,5 +1,6 @@
 """Tiny random teachers in every form that the converter reads."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -89,6 +90,7 @@ def write_gguf(
     is_quantized: bool = False,
     pre_tokenizer: str | None = "gpt-2",
     metadata: dict[str, str | int | float] | None = None,
+    add_vocabulary: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> Path:
     """The LLaMA teacher as llama.cpp stores it: its names, its order of q and k rows, optionally quantized."""
     config = model.config
@@ -107,6 +109,7 @@ def write_gguf(
         _add(writer, key, value)
     if pre_tokenizer is not None:
         _add_tokenizer(writer, pre_tokenizer)
+    add_vocabulary(writer)
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight" or not config.tie_word_embeddings:
             _add_tensor(writer, name, tensor.float(), config, is_quantized=is_quantized)
