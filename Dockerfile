@@ -46,7 +46,7 @@ WORKDIR /home/dijiang
 EXPOSE 8000
 # Loading takes seconds; a large model on a slow disk gets its time from the start period.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
-    CMD ["python3", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ[\"DIJIANG_PORT\"]}/ready', timeout=4)"]
+    CMD ["python3", "-c", "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ['DIJIANG_PORT']), timeout=4); c.request('GET', '/ready'); sys.exit(c.getresponse().status != 200)"]
 
 FROM runtime AS gpu
 CMD ["dijiang", "serve", "/model"]

@@ -23,6 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from clients.client import DEFAULT_BASE_URL, Client
+from clients.errors import ClientError
 
 PROMPT = "Once upon a time"
 
@@ -70,20 +71,30 @@ def main(
 ) -> None:
     """Stream one long completion and report time per token and memory by position."""
     console = Console()
-    meter = MemoryMeter(base_url)
-    with Client(base_url) as client:
-        name = model if model is not None else client.models()[0].id
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task(f"{name}: {tokens:,} tokens", total=tokens)
-            rows = []
-            for row in measure(client, name, tokens, tokens // buckets, meter):
-                rows.append(row)
-                progress.update(task, completed=row.first + row.num_tokens)
+    try:
+        name, rows = run(base_url, model, tokens, tokens // buckets, console)
+    except ClientError as error:
+        Console(stderr=True).print(f"error: {error}", markup=False)
+        raise typer.Exit(1) from error
     console.print(table(rows))
-    num_tokens = sum(row.num_tokens for row in rows)
     print(json.dumps(summary(name, rows)))
-    if num_tokens != tokens:
+    if sum(row.num_tokens for row in rows) != tokens:
         raise typer.Exit(1)
+
+
+def run(
+    base_url: str, model: str | None, tokens: int, bucket_tokens: int, console: Console
+) -> tuple[str, list[Bucket]]:
+    """The measurement with a progress bar; returns the model's name and the buckets."""
+    meter = MemoryMeter(base_url)
+    rows = []
+    with Client(base_url) as client, Progress(console=console, transient=True) as progress:
+        name = model if model is not None else client.models()[0].id
+        task = progress.add_task(f"{name}: {tokens:,} tokens", total=tokens)
+        for row in measure(client, name, tokens, bucket_tokens, meter):
+            rows.append(row)
+            progress.update(task, completed=row.first + row.num_tokens)
+    return name, rows
 
 
 def measure(client: Client, model: str, tokens: int, bucket_tokens: int, meter: MemoryMeter) -> Iterator[Bucket]:
