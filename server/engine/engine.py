@@ -1,24 +1,38 @@
-"""The synchronous core: requests in, token events out. No thread, no clock but for the statistics.
+"""The synchronous core: requests in, token events out. No thread, no torch, no clock but for the statistics.
 
 `step()` plans and launches a step, then takes in the oldest one in flight. With `num_ahead` = 1 the next
 step is already on its way to the device when the tokens of this one are read back.
 """
 
-import platform
 import time
 from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
 
-import torch
-
-from dijiang_model.checkpoints import load_model
-from dijiang_model.model import DiJiangForCausalLM
-from server.engine.runner import ModelRunner, Runner
-from server.engine.sampler import Sampler
 from server.engine.scheduler import Batch, Scheduler
-from server.engine.state_pool import StatePool, num_slots_for
+from server.engine.sequence import Sequence
 from server.engine.types import EngineConfig, EngineInfo, EngineStats, GenerationRequest, TokenEvent
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step sampled: one token and one fault flag for each of `Batch.sampled`, in order."""
+
+    token_ids: list[int]
+    faults: list[bool]
+
+
+class Runner(Protocol):
+    """What runs the steps: `server.engine.runner.ModelRunner`, or a test's own."""
+
+    def launch(self, batch: Batch) -> None:
+        """Starts a step."""
+
+    def collect(self) -> StepResult:
+        """Waits for the oldest step that was not collected yet."""
+
+    def release(self, sequence: Sequence) -> None:
+        """Clears what an ended sequence left on the device."""
 
 
 class Engine:
@@ -44,52 +58,11 @@ class Engine:
 
     @classmethod
     def load(cls, config: EngineConfig) -> "Engine":
-        """Loads a model and takes the memory for its states.
+        """Loads a model and takes the memory for its states; see `server.engine.loading.load_engine`."""
+        # Imported here: the core needs no torch, and a process whose torch is broken can still say so.
+        from server.engine.loading import load_engine
 
-        Raises:
-            dijiang_model.errors.ModelError: the model's files or configuration cannot be served.
-            server.engine.state_pool.StateBudgetError: the state memory holds no conversation.
-            ValueError: an unknown dtype, or a device that is not there.
-        """
-        started = time.monotonic()
-        if config.weights_dtype not in _DTYPES:
-            raise ValueError(f"weights_dtype is {config.weights_dtype!r}, and must be one of {', '.join(_DTYPES)}")
-        torch.set_num_threads(config.num_threads)
-        _select_device(config.device)
-        model = load_model(config.model_path, device=config.device, dtype=_DTYPES[config.weights_dtype])
-        return cls.of(model, config, started=started)
-
-    @classmethod
-    def of(cls, model: DiJiangForCausalLM, config: EngineConfig, *, started: float | None = None) -> "Engine":
-        """Builds an engine around a loaded model; `started` is the clock (monotonic) before it was loaded."""
-        started = time.monotonic() if started is None else started
-        spec, device = model.state_spec, torch.device(config.device)
-        # No more sequences than tokens in a step, or decoding could starve (see the scheduler).
-        max_num_slots = min(config.max_num_slots, config.max_step_tokens)
-        num_slots = num_slots_for(spec, budget_bytes=config.state_memory_bytes, max_num_slots=max_num_slots)
-        vocab_size, eos_token_ids = model.config.vocab_size, model.config.eos_token_ids
-        pool = StatePool(spec, num_slots, device)
-        sampler = Sampler(vocab_size, eos_token_ids, device)
-        scheduler = Scheduler(
-            num_slots=num_slots,
-            max_step_tokens=config.max_step_tokens,
-            max_waiting=config.max_waiting,
-            vocab_size=vocab_size,
-            eos_token_ids=eos_token_ids,
-        )
-        info = EngineInfo(
-            num_slots=num_slots,
-            state_bytes_per_slot=pool.bytes_per_slot,
-            vocab_size=vocab_size,
-            eos_token_ids=eos_token_ids,
-            device=config.device,
-            device_name=_device_name(device),
-            weights_dtype=config.weights_dtype,
-            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-            load_s=time.monotonic() - started,
-        )
-        runner = ModelRunner(model, pool=pool, sampler=sampler, device=device)
-        return cls(scheduler=scheduler, runner=runner, info=info, num_ahead=1 if device.type == "cuda" else 0)
+        return load_engine(config)
 
     @property
     def has_work(self) -> bool:
@@ -148,20 +121,3 @@ class Engine:
     def _release_ended(self) -> None:
         for sequence in self._scheduler.take_ended():
             self._runner.release(sequence)
-
-
-def _select_device(name: str) -> None:
-    device = torch.device(name)
-    if device.type == "cuda":
-        num_devices = torch.cuda.device_count()
-        if (device.index or 0) >= num_devices:
-            raise ValueError(f"device is {name!r}, but {num_devices} CUDA devices are usable here")
-        torch.cuda.set_device(device)
-    elif device.type != "cpu":
-        raise ValueError(f"device is {name!r}, and must be cpu, cuda or cuda:N")
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()

@@ -10,13 +10,13 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dijiang_model.model import PackedBatch
 from dijiang_model.state import StateBuffer
+from server.engine.engine import StepResult
 from server.engine.sampler import FAULTY, Sampler
 from server.engine.scheduler import Batch
 from server.engine.sequence import Chunk, Sequence
@@ -25,27 +25,6 @@ from server.engine.transfer import Arrived, Field, Transfer
 
 Model = Callable[[PackedBatch, StateBuffer], Tensor]
 """Logits [R, vocab] of a step; moves the slots on in place."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a step sampled: one token and one fault flag for each of `Batch.sampled`, in order."""
-
-    token_ids: list[int]
-    faults: list[bool]
-
-
-class Runner(Protocol):
-    """What the engine needs of a runner; tests drive the engine with one of their own."""
-
-    def launch(self, batch: Batch) -> None:
-        """Starts a step."""
-
-    def collect(self) -> StepResult:
-        """Waits for the oldest step that was not collected yet."""
-
-    def release(self, sequence: Sequence) -> None:
-        """Clears what an ended sequence left on the device."""
 
 
 @dataclass(frozen=True, slots=True)

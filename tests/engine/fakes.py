@@ -3,8 +3,7 @@
 import zlib
 from collections import deque
 
-from server.engine.engine import Engine
-from server.engine.runner import StepResult
+from server.engine.engine import Engine, StepResult
 from server.engine.scheduler import Batch, Scheduler
 from server.engine.sequence import Chunk, Sequence
 from server.engine.types import EngineInfo, GenerationRequest, SamplingParams

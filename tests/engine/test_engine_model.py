@@ -12,6 +12,7 @@ from dijiang_model.config import ModelConfig
 from dijiang_model.model import DiJiangForCausalLM, PackedBatch
 from dijiang_model.state import StateBuffer
 from server.engine.engine import Engine
+from server.engine.loading import build_engine
 from server.engine.runner import ModelRunner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
@@ -315,9 +316,9 @@ def test_load_builds_an_engine_from_a_folder(tmp_path: Path, hybrid: DiJiangForC
 
 
 def test_there_are_no_more_slots_than_step_tokens(hybrid: DiJiangForCausalLM) -> None:
-    assert Engine.of(hybrid, engine_config(Path("unused"), max_step_tokens=7)).info.num_slots == 7
+    assert build_engine(hybrid, engine_config(Path("unused"), max_step_tokens=7)).info.num_slots == 7
 
 
 def test_too_little_state_memory_is_refused_in_numbers(hybrid: DiJiangForCausalLM) -> None:
     with pytest.raises(StateBudgetError, match="1,000 bytes of state memory"):
-        Engine.of(hybrid, engine_config(Path("unused"), state_memory_bytes=1_000))
+        build_engine(hybrid, engine_config(Path("unused"), state_memory_bytes=1_000))
