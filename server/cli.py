@@ -15,6 +15,7 @@ app = typer.Typer(
     help="DiJiang models: linear attention with a constant-size state, served with the OpenAI API.",
     invoke_without_command=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
 )
 
 
@@ -60,6 +61,6 @@ def complete(context: typer.Context) -> None:
 
 def _call(command: Callable[..., Any], context: typer.Context) -> None:
     """Runs a command as a program of its own, with the arguments that were left for it."""
-    program = typer.Typer(add_completion=False)
+    program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     program.command()(command)
     program(args=context.args, prog_name=f"dijiang {context.info_name}")

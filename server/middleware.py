@@ -132,8 +132,10 @@ class BodyMiddleware:
             async with asyncio.timeout(self._timeout_s):
                 body = await self._read(headers, receive)
         except TimeoutError:
-            raise InvalidRequestError(
-                f"the body did not arrive within {self._timeout_s:g} s", code="body_timeout", status=408
+            raise _closing(
+                InvalidRequestError(
+                    f"the body did not arrive within {self._timeout_s:g} s", code="body_timeout", status=408
+                )
             ) from None
         if body is None:
             return  # the client left
@@ -151,37 +153,43 @@ class BodyMiddleware:
         chunks: list[bytes] = []
         size = int(length) if length.isdigit() else 0
         if size > self._max_bytes:
-            await self._refuse(receive)
+            await self._refuse(receive, more=True)
         size = 0
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
             chunk = message.get("body", b"")
+            more = message.get("more_body", False)
             size += len(chunk)
             if size > self._max_bytes:
-                await self._refuse(receive)
+                await self._refuse(receive, more=more)
             chunks.append(chunk)
-            if not message.get("more_body", False):
+            if not more:
                 return b"".join(chunks)
 
-    async def _refuse(self, receive: Receive) -> None:
+    async def _refuse(self, receive: Receive, *, more: bool) -> None:
         """Discards what still comes for a moment: closing at once would keep clients from reading the answer."""
         budget = 4 * self._max_bytes
         try:
             async with asyncio.timeout(DRAIN_S):
-                while budget > 0:
+                while more and budget > 0:
                     message = await receive()
                     budget -= len(message.get("body", b""))
-                    if message["type"] == "http.disconnect" or not message.get("more_body", False):
-                        break
+                    more = message.get("more_body", False)  # false in a disconnect too
         except TimeoutError:
             pass
-        error = InvalidRequestError(
-            f"the body is larger than the {self._max_bytes:,} bytes allowed here", code="body_too_large", status=413
+        raise _closing(
+            InvalidRequestError(
+                f"the body is larger than the {self._max_bytes:,} bytes allowed here", code="body_too_large", status=413
+            )
         )
-        error.headers["connection"] = "close"
-        raise error
+
+
+def _closing(error: ApiError) -> ApiError:
+    """The connection cannot be used again: the rest of a body may still be on its way."""
+    error.headers["connection"] = "close"
+    return error
 
 
 def _check_content_type(headers: Headers) -> None:

@@ -179,6 +179,10 @@ def _find_model(settings: Settings, console: Console) -> tuple[Path, str]:
     folder = settings.model.expanduser().resolve()
     if not (folder / "config.json").is_file():
         raise StartError(f"{settings.model} is not the folder of a model: it has no config.json")
+    try:
+        json.loads((folder / "config.json").read_bytes())
+    except ValueError as error:
+        raise StartError(f"{settings.model}: config.json is not valid JSON: {error}") from error
     return folder, folder.name
 
 

@@ -8,9 +8,7 @@ import typer
 from pydantic import ByteSize
 from rich.console import Console
 
-from server.serve import StartError, run
 from server.settings import Settings, SettingsError, flag_of, read_settings
-from server.summary import escaped
 
 
 def serve_command() -> Callable[..., None]:
@@ -24,16 +22,32 @@ def serve_command() -> Callable[..., None]:
         console = Console(stderr=True)
         try:
             settings = read_settings({name: value for name, value in values.items() if value is not None})
+        except SettingsError as error:
+            raise _failed(console, error) from error
+        # Imported late: `--help` and mistakes in settings need nothing of the server.
+        from server.serve import StartError, run
+
+        try:
             run(settings, console)
-        except (SettingsError, StartError) as error:
-            for line in str(error).split("\n"):
-                console.print(f"[red]error:[/red] {escaped(line)}", highlight=False)
-            raise typer.Exit(1) from error
+        except StartError as error:
+            raise _failed(console, error) from error
 
     parameters = [_parameter(name) for name in Settings.model_fields]
     serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     serve.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return serve
+
+
+def _escaped(text: str) -> str:
+    """Square brackets are text here, not rich's markup."""
+    return text.replace("[", "\\[")
+
+
+def _failed(console: Console, error: Exception) -> typer.Exit:
+    """Prints each sentence of the error; the exit that ends the program."""
+    for line in str(error).split("\n"):
+        console.print(f"[red]error:[/red] {_escaped(line)}", highlight=False)
+    return typer.Exit(1)
 
 
 def _parameter(name: str) -> inspect.Parameter:

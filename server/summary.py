@@ -3,6 +3,7 @@
 import socket
 
 from rich.table import Table
+from rich.text import Text
 
 from server.engine.types import EngineConfig, EngineInfo
 from server.service import ServiceOptions
@@ -50,10 +51,5 @@ class Summary:
         }
         table = Table(title="DiJiang is ready", show_header=False, title_justify="left", title_style="bold")
         for name, value in rows.items():
-            table.add_row(name, escaped(value))
+            table.add_row(name, Text(value))
         return table
-
-
-def escaped(text: str) -> str:
-    """Square brackets are text here, not rich's markup."""
-    return text.replace("[", "\\[")

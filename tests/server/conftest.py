@@ -1,6 +1,8 @@
 """A real server on loopback, in a thread of its own, with a fake engine behind it."""
 
 import asyncio
+import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ import pytest
 import uvicorn
 
 from server.app import create_app
+from server.logs import configure_logging
 from server.service import Service, ServiceOptions
 from server.text.tokenizer import Tokenizer, load_tokenizer
 from tests.byte_tokenizer import write_byte_tokenizer
@@ -73,6 +76,28 @@ def serve(engine: FakeEngine, options: ServiceOptions, tokenizer: Tokenizer | No
         loopback.close()
         server.should_exit = True
         thread.join(PATIENCE_S)
+
+
+def raw_exchange(server: Loopback, *chunks: bytes) -> bytes:
+    """Sends bytes as they are and reads until the server closes."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        for chunk in chunks:
+            connection.sendall(chunk)
+        answer = b""
+        while received := connection.recv(65536):
+            answer += received
+        return answer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_logs() -> Iterator[None]:
+    """Log lines through the standard library, where pytest keeps them for failing tests."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    configure_logging(level="info", log_format="console")
+    root.handlers = handlers
+    yield
+    root.level = level
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,9 @@ from server.engine.types import (
     TokenEvent,
 )
 from server.errors import EngineUnavailableError, OverloadedError
-from tests.tiny_models import BYTE_VOCAB_SIZE, EOS_TOKEN_ID
 
+BYTE_VOCAB_SIZE, EOS_TOKEN_ID = 260, 258
+"""Of `tests.byte_tokenizer`."""
 ANSWER = "The capital of France is Paris, naïvely: 東京 no. 😀!"
 Script = Callable[[GenerationRequest], Iterable[int]]
 
