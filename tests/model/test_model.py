@@ -113,7 +113,7 @@ def test_decode_equals_prefill_in_fp32(name: str, native: bool) -> None:
     assert_close_in_norm(decoded, expected_of(name)[1][:200], tolerance=FP32_TOLERANCE)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from(list(CONFIGS)),
     segments=st.lists(st.integers(1, 70), min_size=1, max_size=7),
@@ -134,7 +134,7 @@ def test_any_split_gives_the_same_logits_and_state(name: str, segments: list[int
     assert_states_close(stepper.state(2), stepper.state(1), tolerance=FP64_TOLERANCE)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from(list(CONFIGS)),
     lengths=st.lists(st.integers(1, 140), min_size=1, max_size=6),
@@ -183,6 +183,25 @@ def test_which_slot_a_sequence_has_changes_no_bit(name: str) -> None:
     for a, b in ((1, 7), (2, 4), (3, 5)):
         assert torch.equal(ones[a], others[b])
         assert torch.equal(first.buffer.storage[a], second.buffer.storage[b])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_compiled_decode_rows_have_the_same_bits_alone_and_together(name: str) -> None:
+    """Nine conversations of different lengths in one step, in another order, and each by itself."""
+    model = model_of(name, torch.float32)
+    if model.decode_path == "torch":
+        pytest.skip("the compiled kernels do not run this model here")
+    steppers = [Stepper(model, num_slots=10).open(*range(1, 10)) for _ in range(3)]
+    for stepper in steppers:
+        for slot in range(1, 10):
+            stepper.step({slot: TEXT[: 13 * slot]})
+    together = steppers[0].step(decode={slot: slot for slot in range(1, 10)}, num_padding=2)
+    reverse = steppers[1].step(decode={slot: slot for slot in range(9, 0, -1)})
+    for slot in range(1, 10):
+        alone = steppers[2].step(decode={slot: slot})[slot]
+        assert torch.equal(together[slot], alone)
+        assert torch.equal(reverse[slot], alone)
+        assert torch.equal(steppers[0].buffer.storage[slot], steppers[2].buffer.storage[slot])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -37,7 +37,7 @@ def softmax_attention(x: HybridInputs, visible: Tensor) -> Tensor:
     return torch.einsum("hij,jhv->ihv", scores.masked_fill(~visible, -torch.inf).softmax(dim=-1), v)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(num_tokens=st.integers(1, 30), window=st.integers(1, 12), sinks=st.integers(0, 6), seed=st.integers(0, 2**16))
 def test_recurrent_equals_the_definition(num_tokens: int, window: int, sinks: int, seed: int) -> None:
     x = make_inputs(num_tokens, seed=seed)

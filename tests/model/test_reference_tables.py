@@ -54,7 +54,7 @@ def test_initial_tables_are_the_static_decay(num_tokens: int) -> None:
         torch.testing.assert_close(factor, torch.ones_like(factor), rtol=1e-11, atol=1e-13)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     tables=st.lists(
         st.tuples(
@@ -82,7 +82,7 @@ def test_any_table_is_exact_zeros_and_sign_changes_included(
     assert ((actual - expected).abs() <= 1e-12 * absolute + 1e-300).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(entries=st.lists(st.sampled_from([0.0, 1.0, -2.0, 1e-30, 1e30, -0.5]), min_size=1, max_size=30))
 def test_no_factor_ever_grows_the_state(entries: list[float]) -> None:
     write = torch.tensor([entries], dtype=torch.float64)
