@@ -61,6 +61,7 @@ class NativeDecoder:
         _check_indices(slots, limit=state.num_slots, count=num_rows)
         _check_indices(wanted, limit=num_rows)
         assert len(positions) == num_rows
+        assert len(wanted) <= num_rows, "the kernels keep a normed row for each row of the step"
         logits = torch.empty((len(wanted), self._vocab_size), dtype=torch.float32)
         failed = self._step(
             ctypes.addressof(self._weights.network),
