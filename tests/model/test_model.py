@@ -204,6 +204,24 @@ def test_compiled_decode_rows_have_the_same_bits_alone_and_together(name: str) -
         assert torch.equal(steppers[0].buffer.storage[slot], steppers[2].buffer.storage[slot])
 
 
+@pytest.mark.parametrize("silent", [[0], [1, 3], [0, 1, 2, 3]])
+def test_silent_heads_are_their_window_and_leave_the_others_alone(silent: list[int]) -> None:
+    """mix_bias -inf in some or all of the heads; the state goes on underneath."""
+    config = llama_config(HYBRID, HYBRID)
+    tensors = random_tensors(config)
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.self_attn.linear.mix_bias"][silent] = -torch.inf
+    expected = reference.forward(config, tensors, TEXT[:60])[1]
+    for dtype, tolerance in ((torch.float64, FP64_TOLERANCE), (torch.float32, FP32_TOLERANCE)):
+        model = tiny_model(config, dtype=dtype)
+        model.load_state_dict(tensors)
+        stepper = Stepper(model.prepare()).open(1, 2)
+        assert_close_in_norm(stepper.step({1: TEXT[:60]})[1], expected, tolerance=tolerance)
+        decoded = torch.cat([stepper.step(decode={2: token})[2] for token in TEXT[:60]])
+        assert_close_in_norm(decoded, expected, tolerance=tolerance)
+        assert_states_close(stepper.state(2), stepper.state(1), tolerance=tolerance)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_reused_slot_remembers_nothing(name: str) -> None:
     model = model_of(name, torch.float32)
