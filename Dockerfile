@@ -1,7 +1,7 @@
 # Two images from one file:
 #   --target cpu (the default)   serves the default model, which is inside
 #   --target gpu                 serves the model folder mounted at /model
-# Both bases need Python 3.11 or newer with venv; nothing is downloaded when a container runs.
+# The base is Debian (or Ubuntu) with Python 3.11 or newer and venv; nothing is downloaded when a container runs.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 # hadolint ignore=DL3006
@@ -11,6 +11,10 @@ ARG TORCH_INDEX_URL=""
 # A folder or page of further wheels, for builds without full access to an index.
 ARG PIP_FIND_LINKS=""
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/venv/bin:$PATH
+# The compiler of the decode kernels; it stays out of the final image.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 RUN python3 -m venv /opt/venv
 COPY constraints.txt ./
@@ -22,7 +26,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
       > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt
-COPY README.md ./
+COPY README.md setup.py ./
 COPY clients clients
 COPY dijiang_model dijiang_model
 COPY server server

@@ -55,7 +55,7 @@ clean: ## Remove .venv and the tools' caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # torch comes first and alone, by its exact pin: installed by a range, pip may choose a larger build.
-$(VENV)/.base: $(VENV)/.python pyproject.toml constraints.txt
+$(VENV)/.base: $(VENV)/.python pyproject.toml constraints.txt setup.py $(wildcard dijiang_model/native/src/*)
 	$(PIP) install -c constraints.txt $(TORCH_ARGS) torch
 	$(PIP) install -c constraints.txt -e .
 	@touch $@
