@@ -70,7 +70,7 @@ NODE_SETS: Mapping[str, Callable[[int], Tensor]] = {
 
 
 SIGNED_SPHERE = "signed_sphere"
-"""Nodes sqrt(K) with alternating signs; see `node_radii`."""
+"""Equal radii with alternating signs; see `node_radii`."""
 NODE_NAMES = (*NODE_SETS, SIGNED_SPHERE)
 """Every set of nodes that a config may name."""
 
@@ -79,8 +79,9 @@ def node_radii(name: str, num: int) -> Tensor:
     """T: the inverse CDF at a recorded set, [num] fp64, finite.
 
     For a key of `NODE_SETS` it is the standard normal one. `signed_sphere` takes the radii that Theorem 3.2
-    asks for, those of a standard normal vector in d dimensions: their distribution is so narrow (sqrt(d) within
-    1 / sqrt(2)) that its median serves every node; directions alternate between both signs.
+    asks for, those of a standard normal vector in d dimensions: relative to their size their distribution is so
+    narrow that one value serves every node, and that belongs to the temperature (`FeatureConfig.scale`). Here it
+    is 1; neighbouring directions have opposite signs.
 
     Args:
         name: one of `NODE_NAMES`.
@@ -90,7 +91,7 @@ def node_radii(name: str, num: int) -> Tensor:
         KeyError: no such set.
     """
     if name == SIGNED_SPHERE:
-        return math.sqrt(num) * torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(num)[:num]
+        return torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(num)[:num]
     radii = torch.special.ndtri(NODE_SETS[name](num))
     return torch.where(torch.isfinite(radii), radii, torch.zeros_like(radii))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dijiang_model.config import AttentionConfig, ModelConfig
+from dijiang_model.config import ModelConfig
 from dijiang_model.conversion.distill import output_weight
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.model import DiJiangForCausalLM
@@ -74,7 +74,8 @@ class _LookBackOp:
         rotated_k = layout.rotary.apply(k).transpose(0, 1)[:, None]  # [G, 1, T, d]
         length, scale = q.shape[0], q.shape[-1] ** -0.5
         token = torch.arange(length, device=q.device)
-        far_mass, voice, moment = 0.0, 0.0, 0.0
+        far_mass, voice = q.new_zeros(rotated_q.shape[:2]), q.new_zeros(rotated_q.shape[:2])  # [G, R]
+        moment = q.new_zeros(groups)
         for first in range(0, length, ROWS):
             rows = token[first : first + ROWS, None]
             scores = (rotated_q[:, :, first : first + ROWS] @ rotated_k.transpose(-1, -2)) * scale
@@ -88,9 +89,6 @@ class _LookBackOp:
             far_mass = far_mass + far.sum(-1).sum(-1)
             moment = moment + (far * (rows - near.window - token).clamp(min=0)).sum((1, 2, 3))
             voice = voice + (is_far.sum(-1).clamp(max=MAX_HALF_LIFE_TOKENS) / shifted).sum(-1)
-        assert isinstance(far_mass, Tensor)
-        assert isinstance(moment, Tensor)
-        assert isinstance(voice, Tensor)
         self.sums[self.layers[id(kernel)]].append(
             (far_mass.flatten() / length, moment / length, far_mass.sum(1) / length, voice.flatten() / length)
         )
@@ -181,8 +179,3 @@ def with_windows(config: ModelConfig, windows: Sequence[int]) -> ModelConfig:
     """The network with another window in each layer."""
     layers = [replace(layer, window=window) for layer, window in zip(config.layers, windows, strict=True)]
     return replace(config, layers=tuple(layers))
-
-
-def with_features(config: ModelConfig, attention: AttentionConfig) -> ModelConfig:
-    """The network with the features of `attention` in each layer."""
-    return replace(config, layers=tuple(replace(layer, features=attention.features) for layer in config.layers))

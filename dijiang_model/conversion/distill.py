@@ -62,7 +62,7 @@ class AttentionErrors:
             error = functional.linear((answer - target).flatten(1).to(weight.dtype), weight)
             scale = functional.linear(target.flatten(1).to(weight.dtype), weight).float().square().sum()
             loss = error.float().square().sum() / scale
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         self.losses[layer] = loss.detach()
         return target
 
@@ -70,14 +70,14 @@ class AttentionErrors:
 def output_weight(attention: DiJiangAttention) -> Tensor:
     """[hidden, H * d], the projection after the attention."""
     module = next(getattr(attention, name) for name in OUTPUT_MAPS if hasattr(attention, name))
-    weight: Tensor = module.weight
+    weight: Tensor = module.base.weight if isinstance(module, LoraLinear) else module.weight
     return weight
 
 
-def layer_losses(model: DiJiangForCausalLM, token_ids: Tensor) -> Tensor:
+def layer_losses(model: DiJiangForCausalLM, token_ids: Tensor, updates: Mapping[str, LoraLinear]) -> Tensor:
     """Stage 1 on [N, T] tokens: adds gradients to the kernels' parameters; answers the layers' losses [L]."""
     op = AttentionErrors.of(model)
-    with torch.no_grad(), autocast(model):
+    with torch.no_grad(), inactive(updates), autocast(model):
         run_segments(model, token_ids, op)
     return op.losses
 
@@ -89,7 +89,7 @@ def imitation_loss(model: DiJiangForCausalLM, token_ids: Tensor, updates: Mappin
     with autocast(model):
         student = run_segments(model, token_ids, HybridAttention())
     loss, gradient = _divergence(student.detach(), teacher, model.head_weight)
-    student.backward(gradient.to(student.dtype))  # type: ignore[no-untyped-call]
+    student.backward(gradient.to(student.dtype))
     return loss
 
 

@@ -135,4 +135,5 @@ def _cut(tokens: npt.NDArray[np.int32], length: int, first: int | None) -> npt.N
     windows = tokens[: whole * length].reshape(whole, length)
     if first is None or first >= whole:
         return windows
-    return windows[np.linspace(0, whole - 1, first).round().astype(int)]
+    chosen: npt.NDArray[np.int32] = windows[np.linspace(0, whole - 1, first).round().astype(int)]
+    return chosen

@@ -116,9 +116,9 @@ def _from_scratch(layout: StepLayout) -> PrefillLayout:
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One segment: q [T, H, d], k and v [T, G, d] -> [T, H, d]; memory linear in T."""
-    heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
     attended = functional.scaled_dot_product_attention(
-        *heads_first, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        query, key, value, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
     )
     return attended[0].transpose(0, 1)
 

@@ -1,0 +1,301 @@
+"""Training in two stages that can be killed at any moment and resumed without a trace.
+
+What a step does follows from its number, the options and the trained tensors alone: batches come from
+`text_windows` by step, and the one checkpoint file holds step, tokens, time, trained tensors and optimiser. It
+is replaced as a whole. With a limit in minutes the learning rate also follows the clock, so that only runs
+limited in tokens repeat bit for bit.
+"""
+
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dijiang_model.atomic_file import write_atomically
+from dijiang_model.conversion.adapters import Adapter, AdapterInfo, save_adapter
+from dijiang_model.conversion.distill import imitation_loss, layer_losses
+from dijiang_model.conversion.kernel_training import (
+    MATRICES,
+    VECTORS,
+    kernel_tensors,
+    make_trainable,
+    trained_parameters,
+)
+from dijiang_model.conversion.lora import LoraLinear, attach_lora, factors
+from dijiang_model.errors import CheckpointError
+from dijiang_model.model import DiJiangForCausalLM
+
+CHECKPOINT_FILE, LOG_FILE, ADAPTER_FILE = "checkpoint.pt", "log.jsonl", "adapter.safetensors"
+WARM_UP_STEPS = 8
+LAST_RATE = 0.05
+STAGE_ONE_FACTOR = 3.0
+VECTOR_FACTOR = 10.0
+"""Vectors (nodes, weights, decays, mixing) take steps so many times those of the matrices."""
+MAX_GRADIENT_NORM = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingOptions:
+    """What decides a run; a resumed run must have the same.
+
+    Attributes:
+        tokens: of training in all stages.
+        minutes: end (and anneal) after so many minutes of work, if that comes first; None: no such limit.
+        stages: (1,), (2,) or (1, 2).
+        stage_one_share: of the tokens or minutes, where both stages run.
+        sequence_length, batch_size: tokens of a window, windows of a step.
+        learning_rate: of matrices in stage 2.
+        lora_rank: of the updates of the attention's projections in stage 2; 0: kernels only.
+        seed: of the order of the text and of fresh updates.
+    """
+
+    tokens: int
+    minutes: float | None
+    stages: tuple[int, ...]
+    stage_one_share: float
+    sequence_length: int
+    batch_size: int
+    learning_rate: float
+    lora_rank: int
+    seed: int
+
+
+class Batches(Protocol):
+    """Text by step number."""
+
+    def batch(self, step: int, size: int) -> Tensor:
+        """[size, length] int64."""
+        ...
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    stage: int = 0
+    stage_step: int = 0
+
+
+class Trainer:
+    """Trains a model in place.
+
+    Attributes:
+        progress: after the last step.
+    """
+
+    def __init__(
+        self, model: DiJiangForCausalLM, text: Batches, options: TrainingOptions, *, info: AdapterInfo
+    ) -> None:
+        """Takes a model over: its kernels become trainable, its projections get updates.
+
+        Args:
+            info: of the adapter that comes out, but for the tokens.
+        """
+        self.model, self.text, self.options, self._info = model, text, options, info
+        self._layers = [asdict(layer) for layer in model.config.layers]
+        make_trainable(model)
+        self.updates: Mapping[str, LoraLinear] = {}
+        if options.lora_rank > 0 and 2 in options.stages:
+            self.updates = attach_lora(model, rank=options.lora_rank, seed=options.seed)
+        self.progress = Progress()
+        self._optimizer = self._enter(options.stages[0])
+
+    @property
+    def share_done(self) -> float:
+        """0 ... 1 of the tokens or of the minutes, whichever is further."""
+        done = self.progress.tokens / self.options.tokens
+        if self.options.minutes is not None:
+            done = max(done, self.progress.seconds / (60 * self.options.minutes))
+        return min(done, 1.0)
+
+    @property
+    def is_done(self) -> bool:
+        return self.share_done >= 1.0
+
+    def step(self) -> dict[str, Any]:
+        """One batch; what happened, for the log."""
+        started = time.monotonic()
+        wanted = self._wanted_stage()
+        if wanted != self.progress.stage:
+            self._optimizer = self._enter(wanted)
+        rate = self._set_rate()
+        token_ids = self.text.batch(self.progress.step, self.options.batch_size).to(self.model.device)
+        self._optimizer.zero_grad(set_to_none=True)
+        if wanted == 1:
+            layers = layer_losses(self.model, token_ids, self.updates)
+            loss = layers.mean()
+        else:
+            loss = imitation_loss(self.model, token_ids, self.updates)
+        trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM if wanted == 2 else math.inf)
+        if not bool(torch.isfinite(norm)):
+            raise CheckpointError(f"step {self.progress.step:,}: the gradient is not finite; try a lower --lr")
+        self._optimizer.step()
+        self.progress.step += 1
+        self.progress.stage_step += 1
+        self.progress.tokens += token_ids.numel()
+        seconds = time.monotonic() - started
+        self.progress.seconds += seconds
+        return {
+            "step": self.progress.step,
+            "stage": wanted,
+            "tokens": self.progress.tokens,
+            "loss": float(loss),
+            "gradient_norm": float(norm),
+            "rate": rate,
+            "seconds": round(self.progress.seconds, 3),
+            "tokens_per_s": round(token_ids.numel() / seconds, 1),
+        }
+
+    def adapter(self) -> Adapter:
+        """What was trained so far."""
+        info = AdapterInfo(**{**asdict(self._info), "tokens_trained": self.progress.tokens})
+        tensors = kernel_tensors(self.model)
+        tensors |= {name: tensor.to(torch.float16) for name, tensor in factors(self.updates).items()}
+        return Adapter(info, self._layers, tensors)
+
+    def save(self, folder: Path) -> None:
+        """Writes checkpoint and adapter; each file is replaced as a whole.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "options": asdict(self.options),
+                "fingerprint": self._info.fingerprint,
+                "progress": asdict(self.progress),
+                "trained": {name: parameter.detach() for name, parameter in self._trained()},
+                "optimizer": self._optimizer.state_dict(),
+            },
+            buffer,
+        )
+        write_atomically(folder / CHECKPOINT_FILE, buffer.getvalue())
+        save_adapter(self.adapter(), folder / ADAPTER_FILE)
+
+    def resume(self, folder: Path) -> None:
+        """Goes on where `save` was called last.
+
+        Raises:
+            CheckpointError: no checkpoint there, a damaged one, or one of another base or other options.
+        """
+        path = folder / CHECKPOINT_FILE
+        try:
+            saved = torch.load(path, map_location=self.model.device, weights_only=True)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} does not exist: there is nothing to resume") from None
+        except Exception as error:  # torch raises many kinds on damaged files
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        if saved["fingerprint"] != self._info.fingerprint:
+            raise CheckpointError(f"{path} belongs to another base model")
+        mine = json.loads(json.dumps(asdict(self.options)))
+        theirs = json.loads(json.dumps(saved["options"]))
+        changed = [f"{name} was {theirs[name]}, is {mine[name]}" for name in mine if mine[name] != theirs.get(name)]
+        if changed:
+            raise CheckpointError(f"{path} was made with other options: {'; '.join(changed)}")
+        self.progress = Progress(**saved["progress"])
+        with torch.no_grad():
+            for name, parameter in self._trained():
+                parameter.copy_(saved["trained"][name])
+        step = self.progress.stage_step
+        self._optimizer = self._enter(self.progress.stage)
+        self.progress.stage_step = step
+        self._optimizer.load_state_dict(saved["optimizer"])
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        kernels = {id(p) for p in trained_parameters(self.model, (*VECTORS, *MATRICES))}
+        low = {id(p) for update in self.updates.values() for p in (update.lora_down, update.lora_up)}
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) in kernels | low:
+                yield name, parameter
+
+    def _wanted_stage(self) -> int:
+        stages = self.options.stages
+        if len(stages) == 1 or self.share_done < self.options.stage_one_share:
+            return stages[0]
+        return stages[-1]
+
+    def _enter(self, stage: int) -> torch.optim.Optimizer:
+        self.progress.stage, self.progress.stage_step = stage, 0
+        rate = self.options.learning_rate * (STAGE_ONE_FACTOR if stage == 1 else 1.0)
+        matrices = list(trained_parameters(self.model, MATRICES))
+        if stage == 2:
+            matrices += [p for update in self.updates.values() for p in (update.lora_down, update.lora_up)]
+        groups = [
+            {
+                "params": list(trained_parameters(self.model, VECTORS)),
+                "lr": rate * VECTOR_FACTOR,
+                "full": rate * VECTOR_FACTOR,
+            },
+            {"params": matrices, "lr": rate, "full": rate},
+        ]
+        return torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.95))
+
+    def _set_rate(self) -> float:
+        """Warm-up, then half a cosine over the stage; answers the factor."""
+        share, done = self.options.stage_one_share, self.share_done
+        if len(self.options.stages) == 2:
+            done = done / share if self.progress.stage == 1 else (done - share) / (1 - share)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * min(max(done, 0.0), 1.0))
+        factor = min(1.0, (self.progress.stage_step + 1) / WARM_UP_STEPS) * (LAST_RATE + (1 - LAST_RATE) * cosine)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["full"] * factor
+        return factor
+
+
+def train(
+    trainer: Trainer,
+    folder: Path,
+    *,
+    save_every_s: float = 300.0,
+    on_step: Callable[[dict[str, Any]], None] = lambda line: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Steps until the run is done; saves every `save_every_s` seconds and at the end, logs every step.
+
+    Args:
+        should_stop: asked after each step; the run is saved then and can be resumed.
+
+    Returns:
+        Whether the run is done.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or the training diverged.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _trim_log(folder / LOG_FILE, trainer.progress.step)
+    saved_at = time.monotonic()
+    with (folder / LOG_FILE).open("a") as log:
+        while not trainer.is_done and not should_stop():
+            line = trainer.step()
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            on_step(line)
+            if time.monotonic() - saved_at > save_every_s:
+                trainer.save(folder)
+                saved_at = time.monotonic()
+    trainer.save(folder)
+    return trainer.is_done
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The steps of a run, oldest first."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _trim_log(path: Path, step: int) -> None:
+    """Drops what a killed run logged after its last checkpoint: those steps come again."""
+    kept: Sequence[str] = [json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step]
+    if path.exists():
+        write_atomically(path, "".join(kept).encode())
