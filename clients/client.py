@@ -28,6 +28,7 @@ from clients.types import ChatChunk, ChatCompletion, Completion, GenerationOptio
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8000/v1"
 DEFAULT_TIMEOUT = httpx.Timeout(600.0, connect=5.0)
+LIMITS = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
 HttpT = TypeVar("HttpT", httpx.Client, httpx.AsyncClient)
 ResultT = TypeVar("ResultT")
 ChunkT = TypeVar("ChunkT", bound=Chunk)
@@ -197,7 +198,7 @@ class Client(_BaseClient[httpx.Client]):
         return response
 
     def _open(self, headers: dict[str, str], timeout: httpx.Timeout) -> httpx.Client:
-        return httpx.Client(headers=headers, timeout=timeout, follow_redirects=True)
+        return httpx.Client(headers=headers, timeout=timeout, limits=LIMITS, follow_redirects=True)
 
 
 class AsyncClient(_BaseClient[httpx.AsyncClient]):
@@ -315,4 +316,4 @@ class AsyncClient(_BaseClient[httpx.AsyncClient]):
         return response
 
     def _open(self, headers: dict[str, str], timeout: httpx.Timeout) -> httpx.AsyncClient:
-        return httpx.AsyncClient(headers=headers, timeout=timeout, follow_redirects=True)
+        return httpx.AsyncClient(headers=headers, timeout=timeout, limits=LIMITS, follow_redirects=True)

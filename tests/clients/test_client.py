@@ -1,12 +1,13 @@
 """Requests go out as OpenAI's API has them, and answers come back typed, from both clients."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 
-from clients.client import Client
+from clients.client import AsyncClient, Client
 from clients.errors import APIConnectionError, APIResponseError, APITimeoutError, StreamError
 from clients.types import Model, Usage
 from tests.clients import answers
@@ -167,6 +168,33 @@ def test_pieces_arrive_before_the_answer_ends(connect: Connect) -> None:
         assert server.disconnected.wait(10), "leaving the stream must close the connection"
     assert streamed.pieces == ["first"]
     assert streamed.finish_reason is None
+
+
+def test_cancelling_a_task_closes_its_connection() -> None:
+    def handle(exchange: Exchange) -> None:
+        exchange.start_stream()
+        exchange.send(b'data: {"choices":[{"text":"first"}]}\n\n')
+        exchange.wait_for_disconnect()
+        server.disconnected.set()
+
+    async def run() -> None:
+        begun = asyncio.Event()
+
+        async def read(client: AsyncClient) -> None:
+            async with client.stream_complete("x", model="tiny") as stream:
+                async for _ in stream:
+                    begun.set()
+
+        async with AsyncClient(server.url) as client:
+            task = asyncio.create_task(read(client))
+            await begun.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await asyncio.to_thread(server.disconnected.wait, 10)
+
+    with loopback_server(handle) as server:
+        asyncio.run(run())
 
 
 def test_error_inside_a_stream_is_raised_after_the_text_before_it(connect: Connect) -> None:
