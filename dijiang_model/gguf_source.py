@@ -12,6 +12,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,7 +20,9 @@ from dijiang_model.errors import CheckpointError, ConversionError
 from dijiang_model.problem_list import problem_list
 from dijiang_model.tensor_files import TensorInfo
 
-CHUNK_ELEMENTS = 2**22
+CHUNK_ELEMENTS = 2**20
+
+Bytes = npt.NDArray[np.uint8]
 
 _PLAIN_DTYPES: Mapping[str, torch.dtype] = {
     "F32": torch.float32,
@@ -54,11 +57,14 @@ class GgufSource:
         Raises:
             ConversionError: not a readable GGUF file, or not of the llama architecture.
         """
+        self._path = path
         try:
             self._reader = gguf.GGUFReader(path)
             self.metadata: dict[str, Any] = {key: field.contents() for key, field in self._reader.fields.items()}
         except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
             raise ConversionError(f"{path} is not a readable GGUF file: {error}") from error
+        if self._reader.byte_order == "S":
+            raise ConversionError(f"{path} was written for the other byte order, which is not supported")
         architecture = self.metadata.get("general.architecture")
         if architecture != "llama":
             raise ConversionError(f"{path} has the GGUF architecture {architecture!r}; only llama is supported")
@@ -78,8 +84,10 @@ class GgufSource:
     def read(self, name: str) -> Tensor:
         """A tensor, fp32 if it was quantized, in its own memory."""
         tensor, info = self._tensors[name], self._infos[name]
+        # A mapping of its own: pages that the reader's mapping has touched would stay in memory.
+        data = np.memmap(self._path, mode="r", offset=int(tensor.data_offset), shape=(int(tensor.n_bytes),))
         try:
-            value = _dequantized(tensor, info) if tensor.tensor_type.name != "BF16" else _bfloat16(tensor, info)
+            value = _dequantized(data, tensor, info) if info.dtype != torch.bfloat16 else _bfloat16(data, info)
         except (NotImplementedError, ValueError) as error:
             raise CheckpointError(f"{tensor.name} of type {tensor.tensor_type.name} cannot be read: {error}") from error
         if ".self_attn.q_proj." in name:
@@ -195,22 +203,21 @@ def _info(tensor: gguf.ReaderTensor) -> TensorInfo:
     return TensorInfo(shape, _PLAIN_DTYPES.get(tensor.tensor_type.name, torch.float32))
 
 
-def _dequantized(tensor: gguf.ReaderTensor, info: TensorInfo) -> Tensor:
+def _dequantized(data: Bytes, tensor: gguf.ReaderTensor, info: TensorInfo) -> Tensor:
     """Row chunk by row chunk: the dequantizer's temporaries are several times its output."""
     value = torch.empty(info.shape, dtype=info.dtype)
     rows = value.view(-1, info.shape[-1]).numpy()
-    data = tensor.data.reshape(rows.shape[0], -1)
+    stored = data.reshape(rows.shape[0], -1)
+    is_double = info.dtype == torch.float64
     step = max(1, CHUNK_ELEMENTS // rows.shape[1])
     for start in range(0, rows.shape[0], step):
-        chunk = data[start : start + step]
-        rows[start : start + step] = (
-            chunk if info.dtype == torch.float64 else gguf.dequantize(chunk, tensor.tensor_type)
-        )
+        chunk = stored[start : start + step]
+        rows[start : start + step] = chunk.view(np.float64) if is_double else gguf.dequantize(chunk, tensor.tensor_type)
     return value
 
 
-def _bfloat16(tensor: gguf.ReaderTensor, info: TensorInfo) -> Tensor:
-    value: Tensor = torch.from_numpy(np.array(tensor.data, copy=True).reshape(-1).view(np.uint8))
+def _bfloat16(data: Bytes, info: TensorInfo) -> Tensor:
+    value: Tensor = torch.from_numpy(np.array(data))
     return value.view(torch.bfloat16).view(info.shape)
 
 

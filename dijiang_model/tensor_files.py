@@ -23,8 +23,11 @@ from dijiang_model.problem_list import problem_list
 
 SAFETENSORS_FILE = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
+SAFETENSORS_SUFFIX = ".safetensors"
 TORCH_FILE = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
+
+REMAPPED_BYTES = 2**28
 
 SAFETENSORS_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -72,16 +75,21 @@ class _Files:
         self._infos = infos
         self._open_path: Path | None = None
         self._read_open: Callable[[str], Tensor] | None = None
+        self._bytes_read = 0
 
     def infos(self) -> Mapping[str, TensorInfo]:
         return self._infos
 
     def read(self, name: str) -> Tensor:
         path = self._locations[name]
-        if path != self._open_path or self._read_open is None:
+        # Pages of a mapped file that were read stay in memory as long as its mapping, so it is made anew now and then.
+        is_stale = self._bytes_read > REMAPPED_BYTES and _can_map(path)
+        if path != self._open_path or self._read_open is None or is_stale:
             self._read_open = None  # frees the last file's memory before the next one is opened
-            self._read_open, self._open_path = _open(path)[1], path
-        return self._read_open(name)
+            self._read_open, self._open_path, self._bytes_read = _open(path)[1], path, 0
+        tensor = self._read_open(name)
+        self._bytes_read += tensor.nbytes
+        return tensor
 
 
 class RenamedTensors:
@@ -154,7 +162,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 def _open(path: Path) -> tuple[dict[str, TensorInfo], Callable[[str], Tensor]]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
-    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
+    return _open_safetensors(path) if path.suffix == SAFETENSORS_SUFFIX else _open_torch(path)
 
 
 def _open_safetensors(path: Path) -> tuple[dict[str, TensorInfo], Callable[[str], Tensor]]:
@@ -193,13 +201,16 @@ def _open_torch(path: Path) -> tuple[dict[str, TensorInfo], Callable[[str], Tens
     }, tensors.__getitem__
 
 
+def _can_map(path: Path) -> bool:
+    """PyTorch files from before torch 1.6 are no zip archives and cannot be mapped."""
+    return path.suffix == SAFETENSORS_SUFFIX or zipfile.is_zipfile(path)
+
+
 def _load_torch(path: Path) -> object:
-    # Files from before torch 1.6 are no zip archives and cannot be mapped.
-    can_map = zipfile.is_zipfile(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch comments on pickles that it is about to refuse
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_can_map(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} holds more than tensors and is refused; no code in it was run") from error
     except Exception as error:  # the unpickler raises whatever the damage provokes
