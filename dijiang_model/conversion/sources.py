@@ -141,7 +141,11 @@ def _name(path: Path, document: Mapping[str, object]) -> str:
     """The name that the config states, unless it is a path on somebody's machine."""
     name = document.get("_name_or_path")
     is_hub_name = isinstance(name, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
-    return str(name) if is_hub_name and not str(name).startswith(".") else path.resolve().name
+    if is_hub_name and not str(name).startswith("."):
+        return str(name)
+    # A hub cache keeps `models--owner--name/snapshots/<commit>`.
+    cached = re.search(r"/models--([^/]+)/snapshots/[^/]+$", path.absolute().as_posix())
+    return cached[1].replace("--", "/") if cached else path.resolve().name
 
 
 def _licence(path: Path) -> str | None:

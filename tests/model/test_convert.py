@@ -226,6 +226,13 @@ def test_the_card_names_teacher_and_licence_and_forges_nothing(source: Path, tmp
     assert "Nothing was trained" in card
 
 
+def test_a_folder_of_the_hub_cache_is_named_after_its_repository(source: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--someone--tiny" / "snapshots" / "0123abcd"
+    shutil.copytree(source, snapshot)
+    convert(snapshot, tmp_path / "out")
+    assert read_stored_config(tmp_path / "out").origin.teacher == "someone/tiny"
+
+
 def test_a_path_in_the_source_config_is_not_taken_for_a_name(source: Path, tmp_path: Path) -> None:
     edit_json(source / "config.json", _name_or_path="/home/somebody/secret")
     convert(source, tmp_path / "out")
