@@ -16,7 +16,7 @@ from server.middleware import (
     error_response,
     printable,
 )
-from server.protocol.wire import validation_error
+from server.protocol.wire import ErrorEnvelope, validation_error
 from server.routes import chat, completions, models, operations, tokenization
 from server.service import Service
 
@@ -32,6 +32,7 @@ def create_app(service: Service) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        responses={"default": {"model": ErrorEnvelope, "description": "Every error has this body."}},
         middleware=_middleware(service),
         exception_handlers={
             ApiError: _api_error,

@@ -2,18 +2,26 @@
 
 import time
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 
-from server.engine_client import EngineClient, EngineStatus
 from server.service import Service
+
+
+class ClosableEngine(Protocol):
+    """What is needed of the engine client here."""
+
+    @property
+    def status(self) -> str: ...
+    async def close(self) -> None: ...
 
 
 class DrainingServer(uvicorn.Server):
     """Uvicorn that finishes its answers: the first signal drains, the second one ends at once."""
 
     def __init__(
-        self, config: uvicorn.Config, service: Service, engine: EngineClient, *, drain_timeout_s: float
+        self, config: uvicorn.Config, service: Service, engine: ClosableEngine, *, drain_timeout_s: float
     ) -> None:
         super().__init__(config)
         self._service = service
@@ -31,7 +39,7 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether it is time to stop."""
-        if self._engine.status is EngineStatus.FAILED:
+        if self._engine.status == "failed":
             self.should_exit = True
         if self._drain_until is not None and self._service.num_active == 0:
             self.should_exit = True

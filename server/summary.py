@@ -35,15 +35,15 @@ class Summary:
         self._keys = len(options.key_hashes)
 
     def table(self, info: EngineInfo) -> Table:
-        mib, total = info.state_bytes_per_slot / 2**20, info.num_slots * info.state_bytes_per_slot
+        total, each = info.num_slots * info.state_bytes_per_slot, size_text(info.state_bytes_per_slot)
         rows = {
             "model": f"{self.model} ({info.num_parameters / 1e6:,.1f} M parameters, loaded in {info.load_s:.1f} s)",
             "recipe": self._recipe,
             "device": f"{info.device} ({info.device_name})",
             "dtype": f"{info.weights_dtype} weights, float32 state",
             "threads": str(self._config.num_threads),
-            "capacity": f"{info.num_slots} conversations of {mib:.1f} MiB, whatever their length",
-            "state": f"{total / 2**30:.2f} GiB ({total:,} bytes)",
+            "capacity": f"{info.num_slots} conversations of {each}, whatever their length",
+            "state": f"{size_text(total)} ({total:,} bytes)",
             "text": self._text,
             "keys": f"{self._keys} let in" if self._keys else "none: everybody is let in",
             "address": self._address,
@@ -53,3 +53,13 @@ class Summary:
         for name, value in rows.items():
             table.add_row(name, Text(value))
         return table
+
+
+def size_text(num_bytes: int) -> str:
+    """`4.4 MiB`: one digit after the point, in the largest unit that gives at least 1."""
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -27,6 +27,26 @@ class ResponseModel(BaseModel):
         return self.model_dump_json(exclude_unset=True).encode()
 
 
+class ErrorDetails(ResponseModel):
+    """What went wrong."""
+
+    message: str
+    """In words, for a person."""
+    type: str
+    """Kind of error, such as `invalid_request_error`."""
+    param: str | None
+    """The field concerned, such as `messages[0].role`."""
+    code: str | None
+    """Stable name for programs, such as `context_length_exceeded`."""
+
+
+class ErrorEnvelope(ResponseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetails
+    """What went wrong."""
+
+
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
     """One 400 for the errors that pydantic found; `param` is the first field concerned.
 

@@ -20,6 +20,8 @@ from server.protocol.usage import Usage
 from server.service import Service
 from server.text.stream import TextStream
 
+MAX_UNREAD_PIECES = 100_000
+"""Pieces that may wait for a client who does not read; then its request ends."""
 logger = structlog.stdlib.get_logger("dijiang.answers")
 
 
@@ -234,6 +236,8 @@ class Generation:
                 async for event in events:
                     piece = choice.take(event)
                     self._pieces.put_nowait(piece)
+                    if self._pieces.qsize() > MAX_UNREAD_PIECES:
+                        raise DeadlineError("the answer is not read as fast as it is written")
                     if piece.finish_reason is not None:
                         return
             except ApiError as error:

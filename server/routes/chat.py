@@ -33,7 +33,11 @@ from server.sse import KEEP_ALIVE, event
 router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
 
-@router.post("/v1/chat/completions", responses={200: {"model": ChatCompletion}}, response_class=Response)
+@router.post(
+    "/v1/chat/completions",
+    responses={200: {"model": ChatCompletion, "content": {"text/event-stream": {}}}},
+    response_class=Response,
+)
 async def create_chat_completion(body: ChatRequest, request: Request, service: ServiceDependency) -> Response:
     """Answers a conversation."""
     service.require_model(body.model)

@@ -24,7 +24,11 @@ from server.sse import KEEP_ALIVE, event
 router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
 
-@router.post("/v1/completions", responses={200: {"model": Completion}}, response_class=Response)
+@router.post(
+    "/v1/completions",
+    responses={200: {"model": Completion, "content": {"text/event-stream": {}}}},
+    response_class=Response,
+)
 async def create_completion(body: CompletionRequest, request: Request, service: ServiceDependency) -> Response:
     """Goes on from a text or from token ids."""
     service.require_model(body.model)

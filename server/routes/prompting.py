@@ -27,13 +27,14 @@ SEED_RANGE = 2**64
 T = TypeVar("T")
 
 
-def require_tokenizer(service: Service, *, param: str) -> Tokenizer:
-    """Raises a 400 when the model has no tokenizer."""
+def require_tokenizer(service: Service, *, param: str | None, status: int = 400) -> Tokenizer:
+    """Raises a 400 (or `status`) when the model has no tokenizer."""
     if service.tokenizer is None:
         raise InvalidRequestError(
             "this model has no tokenizer: send prompts as token ids to /v1/completions",
             param=param,
             code="no_tokenizer",
+            status=status,
         )
     return service.tokenizer
 

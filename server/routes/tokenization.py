@@ -74,7 +74,7 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDependency) -> Res
 @router.get("/tokenizer_info", responses={200: {"model": TokenizerInfo}}, response_class=Response)
 async def tokenizer_info(service: ServiceDependency) -> Response:
     """Special tokens and chat template."""
-    tokenizer = require_tokenizer(service, param="model")
+    tokenizer = require_tokenizer(service, param=None, status=404)
     tokens = tokenizer.special_tokens
     return json_response(
         TokenizerInfo(

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ import pytest
 import uvicorn
 
 from server.app import create_app
+from server.draining import DrainingServer
 from server.logs import configure_logging
 from server.service import Service, ServiceOptions
 from server.text.tokenizer import Tokenizer, load_tokenizer
@@ -31,7 +33,9 @@ OPTIONS = ServiceOptions(
 class Loopback:
     """A running service and ways to talk to it."""
 
-    def __init__(self, service: Service, engine: FakeEngine, port: int) -> None:
+    def __init__(self, service: Service, engine: FakeEngine, port: int, thread: threading.Thread) -> None:
+        self.signal: Callable[[], None] = lambda: None
+        self.thread = thread
         self.service = service
         self.engine = engine
         self.port = port
@@ -57,11 +61,21 @@ class Loopback:
 
 
 @contextmanager
-def serve(engine: FakeEngine, options: ServiceOptions, tokenizer: Tokenizer | None) -> Iterator[Loopback]:
+def serve(
+    engine: FakeEngine, options: ServiceOptions, tokenizer: Tokenizer | None, *, drain_timeout_s: float = 0.0
+) -> Iterator[Loopback]:
     """Runs the application on an ephemeral port until the context is left."""
     service = Service(engine, options, tokenizer)
-    config = uvicorn.Config(create_app(service), port=0, log_config=None, ws="none", lifespan="off", http="httptools")
-    server = uvicorn.Server(config)
+    config = uvicorn.Config(
+        create_app(service),
+        port=0,
+        log_config=None,
+        ws="none",
+        lifespan="off",
+        http="httptools",
+        timeout_graceful_shutdown=1,
+    )
+    server = DrainingServer(config, service, engine, drain_timeout_s=drain_timeout_s)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     deadline = time.monotonic() + PATIENCE_S
@@ -69,7 +83,8 @@ def serve(engine: FakeEngine, options: ServiceOptions, tokenizer: Tokenizer | No
         assert time.monotonic() < deadline, "the server did not start"
         time.sleep(0.005)
     port = server.servers[0].sockets[0].getsockname()[1]
-    loopback = Loopback(service, engine, port)
+    loopback = Loopback(service, engine, port, thread)
+    loopback.signal = lambda: server.handle_exit(signal.SIGTERM, None)
     try:
         yield loopback
     finally:

@@ -1,6 +1,7 @@
 """An engine without a model: it answers from a script, and can be held, broken and refused."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -33,9 +34,10 @@ class FakeEngine:
     Attributes:
         script: tokens of a request; an end-of-sequence token in them ends it.
         tokens_per_event: how many tokens come at once.
-        hold_after: events after which a request waits for ever (until it is aborted).
+        hold_after: events after which a request waits until it is aborted, or `gate` opens.
         fail_after: tokens after which a request ends with `error`.
         capacity: requests at once; more are refused.
+        closed: set by `close`.
         submitted / ended: request ids, and why each one ended.
     """
 
@@ -50,6 +52,8 @@ class FakeEngine:
     submitted: list[GenerationRequest] = field(default_factory=list)
     ended: dict[str, FinishReason] = field(default_factory=dict)
     running: set[str] = field(default_factory=set)
+    gate: threading.Event | None = None
+    closed: threading.Event = field(default_factory=threading.Event)
 
     @property
     def info(self) -> EngineInfo:
@@ -69,6 +73,11 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return EngineStats(len(self.running), 0, 8 - len(self.running), 7, 6, 5, 0.5)
 
+    async def close(self) -> None:
+        """Ends what runs with ABORT."""
+        self.status = "stopped"
+        self.closed.set()
+
     @asynccontextmanager
     async def submit(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[TokenEvent]]:
         if self.status != "ready":
@@ -86,11 +95,20 @@ class FakeEngine:
     async def _events(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         for number, event in enumerate(self._plan(request)):
             if number == self.hold_after:
-                await asyncio.Event().wait()
+                await self._released()
+            if self.closed.is_set():
+                self.ended[request.request_id] = FinishReason.ABORT
+                yield TokenEvent(request.request_id, finish_reason=FinishReason.ABORT)
+                return
             await asyncio.sleep(0)
             if event.finish_reason is not None:
                 self.ended[request.request_id] = event.finish_reason
             yield event
+
+    async def _released(self) -> None:
+        """Until the gate opens or the engine is closed."""
+        while not (self.closed.is_set() or (self.gate is not None and self.gate.is_set())):  # noqa: ASYNC110 (threads')
+            await asyncio.sleep(0.01)
 
     def _plan(self, request: GenerationRequest) -> list[TokenEvent]:
         token_ids, reason = self._tokens(request)

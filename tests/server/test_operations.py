@@ -80,6 +80,9 @@ def test_openapi_describes_every_route_and_field(server: Loopback) -> None:
     fields = description["components"]["schemas"]["CompletionRequest"]["properties"]
     assert all("description" in field for field in fields.values())
     assert "temperature" in fields
+    answers = description["paths"]["/v1/completions"]["post"]["responses"]
+    assert set(answers) == {"200", "default"}
+    assert set(answers["200"]["content"]) == {"application/json", "text/event-stream"}
 
 
 @pytest.mark.parametrize(("sent", "kept"), [("abc-1", True), ("x" * 65, False), ("a b", False), ("é".encode(), False)])
@@ -180,6 +183,7 @@ def test_without_a_tokenizer_token_ids_go_in_and_out(options: ServiceOptions) ->
             refused = server.http.post(path, json=body)
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
             assert refused.json()["error"]["code"] == "no_tokenizer"
+        assert server.http.get("/tokenizer_info").status_code == 404
 
 
 def test_a_prompt_over_the_operators_limit_has_its_own_code(byte_tokenizer: Tokenizer, options: ServiceOptions) -> None:

@@ -1,0 +1,83 @@
+"""SIGTERM: new work is refused, what runs is finished, and a deadline ends even that cleanly."""
+
+import json
+import threading
+
+import httpx
+
+from server.service import ServiceOptions
+from server.text.tokenizer import Tokenizer
+from tests.server.conftest import Loopback, serve
+from tests.server.fake_engine import ANSWER, FakeEngine
+
+BODY = {"prompt": "x", "max_tokens": 1000, "stream": True}
+
+
+class Reader(threading.Thread):
+    """A client that reads a whole stream."""
+
+    def __init__(self, server: Loopback) -> None:
+        super().__init__(daemon=True)
+        self._url = f"{server.url}/v1/completions"
+        self.lines: list[str] = []
+
+    def run(self) -> None:
+        client = httpx.Client(trust_env=False, verify=False, timeout=10)
+        with client, client.stream("POST", self._url, json=BODY) as answer:
+            self.lines += (line for line in answer.iter_lines() if line)
+
+    @property
+    def text(self) -> str:
+        chunks = [json.loads(line.removeprefix("data: ")) for line in self.lines[:-1]]
+        return "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+
+def wait_for_end(server: Loopback) -> None:
+    server.thread.join(10)
+    assert not server.thread.is_alive()
+
+
+def test_an_idle_server_stops_at_once(byte_tokenizer: Tokenizer, options: ServiceOptions) -> None:
+    with serve(FakeEngine(), options, byte_tokenizer, drain_timeout_s=60) as server:
+        server.signal()
+        wait_for_end(server)
+
+
+def test_what_runs_is_finished_while_new_work_is_refused(byte_tokenizer: Tokenizer, options: ServiceOptions) -> None:
+    gate = threading.Event()
+    with serve(FakeEngine(hold_after=1, gate=gate), options, byte_tokenizer, drain_timeout_s=60) as server:
+        reader = Reader(server)
+        reader.start()
+        server.wait_until(lambda: server.service.num_active == 1)
+        server.signal()
+        assert server.http.get("/ready").status_code == 503
+        refused = server.http.post("/v1/completions", json={"prompt": "x"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert server.http.get("/health").json()["status"] == "draining"
+        gate.set()
+        reader.join(10)
+        wait_for_end(server)
+    assert reader.text == ANSWER
+    assert reader.lines[-1] == "data: [DONE]"
+
+
+def test_after_the_deadline_what_runs_ends_with_a_clean_error(
+    byte_tokenizer: Tokenizer, options: ServiceOptions
+) -> None:
+    with serve(FakeEngine(hold_after=1), options, byte_tokenizer, drain_timeout_s=0.2) as server:
+        reader = Reader(server)
+        reader.start()
+        server.wait_until(lambda: len(reader.lines) > 0 or server.service.num_active == 1)
+        server.signal()
+        reader.join(10)
+        wait_for_end(server)
+    error, done = reader.lines[-2:]
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_stopped"
+    assert done == "data: [DONE]"
+
+
+def test_an_engine_that_cannot_be_loaded_ends_the_server(byte_tokenizer: Tokenizer, options: ServiceOptions) -> None:
+    engine = FakeEngine()
+    with serve(engine, options, byte_tokenizer) as server:
+        engine.status = "failed"
+        wait_for_end(server)
