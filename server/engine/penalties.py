@@ -21,13 +21,14 @@ class PenaltyPlan:
     Attributes:
         rows: [M] int64, their rows in the step's logits.
         entries: [M] int64, their rows in the tables.
-        repetition, presence, frequency: [M] float64.
+        repetition: [M] float64; None: no row uses it.
+        presence, frequency: [M] float64.
         started: (table row, prompt tokens) of those that sample for the first time.
     """
 
     rows: Field
     entries: Field
-    repetition: Field
+    repetition: Field | None
     presence: Field
     frequency: Field
     started: tuple[tuple[int, Field], ...]
@@ -65,10 +66,11 @@ class PenaltyTables:
                 self._entries[sequence] = entry = self._allocate()
                 started.append((entry, transfer.integers(sequence.request.prompt_token_ids)))
         sequences = [chunks[row].sequence for row in rows]
+        repetition = [sequence.sampling.repetition_penalty for sequence in sequences]
         return PenaltyPlan(
             rows=transfer.integers(rows),
             entries=transfer.integers(self._entries[sequence] for sequence in sequences),
-            repetition=transfer.reals(sequence.sampling.repetition_penalty for sequence in sequences),
+            repetition=transfer.reals(repetition) if any(value != 1 for value in repetition) else None,
             presence=transfer.reals(sequence.sampling.presence_penalty for sequence in sequences),
             frequency=transfer.reals(sequence.sampling.frequency_penalty for sequence in sequences),
             started=tuple(started),
@@ -80,12 +82,14 @@ class PenaltyTables:
             self._in_prompt[entry].index_fill_(0, arrived[prompt], True)
         rows, entries = arrived[plan.rows], arrived[plan.entries]
         counts = self._counts[entries]  # [M, vocab]
-        was_output = counts > 0
-        repetition = torch.where(self._in_prompt[entries] | was_output, _column(plan.repetition, arrived), 1.0)
         penalised = logits[rows]  # [M, vocab]
-        penalised = torch.where(penalised > 0, penalised / repetition, penalised * repetition)
+        if plan.repetition is not None:
+            is_seen = self._in_prompt[entries] | (counts > 0)
+            factor = torch.where(is_seen, _column(plan.repetition, arrived), 1.0)
+            # Without a branch on the sign: the positive part is divided, the negative one multiplied.
+            penalised = penalised.clamp(min=0) / factor + penalised.clamp(max=0) * factor
         penalised -= counts * _column(plan.frequency, arrived)
-        penalised -= was_output * _column(plan.presence, arrived)
+        penalised -= (counts > 0) * _column(plan.presence, arrived)
         logits[rows] = penalised
 
     def count(self, token_ids: Tensor, plan: PenaltyPlan, arrived: Arrived) -> None:

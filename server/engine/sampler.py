@@ -1,9 +1,10 @@
 """From logits to tokens, for all rows of a step together, each row by its own parameters.
 
 Order, as in the field: penalties, logit bias, suppression until `min_tokens`; then, for rows that are
-not greedy, temperature, min-p, top-k, top-p, each over what the one before left. A token is drawn by
-inverse CDF, in vocabulary order, from one uniform number that depends on the seed and the output index
-alone: no row ever depends on another. Work that no row asks for is not done; a greedy step is an argmax.
+not greedy, temperature, min-p, top-k, top-p, each over what the one before left. Tokens of equal weight
+are kept or dropped together. A token is drawn by inverse CDF, in vocabulary order, from one uniform number
+that depends on the seed and the output index alone: no row ever depends on another. Work that no row asks
+for is not done; a greedy step is an argmax.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from server.engine.penalties import PenaltyPlan, PenaltyTables
 from server.engine.randomness import uniform
@@ -52,7 +54,7 @@ class DrawPlan:
     Attributes:
         rows: [M] int64, rows of the logits; None: all of them.
         uniforms, temperatures: [M] float64.
-        min_scores: [M] float64, log of min-p; None: no row uses it.
+        min_p: None: no row uses it; else [M] float64, 0 where it is off.
         top_k: None: no row uses it; else [M] int64, the vocabulary's size where it is off.
         max_top_k: the largest k in use.
         top_p: None: no row uses it; else [M] float64, `_KEEP_ALL_MASS` where it is off.
@@ -61,7 +63,7 @@ class DrawPlan:
     rows: Field | None
     uniforms: Field
     temperatures: Field
-    min_scores: Field | None
+    min_p: Field | None
     top_k: Field | None
     max_top_k: int
     top_p: Field | None
@@ -149,7 +151,7 @@ class Sampler:
             temperatures=transfer.reals(
                 min(max(sampling.temperature, _MIN_TEMPERATURE), _MAX_TEMPERATURE) for sampling in params
             ),
-            min_scores=_unless_off(_min_scores(params), -math.inf, transfer),
+            min_p=_unless_off([p.min_p for p in params], 0.0, transfer),
             top_k=transfer.integers(top_k) if in_use else None,
             max_top_k=max(in_use, default=0),
             top_p=_unless_off([p.top_p if p.top_p < 1 else _KEEP_ALL_MASS for p in params], _KEEP_ALL_MASS, transfer),
@@ -177,10 +179,6 @@ def _effective_top_k(sampling: SamplingParams, vocab_size: int) -> int:
     return sampling.top_k if 0 < sampling.top_k < vocab_size else vocab_size
 
 
-def _min_scores(params: Items[SamplingParams]) -> list[float]:
-    return [math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf for sampling in params]
-
-
 def _unless_off(values: Items[float], off: float, transfer: Transfer) -> Field | None:
     return None if all(value == off for value in values) else transfer.reals(values)
 
@@ -199,35 +197,52 @@ def _choose(logits: Tensor, plan: DrawPlan | None, arrived: Arrived) -> Tensor:
 def _draw(logits: Tensor, plan: DrawPlan, arrived: Arrived) -> Tensor:
     """[M, vocab] fp32 -> [M] int64, by inverse CDF over the tokens that the filters leave."""
     scores = logits - logits.amax(dim=-1, keepdim=True)  # before the division: the best stays 0, never NaN
-    scores /= arrived[plan.temperatures].float().unsqueeze(1)
-    if plan.min_scores is not None:
-        scores.masked_fill_(scores < arrived[plan.min_scores].float().unsqueeze(1), -math.inf)
+    weights = scores.div_(_column(plan.temperatures, arrived)).exp_()  # [M, vocab]; the best weighs 1
+    if plan.min_p is not None:
+        weights *= weights >= _column(plan.min_p, arrived)
+    if plan.top_k is not None:
+        weights *= logits >= _top_k_floor(logits, arrived[plan.top_k], plan.max_top_k)
     if plan.top_p is not None:
-        scores = _truncate(scores, plan, arrived)
-    elif plan.top_k is not None:
-        best = scores.topk(plan.max_top_k, dim=-1).values  # [M, max_top_k]
-        _keep_top_k(scores, best, arrived[plan.top_k])
-    mass = scores.exp().cumsum(dim=-1, dtype=torch.float64)  # [M, vocab]; fp64: no tail token is rounded away
+        weights *= weights >= _top_p_floor(weights, arrived[plan.top_p])
+    # fp64: no tail token is rounded away. Converted apart, for a converting cumsum is 8 times slower on CPUs.
+    mass = weights.double().cumsum(dim=-1)
     targets = arrived[plan.uniforms].unsqueeze(1) * mass[:, -1:]
     token_ids = torch.searchsorted(mass, targets, right=True).squeeze(1)
     return token_ids.clamp_(max=logits.shape[-1] - 1)  # only a row of NaN ever points behind the end
 
 
-def _truncate(scores: Tensor, plan: DrawPlan, arrived: Arrived) -> Tensor:
-    """Top-k and top-p over sorted scores [M, vocab]; equal scores count in vocabulary order for top-p."""
-    assert plan.top_p is not None
-    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-    if plan.top_k is not None:
-        _keep_top_k(ordered, ordered, arrived[plan.top_k])
-    weights = ordered.exp().double()
-    mass = weights.cumsum(dim=-1)
-    needed = arrived[plan.top_p].unsqueeze(1) * mass[:, -1:]
-    ordered.masked_fill_(mass - weights >= needed, -math.inf)  # the tokens before it reach top_p already
-    return torch.empty_like(scores).scatter_(1, order, ordered)
+def _top_k_floor(logits: Tensor, top_k: Tensor, max_top_k: int) -> Tensor:
+    """[M, vocab] -> [M, 1], the k-th best logit of each row; -inf where k is the vocabulary's size."""
+    best = logits.topk(max_top_k, dim=-1).values  # [M, max_top_k]
+    kth = best.gather(1, (top_k - 1).clamp(max=max_top_k - 1).unsqueeze(1))
+    return kth.masked_fill_((top_k > max_top_k).unsqueeze(1), -math.inf)
 
 
-def _keep_top_k(scores: Tensor, best: Tensor, top_k: Tensor) -> None:
-    """Masks, in place, what scores below the k-th of `best` [M, n], sorted; a k beyond n keeps all."""
-    kth = best.gather(1, (top_k - 1).clamp(max=best.shape[1] - 1).unsqueeze(1))
-    kth.masked_fill_((top_k > best.shape[1]).unsqueeze(1), -math.inf)
-    scores.masked_fill_(scores < kth, -math.inf)
+def _top_p_floor(weights: Tensor, top_p: Tensor) -> Tensor:
+    """[M, vocab] -> [M, 1], the lowest weight in the smallest set that reaches top_p; 0 where it is off."""
+    total = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)  # [M, 1]
+    best = _heaviest(weights, total, top_p.unsqueeze(1))  # [M, n]
+    masses = best.double()
+    mass_before = masses.cumsum(dim=-1) - masses
+    num_kept = (mass_before < top_p.unsqueeze(1) * total).sum(dim=-1, keepdim=True)
+    return best.gather(1, (num_kept - 1).clamp_(min=0)).masked_fill_((top_p > 1).unsqueeze(1), 0.0)
+
+
+def _heaviest(weights: Tensor, total: Tensor, top_p: Tensor) -> Tensor:
+    """The heaviest weights of each row, sorted, [M, n]: at least those that reach top_p [M, 1].
+
+    Tokens below (1 - top_p) * total / vocab weigh less than 1 - top_p together, so the others reach it.
+    Picking those out first is ten times faster than sorting whole rows on a CPU. A CUDA device would have
+    to wait for their number, and sorts fast.
+    """
+    if weights.device.type == "cuda":
+        return weights.sort(dim=-1, descending=True).values
+    negligible = (1 - top_p) * total / weights.shape[-1]
+    # Half of it, for rounding; rows without top-p need none.
+    is_heavy = weights > torch.where(top_p > 1, math.inf, negligible / 2)
+    rows = weights[is_heavy].split(is_heavy.sum(dim=-1).tolist())
+    return pad_sequence(rows, batch_first=True).sort(dim=-1, descending=True).values
+
+
+def _column(field: Field, arrived: Arrived) -> Tensor:
+    return arrived[field].float().unsqueeze(1)  # [M, 1] fp32

@@ -38,12 +38,12 @@ def naive_probabilities(scores: list[float], sampling: SamplingParams) -> list[f
         kth = sorted(weights, reverse=True)[sampling.top_k - 1]
         weights = [weight if weight >= kth else 0.0 for weight in weights]
     if sampling.top_p < 1:
-        total, before, kept = sum(weights), 0.0, [0.0] * len(weights)
-        for token in sorted(range(len(weights)), key=lambda token: (-weights[token], token)):
+        total, before, floor = sum(weights), 0.0, 0.0
+        for weight in sorted(weights, reverse=True):
             if before < sampling.top_p * total:
-                kept[token] = weights[token]
-            before += weights[token]
-        weights = kept
+                floor = weight
+            before += weight
+        weights = [weight if weight >= floor else 0.0 for weight in weights]
     total = sum(weights)
     return [weight / total for weight in weights]
 

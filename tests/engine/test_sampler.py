@@ -250,4 +250,4 @@ def test_plain_sampling_sorts_nothing() -> None:
     chunk = Chunk(new_sequence(SamplingParams(temperature=1)), 1, 0, 1, 0, is_decode=True)
     draw = new_sampler().prepare([chunk], Transfer()).draw
     assert draw is not None
-    assert (draw.rows, draw.min_scores, draw.top_k, draw.top_p) == (None, None, None, None)
+    assert (draw.rows, draw.min_p, draw.top_k, draw.top_p) == (None, None, None, None)
