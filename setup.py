@@ -10,8 +10,10 @@ from setuptools import Extension, setup
 
 SOURCE = "dijiang_model/native/src"
 HEADERS = ("attention.h", "matrix.h", "rows.h", "threads.h", "vector.h")
-# Never -ffast-math: a row's sums must come in the same order in every batch.
-COMMON = ("-std=c++17", "-O3", "-fno-math-errno", "-g0", "-Wno-psabi", "-pthread")
+# Neither -ffast-math nor contraction: a row's sums must come in the same order and rounding in every batch.
+# GCC 12 warns of its own headers.
+QUIET = ("-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
+COMMON = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-g0", "-pthread", *QUIET)
 VARIANTS = {"base": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
     VARIANTS |= {"avx2": ("-march=x86-64-v3",), "avx512": ("-march=x86-64-v4", "-mavx512vnni")}

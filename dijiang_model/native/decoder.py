@@ -1,6 +1,7 @@
 """Runs the decode rows of a step in the compiled kernels, chosen once when a model is prepared."""
 
 import ctypes
+from ctypes import CDLL
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -26,14 +27,14 @@ class NativeDecoder:
     there are. They equal those of the torch path up to the order of fp32 sums.
     """
 
-    def __init__(self, model: "DiJiangForCausalLM") -> None:
-        library = load_library()
+    def __init__(self, model: "DiJiangForCausalLM", *, library: CDLL | None = None) -> None:
+        """Takes the best kernels of `library.load_library()` unless others are given."""
+        library = load_library() if library is None else library
         assert library is not None
         self._step = library.dijiang_step
         self._weights = network_weights(model)
         self._versions = self._current_versions()
         self._vocab_size = model.config.vocab_size
-        self._num_slots_seen = 0
 
     @property
     def is_current(self) -> bool:

@@ -6,8 +6,8 @@ is loaded. The build is optional: without a compiler there is no library and eve
 
 import ctypes
 import platform
-from collections.abc import Iterator
 from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 VARIANTS: dict[str, frozenset[str]] = {
@@ -126,20 +126,27 @@ class Network(ctypes.Structure):
 @cache
 def load_library() -> ctypes.CDLL | None:
     """The best kernels that were built and that this processor runs; None when there are none."""
-    for path in _candidates():
-        library = ctypes.CDLL(str(path))
-        _declare(library)
-        return library
+    for variant in VARIANTS:
+        library = load_variant(variant)
+        if library is not None:
+            return library
     return None
 
 
-def _candidates() -> Iterator[Path]:
-    flags = _processor_flags()
-    for variant, needed in VARIANTS.items():
-        if needed <= flags:
-            yield from sorted(Path(__file__).parent.glob(f"_kernels_{variant}.*so"))
+def load_variant(variant: str) -> ctypes.CDLL | None:
+    """The kernels of one key of `VARIANTS`; None if they were not built or this processor lacks something."""
+    if not VARIANTS[variant] <= _processor_flags():
+        return None
+    # A name with the interpreter's tag, so that a library which another Python built is left alone.
+    path = Path(__file__).parent / f"_kernels_{variant}{EXTENSION_SUFFIXES[0]}"
+    if not path.exists():
+        return None
+    library = ctypes.CDLL(str(path))
+    _declare(library)
+    return library
 
 
+@cache
 def _processor_flags() -> frozenset[str]:
     if platform.machine().lower() not in ("x86_64", "amd64") or not _CPU_INFO.exists():
         return frozenset()

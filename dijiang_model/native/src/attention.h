@@ -48,24 +48,28 @@ constexpr int kHeads = 4;                    // query heads at once
 template <int R, int T, bool kUpdate>
 static inline void weighted_tile(const float* x, int64_t x_stride, float* rows, int64_t stride, int64_t num_rows,
                                  float* out, int64_t out_stride, float decay, const float* keys, const float* value) {
-  Vec total[R > 0 ? R : 1][T] = {};
+  Vec total[R > 0 ? R : 1][T];
   Vec added[T];
-  if (kUpdate) {
-    for (int t = 0; t < T; ++t) added[t] = load(value + t * kLanes);
-  }
+  each<T>([&](auto t) DIJIANG_INLINE {
+    each<R>([&](auto r) DIJIANG_INLINE { total[r][t] = splat(0.0f); });
+    if (kUpdate) added[t] = load(value + t * kLanes);
+  });
   for (int64_t j = 0; j < num_rows; ++j) {
     float* row = rows + j * stride;
-    DIJIANG_UNROLL for (int t = 0; t < T; ++t) {
+    each<T>([&](auto t) DIJIANG_INLINE {
       Vec entry = load(row + t * kLanes);
       if (kUpdate) {
-        entry = entry * splat(decay) + splat(keys[j]) * added[t];
+        entry = fma(splat(keys[j]), added[t], entry * splat(decay));
         store(row + t * kLanes, entry);
       }
-      DIJIANG_UNROLL for (int r = 0; r < R; ++r) total[r][t] += splat(x[r * x_stride + j]) * entry;
-    }
+      each<R>([&](auto r) DIJIANG_INLINE {
+        total[r][t] = fma(splat(x[r * x_stride + j]), entry, total[r][t]);
+      });
+    });
   }
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t) store(out + r * out_stride + t * kLanes, total[r][t]);
+  each<R>([&](auto r) DIJIANG_INLINE {
+    each<T>([&](auto t) DIJIANG_INLINE { store(out + r * out_stride + t * kLanes, total[r][t]); });
+  });
 }
 
 template <int R, bool kUpdate>
@@ -169,9 +173,9 @@ static inline void near_weights(const Attention& a, int64_t shared, int64_t d, i
     const float infinity = std::numeric_limits<float>::infinity();
     auto scores = [&](const float* q, int64_t last) {
       for (; j + 4 <= last; j += 4) {
-        float four[4][1];
+        Vec4 four[1][1];
         dot_block<4, 1>(keys + j * d, d, q, d, d, four);
-        for (int i = 0; i < 4; ++i) w[j + i] = four[i][0];
+        store4(w + j, four[0][0]);
       }
       for (; j < last; ++j) w[j] = dot(keys + j * d, q, d);
     };

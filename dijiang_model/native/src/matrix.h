@@ -8,7 +8,6 @@
 #include "vector.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
-#include <immintrin.h>
 #define DIJIANG_VNNI 1
 #else
 #define DIJIANG_VNNI 0
@@ -37,71 +36,82 @@ struct Activations {
   const float* scales;    // [N]
 };
 
-#define DIJIANG_UNROLL _Pragma("GCC unroll 8")
+typedef float Vec4At __attribute__((vector_size(16), aligned(4), may_alias));
+static inline Vec4 load4(const float* from) { return *reinterpret_cast<const Vec4At*>(from); }
+static inline void store4(float* to, Vec4 x) { *reinterpret_cast<Vec4At*>(to) = x; }
 
-// sums[o][n] = w[o] . x[n]. Every sum is one vector accumulator over the columns in order, whatever O and N.
+// sums[o / 4][n] = w[o] . x[n]. Every sum is one vector accumulator over the columns in order, whatever O and N.
 template <int O, int N>
 static inline void dot_block(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t size,
-                             float (&sums)[O][N]) {
-  Vec total[O][N] = {};
-  int64_t j = 0;
-  for (; j + kLanes <= size; j += kLanes) {
+                             Vec4 (&sums)[O / 4][N]) {
+  Vec total[O][N];
+  each<O>([&](auto o) DIJIANG_INLINE { each<N>([&](auto n) DIJIANG_INLINE { total[o][n] = splat(0.0f); }); });
+  auto add = [&](auto from, int64_t j) DIJIANG_INLINE {
     Vec weights[O];
-    DIJIANG_UNROLL for (int o = 0; o < O; ++o) weights[o] = load(w + o * w_stride + j);
-    DIJIANG_UNROLL for (int n = 0; n < N; ++n) {
-      const Vec value = load(x + n * x_stride + j);
-      DIJIANG_UNROLL for (int o = 0; o < O; ++o) total[o][n] += weights[o] * value;
-    }
-  }
-  if (j < size) {
-    for (int o = 0; o < O; ++o)
-      for (int n = 0; n < N; ++n)
-        total[o][n] += load_first(w + o * w_stride + j, size - j) * load_first(x + n * x_stride + j, size - j);
-  }
-  DIJIANG_UNROLL for (int o = 0; o < O; ++o) DIJIANG_UNROLL for (int n = 0; n < N; ++n) sums[o][n] = sum(total[o][n]);
+    each<O>([&](auto o) DIJIANG_INLINE { weights[o] = from(w + o * w_stride + j); });
+    each<N>([&](auto n) DIJIANG_INLINE {
+      const Vec value = from(x + n * x_stride + j);
+      each<O>([&](auto o) DIJIANG_INLINE { total[o][n] = fma(weights[o], value, total[o][n]); });
+    });
+  };
+  int64_t j = 0;
+  for (; j + kLanes <= size; j += kLanes) add([](const float* at) { return load(at); }, j);
+  if (j < size) add([size, j](const float* at) { return load_first(at, size - j); }, j);
+  each<O / 4>([&](auto o) DIJIANG_INLINE {
+    each<N>([&](auto n) DIJIANG_INLINE {
+      sums[o][n] = sum4(total[4 * o][n], total[4 * o + 1][n], total[4 * o + 2][n], total[4 * o + 3][n]);
+    });
+  });
 }
 
 #if DIJIANG_VNNI
-static inline int32_t total_of(__m512i x) {
-  typedef int32_t Int8Vec __attribute__((vector_size(32)));
-  typedef int32_t Int4Vec __attribute__((vector_size(16)));
-  Int8Vec halves[2];
-  std::memcpy(halves, &x, 64);
-  const Int8Vec eight = halves[0] + halves[1];
-  Int4Vec quarters[2];
-  std::memcpy(quarters, &eight, 32);
-  const Int4Vec four = quarters[0] + quarters[1];
-  return (four[0] + four[2]) + (four[1] + four[3]);
+static inline __m128i quarter(__m512i x) {
+  const __m256i eight = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+}
+
+// Four sums of all lanes.
+static inline __m128i sum4(__m512i a, __m512i b, __m512i c, __m512i d) {
+  return _mm_hadd_epi32(_mm_hadd_epi32(quarter(a), quarter(b)), _mm_hadd_epi32(quarter(c), quarter(d)));
 }
 #endif
 
-// An integer dot product of int8 codes and 16-bit activations, exact.
+typedef int64_t Long4 __attribute__((vector_size(32)));
+typedef int32_t Int4At __attribute__((vector_size(16), aligned(4), may_alias));
+
+// Integer dot products of int8 codes and 16-bit activations, exact: sums[o / 4][n].
 template <int O, int N>
-static inline void dot_block(const int8_t* codes, int64_t size, const uint8_t* planes, const int32_t* totals,
-                             int64_t (&sums)[O][N]) {
+static inline void dot_codes(const int8_t* codes, int64_t size, const uint8_t* planes, const int32_t* totals,
+                             Long4 (&sums)[O / 4][N]) {
 #if DIJIANG_VNNI
   __m512i high[O][N], low[O][N];
-  DIJIANG_UNROLL for (int o = 0; o < O; ++o) DIJIANG_UNROLL for (int n = 0; n < N; ++n) {
-    high[o][n] = low[o][n] = _mm512_setzero_si512();
-  }
+  each<O>([&](auto o) DIJIANG_INLINE {
+    each<N>([&](auto n) DIJIANG_INLINE { high[o][n] = low[o][n] = _mm512_setzero_si512(); });
+  });
   for (int64_t j = 0; j < size; j += kCodeBlock) {
     __m512i weights[O];
-    DIJIANG_UNROLL for (int o = 0; o < O; ++o) weights[o] = _mm512_loadu_si512(codes + o * size + j);
-    DIJIANG_UNROLL for (int n = 0; n < N; ++n) {
+    each<O>([&](auto o) DIJIANG_INLINE { weights[o] = _mm512_loadu_si512(codes + o * size + j); });
+    each<N>([&](auto n) DIJIANG_INLINE {
       const uint8_t* row = planes + n * 2 * size + j;
       const __m512i upper = _mm512_loadu_si512(row), lower = _mm512_loadu_si512(row + size);
-      DIJIANG_UNROLL for (int o = 0; o < O; ++o) {
+      each<O>([&](auto o) DIJIANG_INLINE {
         high[o][n] = _mm512_dpbusd_epi32(high[o][n], upper, weights[o]);
         low[o][n] = _mm512_dpbusd_epi32(low[o][n], lower, weights[o]);
-      }
-    }
+      });
+    });
   }
-  for (int o = 0; o < O; ++o)
-    for (int n = 0; n < N; ++n)
-      sums[o][n] = 256 * static_cast<int64_t>(total_of(high[o][n])) +
-                   total_of(low[o][n]) - 32768 * static_cast<int64_t>(totals[o]);
+  each<O / 4>([&](auto block) DIJIANG_INLINE {
+    constexpr int o = 4 * block;
+    const Long4 total = __builtin_convertvector(*reinterpret_cast<const Int4At*>(totals + o), Long4);
+    each<N>([&](auto n) DIJIANG_INLINE {
+      const auto upper = reinterpret_cast<Int4At>(sum4(high[o][n], high[o + 1][n], high[o + 2][n], high[o + 3][n]));
+      const auto lower = reinterpret_cast<Int4At>(sum4(low[o][n], low[o + 1][n], low[o + 2][n], low[o + 3][n]));
+      sums[block][n] =
+          __builtin_convertvector(upper, Long4) * 256 + __builtin_convertvector(lower, Long4) - total * 32768;
+    });
+  });
 #else
-  constexpr int64_t kExact = 512;  // 512 * 127 * 32768 < 2^31
+  constexpr int64_t kExact = 32768;  // 32768 * 255 * 127 < 2^31
   for (int o = 0; o < O; ++o)
     for (int n = 0; n < N; ++n) {
       const uint8_t *upper = planes + n * 2 * size, *lower = upper + size;
@@ -115,59 +125,86 @@ static inline void dot_block(const int8_t* codes, int64_t size, const uint8_t* p
         }
         total += 256 * static_cast<int64_t>(high) + low;
       }
-      sums[o][n] = total - 32768 * static_cast<int64_t>(totals[o]);
+      sums[o / 4][n][o % 4] = total - 32768 * static_cast<int64_t>(totals[o]);
     }
 #endif
 }
 
-template <int O, int N>
+// y[n ... n + N - 1][row ... row + O - 1] (+)= W x + b, O a multiple of 4.
+template <int O, int N, bool kCodes>
 static inline void product_block(const Matrix& m, const Activations& x, int64_t row, int64_t n, float* y,
                                  int64_t y_stride, bool add) {
-  float values[O][N];
-  if (m.codes != nullptr) {
+  Vec4 values[O / 4][N];
+  if (kCodes) {
     const int64_t size = padded(m.columns);
-    int64_t sums[O][N];
-    dot_block<O, N>(m.codes + row * size, size, x.planes + n * 2 * size, m.totals + row, sums);
-    for (int o = 0; o < O; ++o)
-      for (int i = 0; i < N; ++i)
-        values[o][i] = static_cast<float>(sums[o][i]) * (m.scales[row + o] * x.scales[n + i]);
+    Long4 sums[O / 4][N];
+    dot_codes<O, N>(m.codes + row * size, size, x.planes + n * 2 * size, m.totals + row, sums);
+    each<O / 4>([&](auto o) DIJIANG_INLINE {
+      const Vec4 scales = load4(m.scales + row + 4 * o);
+      each<N>([&](auto i) DIJIANG_INLINE {
+        values[o][i] = __builtin_convertvector(sums[o][i], Vec4) * (scales * x.scales[n + i]);
+      });
+    });
   } else {
     dot_block<O, N>(m.weight + row * m.columns, m.columns, x.values + n * x.stride, x.stride, m.columns, values);
   }
-  for (int i = 0; i < N; ++i)
-    for (int o = 0; o < O; ++o) {
-      float value = values[o][i];
-      if (m.bias != nullptr) value += m.bias[row + o];
-      float& target = y[(n + i) * y_stride + row + o];
-      target = add ? target + value : value;
-    }
+  each<N>([&](auto i) DIJIANG_INLINE {
+    each<O / 4>([&](auto o) DIJIANG_INLINE {
+      Vec4 value = values[o][i];
+      if (m.bias != nullptr) value += load4(m.bias + row + 4 * o);
+      float* target = y + (n + i) * y_stride + row + 4 * o;
+      store4(target, add ? load4(target) + value : value);
+    });
+  });
 }
 
-constexpr int kBlockOutputs = kLanes == 16 ? 4 : 2;
-constexpr int kBlockRows = 4;
-constexpr int kSingleOutputs = kLanes == 16 ? 8 : 4;
+// One output of one row, in the same order as in blocks: for the last few outputs of a matrix.
+static inline void product_single(const Matrix& m, const Activations& x, int64_t row, int64_t n, float& y, bool add) {
+  float value;
+  if (m.codes != nullptr) {
+    const int64_t size = padded(m.columns);
+    const int8_t* codes = m.codes + row * size;
+    const uint8_t *upper = x.planes + n * 2 * size, *lower = upper + size;
+    int64_t total = -32768 * static_cast<int64_t>(m.totals[row]);
+    for (int64_t j = 0; j < size; ++j) total += (256 * static_cast<int64_t>(upper[j]) + lower[j]) * codes[j];
+    value = static_cast<float>(total) * (m.scales[row] * x.scales[n]);
+  } else {
+    value = dot(m.weight + row * m.columns, x.values + n * x.stride, m.columns);
+  }
+  if (m.bias != nullptr) value += m.bias[row];
+  y = add ? y + value : value;
+}
 
-template <int O>
-static inline void product_rows(const Matrix& m, const Activations& x, int64_t num_rows, int64_t row, float* y,
-                                int64_t y_stride, bool add) {
-  int64_t n = 0;
-  for (; n + kBlockRows <= num_rows; n += kBlockRows) product_block<O, kBlockRows>(m, x, row, n, y, y_stride, add);
-  for (; n + 2 <= num_rows; n += 2) product_block<O, 2>(m, x, row, n, y, y_stride, add);
-  for (; n < num_rows; ++n) product_block<O, 1>(m, x, row, n, y, y_stride, add);
+// Blocks that fill the registers: accumulators, the weights of a block and one row's values.
+constexpr bool kIsWide = kLanes == 16;
+template <bool kCodes>
+constexpr int kBlockRows = kIsWide && !kCodes ? 4 : 2;
+
+template <bool kCodes>
+static inline void product_range(const Matrix& m, const Activations& x, int64_t num_rows, int64_t first, int64_t last,
+                                 float* y, int64_t y_stride, bool add) {
+  constexpr int kRows = kBlockRows<kCodes>;
+  int64_t row = first;
+  for (; num_rows == 1 && kIsWide && row + 8 <= last; row += 8)
+    product_block<8, 1, kCodes>(m, x, row, 0, y, y_stride, add);
+  for (; row + 4 <= last; row += 4) {
+    int64_t n = 0;
+    for (; n + kRows <= num_rows; n += kRows) product_block<4, kRows, kCodes>(m, x, row, n, y, y_stride, add);
+    for (; kRows > 2 && n + 2 <= num_rows; n += 2) product_block<4, 2, kCodes>(m, x, row, n, y, y_stride, add);
+    for (; n < num_rows; ++n) product_block<4, 1, kCodes>(m, x, row, n, y, y_stride, add);
+  }
+  for (; row < last; ++row)
+    for (int64_t n = 0; n < num_rows; ++n) product_single(m, x, row, n, y[n * y_stride + row], add);
 }
 
 // Outputs first ... last - 1 of all rows: y[n][o] (+)= W[o] . x[n] + b[o].
 static inline void product(const Matrix& m, const Activations& x, int64_t num_rows, int64_t first, int64_t last,
                            float* y, int64_t y_stride, bool add) {
-  int64_t row = first;
-  if (num_rows == 1) {
-    for (; row + kSingleOutputs <= last; row += kSingleOutputs)
-      product_block<kSingleOutputs, 1>(m, x, row, 0, y, y_stride, add);
+  if (m.codes != nullptr) {
+    product_range<true>(m, x, num_rows, first, last, y, y_stride, add);
   } else {
-    for (; row + kBlockOutputs <= last; row += kBlockOutputs)
-      product_rows<kBlockOutputs>(m, x, num_rows, row, y, y_stride, add);
+    product_range<false>(m, x, num_rows, first, last, y, y_stride, add);
   }
-  for (; row < last; ++row) product_rows<1>(m, x, num_rows, row, y, y_stride, add);
 }
 
 // One row of `columns` values in 16 bits; returns the scale. A row that is not finite gets the scale NaN.

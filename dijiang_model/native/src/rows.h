@@ -27,7 +27,7 @@ static inline float spread(const float* x, float centre, int64_t size) {
   int64_t j = 0;
   for (; j + kLanes <= size; j += kLanes) {
     const Vec off = load(x + j) - splat(centre);
-    squares += off * off;
+    squares = fma(off, off, squares);
   }
   float rest = 0.0f;
   for (; j < size; ++j) rest += (x[j] - centre) * (x[j] - centre);

@@ -1,15 +1,35 @@
 // Vectors of the widest kind that the compiler's target has, by GCC's vector extensions.
 //
-// Nothing here depends on how many rows a step has, and nothing is compiled with -ffast-math: the order of every
-// sum is written out, so that a row's result is the same bit for bit in every batch.
+// Nothing here depends on how many rows a step has, and nothing is compiled with -ffast-math or contracted by the
+// compiler: the order and the rounding of every sum are written out, so that a row's result is the same bit for bit
+// in every batch.
 #pragma once
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
+
+#define DIJIANG_INLINE __attribute__((always_inline))
 
 namespace dijiang {
+
+template <class Body, int... I>
+static inline DIJIANG_INLINE void each(const Body& body, std::integer_sequence<int, I...>) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
+
+// body(0) ... body(N - 1), written out: arrays indexed by it become registers, which they do not in a loop that the
+// compiler unrolls (it does so after it has decided what stays in memory).
+template <int N, class Body>
+static inline DIJIANG_INLINE void each(const Body& body) {
+  each(body, std::make_integer_sequence<int, N>{});
+}
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -36,30 +56,48 @@ static inline Vec load_first(const float* from, int64_t count) {
 
 static inline Vec splat(float x) { return x - Vec{}; }
 
-// The sum of all lanes: halves onto each other, always in this order.
-static inline float sum(Vec x) {
-  float lanes[kLanes];
-  store(lanes, x);
+// a b + c, rounded once where the target can.
+static inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
-  typedef float Vec8 __attribute__((vector_size(32)));
-  Vec8 low8, high8;
-  std::memcpy(&low8, &x, 32);
-  std::memcpy(&high8, reinterpret_cast<const char*>(&x) + 32, 32);
-  Vec8 eight = low8 + high8;
-  Vec4 low, high;
-  std::memcpy(&low, &eight, 16);
-  std::memcpy(&high, reinterpret_cast<const char*>(&eight) + 16, 16);
-  Vec4 four = low + high;
-#elif defined(__AVX__)
-  Vec4 low, high;
-  std::memcpy(&low, lanes, 16);
-  std::memcpy(&high, lanes + 4, 16);
-  Vec4 four = low + high;
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX__) && defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
 #else
-  Vec4 four;
-  std::memcpy(&four, lanes, 16);
+  return a * b + c;
 #endif
+}
+
+#if defined(__clang__)
+#define DIJIANG_PICK(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int32_t Int4 __attribute__((vector_size(16)));
+#define DIJIANG_PICK(a, b, i, j, k, l) __builtin_shuffle(a, b, Int4{i, j, k, l})
+#endif
+
+// The lanes added up to four: halves onto each other.
+static inline Vec4 quarter(Vec x) {
+#if defined(__AVX512F__)
+  const __m256 eight = _mm512_castps512_ps256(x) + _mm512_extractf32x8_ps(x, 1);
+  return _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+#elif defined(__AVX__)
+  return _mm256_castps256_ps128(x) + _mm256_extractf128_ps(x, 1);
+#else
+  return x;
+#endif
+}
+
+// The sum of all lanes, always in this order.
+static inline float sum(Vec x) {
+  const Vec4 four = quarter(x);
   return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// Four such sums at once, each in the same order.
+static inline Vec4 sum4(Vec a, Vec b, Vec c, Vec d) {
+  const Vec4 a4 = quarter(a), b4 = quarter(b), c4 = quarter(c), d4 = quarter(d);
+  const Vec4 ab = DIJIANG_PICK(a4, b4, 0, 4, 1, 5) + DIJIANG_PICK(a4, b4, 2, 6, 3, 7);
+  const Vec4 cd = DIJIANG_PICK(c4, d4, 0, 4, 1, 5) + DIJIANG_PICK(c4, d4, 2, 6, 3, 7);
+  return DIJIANG_PICK(ab, cd, 0, 1, 4, 5) + DIJIANG_PICK(ab, cd, 2, 3, 6, 7);
 }
 
 static inline float largest(Vec x) {
@@ -76,16 +114,16 @@ static inline Vec exponential(Vec x) {
   Vec clamped = x < low ? low : x;  // this way round a NaN stays
   clamped = clamped > high ? high : clamped;
   const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  Vec n = (clamped * splat(1.44269504088896341f) + shift) - shift;
-  Vec r = clamped - n * splat(0.693359375f);
-  r = r - n * splat(-2.12194440e-4f);
+  const Vec n = fma(clamped, splat(1.44269504088896341f), shift) - shift;
+  Vec r = fma(n, splat(-0.693359375f), clamped);
+  r = fma(n, splat(2.12194440e-4f), r);
   Vec p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * (r * r) + r + splat(1.0f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r) + splat(1.0f);
   // 2^n in two factors: n = 128 has no exponent of its own.
   IntVec whole = __builtin_convertvector(n, IntVec);
   IntVec half = whole >> 1;
@@ -102,8 +140,8 @@ static inline float exponential(float x) { return exponential(splat(x))[0]; }
 static inline float dot(const float* a, const float* b, int64_t size) {
   Vec total = splat(0.0f);
   int64_t j = 0;
-  for (; j + kLanes <= size; j += kLanes) total += load(a + j) * load(b + j);
-  if (j < size) total += load_first(a + j, size - j) * load_first(b + j, size - j);
+  for (; j + kLanes <= size; j += kLanes) total = fma(load(a + j), load(b + j), total);
+  if (j < size) total = fma(load_first(a + j, size - j), load_first(b + j, size - j), total);
   return sum(total);
 }
 
