@@ -1,0 +1,91 @@
+"""A running `dijiang serve`, and the little that tests want to know about it from outside."""
+
+import contextlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+
+START_TIMEOUT_S = 60.0
+POLL_S = 0.05
+
+
+@dataclass
+class Server:
+    """Where it listens, its process, the official client for it (without retries), and what it serves."""
+
+    base_url: str
+    process: psutil.Process
+    client: openai.OpenAI
+    model: str = ""
+
+    @property
+    def engine(self) -> psutil.Process:
+        """The engine process."""
+        return next(child for child in self.process.children() if "server.engine.process" in child.cmdline())
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.base_url}{path}", timeout=30)
+
+    def gauge(self, name: str) -> float:
+        """A number from /metrics."""
+        match = re.search(rf"^{name} (\S+)$", self.get("/metrics").text, re.MULTILINE)
+        assert match is not None, name
+        return float(match.group(1))
+
+    def greedy(self, prompt: str | list[int], *, max_tokens: int, **extra: object) -> str:
+        """The text of one greedy completion."""
+        answer = self.client.completions.create(
+            model=self.model, prompt=prompt, max_tokens=max_tokens, temperature=0, extra_body=extra
+        )
+        return answer.choices[0].text
+
+
+def until(condition: Callable[[], bool], *, timeout_s: float = 20.0) -> None:
+    """Waits for something the server does by itself; fails if it does not."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(POLL_S)
+
+
+@contextlib.contextmanager
+def serving(model: Path, *options: str, timeout_s: float = START_TIMEOUT_S) -> Iterator[Server]:
+    """Starts the real command on a free port, waits until it is ready, ends it and checks that it ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "server", "serve", str(model), "--port", str(port), "--threads", "1", *options]
+    base_url = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    client = openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0)
+    server = Server(base_url, psutil.Process(process.pid), client)
+    try:
+        until(lambda: process.poll() is not None or _is_ready(server), timeout_s=timeout_s)
+        assert process.poll() is None, f"the server ended with status {process.poll()}"
+        server.model = server.get("/v1/models").json()["data"][0]["id"]
+        yield server
+    finally:
+        client.close()
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=20)
+        finally:
+            process.kill()
+
+
+def _is_ready(server: Server) -> bool:
+    try:
+        return server.get("/ready").status_code == 200
+    except httpx.TransportError:
+        return False
