@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPTNeoXConfig, LlamaConfig, OPTConfig
 
@@ -186,6 +186,7 @@ layers_of_any_kind = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(layers_of_any_kind, min_size=1, max_size=6))
 def test_any_mix_of_layers_reads_back(layers: list[AttentionConfig]) -> None:
     config = llama_config(*layers)

@@ -1,6 +1,5 @@
 """Conversion: a hybrid whose window is longer than the text is its teacher; nothing half-made can be loaded."""
 
-import gc
 import json
 import math
 import shutil
@@ -268,7 +267,6 @@ def test_tensors_are_streamed(source: Path, tmp_path: Path, monkeypatch: pytest.
     real = convert_module.has_valid
 
     def watch(name: str, tensor: Tensor) -> bool:
-        gc.collect()
         counts.append(len(alive))
         alive.add(tensor)
         return real(name, tensor)
