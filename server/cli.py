@@ -48,6 +48,18 @@ def convert(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Train the linear part of a converted model to imitate its teacher."""
+    _call(import_module("dijiang_model.conversion.train_cli").train_command, context)
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def evaluate(context: typer.Context) -> None:
+    """Measure what a conversion lost, and what its linear part brings."""
+    _call(import_module("dijiang_model.conversion.evaluate_cli").evaluate_command, context)
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
 def chat(context: typer.Context) -> None:
     """Talk to a served model in the terminal."""
     _call(import_module("clients.cli").chat_command, context)

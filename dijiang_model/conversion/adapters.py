@@ -42,6 +42,7 @@ class AdapterInfo:
         tokens_trained: seen in all stages.
         lora_rank: 0 without updates of the projections.
         recipe: how it was trained, in words.
+        tokens_before: those of `tokens_trained` that an adapter which it started from had seen.
     """
 
     base: str
@@ -49,6 +50,7 @@ class AdapterInfo:
     tokens_trained: int
     lora_rank: int
     recipe: str
+    tokens_before: int = 0
 
 
 @dataclass(frozen=True, slots=True)

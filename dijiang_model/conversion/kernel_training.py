@@ -1,6 +1,6 @@
 """The kernels' tensors under training: which of them learn, how fast, and under which constraint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +54,17 @@ def trained_parameters(model: DiJiangForCausalLM, names: tuple[str, ...]) -> Ite
                 yield parameter
 
 
-def fill_silent(model: DiJiangForCausalLM, bias: Tensor) -> None:
-    """Gives the linear parts a first voice: mix_bias [L, H], in place, where they are silent."""
+def fill_kernels(model: DiJiangForCausalLM, tensors: Mapping[str, Tensor]) -> None:
+    """Gives the kernels under training the values of `kernel_tensors`, in place."""
     with torch.no_grad():
-        for attention, value in zip(model.attentions, bias, strict=True):
-            kernel = attention.linear
-            if attention.config.layers[attention.layer].window > 0:
-                kernel.mix_bias.copy_(torch.where(kernel.mix_bias.isneginf(), value, kernel.mix_bias))
+        for layer, attention in enumerate(model.attentions):
+            prefix = f"{model.ATTENTION_PATH.format(layer=layer)}.linear"
+            for name in (*VECTORS, *MATRICES):
+                value = tensors.get(f"{prefix}.{name}")
+                if value is None:
+                    continue
+                if name == "log_decay":
+                    # A property here: the value passes its constraint into the parameter behind it.
+                    setattr(attention.linear, name, value.to(attention.linear.log_decay))
+                else:
+                    getattr(attention.linear, name).copy_(value)

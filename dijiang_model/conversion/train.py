@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,11 +24,12 @@ from dijiang_model.conversion.distill import imitation_loss, layer_losses
 from dijiang_model.conversion.kernel_training import (
     MATRICES,
     VECTORS,
+    fill_kernels,
     kernel_tensors,
     make_trainable,
     trained_parameters,
 )
-from dijiang_model.conversion.lora import LoraLinear, attach_lora, factors
+from dijiang_model.conversion.lora import DOWN, UP, LoraLinear, attach_lora, factors
 from dijiang_model.errors import CheckpointError
 from dijiang_model.model import DiJiangForCausalLM
 
@@ -159,7 +160,7 @@ class Trainer:
 
     def adapter(self) -> Adapter:
         """What was trained so far."""
-        info = AdapterInfo(**{**asdict(self._info), "tokens_trained": self.progress.tokens})
+        info = replace(self._info, tokens_trained=self._info.tokens_before + self.progress.tokens)
         tensors = kernel_tensors(self.model)
         tensors |= {name: tensor.to(torch.float16) for name, tensor in factors(self.updates).items()}
         return Adapter(info, self._layers, tensors)
@@ -212,6 +213,23 @@ class Trainer:
         self._optimizer = self._enter(self.progress.stage)
         self.progress.stage_step = step
         self._optimizer.load_state_dict(saved["optimizer"])
+
+    def fill(self, adapter: Adapter) -> None:
+        """Takes over an adapter's tensors.
+
+        Raises:
+            CheckpointError: the adapter has updates of the projections, and this run none of their rank.
+        """
+        with torch.no_grad():
+            fill_kernels(self.model, adapter.tensors)
+            for name, tensor in adapter.tensors.items():
+                stem, _, part = name.rpartition(".")
+                if part not in (DOWN, UP):
+                    continue
+                mine = getattr(self.updates.get(stem), part, None)
+                if not isinstance(mine, Tensor) or mine.shape != tensor.shape:
+                    raise CheckpointError(f"{name} {list(tensor.shape)} needs a stage 2 with --lora-rank of its rank")
+                mine.copy_(tensor)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         kernels = {id(p) for p in trained_parameters(self.model, (*VECTORS, *MATRICES))}
@@ -291,7 +309,10 @@ def train(
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The steps of a run, oldest first."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    # A killed run may leave half a line at the end.
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _trim_log(path: Path, step: int) -> None:

@@ -17,7 +17,7 @@ from dijiang_model.checkpoints import load_model
 from dijiang_model.config import Basis, FeatureConfig, ModelConfig
 from dijiang_model.config_json import parse_layers
 from dijiang_model.conversion import calibrate
-from dijiang_model.conversion.adapters import AdapterInfo, load_adapter, model_fingerprint
+from dijiang_model.conversion.adapters import Adapter, AdapterInfo, adapted_model, load_adapter, model_fingerprint
 from dijiang_model.conversion.loss_plot import plot_losses
 from dijiang_model.conversion.self_distill import write_answers
 from dijiang_model.conversion.student import check_trainable, new_student, with_features
@@ -69,6 +69,7 @@ def train_command(
     self_distill: Annotated[int, typer.Option(min=0, help="Tokens of chat that the teacher writes first.")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's choice.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of the text's order and of fresh tensors.")] = 0,
+    start: Annotated[Path | None, typer.Option(help="Adapter to train on, in place of a calibration.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run in OUT stopped or was killed.")] = False,
 ) -> None:
@@ -90,7 +91,7 @@ def train_command(
     student = StudentOptions(FeatureConfig(bases=_bases(bases), nodes=nodes, far_rank=far_rank), _is_auto(windows))
     try:
         trainer = prepare_run(
-            model, data, out, options, student, self_distill=self_distill, resume=resume, device=device
+            model, data, out, options, student, self_distill=self_distill, resume=resume, start=start, device=device
         )
         is_done = _run(trainer, out, console)
         plot_losses(read_log(out / LOG_FILE), out / "loss.png")
@@ -112,6 +113,7 @@ def prepare_run(
     *,
     self_distill: int = 0,
     resume: bool = False,
+    start: Path | None = None,
     device: str = "cpu",
 ) -> Trainer:
     """Loads model and text, calibrates (a resumed run: reads its last checkpoint) and answers a trainer.
@@ -144,8 +146,24 @@ def prepare_run(
         trainer = Trainer(new_student(base, config, look_back=None, seed=options.seed), text, options, info=info)
         trainer.resume(out)
         return trainer
+    if start is not None:
+        return _started(base, load_adapter(start), text, options, info)
     config, seen = calibrated(base, text, student)
     return Trainer(new_student(base, config, look_back=seen, seed=options.seed), text, options, info=info)
+
+
+def _started(
+    base: DiJiangForCausalLM, adapter: Adapter, text: Mixture, options: TrainingOptions, info: AdapterInfo
+) -> Trainer:
+    """Goes on from an adapter's tensors with a new schedule and optimiser."""
+    adapted_model(base, adapter)  # refuses an adapter of another base, or a damaged one
+    trained_so_far = adapter.info.tokens_trained
+    info = replace(info, tokens_before=trained_so_far, recipe=f"{adapter.info.recipe}; {info.recipe}")
+    trainer = Trainer(
+        new_student(base, adapter.config(base.config), look_back=None, seed=options.seed), text, options, info=info
+    )
+    trainer.fill(adapter)
+    return trainer
 
 
 def calibrated(

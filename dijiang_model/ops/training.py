@@ -39,17 +39,23 @@ class SoftmaxAttention:
 
 @dataclass(frozen=True, slots=True)
 class WindowAttention:
-    """Exact softmax over the last `window` tokens and the first `sinks`, and nothing beyond."""
+    """Exact softmax over the last `window` tokens and the first `sinks`, and nothing beyond.
 
-    window: int
-    sinks: int
+    Attributes:
+        window, sinks: None: the layer's own.
+    """
+
+    window: int | None = None
+    sinks: int | None = None
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
     ) -> Tensor:
         """See `ops.AttentionOp`; `state` is not touched."""
         rotated = _Rotated.of(q, k, v, kernel=kernel, layout=layout)
-        numerator, denominator = _near(rotated, layout, window=self.window, sinks=self.sinks)
+        window = kernel.attention.window if self.window is None else self.window
+        sinks = kernel.attention.sinks if self.sinks is None else self.sinks
+        numerator, denominator = _near(rotated, layout, window=window, sinks=sinks)
         return (numerator / denominator[..., None]).flatten(1, 2)
 
 
