@@ -101,8 +101,12 @@ class Terminal:
         return True
 
     def _write(self, piece: str) -> None:
-        text = piece.translate(_VISIBLE) if self._output.is_terminal else piece
-        self._output.out(text, end="", highlight=False)
+        if self._output.is_terminal:
+            self._output.out(piece.translate(_VISIBLE), end="", highlight=False)
+        else:
+            # rich would take some control characters out; a pipe gets every byte.
+            self._output.file.write(piece)
+            self._output.file.flush()
 
     def _set_system(self, text: str) -> bool:
         self._conversation.system = text if text != "" else None

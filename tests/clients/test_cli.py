@@ -84,6 +84,13 @@ def test_piped_chat_answers_each_line_and_nothing_else() -> None:
     ]
 
 
+def test_piped_chat_passes_on_control_characters() -> None:
+    text = "a\rb\x07c\x1b[1m[bold]\u2028"
+    with loopback_server(lambda exchange: exchange.stream(*answers.chat_chunks(text))) as server:
+        result = run(chat_command, "--base-url", server.url, "--model", "tiny", stdin="x")
+    assert result.stdout_bytes.decode() == text + "\n"
+
+
 @pytest.mark.parametrize("command", [chat_command, complete_command])
 def test_server_that_is_not_there_is_told_with_a_remedy(command: Callable[..., None]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
