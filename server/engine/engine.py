@@ -11,7 +11,11 @@ from typing import Protocol
 
 from server.engine.scheduler import Batch, Scheduler
 from server.engine.sequence import Sequence
-from server.engine.types import EngineConfig, EngineInfo, EngineStats, GenerationRequest, TokenEvent
+from server.engine.snapshots import Snapshots
+from server.engine.state_types import NO_PREFIX_CACHE
+from server.engine.types import EngineConfig, EngineInfo, EngineStats, FinishReason, GenerationRequest, TokenEvent
+
+_FILE_WAIT_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +42,25 @@ class Runner(Protocol):
 class Engine:
     """A scheduler and a runner that take turns."""
 
-    def __init__(self, *, scheduler: Scheduler, runner: Runner, info: EngineInfo, num_ahead: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        scheduler: Scheduler,
+        runner: Runner,
+        info: EngineInfo,
+        num_ahead: int = 0,
+        snapshots: Snapshots | None = None,
+    ) -> None:
         """
         Args:
             scheduler: what runs next.
             runner: what runs it.
             info: what this engine says about itself.
             num_ahead: steps to launch before the oldest one is read back; 0 where the device is the host.
+            snapshots: saved and cached states; None: requests that name any end with an error.
         """
         self.info = info
+        self._snapshots = snapshots
         self._scheduler = scheduler
         self._runner = runner
         self._num_ahead = num_ahead
@@ -67,7 +81,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
-        return bool(self._in_flight) or self._scheduler.has_unfinished
+        return bool(self._in_flight) or self._scheduler.has_unfinished or self._waits_for_files
 
     @property
     def stats(self) -> EngineStats:
@@ -80,6 +94,7 @@ class Engine:
             num_prefill_tokens=self._num_prefill_tokens,
             num_decode_tokens=self._num_decode_tokens,
             step_time_s=self._step_time_s,
+            prefix_cache=NO_PREFIX_CACHE if self._snapshots is None else self._snapshots.cache_stats,
         )
 
     def add(self, request: GenerationRequest) -> TokenEvent | None:
@@ -88,36 +103,64 @@ class Engine:
         Raises:
             ValueError: a request of this id has not ended yet.
         """
-        return self._scheduler.add(request)
+        snapshots = self._snapshots
+        if snapshots is None:
+            return self._scheduler.add(request)
+        if snapshots.owns(request.request_id) or self._scheduler.has(request.request_id):
+            raise ValueError(f"request {request.request_id!r} is already in the engine")
+        return snapshots.load(request) if request.states.load_from is not None else self._scheduler.add(request)
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """Ends a request; its terminal event, or None if it is unknown or has ended."""
+        if self._snapshots is not None and self._snapshots.cancel(request_id):
+            return TokenEvent(request_id, finish_reason=FinishReason.ABORT)
         event = self._scheduler.abort(request_id)
-        self._release_ended()
+        self._release_ended({})
         return event
 
     def step(self) -> list[TokenEvent]:
         """One turn. An exception from here leaves the engine unusable."""
+        events = self._take_files()
         started = time.monotonic()
         batch = self._scheduler.next_batch()
         if batch is not None:
             self._runner.launch(batch)
             self._in_flight.append(batch)
-        events: list[TokenEvent] = []
+            if self._snapshots is not None:
+                self._snapshots.launched(batch)
         if self._in_flight and (batch is None or len(self._in_flight) > self._num_ahead):
-            events = self._commit(self._in_flight.popleft())
+            events += self._commit(self._in_flight.popleft())
         self._step_time_s += time.monotonic() - started
         return events
 
     def _commit(self, batch: Batch) -> list[TokenEvent]:
         result = self._runner.collect()
-        events = self._scheduler.commit(batch, result.token_ids, result.faults)
-        self._release_ended()
+        events = {event.request_id: event for event in self._scheduler.commit(batch, result.token_ids, result.faults)}
+        self._release_ended(events)
         self._num_steps += 1
         self._num_prefill_tokens += batch.num_prefill_tokens
         self._num_decode_tokens += batch.num_decode
-        return events
+        return [*events.values()]
 
-    def _release_ended(self) -> None:
+    def _release_ended(self, events: dict[str, TokenEvent]) -> None:
+        """Clears the slots of ended sequences, and adapts their events, if their states are kept."""
         for sequence in self._scheduler.take_ended():
+            event = events.get(sequence.request_id)
+            if self._snapshots is not None and event is not None:
+                events[sequence.request_id] = self._snapshots.end(sequence, event)
             self._runner.release(sequence)
+
+    @property
+    def _waits_for_files(self) -> bool:
+        return self._snapshots is not None and self._snapshots.is_busy
+
+    def _take_files(self) -> list[TokenEvent]:
+        """Schedules requests whose state was read; events of requests whose state was written, or could not be."""
+        snapshots = self._snapshots
+        if snapshots is None or not snapshots.is_busy:
+            return []
+        if not (self._in_flight or self._scheduler.has_unfinished):
+            snapshots.wait(_FILE_WAIT_S)
+        loaded, events = snapshots.arrived()
+        refused = [self._scheduler.add(item.request, item.start) for item in loaded]
+        return [*events, *(event for event in refused if event is not None)]

@@ -2,16 +2,26 @@
 
 import platform
 import time
+from pathlib import Path
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from dijiang_model.checkpoints import load_model
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.state import StateSpec
+from dijiang_model.tensor_files import SAFETENSORS_DTYPES
 from server.engine.engine import Engine
+from server.engine.fingerprint import model_fingerprint
+from server.engine.prefix_cache import PrefixCache
 from server.engine.runner import ModelRunner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
+from server.engine.snapshot_files import Bytes
+from server.engine.snapshots import CachePolicy, Snapshots
 from server.engine.state_pool import StatePool, num_slots_for
+from server.engine.state_types import StateLayout, StateTensorLayout
 from server.engine.types import EngineConfig, EngineInfo
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,12 +63,15 @@ def build_engine(model: DiJiangForCausalLM, config: EngineConfig, *, started: fl
     vocab_size, eos_token_ids = model.config.vocab_size, model.config.eos_token_ids
     pool = StatePool(spec, num_slots, device)
     sampler = Sampler(vocab_size, eos_token_ids, device)
+    layout = state_layout(spec, vocab_size, model_fingerprint(model.config, Path(config.model_path)))
+    snapshots = _snapshots(PoolAccess(pool), layout, config)
     scheduler = Scheduler(
         num_slots=num_slots,
         max_step_tokens=config.max_step_tokens,
         max_waiting=config.max_waiting,
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,
+        on_admission=snapshots.begin,
     )
     info = EngineInfo(
         num_slots=num_slots,
@@ -70,9 +83,66 @@ def build_engine(model: DiJiangForCausalLM, config: EngineConfig, *, started: fl
         weights_dtype=config.weights_dtype,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         load_s=time.monotonic() - started,
+        state_layout=layout,
     )
     runner = ModelRunner(model, pool=pool, sampler=sampler, device=device)
-    return Engine(scheduler=scheduler, runner=runner, info=info, num_ahead=1 if device.type == "cuda" else 0)
+    num_ahead = 1 if device.type == "cuda" else 0
+    return Engine(scheduler=scheduler, runner=runner, info=info, num_ahead=num_ahead, snapshots=snapshots)
+
+
+class PoolAccess:
+    """Slots of a pool as `server.engine.snapshots` takes them: tensors [bytes_per_slot] uint8."""
+
+    def __init__(self, pool: StatePool) -> None:
+        self._pool = pool
+
+    @torch.inference_mode()
+    def take(self, slot: int) -> object:
+        """A copy on the pool's device, in the order of the steps; not waited for."""
+        return self._pool.take(slot)
+
+    def to_row(self, snapshot: object) -> Bytes:
+        """The bytes on the host."""
+        assert isinstance(snapshot, Tensor)
+        return cast(Bytes, snapshot.cpu().numpy())
+
+    def from_row(self, row: Bytes) -> object:
+        """Bytes as a host tensor; `StatePool.restore` brings them to the device."""
+        return torch.from_numpy(row)
+
+
+def state_layout(spec: StateSpec, vocab_size: int, fingerprint: str) -> StateLayout:
+    """A model's state in plain values."""
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    offsets = spec.offsets()
+    tensors = tuple(
+        StateTensorLayout(tensor.name, tensor.shape, names[tensor.dtype], offsets[tensor.name])
+        for tensor in spec.tensors
+    )
+    return StateLayout(fingerprint, vocab_size, spec.bytes_per_slot, tensors)
+
+
+def _snapshots(access: PoolAccess, layout: StateLayout, config: EngineConfig) -> Snapshots:
+    cache = None
+    if config.prefix_cache_host_bytes > 0 or config.prefix_cache_device_bytes > 0:
+        cache = PrefixCache(
+            snapshot_bytes=layout.bytes_per_slot,
+            host_bytes=config.prefix_cache_host_bytes,
+            device_bytes=config.prefix_cache_device_bytes,
+            to_host=_to_host,
+        )
+    return Snapshots(
+        access,
+        layout,
+        folder=None if config.states_folder is None else Path(config.states_folder),
+        cache=cache,
+        policy=CachePolicy(config.prefix_cache_min_tokens, config.prefix_cache_spacing),
+    )
+
+
+def _to_host(snapshot: object) -> object:
+    assert isinstance(snapshot, Tensor)
+    return snapshot.cpu()
 
 
 def _select_device(name: str) -> None:

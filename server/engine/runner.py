@@ -51,8 +51,8 @@ class ModelRunner:
     def launch(self, batch: Batch) -> None:
         """Starts a step; on a CPU it is done on return."""
         for chunk in batch.chunks:
-            if chunk.start == 0:
-                self._pool.reset(chunk.slot)
+            if chunk.is_first:
+                self._begin(chunk)
         transfer = Transfer()
         fields = _StepFields.prepare(batch, transfer)
         plan = self._sampler.prepare(batch.sampled, transfer)
@@ -83,6 +83,15 @@ class ModelRunner:
         assert sequence.slot is not None
         self._pool.reset(sequence.slot)
         self._sampler.release(sequence)
+
+    def _begin(self, chunk: Chunk) -> None:
+        """The state before the first token."""
+        snapshot = chunk.sequence.start.snapshot
+        if snapshot is None:
+            self._pool.reset(chunk.slot)
+        else:
+            assert isinstance(snapshot, Tensor)
+            self._pool.restore(chunk.slot, snapshot)
 
     def _packed(self, batch: Batch, fields: "_StepFields", arrived: Arrived) -> PackedBatch:
         slots = arrived[fields.slots]
@@ -121,7 +130,7 @@ class _StepFields:
         prompt_token_ids, positions, logit_rows = array("q"), array("q"), array("q")
         for chunk in batch.chunks:
             prompt_token_ids.extend(chunk.prompt_token_ids)
-            positions.extend(range(chunk.start, chunk.start + chunk.length))
+            positions.extend(range(chunk.position, chunk.position + chunk.length))
             if chunk.output_index is not None:
                 logit_rows.append(len(positions) - 1)
         return cls(

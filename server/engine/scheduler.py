@@ -12,10 +12,11 @@ Rules:
       ignored by `commit`.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-from server.engine.sequence import Chunk, Sequence, SequenceStatus
+from server.engine.sequence import FROM_NOTHING, Chunk, Sequence, SequenceStatus, Start
 from server.engine.slots import SlotAllocator
 from server.engine.types import EngineError, FinishReason, GenerationRequest, TokenEvent
 
@@ -51,6 +52,7 @@ class Scheduler:
         max_waiting: int,
         vocab_size: int,
         eos_token_ids: tuple[int, ...] = (),
+        on_admission: Callable[[Sequence], None] = lambda sequence: None,
     ) -> None:
         """
         Args:
@@ -59,6 +61,8 @@ class Scheduler:
             max_waiting: requests that may wait for a slot, >= 0.
             vocab_size: token ids are 0 .. vocab_size - 1.
             eos_token_ids: the model's end-of-sequence tokens.
+            on_admission: called with a sequence that gets its slot, before its first tokens are scheduled; it may let
+                the sequence begin behind a prefix whose state is known (`Sequence.skip`).
 
         Raises:
             ValueError: the numbers do not fit each other.
@@ -72,6 +76,7 @@ class Scheduler:
         self._max_waiting = max_waiting
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
+        self._on_admission = on_admission
         self._waiting: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
         self._ended: list[Sequence] = []
@@ -95,14 +100,22 @@ class Scheduler:
         """Whether any request still owes its terminal event."""
         return bool(self._waiting or self._running)
 
-    def add(self, request: GenerationRequest) -> TokenEvent | None:
+    def has(self, request_id: str) -> bool:
+        """Whether a request of this id has not ended yet."""
+        return request_id in self._waiting or request_id in self._running
+
+    def add(self, request: GenerationRequest, start: Start = FROM_NOTHING) -> TokenEvent | None:
         """Takes a request in; returns its terminal event at once if it cannot be taken.
+
+        Args:
+            request: what the client wants.
+            start: the state that its prompt goes on from.
 
         Raises:
             ValueError: a request of this id has not ended yet.
         """
         request_id = request.request_id
-        if request_id in self._waiting or request_id in self._running:
+        if self.has(request_id):
             raise ValueError(f"request {request_id!r} is already in the engine")
         fault = self._fault(request)
         if fault is not None:
@@ -110,7 +123,7 @@ class Scheduler:
         if self.num_waiting - self.num_free_slots >= self._max_waiting:
             message = f"the engine is full: {self.num_running} requests run and {self.num_waiting} wait"
             return _failed(request_id, code="overloaded", message=message)
-        self._waiting[request_id] = Sequence(request, self._eos_token_ids)
+        self._waiting[request_id] = Sequence(request, self._eos_token_ids, start)
         return None
 
     def abort(self, request_id: str) -> TokenEvent | None:
@@ -167,7 +180,8 @@ class Scheduler:
         reason = sequence.accept(token_id)
         if reason is not None:
             self._end(sequence)
-        return TokenEvent(sequence.request_id, (token_id,), reason)
+        num_cached = sequence.num_cached if sequence.num_outputs == 1 else 0
+        return TokenEvent(sequence.request_id, (token_id,), reason, num_cached_tokens=num_cached)
 
     def _admit(self) -> Sequence | None:
         """The request that has waited longest, in a slot; None without a request or a slot."""
@@ -177,6 +191,7 @@ class Scheduler:
         if slot is None:
             return None
         sequence = self._waiting.pop(next(iter(self._waiting)))
+        self._on_admission(sequence)
         sequence.admit(slot)
         self._running[sequence.request_id] = sequence
         return sequence

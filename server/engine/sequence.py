@@ -5,6 +5,7 @@ a step can be planned before the one before it was read back. No token but the p
 a sequence takes the same memory at output 1 and at output 1,000,000.
 """
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -24,6 +25,22 @@ class SequenceStatus(Enum):
     """Its terminal event was made."""
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a sequence begins.
+
+    Attributes:
+        position: of its first token in the conversation.
+        snapshot: the state before that token, opaque; None: the empty one.
+    """
+
+    position: int = 0
+    snapshot: object | None = None
+
+
+FROM_NOTHING = Start()
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One request in the engine.
@@ -31,9 +48,12 @@ class Sequence:
     Attributes:
         request: what the client wants.
         eos_token_ids: the model's end-of-sequence tokens.
+        start: the state that it begins from.
         status: what comes next.
         slot: place of its state, from admission on; kept after the end for the clean-up.
-        num_fed: tokens scheduled into the model, hence the position of the next one.
+        num_fed: tokens scheduled into the model or skipped, hence the place of the next one.
+        num_cached: tokens of the prompt that were skipped, for their state was cached.
+        stops: lengths of the prompt at which a chunk must end.
         num_scheduled: output tokens that steps were asked for.
         num_outputs: output tokens committed, <= num_scheduled.
         end_token_ids: tokens that end it.
@@ -41,14 +61,20 @@ class Sequence:
 
     request: GenerationRequest
     eos_token_ids: tuple[int, ...]
+    start: Start = FROM_NOTHING
     status: SequenceStatus = SequenceStatus.WAITING
     slot: int | None = None
     num_fed: int = 0
+    num_cached: int = 0
+    stops: frozenset[int] = frozenset()
     num_scheduled: int = 0
     num_outputs: int = 0
     end_token_ids: frozenset[int] = field(init=False)
+    _outputs: "array[int] | None" = None
 
     def __post_init__(self) -> None:
+        if self.request.states.save_to is not None:
+            self.keep_outputs()
         eos = () if self.sampling.ignore_eos else self.eos_token_ids
         self.end_token_ids = frozenset((*eos, *self.sampling.stop_token_ids))
 
@@ -71,6 +97,29 @@ class Sequence:
         limit = self.sampling.max_tokens
         return self.status is SequenceStatus.DECODE and (limit is None or self.num_scheduled < limit)
 
+    @property
+    def outputs(self) -> "array[int]":
+        """The tokens committed so far; `keep_outputs` was called before the first."""
+        assert self._outputs is not None
+        return self._outputs
+
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """Committed tokens that were not fed."""
+        return tuple(self.outputs[max(0, self.num_fed - len(self.request.prompt_token_ids)) :])
+
+    def keep_outputs(self) -> None:
+        """Keeps the output tokens from now on, for those who need to know what the state has seen."""
+        if self._outputs is None:
+            self._outputs = array("i")
+
+    def skip(self, num_tokens: int, snapshot: object) -> None:
+        """Begins behind that many tokens of the prompt, from the state after them."""
+        assert self.num_fed == 0
+        assert 0 < num_tokens < len(self.request.prompt_token_ids)
+        self.num_fed = self.num_cached = num_tokens
+        self.start = Start(self.start.position, snapshot)
+
     def admit(self, slot: int) -> None:
         """WAITING -> PREFILL, in a slot of its own."""
         assert self.status is SequenceStatus.WAITING
@@ -80,7 +129,7 @@ class Sequence:
     def next_chunk(self, max_tokens: int) -> "Chunk":
         """Schedules its next tokens: up to `max_tokens` (>= 1) of the prompt, or one decoded token."""
         is_decode = self.status is SequenceStatus.DECODE
-        length = 1 if is_decode else min(self.num_prompt_left, max_tokens)
+        length = 1 if is_decode else min(self.num_prompt_left, max_tokens, self._num_to_stop)
         assert self.slot is not None
         assert length > 0
         start = self.num_fed
@@ -97,11 +146,19 @@ class Sequence:
     def accept(self, token_id: int) -> FinishReason | None:
         """Commits one sampled token; says whether, and why, the sequence ends with it."""
         self.num_outputs += 1
+        if self._outputs is not None:
+            self._outputs.append(token_id)
         if token_id in self.end_token_ids and self.num_outputs > self.sampling.min_tokens:
             return FinishReason.STOP
         if self.num_outputs == self.sampling.max_tokens:
             return FinishReason.LENGTH
         return None
+
+    @property
+    def _num_to_stop(self) -> int:
+        """Prompt tokens up to the next stop."""
+        ahead = [stop for stop in self.stops if stop > self.num_fed]
+        return min(ahead, default=len(self.request.prompt_token_ids)) - self.num_fed
 
     def finish(self) -> None:
         """Any state -> FINISHED, once."""
@@ -116,7 +173,7 @@ class Chunk:
     Attributes:
         sequence: whose tokens these are.
         slot: where its state lies.
-        start: position of the first token in the conversation.
+        start: how many tokens of the sequence come before the first.
         length: tokens, >= 1.
         output_index: which output token the step samples from the last of them, from 0; None: none,
             more of the prompt follows.
@@ -129,6 +186,16 @@ class Chunk:
     length: int
     output_index: int | None
     is_decode: bool
+
+    @property
+    def is_first(self) -> bool:
+        """Whether these are the first tokens that the sequence feeds."""
+        return self.start == self.sequence.num_cached
+
+    @property
+    def position(self) -> int:
+        """Position of the first token in the conversation."""
+        return self.sequence.start.position + self.start
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...]:

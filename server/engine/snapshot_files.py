@@ -248,7 +248,7 @@ _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 def _checksum(metadata: dict[str, str], pieces: list[Bytes]) -> str:
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True, separators=(",", ":")).encode())
     for piece in pieces:
-        digest.update(piece)
+        digest.update(piece.data)
     return digest.hexdigest()
 
 

@@ -51,6 +51,10 @@ class StatePool:
         """Makes the target slot the same conversation as the source slot."""
         self._row(target).copy_(self._row(source))
 
+    def take(self, slot: int) -> Tensor:
+        """A copy of a slot on its own device, [bytes_per_slot] uint8; not waited for."""
+        return self._row(slot).clone()
+
     def snapshot(self, slot: int) -> Tensor:
         """A host copy of a slot, [bytes_per_slot] uint8; waits for the device."""
         return self._row(slot).to("cpu", copy=True)

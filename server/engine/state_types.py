@@ -103,3 +103,6 @@ class PrefixCacheStats:
     num_hits: int = 0
     num_cached_tokens: int = 0
     num_evictions: int = 0
+
+
+NO_PREFIX_CACHE = PrefixCacheStats()

@@ -7,6 +7,8 @@ with events, and nothing else (no tensor, no pickle) passes between them.
 from dataclasses import dataclass
 from enum import StrEnum
 
+from server.engine.state_types import NO_PREFIX_CACHE, NO_STATE, PrefixCacheStats, SavedState, StateLayout, StateOptions
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended. Every submitted request ends with exactly one of these."""
@@ -58,11 +60,16 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence to generate: a prompt of token ids (at least one) and how to go on from it."""
+    """One sequence to generate: a prompt of token ids (at least one) and how to go on from it.
+
+    Attributes:
+        states: where the conversation before the prompt comes from, and what is kept of this one.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    states: StateOptions = NO_STATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +78,8 @@ class EngineError:
 
     Attributes:
         code: stable machine-readable name: `numerical_error`, `engine_restarting`, `overloaded`,
-            `internal_error`.
+            `internal_error`, or of a state's file `state_invalid`, `state_of_another_model`, `state_not_found`,
+            `state_not_saved`, `states_unavailable`.
     """
 
     code: str
@@ -84,12 +92,18 @@ class TokenEvent:
 
     A terminal event may carry the last tokens too. The end-of-sequence or stop token that ended a
     sequence is included in `token_ids` (the text layer leaves it out).
+
+    Attributes:
+        num_cached_tokens: with the first token: tokens of the prompt that were not computed again.
+        saved: in the terminal event of a request that asked for it: its state, on the disk.
     """
 
     request_id: str
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     error: EngineError | None = None
+    num_cached_tokens: int = 0
+    saved: SavedState | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +119,10 @@ class EngineConfig:
         max_num_slots: upper bound on the slots, whatever the budget.
         max_step_tokens: tokens (decode rows and prefill chunks together) in one step.
         max_waiting: requests that may wait for a slot before new ones are refused.
+        states_folder: of state files, shared with the service; None: there are none.
+        prefix_cache_host_bytes / prefix_cache_device_bytes: budgets of the prefix cache's tiers; both 0: no cache.
+        prefix_cache_min_tokens: shorter prefixes are computed again.
+        prefix_cache_spacing: a cached state after every so many tokens of a prompt; 0: only at its ends.
     """
 
     model_path: str
@@ -115,6 +133,11 @@ class EngineConfig:
     max_num_slots: int
     max_step_tokens: int
     max_waiting: int
+    states_folder: str | None = None
+    prefix_cache_host_bytes: int = 0
+    prefix_cache_device_bytes: int = 0
+    prefix_cache_min_tokens: int = 32
+    prefix_cache_spacing: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +153,8 @@ class EngineInfo:
     weights_dtype: str
     num_parameters: int
     load_s: float
+    state_layout: StateLayout | None = None
+    """What saved states look like; None where none can be saved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,3 +169,4 @@ class EngineStats:
     num_decode_tokens: int
     step_time_s: float
     """Sum over all steps, seconds."""
+    prefix_cache: PrefixCacheStats = NO_PREFIX_CACHE

@@ -1,0 +1,282 @@
+"""What becomes of states beyond their slots: begun from a file or a cached prefix, cached on the way, saved at the end.
+
+One copy of one slot is behind all of it. Files are read and written on a thread of their own, so that a step
+never waits for a disk: a request that begins from a file is scheduled once it was read, and the terminal
+event of one that saves its state comes once the file is on the disk. A fault with a file ends that request alone.
+
+Knows no torch: snapshots are opaque, and `SlotAccess` takes them.
+"""
+
+import logging
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from server.engine.prefix_cache import PrefixCache
+from server.engine.scheduler import Batch
+from server.engine.sequence import Sequence, Start
+from server.engine.snapshot_files import (
+    FILE_NAME,
+    Bytes,
+    Snapshot,
+    SnapshotError,
+    read_snapshot,
+    write_snapshot,
+)
+from server.engine.state_types import NO_PREFIX_CACHE, PrefixCacheStats, SavedState, StateLayout
+from server.engine.types import EngineError, FinishReason, GenerationRequest, TokenEvent
+
+_log = logging.getLogger(__name__)
+
+
+class SlotAccess(Protocol):
+    """Copies of slots, in the order of the steps that are launched."""
+
+    def take(self, slot: int) -> object:
+        """A copy of a slot, where it lies; without waiting."""
+        ...
+
+    def to_row(self, snapshot: object) -> Bytes:
+        """The copy as bytes on the host, [bytes_per_slot] uint8."""
+        ...
+
+    def from_row(self, row: Bytes) -> object:
+        """Bytes as a snapshot, for `Start`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CachePolicy:
+    """Which prefixes are worth a snapshot.
+
+    Attributes:
+        min_tokens: shorter prefixes are computed again.
+        spacing: a snapshot after every so many tokens of a prompt; 0: none but at its ends.
+    """
+
+    min_tokens: int = 32
+    spacing: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A request whose state was read: it can be scheduled."""
+
+    request: GenerationRequest
+    start: Start
+
+
+class Snapshots:
+    """See the module. Used by one thread, the engine's."""
+
+    def __init__(
+        self,
+        access: SlotAccess,
+        layout: StateLayout,
+        *,
+        folder: Path | None = None,
+        cache: PrefixCache | None = None,
+        policy: CachePolicy | None = None,
+    ) -> None:
+        """
+        Args:
+            access: the slots.
+            layout: what the model's states look like.
+            folder: of state files; None: requests for any are refused.
+            cache: of prefixes; None: none.
+            policy: which prefixes go there.
+        """
+        self._access = access
+        self._layout = layout
+        self._folder = folder
+        self._cache = cache
+        self._policy = CachePolicy() if policy is None else policy
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
+        self._loading: dict[str, tuple[GenerationRequest, Future[Snapshot]]] = {}
+        self._saving: dict[str, tuple[TokenEvent, Future[SavedState]]] = {}
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request waits for a file."""
+        return bool(self._loading or self._saving)
+
+    @property
+    def cache_stats(self) -> PrefixCacheStats:
+        return NO_PREFIX_CACHE if self._cache is None else self._cache.stats
+
+    def owns(self, request_id: str) -> bool:
+        """Whether this request waits for a file."""
+        return request_id in self._loading or request_id in self._saving
+
+    def load(self, request: GenerationRequest) -> TokenEvent | None:
+        """Starts to read the state that a request begins from; its terminal event if that cannot be."""
+        name = request.states.load_from
+        assert name is not None
+        try:
+            path = self._path(name)
+        except SnapshotError as error:
+            return _failed(request.request_id, error)
+        self._loading[request.request_id] = (request, self._thread.submit(read_snapshot, path, self._layout))
+        return None
+
+    def cancel(self, request_id: str) -> bool:
+        """Forgets a request that waits for a file; false if there is none. What it has saved is removed."""
+        if self._loading.pop(request_id, None) is not None:
+            return True
+        saving = self._saving.pop(request_id, None)
+        if saving is None:
+            return False
+        saving[1].add_done_callback(self._remove_saved)
+        return True
+
+    def wait(self, timeout_s: float) -> None:
+        """Waits until a file was read or written."""
+        futures: list[Future[Any]] = [reading for _, reading in self._loading.values()]
+        futures += [writing for _, writing in self._saving.values()]
+        wait(futures, timeout=timeout_s, return_when=FIRST_COMPLETED)
+
+    def arrived(self) -> tuple[list[Loaded], list[TokenEvent]]:
+        """Requests whose state was read since the last call, and events of those that have ended."""
+        loaded: list[Loaded] = []
+        events: list[TokenEvent] = []
+        for request_id, (request, reading) in [*self._loading.items()]:
+            if reading.done():
+                del self._loading[request_id]
+                result = self._loaded(request, reading)
+                (loaded if isinstance(result, Loaded) else events).append(result)  # type: ignore[arg-type]
+        for request_id, (event, writing) in [*self._saving.items()]:
+            if writing.done():
+                del self._saving[request_id]
+                events.append(_saved(event, writing))
+        return loaded, events
+
+    def begin(self, sequence: Sequence) -> None:
+        """Lets a sequence that gets its slot start behind the longest prefix that is cached."""
+        namespace = sequence.request.states.cache_namespace
+        if self._cache is None or namespace is None:
+            return
+        prompt = sequence.request.prompt_token_ids
+        hit = self._cache.find(namespace, prompt, at_most=len(prompt) - 1)
+        if hit is not None:
+            sequence.skip(hit.num_tokens, hit.snapshot)
+        sequence.stops = self._stops(sequence)
+        sequence.keep_outputs()
+
+    def launched(self, batch: Batch) -> None:
+        """Caches the prefixes that end with this step's chunks."""
+        if self._cache is None:
+            return
+        for chunk in batch.chunks[batch.num_decode :]:
+            namespace, end = chunk.sequence.request.states.cache_namespace, chunk.start + chunk.length
+            if namespace is not None and end in chunk.sequence.stops:
+                prefix = chunk.sequence.request.prompt_token_ids[:end]
+                if not self._cache.has(namespace, prefix):
+                    self._cache.put(namespace, prefix, self._access.take(chunk.slot))
+
+    def end(self, sequence: Sequence, event: TokenEvent) -> TokenEvent:
+        """Caches and saves what an ended sequence leaves behind, while its slot is still there.
+
+        Returns:
+            The event to send now: the given one, or its tokens alone while the state is being saved.
+        """
+        if event.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            self._distrust(sequence)
+            return event
+        options = sequence.request.states
+        wants_cache = self._cache is not None and options.cache_namespace is not None and not options.prompt_only
+        if not wants_cache and options.save_to is None:
+            return event
+        snapshot = self._access.take(_slot(sequence))
+        if wants_cache:
+            self._cache_end(sequence, snapshot)
+        return event if options.save_to is None else self._save(sequence, event, snapshot)
+
+    def close(self) -> None:
+        """Ends the thread; what it has begun is finished."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _stops(self, sequence: Sequence) -> frozenset[int]:
+        """Lengths of the prompt's prefixes that are to be cached, those not yet fed."""
+        num_tokens, spacing = len(sequence.request.prompt_token_ids), self._policy.spacing
+        # One token before the end: the same prompt again then has one left to feed.
+        wanted = {num_tokens - 1, *sequence.request.states.cache_points}
+        if spacing > 0:
+            wanted |= {*range(spacing, num_tokens, spacing)}
+        least = max(self._policy.min_tokens, sequence.num_fed + 1)
+        return frozenset(stop for stop in wanted if least <= stop < num_tokens)
+
+    def _cache_end(self, sequence: Sequence, snapshot: object) -> None:
+        fed = (*sequence.request.prompt_token_ids, *sequence.outputs)[: sequence.num_fed]
+        namespace = sequence.request.states.cache_namespace
+        assert self._cache is not None
+        assert namespace is not None
+        if len(fed) >= self._policy.min_tokens:
+            self._cache.put(namespace, fed, snapshot)
+
+    def _distrust(self, sequence: Sequence) -> None:
+        """A sequence that came out as NaN may have left NaN in the cache."""
+        namespace = sequence.request.states.cache_namespace
+        if self._cache is not None and namespace is not None:
+            self._cache.discard(namespace, sequence.request.prompt_token_ids)
+
+    def _save(self, sequence: Sequence, event: TokenEvent, snapshot: object) -> TokenEvent:
+        options = sequence.request.states
+        assert options.save_to is not None
+        pending = () if options.prompt_only else sequence.pending
+        last = sequence.request.prompt_token_ids[-1] if options.prompt_only else sequence.outputs[-1]
+        saved = Snapshot(
+            row=self._access.to_row(snapshot),
+            position=sequence.start.position + sequence.num_fed,
+            pending=pending,
+            last_token=last,
+            note=options.note,
+        )
+        writing = self._thread.submit(self._write, options.save_to, saved)
+        self._saving[event.request_id] = (replace(event, token_ids=()), writing)
+        return TokenEvent(event.request_id, event.token_ids, num_cached_tokens=event.num_cached_tokens)
+
+    def _write(self, name: str, snapshot: Snapshot) -> SavedState:
+        num_bytes = write_snapshot(self._path(name), snapshot, self._layout)
+        return SavedState(name, snapshot.position, snapshot.pending, num_bytes)
+
+    def _remove_saved(self, writing: Future[SavedState]) -> None:
+        if not writing.cancelled() and writing.exception() is None:
+            self._path(writing.result().file).unlink(missing_ok=True)
+
+    def _loaded(self, request: GenerationRequest, reading: Future[Snapshot]) -> Loaded | TokenEvent:
+        try:
+            snapshot = reading.result()
+        except SnapshotError as error:
+            return _failed(request.request_id, error)
+        prompt = (*snapshot.pending, *request.prompt_token_ids)
+        start = Start(position=snapshot.position, snapshot=self._access.from_row(snapshot.row))
+        return Loaded(replace(request, prompt_token_ids=prompt), start)
+
+    def _path(self, name: str) -> Path:
+        if self._folder is None:
+            raise SnapshotError("this server keeps no states", code="states_unavailable")
+        if not FILE_NAME.fullmatch(name):
+            raise SnapshotError("this is no name of a state's file")
+        return self._folder / name
+
+
+def _slot(sequence: Sequence) -> int:
+    assert sequence.slot is not None
+    return sequence.slot
+
+
+def _saved(event: TokenEvent, writing: Future[SavedState]) -> TokenEvent:
+    try:
+        return replace(event, saved=writing.result())
+    except SnapshotError as error:
+        return _failed(event.request_id, error)
+    except OSError as error:
+        _log.error("a state could not be saved: %s", error.strerror)
+        return _failed(
+            event.request_id, SnapshotError(f"the state could not be saved: {error.strerror}", code="state_not_saved")
+        )
+
+
+def _failed(request_id: str, error: SnapshotError) -> TokenEvent:
+    return TokenEvent(request_id, finish_reason=FinishReason.ERROR, error=EngineError(error.code, str(error)))
