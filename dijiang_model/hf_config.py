@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from dijiang_model.config import AttentionConfig, Family, ModelConfig
 from dijiang_model.errors import ConfigError
-from dijiang_model.families.activations import ACTIVATIONS
+from dijiang_model.families.parts import ACTIVATIONS
 from dijiang_model.json_fields import Fields
 
 MAX_LAYERS = 1024

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import ModelConfig
-from dijiang_model.families.activations import ACTIVATIONS
+from dijiang_model.families.parts import ACTIVATIONS, empty_embedding
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
@@ -68,7 +68,7 @@ class GPTNeoXBackbone(nn.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
-        self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.embed_in = empty_embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(GPTNeoXBlock(config, i, dtype=dtype) for i in range(config.num_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
 

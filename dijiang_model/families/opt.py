@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import ModelConfig
-from dijiang_model.families.activations import ACTIVATIONS
+from dijiang_model.families.parts import ACTIVATIONS, empty_embedding
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
@@ -72,9 +72,9 @@ class OPTDecoder(nn.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_width, dtype=dtype)
+        self.embed_tokens = empty_embedding(config.vocab_size, config.embedding_width, dtype=dtype)
         num_positions = config.max_position_embeddings + POSITION_OFFSET
-        self.embed_positions = nn.Embedding(num_positions, config.hidden_size, dtype=dtype)
+        self.embed_positions = empty_embedding(num_positions, config.hidden_size, dtype=dtype)
         if config.embedding_width != config.hidden_size:
             self.project_in = nn.Linear(config.embedding_width, config.hidden_size, bias=False, dtype=dtype)
             self.project_out = nn.Linear(config.hidden_size, config.embedding_width, bias=False, dtype=dtype)

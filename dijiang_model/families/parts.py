@@ -1,9 +1,10 @@
-"""Activation functions by HF's names."""
+"""Small parts that the families share: activation functions by HF's names, uninitialised embeddings."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -15,3 +16,8 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
 }
 """`gelu_new` and `gelu_fast` are the same tanh approximation written out in other words."""
+
+
+def empty_embedding(num_rows: int, width: int, *, dtype: torch.dtype) -> nn.Embedding:
+    """An embedding to be loaded: torch's own initialisation, on `meta`, imports its compiler for two seconds."""
+    return nn.Embedding(num_rows, width, _weight=torch.empty(num_rows, width, dtype=dtype))
