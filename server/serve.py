@@ -153,7 +153,7 @@ def key_hashes(settings: Settings) -> frozenset[bytes]:
 
 def _key_hash(key: str) -> bytes:
     if not key.startswith(HASHED_KEY):
-        return hash_key(key)
+        return hash_key(key.encode())
     try:
         digest = bytes.fromhex(key.removeprefix(HASHED_KEY))
     except ValueError:

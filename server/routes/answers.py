@@ -187,7 +187,7 @@ class Generation:
         """Pieces of all choices as they come, until every choice has ended.
 
         Args:
-            idle_s: after that much silence a None comes.
+            idle_s: after that much silence a None comes (and may come just before the deadline's error).
 
         Raises:
             ApiError: a choice failed, or the deadline has passed.
@@ -204,7 +204,8 @@ class Generation:
         answers = [Answer() for _ in self._plans]
         texts: list[list[str]] = [[] for _ in self._plans]
         async for piece in self.pieces():
-            assert piece is not None
+            if piece is None:
+                continue
             answer = answers[piece.index]
             texts[piece.index].append(piece.text)
             answer.token_ids += piece.token_ids
@@ -215,19 +216,23 @@ class Generation:
         return answers
 
     async def _next(self, idle_s: float | None) -> Piece | None:
-        loop = asyncio.get_running_loop()
-        silent_until = None if idle_s is None else loop.time() + idle_s
-        until = min((moment for moment in (silent_until, self._deadline) if moment is not None), default=None)
-        try:
-            async with asyncio.timeout_at(until):
-                piece = await self._pieces.get()
-        except TimeoutError:
-            if self._deadline is not None and loop.time() >= self._deadline:
-                raise DeadlineError(f"the answer was not complete after {self._timeout_s:g} s") from None
-            return None
+        now = asyncio.get_running_loop().time()
+        if self._deadline is not None and now >= self._deadline:
+            raise DeadlineError(f"the answer was not complete after {self._timeout_s:g} s")
+        piece = self._pieces.get_nowait() if not self._pieces.empty() else await self._wait(now, idle_s)
         if isinstance(piece, ApiError):
             raise piece
         return piece
+
+    async def _wait(self, now: float, idle_s: float | None) -> Piece | ApiError | None:
+        """The next piece; None when there was none for `idle_s`, or until the deadline."""
+        silent_until = None if idle_s is None else now + idle_s
+        until = min((moment for moment in (silent_until, self._deadline) if moment is not None), default=None)
+        try:
+            async with asyncio.timeout_at(until):
+                return await self._pieces.get()
+        except TimeoutError:
+            return None
 
     async def _pump(self, choice: Choice, events: AsyncIterator[TokenEvent], stack: AsyncExitStack) -> None:
         """Carries the pieces of one choice to the queue; leaves the engine as soon as it has ended."""

@@ -196,7 +196,7 @@ def test_a_prompt_over_the_operators_limit_has_its_own_code(byte_tokenizer: Toke
 
 
 def test_with_keys_only_who_knows_one_is_let_in(byte_tokenizer: Tokenizer, options: ServiceOptions) -> None:
-    hashes = frozenset(hashlib.sha256(key.encode()).digest() for key in ("sk-one", "sk-two"))
+    hashes = frozenset(hashlib.sha256(key.encode()).digest() for key in ("sk-one", "sk-two", "schlüssel"))
     with serve(FakeEngine(), replace(options, key_hashes=hashes), byte_tokenizer) as server:
         for headers in (
             {},
@@ -211,6 +211,8 @@ def test_with_keys_only_who_knows_one_is_let_in(byte_tokenizer: Tokenizer, optio
         with pytest.raises(openai.AuthenticationError):
             server.openai.models.list()
         assert server.openai.with_options(api_key="sk-two").models.list().data[0].id == MODEL
+        umlaut = {"Authorization": "bearer schlüssel".encode()}
+        assert server.http.get("/v1/models", headers=umlaut).status_code == 200
         assert [server.http.get(path).status_code for path in ("/health", "/ready", "/metrics")] == [200] * 3
         assert server.http.get("/openapi.json").status_code == 401
     with serve(FakeEngine(), replace(options, key_hashes=hashes, metrics_need_key=True), byte_tokenizer) as server:
