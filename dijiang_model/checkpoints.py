@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from dijiang_model.errors import CheckpointError
 from dijiang_model.families import build_model
 from dijiang_model.json_fields import read_json_object
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.native.int8 import quantize_
 from dijiang_model.problem_list import problem_list
 from dijiang_model.released_format import ReleasedTensors, is_released_format, released_model_config
 from dijiang_model.safetensors_writer import DEFAULT_SHARD_BYTES, num_bytes, write_tensors, write_text
@@ -85,7 +87,11 @@ def load_config(path: str | Path) -> ModelConfig:
 
 
 def load_model(
-    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    weights: Literal["stored", "int8"] = "stored",
 ) -> DiJiangForCausalLM:
     """Loads a model of either format, ready to compute and without gradients.
 
@@ -93,8 +99,10 @@ def load_model(
         path: the model's folder.
         device: of all parameters.
         dtype: of the weights; the kernel's own parameters stay fp32 (fp64 in a fp64 model).
+        weights: `int8` quantises projections and head while loading (`native.int8`); fp32 on a CPU only.
 
     Raises:
+        ValueError: int8 weights on another device or in another dtype.
         ConfigError: unsupported or contradictory configuration values.
         CheckpointError: missing, surplus, misshapen or non-finite tensors (all of them listed), or
             unreadable files. Nothing is loaded then.
@@ -116,7 +124,8 @@ def load_model(
     if problems:
         raise CheckpointError(problem_list(f"{path} is damaged, or {dtype} is too narrow for it", problems))
     model.load_state_dict(loaded, strict=True, assign=True)
-    return model.prepare()
+    model.prepare()
+    return quantize_(model) if weights == "int8" else model
 
 
 def save_model(
