@@ -207,9 +207,13 @@ def twin_of(layer: str, num_tokens: int) -> tuple[Tensor, LinearState, HybridInp
     return OneLayer(LAYERS[layer], num_tokens, dtype=torch.float64).twin()
 
 
-@pytest.mark.parametrize("split", SPLITS)
+FEEDINGS = [(n, split) for n in (1, 65, 200) for split in SPLITS] + [
+    (n, split) for n in (2, 63, 64, 127, 130) for split in ("prefill", "thirds", "prefill then decode")
+]
+
+
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("num_tokens", [1, 2, 63, 64, 65, 127, 130, 200])
+@pytest.mark.parametrize(("num_tokens", "split"), FEEDINGS)
 def test_layer_equals_its_twin_in_output_and_state(num_tokens: int, layer: str, split: str) -> None:
     """200 tokens pass the teacher's range of 128, beyond which sinks are scored with a capped rotation."""
     one = OneLayer(LAYERS[layer], num_tokens, dtype=torch.float64)
