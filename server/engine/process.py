@@ -10,6 +10,7 @@
   line of JSON on standard error; the service restarts it.
 """
 
+import gc
 import json
 import os
 import signal
@@ -114,6 +115,7 @@ def run(config: EngineConfig, folder: str, *, load: Load) -> int:
             log_failure("engine_load_failed", error)
             _send(events, LoadFailed(_reason(error), is_permanent=_is_permanent(error)))
             return EXIT_LOAD_FAILED
+        gc.freeze()  # what was loaded stays: full collections need not look at it again between two steps
         _send(events, EngineReady(engine.info))
         try:
             EngineLoop(engine, commands=commands, events=events).run_forever()

@@ -1,0 +1,45 @@
+"""On a CUDA device the engine says what it says on the CPU, one step ahead of the host."""
+
+import pytest
+import torch
+
+from server.engine.loading import build_engine
+from server.engine.types import EngineConfig, GenerationRequest
+from tests.engine.test_engine_model import mixed_requests
+from tests.tiny_models import gpt_neox_config, llama_config, tiny_model
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+def answers(device: str, requests: list[GenerationRequest], *, family: str) -> dict[str, list[int]]:
+    model = tiny_model({"llama": llama_config(), "gpt_neox": gpt_neox_config()}[family]).to(device)
+    engine = build_engine(
+        model,
+        EngineConfig(
+            model_path="in memory",
+            device=device,
+            weights_dtype="float32",
+            num_threads=1,
+            state_memory_bytes=2**22,
+            max_num_slots=5,
+            max_step_tokens=24,
+            max_waiting=100,
+        ),
+    )
+    outputs: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    for request in requests:
+        assert engine.add(request) is None
+    while engine.has_work:
+        for event in engine.step():
+            outputs[event.request_id].extend(event.token_ids)
+    assert engine.stats.num_free_slots == 5
+    return outputs
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_every_kind_of_request_gets_the_tokens_it_gets_on_the_cpu(family: str) -> None:
+    requests = mixed_requests(16)
+    assert answers("cuda", requests, family=family) == answers("cpu", requests, family=family)
