@@ -81,7 +81,9 @@ def free_host_bytes() -> int:
 
 def default_threads() -> int:
     """All cores but one on small machines, half of them (one for each pair of hyperthreads) on large ones."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if cores is None:
+        return 1
     return max(1, cores - 1) if cores <= SMALL_MACHINE_CORES else cores // 2
 
 

@@ -2,13 +2,16 @@
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
-from pydantic import ByteSize
+from pydantic import ByteSize, SecretStr
 from rich.console import Console
 
 from server.settings import Settings, SettingsError, flag_of, read_settings
+
+METAVARS = {int: "N", float: "SECONDS", ByteSize: "SIZE", Path: "PATH", str: "TEXT", SecretStr: "KEYS"}
 
 
 def serve_command() -> Callable[..., None]:
@@ -81,7 +84,16 @@ def _shown(default: object) -> str:
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
-def _metavar(name: str) -> str | None:
+def _metavar(name: str) -> str:
+    """What to write behind the flag: the words that are allowed, or the kind of value."""
     annotation = Settings.model_fields[name].annotation
-    choices = [choice for choice in get_args(annotation) if isinstance(choice, str)]
-    return "|".join(choices) if len(choices) > 1 else None
+    parts = _leaves(annotation)
+    words = [part for part in parts if isinstance(part, str)]
+    kinds = [METAVARS[part] for part in parts if part in METAVARS]
+    return "|".join([*words, *kinds])
+
+
+def _leaves(annotation: Any) -> list[Any]:
+    """Types and literal words in an annotation, from left to right."""
+    arguments = get_args(annotation)
+    return [leaf for part in arguments for leaf in _leaves(part)] if arguments else [annotation]

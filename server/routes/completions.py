@@ -12,14 +12,13 @@ from server.routes.answers import Answer, Generation, Piece
 from server.routes.json_body import JsonRoute, ServiceDependency
 from server.routes.prompting import check_counts, encode_prompts, plan_generation
 from server.routes.streaming import (
-    ClientDisconnectedError,
     ClientGoneResponse,
     collect_answers,
     json_response,
     stream_answers,
 )
 from server.service import Service
-from server.sse import KEEP_ALIVE, event
+from server.sse import KEEP_ALIVE, ClientDisconnectedError, event
 
 router = APIRouter(route_class=JsonRoute, tags=["generation"])
 

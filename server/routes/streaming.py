@@ -9,7 +9,7 @@ from fastapi import Request, Response
 from server.errors import ApiError, InternalError
 from server.protocol.wire import ResponseModel
 from server.routes.answers import Answer, Generation
-from server.sse import DONE, ClientDisconnectedError, EventStreamResponse, event, unless_disconnected
+from server.sse import DONE, EventStreamResponse, event, unless_disconnected
 
 logger = structlog.stdlib.get_logger("dijiang.answers")
 CLIENT_CLOSED_REQUEST = 499
@@ -69,12 +69,3 @@ async def _guarded(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes,
         logger.exception("a stream failed")
         yield event(InternalError().to_json())
     yield DONE
-
-
-__all__ = [
-    "ClientDisconnectedError",
-    "ClientGoneResponse",
-    "collect_answers",
-    "json_response",
-    "stream_answers",
-]

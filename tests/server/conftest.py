@@ -62,9 +62,9 @@ class Loopback:
 
 @contextmanager
 def serve(
-    engine: FakeEngine, options: ServiceOptions, tokenizer: Tokenizer | None, *, drain_timeout_s: float = 0.0
+    engine: FakeEngine, options: ServiceOptions, tokenizer: Tokenizer | None, *, drain_timeout_s: float | None = None
 ) -> Iterator[Loopback]:
-    """Runs the application on an ephemeral port until the context is left."""
+    """Runs the application on an ephemeral port until the context is left; with a timeout: as `dijiang serve` does."""
     service = Service(engine, options, tokenizer)
     config = uvicorn.Config(
         create_app(service),
@@ -75,7 +75,9 @@ def serve(
         http="httptools",
         timeout_graceful_shutdown=1,
     )
-    server = DrainingServer(config, service, engine, drain_timeout_s=drain_timeout_s)
+    server = uvicorn.Server(config)
+    if drain_timeout_s is not None:
+        server = DrainingServer(config, service, engine, drain_timeout_s=drain_timeout_s)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     deadline = time.monotonic() + PATIENCE_S

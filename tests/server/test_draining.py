@@ -78,6 +78,6 @@ def test_after_the_deadline_what_runs_ends_with_a_clean_error(
 
 def test_an_engine_that_cannot_be_loaded_ends_the_server(byte_tokenizer: Tokenizer, options: ServiceOptions) -> None:
     engine = FakeEngine()
-    with serve(engine, options, byte_tokenizer) as server:
+    with serve(engine, options, byte_tokenizer, drain_timeout_s=60) as server:
         engine.status = "failed"
         wait_for_end(server)
