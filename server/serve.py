@@ -218,7 +218,7 @@ def _bind(settings: Settings) -> socket.socket:
 
 
 def _http_config(settings: Settings, service: Service) -> uvicorn.Config:
-    return uvicorn.Config(
+    config = uvicorn.Config(
         create_app(service),
         http="httptools",
         ws="none",
@@ -230,6 +230,11 @@ def _http_config(settings: Settings, service: Service) -> uvicorn.Config:
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
     )
+    try:
+        config.load()
+    except OSError as error:  # of which every SSL error is one
+        raise StartError(f"tls_cert and tls_key cannot be used: {error}") from error
+    return config
 
 
 def _event_loop_runner() -> Callable[..., Any]:

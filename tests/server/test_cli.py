@@ -74,3 +74,12 @@ def test_a_folder_with_a_damaged_model_is_refused(tmp_path: Path) -> None:
     assert answer.returncode == 1
     assert "error:" in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+def test_a_certificate_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pem").write_text("no certificate")
+    pem = str(tmp_path / "pem")
+    answer = dijiang("serve", str(tmp_path), "--port", "0", "--tls-cert", pem, "--tls-key", pem)
+    assert answer.returncode == 1
+    assert "error: tls_cert and tls_key cannot be used" in " ".join(answer.stderr.split())
