@@ -143,11 +143,11 @@ class Engine:
         return [*events.values()]
 
     def _release_ended(self, events: dict[str, TokenEvent]) -> None:
-        """Clears the slots of ended sequences, and adapts their events, if their states are kept."""
+        """Clears the slots of ended sequences; takes out the events of those whose state is still being saved."""
         for sequence in self._scheduler.take_ended():
             event = events.get(sequence.request_id)
-            if self._snapshots is not None and event is not None:
-                events[sequence.request_id] = self._snapshots.end(sequence, event)
+            if self._snapshots is not None and event is not None and self._snapshots.end(sequence, event):
+                del events[sequence.request_id]  # it comes when the state is on the disk
             self._runner.release(sequence)
 
     @property

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -107,11 +107,16 @@ def write_snapshot(path: Path, snapshot: Snapshot, layout: StateLayout) -> int:
         SnapshotError: the state holds NaN or infinities.
         OSError: the disk is full or not writable; nothing is left behind.
     """
+    return write_file(path, snapshot_bytes(snapshot, layout))
+
+
+def write_file(path: Path, pieces: Iterable[bytes]) -> int:
+    """Writes a file that is wholly on the disk when this returns, or not there; its size in bytes. Raises `OSError`."""
     partial = path.with_name(f".{path.name}.partial")
     num_bytes = 0
     try:
         with partial.open("wb") as file:
-            for piece in snapshot_bytes(snapshot, layout):
+            for piece in pieces:
                 num_bytes += file.write(piece)
             file.flush()
             os.fsync(file.fileno())

@@ -174,23 +174,25 @@ class Snapshots:
                 if not self._cache.has(namespace, prefix):
                     self._cache.put(namespace, prefix, self._access.take(chunk.slot))
 
-    def end(self, sequence: Sequence, event: TokenEvent) -> TokenEvent:
+    def end(self, sequence: Sequence, event: TokenEvent) -> bool:
         """Caches and saves what an ended sequence leaves behind, while its slot is still there.
 
         Returns:
-            The event to send now: the given one, or its tokens alone while the state is being saved.
+            Whether its terminal event is held back until the state is saved: `arrived` gives it then.
         """
         if event.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
             self._distrust(sequence)
-            return event
+            return False
         options = sequence.request.states
         wants_cache = self._cache is not None and options.cache_namespace is not None and not options.prompt_only
         if not wants_cache and options.save_to is None:
-            return event
+            return False
         snapshot = self._access.take(_slot(sequence))
         if wants_cache:
             self._cache_end(sequence, snapshot)
-        return event if options.save_to is None else self._save(sequence, event, snapshot)
+        if options.save_to is not None:
+            self._save(sequence, event, snapshot)
+        return options.save_to is not None
 
     def close(self) -> None:
         """Ends the thread; what it has begun is finished."""
@@ -220,7 +222,7 @@ class Snapshots:
         if self._cache is not None and namespace is not None:
             self._cache.discard(namespace, sequence.request.prompt_token_ids)
 
-    def _save(self, sequence: Sequence, event: TokenEvent, snapshot: object) -> TokenEvent:
+    def _save(self, sequence: Sequence, event: TokenEvent, snapshot: object) -> None:
         options = sequence.request.states
         assert options.save_to is not None
         pending = () if options.prompt_only else sequence.pending
@@ -233,12 +235,11 @@ class Snapshots:
             note=options.note,
         )
         writing = self._thread.submit(self._write, options.save_to, saved)
-        self._saving[event.request_id] = (replace(event, token_ids=()), writing)
-        return TokenEvent(event.request_id, event.token_ids, num_cached_tokens=event.num_cached_tokens)
+        self._saving[event.request_id] = (event, writing)
 
     def _write(self, name: str, snapshot: Snapshot) -> SavedState:
         num_bytes = write_snapshot(self._path(name), snapshot, self._layout)
-        return SavedState(name, snapshot.position, snapshot.pending, num_bytes)
+        return SavedState(name, snapshot.position, snapshot.pending, snapshot.last_token, num_bytes)
 
     def _remove_saved(self, writing: Future[SavedState]) -> None:
         if not writing.cancelled() and writing.exception() is None:
@@ -270,7 +271,8 @@ def _saved(event: TokenEvent, writing: Future[SavedState]) -> TokenEvent:
     try:
         return replace(event, saved=writing.result())
     except SnapshotError as error:
-        return _failed(event.request_id, error)
+        code = "numerical_error" if error.code == "state_invalid" else error.code
+        return _failed(event.request_id, SnapshotError(str(error), code=code))
     except OSError as error:
         _log.error("a state could not be saved: %s", error.strerror)
         return _failed(

@@ -84,12 +84,14 @@ class SavedState:
         file: the name that the request gave.
         position: tokens that were fed.
         pending: tokens that were sampled after those, and come first when the conversation goes on.
+        last_token: the last token, fed or pending.
         num_bytes: size of the file.
     """
 
     file: str
     position: int
     pending: tuple[int, ...]
+    last_token: int
     num_bytes: int
 
 

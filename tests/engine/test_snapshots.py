@@ -216,7 +216,6 @@ def test_a_state_without_a_place_to_go_is_an_error(bench: Bench, tmp_path: Path)
     result = bench.one(*PROMPT, states=SAVE)
     assert result.error is not None
     assert result.error.code == "state_not_saved"
-    assert len(result.tokens) == 12
 
 
 def test_a_server_without_a_folder_says_so(hybrid: DiJiangForCausalLM, tmp_path: Path) -> None:
