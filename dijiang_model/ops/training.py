@@ -82,13 +82,47 @@ class HybridAttention:
             assert far.denominator is not None
             return (far.numerator / far.denominator[..., None]).flatten(1, 2)
         window = kernel.attention.window if self.window is None else self.window
-        near, near_denominator = _near(rotated, layout, window=window, sinks=kernel.attention.sinks)
-        far = _far(rotated, layout, kernel=kernel, window=window)
-        assert far.denominator is not None
-        mix = kernel.mix(rotated.q)
-        numerator = torch.addcmul(near, mix[..., None], far.numerator)
-        denominator = torch.addcmul(near_denominator, mix, far.denominator)
-        return (numerator / denominator[..., None]).flatten(1, 2)
+        near = _near(rotated, layout, window=window, sinks=kernel.attention.sinks)
+        return _joined(rotated, near, layout, kernel=kernel, window=window)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedAttention:
+    """What `HybridAttention` needs of one layer and segment, with the window's share computed once.
+
+    For training a kernel on the same text again and again: only the linear part is computed anew.
+
+    Attributes:
+        q: [T, H, d] and k, v: [T, G, d], as projected.
+        near, near_denominator: [T, G, R, d] and [T, G, R].
+        target: [T, H, d], what full softmax attention answers.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    near: Tensor
+    near_denominator: Tensor
+    target: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout) -> "RecordedAttention":
+        """Records a layer whose own window is >= 1."""
+        rotated = _Rotated.of(q, k, v, kernel=kernel, layout=layout)
+        near = _near(rotated, layout, window=kernel.attention.window, sinks=kernel.attention.sinks)
+        target = SoftmaxAttention()(q, k, v, kernel=kernel, layout=layout, state=NO_STATE)
+        return cls(q, k, v, *near, target)
+
+    @property
+    def window_answer(self) -> Tensor:
+        """[T, H, d], the window alone."""
+        return (self.near / self.near_denominator[..., None]).flatten(1, 2)
+
+    def answer(self, *, kernel: LinearKernel, layout: StepLayout) -> Tensor:
+        """[T, H, d], as `HybridAttention` answers; with gradients."""
+        rotated = _Rotated.of(self.q, self.k, self.v, kernel=kernel, layout=layout)
+        near = (self.near, self.near_denominator)
+        return _joined(rotated, near, layout, kernel=kernel, window=kernel.attention.window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +146,18 @@ class _Rotated:
             far = layout.rotary.apply(kernel.far_query(q)).unflatten(1, groups)
         capped = rotated if layout.sink_rotary is layout.rotary else layout.sink_rotary.apply(q).unflatten(1, groups)
         return cls(rotated, far, capped, layout.rotary.apply(k), v)
+
+
+def _joined(
+    x: _Rotated, near: tuple[Tensor, Tensor], layout: StepLayout, *, kernel: LinearKernel, window: int
+) -> Tensor:
+    """Window and linear part under one denominator; [T, H, d]."""
+    far = _far(x, layout, kernel=kernel, window=window)
+    assert far.denominator is not None
+    mix = kernel.mix(x.q)
+    numerator = torch.addcmul(near[0], mix[..., None], far.numerator)
+    denominator = torch.addcmul(near[1], mix, far.denominator)
+    return (numerator / denominator[..., None]).flatten(1, 2)
 
 
 def _from_scratch(layout: StepLayout) -> PrefillLayout:
@@ -189,9 +235,15 @@ def run_segments(model: DiJiangForCausalLM, token_ids: Tensor, op: AttentionOp) 
     """
     num, length = token_ids.shape
     positions = torch.arange(length, device=token_ids.device).repeat(num)
-    none = torch.zeros(num, dtype=torch.int64, device=token_ids.device)
-    layout = model._layout(PackedBatch(token_ids.flatten(), positions, none, (length,) * num, 0, none))
+    layout = segments_layout(model, num, length)
     x = model.embed(token_ids.flatten(), positions)
     for block in model.blocks:
         x = block(x, op=op, layout=layout, state=NO_STATE)
     return model.finish(x)
+
+
+def segments_layout(model: DiJiangForCausalLM, num: int, length: int) -> StepLayout:
+    """The layout of `num` segments of `length` tokens, each from position 0."""
+    positions = torch.arange(length, device=model.device).repeat(num)
+    none = torch.zeros(num, dtype=torch.int64, device=model.device)
+    return model._layout(PackedBatch(positions, positions, none, (length,) * num, 0, none))
