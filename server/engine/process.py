@@ -19,6 +19,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -145,14 +147,19 @@ def main(load: Load = Engine.load) -> int:
         signal.signal(number, signal.SIG_IGN)
     standard_input = sys.stdin.buffer
     config = msgspec.json.decode(standard_input.readline(), type=EngineConfig)
-    threading.Thread(target=_end_with_parent, args=(standard_input.fileno(),), daemon=True).start()
-    return run(config, sys.argv[1], load=load)
+    folder = sys.argv[1]
+    threading.Thread(target=_end_with_parent, args=(standard_input.fileno(), folder), daemon=True).start()
+    return run(config, folder, load=load)
 
 
-def _end_with_parent(standard_input: int) -> None:
+def _end_with_parent(standard_input: int, folder: str) -> None:
     """Reads the bare descriptor: a thread inside a Python file object would block the interpreter's exit."""
     while os.read(standard_input, 1):
         pass
+    with suppress(OSError):  # a parent that was killed could not remove these
+        for name in (COMMANDS_SOCKET, EVENTS_SOCKET):
+            Path(folder, name).unlink(missing_ok=True)
+        Path(folder).rmdir()
     os._exit(0)  # at once, from whatever the main thread is doing
 
 

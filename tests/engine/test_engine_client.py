@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -259,7 +260,7 @@ async def test_signals_to_the_process_group_are_the_parents_to_handle(
             assert (await anext(stream)).finish_reason is None
 
 
-async def test_an_engine_ends_when_its_parent_is_killed() -> None:
+async def test_an_engine_ends_when_its_parent_is_killed_and_tidies_up_after_it() -> None:
     program = (
         "import asyncio, sys\n"
         "from server.engine_client import EngineClient\n"
@@ -272,13 +273,19 @@ async def test_an_engine_ends_when_its_parent_is_killed() -> None:
         "    await asyncio.Event().wait()\n"
         "asyncio.run(main())\n"
     )
-    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
-    assert parent.stdout is not None
-    engine = psutil.Process(int(await parent.stdout.readline()))
-    parent.kill()
-    await parent.wait()
-    await asyncio.to_thread(engine.wait)
-    assert not engine.is_running()
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "TMPDIR": folder}
+        parent = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE, env=environment
+        )
+        assert parent.stdout is not None
+        engine = psutil.Process(int(await parent.stdout.readline()))
+        assert os.listdir(folder) != []
+        parent.kill()
+        await parent.wait()
+        await asyncio.to_thread(engine.wait)
+        assert not engine.is_running()
+        assert os.listdir(folder) == []
 
 
 async def test_a_real_model_survives_kill_9_in_mid_answer(tmp_path: Path) -> None:
