@@ -13,6 +13,7 @@ from typing import Protocol
 from server.engine.types import EngineInfo, EngineStats, GenerationRequest, TokenEvent
 from server.errors import EngineUnavailableError, NotFoundError
 from server.metrics import Metrics
+from server.states.store import StateStore
 from server.text.template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
@@ -51,6 +52,7 @@ class ServiceOptions:
         key_hashes: SHA-256 of the keys that are let in; empty: everybody is.
         metrics_need_key: whether `/metrics` asks for a key too.
         cors_origins: web origins that may call; empty: none.
+        state_ttl_s: how long states and responses live without being used, unless a request says; 0: for ever.
     """
 
     model_name: str
@@ -68,6 +70,7 @@ class ServiceOptions:
     key_hashes: frozenset[bytes] = frozenset()
     metrics_need_key: bool = False
     cors_origins: tuple[str, ...] = ()
+    state_ttl_s: float = 0.0
 
 
 class Service:
@@ -78,8 +81,22 @@ class Service:
         num_active: requests that generate right now.
     """
 
-    def __init__(self, engine: Engine, options: ServiceOptions, tokenizer: Tokenizer | None) -> None:
-        """Raises `TemplateSyntaxFailure` when the model's chat template is not valid."""
+    def __init__(
+        self,
+        engine: Engine,
+        options: ServiceOptions,
+        tokenizer: Tokenizer | None,
+        *,
+        states: StateStore | None = None,
+    ) -> None:
+        """
+        Args:
+            states: where conversations are kept; None: requests that want it are refused.
+
+        Raises:
+            TemplateSyntaxFailure: the model's chat template is not valid.
+        """
+        self.states = states
         self.engine = engine
         self.options = options
         self.tokenizer = tokenizer

@@ -144,6 +144,8 @@ class ChatChoice(ResponseModel):
     """`stop`: end of turn, stop token or stop string; `length`: the token limit."""
     token_ids: tuple[int, ...] = ()
     """The generated tokens, with `return_token_ids`."""
+    state_id: str = ""
+    """The state after this answer, with `return_state`; in a stream with the `finish_reason`."""
 
 
 class ChatCompletion(ResponseModel):
@@ -189,6 +191,8 @@ class ChatChunkChoice(ResponseModel):
     """Set in the last chunk of each answer."""
     token_ids: tuple[int, ...] = ()
     """The tokens since the last chunk, with `return_token_ids`."""
+    state_id: str = ""
+    """The state after this answer, with `return_state`; in a stream with the `finish_reason`."""
 
 
 class ChatChunk(ResponseModel):

@@ -1,9 +1,10 @@
 """`POST /v1/completions`."""
 
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 from pydantic import model_validator
 
+from server.errors import InvalidRequestError
 from server.protocol.prompts import Prompt, Prompts
 from server.protocol.sampling import FinishReasonText, GenerationFields
 from server.protocol.unsupported import COMPLETION_FIELDS, refuse_unsupported
@@ -16,10 +17,12 @@ DEFAULT_MAX_TOKENS = 16
 class CompletionRequest(GenerationFields):
     """Text or tokens to go on from."""
 
-    prompt: Prompts
-    """A text, token ids, a list of texts, or a list of lists of token ids."""
+    prompt: Prompts | None = None
+    """A text, token ids, a list of texts, or a list of lists of token ids. May be absent only with `state_id`, to go on
+    from where the state's answer was cut off."""
     add_special_tokens: bool | None = None
-    """Put the tokenizer's special tokens (such as a beginning-of-sequence token) around texts (default true)."""
+    """Put the tokenizer's special tokens (such as a beginning-of-sequence token) around texts (default true, and false
+    with `state_id`)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -27,10 +30,16 @@ class CompletionRequest(GenerationFields):
         refuse_unsupported(body, COMPLETION_FIELDS)
         return body
 
+    @model_validator(mode="after")
+    def _prompt_or_state(self) -> Self:
+        if self.prompt is None and self.state_id is None:
+            raise InvalidRequestError("`prompt` is missing", param="prompt")
+        return self
+
     @property
     def prompts(self) -> list[Prompt]:
-        """The prompts, at least one."""
-        return cast(list[Prompt], self.prompt)
+        """The prompts, at least one; an empty one if the state alone is gone on from."""
+        return [[]] if self.prompt is None else cast(list[Prompt], self.prompt)
 
 
 class CompletionChoice(ResponseModel):
@@ -48,6 +57,8 @@ class CompletionChoice(ResponseModel):
     """The generated tokens; with `return_token_ids`, or if the model has no tokenizer."""
     prompt_token_ids: tuple[int, ...] = ()
     """The prompt's tokens; with `return_token_ids`, in a stream only in the first piece."""
+    state_id: str = ""
+    """The state after this answer, with `return_state`; in a stream with the `finish_reason`."""
 
 
 class Completion(ResponseModel):

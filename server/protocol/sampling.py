@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequestError
+from server.protocol.states import StateFields
 from server.protocol.wire import RequestModel
 
 MAX_TOKENS = 2**31 - 1
@@ -61,7 +62,7 @@ class StreamOptions(RequestModel):
     """With `include_usage`: send the token counts so far in every chunk."""
 
 
-class GenerationFields(RequestModel):
+class GenerationFields(StateFields):
     """How to generate; the same for every endpoint that does."""
 
     model: str | None = None

@@ -7,14 +7,14 @@ class PromptTokensDetails(ResponseModel):
     """Where prompt tokens came from."""
 
     cached_tokens: int
-    """Prompt tokens that were not computed again."""
+    """Prompt tokens that were not computed again: those of the state that was gone on from, and of cached prefixes."""
 
 
 class Usage(ResponseModel):
     """What a request cost."""
 
     prompt_tokens: int
-    """Tokens of all prompts, each prompt counted once."""
+    """Tokens of all prompts, each prompt counted once, with the conversation of `state_id` before it."""
     completion_tokens: int
     """Tokens generated for all choices, end-of-sequence tokens included."""
     total_tokens: int
@@ -23,11 +23,11 @@ class Usage(ResponseModel):
     """Details of the prompt tokens."""
 
     @classmethod
-    def of(cls, *, prompt_tokens: int, completion_tokens: int) -> "Usage":
+    def of(cls, *, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> "Usage":
         """Counts of one request."""
         return cls(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
         )

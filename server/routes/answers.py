@@ -8,16 +8,17 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
-from server.engine.types import EngineError, FinishReason, GenerationRequest, TokenEvent
-from server.errors import ApiError, DeadlineError, EngineUnavailableError, InternalError, OverloadedError
+from server.engine.types import FinishReason, GenerationRequest, TokenEvent
+from server.errors import ApiError, DeadlineError, InternalError
 from server.metrics import Metrics
 from server.protocol.sampling import FinishReasonText
 from server.protocol.usage import Usage
 from server.service import Service
+from server.states.session import StateSession, api_error
 from server.text.stream import TextStream
 
 MAX_UNREAD_PIECES = 100_000
@@ -40,12 +41,17 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What is new in one choice: text and tokens since the last piece, and the end if there is one."""
+    """What is new in one choice: text and tokens since the last piece, and the end if there is one.
+
+    Attributes:
+        state_id: with the end: where the state after this answer is kept, if it is.
+    """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReasonText | None
+    state_id: str | None = None
 
 
 @dataclass(slots=True)
@@ -55,19 +61,24 @@ class Answer:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReasonText = "stop"
+    state_id: str | None = None
 
 
 class Choice:
     """Turns the events of one engine request into pieces, and measures it."""
 
-    def __init__(self, index: int, plan: Plan, metrics: Metrics) -> None:
-        self._index = index
+    def __init__(self, index: int, plan: Plan, metrics: Metrics, *, keeps_tokens: bool = False) -> None:
+        """`keeps_tokens`: whether `token_ids` will be asked for."""
+        self.index = index
         self._text = plan.text
         self._metrics = metrics
         self._num_prompt_tokens = len(plan.request.prompt_token_ids)
         self._begin = self._last = time.perf_counter()
         self._reason: str | None = None
         self.num_tokens = 0
+        self.num_received = 0
+        self.num_cached_tokens = 0
+        self.token_ids: list[int] | None = [] if keeps_tokens else None
 
     def take(self, event: TokenEvent) -> Piece:
         """The piece that one event makes.
@@ -77,7 +88,7 @@ class Choice:
         """
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             self._reason = str(event.finish_reason)
-            raise _api_error(event.error)
+            raise api_error(event.error)
         reason: FinishReasonText | None = None
         if event.finish_reason is not None:
             reason = "stop" if event.finish_reason is FinishReason.STOP else "length"
@@ -88,9 +99,13 @@ class Choice:
             elif reason is not None:
                 text += self._text.finish()
         self._measure(num_taken)
+        self.num_received += len(event.token_ids)
+        self.num_cached_tokens += event.num_cached_tokens
+        if self.token_ids is not None:
+            self.token_ids += event.token_ids[:num_taken]
         if reason is not None:
             self._reason = reason
-        return Piece(self._index, text, event.token_ids[:num_taken], reason)
+        return Piece(self.index, text, event.token_ids[:num_taken], reason)
 
     def close(self) -> None:
         """Counts the end, whatever it was."""
@@ -129,18 +144,29 @@ class Generation:
     """All choices of one request, from admission to the last slot freed."""
 
     def __init__(
-        self, service: Service, plans: Sequence[Plan], *, num_prompt_tokens: int, timeout_s: float | None
+        self,
+        service: Service,
+        plans: Sequence[Plan],
+        *,
+        session: StateSession,
+        num_prompts: int,
+        timeout_s: float | None,
     ) -> None:
         """
         Args:
-            num_prompt_tokens: of all prompts, each counted once.
+            plans: the choices, those of one prompt next to each other, as many for each.
+            session: the states that they begin from and leave behind.
+            num_prompts: how many prompts the choices belong to.
             timeout_s: after which the whole request ends with an error; None: never.
         """
         self._service = service
         self._plans = plans
-        self._num_prompt_tokens = num_prompt_tokens
+        self._session = session
+        self._num_prompts = num_prompts
         self._timeout_s = timeout_s
-        self._choices = [Choice(index, plan, service.metrics) for index, plan in enumerate(plans)]
+        self._choices = [
+            Choice(index, plan, service.metrics, keeps_tokens=session.keeps) for index, plan in enumerate(plans)
+        ]
         self._admitted = AsyncExitStack()
         self._pumps: list[asyncio.Task[None]] = []
         self._pieces: asyncio.Queue[Piece | ApiError] = asyncio.Queue()
@@ -149,8 +175,21 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """Token counts so far."""
-        completion_tokens = sum(choice.num_tokens for choice in self._choices)
-        return Usage.of(prompt_tokens=self._num_prompt_tokens, completion_tokens=completion_tokens)
+        session, firsts = self._session, self._choices[:: self._num_per_prompt]
+        return Usage.of(
+            prompt_tokens=self._num_new_tokens + self._num_prompts * session.num_past_tokens,
+            completion_tokens=sum(choice.num_tokens for choice in self._choices),
+            cached_tokens=self._num_prompts * session.num_fed_tokens + sum(c.num_cached_tokens for c in firsts),
+        )
+
+    @property
+    def _num_per_prompt(self) -> int:
+        return len(self._plans) // self._num_prompts
+
+    @property
+    def _num_new_tokens(self) -> int:
+        """Of all prompts, each counted once."""
+        return sum(len(plan.request.prompt_token_ids) for plan in self._plans[:: self._num_per_prompt])
 
     def prompt_token_ids(self, index: int) -> tuple[int, ...]:
         """The prompt of a choice."""
@@ -164,15 +203,16 @@ class Generation:
         """
         try:
             self._admitted.enter_context(self._service.generating())
-            for choice, plan in zip(self._choices, self._plans, strict=True):
+            await self._admitted.enter_async_context(self._session.opened(len(self._plans)))
+            for choice in self._choices:
                 stack = await self._admitted.enter_async_context(AsyncExitStack())
-                events = await stack.enter_async_context(self._service.engine.submit(plan.request))
+                events = await stack.enter_async_context(self._service.engine.submit(self._request(choice)))
                 stack.callback(choice.close)
                 self._pumps.append(asyncio.create_task(self._pump(choice, events, stack)))
         except BaseException:
             await self.close()
             raise
-        self._service.metrics.prompt_tokens.inc(self._num_prompt_tokens)
+        self._service.metrics.prompt_tokens.inc(self._num_new_tokens)
         if self._timeout_s is not None:
             self._deadline = asyncio.get_running_loop().time() + self._timeout_s
 
@@ -211,6 +251,7 @@ class Generation:
             answer.token_ids += piece.token_ids
             if piece.finish_reason is not None:
                 answer.finish_reason = piece.finish_reason
+                answer.state_id = piece.state_id
         for answer, parts in zip(answers, texts, strict=True):
             answer.text = "".join(parts)
         return answers
@@ -240,6 +281,8 @@ class Generation:
             try:
                 async for event in events:
                     piece = choice.take(event)
+                    if piece.finish_reason is not None and self._session.keeps:
+                        piece = replace(piece, state_id=await self._keep_state(choice, event, stack))
                     self._pieces.put_nowait(piece)
                     if self._pieces.qsize() > MAX_UNREAD_PIECES:
                         raise DeadlineError("the answer is not read as fast as it is written")
@@ -252,13 +295,16 @@ class Generation:
                 logger.exception("an answer failed")
             self._pieces.put_nowait(InternalError())
 
+    def _request(self, choice: Choice) -> GenerationRequest:
+        return self._session.attach(self._plans[choice.index].request, choice.index)
 
-def _api_error(error: EngineError | None) -> ApiError:
-    """What a client is told when the engine gives up on its request."""
-    if error is None:
-        return EngineUnavailableError("the server stopped before the answer was complete", code="engine_stopped")
-    if error.code == "engine_restarting":
-        return EngineUnavailableError(error.message, code=error.code)
-    if error.code == "overloaded":
-        return OverloadedError(error.message)
-    return InternalError(error.message, code=error.code)
+    async def _keep_state(self, choice: Choice, event: TokenEvent, stack: AsyncExitStack) -> str:
+        """Keeps the state after the tokens that were taken; its id."""
+        assert choice.token_ids is not None
+        if event.saved is not None and choice.num_tokens == choice.num_received:
+            return await self._session.keep(event.saved)
+        # A stop string ended the text while the engine went on: its state has seen more than the answer says.
+        await stack.aclose()
+        prompt = (*self._plans[choice.index].request.prompt_token_ids, *choice.token_ids)
+        saved, _ = await self._session.feed(prompt, choice.index)
+        return await self._session.keep(saved)

@@ -20,6 +20,7 @@ from server.protocol.sampling import FinishReasonText
 from server.routes.answers import Answer, Generation, Piece
 from server.routes.json_body import JsonRoute, ServiceDependency
 from server.routes.prompting import check_counts, encode_messages, plan_generation
+from server.routes.sessions import find_base, state_session, system_prefix
 from server.routes.streaming import (
     ClientGoneResponse,
     collect_answers,
@@ -28,6 +29,7 @@ from server.routes.streaming import (
 )
 from server.service import Service
 from server.sse import KEEP_ALIVE, ClientDisconnectedError, event
+from server.states.store import Turn
 
 router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
@@ -42,14 +44,18 @@ async def create_chat_completion(body: ChatRequest, request: Request, service: S
     service.require_model(body.model)
     check_counts(service.options, body, num_prompts=1)
     info = service.require_open()
+    base = await find_base(request, service, info, body, num_choices=body.num_choices)
     prompt = await encode_messages(
         service,
         body.messages,
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=body.continue_final_message is True,
         add_special_tokens=body.add_special_tokens is True,
+        base=None if base is None else base.head,
     )
-    generation = plan_generation(service, info, body, [prompt], param="messages", max_tokens=None)
+    points = system_prefix(service, body.messages, prompt) if base is None else ()
+    session = state_session(request, service, info, body, base, turn=Turn.OPEN, cache_points=points)
+    generation = plan_generation(service, info, body, [prompt], param="messages", max_tokens=None, session=session)
     await generation.start()
     writer = _Writer(service, body, generation)
     if body.stream:
@@ -84,6 +90,7 @@ class _Writer:
                 logprobs=None,
                 finish_reason=answer.finish_reason,
                 **self._token_ids(tuple(answer.token_ids)),
+                **self._state(answer.state_id),
             )
             for index, answer in enumerate(answers)
         ]
@@ -116,7 +123,15 @@ class _Writer:
             chunks.append(self._chunk(piece.index, ChatDelta(content=piece.text), token_ids=token_ids))
             token_ids = ()
         if piece.finish_reason is not None:
-            chunks.append(self._chunk(piece.index, ChatDelta(), token_ids=token_ids, finish_reason=piece.finish_reason))
+            chunks.append(
+                self._chunk(
+                    piece.index,
+                    ChatDelta(),
+                    token_ids=token_ids,
+                    finish_reason=piece.finish_reason,
+                    state_id=piece.state_id,
+                )
+            )
         return chunks
 
     def _chunk(
@@ -126,10 +141,16 @@ class _Writer:
         *,
         token_ids: tuple[int, ...],
         finish_reason: FinishReasonText | None = None,
+        state_id: str | None = None,
         **more: Any,
     ) -> bytes:
         choice = ChatChunkChoice(
-            index=index, delta=delta, logprobs=None, finish_reason=finish_reason, **self._token_ids(token_ids)
+            index=index,
+            delta=delta,
+            logprobs=None,
+            finish_reason=finish_reason,
+            **self._token_ids(token_ids),
+            **self._state(state_id),
         )
         if self._body.wants_usage:
             more["usage"] = self._generation.usage if self._body.wants_usage_in_every_chunk else None
@@ -140,6 +161,9 @@ class _Writer:
 
     def _token_ids(self, token_ids: tuple[int, ...]) -> dict[str, Any]:
         return {"token_ids": token_ids} if self._with_token_ids else {}
+
+    def _state(self, state_id: str | None) -> dict[str, Any]:
+        return {} if state_id is None else {"state_id": state_id}
 
     def _prompt_token_ids(self) -> dict[str, Any]:
         return {"prompt_token_ids": self._generation.prompt_token_ids(0)} if self._with_token_ids else {}

@@ -11,6 +11,7 @@ from server.protocol.completions import DEFAULT_MAX_TOKENS, Completion, Completi
 from server.routes.answers import Answer, Generation, Piece
 from server.routes.json_body import JsonRoute, ServiceDependency
 from server.routes.prompting import check_counts, encode_prompts, plan_generation
+from server.routes.sessions import find_base, state_session
 from server.routes.streaming import (
     ClientGoneResponse,
     collect_answers,
@@ -19,6 +20,7 @@ from server.routes.streaming import (
 )
 from server.service import Service
 from server.sse import KEEP_ALIVE, ClientDisconnectedError, event
+from server.states.store import Turn
 
 router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
@@ -33,8 +35,19 @@ async def create_completion(body: CompletionRequest, request: Request, service: 
     service.require_model(body.model)
     check_counts(service.options, body, num_prompts=len(body.prompts))
     info = service.require_open()
-    prompts = await encode_prompts(service, body.prompts, add_special_tokens=body.add_special_tokens is not False)
-    generation = plan_generation(service, info, body, prompts, param="prompt", max_tokens=DEFAULT_MAX_TOKENS)
+    num_choices = len(body.prompts) * body.num_choices
+    base = await find_base(request, service, info, body, num_choices=num_choices)
+    is_start = base is None
+    prompts = await encode_prompts(
+        service,
+        body.prompts,
+        add_special_tokens=is_start if body.add_special_tokens is None else body.add_special_tokens,
+        continues=not is_start,
+    )
+    session = state_session(request, service, info, body, base, turn=Turn.TEXT)
+    generation = plan_generation(
+        service, info, body, prompts, param="prompt", max_tokens=DEFAULT_MAX_TOKENS, session=session
+    )
     await generation.start()
     writer = _Writer(service, body, generation)
     if body.stream:
@@ -70,6 +83,7 @@ class _Writer:
                 logprobs=None,
                 finish_reason=answer.finish_reason,
                 **self._token_ids(index, tuple(answer.token_ids), is_first=True),
+                **self._state(answer.state_id),
             )
             for index, answer in enumerate(answers)
         ]
@@ -93,8 +107,12 @@ class _Writer:
             logprobs=None,
             finish_reason=piece.finish_reason,
             **self._token_ids(piece.index, piece.token_ids, is_first=is_first),
+            **self._state(piece.state_id),
         )
         return event(Completion(**self._head, choices=[choice], **self._usage()).to_json())
+
+    def _state(self, state_id: str | None) -> dict[str, Any]:
+        return {} if state_id is None else {"state_id": state_id}
 
     def _usage(self) -> dict[str, Any]:
         if not self._body.wants_usage:

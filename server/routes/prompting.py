@@ -17,6 +17,9 @@ from server.protocol.prompts import Prompt
 from server.protocol.sampling import GenerationFields
 from server.routes.answers import Generation, Plan
 from server.service import Service, ServiceOptions
+from server.states.session import StateSession
+from server.states.store import SnapshotRecord, Turn
+from server.text.continuation import encode_continuation
 from server.text.stream import TextStream
 from server.text.template import ChatMessage, ChatTemplate, TemplateFailure
 from server.text.tokenizer import Tokenizer
@@ -50,9 +53,12 @@ def require_chat_template(service: Service) -> ChatTemplate:
 
 
 async def encode_prompts(
-    service: Service, prompts: Sequence[Prompt], *, add_special_tokens: bool
+    service: Service, prompts: Sequence[Prompt], *, add_special_tokens: bool, continues: bool = False
 ) -> list[tuple[int, ...]]:
     """Token ids of each prompt.
+
+    Args:
+        continues: something comes before them, so they do not begin a text.
 
     Raises:
         InvalidRequestError: text without a tokenizer.
@@ -63,6 +69,8 @@ async def encode_prompts(
     tokenizer = require_tokenizer(service, param="prompt")
 
     def encode() -> list[tuple[int, ...]]:
+        if continues and not add_special_tokens and tokenizer.vocabulary.num_leading_spaces:
+            return [tuple(tokenizer.encode_plain(text, continues=True)) for text in texts]
         return [tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens)) for text in texts]
 
     return await run_if_long(sum(map(len, texts)), encode)
@@ -75,8 +83,12 @@ async def encode_messages(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     add_special_tokens: bool = False,
+    base: SnapshotRecord | None = None,
 ) -> tuple[int, ...]:
     """Token ids of a conversation in the model's chat format.
+
+    Args:
+        base: the state that the messages come after; None: they are the whole conversation.
 
     Raises:
         InvalidRequestError: no chat template, or one that refuses these messages.
@@ -85,12 +97,22 @@ async def encode_messages(
     conversation = [ChatMessage(message.role, message.content, message.name) for message in messages]
 
     def encode() -> tuple[int, ...]:
-        token_ids = template.encode(
-            conversation,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            add_special_tokens=add_special_tokens,
-        )
+        if base is not None:
+            token_ids = encode_continuation(
+                template,
+                conversation,
+                ends_open=base.turn is Turn.OPEN,
+                last_token=base.last_token,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+        else:
+            token_ids = template.encode(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                add_special_tokens=add_special_tokens,
+            )
         return tuple(token_ids)
 
     try:
@@ -121,11 +143,13 @@ def plan_generation(
     *,
     param: str,
     max_tokens: int | None,
+    session: StateSession,
 ) -> Generation:
     """The engine requests for every prompt and choice.
 
     Args:
         param: the field that the prompts come from.
+        session: the states that they begin from and leave behind.
         max_tokens: when the request sets none; None: no limit.
 
     Raises:
@@ -134,8 +158,11 @@ def plan_generation(
     if fields.truncate_prompt_tokens is not None:
         prompts = [prompt[-fields.truncate_prompt_tokens :] for prompt in prompts]
     for prompt in prompts:
-        _check_prompt(prompt, info.vocab_size, service.options.max_prompt_tokens, param=param)
+        if prompt or session.base is None or not session.base.pending:
+            _check_prompt(prompt, info.vocab_size, service.options.max_prompt_tokens, param=param)
     _check_vocabulary(fields, info.vocab_size)
+    if session.base is not None:
+        _check_without_past(fields)
     if fields.stop and service.tokenizer is None:
         raise InvalidRequestError(
             "`stop` needs text, and this model has no tokenizer", param="stop", code="no_tokenizer"
@@ -147,11 +174,13 @@ def plan_generation(
         for _ in range(fields.num_choices):
             sampling = sampling_params(fields, max_tokens=limit, number=len(plans))
             request = GenerationRequest(f"gen-{uuid.uuid4().hex}", prompt, sampling)
-            plans.append(Plan(request, _text_stream(service.tokenizer, fields, prompt)))
+            is_start = session.base is None
+            plans.append(Plan(request, _text_stream(service.tokenizer, fields, prompt, is_start=is_start)))
     return Generation(
         service,
         plans,
-        num_prompt_tokens=sum(map(len, prompts)),
+        session=session,
+        num_prompts=len(prompts),
         timeout_s=_timeout(fields, service.options),
     )
 
@@ -190,7 +219,9 @@ def _wrap(seed: int) -> int:
     return (seed + SEED_RANGE // 2) % SEED_RANGE - SEED_RANGE // 2
 
 
-def _text_stream(tokenizer: Tokenizer | None, fields: GenerationFields, prompt: tuple[int, ...]) -> TextStream | None:
+def _text_stream(
+    tokenizer: Tokenizer | None, fields: GenerationFields, prompt: tuple[int, ...], *, is_start: bool
+) -> TextStream | None:
     if tokenizer is None:
         return None
     return TextStream(
@@ -199,7 +230,7 @@ def _text_stream(tokenizer: Tokenizer | None, fields: GenerationFields, prompt: 
         include_stop=fields.include_stop_str_in_output is True,
         skip_special=fields.skip_special_tokens is not False,
         min_tokens=_given(fields.min_tokens, 0),
-        at_start=tokenizer.is_all_special(prompt),
+        at_start=is_start and tokenizer.is_all_special(prompt),
     )
 
 
@@ -222,6 +253,17 @@ def _check_min_tokens(fields: GenerationFields, limit: int | None) -> None:
             f"min_tokens is {fields.min_tokens:,}, more than the limit of {limit:,} tokens",
             param="min_tokens",
             code="invalid_value",
+        )
+
+
+def _check_without_past(fields: GenerationFields) -> None:
+    """Refuses what needs the tokens before a state, which nobody has."""
+    if fields.repetition_penalty not in (None, 1):
+        raise InvalidRequestError(
+            "`repetition_penalty` covers the whole conversation, and a state does not say which tokens it has seen; "
+            "use `presence_penalty` or `frequency_penalty`",
+            param="repetition_penalty",
+            code="unsupported_parameter",
         )
 
 

@@ -1,0 +1,202 @@
+"""The states of one request: the one it begins from, and those its answers leave behind.
+
+A session is made when the request is understood, and opened when the request is admitted: then the file it begins from
+is held, and room is kept for the files that its answers will write.
+"""
+
+import hashlib
+import json
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from server.engine.state_types import SavedState, StateLayout, StateOptions
+from server.engine.types import EngineError, FinishReason, GenerationRequest, SamplingParams, TokenEvent
+from server.errors import (
+    ApiError,
+    EngineUnavailableError,
+    InternalError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+)
+from server.states.store import SnapshotRecord, StateStore, Turn
+
+HEADER_BYTES = 64 << 10
+"""What a state's file is larger than its tensors, at most; room for it is kept."""
+_PREFILL = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+Keep = Callable[[SnapshotRecord], Awaitable[str]]
+"""Puts a written snapshot where it is to be found again; the id of that place."""
+
+
+class SubmittingEngine(Protocol):
+    """What is needed of the engine client here."""
+
+    def submit(self, request: GenerationRequest) -> AbstractAsyncContextManager[AsyncIterator[TokenEvent]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CacheUse:
+    """How a request uses the prefix cache.
+
+    Attributes:
+        owner: whose prefixes are seen.
+        salt: what else they must have in common.
+        points: lengths of prefixes that other prompts are likely to share.
+    """
+
+    owner: str
+    salt: str = ""
+    points: tuple[int, ...] = ()
+
+    def namespace(self, base: SnapshotRecord | None) -> str:
+        """Of prompts that follow the state `base`."""
+        parts = (self.owner, self.salt, "" if base is None else base.file)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class StateSession:
+    """See the module.
+
+    Attributes:
+        base: where the conversation begins; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        engine: SubmittingEngine,
+        *,
+        store: StateStore | None = None,
+        layout: StateLayout | None = None,
+        base: SnapshotRecord | None = None,
+        keep: Keep | None = None,
+        turn: Turn = Turn.TEXT,
+        cache: CacheUse | None = None,
+    ) -> None:
+        """
+        Args:
+            engine: feeds what must be fed again.
+            store: of the states; needed with `base` or `keep`.
+            layout: what states of the model look like; likewise.
+            base: a snapshot to begin from.
+            keep: what becomes of the state at the end of each answer; None: it is not saved.
+            turn: where the saved states end.
+            cache: None: neither used nor filled.
+        """
+        self.base = base
+        self._engine = engine
+        self._store = store
+        self._layout = layout
+        self._keep = keep
+        self._turn = turn
+        self._cache = cache
+        self._files: tuple[str, ...] = ()
+
+    @property
+    def num_past_tokens(self) -> int:
+        """Tokens of the conversation before the prompt."""
+        return 0 if self.base is None else self.base.num_tokens
+
+    @property
+    def num_fed_tokens(self) -> int:
+        """Those of them that are not fed again."""
+        return 0 if self.base is None else self.base.position
+
+    @property
+    def keeps(self) -> bool:
+        """Whether answers leave states behind."""
+        return self._keep is not None
+
+    @asynccontextmanager
+    async def opened(self, num_answers: int) -> AsyncIterator[None]:
+        """Holds and reserves files for as long as the context is open.
+
+        Raises:
+            StorageFullError: there is no room for the states of that many answers.
+        """
+        if self._store is None or (self.base is None and self._keep is None):
+            yield
+            return
+        if self.base is None:
+            async with self._room(num_answers):
+                yield
+            return
+        async with self._store.hold(self.base), self._room(num_answers):
+            yield
+
+    def attach(self, request: GenerationRequest, number: int) -> GenerationRequest:
+        """The engine's request for answer `number`, with its states; the session is open."""
+        states = StateOptions(
+            load_from=None if self.base is None else self.base.file,
+            save_to=self._files[number] if self.keeps else None,
+            note=json.dumps({"turn": self._turn}) if self.keeps else "",
+            cache_namespace=None if self._cache is None else self._cache.namespace(self.base),
+            cache_points=() if self._cache is None else self._cache.points,
+        )
+        return replace(request, states=states)
+
+    async def keep(self, saved: SavedState) -> str:
+        """Keeps what the engine has saved; the id."""
+        assert self._keep is not None
+        assert self._layout is not None
+        return await self._keep(
+            SnapshotRecord(
+                file=saved.file,
+                position=saved.position,
+                pending=saved.pending,
+                last_token=saved.last_token,
+                turn=self._turn,
+                num_bytes=saved.num_bytes,
+                fingerprint=self._layout.fingerprint,
+            )
+        )
+
+    async def feed(self, prompt: tuple[int, ...], number: int) -> tuple[SavedState, int]:
+        """Feeds a prompt and saves the state after it, generating nothing.
+
+        Returns:
+            What was saved, and how many of the prompt's tokens came from the prefix cache.
+
+        Raises:
+            ApiError: the engine cannot do it.
+        """
+        request = self.attach(GenerationRequest(f"feed-{uuid.uuid4().hex}", prompt, _PREFILL), number)
+        request = replace(request, states=replace(request.states, prompt_only=True))
+        async with self._engine.submit(request) as events:
+            async for event in events:
+                if event.saved is not None:
+                    return event.saved, event.num_cached_tokens
+                if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+                    raise api_error(event.error)
+        raise InternalError("the engine has not saved the state")
+
+    @asynccontextmanager
+    async def _room(self, num_answers: int) -> AsyncIterator[None]:
+        if self._keep is None:
+            yield
+            return
+        assert self._store is not None
+        assert self._layout is not None
+        bytes_each = self._layout.num_data_bytes + HEADER_BYTES
+        async with self._store.room(num_answers, bytes_each=bytes_each) as room:
+            self._files = room.files
+            yield
+
+
+def api_error(error: EngineError | None) -> ApiError:
+    """What a client is told when the engine gives up on its request."""
+    if error is None:
+        return EngineUnavailableError("the server stopped before the answer was complete", code="engine_stopped")
+    match error.code:
+        case "engine_restarting":
+            return EngineUnavailableError(error.message, code=error.code)
+        case "overloaded":
+            return OverloadedError(error.message)
+        case "state_invalid" | "state_of_another_model" | "states_unavailable":
+            return InvalidRequestError(error.message, param="state_id", code=error.code)
+        case "state_not_found":
+            return NotFoundError(error.message, param="state_id", code=error.code)
+        case _:
+            return InternalError(error.message, code=error.code)
