@@ -72,16 +72,24 @@ def fit_layers(
     epochs: int,
     learning_rate: float,
     seed: int,
+    first_layer: int = 0,
     on_layer: Callable[[int, float, float], None] = lambda layer, before, after: None,
-) -> None:
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
     """Fits the kernels, which must be trainable (`make_trainable`), in place.
 
     Args:
         epochs: passes over the record.
+        first_layer: layers below are left as they are: a layer's fit depends on its own record and seed alone, so
+            that a killed run goes on at the layer where it was.
         learning_rate: of vectors; matrices get a tenth.
         seed: of the order of the segments.
         on_layer: called with a layer and the shares of the window's squared error that the hybrid leaves, over the
             first and over the last epoch.
+        should_stop: asked before each layer.
+
+    Returns:
+        Whether all layers are done.
 
     Raises:
         ConversionError: a layer without a window, or an error that is no longer finite.
@@ -89,11 +97,16 @@ def fit_layers(
     for layer, attention in enumerate(model.attentions):
         if attention.config.layers[layer].window == 0:
             raise ConversionError(f"layer {layer} has no window; the replayed stage 1 is for hybrids")
+        if layer < first_layer:
+            continue
+        if should_stop():
+            return False
         losses = _fit(model, attention, kept.projected[layer], epochs=epochs, rate=learning_rate, seed=seed + layer)
         if not all(map(math.isfinite, losses)):
             raise ConversionError(f"layer {layer}: the error is not finite; try a lower learning rate")
         num = len(kept.projected[layer])
         on_layer(layer, sum(losses[:num]) / num, sum(losses[-num:]) / num)
+    return True
 
 
 def _fit(

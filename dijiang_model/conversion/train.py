@@ -29,6 +29,7 @@ from dijiang_model.conversion.kernel_training import (
     make_trainable,
     trained_parameters,
 )
+from dijiang_model.conversion.layer_fit import fit_layers, record
 from dijiang_model.conversion.lora import DOWN, UP, LoraLinear, attach_lora, factors
 from dijiang_model.errors import CheckpointError
 from dijiang_model.model import DiJiangForCausalLM
@@ -157,6 +158,53 @@ class Trainer:
             "seconds": round(self.progress.seconds, 3),
             "tokens_per_s": round(token_ids.numel() / seconds, 1),
         }
+
+    @property
+    def num_steps(self) -> int:
+        """Batches of fresh text that the tokens make."""
+        return -(-self.options.tokens // (self.options.batch_size * self.options.sequence_length))
+
+    def replay(
+        self,
+        folder: Path,
+        *,
+        epochs: int,
+        on_segment: Callable[[], None] = lambda: None,
+        on_layer: Callable[[int], None] = lambda layer: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Stage 1 on a record of the teacher (see `layer_fit`); steps are layers, saved and logged one by one.
+
+        Returns:
+            Whether all layers are done.
+
+        Raises:
+            CheckpointError, ConversionError: see `train` and `fit_layers`.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        _trim_log(folder / LOG_FILE, self.progress.step)
+        batches = [self.text.batch(step, self.options.batch_size) for step in range(self.num_steps)]
+        segments = torch.cat(batches).to(self.model.device)
+        self.progress.tokens = segments.numel()
+
+        def done(layer: int, before: float, after: float) -> None:
+            self.progress.step = layer + 1
+            line = {"step": layer + 1, "stage": 1, "tokens": segments.numel(), "first_epoch": before, "loss": after}
+            with (folder / LOG_FILE).open("a") as log:
+                log.write(json.dumps(line) + "\n")
+            self.save(folder)
+            on_layer(layer)
+
+        return fit_layers(
+            self.model,
+            record(self.model, segments, on_segment=on_segment),
+            epochs=epochs,
+            learning_rate=self.options.learning_rate * STAGE_ONE_FACTOR * VECTOR_FACTOR,
+            seed=self.options.seed,
+            first_layer=self.progress.step,
+            on_layer=done,
+            should_stop=should_stop,
+        )
 
     def adapter(self) -> Adapter:
         """What was trained so far."""

@@ -66,6 +66,9 @@ def train_command(
     bases: Annotated[str, typer.Option(help="Transforms of the feature map, e.g. dct2 or dct2,dct4.")] = "dct2,dct4",
     nodes: Annotated[str, typer.Option(help="Start values of the radii, see the README.")] = "signed_sphere",
     windows: Annotated[str, typer.Option(help="auto: each layer its own at equal bytes. keep: the model's.")] = "auto",
+    epochs: Annotated[
+        int, typer.Option(min=0, help="Stage 1 only: read all text once, then go over each layer's record so often.")
+    ] = 0,
     self_distill: Annotated[int, typer.Option(min=0, help="Tokens of chat that the teacher writes first.")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's choice.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of the text's order and of fresh tensors.")] = 0,
@@ -89,11 +92,16 @@ def train_command(
         seed=seed,
     )
     student = StudentOptions(FeatureConfig(bases=_bases(bases), nodes=nodes, far_rank=far_rank), _is_auto(windows))
+    if epochs > 0 and (options.stages != (1,) or minutes is not None):
+        raise typer.BadParameter("goes with --stage 1 and without --minutes", param_hint="--epochs")
     try:
         trainer = prepare_run(
             model, data, out, options, student, self_distill=self_distill, resume=resume, start=start, device=device
         )
-        is_done = _run(trainer, out, console)
+        if epochs > 0:
+            is_done = _replay(trainer, out, epochs, console)
+        else:
+            is_done = _run(trainer, out, console)
         plot_losses(read_log(out / LOG_FILE), out / "loss.png")
     except ModelError as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
@@ -224,6 +232,21 @@ def _run(trainer: Trainer, out: Path, console: Console) -> bool:
             )
 
         return train(trainer, out, on_step=show, should_stop=stop)
+
+
+def _replay(trainer: Trainer, out: Path, epochs: int, console: Console) -> bool:
+    """Stage 1 on a record of the teacher, saved after each layer; see `layer_fit`."""
+    stop = _Stop()
+    with Progress(*Progress.get_default_columns(), console=console) as progress:
+        reading = progress.add_task("teacher reads", total=trainer.num_steps)
+        fitting = progress.add_task("layers learn", total=trainer.model.config.num_layers)
+        return trainer.replay(
+            out,
+            epochs=epochs,
+            on_segment=lambda: progress.advance(reading),
+            on_layer=lambda layer: progress.update(fitting, completed=layer + 1),
+            should_stop=stop,
+        )
 
 
 def _with_layers(config: ModelConfig, layers: list[dict[str, object]]) -> ModelConfig:

@@ -80,7 +80,7 @@ def test_updates_change_their_weights_alone(base: Path) -> None:
 def test_the_wrong_base_is_refused(base: Path, tmp_path: Path) -> None:
     other = write_tiny_model(tmp_path / "other", llama_config(HYBRID, HYBRID), seed=1)
     adapter = made_for(base)
-    with pytest.raises(CheckpointError, match="was trained on base .* this model is another one"):
+    with pytest.raises(CheckpointError, match=r"was trained on base .* this model is another one"):
         adapted_model(load_model(other), adapter)
     with pytest.raises(CheckpointError, match="another one"):
         apply_adapter(other, adapter, tmp_path / "out", card="")

@@ -87,10 +87,27 @@ def test_a_killed_run_resumes_as_if_nothing_happened(model: Path, text: str, tmp
     assert [line["step"] for line in read_log(killed / LOG_FILE)] == list(range(1, 11))
 
 
+@pytest.mark.parametrize("layers_done", [0, 1, 2])
+def test_a_killed_replay_resumes_as_if_nothing_happened(
+    model: Path, text: str, tmp_path: Path, layers_done: int
+) -> None:
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    assert prepared(model, text, undisturbed, stages=(1,), tokens=512).replay(undisturbed, epochs=3)
+    trainer = prepared(model, text, killed, stages=(1,), tokens=512)
+    trainer.save(killed)
+    trainer.replay(killed, epochs=3, should_stop=lambda: trainer.progress.step == layers_done)
+    assert prepared(model, text, killed, stages=(1,), tokens=512, resume=True).replay(killed, epochs=3)
+    expected, found = weights(undisturbed), weights(killed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    losses = [(line["first_epoch"], line["loss"]) for line in read_log(killed / LOG_FILE)]
+    assert len(losses) == 2
+    assert all(last < first for first, last in losses)
+
+
 def test_other_options_cannot_resume(model: Path, text: str, tmp_path: Path) -> None:
     trainer = prepared(model, text, tmp_path / "run")
     train(trainer, tmp_path / "run", should_stop=lambda: True)
-    with pytest.raises(CheckpointError, match="learning_rate was 0.001, is 0.01"):
+    with pytest.raises(CheckpointError, match=r"learning_rate was 0\.001, is 0\.01"):
         prepared(model, text, tmp_path / "run", resume=True, learning_rate=0.01)
 
 
@@ -141,8 +158,8 @@ def test_a_tokenizer_that_does_not_fit_is_an_error(model: Path, text: str) -> No
 
 def test_every_window_comes_once_an_epoch() -> None:
     windows = TokenWindows(np.arange(12, dtype=np.int32).reshape(6, 2), seed=5)
-    seen = [windows.batch(step, 2)[:, 0].tolist() for step in range(6)]
-    first, second = sum(seen[:3], []), sum(seen[3:], [])
+    seen = torch.cat([windows.batch(step, 2)[:, 0] for step in range(6)]).tolist()
+    first, second = seen[:6], seen[6:]
     assert sorted(first) == sorted(second) == [0, 2, 4, 6, 8, 10]
     assert first != second
 
