@@ -13,19 +13,28 @@ from server.engine.scheduler import Batch, Scheduler
 from server.engine.sequence import Sequence
 from server.engine.snapshots import Snapshots
 from server.engine.state_types import NO_PREFIX_CACHE
-from server.engine.types import EngineConfig, EngineInfo, EngineStats, FinishReason, GenerationRequest, TokenEvent
+from server.engine.types import (
+    EngineConfig,
+    EngineError,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    TokenEvent,
+)
 
 _FILE_WAIT_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step sampled: one token and one fault flag for each of `Batch.sampled`, in order."""
+    """What a step sampled: one token and one fault flag for each of `Batch.sampled`, in order; what was scored."""
 
     token_ids: list[int]
     faults: list[bool]
 
 
+    logprobs: StepLogprobs = NO_STEP_LOGPROBS
 class Runner(Protocol):
     """What runs the steps: `server.engine.runner.ModelRunner`, or a test's own."""
 
@@ -120,7 +129,7 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """One turn. An exception from here leaves the engine unusable."""
-        events = self._take_files()
+        events = self._take_compiled() + self._take_files()
         started = time.monotonic()
         batch = self._scheduler.next_batch()
         if batch is not None:
@@ -135,7 +144,8 @@ class Engine:
 
     def _commit(self, batch: Batch) -> list[TokenEvent]:
         result = self._runner.collect()
-        events = {event.request_id: event for event in self._scheduler.commit(batch, result.token_ids, result.faults)}
+        committed = self._scheduler.commit(batch, result.token_ids, result.faults, result.logprobs)
+        events = {event.request_id: event for event in committed}
         self._release_ended(events)
         self._num_steps += 1
         self._num_prefill_tokens += batch.num_prefill_tokens

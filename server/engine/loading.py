@@ -2,6 +2,7 @@
 
 import platform
 import time
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -20,12 +21,15 @@ from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.engine.snapshot_files import Bytes
 from server.engine.snapshots import CachePolicy, Snapshots
+from server.engine.sequence import Sequence
 from server.engine.state_pool import StatePool, num_slots_for
 from server.engine.state_types import StateLayout, StateTensorLayout
 from server.engine.types import EngineConfig, EngineInfo
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_SCORING_BYTES = {"cpu": 2**27, "cuda": 2**30}
+"""Logits of prompt tokens in one step: as large as is still a good chunk of a prompt."""
 
 def load_engine(config: EngineConfig) -> Engine:
     """Loads a model and takes the memory for its states. Sets this process's number of tensor threads.

@@ -1,6 +1,7 @@
 """Runs steps on the device: the only caller of the model and of the sampler.
 
-A step costs one copy to the device (`Transfer`) and one back (the sampled tokens). The last token of
+A step costs one copy to the device (`Transfer`) and one back (the sampled tokens, and log-probabilities where
+requests ask for them). The last token of
 every slot stays on the device, so `launch` may be called for the next step before `collect` for this
 one; everything goes into one stream, in order, clearing of slots included.
 """
@@ -17,7 +18,9 @@ from torch import Tensor
 from dijiang_model.model import PackedBatch
 from dijiang_model.state import StateBuffer
 from server.engine.engine import StepResult
-from server.engine.sampler import FAULTY, Sampler
+from server.engine.logprob_types import NO_STEP_LOGPROBS
+from server.engine.logprobs import LogprobPlan, scored_rows
+from server.engine.sampler import FAULTY, Sampler, SamplingPlan
 from server.engine.scheduler import Batch
 from server.engine.sequence import Chunk, Sequence
 from server.engine.state_pool import StatePool
@@ -31,7 +34,10 @@ Model = Callable[[PackedBatch, StateBuffer], Tensor]
 class _InFlight:
     """A launched step: tokens on their way to the host, and the event that says they are there."""
 
-    token_ids: Tensor  # [R] int64 on the host
+    batch: Batch
+    num_sampled: int
+    logprobs: LogprobPlan | None
+    numbers: Tensor  # int32 on the host: num_sampled tokens, then what the plan computed
     arrived: torch.cuda.Event | None
 
 
@@ -56,14 +62,18 @@ class ModelRunner:
         transfer = Transfer()
         fields = _StepFields.prepare(batch, transfer)
         plan = self._sampler.prepare(batch.sampled, transfer)
+        scoring = LogprobPlan.prepare(batch, transfer)
         arrived = transfer.send(self._device)
         logits = self._model(self._packed(batch, fields, arrived), self._pool.buffer)
-        if not batch.sampled:
-            self._in_flight.append(_InFlight(torch.empty(0, dtype=torch.int64), None))
-            return
-        token_ids = self._sampler.sample(logits, plan, arrived)
-        self._last_token_ids[arrived[fields.sampled_slots]] = token_ids.clamp(min=0)
-        self._in_flight.append(self._send_back(token_ids))
+        num_sampled = len(batch.sampled)
+        kept = None if scoring is None else scoring.keep(logits, arrived)
+        token_ids = self._sample(logits[:num_sampled], plan, fields, arrived)
+        numbers = token_ids.int()
+        if scoring is not None and kept is not None:
+            computed = scoring.compute(kept, logits[num_sampled:], token_ids, arrived)
+            numbers = torch.cat((numbers, computed.flatten()))
+        on_host, event = self._send_back(numbers)
+        self._in_flight.append(_InFlight(batch, num_sampled, scoring, on_host, event))
 
     def collect(self) -> StepResult:
         """Waits for the oldest launched step and takes its tokens.
@@ -74,8 +84,11 @@ class ModelRunner:
         step = self._in_flight.popleft()
         if step.arrived is not None:
             step.arrived.synchronize()
-        token_ids = step.token_ids.tolist()
-        return StepResult(token_ids, [token_id == FAULTY for token_id in token_ids])
+        token_ids = step.numbers[: step.num_sampled].tolist()
+        logprobs = NO_STEP_LOGPROBS
+        if step.logprobs is not None:
+            logprobs = step.logprobs.tables(step.numbers[step.num_sampled :], step.batch)
+        return StepResult(token_ids, [token_id == FAULTY for token_id in token_ids], logprobs)
 
     @torch.inference_mode()
     def release(self, sequence: Sequence) -> None:
@@ -93,6 +106,14 @@ class ModelRunner:
             assert isinstance(snapshot, Tensor)
             self._pool.restore(chunk.slot, snapshot)
 
+    def _sample(self, logits: Tensor, plan: SamplingPlan, fields: "_StepFields", arrived: Arrived) -> Tensor:
+        """[S, vocab] -> [S] int64 tokens, which are the last ones of their slots from now on."""
+        if len(logits) == 0:
+            return torch.empty(0, dtype=torch.int64, device=self._device)
+        token_ids = self._sampler.sample(logits, plan, arrived)
+        self._last_token_ids[arrived[fields.sampled_slots]] = token_ids.clamp(min=0)
+        return token_ids
+
     def _packed(self, batch: Batch, fields: "_StepFields", arrived: Arrived) -> PackedBatch:
         slots = arrived[fields.slots]
         last = self._last_token_ids[slots[: batch.num_decode]]
@@ -105,14 +126,14 @@ class ModelRunner:
             logit_rows=arrived[fields.logit_rows],
         )
 
-    def _send_back(self, token_ids: Tensor) -> _InFlight:
-        if self._device.type != "cuda":
-            return _InFlight(token_ids, None)
-        on_host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
-        on_host.copy_(token_ids, non_blocking=True)
+    def _send_back(self, numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        if self._device.type != "cuda" or len(numbers) == 0:
+            return numbers.cpu(), None
+        on_host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        on_host.copy_(numbers, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
-        return _InFlight(on_host, event)
+        return on_host, event
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +154,7 @@ class _StepFields:
             positions.extend(range(chunk.position, chunk.position + chunk.length))
             if chunk.output_index is not None:
                 logit_rows.append(len(positions) - 1)
+        logit_rows.extend(scored_rows(batch.chunks))  # behind the sampled ones
         return cls(
             slots=transfer.integers(_slots(batch.chunks)),
             prompt_token_ids=transfer.integers(prompt_token_ids),

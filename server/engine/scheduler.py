@@ -6,6 +6,8 @@ Rules:
       longer than what is left goes on in the next one, and only its last chunk samples.
     - There are never more running sequences than tokens in a step, so decoding never starves, and the
       oldest prompt moves on by at least one token in every step.
+    - Prompts whose tokens are scored take at most `max_scored_tokens` of a step together, for each of those needs
+      the logits of a whole vocabulary: the memory for them is fixed, however long the prompts are.
     - A request runs as soon as a slot is free. At most `max_waiting` wait; one more is refused.
     - Every request that was added ends in exactly one terminal event.
     - A step may be planned while earlier ones are in flight: rows whose sequence has ended meanwhile are
@@ -14,8 +16,9 @@ Rules:
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from server.engine.logprob_types import NO_STEP_LOGPROBS, StepLogprobs
 from server.engine.sequence import FROM_NOTHING, Chunk, Sequence, SequenceStatus, Start
 from server.engine.slots import SlotAllocator
 from server.engine.types import EngineError, FinishReason, GenerationRequest, TokenEvent
@@ -41,6 +44,24 @@ class Batch:
         return sum(chunk.length for chunk in self.chunks[self.num_decode :])
 
 
+@dataclass(slots=True)
+class _Budget:
+    """What is left of a step while it is planned: tokens, and prompt tokens among them that may be scored."""
+
+    num_tokens: int
+    num_scored_tokens: int
+
+    def feed(self, sequence: Sequence) -> list[Chunk]:
+        """The next chunk of a prompt; none if nothing is left for it."""
+        most = min(self.num_tokens, self.num_scored_tokens) if sequence.scores_prompt else self.num_tokens
+        if most < 1:
+            return []
+        chunk = sequence.next_chunk(most)
+        self.num_tokens -= chunk.length
+        self.num_scored_tokens -= chunk.num_scored
+        return [chunk]
+
+
 class Scheduler:
     """The engine's queue and its running set."""
 
@@ -52,6 +73,7 @@ class Scheduler:
         max_waiting: int,
         vocab_size: int,
         eos_token_ids: tuple[int, ...] = (),
+        max_scored_tokens: int | None = None,
         on_admission: Callable[[Sequence], None] = lambda sequence: None,
     ) -> None:
         """
@@ -61,6 +83,7 @@ class Scheduler:
             max_waiting: requests that may wait for a slot, >= 0.
             vocab_size: token ids are 0 .. vocab_size - 1.
             eos_token_ids: the model's end-of-sequence tokens.
+            max_scored_tokens: most prompt tokens in a step whose logits are wanted, >= 1; None: any number.
             on_admission: called with a sequence that gets its slot, before its first tokens are scheduled; it may let
                 the sequence begin behind a prefix whose state is known (`Sequence.skip`).
 
@@ -76,6 +99,7 @@ class Scheduler:
         self._max_waiting = max_waiting
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
+        self._max_scored_tokens = max_step_tokens if max_scored_tokens is None else max_scored_tokens
         self._on_admission = on_admission
         self._waiting: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
@@ -141,31 +165,47 @@ class Scheduler:
         """Plans a step and counts its tokens as fed; None when nothing can be scheduled now."""
         chunks = [sequence.next_chunk(1) for sequence in self._running.values() if sequence.wants_decode]
         num_decode = len(chunks)
-        budget = self._max_step_tokens - num_decode
+        budget = _Budget(self._max_step_tokens - num_decode, self._max_scored_tokens)
         for sequence in [*self._running.values()]:
-            if budget > 0 and sequence.status is SequenceStatus.PREFILL:
-                chunks.append(sequence.next_chunk(budget))
-                budget -= chunks[-1].length
-        while budget > 0 and (admitted := self._admit()) is not None:
-            chunks.append(admitted.next_chunk(budget))
-            budget -= chunks[-1].length
+            if sequence.status is SequenceStatus.PREFILL:
+                chunks += budget.feed(sequence)
+        while budget.num_tokens > 0 and (admitted := self._admit()) is not None:
+            chunks += budget.feed(admitted)
         if not chunks:
             return None
         return Batch(tuple(chunks), num_decode, tuple(chunk for chunk in chunks if chunk.output_index is not None))
 
-    def commit(self, batch: Batch, token_ids: Items[int], faults: Items[bool]) -> list[TokenEvent]:
+    def commit(
+        self,
+        batch: Batch,
+        token_ids: Items[int],
+        faults: Items[bool],
+        logprobs: StepLogprobs = NO_STEP_LOGPROBS,
+    ) -> list[TokenEvent]:
         """Takes the step's result in; at most one event per sequence.
 
         Args:
             batch: the step, of the oldest uncommitted `next_batch`.
             token_ids: the sampled token of each of `batch.sampled`.
             faults: for each of them, whether its logits were not finite; then the token is void.
+            logprobs: of those that want any.
         """
+        prompts = {batch.chunks[number].sequence: table for number, table in logprobs.prompts.items()}
         events = []
-        for chunk, token_id, is_faulty in zip(batch.sampled, token_ids, faults, strict=True):
-            if chunk.sequence.status is not SequenceStatus.FINISHED:
-                events.append(self._commit_row(chunk.sequence, token_id, is_faulty=is_faulty))
-        return events
+        for number, chunk in enumerate(batch.sampled):
+            table = prompts.pop(chunk.sequence, None)
+            if chunk.sequence.status is SequenceStatus.FINISHED:
+                continue
+            event = self._commit_row(chunk.sequence, token_ids[number], is_faulty=faults[number])
+            if event.error is None and (table is not None or number in logprobs.sampled):
+                output = logprobs.sampled.get(number) if event.token_ids else None
+                event = replace(event, logprobs=output, prompt_logprobs=table)
+            events.append(event)
+        return events + [
+            TokenEvent(sequence.request_id, prompt_logprobs=table)
+            for sequence, table in prompts.items()
+            if sequence.status is not SequenceStatus.FINISHED
+        ]
 
     def take_ended(self) -> list[Sequence]:
         """The sequences that gave their slot back since the last call, for the clean-up of the device."""
@@ -208,8 +248,8 @@ class Scheduler:
         sampling = request.sampling
         if not request.prompt_token_ids:
             return "the prompt has no tokens"
-        if sampling.max_tokens is not None and sampling.max_tokens < 1:
-            return f"max_tokens is {sampling.max_tokens}, and must be at least 1"
+        if sampling.max_tokens is not None and sampling.max_tokens < 0:
+            return f"max_tokens is {sampling.max_tokens}, and must be at least 0"
         bias_ids = (token_id for token_id, _ in sampling.logit_bias)
         for name, token_ids in (
             ("prompt", request.prompt_token_ids),
@@ -223,3 +263,4 @@ class Scheduler:
 
 def _failed(request_id: str, *, code: str, message: str) -> TokenEvent:
     return TokenEvent(request_id, finish_reason=FinishReason.ERROR, error=EngineError(code, message))
+            ("logprob_token_ids", request.logprobs.token_ids),

@@ -105,6 +105,11 @@ class Sequence:
 
     @property
     def pending(self) -> tuple[int, ...]:
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt are wanted, so that all of it must be fed."""
+        return self.request.logprobs.num_prompt is not None
+
         """Committed tokens that were not fed."""
         return tuple(self.outputs[max(0, self.num_fed - len(self.request.prompt_token_ids)) :])
 
@@ -203,3 +208,15 @@ class Chunk:
         if self.is_decode:
             return ()
         return self.sequence.request.prompt_token_ids[self.start : self.start + self.length]
+
+    @property
+    def num_scored(self) -> int:
+        """How many of the tokens have a follower in the prompt whose log-probability is wanted."""
+        if self.is_decode or not self.sequence.scores_prompt:
+            return 0
+        return min(self.length, len(self.sequence.request.prompt_token_ids) - 1 - self.start)
+
+    @property
+    def scored_token_ids(self) -> tuple[int, ...]:
+        """Those followers."""
+        return self.sequence.request.prompt_token_ids[self.start + 1 : self.start + 1 + self.num_scored]

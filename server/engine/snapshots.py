@@ -157,7 +157,8 @@ class Snapshots:
         if self._cache is None or namespace is None:
             return
         prompt = sequence.request.prompt_token_ids
-        hit = self._cache.find(namespace, prompt, at_most=len(prompt) - 1)
+        # Where the prompt is scored, all of it must be computed.
+        hit = None if sequence.scores_prompt else self._cache.find(namespace, prompt, at_most=len(prompt) - 1)
         if hit is not None:
             sequence.skip(hit.num_tokens, hit.snapshot)
         sequence.stops = self._stops(sequence)
@@ -226,7 +227,8 @@ class Snapshots:
         options = sequence.request.states
         assert options.save_to is not None
         pending = () if options.prompt_only else sequence.pending
-        last = sequence.request.prompt_token_ids[-1] if options.prompt_only else sequence.outputs[-1]
+        tokens = () if options.prompt_only else sequence.outputs
+        last = tokens[-1] if tokens else sequence.request.prompt_token_ids[-1]
         saved = Snapshot(
             row=self._access.to_row(snapshot),
             position=sequence.start.position + sequence.num_fed,

@@ -7,6 +7,7 @@ with events, and nothing else (no tensor, no pickle) passes between them.
 from dataclasses import dataclass
 from enum import StrEnum
 
+from server.engine.logprob_types import NO_LOGPROBS, LogprobOptions, LogprobTable
 from server.engine.state_types import NO_PREFIX_CACHE, NO_STATE, PrefixCacheStats, SavedState, StateLayout, StateOptions
 
 
@@ -28,7 +29,7 @@ class SamplingParams:
     """How tokens of one sequence are chosen and when it ends. Ranges are checked by the service.
 
     Attributes:
-        max_tokens: most new tokens, >= 1; None: no limit.
+        max_tokens: most new tokens, >= 0 (0: the prompt is only read, or scored); None: no limit.
         min_tokens: end-of-sequence and stop tokens are suppressed before that many new tokens.
         temperature: >= 0; 0 is greedy.
         top_k: keep the k most likely tokens; 0 keeps all.
@@ -111,6 +112,9 @@ class EngineConfig:
     """The frozen part of the settings that the engine process gets.
 
     Attributes:
+        logprobs: of `token_ids`, a row for each, if the request wants them.
+        prompt_logprobs: of the next tokens of the prompt, from its second one on, if the request wants them; all
+            of them have come with the first token at the latest.
         model_path: folder of the model.
         device: `cpu`, `cuda` or `cuda:N`.
         weights_dtype: `float32`, `bfloat16` or `float16`.
@@ -119,6 +123,8 @@ class EngineConfig:
         max_num_slots: upper bound on the slots, whatever the budget.
         max_step_tokens: tokens (decode rows and prefill chunks together) in one step.
         max_waiting: requests that may wait for a slot before new ones are refused.
+    logprobs: LogprobTable | None = None
+    prompt_logprobs: LogprobTable | None = None
         states_folder: of state files, shared with the service; None: there are none.
         prefix_cache_host_bytes / prefix_cache_device_bytes: budgets of the prefix cache's tiers; both 0: no cache.
         prefix_cache_min_tokens: shorter prefixes are computed again.

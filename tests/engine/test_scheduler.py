@@ -224,7 +224,7 @@ def test_an_id_is_free_again_after_the_end() -> None:
         ((0, -1), {}, "prompt"),
         ((0,), {"stop_token_ids": (VOCAB_SIZE,)}, "stop_token_ids"),
         ((0,), {"logit_bias": ((-1, 1.0),)}, "logit_bias"),
-        ((0,), {"max_tokens": 0}, "max_tokens"),
+        ((0,), {"max_tokens": -1}, "max_tokens"),
     ],
 )
 def test_what_would_break_a_step_for_everybody_ends_alone(
