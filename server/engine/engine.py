@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
+from server.engine.logprob_types import NO_STEP_LOGPROBS, StepLogprobs
 from server.engine.scheduler import Batch, Scheduler
 from server.engine.sequence import Sequence
 from server.engine.snapshots import Snapshots
@@ -32,9 +33,9 @@ class StepResult:
 
     token_ids: list[int]
     faults: list[bool]
-
-
     logprobs: StepLogprobs = NO_STEP_LOGPROBS
+
+
 class Runner(Protocol):
     """What runs the steps: `server.engine.runner.ModelRunner`, or a test's own."""
 

@@ -19,17 +19,17 @@ from server.engine.prefix_cache import PrefixCache
 from server.engine.runner import ModelRunner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
+from server.engine.sequence import Sequence
 from server.engine.snapshot_files import Bytes
 from server.engine.snapshots import CachePolicy, Snapshots
-from server.engine.sequence import Sequence
 from server.engine.state_pool import StatePool, num_slots_for
 from server.engine.state_types import StateLayout, StateTensorLayout
 from server.engine.types import EngineConfig, EngineInfo
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 _SCORING_BYTES = {"cpu": 2**27, "cuda": 2**30}
 """Logits of prompt tokens in one step: as large as is still a good chunk of a prompt."""
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 def load_engine(config: EngineConfig) -> Engine:
     """Loads a model and takes the memory for its states. Sets this process's number of tensor threads.
@@ -76,6 +76,7 @@ def build_engine(model: DiJiangForCausalLM, config: EngineConfig, *, started: fl
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,
         on_admission=snapshots.begin,
+        max_scored_tokens=max(1, _SCORING_BYTES[device.type] // (4 * vocab_size)),
     )
     info = EngineInfo(
         num_slots=num_slots,

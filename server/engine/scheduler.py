@@ -255,6 +255,7 @@ class Scheduler:
             ("prompt", request.prompt_token_ids),
             ("stop_token_ids", sampling.stop_token_ids),
             ("logit_bias", tuple(bias_ids)),
+            ("logprob_token_ids", request.logprobs.token_ids),
         ):
             if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._vocab_size):
                 return f"{name} has a token id outside of the vocabulary (0 to {self._vocab_size - 1})"
@@ -263,4 +264,3 @@ class Scheduler:
 
 def _failed(request_id: str, *, code: str, message: str) -> TokenEvent:
     return TokenEvent(request_id, finish_reason=FinishReason.ERROR, error=EngineError(code, message))
-            ("logprob_token_ids", request.logprobs.token_ids),

@@ -87,6 +87,11 @@ class Sequence:
         return self.request.sampling
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt are wanted, so that all of it must be fed."""
+        return self.request.logprobs.num_prompt is not None
+
+    @property
     def num_prompt_left(self) -> int:
         """Prompt tokens that no step has taken yet."""
         return max(0, len(self.request.prompt_token_ids) - self.num_fed)
@@ -105,11 +110,6 @@ class Sequence:
 
     @property
     def pending(self) -> tuple[int, ...]:
-    @property
-    def scores_prompt(self) -> bool:
-        """Whether log-probabilities of the prompt are wanted, so that all of it must be fed."""
-        return self.request.logprobs.num_prompt is not None
-
         """Committed tokens that were not fed."""
         return tuple(self.outputs[max(0, self.num_fed - len(self.request.prompt_token_ids)) :])
 

@@ -65,12 +65,14 @@ class GenerationRequest:
 
     Attributes:
         states: where the conversation before the prompt comes from, and what is kept of this one.
+        logprobs: what is to be reported beside the tokens.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     states: StateOptions = NO_STATE
+    logprobs: LogprobOptions = NO_LOGPROBS
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,9 @@ class TokenEvent:
     Attributes:
         num_cached_tokens: with the first token: tokens of the prompt that were not computed again.
         saved: in the terminal event of a request that asked for it: its state, on the disk.
+        logprobs: of `token_ids`, a row for each, if the request wants them.
+        prompt_logprobs: of the next tokens of the prompt, from its second one on, if the request wants them; all
+            of them have come with the first token at the latest.
     """
 
     request_id: str
@@ -105,6 +110,8 @@ class TokenEvent:
     error: EngineError | None = None
     num_cached_tokens: int = 0
     saved: SavedState | None = None
+    logprobs: LogprobTable | None = None
+    prompt_logprobs: LogprobTable | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +119,6 @@ class EngineConfig:
     """The frozen part of the settings that the engine process gets.
 
     Attributes:
-        logprobs: of `token_ids`, a row for each, if the request wants them.
-        prompt_logprobs: of the next tokens of the prompt, from its second one on, if the request wants them; all
-            of them have come with the first token at the latest.
         model_path: folder of the model.
         device: `cpu`, `cuda` or `cuda:N`.
         weights_dtype: `float32`, `bfloat16` or `float16`.
@@ -123,8 +127,6 @@ class EngineConfig:
         max_num_slots: upper bound on the slots, whatever the budget.
         max_step_tokens: tokens (decode rows and prefill chunks together) in one step.
         max_waiting: requests that may wait for a slot before new ones are refused.
-    logprobs: LogprobTable | None = None
-    prompt_logprobs: LogprobTable | None = None
         states_folder: of state files, shared with the service; None: there are none.
         prefix_cache_host_bytes / prefix_cache_device_bytes: budgets of the prefix cache's tiers; both 0: no cache.
         prefix_cache_min_tokens: shorter prefixes are computed again.
