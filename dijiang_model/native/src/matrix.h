@@ -36,19 +36,29 @@ struct Activations {
   const float* scales;    // [N]
 };
 
+// Weights come from memory once a step. A block of outputs reads several rows side by side, which the processor's own
+// prefetching does not follow well, least of all in short rows: so the blocks behind are asked for line by line.
+constexpr int64_t kAheadBytes = 32768;
+static inline void fetch_ahead(const void* at) {
+  __builtin_prefetch(static_cast<const char*>(at) + kAheadBytes, 0, 2);
+}
+
 typedef float Vec4At __attribute__((vector_size(16), aligned(4), may_alias));
 static inline Vec4 load4(const float* from) { return *reinterpret_cast<const Vec4At*>(from); }
 static inline void store4(float* to, Vec4 x) { *reinterpret_cast<Vec4At*>(to) = x; }
 
 // sums[o / 4][n] = w[o] . x[n]. Every sum is one vector accumulator over the columns in order, whatever O and N.
-template <int O, int N>
+template <int O, int N, bool kStreams = false>
 static inline void dot_block(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t size,
                              Vec4 (&sums)[O / 4][N]) {
   Vec total[O][N];
   each<O>([&](auto o) DIJIANG_INLINE { each<N>([&](auto n) DIJIANG_INLINE { total[o][n] = splat(0.0f); }); });
   auto add = [&](auto from, int64_t j) DIJIANG_INLINE {
     Vec weights[O];
-    each<O>([&](auto o) DIJIANG_INLINE { weights[o] = from(w + o * w_stride + j); });
+    each<O>([&](auto o) DIJIANG_INLINE {
+      weights[o] = from(w + o * w_stride + j);
+      if (kStreams) fetch_ahead(w + j * O + o * kLanes);
+    });
     each<N>([&](auto n) DIJIANG_INLINE {
       const Vec value = from(x + n * x_stride + j);
       each<O>([&](auto o) DIJIANG_INLINE { total[o][n] = fma(weights[o], value, total[o][n]); });
@@ -80,7 +90,7 @@ typedef int64_t Long4 __attribute__((vector_size(32)));
 typedef int32_t Int4At __attribute__((vector_size(16), aligned(4), may_alias));
 
 // Integer dot products of int8 codes and 16-bit activations, exact: sums[o / 4][n].
-template <int O, int N>
+template <int O, int N, bool kStreams>
 static inline void dot_codes(const int8_t* codes, int64_t size, const uint8_t* planes, const int32_t* totals,
                              Long4 (&sums)[O / 4][N]) {
 #if DIJIANG_VNNI
@@ -90,7 +100,10 @@ static inline void dot_codes(const int8_t* codes, int64_t size, const uint8_t* p
   });
   for (int64_t j = 0; j < size; j += kCodeBlock) {
     __m512i weights[O];
-    each<O>([&](auto o) DIJIANG_INLINE { weights[o] = _mm512_loadu_si512(codes + o * size + j); });
+    each<O>([&](auto o) DIJIANG_INLINE {
+      weights[o] = _mm512_loadu_si512(codes + o * size + j);
+      if (kStreams) fetch_ahead(codes + j * O + o * kCodeBlock);
+    });
     each<N>([&](auto n) DIJIANG_INLINE {
       const uint8_t* row = planes + n * 2 * size + j;
       const __m512i upper = _mm512_loadu_si512(row), lower = _mm512_loadu_si512(row + size);
@@ -131,14 +144,14 @@ static inline void dot_codes(const int8_t* codes, int64_t size, const uint8_t* p
 }
 
 // y[n ... n + N - 1][row ... row + O - 1] (+)= W x + b, O a multiple of 4.
-template <int O, int N, bool kCodes>
+template <int O, int N, bool kCodes, bool kStreams>
 static inline void product_block(const Matrix& m, const Activations& x, int64_t row, int64_t n, float* y,
                                  int64_t y_stride, bool add) {
   Vec4 values[O / 4][N];
   if (kCodes) {
     const int64_t size = padded(m.columns);
     Long4 sums[O / 4][N];
-    dot_codes<O, N>(m.codes + row * size, size, x.planes + n * 2 * size, m.totals + row, sums);
+    dot_codes<O, N, kStreams>(m.codes + row * size, size, x.planes + n * 2 * size, m.totals + row, sums);
     each<O / 4>([&](auto o) DIJIANG_INLINE {
       const Vec4 scales = load4(m.scales + row + 4 * o);
       each<N>([&](auto i) DIJIANG_INLINE {
@@ -146,7 +159,7 @@ static inline void product_block(const Matrix& m, const Activations& x, int64_t 
       });
     });
   } else {
-    dot_block<O, N>(m.weight + row * m.columns, m.columns, x.values + n * x.stride, x.stride, m.columns, values);
+    dot_block<O, N, kStreams>(m.weight + row * m.columns, m.columns, x.values + n * x.stride, x.stride, m.columns, values);
   }
   each<N>([&](auto i) DIJIANG_INLINE {
     each<O / 4>([&](auto o) DIJIANG_INLINE {
@@ -180,19 +193,25 @@ constexpr bool kIsWide = kLanes == 16;
 template <bool kCodes>
 constexpr int kBlockRows = kIsWide && !kCodes ? 4 : 2;
 
+// O outputs of all rows; the first rows bring the weights in.
+template <int O, bool kCodes>
+static inline void product_outputs(const Matrix& m, const Activations& x, int64_t num_rows, int64_t row, float* y,
+                                   int64_t y_stride, bool add) {
+  constexpr int kRows = kBlockRows<kCodes>;
+  int64_t n = 0;
+  if (num_rows >= kRows) product_block<O, kRows, kCodes, true>(m, x, row, n, y, y_stride, add), n += kRows;
+  for (; n + kRows <= num_rows; n += kRows) product_block<O, kRows, kCodes, false>(m, x, row, n, y, y_stride, add);
+  for (; kRows > 2 && n + 2 <= num_rows; n += 2) product_block<O, 2, kCodes, true>(m, x, row, n, y, y_stride, add);
+  for (; n < num_rows; ++n) product_block<O, 1, kCodes, true>(m, x, row, n, y, y_stride, add);
+}
+
 template <bool kCodes>
 static inline void product_range(const Matrix& m, const Activations& x, int64_t num_rows, int64_t first, int64_t last,
                                  float* y, int64_t y_stride, bool add) {
-  constexpr int kRows = kBlockRows<kCodes>;
   int64_t row = first;
   for (; num_rows == 1 && kIsWide && row + 8 <= last; row += 8)
-    product_block<8, 1, kCodes>(m, x, row, 0, y, y_stride, add);
-  for (; row + 4 <= last; row += 4) {
-    int64_t n = 0;
-    for (; n + kRows <= num_rows; n += kRows) product_block<4, kRows, kCodes>(m, x, row, n, y, y_stride, add);
-    for (; kRows > 2 && n + 2 <= num_rows; n += 2) product_block<4, 2, kCodes>(m, x, row, n, y, y_stride, add);
-    for (; n < num_rows; ++n) product_block<4, 1, kCodes>(m, x, row, n, y, y_stride, add);
-  }
+    product_block<8, 1, kCodes, true>(m, x, row, 0, y, y_stride, add);
+  for (; row + 4 <= last; row += 4) product_outputs<4, kCodes>(m, x, num_rows, row, y, y_stride, add);
   for (; row < last; ++row)
     for (int64_t n = 0; n < num_rows; ++n) product_single(m, x, row, n, y[n * y_stride + row], add);
 }
