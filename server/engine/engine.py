@@ -130,7 +130,7 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """One turn. An exception from here leaves the engine unusable."""
-        events = self._take_compiled() + self._take_files()
+        events = self._take_files()
         started = time.monotonic()
         batch = self._scheduler.next_batch()
         if batch is not None:

@@ -217,6 +217,11 @@ class Scheduler:
             self._end(sequence)
             message = "the model's output for this request was not finite"
             return _failed(sequence.request_id, code="numerical_error", message=message)
+        if sequence.sampling.max_tokens == 0:
+            self._end(sequence)
+            return TokenEvent(
+                sequence.request_id, finish_reason=FinishReason.LENGTH, num_cached_tokens=sequence.num_cached
+            )
         reason = sequence.accept(token_id)
         if reason is not None:
             self._end(sequence)
