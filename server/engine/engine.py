@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
+from server.engine.grammar_queue import GrammarQueue
 from server.engine.logprob_types import NO_STEP_LOGPROBS, StepLogprobs
 from server.engine.scheduler import Batch, Scheduler
 from server.engine.sequence import Sequence
@@ -24,7 +25,7 @@ from server.engine.types import (
     TokenEvent,
 )
 
-_FILE_WAIT_S = 0.02
+_IDLE_WAIT_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class Engine:
         info: EngineInfo,
         num_ahead: int = 0,
         snapshots: Snapshots | None = None,
+        grammars: GrammarQueue | None = None,
     ) -> None:
         """
         Args:
@@ -68,8 +70,10 @@ class Engine:
             info: what this engine says about itself.
             num_ahead: steps to launch before the oldest one is read back; 0 where the device is the host.
             snapshots: saved and cached states; None: requests that name any end with an error.
+            grammars: where requests wait for their grammar; None: those that have one end with an error.
         """
         self.info = info
+        self._grammars = grammars
         self._snapshots = snapshots
         self._scheduler = scheduler
         self._runner = runner
@@ -91,7 +95,9 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
-        return bool(self._in_flight) or self._scheduler.has_unfinished or self._waits_for_files
+        return (
+            bool(self._in_flight) or self._scheduler.has_unfinished or self._waits_for_files or self._waits_to_compile
+        )
 
     @property
     def stats(self) -> EngineStats:
@@ -113,16 +119,19 @@ class Engine:
         Raises:
             ValueError: a request of this id has not ended yet.
         """
-        snapshots = self._snapshots
-        if snapshots is None:
-            return self._scheduler.add(request)
-        if snapshots.owns(request.request_id) or self._scheduler.has(request.request_id):
+        if self._has(request.request_id):
             raise ValueError(f"request {request.request_id!r} is already in the engine")
-        return snapshots.load(request) if request.states.load_from is not None else self._scheduler.add(request)
+        if request.grammar is not None and self._grammars is None:
+            error = EngineError("grammar_invalid", "this engine takes no grammars")
+            return TokenEvent(request.request_id, finish_reason=FinishReason.ERROR, error=error)
+        if self._grammars is not None and self._grammars.take(request):
+            return None
+        return self._add_compiled(request)
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """Ends a request; its terminal event, or None if it is unknown or has ended."""
-        if self._snapshots is not None and self._snapshots.cancel(request_id):
+        waiting = [queue for queue in (self._grammars, self._snapshots) if queue is not None]
+        if any(queue.cancel(request_id) for queue in waiting):
             return TokenEvent(request_id, finish_reason=FinishReason.ABORT)
         event = self._scheduler.abort(request_id)
         self._release_ended({})
@@ -130,7 +139,7 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """One turn. An exception from here leaves the engine unusable."""
-        events = self._take_files()
+        events = self._take_compiled() + self._take_files()
         started = time.monotonic()
         batch = self._scheduler.next_batch()
         if batch is not None:
@@ -161,6 +170,31 @@ class Engine:
                 del events[sequence.request_id]  # it comes when the state is on the disk
             self._runner.release(sequence)
 
+    def _has(self, request_id: str) -> bool:
+        waiting = [queue for queue in (self._grammars, self._snapshots) if queue is not None]
+        return self._scheduler.has(request_id) or any(queue.owns(request_id) for queue in waiting)
+
+    def _add_compiled(self, request: GenerationRequest) -> TokenEvent | None:
+        snapshots = self._snapshots
+        if snapshots is not None and request.states.load_from is not None:
+            return snapshots.load(request)
+        return self._scheduler.add(request)
+
+    @property
+    def _waits_to_compile(self) -> bool:
+        return self._grammars is not None and self._grammars.is_busy
+
+    def _take_compiled(self) -> list[TokenEvent]:
+        """Schedules requests whose grammar was compiled; events of those whose grammar cannot be used."""
+        grammars = self._grammars
+        if grammars is None or not grammars.is_busy:
+            return []
+        if not (self._in_flight or self._scheduler.has_unfinished or self._waits_for_files):
+            grammars.wait(_IDLE_WAIT_S)
+        requests, events = grammars.arrived()
+        refused = [self._add_compiled(request) for request in requests]
+        return [*events, *(event for event in refused if event is not None)]
+
     @property
     def _waits_for_files(self) -> bool:
         return self._snapshots is not None and self._snapshots.is_busy
@@ -171,7 +205,7 @@ class Engine:
         if snapshots is None or not snapshots.is_busy:
             return []
         if not (self._in_flight or self._scheduler.has_unfinished):
-            snapshots.wait(_FILE_WAIT_S)
+            snapshots.wait(_IDLE_WAIT_S)
         loaded, events = snapshots.arrived()
         refused = [self._scheduler.add(item.request, item.start) for item in loaded]
         return [*events, *(event for event in refused if event is not None)]

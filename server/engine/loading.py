@@ -15,6 +15,8 @@ from dijiang_model.state import StateSpec
 from dijiang_model.tensor_files import SAFETENSORS_DTYPES
 from server.engine.engine import Engine
 from server.engine.fingerprint import model_fingerprint
+from server.engine.grammar import GrammarCompiler
+from server.engine.grammar_queue import GrammarQueue
 from server.engine.prefix_cache import PrefixCache
 from server.engine.runner import ModelRunner
 from server.engine.sampler import Sampler
@@ -69,14 +71,18 @@ def build_engine(model: DiJiangForCausalLM, config: EngineConfig, *, started: fl
     sampler = Sampler(vocab_size, eos_token_ids, device)
     layout = state_layout(spec, vocab_size, model_fingerprint(model.config, Path(config.model_path)))
     snapshots = _snapshots(PoolAccess(pool), layout, config)
+    load_compiler = partial(
+        GrammarCompiler.load, Path(config.model_path), vocab_size=vocab_size, eos_token_ids=eos_token_ids
+    )
+    grammars = GrammarQueue(load_compiler)
     scheduler = Scheduler(
         num_slots=num_slots,
         max_step_tokens=config.max_step_tokens,
         max_waiting=config.max_waiting,
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,
-        on_admission=snapshots.begin,
         max_scored_tokens=max(1, _SCORING_BYTES[device.type] // (4 * vocab_size)),
+        on_admission=lambda sequence: _begin(sequence, snapshots, grammars),
     )
     info = EngineInfo(
         num_slots=num_slots,
@@ -92,7 +98,14 @@ def build_engine(model: DiJiangForCausalLM, config: EngineConfig, *, started: fl
     )
     runner = ModelRunner(model, pool=pool, sampler=sampler, device=device)
     num_ahead = 1 if device.type == "cuda" else 0
-    return Engine(scheduler=scheduler, runner=runner, info=info, num_ahead=num_ahead, snapshots=snapshots)
+    return Engine(
+        scheduler=scheduler, runner=runner, info=info, num_ahead=num_ahead, snapshots=snapshots, grammars=grammars
+    )
+
+
+def _begin(sequence: Sequence, snapshots: Snapshots, grammars: GrammarQueue) -> None:
+    snapshots.begin(sequence)
+    grammars.begin(sequence)
 
 
 class PoolAccess:

@@ -1,7 +1,7 @@
 """From logits to tokens, for all rows of a step together, each row by its own parameters.
 
-Order, as in the field: penalties, logit bias, suppression until `min_tokens`; then, for rows that are
-not greedy, temperature, min-p, top-k, top-p, each over what the one before left. Tokens of equal weight
+Order, as in the field: penalties, logit bias, suppression until `min_tokens`, the request's grammar; then, for rows
+that are not greedy, temperature, min-p, top-k, top-p, each over what the one before left. Tokens of equal weight
 are kept or dropped together. A token is drawn by inverse CDF, in vocabulary order, from one uniform number
 that depends on the seed and the output index alone: no row ever depends on another. Work that no row asks
 for is not done; a greedy step is an argmax.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from server.engine.grammar_masks import MaskPlan, apply_masks, prepare_masks
 from server.engine.penalties import PenaltyPlan, PenaltyTables
 from server.engine.randomness import uniform
 from server.engine.sequence import Chunk, Sequence
@@ -76,6 +77,7 @@ class SamplingPlan:
     penalties: PenaltyPlan | None
     bias: BiasPlan | None
     suppression: SuppressionPlan | None
+    masks: MaskPlan | None
     draw: DrawPlan | None
 
 
@@ -93,6 +95,7 @@ class Sampler:
             penalties=self._penalties.prepare(chunks, transfer),
             bias=_bias_plan(chunks, transfer),
             suppression=self._suppression_plan(chunks, transfer),
+            masks=prepare_masks(chunks, self._vocab_size, transfer),
             draw=self._draw_plan(chunks, transfer),
         )
 
@@ -117,6 +120,8 @@ class Sampler:
             # Not -inf: a row with every token suppressed stays well defined.
             index = (arrived[plan.suppression.rows], arrived[plan.suppression.token_ids])
             logits.index_put_(index, torch.full_like(index[0], torch.finfo(logits.dtype).min, dtype=logits.dtype))
+        if plan.masks is not None:
+            apply_masks(logits, plan.masks, arrived)
         token_ids = _choose(logits, plan.draw, arrived)
         if plan.penalties is not None:
             self._penalties.count(token_ids, plan.penalties, arrived)
@@ -127,16 +132,19 @@ class Sampler:
         self._penalties.release(sequence)
 
     def _suppression_plan(self, chunks: Items[Chunk], transfer: Transfer) -> SuppressionPlan | None:
-        pairs = [
-            (row, token_id)
-            for row, chunk in enumerate(chunks)
-            if chunk.output_index is not None and chunk.output_index < chunk.sequence.sampling.min_tokens
-            for token_id in (*self._eos_token_ids, *chunk.sequence.sampling.stop_token_ids)
-        ]
+        pairs = [(row, token_id) for row, chunk in enumerate(chunks) for token_id in self._suppressed(chunk)]
         if not pairs:
             return None
         rows, token_ids = zip(*pairs, strict=True)
         return SuppressionPlan(transfer.integers(rows), transfer.integers(token_ids))
+
+    def _suppressed(self, chunk: Chunk) -> tuple[int, ...]:
+        """Tokens that come only if nothing else may."""
+        sampling = chunk.sequence.sampling
+        if chunk.output_index is not None and chunk.output_index < sampling.min_tokens:
+            return (*self._eos_token_ids, *sampling.stop_token_ids)
+        # A grammar permits the end where a text is complete; without one, `ignore_eos` lets the token through.
+        return self._eos_token_ids if sampling.ignore_eos and chunk.sequence.constraint is not None else ()
 
     def _draw_plan(self, chunks: Items[Chunk], transfer: Transfer) -> DrawPlan | None:
         rows = [row for row, chunk in enumerate(chunks) if chunk.sequence.sampling.temperature > 0]

@@ -222,6 +222,11 @@ class Scheduler:
             return TokenEvent(
                 sequence.request_id, finish_reason=FinishReason.LENGTH, num_cached_tokens=sequence.num_cached
             )
+        problem = None if sequence.constraint is None else sequence.constraint.accept(token_id)
+        if problem is not None:
+            self._end(sequence)
+            message = f"the answer could not be kept within the grammar of the request: {problem}"
+            return _failed(sequence.request_id, code="grammar_failed", message=message)
         reason = sequence.accept(token_id)
         if reason is not None:
             self._end(sequence)

@@ -8,6 +8,7 @@ a sequence takes the same memory at output 1 and at output 1,000,000.
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 from server.engine.types import FinishReason, GenerationRequest, SamplingParams
 
@@ -41,6 +42,21 @@ class Start:
 FROM_NOTHING = Start()
 
 
+class Constraint(Protocol):
+    """What the output of a sequence must look like; follows it token by token."""
+
+    has_ended: bool
+    """The end-of-sequence token was accepted."""
+
+    def accept(self, token_id: int) -> str | None:
+        """Takes a sampled token in; a sentence if the output cannot go on with it."""
+        ...
+
+    def write_mask(self, words: "array[int]", start: int) -> None:
+        """Writes a bit for each token, 1 where it may come next, into 8-byte words from words[start] on."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One request in the engine.
@@ -56,6 +72,8 @@ class Sequence:
         stops: lengths of the prompt at which a chunk must end.
         num_scheduled: output tokens that steps were asked for.
         num_outputs: output tokens committed, <= num_scheduled.
+        constraint: from admission on, if the request has a grammar. The next token then depends on the host having
+            seen the last one, so no step is planned before the one before it was read back.
         end_token_ids: tokens that end it.
     """
 
@@ -69,6 +87,7 @@ class Sequence:
     stops: frozenset[int] = frozenset()
     num_scheduled: int = 0
     num_outputs: int = 0
+    constraint: Constraint | None = None
     end_token_ids: frozenset[int] = field(init=False)
     _outputs: "array[int] | None" = None
 
@@ -100,6 +119,8 @@ class Sequence:
     def wants_decode(self) -> bool:
         """Whether another output token may be scheduled; false once `max_tokens` are on their way."""
         limit = self.sampling.max_tokens
+        if self.constraint is not None and self.num_scheduled > self.num_outputs:
+            return False
         return self.status is SequenceStatus.DECODE and (limit is None or self.num_scheduled < limit)
 
     @property
@@ -155,6 +176,8 @@ class Sequence:
             self._outputs.append(token_id)
         if token_id in self.end_token_ids and self.num_outputs > self.sampling.min_tokens:
             return FinishReason.STOP
+        if self.constraint is not None and self.constraint.has_ended:
+            return FinishReason.STOP  # nothing else could come, whatever `min_tokens` and `ignore_eos` ask for
         if self.num_outputs == self.sampling.max_tokens:
             return FinishReason.LENGTH
         return None

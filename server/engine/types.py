@@ -60,12 +60,24 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class GrammarSpec:
+    """The language that an answer must be in, compiled once by the service already.
+
+    Attributes:
+        text: Lark in llguidance's dialect; see `server.engine.grammar`.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One sequence to generate: a prompt of token ids (at least one) and how to go on from it.
 
     Attributes:
         states: where the conversation before the prompt comes from, and what is kept of this one.
         logprobs: what is to be reported beside the tokens.
+        grammar: the language that the answer must be in; None: any text.
     """
 
     request_id: str
@@ -73,6 +85,7 @@ class GenerationRequest:
     sampling: SamplingParams
     states: StateOptions = NO_STATE
     logprobs: LogprobOptions = NO_LOGPROBS
+    grammar: GrammarSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +93,9 @@ class EngineError:
     """What went wrong with one request, in words for its client.
 
     Attributes:
-        code: stable machine-readable name: `numerical_error`, `engine_restarting`, `overloaded`,
-            `internal_error`, or of a state's file `state_invalid`, `state_of_another_model`, `state_not_found`,
-            `state_not_saved`, `states_unavailable`.
+        code: stable machine-readable name: `grammar_invalid`, `grammar_failed`, `numerical_error`,
+            `engine_restarting`, `overloaded`, `internal_error`, or of a state's file `state_invalid`,
+            `state_of_another_model`, `state_not_found`, `state_not_saved`, `states_unavailable`.
     """
 
     code: str
