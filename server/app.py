@@ -17,7 +17,7 @@ from server.middleware import (
     printable,
 )
 from server.protocol.wire import ErrorEnvelope, validation_error
-from server.routes import chat, completions, models, operations, tokenization
+from server.routes import chat, completions, models, operations, states, tokenization
 from server.service import Service
 
 DESCRIPTION = "OpenAI-compatible inference for DiJiang models: linear attention with a constant-size state."
@@ -41,7 +41,7 @@ def create_app(service: Service) -> FastAPI:
         },
     )
     app.state.service = service
-    for module in (completions, chat, models, tokenization, operations):
+    for module in (completions, chat, states, models, tokenization, operations):
         app.include_router(module.router)
     return app
 
@@ -55,7 +55,7 @@ def _middleware(service: Service) -> list[Middleware]:
     if service.options.cors_origins:
         cors: dict[str, Any] = {
             "allow_origins": service.options.cors_origins,
-            "allow_methods": ["GET", "POST"],
+            "allow_methods": ["GET", "POST", "DELETE"],
             "allow_headers": ["*"],
             "expose_headers": ["x-request-id", "retry-after"],
         }

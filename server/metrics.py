@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from server.engine.state_types import PrefixCacheStats
 from server.engine.types import EngineInfo, EngineStats
 
 TTFT_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -122,3 +123,16 @@ def _stats_metrics(stats: EngineStats) -> Iterator[Metric]:
         "dijiang_engine_prefill_tokens", "Prompt tokens computed.", value=stats.num_prefill_tokens
     )
     yield CounterMetricFamily("dijiang_engine_decode_tokens", "Tokens decoded.", value=stats.num_decode_tokens)
+    yield from _prefix_cache_metrics(stats.prefix_cache)
+
+
+def _prefix_cache_metrics(stats: PrefixCacheStats) -> Iterator[Metric]:
+    yield GaugeMetricFamily("dijiang_prefix_cache_entries", "Cached states.", value=stats.num_entries)
+    yield GaugeMetricFamily("dijiang_prefix_cache_bytes", "Memory of cached states.", value=stats.num_bytes)
+    for name, text, value in (
+        ("queries", "Prompts looked up in the prefix cache.", stats.num_lookups),
+        ("hits", "Prompts that began with a cached prefix.", stats.num_hits),
+        ("hit_tokens", "Prompt tokens that were not computed again.", stats.num_cached_tokens),
+        ("evictions", "Cached states that had to go.", stats.num_evictions),
+    ):
+        yield CounterMetricFamily(f"dijiang_prefix_cache_{name}", text, value=value)

@@ -22,6 +22,9 @@ MAX_REQUEST_ID_CHARACTERS = 64
 POLLED_PATHS = frozenset({"/health", "/ready", "/metrics"})
 OPEN_PATHS = frozenset({"/health", "/ready"})
 DRAIN_S = 5.0
+STATE_IMPORT_PATH = "/v1/states/import"
+JSON_MEDIA_TYPES = ("application/json",)
+STATE_MEDIA_TYPES = ("application/octet-stream", "application/vnd.safetensors")
 logger = structlog.stdlib.get_logger("dijiang.http")
 
 
@@ -119,7 +122,7 @@ class BodyMiddleware:
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
-        self._max_bytes = service.options.max_body_bytes
+        self._service = service
         self._timeout_s = service.options.body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,10 +130,12 @@ class BodyMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        _check_content_type(headers)
+        is_state = scope["path"] == STATE_IMPORT_PATH
+        _check_content_type(headers, STATE_MEDIA_TYPES if is_state else JSON_MEDIA_TYPES)
+        max_bytes = self._service.max_state_file_bytes if is_state else self._service.options.max_body_bytes
         try:
             async with asyncio.timeout(self._timeout_s):
-                body = await self._read(headers, receive)
+                body = await self._read(headers, receive, max_bytes)
         except TimeoutError:
             raise _closing(
                 InvalidRequestError(
@@ -148,12 +153,12 @@ class BodyMiddleware:
 
         await self._app(scope, replay, send)
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
+    async def _read(self, headers: Headers, receive: Receive, max_bytes: int) -> bytes | None:
         length = headers.get("content-length", "")
         chunks: list[bytes] = []
         size = int(length) if length.isdigit() else 0
-        if size > self._max_bytes:
-            await self._refuse(receive, more=True)
+        if size > max_bytes:
+            await self._refuse(receive, max_bytes, more=True)
         size = 0
         while True:
             message = await receive()
@@ -162,15 +167,15 @@ class BodyMiddleware:
             chunk = message.get("body", b"")
             more = message.get("more_body", False)
             size += len(chunk)
-            if size > self._max_bytes:
-                await self._refuse(receive, more=more)
+            if size > max_bytes:
+                await self._refuse(receive, max_bytes, more=more)
             chunks.append(chunk)
             if not more:
                 return b"".join(chunks)
 
-    async def _refuse(self, receive: Receive, *, more: bool) -> None:
+    async def _refuse(self, receive: Receive, max_bytes: int, *, more: bool) -> None:
         """Discards what still comes for a moment: closing at once would keep clients from reading the answer."""
-        budget = 4 * self._max_bytes
+        budget = 4 * max_bytes
         try:
             async with asyncio.timeout(DRAIN_S):
                 while more and budget > 0:
@@ -181,7 +186,7 @@ class BodyMiddleware:
             pass
         raise _closing(
             InvalidRequestError(
-                f"the body is larger than the {self._max_bytes:,} bytes allowed here", code="body_too_large", status=413
+                f"the body is larger than the {max_bytes:,} bytes allowed here", code="body_too_large", status=413
             )
         )
 
@@ -192,11 +197,11 @@ def _closing(error: ApiError) -> ApiError:
     return error
 
 
-def _check_content_type(headers: Headers) -> None:
+def _check_content_type(headers: Headers, allowed: tuple[str, ...]) -> None:
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    if kind not in allowed:
         raise InvalidRequestError(
-            "the content type must be application/json", code="unsupported_media_type", status=415
+            f"the content type must be {' or '.join(allowed)}", code="unsupported_media_type", status=415
         )
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import re
 import socket
 from collections.abc import Callable
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from typing import Any
 
 import uvicorn
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from server.app import create_app
@@ -24,6 +26,7 @@ from server.logs import configure_logging
 from server.middleware import hash_key
 from server.service import Service, ServiceOptions
 from server.settings import Settings, misplaced_key
+from server.states.embedded import EmbeddedStore, StoreError
 from server.summary import Summary
 from server.text.template import TemplateSyntaxFailure
 from server.text.tokenizer import load_tokenizer
@@ -32,6 +35,8 @@ from server.text.vocabulary import UnsupportedTokenizerError
 CPU_STEP_TOKENS, CUDA_STEP_TOKENS = 512, 2048
 LAST_ANSWERS_S = 5
 HASHED_KEY = "sha256:"
+DEFAULT_HOME = Path("~/.cache/dijiang")
+MAX_AUTO_CACHE_BYTES = 1 << 30
 
 
 class StartError(Exception):
@@ -55,19 +60,25 @@ def run(settings: Settings, console: Console) -> None:
     try:
         tokenizer = load_tokenizer(model)
         device = find_device(settings.device)
-        config = engine_config(settings, model, device)
+        store = open_store(settings, default_name, console)
+        config = engine_config(settings, model, device, store)
         engine = EngineClient(config)
-        service = Service(engine, service_options(settings, model, default_name), tokenizer)
-    except (UnsupportedTokenizerError, TemplateSyntaxFailure, HardwareError) as error:
+        service = Service(engine, service_options(settings, model, default_name), tokenizer, states=store)
+    except (UnsupportedTokenizerError, TemplateSyntaxFailure, HardwareError, StoreError) as error:
         raise StartError(str(error)) from error
     listener = _bind(settings)
     summary = Summary(settings, config, service.options, recipe_of(model), tokenizer, listener)
     server = DrainingServer(_http_config(settings, service), service, engine, drain_timeout_s=settings.drain_timeout_s)
-    _event_loop_runner()(_serve(server, engine, listener, summary, console))
+    _event_loop_runner()(_serve(server, service, engine, listener, summary, console))
 
 
 async def _serve(
-    server: DrainingServer, engine: EngineClient, listener: socket.socket, summary: Summary, console: Console
+    server: DrainingServer,
+    service: Service,
+    engine: EngineClient,
+    listener: socket.socket,
+    summary: Summary,
+    console: Console,
 ) -> None:
     """Opens the port at once, while the engine loads."""
     await engine.start()
@@ -80,6 +91,8 @@ async def _serve(
         await asyncio.gather(waiting, return_exceptions=True)
         failure = engine.failure
         await engine.close()
+        if service.states is not None:
+            await service.states.close()
     if failure is not None:
         raise StartError(f"the engine cannot run: {failure}")
 
@@ -89,25 +102,55 @@ async def _announce(engine: EngineClient, summary: Summary, console: Console) ->
         console.print(summary.table(await engine.wait_ready()))
 
 
-def engine_config(settings: Settings, model: Path, device: Device) -> EngineConfig:
+def open_store(settings: Settings, model_name: str, console: Console) -> EmbeddedStore | None:
+    """Where states are kept; None if they are not.
+
+    Raises:
+        StoreError: the folder that the operator named cannot be used.
+    """
+    if not settings.states:
+        return None
+    folder = settings.states_folder
+    if folder is None:
+        home = DEFAULT_HOME if settings.cache_dir is None else settings.cache_dir
+        folder = home / "states" / re.sub(r"[^A-Za-z0-9._-]", "_", model_name)
+    try:
+        return EmbeddedStore(
+            folder.expanduser().resolve(), max_bytes=int(settings.states_disk), eviction=settings.states_eviction
+        )
+    except StoreError as error:
+        if settings.states_folder is not None:
+            raise
+        console.print("[yellow]warning:[/yellow] no states are kept:", escape(str(error)), highlight=False)
+        return None
+
+
+def engine_config(settings: Settings, model: Path, device: Device, store: EmbeddedStore | None = None) -> EngineConfig:
     """The frozen part of the settings that the engine gets, with every `auto` decided.
 
     Raises:
         HardwareError: too little memory.
     """
     auto_dtype = "bfloat16" if device.is_cuda else "float32"
+    state_bytes = default_state_bytes(device, model) if settings.state_memory == "auto" else int(settings.state_memory)
+    auto_cache = min(state_bytes // 4, MAX_AUTO_CACHE_BYTES)
     auto_step = max(CUDA_STEP_TOKENS if device.is_cuda else CPU_STEP_TOKENS, settings.max_conversations)
     return EngineConfig(
         model_path=str(model),
         device=device.name,
         weights_dtype=auto_dtype if settings.dtype == "auto" else settings.dtype,
         num_threads=default_threads() if settings.threads == "auto" else settings.threads,
-        state_memory_bytes=(
-            default_state_bytes(device, model) if settings.state_memory == "auto" else int(settings.state_memory)
-        ),
+        state_memory_bytes=state_bytes,
         max_num_slots=settings.max_conversations,
         max_step_tokens=auto_step if settings.max_step_tokens == "auto" else settings.max_step_tokens,
         max_waiting=settings.max_queue,
+        states_folder=None if store is None else str(store.files_folder),
+        prefix_cache_host_bytes=(
+            auto_cache if settings.prefix_cache_memory == "auto" else int(settings.prefix_cache_memory)
+        ),
+        prefix_cache_device_bytes=int(settings.prefix_cache_device_memory) if device.is_cuda else 0,
+        prefix_cache_min_tokens=settings.prefix_cache_min_tokens,
+        prefix_cache_spacing=settings.prefix_cache_spacing,
     )
 
 
@@ -132,6 +175,7 @@ def service_options(settings: Settings, model: Path, default_name: str) -> Servi
         key_hashes=key_hashes(settings),
         metrics_need_key=settings.metrics_need_key,
         cors_origins=settings.cors_origins,
+        state_ttl_s=settings.state_ttl_s,
     )
 
 

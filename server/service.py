@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from server.engine.snapshot_files import MAX_HEADER_BYTES
 from server.engine.types import EngineInfo, EngineStats, GenerationRequest, TokenEvent
 from server.errors import EngineUnavailableError, NotFoundError
 from server.metrics import Metrics
@@ -136,6 +137,14 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
+
+    @property
+    def max_state_file_bytes(self) -> int:
+        """The largest file that can be a state of this model; 0 until the model is loaded."""
+        info = self.engine.info
+        if info is None or info.state_layout is None:
+            return 0
+        return info.state_layout.num_data_bytes + MAX_HEADER_BYTES
 
     @contextmanager
     def generating(self) -> Iterator[None]:

@@ -68,6 +68,28 @@ class Settings(BaseSettings):
     max_queue: int = _in("Capacity", 1024, ge=0, le=1_000_000)
     """Requests that may wait for a free conversation before new ones are refused with 503."""
 
+    prefix_cache_memory: ByteSize | Auto = _in("Prefix cache", "auto")
+    """Memory for states after prompts that were seen before; 0 turns the cache off. auto: a quarter of state_memory, at
+    most 1GiB."""
+    prefix_cache_device_memory: ByteSize = _in("Prefix cache", ByteSize(0))
+    """Memory on the CUDA device for those used last, before they move to prefix_cache_memory; no use on a CPU."""
+    prefix_cache_min_tokens: int = _in("Prefix cache", 32, ge=1)
+    """Shorter prefixes are computed again."""
+    prefix_cache_spacing: int = _in("Prefix cache", 0, ge=0)
+    """Keep a state after every so many tokens of a prompt too; 0: only at the ends of system prompt, prompt and answer."""
+
+    states_folder: Path | None = _in("States", None)
+    """Folder of saved states and responses, of this server alone. Default: states/NAME in cache_dir, by the name of the
+    model; if that is in use or cannot be written, none are kept."""
+    states: bool = _in("States", True)
+    """Keep states and responses; without it, requests for any are refused."""
+    states_disk: Annotated[ByteSize, Field(ge=1)] = _in("States", ByteSize(10 << 30))
+    """Disk space for saved states, such as 10GiB."""
+    states_eviction: Literal["lru", "refuse"] = _in("States", "lru")
+    """When states_disk is used up: lru deletes the states that were not used for longest, refuse refuses new ones."""
+    state_ttl_s: float = _in("States", 30 * 86400.0, ge=0)
+    """Seconds without use after which a state or response is deleted, unless a request says; 0: never."""
+
     host: str = _in("Address", "127.0.0.1", min_length=1)
     """Address to listen on; 0.0.0.0 for every network."""
     port: int = _in("Address", 8000, ge=0, le=65535)
@@ -137,6 +159,12 @@ class Settings(BaseSettings):
             f"max_conversations is {self.max_conversations}, but a step has only {step_tokens} tokens "
             "(max_step_tokens), and each running conversation needs one of them"
             if step_tokens != "auto" and self.max_conversations > step_tokens
+            else "",
+            "states_folder has no effect with --no-states"
+            if not self.states and self.states_folder is not None
+            else "",
+            "prefix_cache_device_memory has no effect while prefix_cache_memory is 0"
+            if self.prefix_cache_memory == 0 and self.prefix_cache_device_memory
             else "",
             "metrics_need_key has no effect without api_keys or api_keys_file"
             if self.metrics_need_key and not self.api_keys and self.api_keys_file is None

@@ -159,7 +159,7 @@ def plan_generation(
         prompts = [prompt[-fields.truncate_prompt_tokens :] for prompt in prompts]
     for prompt in prompts:
         if prompt or session.base is None or not session.base.pending:
-            _check_prompt(prompt, info.vocab_size, service.options.max_prompt_tokens, param=param)
+            check_prompt(prompt, info.vocab_size, service.options.max_prompt_tokens, param=param)
     _check_vocabulary(fields, info.vocab_size)
     if session.base is not None:
         _check_without_past(fields)
@@ -239,7 +239,8 @@ def _timeout(fields: GenerationFields, options: ServiceOptions) -> float | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _check_prompt(prompt: tuple[int, ...], vocab_size: int, limit: int, *, param: str) -> None:
+def check_prompt(prompt: tuple[int, ...], vocab_size: int, limit: int, *, param: str) -> None:
+    """Raises `InvalidRequestError` for a prompt that is empty, over the limit (0: none), or outside the vocabulary."""
     if not prompt:
         raise InvalidRequestError("the prompt has no tokens; at least one is needed", param=param, code="invalid_value")
     if limit and len(prompt) > limit:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Protocol
 
 from server.errors import ApiError, InvalidRequestError, NotFoundError
@@ -136,7 +137,14 @@ class Room(Protocol):
 
 
 class StateStore(Protocol):
-    """See the module. Another owner's state is not found, like one that never was."""
+    """See the module. Another owner's state is not found, like one that never was.
+
+    Attributes:
+        files_folder: where the files are that are held or being written; the engine's too.
+    """
+
+    @property
+    def files_folder(self) -> Path: ...
 
     def room(self, num_snapshots: int, *, bytes_each: int) -> AbstractAsyncContextManager[Room]:
         """Space for snapshots; what is not kept when the context is left is removed.
