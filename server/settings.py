@@ -76,7 +76,7 @@ class Settings(BaseSettings):
     prefix_cache_min_tokens: int = _in("Prefix cache", 32, ge=1)
     """Shorter prefixes are computed again."""
     prefix_cache_spacing: int = _in("Prefix cache", 0, ge=0)
-    """Keep a state after every so many tokens of a prompt too; 0: only at the ends of system prompt, prompt and answer."""
+    """Keep a state after every so many tokens of a prompt too; 0: only at ends of system prompts, prompts and answers."""
 
     states_folder: Path | None = _in("States", None)
     """Folder of saved states and responses, of this server alone. Default: states/NAME in cache_dir, by the name of the
