@@ -76,7 +76,7 @@ class Settings(BaseSettings):
     prefix_cache_min_tokens: int = _in("Prefix cache", 32, ge=1)
     """Shorter prefixes are computed again."""
     prefix_cache_spacing: int = _in("Prefix cache", 0, ge=0)
-    """Keep a state after every so many tokens of a prompt too; 0: only at ends of system prompts, prompts and answers."""
+    """Keep a state after every so many tokens of a prompt too; 0: only where system prompt, prompt and answer end."""
 
     states_folder: Path | None = _in("States", None)
     """Folder of saved states and responses, of this server alone. Default: states/NAME in cache_dir, by the name of the
