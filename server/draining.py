@@ -1,5 +1,6 @@
 """The HTTP server that finishes its answers before it stops."""
 
+import socket
 import time
 from types import FrameType
 from typing import Protocol
@@ -36,6 +37,11 @@ class DrainingServer(uvicorn.Server):
         self._service.draining = True
         if self._drain_until is None:
             self._drain_until = time.monotonic() + self._drain_timeout_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn at the end, when no answer is given any more."""
+        await super().shutdown(sockets)
+        await self._service.close()
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether it is time to stop."""

@@ -27,6 +27,7 @@ from server.middleware import hash_key
 from server.service import Service, ServiceOptions
 from server.settings import Settings, misplaced_key
 from server.states.embedded import EmbeddedStore, StoreError
+from server.structure.checker import GrammarChecker, GrammarLimits
 from server.summary import Summary
 from server.text.template import TemplateSyntaxFailure
 from server.text.tokenizer import load_tokenizer
@@ -63,7 +64,9 @@ def run(settings: Settings, console: Console) -> None:
         store = open_store(settings, default_name, console)
         config = engine_config(settings, model, device, store)
         engine = EngineClient(config)
-        service = Service(engine, service_options(settings, model, default_name), tokenizer, states=store)
+        options = service_options(settings, model, default_name)
+        grammars = None if tokenizer is None else GrammarChecker(model, grammar_limits(settings))
+        service = Service(engine, options, tokenizer, states=store, grammars=grammars)
     except (UnsupportedTokenizerError, TemplateSyntaxFailure, HardwareError, StoreError) as error:
         raise StartError(str(error)) from error
     listener = _bind(settings)
@@ -177,6 +180,11 @@ def service_options(settings: Settings, model: Path, default_name: str) -> Servi
         cors_origins=settings.cors_origins,
         state_ttl_s=settings.state_ttl_s,
     )
+
+
+def grammar_limits(settings: Settings) -> GrammarLimits:
+    """What the grammar of a request may cost."""
+    return GrammarLimits(max_bytes=int(settings.max_grammar_bytes), timeout_s=settings.grammar_timeout_s)
 
 
 def key_hashes(settings: Settings) -> frozenset[bytes]:

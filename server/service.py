@@ -15,6 +15,7 @@ from server.engine.types import EngineInfo, EngineStats, GenerationRequest, Toke
 from server.errors import EngineUnavailableError, NotFoundError
 from server.metrics import Metrics
 from server.states.store import StateStore
+from server.structure.checker import GrammarChecker
 from server.text.template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
@@ -89,15 +90,18 @@ class Service:
         tokenizer: Tokenizer | None,
         *,
         states: StateStore | None = None,
+        grammars: GrammarChecker | None = None,
     ) -> None:
         """
         Args:
             states: where conversations are kept; None: requests that want it are refused.
+            grammars: compiles the grammars of requests; None: requests that have one are refused.
 
         Raises:
             TemplateSyntaxFailure: the model's chat template is not valid.
         """
         self.states = states
+        self.grammars = grammars
         self.engine = engine
         self.options = options
         self.tokenizer = tokenizer
@@ -107,6 +111,11 @@ class Service:
         self.created = int(time.time())
         self.draining = False
         self.num_active = 0
+
+    async def close(self) -> None:
+        """Ends what the service itself has started. May be called twice."""
+        if self.grammars is not None:
+            await self.grammars.close()
 
     @property
     def status(self) -> str:

@@ -120,6 +120,10 @@ class Settings(BaseSettings):
     """Most answers in one request: prompts times n."""
     max_stop: int = _in("Limits", 16, ge=1, le=1024)
     """Most stop strings."""
+    max_grammar_bytes: ByteSize = _in("Limits", ByteSize(256 << 10), ge=1024)
+    """Largest schema, regular expression or grammar that an answer is to follow, such as 256KiB."""
+    grammar_timeout_s: float = _in("Limits", 5.0, gt=0)
+    """Longest time to compile one, seconds."""
     body_timeout_s: float = _in("Limits", 60.0, gt=0)
     """Longest time for a request body to arrive, seconds."""
     request_timeout_s: float = _in("Limits", 0.0, ge=0)

@@ -7,6 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequestError
 from server.protocol.states import StateFields
+from server.protocol.structure import ResponseFormat, StructuredOutputs, WantedGrammar, wanted_grammar
 from server.protocol.wire import RequestModel
 
 MAX_TOKENS = 2**31 - 1
@@ -119,6 +120,10 @@ class GenerationFields(StateFields):
     """Use only that many last tokens of the prompt."""
     timeout: float | None = Field(None, gt=0, le=86400)
     """Seconds after which the request ends with an error."""
+    response_format: ResponseFormat | None = None
+    """The form of the answer: any text (default), a JSON object, or JSON that follows a schema."""
+    structured_outputs: StructuredOutputs | None = None
+    """The form of the answer as a JSON schema, a regular expression, a choice of texts or a grammar."""
     stream: bool | None = None
     """Send the answer as server-sent events while it grows."""
     stream_options: StreamOptions | None = None
@@ -134,6 +139,11 @@ class GenerationFields(StateFields):
     def token_limit(self) -> int | None:
         """`max_completion_tokens`, else `max_tokens`, else None."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def wanted_grammar(self) -> WantedGrammar | None:
+        """What the answer must look like; None: any text. Raises `InvalidRequestError`."""
+        return wanted_grammar(self.response_format, self.structured_outputs)
 
     @property
     def num_choices(self) -> int:

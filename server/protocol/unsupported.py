@@ -28,9 +28,7 @@ _SHARED: Mapping[str, tuple[Any, ...]] = {
     "prompt_embeds": (),
     "prompt_logprobs": (),
     "request_id": (),
-    "response_format": ({"type": "text"},),
     "return_tokens_as_token_ids": (False,),
-    "structured_outputs": (),
     "typical_p": (1,),
     "use_beam_search": (False,),
 }

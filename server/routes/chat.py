@@ -27,6 +27,7 @@ from server.routes.streaming import (
     json_response,
     stream_answers,
 )
+from server.routes.structure import checked_grammar
 from server.service import Service
 from server.sse import KEEP_ALIVE, ClientDisconnectedError, event
 from server.states.store import Turn
@@ -55,7 +56,10 @@ async def create_chat_completion(body: ChatRequest, request: Request, service: S
     )
     points = system_prefix(service, body.messages, prompt) if base is None else ()
     session = state_session(request, service, info, body, base, turn=Turn.OPEN, cache_points=points)
-    generation = plan_generation(service, info, body, [prompt], param="messages", max_tokens=None, session=session)
+    grammar = await checked_grammar(service, info, body.wanted_grammar)
+    generation = plan_generation(
+        service, info, body, [prompt], param="messages", max_tokens=None, session=session, grammar=grammar
+    )
     await generation.start()
     writer = _Writer(service, body, generation)
     if body.stream:

@@ -18,6 +18,7 @@ from server.routes.streaming import (
     json_response,
     stream_answers,
 )
+from server.routes.structure import checked_grammar
 from server.service import Service
 from server.sse import KEEP_ALIVE, ClientDisconnectedError, event
 from server.states.store import Turn
@@ -45,8 +46,16 @@ async def create_completion(body: CompletionRequest, request: Request, service: 
         continues=not is_start,
     )
     session = state_session(request, service, info, body, base, turn=Turn.TEXT)
+    grammar = await checked_grammar(service, info, body.wanted_grammar)
     generation = plan_generation(
-        service, info, body, prompts, param="prompt", max_tokens=DEFAULT_MAX_TOKENS, session=session
+        service,
+        info,
+        body,
+        prompts,
+        param="prompt",
+        max_tokens=DEFAULT_MAX_TOKENS,
+        session=session,
+        grammar=grammar,
     )
     await generation.start()
     writer = _Writer(service, body, generation)

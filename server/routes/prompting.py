@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from server.engine.types import EngineInfo, GenerationRequest, SamplingParams
+from server.engine.types import EngineInfo, GenerationRequest, GrammarSpec, SamplingParams
 from server.errors import ContextLengthError, InvalidRequestError
 from server.protocol.chat import MessageIn
 from server.protocol.prompts import Prompt
@@ -144,6 +144,7 @@ def plan_generation(
     param: str,
     max_tokens: int | None,
     session: StateSession,
+    grammar: GrammarSpec | None = None,
 ) -> Generation:
     """The engine requests for every prompt and choice.
 
@@ -151,6 +152,7 @@ def plan_generation(
         param: the field that the prompts come from.
         session: the states that they begin from and leave behind.
         max_tokens: when the request sets none; None: no limit.
+        grammar: the language of the answers; None: any text.
 
     Raises:
         InvalidRequestError: token ids outside the vocabulary, prompts too long or empty.
@@ -173,7 +175,7 @@ def plan_generation(
     for prompt in prompts:
         for _ in range(fields.num_choices):
             sampling = sampling_params(fields, max_tokens=limit, number=len(plans))
-            request = GenerationRequest(f"gen-{uuid.uuid4().hex}", prompt, sampling)
+            request = GenerationRequest(f"gen-{uuid.uuid4().hex}", prompt, sampling, grammar=grammar)
             is_start = session.base is None
             plans.append(Plan(request, _text_stream(service.tokenizer, fields, prompt, is_start=is_start)))
     return Generation(

@@ -194,6 +194,8 @@ def api_error(error: EngineError | None) -> ApiError:
             return EngineUnavailableError(error.message, code=error.code)
         case "overloaded":
             return OverloadedError(error.message)
+        case "grammar_invalid" | "grammar_failed":
+            return InvalidRequestError(error.message, code=error.code)
         case "state_invalid" | "state_of_another_model" | "states_unavailable":
             return InvalidRequestError(error.message, param="state_id", code=error.code)
         case "state_not_found":
