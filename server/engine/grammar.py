@@ -172,6 +172,8 @@ def _readable(error: str) -> str:
     lines = [line.strip() for line in error.splitlines()]
     shown = " ".join(line for line in lines if line.strip("^ ") and not _REPEATED.match(line))
     shown = _PREFIX.sub("", shown)
+    if shown.startswith("regex parse error:"):
+        shown = shown.rpartition("error: ")[2]
     if position := _POSITION.match(shown):
         shown = f"line {int(position[1]) - 1}, column {position[2]}: {shown[position.end() :]}"  # HEADER is line 1
     return _EXPLANATIONS.get(shown, shown)[:300]
