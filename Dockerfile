@@ -41,10 +41,12 @@ RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps "$DEFAULT_M
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS runtime
-RUN useradd --system --create-home --uid 10001 dijiang
+RUN useradd --system --create-home --uid 10001 dijiang && install -d -o dijiang /states
 COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    DIJIANG_HOST=0.0.0.0 DIJIANG_PORT=8000
+    DIJIANG_HOST=0.0.0.0 DIJIANG_PORT=8000 DIJIANG_STATES_FOLDER=/states
+# Saved states are all that a container writes (besides /tmp); name the volume to keep them.
+VOLUME /states
 USER 10001
 WORKDIR /home/dijiang
 EXPOSE 8000
