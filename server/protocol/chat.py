@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema, model_val
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequestError
+from server.protocol.logprobs import MAX_TOP_LOGPROBS, ChatLogprobs, PromptLogprobs
 from server.protocol.sampling import FinishReasonText, GenerationFields
 from server.protocol.unsupported import CHAT_FIELDS, refuse_unsupported
 from server.protocol.usage import Usage
@@ -113,11 +114,29 @@ class ConversationFields(RequestModel):
 class ChatRequest(GenerationFields, ConversationFields):
     """A conversation to answer."""
 
+    logprobs: bool | None = None
+    """Return the log-probability of each token of the answer."""
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    """With `logprobs`: return that many likeliest tokens at each place too."""
+
     @model_validator(mode="before")
     @classmethod
     def _known_fields(cls, body: Any) -> Any:
         refuse_unsupported(body, CHAT_FIELDS)
         return body
+
+    @model_validator(mode="after")
+    def _logprobs_wanted(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequestError("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
+        return self
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are shown at each place; None: no log-probabilities are."""
+        if not self.logprobs:
+            return super().num_top_logprobs
+        return 0 if self.top_logprobs is None else self.top_logprobs
 
 
 class ChatMessageOut(ResponseModel):
@@ -138,8 +157,8 @@ class ChatChoice(ResponseModel):
     """Number of the answer, from 0."""
     message: ChatMessageOut
     """The answer itself."""
-    logprobs: None
-    """Always null here."""
+    logprobs: ChatLogprobs | None
+    """With `logprobs`: those of the tokens; in a stream of the tokens since the last chunk."""
     finish_reason: FinishReasonText
     """`stop`: end of turn, stop token or stop string; `length`: the token limit."""
     token_ids: tuple[int, ...] = ()
@@ -167,6 +186,8 @@ class ChatCompletion(ResponseModel):
     """Token counts."""
     prompt_token_ids: tuple[int, ...] = ()
     """The tokens of the rendered conversation, with `return_token_ids`."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """With `prompt_logprobs`: of the rendered conversation."""
 
 
 class ChatDelta(ResponseModel):
@@ -185,8 +206,8 @@ class ChatChunkChoice(ResponseModel):
     """Number of the answer, from 0."""
     delta: ChatDelta
     """What is new."""
-    logprobs: None
-    """Always null here."""
+    logprobs: ChatLogprobs | None
+    """With `logprobs`: those of the tokens; in a stream of the tokens since the last chunk."""
     finish_reason: FinishReasonText | None
     """Set in the last chunk of each answer."""
     token_ids: tuple[int, ...] = ()
@@ -214,3 +235,5 @@ class ChatChunk(ResponseModel):
     """Token counts, only with `stream_options.include_usage`."""
     prompt_token_ids: tuple[int, ...] = ()
     """The tokens of the rendered conversation, in the first chunk, with `return_token_ids`."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """With `prompt_logprobs`: the next ones, as the conversation is read."""

@@ -2,9 +2,10 @@
 
 from typing import Any, Literal, Self, cast
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from server.errors import InvalidRequestError
+from server.protocol.logprobs import MAX_TOP_LOGPROBS, CompletionLogprobs, PromptLogprobs
 from server.protocol.prompts import Prompt, Prompts
 from server.protocol.sampling import FinishReasonText, GenerationFields
 from server.protocol.unsupported import COMPLETION_FIELDS, refuse_unsupported
@@ -20,6 +21,10 @@ class CompletionRequest(GenerationFields):
     prompt: Prompts | None = None
     """A text, token ids, a list of texts, or a list of lists of token ids. May be absent only with `state_id`, to go on
     from where the state's answer was cut off."""
+    echo: bool | None = None
+    """Begin the text, and the log-probabilities, with the prompt."""
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    """Return the log-probability of each token, and those of that many likeliest tokens in its place."""
     add_special_tokens: bool | None = None
     """Put the tokenizer's special tokens (such as a beginning-of-sequence token) around texts (default true, and false
     with `state_id`)."""
@@ -37,6 +42,16 @@ class CompletionRequest(GenerationFields):
         return self
 
     @property
+    def echoes(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return self.echo is True
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are shown at each place; None: no log-probabilities are."""
+        return self.logprobs if self.logprobs is not None else super().num_top_logprobs
+
+    @property
     def prompts(self) -> list[Prompt]:
         """The prompts, at least one; an empty one if the state alone is gone on from."""
         return [[]] if self.prompt is None else cast(list[Prompt], self.prompt)
@@ -49,14 +64,16 @@ class CompletionChoice(ResponseModel):
     """Prompt number times `n`, plus the number of the answer."""
     text: str
     """Generated text; empty if the model has no tokenizer."""
-    logprobs: None
-    """Always null here."""
+    logprobs: CompletionLogprobs | None
+    """With `logprobs`: those of the tokens; in a stream of the tokens since the last chunk."""
     finish_reason: FinishReasonText | None
     """`stop`: end of sequence, stop token or stop string; `length`: the token limit; null: goes on."""
     token_ids: tuple[int, ...] = ()
     """The generated tokens; with `return_token_ids`, or if the model has no tokenizer."""
     prompt_token_ids: tuple[int, ...] = ()
     """The prompt's tokens; with `return_token_ids`, in a stream only in the first piece."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """With `prompt_logprobs`; in a stream the next ones, as the prompt is read."""
     state_id: str = ""
     """The state after this answer, with `return_state`; in a stream with the `finish_reason`."""
 

@@ -5,7 +5,9 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from server.engine.logprob_types import LogprobOptions
 from server.errors import InvalidRequestError
+from server.protocol.logprobs import MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS
 from server.protocol.states import StateFields
 from server.protocol.structure import ResponseFormat, StructuredOutputs, WantedGrammar, wanted_grammar
 from server.protocol.wire import RequestModel
@@ -68,9 +70,10 @@ class GenerationFields(StateFields):
 
     model: str | None = None
     """Name of the model; the one that is served if absent."""
-    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    """Most tokens of one answer. Completions: 16 if absent. Chat: no limit if absent."""
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
+    """Most tokens of one answer. Completions: 16 if absent. Chat: no limit if absent. 0 only with `echo`,
+    `prompt_logprobs` or `return_state`: the prompt is read and nothing is generated."""
+    max_completion_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     """Newer name of `max_tokens`; wins when both are given."""
     min_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     """No end of sequence, stop token or stop string before that many tokens."""
@@ -116,6 +119,12 @@ class GenerationFields(StateFields):
     """Leave special tokens out of the text (default true)."""
     return_token_ids: bool | None = None
     """Return token ids beside the text: `token_ids`, and `prompt_token_ids` of the prompt."""
+    return_tokens_as_token_ids: bool | None = None
+    """In log-probabilities write `token_id:7` for the text of token 7, so that tokens of equal text stay apart."""
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    """Return the log-probability of each token of the prompt, and those of that many likeliest tokens in its place."""
+    logprob_token_ids: list[int] | None = Field(None, max_length=MAX_LOGPROB_TOKEN_IDS)
+    """Wherever log-probabilities are returned, return those of these tokens too. Without `logprobs`: for the answer."""
     truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     """Use only that many last tokens of the prompt."""
     timeout: float | None = Field(None, gt=0, le=86400)
@@ -139,6 +148,24 @@ class GenerationFields(StateFields):
     def token_limit(self) -> int | None:
         """`max_completion_tokens`, else `max_tokens`, else None."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return False
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are shown at each place of the answer; None: no log-probabilities are."""
+        return 0 if self.logprob_token_ids else None
+
+    @property
+    def logprob_options(self) -> LogprobOptions:
+        """What the engine has to report."""
+        shown = self.num_top_logprobs
+        of_prompt = [num for num in (self.prompt_logprobs, shown if self.echoes else None) if num is not None]
+        token_ids = () if self.logprob_token_ids is None else tuple(self.logprob_token_ids)
+        return LogprobOptions(shown, max(of_prompt, default=None), token_ids)
 
     @property
     def wanted_grammar(self) -> WantedGrammar | None:

@@ -23,19 +23,14 @@ _SHARED: Mapping[str, tuple[Any, ...]] = {
     "guided_json": (),
     "guided_regex": (),
     "length_penalty": (1,),
-    "logprob_token_ids": ([],),
     "priority": (0,),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "request_id": (),
-    "return_tokens_as_token_ids": (False,),
     "typical_p": (1,),
     "use_beam_search": (False,),
 }
 COMPLETION_FIELDS: Mapping[str, tuple[Any, ...]] = {
     **_SHARED,
-    "echo": (False,),
-    "logprobs": (),
     "suffix": ("",),
 }
 CHAT_FIELDS: Mapping[str, tuple[Any, ...]] = {
@@ -43,13 +38,11 @@ CHAT_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "documents": ([],),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": (),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (),
     "verbosity": (),
     "web_search_options": (),
 }

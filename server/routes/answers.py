@@ -17,10 +17,13 @@ from server.errors import ApiError, DeadlineError, InternalError
 from server.metrics import Metrics
 from server.protocol.sampling import FinishReasonText
 from server.protocol.usage import Usage
+from server.routes.answer_text import AnswerText
+from server.routes.logprobs import Places, check_num_entries
 from server.service import Service
 from server.states.session import StateSession, api_error
 from server.text.stream import TextStream
 
+MAX_INLINE_TOKENS = 4096
 MAX_UNREAD_PIECES = 100_000
 """Pieces that may wait for a client who does not read; then its request ends."""
 logger = structlog.stdlib.get_logger("dijiang.answers")
@@ -33,10 +36,12 @@ class Plan:
     Attributes:
         request: what the engine gets.
         text: where its tokens become text; None if the model has no tokenizer.
+        echoes: whether the text begins with the prompt.
     """
 
     request: GenerationRequest
     text: TextStream | None
+    echoes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,7 @@ class Piece:
 
     Attributes:
         state_id: with the end: where the state after this answer is kept, if it is.
+        prompt, output: the tokens whose log-probabilities are wanted, since the last piece.
     """
 
     index: int
@@ -52,6 +58,13 @@ class Piece:
     token_ids: tuple[int, ...]
     finish_reason: FinishReasonText | None
     state_id: str | None = None
+    prompt: Places | None = None
+    output: Places | None = None
+
+    @property
+    def num_entries(self) -> int:
+        """Log-probabilities in it."""
+        return sum(places.num_entries for places in (self.prompt, self.output) if places is not None)
 
 
 @dataclass(slots=True)
@@ -62,6 +75,13 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReasonText = "stop"
     state_id: str | None = None
+    prompt: list[Places] = field(default_factory=list)
+    output: list[Places] = field(default_factory=list)
+
+    @property
+    def num_entries(self) -> int:
+        """Log-probabilities in it."""
+        return sum(places.num_entries for places in (*self.prompt, *self.output))
 
 
 class Choice:
@@ -70,7 +90,7 @@ class Choice:
     def __init__(self, index: int, plan: Plan, metrics: Metrics, *, keeps_tokens: bool = False) -> None:
         """`keeps_tokens`: whether `token_ids` will be asked for."""
         self.index = index
-        self._text = plan.text
+        self.text = AnswerText(plan.text, plan.request, echoes=plan.echoes)
         self._metrics = metrics
         self._num_prompt_tokens = len(plan.request.prompt_token_ids)
         self._begin = self._last = time.perf_counter()
@@ -92,12 +112,10 @@ class Choice:
         reason: FinishReasonText | None = None
         if event.finish_reason is not None:
             reason = "stop" if event.finish_reason is FinishReason.STOP else "length"
-        text, num_taken = self._push(event.token_ids, ends_with_stop_token=event.finish_reason is FinishReason.STOP)
-        if self._text is not None:
-            if self._text.stopped:
-                reason = "stop"
-            elif reason is not None:
-                text += self._text.finish()
+        taken = self.text.take(event)
+        num_taken = taken.num_tokens
+        if self.text.stopped:
+            reason = "stop"
         self._measure(num_taken)
         self.num_received += len(event.token_ids)
         self.num_cached_tokens += event.num_cached_tokens
@@ -105,7 +123,14 @@ class Choice:
             self.token_ids += event.token_ids[:num_taken]
         if reason is not None:
             self._reason = reason
-        return Piece(self.index, text, event.token_ids[:num_taken], reason)
+        return Piece(
+            self.index,
+            taken.text,
+            event.token_ids[:num_taken],
+            reason,
+            prompt=taken.prompt,
+            output=taken.output,
+        )
 
     def close(self) -> None:
         """Counts the end, whatever it was."""
@@ -113,19 +138,6 @@ class Choice:
         self._metrics.e2e_latency.observe(time.perf_counter() - self._begin)
         self._metrics.prompt_length.observe(self._num_prompt_tokens)
         self._metrics.answer_length.observe(self.num_tokens)
-
-    def _push(self, token_ids: tuple[int, ...], *, ends_with_stop_token: bool) -> tuple[str, int]:
-        """Text of the tokens, and how many of them were taken before a stop string was complete."""
-        if self._text is None:
-            return "", len(token_ids)
-        text = ""
-        for number, token_id in enumerate(token_ids, start=1):
-            if ends_with_stop_token and number == len(token_ids):
-                break  # the token that ended the sequence is no text
-            text += self._text.push(token_id)
-            if self._text.stopped:
-                return text, number
-        return text, len(token_ids)
 
     def _measure(self, num_tokens: int) -> None:
         if num_tokens == 0:
@@ -240,7 +252,12 @@ class Generation:
             yield piece
 
     async def collect(self) -> list[Answer]:
-        """Waits for the whole answers, by index."""
+        """Waits for the whole answers, by index.
+
+        Raises:
+            ApiError: a choice failed, the deadline has passed, or more log-probabilities came than are kept.
+        """
+        num_entries = 0
         answers = [Answer() for _ in self._plans]
         texts: list[list[str]] = [[] for _ in self._plans]
         async for piece in self.pieces():
@@ -249,6 +266,10 @@ class Generation:
             answer = answers[piece.index]
             texts[piece.index].append(piece.text)
             answer.token_ids += piece.token_ids
+            answer.prompt += [] if piece.prompt is None else [piece.prompt]
+            answer.output += [] if piece.output is None else [piece.output]
+            num_entries += piece.num_entries
+            check_num_entries(num_entries)
             if piece.finish_reason is not None:
                 answer.finish_reason = piece.finish_reason
                 answer.state_id = piece.state_id
@@ -279,6 +300,8 @@ class Generation:
         """Carries the pieces of one choice to the queue; leaves the engine as soon as it has ended."""
         async with stack:
             try:
+                if choice.text.num_unread > MAX_INLINE_TOKENS:
+                    await asyncio.to_thread(choice.text.read_prompt)
                 async for event in events:
                     piece = choice.take(event)
                     if piece.finish_reason is not None and self._session.keeps:

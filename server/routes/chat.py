@@ -16,16 +16,18 @@ from server.protocol.chat import (
     ChatMessageOut,
     ChatRequest,
 )
+from server.protocol.logprobs import ChatLogprobs
 from server.protocol.sampling import FinishReasonText
 from server.routes.answers import Answer, Generation, Piece
 from server.routes.json_body import JsonRoute, ServiceDependency
+from server.routes.logprobs import Places, logprob_format
 from server.routes.prompting import check_counts, encode_messages, plan_generation
 from server.routes.sessions import find_base, state_session, system_prefix
 from server.routes.streaming import (
     ClientGoneResponse,
     collect_answers,
-    json_response,
     stream_answers,
+    written_response,
 )
 from server.routes.structure import checked_grammar
 from server.service import Service
@@ -68,7 +70,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, service: S
         answers = await collect_answers(request, generation)
     except ClientDisconnectedError:
         return ClientGoneResponse()
-    return json_response(writer.whole(answers))
+    return await written_response(lambda: writer.whole(answers), answers)
 
 
 class _Writer:
@@ -79,6 +81,7 @@ class _Writer:
         self._generation = generation
         self._with_token_ids = body.return_token_ids is True
         self._idle_s = service.options.keepalive_s
+        self._logprobs = logprob_format(service, body)
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -91,7 +94,7 @@ class _Writer:
             ChatChoice(
                 index=index,
                 message=ChatMessageOut(role="assistant", content=answer.text, refusal=None),
-                logprobs=None,
+                logprobs=self._chat_logprobs(answer.output),
                 finish_reason=answer.finish_reason,
                 **self._token_ids(tuple(answer.token_ids)),
                 **self._state(answer.state_id),
@@ -104,6 +107,7 @@ class _Writer:
             choices=choices,
             usage=self._generation.usage,
             **self._prompt_token_ids(),
+            **self._prompt_logprobs(answers[0].prompt),
         )
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
@@ -123,15 +127,19 @@ class _Writer:
         """The new text, if there is any; then the end, if it is there."""
         chunks: list[bytes] = []
         token_ids = piece.token_ids
-        if piece.text or (self._with_token_ids and piece.finish_reason is None):
-            chunks.append(self._chunk(piece.index, ChatDelta(content=piece.text), token_ids=token_ids))
-            token_ids = ()
+        output = [] if piece.output is None else [piece.output]
+        more = {} if piece.prompt is None or piece.index > 0 else self._prompt_logprobs([piece.prompt])
+        if piece.text or more or ((self._with_token_ids or output) and piece.finish_reason is None):
+            delta = ChatDelta(content=piece.text)
+            chunks.append(self._chunk(piece.index, delta, token_ids=token_ids, output=output, **more))
+            token_ids, output = (), []
         if piece.finish_reason is not None:
             chunks.append(
                 self._chunk(
                     piece.index,
                     ChatDelta(),
                     token_ids=token_ids,
+                    output=output,
                     finish_reason=piece.finish_reason,
                     state_id=piece.state_id,
                 )
@@ -144,6 +152,7 @@ class _Writer:
         delta: ChatDelta,
         *,
         token_ids: tuple[int, ...],
+        output: list[Places] | None = None,
         finish_reason: FinishReasonText | None = None,
         state_id: str | None = None,
         **more: Any,
@@ -151,7 +160,7 @@ class _Writer:
         choice = ChatChunkChoice(
             index=index,
             delta=delta,
-            logprobs=None,
+            logprobs=self._chat_logprobs(output) if output else None,
             finish_reason=finish_reason,
             **self._token_ids(token_ids),
             **self._state(state_id),
@@ -165,6 +174,14 @@ class _Writer:
 
     def _token_ids(self, token_ids: tuple[int, ...]) -> dict[str, Any]:
         return {"token_ids": token_ids} if self._with_token_ids else {}
+
+    def _chat_logprobs(self, output: list[Places]) -> ChatLogprobs | None:
+        num_top = self._body.num_top_logprobs
+        return None if num_top is None else self._logprobs.chat(output, num_top=num_top)
+
+    def _prompt_logprobs(self, prompt: list[Places]) -> dict[str, Any]:
+        num_top = self._body.prompt_logprobs
+        return {} if num_top is None else {"prompt_logprobs": self._logprobs.prompt(prompt, num_top=num_top)}
 
     def _state(self, state_id: str | None) -> dict[str, Any]:
         return {} if state_id is None else {"state_id": state_id}

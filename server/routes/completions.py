@@ -8,15 +8,17 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from server.protocol.completions import DEFAULT_MAX_TOKENS, Completion, CompletionChoice, CompletionRequest
+from server.protocol.logprobs import CompletionLogprobs
 from server.routes.answers import Answer, Generation, Piece
 from server.routes.json_body import JsonRoute, ServiceDependency
+from server.routes.logprobs import Places, logprob_format
 from server.routes.prompting import check_counts, encode_prompts, plan_generation
 from server.routes.sessions import find_base, state_session
 from server.routes.streaming import (
     ClientGoneResponse,
     collect_answers,
-    json_response,
     stream_answers,
+    written_response,
 )
 from server.routes.structure import checked_grammar
 from server.service import Service
@@ -65,7 +67,7 @@ async def create_completion(body: CompletionRequest, request: Request, service: 
         answers = await collect_answers(request, generation)
     except ClientDisconnectedError:
         return ClientGoneResponse()
-    return json_response(writer.whole(answers))
+    return await written_response(lambda: writer.whole(answers), answers)
 
 
 class _Writer:
@@ -76,6 +78,7 @@ class _Writer:
         self._generation = generation
         self._with_token_ids = body.return_token_ids is True or service.tokenizer is None
         self._idle_s = service.options.keepalive_s
+        self._logprobs = logprob_format(service, body)
         self._head: dict[str, Any] = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -89,8 +92,9 @@ class _Writer:
             CompletionChoice(
                 index=index,
                 text=answer.text,
-                logprobs=None,
+                logprobs=self._completion_logprobs(answer.prompt, answer.output),
                 finish_reason=answer.finish_reason,
+                **self._prompt_logprobs(answer.prompt),
                 **self._token_ids(index, tuple(answer.token_ids), is_first=True),
                 **self._state(answer.state_id),
             )
@@ -103,22 +107,35 @@ class _Writer:
         async for piece in self._generation.pieces(idle_s=self._idle_s):
             if piece is None:
                 yield KEEP_ALIVE
-            elif piece.text or piece.finish_reason is not None or self._with_token_ids:
+            elif piece.text or piece.finish_reason is not None or self._with_token_ids or piece.num_entries > 0:
                 yield self._chunk(piece, is_first=piece.index not in seen)
                 seen.add(piece.index)
         if self._body.wants_usage:
             yield event(Completion(**self._head, choices=[], usage=self._generation.usage).to_json())
 
     def _chunk(self, piece: Piece, *, is_first: bool) -> bytes:
+        prompt = [] if piece.prompt is None else [piece.prompt]
+        output = [] if piece.output is None else [piece.output]
         choice = CompletionChoice(
             index=piece.index,
             text=piece.text,
-            logprobs=None,
+            logprobs=self._completion_logprobs(prompt, output) if prompt or output else None,
             finish_reason=piece.finish_reason,
+            **(self._prompt_logprobs(prompt) if prompt else {}),
             **self._token_ids(piece.index, piece.token_ids, is_first=is_first),
             **self._state(piece.state_id),
         )
         return event(Completion(**self._head, choices=[choice], **self._usage()).to_json())
+
+    def _completion_logprobs(self, prompt: list[Places], output: list[Places]) -> CompletionLogprobs | None:
+        num_top = self._body.num_top_logprobs
+        if num_top is None:
+            return None
+        return self._logprobs.completion(prompt + output if self._body.echoes else output, num_top=num_top)
+
+    def _prompt_logprobs(self, prompt: list[Places]) -> dict[str, Any]:
+        num_top = self._body.prompt_logprobs
+        return {} if num_top is None else {"prompt_logprobs": self._logprobs.prompt(prompt, num_top=num_top)}
 
     def _state(self, state_id: str | None) -> dict[str, Any]:
         return {} if state_id is None else {"state_id": state_id}

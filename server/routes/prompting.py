@@ -16,6 +16,7 @@ from server.protocol.chat import MessageIn
 from server.protocol.prompts import Prompt
 from server.protocol.sampling import GenerationFields
 from server.routes.answers import Generation, Plan
+from server.routes.score_checks import check_known_prompt, check_no_tokens, check_scored
 from server.service import Service, ServiceOptions
 from server.states.session import StateSession
 from server.states.store import SnapshotRecord, Turn
@@ -165,19 +166,24 @@ def plan_generation(
     _check_vocabulary(fields, info.vocab_size)
     if session.base is not None:
         _check_without_past(fields)
+        check_known_prompt(fields)
     if fields.stop and service.tokenizer is None:
         raise InvalidRequestError(
             "`stop` needs text, and this model has no tokenizer", param="stop", code="no_tokenizer"
         )
     limit = fields.token_limit if fields.token_limit is not None else max_tokens
     _check_min_tokens(fields, limit)
+    check_no_tokens(fields, limit)
+    check_scored(fields, prompts)
     plans: list[Plan] = []
     for prompt in prompts:
         for _ in range(fields.num_choices):
             sampling = sampling_params(fields, max_tokens=limit, number=len(plans))
-            request = GenerationRequest(f"gen-{uuid.uuid4().hex}", prompt, sampling, grammar=grammar)
-            is_start = session.base is None
-            plans.append(Plan(request, _text_stream(service.tokenizer, fields, prompt, is_start=is_start)))
+            request = GenerationRequest(
+                f"gen-{uuid.uuid4().hex}", prompt, sampling, grammar=grammar, logprobs=fields.logprob_options
+            )
+            text = _text_stream(service.tokenizer, fields, prompt, is_start=session.base is None)
+            plans.append(Plan(request, text, echoes=fields.echoes))
     return Generation(
         service,
         plans,
@@ -231,8 +237,9 @@ def _text_stream(
         stop=() if fields.stop is None else fields.stop,
         include_stop=fields.include_stop_str_in_output is True,
         skip_special=fields.skip_special_tokens is not False,
-        min_tokens=_given(fields.min_tokens, 0),
-        at_start=is_start and tokenizer.is_all_special(prompt),
+        # No stop string is looked for in an echoed prompt.
+        min_tokens=_given(fields.min_tokens, 0) + (len(prompt) if fields.echoes else 0),
+        at_start=is_start and (fields.echoes or tokenizer.is_all_special(prompt)),
     )
 
 
@@ -275,6 +282,8 @@ def _check_vocabulary(fields: GenerationFields, vocab_size: int) -> None:
         _check_token_id(token_id, vocab_size, param="logit_bias")
     for token_id in fields.stop_token_ids if fields.stop_token_ids is not None else ():
         _check_token_id(token_id, vocab_size, param="stop_token_ids")
+    for token_id in fields.logprob_options.token_ids:
+        _check_token_id(token_id, vocab_size, param="logprob_token_ids")
 
 
 def _check_token_id(token_id: int, vocab_size: int, *, param: str) -> None:

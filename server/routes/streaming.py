@@ -1,6 +1,7 @@
 """What both generating routes share: answering whole or as a stream, and telling the log what it cost."""
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 import structlog
@@ -13,6 +14,7 @@ from server.sse import DONE, EventStreamResponse, event, unless_disconnected
 
 logger = structlog.stdlib.get_logger("dijiang.answers")
 CLIENT_CLOSED_REQUEST = 499
+MAX_INLINE_ENTRIES = 2_000
 
 
 class ClientGoneResponse(Response):
@@ -25,6 +27,13 @@ class ClientGoneResponse(Response):
 def json_response(answer: ResponseModel) -> Response:
     """A whole answer."""
     return Response(answer.to_json(), media_type="application/json")
+
+
+async def written_response(write: Callable[[], ResponseModel], answers: Sequence[Answer]) -> Response:
+    """A whole answer, written in a thread if it carries many log-probabilities."""
+    if sum(answer.num_entries for answer in answers) <= MAX_INLINE_ENTRIES:
+        return json_response(write())
+    return await asyncio.to_thread(lambda: json_response(write()))
 
 
 async def collect_answers(request: Request, generation: Generation) -> list[Answer]:

@@ -18,6 +18,7 @@ class TextStream:
     Attributes:
         stopped: a stop string was found; all further tokens are ignored.
         num_tokens: tokens pushed until then, the stopping one included.
+        num_characters: characters that were complete by then, those held back and of a stop string included.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class TextStream:
         """
         self.stopped = False
         self.num_tokens = 0
+        self.num_characters = 0
         self._vocabulary = vocabulary
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._matcher = StopMatcher(stop, include_stop=include_stop) if stop else None
@@ -58,6 +60,7 @@ class TextStream:
         text = self._decoder.decode(self._vocabulary.bytes_of(token_id))
         if self._spaces_to_strip and text:
             text = self._strip(text)
+        self.num_characters += len(text)
         if self._matcher is None or self.num_tokens <= self._min_tokens:
             return text
         released = self._matcher.feed(text)
