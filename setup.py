@@ -4,11 +4,14 @@ The extension is optional: without a C++ compiler the installation goes on, and 
 """
 
 import platform
+import runpy
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 
 SOURCE = "dijiang_model/native/src"
+DIGEST = runpy.run_path("dijiang_model/native/digest.py")["source_digest"](Path(SOURCE))
 HEADERS = ("attention.h", "matrix.h", "rows.h", "threads.h", "vector.h")
 # Neither -ffast-math nor contraction: a row's sums must come in the same order and rounding in every batch.
 # GCC 12 warns of its own headers.
@@ -27,6 +30,7 @@ setup(
             # One source for every variant: setuptools wants distinct object files, hence one-line wrappers.
             sources=[f"{SOURCE}/kernels_{variant}.cpp"],
             depends=[f"{SOURCE}/step.cpp", *(f"{SOURCE}/{header}" for header in HEADERS)],
+            define_macros=[("DIJIANG_SOURCE", f'"{DIGEST}"')],
             extra_compile_args=[*COMMON, *options],
             extra_link_args=["-pthread"],
             language="c++",

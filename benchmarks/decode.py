@@ -170,7 +170,7 @@ def main(
     if clock not in CLOCKS or (clock == "cpu" and threads != 1):
         raise typer.BadParameter("--clock is wall or cpu, and cpu needs --threads 1")
     torch.set_num_threads(threads)
-    machine = this_machine()
+    machine = this_machine(clock)
     console.print(
         f"{machine.processor}, {threads} threads, {machine.read_gb_s:.1f} GB/s, load {machine.load_average:.1f}"
     )

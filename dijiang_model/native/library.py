@@ -5,10 +5,13 @@ is loaded. The build is optional: without a compiler there is no library and eve
 """
 
 import ctypes
+import logging
 import platform
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+
+from dijiang_model.native.digest import source_digest
 
 VARIANTS: dict[str, frozenset[str]] = {
     "avx512": frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "fma", "bmi2"}),
@@ -17,6 +20,8 @@ VARIANTS: dict[str, frozenset[str]] = {
 }
 """Best first: the processor flags that each needs (x86; other processors have `base` alone)."""
 
+SOURCES = Path(__file__).parent / "src"
+_log = logging.getLogger(__name__)
 _CPU_INFO = Path("/proc/cpuinfo")
 
 Pointer = ctypes.c_void_p
@@ -102,6 +107,8 @@ class Layer(ctypes.Structure):
         ("mlp_up", Matrix),
         ("mlp_down", Matrix),
         ("attention", Attention),
+        ("far_down", Matrix),
+        ("far_up", Matrix),
     )
 
 
@@ -142,8 +149,19 @@ def load_variant(variant: str) -> ctypes.CDLL | None:
     if not path.exists():
         return None
     library = ctypes.CDLL(str(path))
+    if not _is_of_these_sources(library):
+        _log.warning("%s was built from other sources and is not used; install again to build it", path.name)
+        return None
     _declare(library)
     return library
+
+
+def _is_of_these_sources(library: ctypes.CDLL) -> bool:
+    if not hasattr(library, "dijiang_source"):
+        return False
+    library.dijiang_source.restype = ctypes.c_char_p
+    built_from: bytes = library.dijiang_source()
+    return built_from.decode() == source_digest(SOURCES)
 
 
 @cache

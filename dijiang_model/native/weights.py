@@ -27,6 +27,12 @@ ACTIVATIONS: Mapping[str, int] = {
     "gelu_pytorch_tanh": 2,
     "relu": 3,
 }
+KERNEL_PARAMETERS = frozenset(
+    {
+        *("nodes", "log_weights", "projection", "log_decay", "read_table", "write_table"),
+        *("far_query_down", "far_query_up", "mix_bias", "mix_weight"),
+    }
+)
 HEAD_SIZE_MULTIPLE = 16
 """Features and values are worked on in whole vectors, of up to 16 floats."""
 
@@ -41,10 +47,17 @@ def why_unsupported(model: "DiJiangForCausalLM") -> str | None:
         return f"head size {model.config.head_size} is no multiple of {HEAD_SIZE_MULTIPLE}"
     if not model.config.pre_norm or model.config.embedding_width != model.config.hidden_size:
         return "norms after the residuals and projected embeddings are not among the kernels"
-    if any(layer.features.far_rank > 0 for layer in model.config.layers):
-        return "the linear part has queries of its own (far_rank), which the kernels do not compute"
+    for attention in model.attentions:
+        unknown = {name for name, _ in attention.linear.named_parameters()} - KERNEL_PARAMETERS
+        if unknown:
+            return f"the kernels do not know {', '.join(sorted(unknown))}"
+    for block in model.blocks:
+        for path in _NAMES[model.config.family].projections:
+            kind = type(block.get_submodule(path))
+            if kind not in (nn.Linear, Int8Linear):
+                return f"{path} is a {kind.__name__}"
     if library.load_library() is None:
-        return "the compiled kernels were not built at install"
+        return "there are no compiled kernels: see native.library"
     return None
 
 
@@ -152,6 +165,11 @@ class _Names:
     value: str | None = None
     mlp_gate: str | None = None
 
+    @property
+    def projections(self) -> list[str]:
+        paths = (self.query, self.key, self.value, self.output, self.mlp_gate, self.mlp_up, self.mlp_down)
+        return [path for path in paths if path is not None]
+
 
 _LAYER_NORMS = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 _NAMES: Mapping[Family, _Names] = {
@@ -206,6 +224,9 @@ def _layer(weights: NetworkWeights, block: nn.Module, names: _Names, offsets: Ma
         mlp_down=linear(names.mlp_down),
         attention=_attention(weights, attention, offsets),
     )
+    if attention.linear.attention.features.far_rank > 0:
+        layer.far_down = weights.matrix(attention.linear.far_query_down)
+        layer.far_up = weights.matrix(attention.linear.far_query_up)
     if attention.read_out == "group_norm":
         layer.gate = weights.linear(attention.gate)
         layer.group_norm = weights.norm(attention.group_norm)

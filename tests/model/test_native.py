@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(load_library() is None, reason="the kernels were
 EXPONENTIAL = replace(PURE, features=replace(PURE.features, normalisation="exp"))
 WIDE_WINDOW = replace(HYBRID, window=37, sinks=3)
 NO_SINKS = replace(HYBRID, window=7, sinks=0)
+FAR_QUERIES = replace(HYBRID, features=replace(HYBRID.features, far_rank=5))
 TWO_BASES = replace(HYBRID, features=replace(HYBRID.features, bases=("dct2", "dct4")))
 
 CONFIGS: dict[str, ModelConfig] = {
@@ -34,6 +35,10 @@ CONFIGS: dict[str, ModelConfig] = {
     "sequential residual": gpt_neox_config(HYBRID, PURE, parallel_residual=False),
     "widths that fill no vector": replace(llama_config(), intermediate_size=75, vocab_size=261),
     "opt": opt_config(HYBRID, PURE),
+    "queries of their own for the far part": llama_config(FAR_QUERIES, PURE),
+    "far queries beside interleaved heads": gpt_neox_config(
+        FAR_QUERIES, replace(PURE, features=replace(PURE.features, far_rank=16))
+    ),
 }
 # The order of fp32 sums, through a few layers. GroupNorm over three channels each divides by a spread that may be
 # small: the torch path in fp32 is as far from fp64 there.

@@ -160,7 +160,7 @@ static inline int64_t padded_near(int64_t near) { return (near + kLanes - 1) / k
 // Floats of scratch that `attend` needs.
 static inline int64_t attention_scratch(const Heads& heads, const Attention& a) {
   const int64_t shared = heads.num_heads / heads.num_groups, d = heads.head_size;
-  return (7 * shared + 4) * d + (shared + 1) * a.num_features + shared * padded_near(a.window + a.sinks) + 64;
+  return (8 * shared + 4) * d + (shared + 1) * a.num_features + shared * padded_near(a.window + a.sinks) + 64;
 }
 
 // w[r][j] = exp(q[r] . k[j] - max) over visible near rows, 0 elsewhere; sums[r] their sum.
@@ -201,8 +201,9 @@ static inline void near_weights(const Attention& a, int64_t shared, int64_t d, i
 }
 
 // Attention of token `token` for group `group`: reads the projected row, moves the slot on, writes heads of `out`.
+// `far_queries` [H, d], not rotated yet, read the linear part; null: the window's queries do.
 static void attend(const Attention& a, const Heads& heads, const Token& token, int64_t group, const float* projected,
-                   float* out, float* scratch) {
+                   const float* far_queries, float* out, float* scratch) {
   const int64_t shared = heads.num_heads / heads.num_groups, d = heads.head_size, features = a.num_features;
   const int64_t near = a.window + a.sinks, first_head = group * shared;
   auto take = [&scratch](int64_t count) {
@@ -210,19 +211,22 @@ static void attend(const Attention& a, const Heads& heads, const Token& token, i
     scratch += count;
     return taken;
   };
-  float* rotated = take((shared + 1) * d);  // the queries, then the key that enters the state
+  float* rotated = take((shared + 1) * d);  // the far queries, then the key that enters the state
   float *new_key = take(d), *far_value = take(d);
   float *near_query = take(shared * d), *sink_query = take(shared * d);
   float *far = take(shared * d), *close = take(shared * d);
   float *phi = take((shared + 1) * features), *weights = take(shared * padded_near(near));
   float *sums = take(shared), *mix = take(shared);
+  float* near_rotated = far_queries == nullptr ? rotated : take(shared * d);
   float *far_key = rotated + shared * d, *phi_key = phi + shared * features;
 
   const float* value = projected + heads.value_start + group * heads.value_step;
   rotate(projected + heads.key_start + group * heads.key_step, d, heads.rotary_half, token.cos, token.sin, new_key);
   for (int64_t r = 0; r < shared; ++r) {
     const float* query = projected + heads.query_start + (first_head + r) * heads.query_step;
-    rotate(query, d, heads.rotary_half, token.cos, token.sin, rotated + r * d);
+    rotate(query, d, heads.rotary_half, token.cos, token.sin, near_rotated + r * d);
+    if (far_queries != nullptr)
+      rotate(far_queries + (first_head + r) * d, d, heads.rotary_half, token.cos, token.sin, rotated + r * d);
     if (a.sinks > 0) rotate(query, d, heads.rotary_half, token.sink_cos, token.sink_sin, sink_query + r * d);
   }
 
@@ -241,7 +245,7 @@ static void attend(const Attention& a, const Heads& heads, const Token& token, i
       std::memcpy(values + written * d, value, bytes);
     }
     const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-    for (int64_t i = 0; i < shared * d; ++i) near_query[i] = rotated[i] * scale;
+    for (int64_t i = 0; i < shared * d; ++i) near_query[i] = near_rotated[i] * scale;
     if (a.sinks > 0) {
       for (int64_t i = 0; i < shared * d; ++i) sink_query[i] *= scale;
     }
@@ -250,7 +254,7 @@ static void attend(const Attention& a, const Heads& heads, const Token& token, i
     reads = false;
     for (int64_t r = 0; r < shared; ++r) {
       const float bias = a.mix_bias[first_head + r];
-      const float weight = dot(rotated + r * d, a.mix_weight + (first_head + r) * d, d);
+      const float weight = dot(near_rotated + r * d, a.mix_weight + (first_head + r) * d, d);
       mix[r] = static_cast<float>(features) * exponential(bias + weight);
       // A silent head (bias -inf) needs nothing of the state: its features and its read-out are left out.
       reads = reads || bias != -std::numeric_limits<float>::infinity();

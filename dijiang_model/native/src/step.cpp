@@ -1,4 +1,5 @@
 // One decode step of a whole network, behind a C interface: N sequences, one token each, states moved on in place.
+#include <algorithm>
 #include <new>
 #include <vector>
 
@@ -17,6 +18,7 @@ struct Layer {
   Matrix output;
   Matrix mlp_gate, mlp_up, mlp_down;  // an ungated MLP has mlp_gate.rows = 0
   Attention attention;
+  Matrix far_down, far_up;        // the far branch's update of the queries; rows = 0 without
 };
 
 struct Model {
@@ -75,6 +77,10 @@ class Step {
     gate_ = scratch.floats(13, num_rows * width);
     inner_gate_ = scratch.floats(14, num_rows * model.inner_size);
     projected_ = scratch.floats(15, num_rows * projected_width_);
+    far_queries_ = scratch.floats(18, num_rows * width);
+    int64_t rank = 0;
+    for (int64_t i = 0; i < model.num_layers; ++i) rank = std::max(rank, model.layers[i].far_down.rows);
+    far_low_ = scratch.floats(19, num_rows * rank);
     angles_ = scratch.floats(16, num_rows * 4 * heads.rotary_half + 1);
     for (int64_t i = 0; i < model.num_layers; ++i) {
       const int64_t wanted = (attention_scratch(heads, model.layers[i].attention) + 15) / 16 * 16;
@@ -185,12 +191,33 @@ class Step {
     });
   }
 
+  // q + U D q over all heads.
+  void update_far_queries(const Layer& layer) const {
+    const Heads& heads = model_.heads;
+    const int64_t width = attended_.width, rank = layer.far_down.rows, d = heads.head_size;
+    for_rows([&](int64_t n) {
+      for (int64_t h = 0; h < heads.num_heads; ++h)
+        std::memcpy(far_queries_ + n * width + h * d,
+                    projected_ + n * projected_width_ + heads.query_start + h * heads.query_step,
+                    static_cast<size_t>(d) * sizeof(float));
+    });
+    const Activations queries{far_queries_, width, nullptr, nullptr}, low{far_low_, rank, nullptr, nullptr};
+    for_outputs(rank, num_rows_, [&](int64_t first, int64_t last) {
+      product(layer.far_down, queries, num_rows_, first, last, far_low_, rank, false);
+    });
+    for_outputs(width, num_rows_, [&](int64_t first, int64_t last) {
+      product(layer.far_up, low, num_rows_, first, last, far_queries_, width, true);
+    });
+  }
+
   void attend_all(const Layer& layer) const {
     const Heads& heads = model_.heads;
+    const bool has_far = layer.far_down.rows > 0;
+    if (has_far) update_far_queries(layer);
     Pool::instance().run(num_rows_ * heads.num_groups, threads_, [&](int64_t index, int thread) {
       const int64_t n = index / heads.num_groups, group = index % heads.num_groups;
       attend(layer.attention, heads, tokens_[static_cast<size_t>(n)], group, projected_ + n * projected_width_,
-             attended_.values + n * attended_.width, arenas_ + thread * arena_size_);
+             has_far ? far_queries_ + n * attended_.width : nullptr, attended_.values + n * attended_.width, arenas_ + thread * arena_size_);
     });
     const bool is_gated = layer.gate.rows > 0, is_quantized = layer.output.codes != nullptr;
     if (!is_gated && !is_quantized) return;
@@ -231,7 +258,7 @@ class Step {
   int threads_;
   float* hidden_;  // [N, D], each layer adds to it
   int64_t projected_width_ = 0, arena_size_ = 0;
-  float *gate_, *inner_gate_, *projected_, *angles_, *arenas_;
+  float *gate_, *inner_gate_, *projected_, *far_queries_, *far_low_, *angles_, *arenas_;
   RowBuffer normed_, mlp_normed_, attended_, inner_;
   std::vector<Token> tokens_;
 };
@@ -244,6 +271,9 @@ Scratch& step_scratch() {
 }  // namespace dijiang
 
 extern "C" {
+
+// Digest of the sources that this was built from.
+const char* dijiang_source() { return DIJIANG_SOURCE; }
 
 // Sizes of the structures that the caller lays out, so that a mismatch is found when the library is loaded.
 int64_t dijiang_sizeof_model() { return sizeof(dijiang::Model); }
