@@ -94,8 +94,7 @@ async def _serve(
         await asyncio.gather(waiting, return_exceptions=True)
         failure = engine.failure
         await engine.close()
-        if service.states is not None:
-            await service.states.close()
+        await service.close()
     if failure is not None:
         raise StartError(f"the engine cannot run: {failure}")
 

@@ -4,6 +4,7 @@
 (`server.serve`) makes one.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
@@ -81,6 +82,7 @@ class Service:
     Attributes:
         draining: no new work is taken; what runs is finished.
         num_active: requests that generate right now.
+        background: responses that are made while nobody waits, by id.
     """
 
     def __init__(
@@ -111,11 +113,17 @@ class Service:
         self.created = int(time.time())
         self.draining = False
         self.num_active = 0
+        self.background: dict[str, asyncio.Task[None]] = {}
 
     async def close(self) -> None:
         """Ends what the service itself has started. May be called twice."""
+        for task in [*self.background.values()]:
+            task.cancel()
+        await asyncio.gather(*self.background.values(), return_exceptions=True)
         if self.grammars is not None:
             await self.grammars.close()
+        if self.states is not None:
+            await self.states.close()
 
     @property
     def status(self) -> str:

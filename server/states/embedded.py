@@ -71,6 +71,7 @@ class EmbeddedStore:
         self._eviction = eviction
         self._clock = clock
         self._reserved_bytes = 0
+        self._is_closed = False
         self._held: Counter[str] = Counter()
         try:
             self.files_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -167,6 +168,9 @@ class EmbeddedStore:
 
     async def close(self) -> None:
         """See `StateStore.close`."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         await self._run(self._database.close)
         self._thread.shutdown()
         os.close(self._lock)

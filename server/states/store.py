@@ -220,7 +220,7 @@ class StateStore(Protocol):
         ...
 
     async def close(self) -> None:
-        """Everything is on the disk afterwards."""
+        """Everything is on the disk afterwards. May be called twice."""
         ...
 
 
