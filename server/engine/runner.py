@@ -99,8 +99,10 @@ class ModelRunner:
 
     def _begin(self, chunk: Chunk) -> None:
         """The state before the first token."""
-        snapshot = chunk.sequence.start.snapshot
-        if snapshot is None:
+        snapshot, source_slot = chunk.sequence.start.snapshot, chunk.sequence.start.source_slot
+        if source_slot is not None:
+            self._pool.copy(source_slot, target=chunk.slot)
+        elif snapshot is None:
             self._pool.reset(chunk.slot)
         else:
             assert isinstance(snapshot, Tensor)

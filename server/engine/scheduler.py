@@ -8,7 +8,8 @@ Rules:
       oldest prompt moves on by at least one token in every step.
     - Prompts whose tokens are scored take at most `max_scored_tokens` of a step together, for each of those needs
       the logits of a whole vocabulary: the memory for them is fixed, however long the prompts are.
-    - A request runs as soon as a slot is free. At most `max_waiting` wait; one more is refused.
+    - A request runs as soon as a slot is free, in order of priority, then of arrival. At most `max_waiting` wait;
+      one more is refused.
     - Every request that was added ends in exactly one terminal event.
     - A step may be planned while earlier ones are in flight: rows whose sequence has ended meanwhile are
       ignored by `commit`.
@@ -18,10 +19,12 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
+from server.engine.groups import Groups
 from server.engine.logprob_types import NO_STEP_LOGPROBS, StepLogprobs
 from server.engine.sequence import FROM_NOTHING, Chunk, Sequence, SequenceStatus, Start
 from server.engine.slots import SlotAllocator
 from server.engine.types import EngineError, FinishReason, GenerationRequest, TokenEvent
+from server.engine.waiting import WaitingQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,8 @@ class Scheduler:
         self._eos_token_ids = eos_token_ids
         self._max_scored_tokens = max_step_tokens if max_scored_tokens is None else max_scored_tokens
         self._on_admission = on_admission
-        self._waiting: dict[str, Sequence] = {}
+        self._groups = Groups()
+        self._waiting = WaitingQueue()
         self._running: dict[str, Sequence] = {}
         self._ended: list[Sequence] = []
 
@@ -122,7 +126,7 @@ class Scheduler:
     @property
     def has_unfinished(self) -> bool:
         """Whether any request still owes its terminal event."""
-        return bool(self._waiting or self._running)
+        return len(self._waiting) > 0 or len(self._running) > 0
 
     def has(self, request_id: str) -> bool:
         """Whether a request of this id has not ended yet."""
@@ -147,12 +151,12 @@ class Scheduler:
         if self.num_waiting - self.num_free_slots >= self._max_waiting:
             message = f"the engine is full: {self.num_running} requests run and {self.num_waiting} wait"
             return _failed(request_id, code="overloaded", message=message)
-        self._waiting[request_id] = Sequence(request, self._eos_token_ids, start)
+        self._waiting.add(Sequence(request, self._eos_token_ids, start))
         return None
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """Ends a request wherever it is; its terminal event, or None if it is unknown or has ended."""
-        sequence = self._waiting.pop(request_id, None)
+        sequence = self._waiting.remove(request_id)
         if sequence is not None:
             sequence.finish()
         elif request_id in self._running:
@@ -166,6 +170,8 @@ class Scheduler:
         chunks = [sequence.next_chunk(1) for sequence in self._running.values() if sequence.wants_decode]
         num_decode = len(chunks)
         budget = _Budget(self._max_step_tokens - num_decode, self._max_scored_tokens)
+        for follower in self._fork():
+            chunks += budget.feed(follower)
         for sequence in [*self._running.values()]:
             if sequence.status is SequenceStatus.PREFILL:
                 chunks += budget.feed(sequence)
@@ -234,17 +240,35 @@ class Scheduler:
         return TokenEvent(sequence.request_id, (token_id,), reason, num_cached_tokens=num_cached)
 
     def _admit(self) -> Sequence | None:
-        """The request that has waited longest, in a slot; None without a request or a slot."""
-        if not self._waiting:
+        """The next request, in a slot; None without a request or a slot."""
+        if len(self._waiting) == 0 or self._slots.num_free == 0:
             return None
-        slot = self._slots.allocate()
-        if slot is None:
+        sequence = next((waiting for waiting in self._waiting if not self._groups.holds(waiting)), None)
+        if sequence is None:
             return None
-        sequence = self._waiting.pop(next(iter(self._waiting)))
         self._on_admission(sequence)
+        self._groups.admitted(sequence)
+        self._start(sequence)
+        return sequence
+
+    def _fork(self) -> list[Sequence]:
+        """Gives slots to the sequences of groups whose prompt has been computed, as far as there are slots."""
+        followers = []
+        for leader in self._groups.ready():
+            for sequence in self._waiting:
+                if sequence.request.group == leader.request.group and self._slots.num_free > 0:
+                    self._on_admission(sequence)
+                    sequence.fork(leader)
+                    self._start(sequence)
+                    followers.append(sequence)
+        return followers
+
+    def _start(self, sequence: Sequence) -> None:
+        slot = self._slots.allocate()
+        assert slot is not None
+        self._waiting.remove(sequence.request_id)
         sequence.admit(slot)
         self._running[sequence.request_id] = sequence
-        return sequence
 
     def _end(self, sequence: Sequence) -> None:
         del self._running[sequence.request_id]

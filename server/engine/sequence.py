@@ -33,10 +33,12 @@ class Start:
     Attributes:
         position: of its first token in the conversation.
         snapshot: the state before that token, opaque; None: the empty one.
+        source_slot: where that state lies instead when the sequence's first step is launched; None: nowhere.
     """
 
     position: int = 0
     snapshot: object | None = None
+    source_slot: int | None = None
 
 
 FROM_NOTHING = Start()
@@ -68,7 +70,8 @@ class Sequence:
         status: what comes next.
         slot: place of its state, from admission on; kept after the end for the clean-up.
         num_fed: tokens scheduled into the model or skipped, hence the place of the next one.
-        num_cached: tokens of the prompt that were skipped, for their state was cached.
+        num_skipped: tokens of the prompt that it did not feed itself.
+        num_cached: those of them whose state was cached, rather than copied from a sequence of its group.
         stops: lengths of the prompt at which a chunk must end.
         num_scheduled: output tokens that steps were asked for.
         num_outputs: output tokens committed, <= num_scheduled.
@@ -83,6 +86,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     slot: int | None = None
     num_fed: int = 0
+    num_skipped: int = 0
     num_cached: int = 0
     stops: frozenset[int] = frozenset()
     num_scheduled: int = 0
@@ -143,8 +147,15 @@ class Sequence:
         """Begins behind that many tokens of the prompt, from the state after them."""
         assert self.num_fed == 0
         assert 0 < num_tokens < len(self.request.prompt_token_ids)
-        self.num_fed = self.num_cached = num_tokens
+        self.num_fed = self.num_skipped = self.num_cached = num_tokens
         self.start = Start(self.start.position, snapshot)
+
+    def fork(self, leader: "Sequence") -> None:
+        """Begins where the leader, a sequence of the same prompt, is now."""
+        assert self.status is SequenceStatus.WAITING
+        self.num_fed = self.num_skipped = leader.num_fed
+        self.num_cached = 0
+        self.start = Start(self.start.position, source_slot=leader.slot)
 
     def admit(self, slot: int) -> None:
         """WAITING -> PREFILL, in a slot of its own."""
@@ -218,7 +229,7 @@ class Chunk:
     @property
     def is_first(self) -> bool:
         """Whether these are the first tokens that the sequence feeds."""
-        return self.start == self.sequence.num_cached
+        return self.start == self.sequence.num_skipped
 
     @property
     def position(self) -> int:

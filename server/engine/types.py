@@ -77,6 +77,9 @@ class GenerationRequest:
     Attributes:
         states: where the conversation before the prompt comes from, and what is kept of this one.
         logprobs: what is to be reported beside the tokens.
+        group: name that requests of one prompt and one `states.load_from` share, so that the prompt is computed once;
+            None: there are no others.
+        priority: requests of lower numbers get slots first.
         grammar: the language that the answer must be in; None: any text.
     """
 
@@ -85,6 +88,8 @@ class GenerationRequest:
     sampling: SamplingParams
     states: StateOptions = NO_STATE
     logprobs: LogprobOptions = NO_LOGPROBS
+    group: str | None = None
+    priority: int = 0
     grammar: GrammarSpec | None = None
 
 

@@ -61,6 +61,10 @@ class FakeRunner:
         self._check(batch)
         self.batches.append(batch)
         for chunk in batch.chunks:
+            source_slot = chunk.sequence.start.source_slot
+            if chunk.is_first and source_slot is not None:
+                self._histories[chunk.slot] = list(self._histories[source_slot])
+        for chunk in batch.chunks:
             self._feed(chunk)
         tokens = [self._sample(chunk) for chunk in batch.sampled]
         faults = [chunk.sequence.request_id in self.faulty for chunk in batch.sampled]
