@@ -1,9 +1,9 @@
 """Errors that a user of a model or of the converter can cause.
 
-    ModelError
-    ├── ConfigError        a configuration this code does not support, or that contradicts itself
-    ├── CheckpointError    files that are missing, damaged, or do not fit the configuration
-    └── ConversionError    a source that cannot be converted
+ModelError
+├── ConfigError        a configuration this code does not support, or that contradicts itself
+├── CheckpointError    files that are missing, damaged, or do not fit the configuration
+└── ConversionError    a source that cannot be converted
 """
 
 
