@@ -20,6 +20,11 @@ QUESTION_TIMEOUT_S = 120
 SMALL_MACHINE_CORES = 8
 CPU_SHARE, CUDA_SHARE = 0.5, 0.9
 WORKSPACE_BYTES = 1 << 30
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+CONTROL_GROUP_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
@@ -68,15 +73,17 @@ def free_cuda_bytes() -> list[int]:
         return []
 
 
-def free_host_bytes() -> int:
-    """Memory that can be taken without swapping, within the limit of a container."""
+def free_host_bytes(control_groups: Path = CONTROL_GROUPS) -> int:
+    """Memory that can be taken without swapping, within the limit of a container (control groups 1 and 2)."""
     available = psutil.virtual_memory().available
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):  # no control group, or no limit ("max")
-        return available
-    return min(available, max(0, limit - used))
+    for limit_name, used_name in CONTROL_GROUP_FILES:
+        try:
+            limit = int((control_groups / limit_name).read_text())
+            used = int((control_groups / used_name).read_text())
+        except (OSError, ValueError):  # another version, or no limit ("max")
+            continue
+        available = min(available, max(0, limit - used))
+    return available
 
 
 def default_threads() -> int:

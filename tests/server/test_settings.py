@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from server.hardware import Device, HardwareError, default_state_bytes, default_threads, find_device, free_host_bytes
+from server.hardware import (
+    CONTROL_GROUP_FILES,
+    Device,
+    HardwareError,
+    default_state_bytes,
+    default_threads,
+    find_device,
+    free_host_bytes,
+)
 from server.serve import StartError, engine_config, key_hashes, recipe_of, service_options
 from server.settings import Settings, SettingsError, flag_of, misplaced_key, read_settings, variable_of
 
@@ -143,6 +151,16 @@ def test_the_recipe_is_told(model: Path, tmp_path: Path) -> None:
     assert recipe_of(model) == "hybrid"
     (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
     assert recipe_of(tmp_path) == "released"
+
+
+@pytest.mark.parametrize(("limit", "used"), CONTROL_GROUP_FILES, ids=["version 2", "version 1"])
+def test_free_memory_is_what_the_container_leaves(tmp_path: Path, limit: str, used: str) -> None:
+    for name, text in ((limit, "1000000\n"), (used, "400000\n")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert free_host_bytes(tmp_path) == 600_000
+    (tmp_path / limit).write_text("max\n")
+    assert free_host_bytes(tmp_path) > 600_000
 
 
 def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
