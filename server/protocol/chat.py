@@ -3,20 +3,19 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, ValidationInfo, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequestError
 from server.protocol.logprobs import MAX_TOP_LOGPROBS, ChatLogprobs, PromptLogprobs
 from server.protocol.sampling import FinishReasonText, GenerationFields
+from server.protocol.tools import MAX_TOOLS, ToolCallIn, ToolCallOut, ToolFields
 from server.protocol.unsupported import CHAT_FIELDS, refuse_unsupported
 from server.protocol.usage import Usage
 from server.protocol.wire import RequestModel, ResponseModel
 
 MAX_MESSAGES = 10_000
 MESSAGE_FIELDS: Mapping[str, tuple[Any, ...]] = {
-    "tool_calls": ([],),
-    "tool_call_id": (),
     "function_call": (),
     "audio": (),
     "refusal": (),
@@ -24,7 +23,9 @@ MESSAGE_FIELDS: Mapping[str, tuple[Any, ...]] = {
 
 
 def _joined_parts(value: object) -> object:
-    """Text parts `[{"type": "text", "text": "..."}]` as one text."""
+    """Text parts `[{"type": "text", "text": "..."}]` as one text; null, beside calls of tools, as an empty one."""
+    if value is None:
+        return value
     if not isinstance(value, list):
         if not isinstance(value, str):
             raise PydanticCustomError("content", "must be a string or a list of text parts")
@@ -43,14 +44,23 @@ def _joined_parts(value: object) -> object:
     return "".join(texts)
 
 
+def _needed(value: str | None, info: ValidationInfo) -> str | None:
+    if value is None and not info.data.get("tool_calls"):
+        raise PydanticCustomError("content", "must be a string or a list of text parts")
+    return value
+
+
 class MessageIn(RequestModel):
     """One message of the conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    """Who speaks."""
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    """Who speaks; `tool`: the answer of a tool that was called."""
+    tool_calls: list[ToolCallIn] | None = Field(None, max_length=MAX_TOOLS)
+    """Calls that the assistant made; only in its messages."""
     content: Annotated[
-        str,
+        str | None,
         BeforeValidator(_joined_parts),
+        AfterValidator(_needed),
         WithJsonSchema(
             {
                 "anyOf": [
@@ -63,25 +73,44 @@ class MessageIn(RequestModel):
                             "required": ["type", "text"],
                         },
                     },
+                    {"type": "null"},
                 ]
             }
         ),
-    ]
-    """The text, or a list of text parts, which are put together."""
+    ] = Field(None, validate_default=True)
+    """The text, or a list of text parts, which are put together; may be absent beside `tool_calls`."""
     name: str | None = Field(None, max_length=256)
     """Name of the speaker, if the model's template has a place for it."""
+    tool_call_id: str | None = Field(None, max_length=256)
+    """Which call this answers; only with the role `tool`."""
 
     @model_validator(mode="before")
     @classmethod
     def _known_fields(cls, message: Any) -> Any:
-        if isinstance(message, dict) and message.get("role") in ("tool", "function"):
+        if isinstance(message, dict) and message.get("role") == "function":
             raise InvalidRequestError(
-                "tools are not supported by this server: a message has the role of a tool's answer",
+                "functions in their old form are not supported by this server: use tools and the role `tool`",
                 param="messages",
                 code="unsupported_parameter",
             )
         refuse_unsupported(message, MESSAGE_FIELDS)
         return message
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("tool_calls", "only the assistant calls tools")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise PydanticCustomError("tool_call_id", "the role tool and `tool_call_id` need each other")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The content; empty if there is none."""
+        return "" if self.content is None else self.content
+
+
+ChatFinishReason = FinishReasonText | Literal["tool_calls"]
 
 
 class ConversationFields(RequestModel):
@@ -111,7 +140,7 @@ class ConversationFields(RequestModel):
         return self
 
 
-class ChatRequest(GenerationFields, ConversationFields):
+class ChatRequest(GenerationFields, ConversationFields, ToolFields):
     """A conversation to answer."""
 
     logprobs: bool | None = None
@@ -144,10 +173,12 @@ class ChatMessageOut(ResponseModel):
 
     role: Literal["assistant"]
     """Who speaks."""
-    content: str
-    """The text."""
+    content: str | None
+    """The text; null if there are only calls of tools."""
     refusal: None
     """Always null here."""
+    tool_calls: tuple[ToolCallOut, ...] = ()
+    """Calls of tools, if there are any."""
 
 
 class ChatChoice(ResponseModel):
@@ -159,8 +190,8 @@ class ChatChoice(ResponseModel):
     """The answer itself."""
     logprobs: ChatLogprobs | None
     """With `logprobs`: those of the tokens; in a stream of the tokens since the last chunk."""
-    finish_reason: FinishReasonText
-    """`stop`: end of turn, stop token or stop string; `length`: the token limit."""
+    finish_reason: ChatFinishReason
+    """`stop`: end of turn, stop token or stop string; `tool_calls`: likewise, after calls; `length`: the limit."""
     token_ids: tuple[int, ...] = ()
     """The generated tokens, with `return_token_ids`."""
     state_id: str = ""
@@ -197,6 +228,8 @@ class ChatDelta(ResponseModel):
     """Only in the first chunk of a choice."""
     content: str = ""
     """The next piece of text."""
+    tool_calls: tuple[ToolCallOut, ...] = ()
+    """The beginning of a call, or the next piece of its arguments."""
 
 
 class ChatChunkChoice(ResponseModel):
@@ -208,7 +241,7 @@ class ChatChunkChoice(ResponseModel):
     """What is new."""
     logprobs: ChatLogprobs | None
     """With `logprobs`: those of the tokens; in a stream of the tokens since the last chunk."""
-    finish_reason: FinishReasonText | None
+    finish_reason: ChatFinishReason | None
     """Set in the last chunk of each answer."""
     token_ids: tuple[int, ...] = ()
     """The tokens since the last chunk, with `return_token_ids`."""

@@ -1,8 +1,8 @@
 """Known fields that this server does not build: refused by name unless they ask for nothing.
 
 A client that sends such a field expects its effect, so ignoring it would be a silent lie. Fields that
-are no part of any known API are ignored, and so are `user`, `metadata`, `store`, `service_tier` and
-`parallel_tool_calls`, which ask for nothing that changes an answer.
+are no part of any known API are ignored, and so are `user`, `metadata`, `store` and
+`service_tier`, which ask for nothing that changes an answer.
 """
 
 from collections.abc import Mapping
@@ -41,8 +41,6 @@ CHAT_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }

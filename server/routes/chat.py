@@ -13,11 +13,10 @@ from server.protocol.chat import (
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
-    ChatMessageOut,
+    ChatFinishReason,
     ChatRequest,
 )
 from server.protocol.logprobs import ChatLogprobs
-from server.protocol.sampling import FinishReasonText
 from server.routes.answers import Answer, Generation, Piece
 from server.routes.json_body import JsonRoute, ServiceDependency
 from server.routes.logprobs import Places, logprob_format
@@ -29,7 +28,7 @@ from server.routes.streaming import (
     stream_answers,
     written_response,
 )
-from server.routes.structure import checked_grammar
+from server.routes.tools import ToolAnswer, call_token_ids, checked_form, told_tools
 from server.service import Service
 from server.sse import KEEP_ALIVE, ClientDisconnectedError, event
 from server.states.store import Turn
@@ -48,6 +47,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, service: S
     check_counts(service.options, body, num_prompts=1)
     info = service.require_open()
     base = await find_base(request, service, info, body, num_choices=body.num_choices)
+    tools = told_tools(body.tool_use)
     prompt = await encode_messages(
         service,
         body.messages,
@@ -55,12 +55,20 @@ async def create_chat_completion(body: ChatRequest, request: Request, service: S
         continue_final_message=body.continue_final_message is True,
         add_special_tokens=body.add_special_tokens is True,
         base=None if base is None else base.head,
+        tools=tools,
     )
-    points = system_prefix(service, body.messages, prompt) if base is None else ()
+    points = system_prefix(service, body.messages, prompt, tools=tools) if base is None else ()
     session = state_session(request, service, info, body, base, turn=Turn.OPEN, cache_points=points)
-    grammar = await checked_grammar(service, info, body.wanted_grammar)
     generation = plan_generation(
-        service, info, body, [prompt], param="messages", max_tokens=None, session=session, grammar=grammar
+        service,
+        info,
+        body,
+        [prompt],
+        param="messages",
+        max_tokens=None,
+        session=session,
+        grammar=await checked_form(service, info, body),
+        shown_token_ids=call_token_ids(service.tokenizer) if tools else frozenset(),
     )
     await generation.start()
     writer = _Writer(service, body, generation)
@@ -82,6 +90,7 @@ class _Writer:
         self._with_token_ids = body.return_token_ids is True
         self._idle_s = service.options.keepalive_s
         self._logprobs = logprob_format(service, body)
+        self._answers = [ToolAnswer(body.tool_use) for _ in range(body.num_choices)]
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -93,9 +102,9 @@ class _Writer:
         choices = [
             ChatChoice(
                 index=index,
-                message=ChatMessageOut(role="assistant", content=answer.text, refusal=None),
+                message=self._answers[index].message(answer.text),
                 logprobs=self._chat_logprobs(answer.output),
-                finish_reason=answer.finish_reason,
+                finish_reason=self._answers[index].finish_reason(answer.finish_reason),
                 **self._token_ids(tuple(answer.token_ids)),
                 **self._state(answer.state_id),
             )
@@ -124,15 +133,18 @@ class _Writer:
             yield self._event(choices=[], usage=self._generation.usage)
 
     def _piece(self, piece: Piece) -> list[bytes]:
-        """The new text, if there is any; then the end, if it is there."""
+        """The new text or calls, if there are any; then the end, if it is there."""
         chunks: list[bytes] = []
+        answer = self._answers[piece.index]
         token_ids = piece.token_ids
         output = [] if piece.output is None else [piece.output]
         more = {} if piece.prompt is None or piece.index > 0 else self._prompt_logprobs([piece.prompt])
-        if piece.text or more or ((self._with_token_ids or output) and piece.finish_reason is None):
-            delta = ChatDelta(content=piece.text)
+        deltas = answer.deltas(piece.text, is_last=piece.finish_reason is not None)
+        if not deltas and (more or ((self._with_token_ids or output) and piece.finish_reason is None)):
+            deltas = [ChatDelta(content="")]
+        for delta in deltas:
             chunks.append(self._chunk(piece.index, delta, token_ids=token_ids, output=output, **more))
-            token_ids, output = (), []
+            token_ids, output, more = (), [], {}
         if piece.finish_reason is not None:
             chunks.append(
                 self._chunk(
@@ -140,7 +152,7 @@ class _Writer:
                     ChatDelta(),
                     token_ids=token_ids,
                     output=output,
-                    finish_reason=piece.finish_reason,
+                    finish_reason=answer.finish_reason(piece.finish_reason),
                     state_id=piece.state_id,
                 )
             )
@@ -153,7 +165,7 @@ class _Writer:
         *,
         token_ids: tuple[int, ...],
         output: list[Places] | None = None,
-        finish_reason: FinishReasonText | None = None,
+        finish_reason: ChatFinishReason | None = None,
         state_id: str | None = None,
         **more: Any,
     ) -> bytes:

@@ -7,8 +7,8 @@ is allocated.
 import asyncio
 import secrets
 import uuid
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from server.engine.types import EngineInfo, GenerationRequest, GrammarSpec, SamplingParams
 from server.errors import ContextLengthError, InvalidRequestError
@@ -85,17 +85,19 @@ async def encode_messages(
     continue_final_message: bool = False,
     add_special_tokens: bool = False,
     base: SnapshotRecord | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[int, ...]:
     """Token ids of a conversation in the model's chat format.
 
     Args:
         base: the state that the messages come after; None: they are the whole conversation.
+        tools: what may be called, as chat templates expect it.
 
     Raises:
         InvalidRequestError: no chat template, or one that refuses these messages.
     """
     template = require_chat_template(service)
-    conversation = [ChatMessage(message.role, message.content, message.name) for message in messages]
+    conversation = [chat_message(message) for message in messages]
 
     def encode() -> tuple[int, ...]:
         if base is not None:
@@ -104,12 +106,14 @@ async def encode_messages(
                 conversation,
                 ends_open=base.turn is Turn.OPEN,
                 last_token=base.last_token,
+                tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
             )
         else:
             token_ids = template.encode(
                 conversation,
+                tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 add_special_tokens=add_special_tokens,
@@ -117,9 +121,27 @@ async def encode_messages(
         return tuple(token_ids)
 
     try:
-        return await run_if_long(sum(len(message.content) for message in conversation), encode)
+        return await run_if_long(_size(conversation), encode)
     except TemplateFailure as error:
         raise InvalidRequestError(str(error), param="messages", code="chat_template_error") from error
+
+
+def chat_message(message: MessageIn) -> ChatMessage:
+    """A message as chat templates expect it."""
+    calls = [
+        {
+            "id": call.id,
+            "type": "function",
+            "function": {"name": call.function.name, "arguments": call.function.arguments_value},
+        }
+        for call in message.tool_calls or ()
+    ]
+    return ChatMessage(message.role, message.text, message.name, tuple(calls), message.tool_call_id)
+
+
+def _size(conversation: Sequence[ChatMessage]) -> int:
+    """About how many characters there are to encode."""
+    return sum(len(message.content) + MAX_INLINE_CHARACTERS * bool(message.tool_calls) for message in conversation)
 
 
 async def run_if_long(num_characters: int, work: Callable[[], T]) -> T:
@@ -146,6 +168,7 @@ def plan_generation(
     max_tokens: int | None,
     session: StateSession,
     grammar: GrammarSpec | None = None,
+    shown_token_ids: frozenset[int] = frozenset(),
 ) -> Generation:
     """The engine requests for every prompt and choice.
 
@@ -154,6 +177,7 @@ def plan_generation(
         session: the states that they begin from and leave behind.
         max_tokens: when the request sets none; None: no limit.
         grammar: the language of the answers; None: any text.
+        shown_token_ids: special tokens that are part of the text.
 
     Raises:
         InvalidRequestError: token ids outside the vocabulary, prompts too long or empty.
@@ -182,7 +206,8 @@ def plan_generation(
             request = GenerationRequest(
                 f"gen-{uuid.uuid4().hex}", prompt, sampling, grammar=grammar, logprobs=fields.logprob_options
             )
-            text = _text_stream(service.tokenizer, fields, prompt, is_start=session.base is None)
+            is_start = session.base is None
+            text = _text_stream(service.tokenizer, fields, prompt, is_start=is_start, shown=shown_token_ids)
             plans.append(Plan(request, text, echoes=fields.echoes))
     return Generation(
         service,
@@ -228,7 +253,12 @@ def _wrap(seed: int) -> int:
 
 
 def _text_stream(
-    tokenizer: Tokenizer | None, fields: GenerationFields, prompt: tuple[int, ...], *, is_start: bool
+    tokenizer: Tokenizer | None,
+    fields: GenerationFields,
+    prompt: tuple[int, ...],
+    *,
+    is_start: bool,
+    shown: frozenset[int],
 ) -> TextStream | None:
     if tokenizer is None:
         return None
@@ -240,6 +270,7 @@ def _text_stream(
         # No stop string is looked for in an echoed prompt.
         min_tokens=_given(fields.min_tokens, 0) + (len(prompt) if fields.echoes else 0),
         at_start=is_start and (fields.echoes or tokenizer.is_all_special(prompt)),
+        shown=shown,
     )
 
 

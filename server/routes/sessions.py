@@ -1,7 +1,8 @@
 """From a request's state fields to its session: whose states, which one to begin from, and how to keep the ends."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -115,13 +116,20 @@ def time_to_live(service: Service, ttl_s: float | None) -> float | None:
     return service.options.state_ttl_s if service.options.state_ttl_s > 0 else None
 
 
-def system_prefix(service: Service, messages: Sequence[MessageIn], prompt: Sequence[int]) -> tuple[int, ...]:
+def system_prefix(
+    service: Service,
+    messages: Sequence[MessageIn],
+    prompt: Sequence[int],
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> tuple[int, ...]:
     """Where the system prompt ends in a prompt, if the template makes it visible: no number, or one."""
     template, first = service.chat_template, messages[0]
     if template is None or first.role not in ("system", "developer") or len(messages) == 1:
         return ()
     try:
-        prefix = template.encode([ChatMessage(first.role, first.content, first.name)], add_generation_prompt=False)
+        system = ChatMessage(first.role, first.text, first.name)
+        prefix = template.encode([system], tools=tools, add_generation_prompt=False)
     except TemplateFailure:
         return ()  # a template that wants a user's message first
     return (len(prefix),) if tuple(prompt[: len(prefix)]) == tuple(prefix) else ()

@@ -4,7 +4,8 @@ The template knows whole conversations, so it renders a stand-in of two messages
 follows the stand-in is what follows any conversation. Nothing of the real past is needed, and nothing is fed again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from server.text.template import ChatMessage, ChatTemplate, TemplateFailure
 
@@ -18,6 +19,7 @@ def encode_continuation(
     *,
     ends_open: bool,
     last_token: int,
+    tools: Sequence[Mapping[str, Any]] = (),
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
 ) -> list[int]:
@@ -29,6 +31,7 @@ def encode_continuation(
         ends_open: whether the conversation ends inside an assistant's message, whose end is then written first (unless
             `last_token` is it already), or after whole messages.
         last_token: the last token of the conversation.
+        tools: what may be called; told at the beginning of the conversation, so not once more.
         add_generation_prompt: open the assistant's turn at the end.
         continue_final_message: go on with the last of the new messages.
 
@@ -36,12 +39,13 @@ def encode_continuation(
         TemplateFailure: the template refuses the messages, or writes the past differently because of them.
     """
     past = (
-        template.encode(_STAND_IN, continue_final_message=True, add_generation_prompt=False)
+        template.encode(_STAND_IN, tools=tools, continue_final_message=True, add_generation_prompt=False)
         if ends_open
-        else template.encode(_STAND_IN, add_generation_prompt=False)
+        else template.encode(_STAND_IN, tools=tools, add_generation_prompt=False)
     )
     whole = template.encode(
         [*_STAND_IN, *messages],
+        tools=tools,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
     )

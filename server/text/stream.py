@@ -30,6 +30,7 @@ class TextStream:
         skip_special: bool = True,
         min_tokens: int = 0,
         at_start: bool = False,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
         """
         Args:
@@ -39,6 +40,7 @@ class TextStream:
             min_tokens: stop strings are not looked for in the text of that many first tokens.
             at_start: nothing but special tokens comes before, so the space that the tokenizer
                 puts before a text is taken away.
+            shown: special tokens that are not left out.
         """
         self.stopped = False
         self.num_tokens = 0
@@ -46,7 +48,7 @@ class TextStream:
         self._vocabulary = vocabulary
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._matcher = StopMatcher(stop, include_stop=include_stop) if stop else None
-        self._skipped = vocabulary.special_ids if skip_special else frozenset()
+        self._skipped = vocabulary.special_ids - shown if skip_special else frozenset()
         self._min_tokens = min_tokens
         self._spaces_to_strip = vocabulary.num_leading_spaces if at_start else 0
 

@@ -7,18 +7,19 @@ recognises exactly those special tokens that the template itself has written.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.text.tokenizer import Tokenizer
+from server.text.tool_prompt import without_tools
 
 MAX_RENDER_S = 2.0
 MAX_EXPANSION = 8
@@ -39,15 +40,26 @@ class TemplateSyntaxFailure(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One message as the template sees it: `role` is one of a few words, `content` any text."""
+    """One message as the template sees it: `role` is one of a few words, `content` any text.
+
+    Attributes:
+        tool_calls: `{"id", "type": "function", "function": {"name", "arguments"}}`, the arguments as a value.
+        tool_call_id: of a message with the role `tool`: which call it answers.
+    """
 
     role: str
     content: str
     name: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    tool_call_id: str | None = None
 
 
 class ChatTemplate:
-    """The chat format of one model."""
+    """The chat format of one model.
+
+    Attributes:
+        knows_tools: whether the template has a place for tools; else they are told in a system message.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Raises `TemplateSyntaxFailure`. The tokenizer must have a template."""
@@ -57,26 +69,32 @@ class ChatTemplate:
         self._environment = _BoundedEnvironment()
         try:
             self._template = self._environment.from_string(tokenizer.chat_template)
+            variables = meta.find_undeclared_variables(self._environment.parse(tokenizer.chat_template))
         except TemplateError as error:
             raise TemplateSyntaxFailure(f"the model's chat template is not valid: {error}") from error
+        self.knows_tools = "tools" in variables
 
     def encode(
         self,
         messages: Sequence[ChatMessage],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
     ) -> list[int]:
         """Token ids of the rendered conversation.
 
+        Args:
+            tools: what may be called, `{"type": "function", "function": {...}}` each.
+
         Raises:
             TemplateFailure: the template raised an exception or went over a limit.
         """
-        protected, marker = self._protect(messages)
-        text = self._render(protected, add_generation_prompt=add_generation_prompt and not continue_final_message)
+        conversation, marker = self._protect(self._conversation(messages, tools))
+        text = self._render(conversation, add_generation_prompt=add_generation_prompt and not continue_final_message)
         if continue_final_message:
-            text = _cut_after(text, protected[-1].content)
+            text = _cut_after(text, conversation["messages"][-1]["content"] or "")
         if marker is None:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         prefix = self._tokenizer.encode("", add_special_tokens=add_special_tokens)
@@ -84,15 +102,24 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> str:
         """The conversation as text, for reading."""
-        return self._render(messages, add_generation_prompt=add_generation_prompt)
+        return self._render(self._conversation(messages, ()), add_generation_prompt=add_generation_prompt)
 
-    def _render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
-        size = sum(len(message.content) for message in messages)
+    def _conversation(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]]
+    ) -> dict[str, list[Mapping[str, Any]]]:
+        """Messages and tools as values, as far as the template has a place for them."""
+        variables: list[Mapping[str, Any]] = [self._variables(message) for message in messages]
+        if self.knows_tools:
+            return {"messages": variables, "tools": [*tools]}
+        return {"messages": without_tools(variables, tools), "tools": []}
+
+    def _render(self, conversation: Mapping[str, Sequence[Mapping[str, Any]]], *, add_generation_prompt: bool) -> str:
+        size = sum(map(len, _texts(conversation)))
         limit = max(MIN_OUTPUT_CHARACTERS, MAX_EXPANSION * size)
         variables = {
-            "messages": [self._variables(message) for message in messages],
+            "messages": conversation["messages"],
             "add_generation_prompt": add_generation_prompt,
-            "tools": None,
+            "tools": conversation["tools"] or None,  # templates ask whether there are any
             "documents": None,
             **self._tokenizer.special_tokens,
         }
@@ -111,18 +138,28 @@ class ChatTemplate:
             raise TemplateFailure(f"the chat template cannot render these messages: {error}"[:300]) from error
         return "".join(pieces)
 
-    def _variables(self, message: ChatMessage) -> dict[str, str]:
+    def _variables(self, message: ChatMessage) -> dict[str, Any]:
         role = message.role
         if role == "developer" and not self._knows_developer:
             role = "system"
-        variables = {"role": role, "content": message.content}
-        return variables if message.name is None else variables | {"name": message.name}
+        content = None if message.tool_calls and not message.content else message.content
+        variables: dict[str, Any] = {"role": role, "content": content}
+        if message.name is not None:
+            variables["name"] = message.name
+        if message.tool_calls:
+            variables["tool_calls"] = [*message.tool_calls]
+        if message.tool_call_id is not None:
+            variables["tool_call_id"] = message.tool_call_id
+        return variables
 
-    def _protect(self, messages: Sequence[ChatMessage]) -> tuple[Sequence[ChatMessage], str | None]:
+    def _protect(self, conversation: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
         """Splits special tokens typed by users; returns the marker used, None if there was none."""
-        texts = [text for message in messages for text in (message.content, message.name) if text is not None]
+        try:
+            texts = [*_texts(conversation)]
+        except RecursionError:
+            raise TemplateFailure("the messages or tools are nested too deeply") from None
         if not any(self._tokenizer.find_special_tokens(text) for text in texts):
-            return messages, None
+            return conversation, None
         used = set().union(*texts, self._tokenizer.chat_template or "")
         marker = next((marker for marker in MARKERS if marker not in used), None)
         if marker is None:
@@ -133,10 +170,7 @@ class ChatTemplate:
                 text = text[: begin + 1] + marker + text[begin + 1 :]
             return text
 
-        protected = [
-            ChatMessage(message.role, split(message.content), None if message.name is None else split(message.name))
-            for message in messages
-        ]
+        protected: dict[str, Any] = _map_texts(conversation, split)
         return protected, marker
 
     def _encode_marked(self, text: str, marker: str) -> list[int]:
@@ -187,6 +221,28 @@ class _GenerationBlock(Extension):
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value of JSON's kinds, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield key
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with every text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key): _map_texts(item, change) for key, item in value.items()}
+    return [_map_texts(item, change) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _raise_exception(message: str) -> None:

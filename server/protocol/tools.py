@@ -1,0 +1,192 @@
+"""Tools that an answer may call: what a request offers, and the calls in messages and answers."""
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from server.errors import InvalidRequestError
+from server.protocol.wire import RequestModel, ResponseModel
+
+MAX_TOOLS = 128
+NAME_PATTERN = r"^[a-zA-Z0-9_-]{1,64}$"
+FunctionName = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+class FunctionDefinition(RequestModel):
+    """What can be called."""
+
+    name: FunctionName
+    """Its name: letters, digits, `_` and `-`, at most 64."""
+    description: str | None = None
+    """What it does, for the model."""
+    parameters: dict[str, Any] | None = None
+    """JSON schema of its arguments, an object; none if absent."""
+    strict: bool | None = None
+    """Have arguments follow the schema wherever it is called; keywords that cannot be kept to are an error."""
+
+
+class Tool(RequestModel):
+    """One tool."""
+
+    type: Literal["function"]
+    """Only functions."""
+    function: FunctionDefinition
+    """The function."""
+
+
+class NamedFunction(RequestModel):
+    """A function by its name."""
+
+    name: FunctionName
+    """Of one of the tools."""
+
+
+class NamedToolChoice(RequestModel):
+    """This tool and no other, exactly once."""
+
+    type: Literal["function"]
+    """Only functions."""
+    function: NamedFunction
+    """Which one."""
+
+
+def _tool_choice(value: object) -> object:
+    if value is None or (isinstance(value, str) and value in ("none", "auto", "required")):
+        return value
+    if isinstance(value, dict) and value.get("type") == "function":
+        return NamedToolChoice.model_validate(value)
+    raise PydanticCustomError(
+        "tool_choice", 'must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
+    )
+
+
+ToolChoice = Annotated[
+    Literal["none", "auto", "required"] | NamedToolChoice | None,
+    BeforeValidator(_tool_choice),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": ["none", "auto", "required"]},
+                {
+                    "type": "object",
+                    "properties": {"type": {"const": "function"}, "function": {"type": "object"}},
+                    "required": ["type", "function"],
+                },
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """The tools that an answer may or must call.
+
+    Attributes:
+        offered: what the model is told of.
+        callable: what it may call; fewer if one is named.
+        is_forced: whether the answer is calls and nothing else.
+        is_parallel: whether there may be several calls.
+    """
+
+    offered: tuple[FunctionDefinition, ...]
+    callable: tuple[FunctionDefinition, ...]
+    is_forced: bool
+    is_parallel: bool
+
+    @property
+    def is_free(self) -> bool:
+        """Whether calls need not be valid: nothing is forced, strict or limited."""
+        return not self.is_forced and self.is_parallel and not any(tool.strict for tool in self.callable)
+
+
+class ToolFields(RequestModel):
+    """Tools, and how they are used."""
+
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    """Functions that the answer may call."""
+    tool_choice: ToolChoice = None
+    """`auto` (default): text, calls or both; `none`: only text; `required`: calls; or one function by its name."""
+    parallel_tool_calls: bool | None = None
+    """Whether an answer may have several calls (default true)."""
+
+    @model_validator(mode="after")
+    def _tools_fit(self) -> Self:
+        names = [tool.function.name for tool in self.tools or ()]
+        for name in names:
+            if names.count(name) > 1:
+                raise InvalidRequestError(f"two tools are called {name!r}", param="tools", code="invalid_value")
+        if not names and self.tool_choice not in (None, "none", "auto"):
+            raise InvalidRequestError("`tool_choice` needs `tools`", param="tool_choice", code="invalid_value")
+        if isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
+            raise InvalidRequestError(
+                f"there is no tool called {self.tool_choice.function.name!r}", param="tool_choice", code="invalid_value"
+            )
+        return self
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """How tools are used; None: not at all."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        offered = tuple(tool.function for tool in self.tools)
+        is_parallel = self.parallel_tool_calls is not False
+        if isinstance(self.tool_choice, NamedToolChoice):
+            name = self.tool_choice.function.name
+            named = tuple(function for function in offered if function.name == name)
+            return ToolUse(offered, named, is_forced=True, is_parallel=False)
+        return ToolUse(offered, offered, is_forced=self.tool_choice == "required", is_parallel=is_parallel)
+
+
+class FunctionCallIn(RequestModel):
+    """A call that was made earlier in the conversation."""
+
+    name: FunctionName
+    """What was called."""
+    arguments: str
+    """Its arguments, as the text of a JSON object."""
+
+    @property
+    def arguments_value(self) -> Any:
+        """The arguments; the text itself if it is not JSON, for models do not always write JSON."""
+        try:
+            return json.loads(self.arguments)
+        except (ValueError, RecursionError):
+            return self.arguments
+
+
+class ToolCallIn(RequestModel):
+    """A call in a message of the assistant."""
+
+    id: str = Field(max_length=256)
+    """Its id, which the tool's answer names."""
+    type: Literal["function"]
+    """Only functions."""
+    function: FunctionCallIn
+    """The call."""
+
+
+class FunctionCallOut(ResponseModel):
+    """What is called, and how."""
+
+    name: str = ""
+    """Which function; in a stream only in the call's first delta."""
+    arguments: str
+    """Its arguments, the text of a JSON object; in a stream the next piece of it."""
+
+
+class ToolCallOut(ResponseModel):
+    """A call of a tool in an answer."""
+
+    index: int = 0
+    """Number of the call, from 0; only in a stream."""
+    id: str = ""
+    """`call_...`; in a stream only in the call's first delta."""
+    type: Literal["function"] = "function"
+    """Only functions."""
+    function: FunctionCallOut
+    """The call."""
