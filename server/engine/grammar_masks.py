@@ -1,6 +1,7 @@
 """Permitted tokens of a step's rows as bits: they travel with the step's other lists, and become a mask on the device.
 
-Only rows with a grammar cost anything: vocab / 8 bytes each on the way, and one pass over their logits.
+Only rows with a grammar or with `allowed_token_ids` cost anything: vocab / 8 bytes each on the way, and one pass over
+their logits.
 """
 
 import math
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from server.engine.forbidden import permit_only
 from server.engine.sequence import Chunk
 from server.engine.transfer import Arrived, Field, Transfer
 
@@ -19,7 +21,7 @@ _WORD_BITS = 64
 
 @dataclass(frozen=True, slots=True)
 class MaskPlan:
-    """The M rows that a grammar constrains.
+    """The M rows in which not every token is permitted.
 
     Attributes:
         rows: [M] int64, rows of the logits; None: all of them.
@@ -33,22 +35,28 @@ class MaskPlan:
 
 
 def prepare_masks(chunks: Items[Chunk], vocab_size: int, transfer: Transfer) -> MaskPlan | None:
-    """Host side: asks the grammars of a step's rows what may come next; None if there are none.
+    """Host side: asks what may come next in each of a step's rows; None if anything may.
 
     Args:
         chunks: those of the step that sample, in the order of its logits; every token before is accepted.
         vocab_size: width of the logits.
         transfer: takes the bits.
     """
-    rows = [row for row, chunk in enumerate(chunks) if chunk.sequence.constraint is not None]
+    sequences = [chunk.sequence for chunk in chunks]
+    rows = [row for row, one in enumerate(sequences) if one.constraint is not None or one.sampling.allowed_token_ids]
     if not rows:
         return None
     num_words = -(-vocab_size // _WORD_BITS)
     words = array("q", bytes(8 * num_words * len(rows)))
     for number, row in enumerate(rows):
-        constraint = chunks[row].sequence.constraint
-        assert constraint is not None
-        constraint.write_mask(words, number * num_words)
+        start = number * num_words
+        constraint, allowed = sequences[row].constraint, sequences[row].sampling.allowed_token_ids
+        if constraint is None:
+            words[start : start + num_words] = array("q", [-1]) * num_words
+        else:
+            constraint.write_mask(words, start)
+        if allowed:
+            permit_only(words, start, num_words=num_words, token_ids=allowed)
     return MaskPlan(
         rows=transfer.integers(rows) if len(rows) < len(chunks) else None,
         words=transfer.integers(words),
@@ -57,7 +65,7 @@ def prepare_masks(chunks: Items[Chunk], vocab_size: int, transfer: Transfer) -> 
 
 
 def apply_masks(logits: Tensor, plan: MaskPlan, arrived: Arrived) -> None:
-    """Device side: -inf for every token that a row's grammar forbids, in logits [R, vocab] fp32, in place."""
+    """Device side: -inf for every token that is not permitted in its row, in logits [R, vocab] fp32, in place."""
     is_forbidden = _unpack(arrived[plan.words], plan.num_rows)[:, : logits.shape[-1]]  # [M, vocab] bool
     if plan.rows is None:
         logits.masked_fill_(is_forbidden, -math.inf)

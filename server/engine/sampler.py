@@ -1,10 +1,10 @@
 """From logits to tokens, for all rows of a step together, each row by its own parameters.
 
-Order, as in the field: penalties, logit bias, suppression until `min_tokens`, the request's grammar; then, for rows
-that are not greedy, temperature, min-p, top-k, top-p, each over what the one before left. Tokens of equal weight
-are kept or dropped together. A token is drawn by inverse CDF, in vocabulary order, from one uniform number
-that depends on the seed and the output index alone: no row ever depends on another. Work that no row asks
-for is not done; a greedy step is an argmax.
+Order, as in the field: penalties, logit bias, suppression (until `min_tokens`, of bad words), what alone is permitted;
+then, for rows that are not greedy, temperature, min-p, top-k, top-p, typical-p, each over what the one before left.
+Tokens of equal weight are kept or dropped together. A token is drawn by inverse CDF, in vocabulary order, from one
+uniform number that depends on the seed and the output index alone: no row ever depends on another. Work that no row
+asks for is not done; a greedy step is an argmax.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from server.engine.forbidden import bad_continuations
 from server.engine.grammar_masks import MaskPlan, apply_masks, prepare_masks
 from server.engine.penalties import PenaltyPlan, PenaltyTables
 from server.engine.randomness import uniform
@@ -59,6 +60,7 @@ class DrawPlan:
         top_k: None: no row uses it; else [M] int64, the vocabulary's size where it is off.
         max_top_k: the largest k in use.
         top_p: None: no row uses it; else [M] float64, `_KEEP_ALL_MASS` where it is off.
+        typical_p: the same.
     """
 
     rows: Field | None
@@ -68,6 +70,7 @@ class DrawPlan:
     top_k: Field | None
     max_top_k: int
     top_p: Field | None
+    typical_p: Field | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +143,11 @@ class Sampler:
 
     def _suppressed(self, chunk: Chunk) -> tuple[int, ...]:
         """Tokens that come only if nothing else may."""
-        sampling = chunk.sequence.sampling
+        sampling, bad = chunk.sequence.sampling, bad_continuations(chunk.sequence)
         if chunk.output_index is not None and chunk.output_index < sampling.min_tokens:
-            return (*self._eos_token_ids, *sampling.stop_token_ids)
+            return (*self._eos_token_ids, *sampling.stop_token_ids, *bad)
         # A grammar permits the end where a text is complete; without one, `ignore_eos` lets the token through.
-        return self._eos_token_ids if sampling.ignore_eos and chunk.sequence.constraint is not None else ()
+        return (*self._eos_token_ids, *bad) if sampling.ignore_eos and chunk.sequence.constraint is not None else bad
 
     def _draw_plan(self, chunks: Items[Chunk], transfer: Transfer) -> DrawPlan | None:
         rows = [row for row, chunk in enumerate(chunks) if chunk.sequence.sampling.temperature > 0]
@@ -162,7 +165,8 @@ class Sampler:
             min_p=_unless_off([p.min_p for p in params], 0.0, transfer),
             top_k=transfer.integers(top_k) if in_use else None,
             max_top_k=max(in_use, default=0),
-            top_p=_unless_off([p.top_p if p.top_p < 1 else _KEEP_ALL_MASS for p in params], _KEEP_ALL_MASS, transfer),
+            top_p=_unless_off([_mass(p.top_p) for p in params], _KEEP_ALL_MASS, transfer),
+            typical_p=_unless_off([_mass(p.typical_p) for p in params], _KEEP_ALL_MASS, transfer),
         )
 
 
@@ -185,6 +189,10 @@ def _uniform(chunk: Chunk) -> float:
 
 def _effective_top_k(sampling: SamplingParams, vocab_size: int) -> int:
     return sampling.top_k if 0 < sampling.top_k < vocab_size else vocab_size
+
+
+def _mass(top_p: float) -> float:
+    return top_p if top_p < 1 else _KEEP_ALL_MASS
 
 
 def _unless_off(values: Items[float], off: float, transfer: Transfer) -> Field | None:
@@ -212,6 +220,8 @@ def _draw(logits: Tensor, plan: DrawPlan, arrived: Arrived) -> Tensor:
         weights *= logits >= _top_k_floor(logits, arrived[plan.top_k], plan.max_top_k)
     if plan.top_p is not None:
         weights *= weights >= _top_p_floor(weights, arrived[plan.top_p])
+    if plan.typical_p is not None:
+        weights *= _is_typical(weights, arrived[plan.typical_p])
     # fp64: no tail token is rounded away. Converted apart, for a converting cumsum is 8 times slower on CPUs.
     mass = weights.double().cumsum(dim=-1)
     targets = arrived[plan.uniforms].unsqueeze(1) * mass[:, -1:]
@@ -234,6 +244,20 @@ def _top_p_floor(weights: Tensor, top_p: Tensor) -> Tensor:
     mass_before = masses.cumsum(dim=-1) - masses
     num_kept = (mass_before < top_p.unsqueeze(1) * total).sum(dim=-1, keepdim=True)
     return best.gather(1, (num_kept - 1).clamp_(min=0)).masked_fill_((top_p > 1).unsqueeze(1), 0.0)
+
+
+def _is_typical(weights: Tensor, typical_p: Tensor) -> Tensor:
+    """[M, vocab] -> [M, vocab] bool: locally typical tokens (Meister et al. 2022), at least one in each row."""
+    probabilities = weights.double() / weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    information = -probabilities.log()  # inf for tokens that are left out already
+    entropy = torch.special.entr(probabilities).sum(dim=-1, keepdim=True)
+    # Rounded, so that equal weights are equally far whichever way their sums were rounded.
+    distances = (information - entropy).abs().float()
+    nearest = distances.sort(dim=-1)
+    masses = probabilities.gather(1, nearest.indices)
+    num_kept = (masses.cumsum(dim=-1) - masses < typical_p.unsqueeze(1)).sum(dim=-1, keepdim=True)
+    is_kept: Tensor = distances <= nearest.values.gather(1, (num_kept - 1).clamp_(min=0))
+    return is_kept
 
 
 def _heaviest(weights: Tensor, total: Tensor, top_p: Tensor) -> Tensor:

@@ -290,6 +290,8 @@ class Scheduler:
             ("stop_token_ids", sampling.stop_token_ids),
             ("logit_bias", tuple(bias_ids)),
             ("logprob_token_ids", request.logprobs.token_ids),
+            ("allowed_token_ids", sampling.allowed_token_ids),
+            ("bad_words", tuple(token_id for word in sampling.bad_words for token_id in word)),
         ):
             if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._vocab_size):
                 return f"{name} has a token id outside of the vocabulary (0 to {self._vocab_size - 1})"

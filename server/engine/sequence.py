@@ -96,7 +96,7 @@ class Sequence:
     _outputs: "array[int] | None" = None
 
     def __post_init__(self) -> None:
-        if self.request.states.save_to is not None:
+        if self.request.states.save_to is not None or self.sampling.bad_words:
             self.keep_outputs()
         eos = () if self.sampling.ignore_eos else self.eos_token_ids
         self.end_token_ids = frozenset((*eos, *self.sampling.stop_token_ids))
@@ -120,10 +120,15 @@ class Sequence:
         return max(0, len(self.request.prompt_token_ids) - self.num_fed)
 
     @property
+    def depends_on_last_token(self) -> bool:
+        """Whether the host must have seen the last token before it can say what may come next."""
+        return self.constraint is not None or any(len(word) > 1 for word in self.sampling.bad_words)
+
+    @property
     def wants_decode(self) -> bool:
         """Whether another output token may be scheduled; false once `max_tokens` are on their way."""
         limit = self.sampling.max_tokens
-        if self.constraint is not None and self.num_scheduled > self.num_outputs:
+        if self.depends_on_last_token and self.num_scheduled > self.num_outputs:
             return False
         return self.status is SequenceStatus.DECODE and (limit is None or self.num_scheduled < limit)
 

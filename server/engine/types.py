@@ -34,6 +34,8 @@ class SamplingParams:
         temperature: >= 0; 0 is greedy.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches it, in (0, 1].
+        typical_p: keep the tokens whose information is nearest to the entropy of what is left, as many as reach this
+            probability, in (0, 1].
         min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1].
         repetition_penalty: > 0, over prompt and output; 1 is off.
         presence_penalty: subtracted once from the logit of each token already generated.
@@ -41,6 +43,8 @@ class SamplingParams:
         logit_bias: (token id, added bias) pairs.
         seed: 64-bit; equal seeds give equal tokens whatever runs beside them.
         stop_token_ids: further ids that end the sequence.
+        allowed_token_ids: the only tokens that may be sampled; empty: all of them.
+        bad_words: sequences of tokens, none of them empty, that must not be in the output as they are.
         ignore_eos: go on through the model's end-of-sequence tokens.
     """
 
@@ -50,6 +54,7 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -57,6 +62,8 @@ class SamplingParams:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +146,7 @@ class EngineConfig:
     Attributes:
         model_path: folder of the model.
         device: `cpu`, `cuda` or `cuda:N`.
-        weights_dtype: `float32`, `bfloat16` or `float16`.
+        weights_dtype: `float32`, `bfloat16`, `float16`, or on a CPU `int8` (weights rounded while loading).
         num_threads: CPU threads for tensor work, >= 1.
         state_memory_bytes: budget from which the number of slots is computed.
         max_num_slots: upper bound on the slots, whatever the budget.

@@ -14,7 +14,7 @@ def naive_adjust(
     output: list[int],
     eos_token_ids: tuple[int, ...],
 ) -> list[float]:
-    """Penalties, then bias, then suppression before `min_tokens`."""
+    """Penalties, then bias, then suppression before `min_tokens` and of bad words, then what alone is allowed."""
     scores = list(logits)
     for token in set(prompt) | set(output):
         penalty = sampling.repetition_penalty
@@ -26,11 +26,16 @@ def naive_adjust(
     if len(output) < sampling.min_tokens:
         for token in (*eos_token_ids, *sampling.stop_token_ids):
             scores[token] = -math.inf
+    for word in sampling.bad_words:
+        if len(word) == 1 or tuple(output[1 - len(word) :]) == word[:-1]:
+            scores[word[-1]] = -math.inf
+    if sampling.allowed_token_ids:
+        scores = [score if token in sampling.allowed_token_ids else -math.inf for token, score in enumerate(scores)]
     return scores
 
 
 def naive_probabilities(scores: list[float], sampling: SamplingParams) -> list[float]:
-    """Temperature (> 0), then min-p, top-k and top-p, each over what the one before left."""
+    """Temperature (> 0), then min-p, top-k, top-p and typical-p, each over what the one before left."""
     best = max(scores)
     weights = [math.exp((score - best) / sampling.temperature) for score in scores]
     weights = [weight if weight >= sampling.min_p else 0.0 for weight in weights]
@@ -45,7 +50,24 @@ def naive_probabilities(scores: list[float], sampling: SamplingParams) -> list[f
             before += weight
         weights = [weight if weight >= floor else 0.0 for weight in weights]
     total = sum(weights)
-    return [weight / total for weight in weights]
+    probabilities = [weight / total for weight in weights]
+    return typical(probabilities, sampling.typical_p) if sampling.typical_p < 1 else probabilities
+
+
+def typical(probabilities: list[float], typical_p: float) -> list[float]:
+    """The tokens nearest to the entropy, until they reach the mass; those as near as the last one too."""
+    entropy = -sum(probability * math.log(probability) for probability in probabilities if probability > 0)
+    distances = [abs(-math.log(p) - entropy) if p > 0 else math.inf for p in probabilities]
+    reached, edge = 0.0, 0.0
+    for distance, probability in sorted(zip(distances, probabilities, strict=True)):
+        if reached < typical_p:
+            edge = distance
+        reached += probability
+    kept = [
+        probability if distance <= edge * (1 + 1e-6) else 0.0
+        for distance, probability in zip(distances, probabilities, strict=True)
+    ]
+    return [probability / sum(kept) for probability in kept]
 
 
 def naive_sample(scores: list[float], sampling: SamplingParams, output_index: int) -> int:

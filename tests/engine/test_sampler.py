@@ -60,6 +60,10 @@ sampling_params = st.builds(
     logit_bias=st.lists(st.tuples(tokens, st.floats(-5, 5)), max_size=3).map(tuple),
     seed=st.integers(-(2**63), 2**63 - 1),
     stop_token_ids=st.lists(tokens, max_size=2).map(tuple),
+    typical_p=st.sampled_from([1.0, 1.0, 0.8, 0.3]),
+    # Eight tokens, of which at most five are suppressed: some token is always left.
+    allowed_token_ids=st.one_of(st.just(()), st.permutations(range(VOCAB_SIZE)).map(lambda order: tuple(order[:8]))),
+    bad_words=st.lists(st.lists(tokens, min_size=1, max_size=3).map(tuple), max_size=2).map(tuple),
 )
 
 
@@ -91,6 +95,7 @@ def test_three_steps_of_any_batch_agree_with_the_naive_twin(
             assume(distance_to_edge(scores, sequence.sampling, index) > 1e-5)
             assert drawn[row] == naive_sample(scores, sequence.sampling, index)
             outputs[row].append(drawn[row])
+            sequence.accept(drawn[row])
 
 
 @settings(max_examples=80, deadline=None)
@@ -115,6 +120,30 @@ def test_draws_follow_the_filtered_distribution() -> None:
         # Five standard deviations of a binomial; the seed is fixed, so this never flickers.
         deviation = 5 * math.sqrt(probability * (1 - probability) / num_draws)
         assert abs(counts[token] / num_draws - probability) <= deviation
+
+
+def test_typical_tokens_need_not_be_the_likeliest() -> None:
+    # Entropy 1.5 nats: the likeliest token says too little, the rare ones too much.
+    probabilities = [0.5] + [0.09] * 5 + [0.05 / 6] * 6
+    drawn = {sample_one(logits_of(probabilities), seed=seed, typical_p=0.4) for seed in range(60)}
+    assert drawn == {1, 2, 3, 4, 5}
+    assert sample_one([9.0] + [0.0] * 11, typical_p=1e-9, seed=3) == 0
+
+
+def test_only_allowed_tokens_come_whatever_their_place() -> None:
+    logits = [float(token) for token in range(VOCAB_SIZE)]
+    assert sample_one(logits, temperature=0.0, allowed_token_ids=(0, 4, 2)) == 4
+    assert {sample_one(logits, seed=seed, allowed_token_ids=(5,), min_tokens=9) for seed in range(9)} == {5}
+
+
+def test_a_bad_word_is_left_out_only_behind_its_beginning() -> None:
+    logits = torch.tensor([[0.0, 5.0, 4.0, 0.0] + [0.0] * 8])
+    sequence = new_sequence(SamplingParams(temperature=0.0, bad_words=((2, 1),)))
+    assert sequence.depends_on_last_token
+    for last, expected in ((2, 2), (5, 1)):
+        sequence.accept(last)
+        assert sample(new_sampler(), logits, [(sequence, 1)]) == [expected]
+    assert sample_one(logits[0].tolist(), temperature=0.0, bad_words=((1,),)) == 2
 
 
 def test_seed_zero_is_a_seed() -> None:
