@@ -12,7 +12,7 @@ from torch.nn import functional
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import ModelConfig
 from dijiang_model.native.decoder import NativeDecoder, decoder_for, mixed_step
-from dijiang_model.native.int8 import Int8Weight
+from dijiang_model.native.int8 import Int8Linear, Int8Weight
 from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
 from dijiang_model.ops.torch_attention import TorchAttention
@@ -108,6 +108,14 @@ class DiJiangForCausalLM(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.head_weight.device
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the model, quantised ones included; a tied head counts once."""
+        quantised = (module.quantized for module in self.modules() if isinstance(module, Int8Linear))
+        return sum(parameter.numel() for parameter in self.parameters()) + sum(
+            weight.rows * weight.columns for weight in quantised
+        )
 
     @property
     def decode_path(self) -> Literal["native", "torch"]:

@@ -131,9 +131,11 @@ def engine_config(settings: Settings, model: Path, device: Device, store: Embedd
     """The frozen part of the settings that the engine gets, with every `auto` decided.
 
     Raises:
-        HardwareError: too little memory.
+        HardwareError: too little memory, or weights in a form that the device does not have.
     """
     auto_dtype = "bfloat16" if device.is_cuda else "float32"
+    if settings.dtype == "int8" and device.is_cuda:
+        raise HardwareError("int8 weights are for the CPU; on CUDA, dtype is bfloat16, float16 or float32")
     state_bytes = default_state_bytes(device, model) if settings.state_memory == "auto" else int(settings.state_memory)
     auto_cache = min(state_bytes // 4, MAX_AUTO_CACHE_BYTES)
     auto_step = max(CUDA_STEP_TOKENS if device.is_cuda else CPU_STEP_TOKENS, settings.max_conversations)

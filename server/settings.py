@@ -53,8 +53,9 @@ class Settings(BaseSettings):
     """Where the converted default model is kept. Default: ~/.cache/dijiang."""
     device: str = _in("Model", "auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
     """auto, cpu, cuda or cuda:N. auto takes the first CUDA device if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _in("Model", "auto")
-    """Numbers of the weights: auto is float32 on a CPU and bfloat16 on CUDA. The state is always float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = _in("Model", "auto")
+    """Numbers of the weights: auto is float32 on a CPU and bfloat16 on CUDA; int8, on a CPU, rounds them while
+    loading, for speed. The state is always float32."""
     threads: Annotated[int, Field(ge=1, le=1024)] | Auto = _in("Model", "auto")
     """CPU threads for tensor work. auto leaves one core free on small machines."""
 

@@ -30,7 +30,12 @@ from server.engine.types import EngineConfig, EngineInfo
 
 _SCORING_BYTES = {"cpu": 2**27, "cuda": 2**30}
 """Logits of prompt tokens in one step: as large as is still a good chunk of a prompt."""
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.float32,  # of everything that is not quantised
+}
 
 
 def load_engine(config: EngineConfig) -> Engine:
@@ -46,7 +51,12 @@ def load_engine(config: EngineConfig) -> Engine:
         raise ValueError(f"weights_dtype is {config.weights_dtype!r}, and must be one of {', '.join(_DTYPES)}")
     torch.set_num_threads(config.num_threads)
     _select_device(config.device)
-    model = load_model(config.model_path, device=config.device, dtype=_DTYPES[config.weights_dtype])
+    model = load_model(
+        config.model_path,
+        device=config.device,
+        dtype=_DTYPES[config.weights_dtype],
+        weights="int8" if config.weights_dtype == "int8" else "stored",
+    )
     return build_engine(model, config, started=started)
 
 
@@ -92,7 +102,7 @@ def build_engine(model: DiJiangForCausalLM, config: EngineConfig, *, started: fl
         device=config.device,
         device_name=_device_name(device),
         weights_dtype=config.weights_dtype,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=model.num_parameters,
         load_s=time.monotonic() - started,
         state_layout=layout,
     )

@@ -322,3 +322,15 @@ def test_there_are_no_more_slots_than_step_tokens(hybrid: DiJiangForCausalLM) ->
 def test_too_little_state_memory_is_refused_in_numbers(hybrid: DiJiangForCausalLM) -> None:
     with pytest.raises(StateBudgetError, match="1,000 bytes of state memory"):
         build_engine(hybrid, engine_config(Path("unused"), state_memory_bytes=1_000))
+
+
+def test_int8_weights_answer_and_are_told(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model", with_tokenizer=False)
+    stored, rounded = (Engine.load(engine_config(folder, weights_dtype=dtype)) for dtype in ("float32", "int8"))
+    assert rounded.info.num_parameters == stored.info.num_parameters
+    assert rounded.info.weights_dtype == "int8"
+    assert rounded.add(GenerationRequest("r", (1, 2, 3), SamplingParams(max_tokens=4, temperature=0))) is None
+    tokens = []
+    while rounded.has_work:
+        tokens += [token for event in rounded.step() for token in event.token_ids]
+    assert len(tokens) == 4

@@ -77,7 +77,7 @@ def test_the_clients_variables_are_no_mistakes_but_a_key_there_is_worth_a_warnin
         ({"port": "70000"}, "--port"),
         ({"port": "x"}, "--port"),
         ({"device": "gpu"}, "--device"),
-        ({"dtype": "int8"}, "--dtype"),
+        ({"dtype": "int4"}, "--dtype"),
         ({"threads": "0"}, "--threads"),
         ({"state_memory": "2 apples"}, "--state-memory"),
         ({"max_conversations": "0"}, "--max-conversations"),
@@ -151,6 +151,13 @@ def test_the_recipe_is_told(model: Path, tmp_path: Path) -> None:
     assert recipe_of(model) == "hybrid"
     (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
     assert recipe_of(tmp_path) == "released"
+
+
+def test_int8_weights_are_for_the_cpu(model: Path) -> None:
+    settings = read_settings({"dtype": "int8"})
+    assert engine_config(settings, model, CPU).weights_dtype == "int8"
+    with pytest.raises(HardwareError, match="int8 weights are for the CPU"):
+        engine_config(settings, model, CUDA)
 
 
 @pytest.mark.parametrize(("limit", "used"), CONTROL_GROUP_FILES, ids=["version 2", "version 1"])
