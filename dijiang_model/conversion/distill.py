@@ -27,6 +27,19 @@ HEAD_ROWS = 256
 """Rows of logits held at a time: [rows, vocab] three times."""
 
 
+EARLY_OFFSET_TOKENS, MAX_OFFSET_TOKENS = 2048, 16384
+
+
+def random_offset(generator: torch.Generator) -> int:
+    """Where a segment shall seem to begin: half of them early, half anywhere up to `MAX_OFFSET_TOKENS`.
+
+    Features see the rotation of a query or key itself, not a distance: trained from position 0 on alone, a linear part
+    that removes 30 % of the window's error there removes half of that 1,024 tokens later, and adds to it at 4,096.
+    """
+    early = bool(torch.randint(2, (1,), generator=generator))
+    return int(torch.randint(EARLY_OFFSET_TOKENS if early else MAX_OFFSET_TOKENS, (1,), generator=generator))
+
+
 @dataclass(slots=True)
 class AttentionErrors:
     """The teacher's attention, which on its way lets each layer's own attention learn from it (stage 1).
@@ -74,20 +87,32 @@ def output_weight(attention: DiJiangAttention) -> Tensor:
     return weight
 
 
-def layer_losses(model: DiJiangForCausalLM, token_ids: Tensor, updates: Mapping[str, LoraLinear]) -> Tensor:
-    """Stage 1 on [N, T] tokens: adds gradients to the kernels' parameters; answers the layers' losses [L]."""
+def layer_losses(
+    model: DiJiangForCausalLM, token_ids: Tensor, updates: Mapping[str, LoraLinear], *, offset: int = 0
+) -> Tensor:
+    """Stage 1 on [N, T] tokens: adds gradients to the kernels' parameters; answers the layers' losses [L].
+
+    Args:
+        offset: see `segments_layout`; the teacher does not see it.
+    """
     op = AttentionErrors.of(model)
     with torch.no_grad(), inactive(updates), autocast(model):
-        run_segments(model, token_ids, op)
+        run_segments(model, token_ids, op, offset=offset)
     return op.losses
 
 
-def imitation_loss(model: DiJiangForCausalLM, token_ids: Tensor, updates: Mapping[str, LoraLinear]) -> Tensor:
-    """Stage 2 on [N, T] tokens: adds gradients to all trained parameters; answers the mean KL per token, nats."""
+def imitation_loss(
+    model: DiJiangForCausalLM, token_ids: Tensor, updates: Mapping[str, LoraLinear], *, offset: int = 0
+) -> Tensor:
+    """Stage 2 on [N, T] tokens: adds gradients to all trained parameters; answers the mean KL per token, nats.
+
+    Args:
+        offset: see `segments_layout`.
+    """
     with torch.no_grad(), inactive(updates), autocast(model):
         teacher = run_segments(model, token_ids, SoftmaxAttention())
     with autocast(model):
-        student = run_segments(model, token_ids, HybridAttention())
+        student = run_segments(model, token_ids, HybridAttention(), offset=offset)
     loss, gradient = _divergence(student.detach(), teacher, model.head_weight)
     student.backward(gradient.to(student.dtype))
     return loss

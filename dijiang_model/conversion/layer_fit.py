@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dijiang_model.attention import DiJiangAttention
-from dijiang_model.conversion.distill import output_weight
+from dijiang_model.conversion.distill import output_weight, random_offset
 from dijiang_model.conversion.kernel_training import MATRICES
 from dijiang_model.errors import ConversionError
 from dijiang_model.kernel import LinearKernel
@@ -120,7 +120,8 @@ def _fit(
 ) -> list[float]:
     """The losses, step by step: squared error over that of the window alone."""
     kernel, weight = attention.linear, output_weight(attention).detach()
-    layout = segments_layout(model, 1, len(projected[0][0]))
+    length = len(projected[0][0])
+    layout = segments_layout(model, 1, length)
     with torch.no_grad():
         dtype = weight.dtype
         segments = [
@@ -133,6 +134,7 @@ def _fit(
     order = [int(i) for _ in range(epochs) for i in torch.randperm(len(segments), generator=generator)]
     losses = []
     for step, index in enumerate(order):
+        layout = segments_layout(model, 1, length, offset=random_offset(generator))
         for group, full in zip(optimizer.param_groups, full_rates, strict=True):
             group["lr"] = full * _factor(step, len(order))
         segment = segments[index]

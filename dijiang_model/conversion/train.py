@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dijiang_model.atomic_file import write_atomically
 from dijiang_model.conversion.adapters import Adapter, AdapterInfo, save_adapter
-from dijiang_model.conversion.distill import imitation_loss, layer_losses
+from dijiang_model.conversion.distill import imitation_loss, layer_losses, random_offset
 from dijiang_model.conversion.kernel_training import (
     MATRICES,
     VECTORS,
@@ -133,11 +133,11 @@ class Trainer:
         rate = self._set_rate()
         token_ids = self.text.batch(self.progress.step, self.options.batch_size).to(self.model.device)
         self._optimizer.zero_grad(set_to_none=True)
+        offset = random_offset(torch.Generator().manual_seed(1_000_003 * self.options.seed + self.progress.step))
         if wanted == 1:
-            layers = layer_losses(self.model, token_ids, self.updates)
-            loss = layers.mean()
+            loss = layer_losses(self.model, token_ids, self.updates, offset=offset).mean()
         else:
-            loss = imitation_loss(self.model, token_ids, self.updates)
+            loss = imitation_loss(self.model, token_ids, self.updates, offset=offset)
         trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM if wanted == 2 else math.inf)
         if not bool(torch.isfinite(norm)):

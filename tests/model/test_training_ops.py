@@ -83,6 +83,16 @@ def test_a_window_attention_is_the_hybrid_with_a_silent_linear_part() -> None:
     torch.testing.assert_close(run_segments(model, tokens(80), HybridAttention()), without, rtol=1e-9, atol=1e-9)
 
 
+def test_an_offset_changes_the_linear_part_alone() -> None:
+    model = tiny_model(llama_config(FAR, FAR), dtype=torch.float64)
+    ids = tokens(80)
+    for op in (SoftmaxAttention(), WindowAttention()):
+        there = run_segments(model, ids, op, offset=700)
+        torch.testing.assert_close(there, run_segments(model, ids, op), rtol=1e-9, atol=1e-9)
+    far = run_segments(model, ids, HybridAttention(), offset=700)
+    assert not torch.allclose(far, run_segments(model, ids, HybridAttention()), rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     "name", ["nodes", "log_weights", "log_decay", "mix_bias", "mix_weight", "far_query_down", "far_query_up"]
 )
