@@ -25,6 +25,7 @@ from clients.types import (
 
 ResultT = TypeVar("ResultT")
 
+FILE_MEDIA_TYPE = "application/octet-stream"
 INCLUDE_USAGE = {"include_usage": True}
 
 
@@ -35,15 +36,17 @@ class Call(Generic[ResultT]):
     Attributes:
         path: below the server's root, e.g. `/v1/models`.
         body: sent as JSON; None: no body.
-        parse: from the decoded JSON of the answer (of each chunk, for a stream).
+        content: a file to send in place of a body.
+        parse: from the decoded JSON of the answer (of each chunk, for a stream), or from the bytes of a file.
         retry: whether the usual retries apply.
     """
 
-    method: Literal["GET", "POST"]
+    method: Literal["GET", "POST", "DELETE"]
     path: str
     parse: Callable[[object], ResultT]
     body: Mapping[str, Any] | None = None
     retry: bool = True
+    content: bytes | None = None
 
 
 def complete(model: str, prompt: Prompt, options: GenerationOptions) -> Call[Completion]:
@@ -121,6 +124,8 @@ def read_answer(call: Call[ResultT], response: httpx.Response) -> ResultT:
     """
     if response.content == b"":
         return parse_value(call.parse, None)
+    if response.headers.get("content-type") == FILE_MEDIA_TYPE:
+        return parse_value(call.parse, response.content)
     try:
         body = response.json()
     except ValueError as error:

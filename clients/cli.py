@@ -13,6 +13,7 @@ from rich.console import Console
 from clients.client import DEFAULT_BASE_URL, Client
 from clients.conversation import Conversation
 from clients.errors import APIConnectionError, APIResponseError, ClientError
+from clients.resumed import ResumedConversation
 from clients.terminal import INTERRUPTED, Terminal
 from clients.types import GenerationOptions
 
@@ -42,12 +43,19 @@ def chat_command(
     top_p: TopP = None,
     max_tokens: MaxTokens = None,
     seed: Seed = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Go on with the conversation saved under this name, or begin and save one."),
+    ] = None,
 ) -> None:
     """Talk to a model. Reads lines from the terminal, or from a pipe (one turn each); /help lists the commands."""
     options = _given(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
     notices = Console(stderr=True)
-    with _connected(base_url, api_key, model, notices) as (client, name):
-        conversation = Conversation(client, name, options=options, system=system)
+    with connected(base_url, api_key, model, notices) as (client, name):
+        if resume is None:
+            conversation = Conversation(client, name, options=options, system=system)
+        else:
+            conversation = _resumed(client, name, resume, options, system, notices)
         if sys.stdin.isatty():
             _enable_line_editing()
             notices.print(f"{name} at {client.root}. /help lists the commands.", style="dim", highlight=False)
@@ -78,7 +86,7 @@ def complete_command(
     notices = Console(stderr=True)
     prompt = _read_prompt(notices)
     with (
-        _connected(base_url, api_key, model, notices) as (client, name),
+        connected(base_url, api_key, model, notices) as (client, name),
         client.stream_complete(prompt, model=name, **options) as stream,
     ):
         for piece in stream.text_stream:
@@ -88,8 +96,18 @@ def complete_command(
             sys.stdout.write("\n")
 
 
+def _resumed(
+    client: Client, model: str, name: str, options: GenerationOptions, system: str | None, notices: Console
+) -> ResumedConversation:
+    conversation = ResumedConversation(client, model, name=name, options=options, system=system)
+    state = conversation.state
+    text = f"{name}: a new conversation" if state is None else f"{name}: going on after {state.num_tokens:,} tokens"
+    notices.print(text, style="dim", markup=False, highlight=False)
+    return conversation
+
+
 @contextmanager
-def _connected(base_url: str, api_key: str | None, model: str | None, notices: Console) -> Iterator[tuple[Client, str]]:
+def connected(base_url: str, api_key: str | None, model: str | None, notices: Console) -> Iterator[tuple[Client, str]]:
     """A client and the name of the model to ask. What goes wrong inside ends the program with one clear line."""
     try:
         client = Client(base_url, api_key=api_key)

@@ -20,7 +20,7 @@ from typing import Any, Generic, Self, TypeVar, Unpack
 import httpx
 
 from clients import calls
-from clients.calls import Call
+from clients.calls import FILE_MEDIA_TYPE, Call
 from clients.errors import APIConnectionError, OverloadedError
 from clients.exchange import DEFAULT_MAX_RETRIES, Outcome, Step, exchange, translated_transport_errors
 from clients.streaming import AsyncStream, Chunk, Stream
@@ -29,6 +29,7 @@ from clients.types import ChatChunk, ChatCompletion, Completion, GenerationOptio
 DEFAULT_BASE_URL = "http://127.0.0.1:8000/v1"
 DEFAULT_TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 LIMITS = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
+FILE_HEADERS = {"content-type": FILE_MEDIA_TYPE}
 HttpT = TypeVar("HttpT", httpx.Client, httpx.AsyncClient)
 ResultT = TypeVar("ResultT")
 ChunkT = TypeVar("ChunkT", bound=Chunk)
@@ -81,7 +82,10 @@ class _BaseClient(ABC, Generic[HttpT]):
         return name
 
     def _request(self, call: Call[Any]) -> httpx.Request:
-        return self._http.build_request(call.method, self.root + call.path, json=call.body)
+        url = self.root + call.path
+        if call.content is None:
+            return self._http.build_request(call.method, url, json=call.body)
+        return self._http.build_request(call.method, url, content=call.content, headers=FILE_HEADERS)
 
     def _max_retries(self, call: Call[Any]) -> int:
         return self.max_retries if call.retry else 0
@@ -104,7 +108,7 @@ class Client(_BaseClient[httpx.Client]):
 
     def complete(self, prompt: Prompt, *, model: str | None = None, **options: Unpack[GenerationOptions]) -> Completion:
         """Continues a prompt."""
-        return self._answer(calls.complete(self._model(model), prompt, options))
+        return self.answer(calls.complete(self._model(model), prompt, options))
 
     @contextmanager
     def stream_complete(
@@ -118,7 +122,7 @@ class Client(_BaseClient[httpx.Client]):
         self, messages: Iterable[Message], *, model: str | None = None, **options: Unpack[GenerationOptions]
     ) -> ChatCompletion:
         """Answers the last message of a conversation."""
-        return self._answer(calls.chat(self._model(model), messages, options))
+        return self.answer(calls.chat(self._model(model), messages, options))
 
     @contextmanager
     def stream_chat(
@@ -130,33 +134,34 @@ class Client(_BaseClient[httpx.Client]):
 
     def models(self) -> tuple[Model, ...]:
         """The models that the server serves."""
-        return self._answer(calls.models())
+        return self.answer(calls.models())
 
     def model(self, name: str) -> Model:
         """One model; `NotFoundError` if it is not served."""
-        return self._answer(calls.model(name))
+        return self.answer(calls.model(name))
 
     def tokenize(self, text: str, *, model: str | None = None, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a text."""
-        return self._answer(calls.tokenize(self._model(model), text, add_special_tokens=add_special_tokens))
+        return self.answer(calls.tokenize(self._model(model), text, add_special_tokens=add_special_tokens))
 
     def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> str:
         """Text of token ids."""
-        return self._answer(calls.detokenize(self._model(model), tokens))
+        return self.answer(calls.detokenize(self._model(model), tokens))
 
     def health(self) -> Health:
         """How the server says it is; `OverloadedError` if it says that it is not well."""
-        return self._answer(calls.health())
+        return self.answer(calls.health())
 
     def is_ready(self) -> bool:
         """Whether the server is there and takes requests."""
         try:
-            self._answer(calls.ready())
+            self.answer(calls.ready())
         except (APIConnectionError, OverloadedError):
             return False
         return True
 
-    def _answer(self, call: Call[ResultT]) -> ResultT:
+    def answer(self, call: Call[ResultT]) -> ResultT:
+        """The answer to any call."""
         response = self._exchange(call)
         try:
             with translated_transport_errors():
@@ -220,7 +225,7 @@ class AsyncClient(_BaseClient[httpx.AsyncClient]):
         self, prompt: Prompt, *, model: str | None = None, **options: Unpack[GenerationOptions]
     ) -> Completion:
         """Continues a prompt."""
-        return await self._answer(calls.complete(self._model(model), prompt, options))
+        return await self.answer(calls.complete(self._model(model), prompt, options))
 
     @asynccontextmanager
     async def stream_complete(
@@ -234,7 +239,7 @@ class AsyncClient(_BaseClient[httpx.AsyncClient]):
         self, messages: Iterable[Message], *, model: str | None = None, **options: Unpack[GenerationOptions]
     ) -> ChatCompletion:
         """Answers the last message of a conversation."""
-        return await self._answer(calls.chat(self._model(model), messages, options))
+        return await self.answer(calls.chat(self._model(model), messages, options))
 
     @asynccontextmanager
     async def stream_chat(
@@ -246,35 +251,36 @@ class AsyncClient(_BaseClient[httpx.AsyncClient]):
 
     async def models(self) -> tuple[Model, ...]:
         """The models that the server serves."""
-        return await self._answer(calls.models())
+        return await self.answer(calls.models())
 
     async def model(self, name: str) -> Model:
         """One model; `NotFoundError` if it is not served."""
-        return await self._answer(calls.model(name))
+        return await self.answer(calls.model(name))
 
     async def tokenize(
         self, text: str, *, model: str | None = None, add_special_tokens: bool = True
     ) -> tuple[int, ...]:
         """Token ids of a text."""
-        return await self._answer(calls.tokenize(self._model(model), text, add_special_tokens=add_special_tokens))
+        return await self.answer(calls.tokenize(self._model(model), text, add_special_tokens=add_special_tokens))
 
     async def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> str:
         """Text of token ids."""
-        return await self._answer(calls.detokenize(self._model(model), tokens))
+        return await self.answer(calls.detokenize(self._model(model), tokens))
 
     async def health(self) -> Health:
         """How the server says it is; `OverloadedError` if it says that it is not well."""
-        return await self._answer(calls.health())
+        return await self.answer(calls.health())
 
     async def is_ready(self) -> bool:
         """Whether the server is there and takes requests."""
         try:
-            await self._answer(calls.ready())
+            await self.answer(calls.ready())
         except (APIConnectionError, OverloadedError):
             return False
         return True
 
-    async def _answer(self, call: Call[ResultT]) -> ResultT:
+    async def answer(self, call: Call[ResultT]) -> ResultT:
+        """The answer to any call."""
         response = await self._exchange(call)
         try:
             with translated_transport_errors():

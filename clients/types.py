@@ -59,6 +59,14 @@ class GenerationOptions(TypedDict, total=False):
     """Streams only; this client asks for `include_usage` unless told otherwise."""
     user: str
     """Your name for the end user."""
+    state_id: str
+    """A saved state to go on from; prompt or messages are what comes after it."""
+    return_state: bool | Mapping[str, object]
+    """Save the state at the end of each answer; an object says `name`, `ttl_s`, `update`."""
+    cache_prompt: bool
+    """Use and fill the server's prefix cache."""
+    cache_salt: str
+    """Share cached prefixes only with requests of the same salt."""
 
 
 class _Wire(BaseModel):

@@ -71,6 +71,12 @@ def complete(context: typer.Context) -> None:
     _call(import_module("clients.cli").complete_command, context)
 
 
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def state(context: typer.Context) -> None:
+    """List, export, import, fork, rewind and delete saved conversations."""
+    import_module("clients.state_cli").app(args=context.args, prog_name="dijiang state")
+
+
 def _call(command: Callable[..., Any], context: typer.Context) -> None:
     """Runs a command as a program of its own, with the arguments that were left for it."""
     program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
