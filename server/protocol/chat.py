@@ -15,6 +15,14 @@ from server.protocol.usage import Usage
 from server.protocol.wire import RequestModel, ResponseModel
 
 MAX_MESSAGES = 10_000
+MAX_TEMPLATE_VARIABLES = 16
+RESERVED_VARIABLES = frozenset(
+    (
+        *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"),
+        *("bos_token", "eos_token", "pad_token", "unk_token", "raise_exception", "strftime_now"),
+        *("range", "dict", "lipsum", "cycler", "joiner", "namespace"),
+    )
+)
 MESSAGE_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "function_call": (),
     "audio": (),
@@ -113,6 +121,20 @@ class MessageIn(RequestModel):
 ChatFinishReason = FinishReasonText | Literal["tool_calls"]
 
 
+def _template_variables(values: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Refuses what is no plain value, and names that mean something else."""
+    if values is None:
+        return None
+    if len(values) > MAX_TEMPLATE_VARIABLES:
+        raise PydanticCustomError("chat_template_kwargs", "has more than 16 variables")
+    for name, value in values.items():
+        if not name.isidentifier() or len(name) > 64 or name.startswith("_") or name in RESERVED_VARIABLES:
+            raise PydanticCustomError("chat_template_kwargs", "has a name that is not for requests to set")
+        if not isinstance(value, str | int | float | None) or (isinstance(value, str) and len(value) > 1024):
+            raise PydanticCustomError("chat_template_kwargs", "values must be numbers, booleans, null or short texts")
+    return values
+
+
 class ConversationFields(RequestModel):
     """Messages, and how they become a prompt."""
 
@@ -124,6 +146,8 @@ class ConversationFields(RequestModel):
     """Go on with the last message, which must be the assistant's, instead of a new turn."""
     add_special_tokens: bool | None = None
     """Put the tokenizer's special tokens around what the template wrote (default false)."""
+    chat_template_kwargs: Annotated[dict[str, Any] | None, AfterValidator(_template_variables)] = None
+    """Further variables of the model's chat template, such as `enable_thinking`: texts, numbers, booleans, null."""
 
     @model_validator(mode="after")
     def _turns(self) -> Self:

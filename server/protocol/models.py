@@ -1,4 +1,4 @@
-"""`GET /v1/models`."""
+"""`GET /v1/models`, `GET /v1/capacity`."""
 
 from typing import Literal
 
@@ -27,3 +27,22 @@ class ModelList(ResponseModel):
     """Kind of this object."""
     data: list[ModelCard]
     """The models."""
+
+
+class Capacity(ResponseModel):
+    """Room for conversations. Each takes the same memory, however long it is."""
+
+    slots: int
+    """Conversations that can run at once."""
+    free: int
+    """How many of them are not taken."""
+    running: int
+    """Requests that run."""
+    waiting: int
+    """Requests that wait for a slot."""
+    state_bytes: int
+    """Memory of one conversation's state."""
+    total_state_bytes: int
+    """Memory of all of them."""
+    max_prompt_tokens: int | None
+    """Most prompt tokens that the operator allows; null: as many as you like."""

@@ -1,5 +1,7 @@
 """Request fields that completions and chat share: sampling, stopping, output."""
 
+import uuid
+from functools import cached_property
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
@@ -16,6 +18,8 @@ MAX_TOKENS = 2**31 - 1
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 4096
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARACTERS = 256
 LEAST_TEMPERATURE = 1e-4
 
 
@@ -85,6 +89,9 @@ class GenerationFields(StateFields):
     """Sample from the k likeliest tokens; 0 or -1: from all (default)."""
     min_p: float | None = Field(None, ge=0, le=1)
     """Leave out tokens less likely than this fraction of the likeliest; 0 (default): none."""
+    typical_p: float | None = Field(None, ge=0, le=1)
+    """Sample from the tokens that surprise about as much as is to be expected, as many as reach this probability; 1
+    (default): from all."""
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     """Above 1: tokens already in prompt or answer become less likely. Default 1."""
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -111,6 +118,13 @@ class GenerationFields(StateFields):
     """Texts that end the answer (a string or a list of them); not part of it."""
     stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
     """Further tokens that end the answer."""
+    allowed_token_ids: list[int] | None = Field(None, min_length=1, max_length=MAX_TOKENS)
+    """The only tokens that may come, the end of the sequence included. Not together with a grammar."""
+    bad_words: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARACTERS)]] | None,
+        Field(max_length=MAX_BAD_WORDS),
+    ] = None
+    """Words that are not generated, as the tokenizer spells them, with and without a space before."""
     include_stop_str_in_output: bool | None = None
     """Keep the stop string at the end of the text."""
     ignore_eos: bool | None = None
@@ -127,6 +141,10 @@ class GenerationFields(StateFields):
     """Wherever log-probabilities are returned, return those of these tokens too. Without `logprobs`: for the answer."""
     truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     """Use only that many last tokens of the prompt."""
+    priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
+    """Requests of lower numbers are begun first when all conversations are taken; default 0."""
+    request_id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,64}$")
+    """Name of the request, part of the answer's `id`; no two may run at once under one name."""
     timeout: float | None = Field(None, gt=0, le=86400)
     """Seconds after which the request ends with an error."""
     response_format: ResponseFormat | None = None
@@ -143,6 +161,11 @@ class GenerationFields(StateFields):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("`stream_options` is only allowed with `stream: true`", param="stream_options")
         return self
+
+    @cached_property
+    def own_id(self) -> str:
+        """`request_id`, or a random name."""
+        return uuid.uuid4().hex if self.request_id is None else self.request_id
 
     @property
     def token_limit(self) -> int | None:

@@ -1,12 +1,13 @@
-"""`POST /tokenize`, `POST /detokenize`, `GET /tokenizer_info`."""
+"""`POST /tokenize`, `POST /detokenize`, `POST /apply-template`, `GET /tokenizer_info`."""
 
 from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from server.errors import InvalidRequestError
-from server.protocol.chat import MAX_MESSAGES, MessageIn
+from server.protocol.chat import MAX_MESSAGES, ConversationFields, MessageIn
 from server.protocol.prompts import check_token_ids
+from server.protocol.tools import ToolFields
 from server.protocol.wire import RequestModel, ResponseModel
 
 
@@ -48,6 +49,21 @@ class TokenizeResponse(ResponseModel):
 
 def _token_list(value: object) -> object:
     return check_token_ids(value) if isinstance(value, list) else value
+
+
+class ApplyTemplateRequest(ConversationFields, ToolFields):
+    """A conversation to write as the model reads it."""
+
+    model: str | None = None
+    """Name of the model; the one that is served if absent."""
+
+
+class ApplyTemplateResponse(ResponseModel):
+    """The rendered conversation."""
+
+    prompt: str
+    """The text, special tokens spelled out. A special token that a message itself spells is not told apart here; it
+    is when a conversation is answered."""
 
 
 class DetokenizeRequest(RequestModel):

@@ -12,21 +12,15 @@ from server.errors import InvalidRequestError
 
 # Field -> values besides null that ask for nothing.
 _SHARED: Mapping[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (),
     "audio": (),
-    "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
     "length_penalty": (1,),
-    "priority": (0,),
     "prompt_embeds": (),
-    "request_id": (),
-    "typical_p": (1,),
     "use_beam_search": (False,),
 }
 COMPLETION_FIELDS: Mapping[str, tuple[Any, ...]] = {

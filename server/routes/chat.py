@@ -1,7 +1,6 @@
 """`POST /v1/chat/completions`."""
 
 import time
-import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -32,6 +31,7 @@ from server.routes.tools import ToolAnswer, call_token_ids, checked_form, told_t
 from server.service import Service
 from server.sse import KEEP_ALIVE, ClientDisconnectedError, event
 from server.states.store import Turn
+from server.text.template import NO_VARIABLES
 
 router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
@@ -56,6 +56,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, service: S
         add_special_tokens=body.add_special_tokens is True,
         base=None if base is None else base.head,
         tools=tools,
+        variables=NO_VARIABLES if body.chat_template_kwargs is None else body.chat_template_kwargs,
     )
     points = system_prefix(service, body.messages, prompt, tools=tools) if base is None else ()
     session = state_session(request, service, info, body, base, turn=Turn.OPEN, cache_points=points)
@@ -92,7 +93,7 @@ class _Writer:
         self._logprobs = logprob_format(service, body)
         self._answers = [ToolAnswer(body.tool_use) for _ in range(body.num_choices)]
         self._head: dict[str, Any] = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "id": f"chatcmpl-{body.own_id}",
             "created": int(time.time()),
             "model": service.options.model_name,
             "system_fingerprint": service.options.fingerprint,

@@ -1,7 +1,6 @@
 """`POST /v1/completions`."""
 
 import time
-import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -80,7 +79,7 @@ class _Writer:
         self._idle_s = service.options.keepalive_s
         self._logprobs = logprob_format(service, body)
         self._head: dict[str, Any] = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
+            "id": f"cmpl-{body.own_id}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": service.options.model_name,

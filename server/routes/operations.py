@@ -1,10 +1,12 @@
-"""For operators: `/health`, `/ready`, `/version`, `/metrics`."""
+"""For operators: `/health`, `/ready`, `/version`, `/metrics`, `/v1/capacity`."""
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from server.protocol.models import Capacity
 from server.routes.json_body import ServiceDependency
+from server.routes.streaming import json_response
 
 router = APIRouter(tags=["operations"])
 RETRY_LATER = {"Retry-After": "2"}
@@ -25,6 +27,23 @@ async def ready(service: ServiceDependency) -> JSONResponse:
     status = service.status if not service.draining else "draining"
     is_ready = status == "ok"
     return JSONResponse({"status": status}, 200 if is_ready else 503, headers=None if is_ready else RETRY_LATER)
+
+
+@router.get("/v1/capacity", responses={200: {"model": Capacity}}, response_class=Response)
+async def capacity(service: ServiceDependency) -> Response:
+    """How many conversations the server holds; the numbers of what runs are up to a second old."""
+    info, stats = service.require_open(), service.engine.stats
+    return json_response(
+        Capacity(
+            slots=info.num_slots,
+            free=info.num_slots if stats is None else stats.num_free_slots,
+            running=0 if stats is None else stats.num_running,
+            waiting=0 if stats is None else stats.num_waiting,
+            state_bytes=info.state_bytes_per_slot,
+            total_state_bytes=info.num_slots * info.state_bytes_per_slot,
+            max_prompt_tokens=service.options.max_prompt_tokens if service.options.max_prompt_tokens > 0 else None,
+        )
+    )
 
 
 @router.get("/version")

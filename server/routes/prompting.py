@@ -6,8 +6,8 @@ is allocated.
 
 import asyncio
 import secrets
-import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from server.engine.types import EngineInfo, GenerationRequest, GrammarSpec, SamplingParams
@@ -16,13 +16,14 @@ from server.protocol.chat import MessageIn
 from server.protocol.prompts import Prompt
 from server.protocol.sampling import GenerationFields
 from server.routes.answers import Generation, Plan
+from server.routes.bad_words import bad_word_tokens
 from server.routes.score_checks import check_known_prompt, check_no_tokens, check_scored
 from server.service import Service, ServiceOptions
 from server.states.session import StateSession
 from server.states.store import SnapshotRecord, Turn
 from server.text.continuation import encode_continuation
 from server.text.stream import TextStream
-from server.text.template import ChatMessage, ChatTemplate, TemplateFailure
+from server.text.template import NO_VARIABLES, ChatMessage, ChatTemplate, TemplateFailure, TemplateValue
 from server.text.tokenizer import Tokenizer
 
 MAX_INLINE_CHARACTERS = 4096
@@ -86,12 +87,14 @@ async def encode_messages(
     add_special_tokens: bool = False,
     base: SnapshotRecord | None = None,
     tools: Sequence[Mapping[str, Any]] = (),
+    variables: Mapping[str, TemplateValue] = NO_VARIABLES,
 ) -> tuple[int, ...]:
     """Token ids of a conversation in the model's chat format.
 
     Args:
         base: the state that the messages come after; None: they are the whole conversation.
         tools: what may be called, as chat templates expect it.
+        variables: further variables of the chat template.
 
     Raises:
         InvalidRequestError: no chat template, or one that refuses these messages.
@@ -107,6 +110,7 @@ async def encode_messages(
                 ends_open=base.turn is Turn.OPEN,
                 last_token=base.last_token,
                 tools=tools,
+                variables=variables,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
             )
@@ -114,6 +118,7 @@ async def encode_messages(
             token_ids = template.encode(
                 conversation,
                 tools=tools,
+                variables=variables,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 add_special_tokens=add_special_tokens,
@@ -199,12 +204,25 @@ def plan_generation(
     _check_min_tokens(fields, limit)
     check_no_tokens(fields, limit)
     check_scored(fields, prompts)
+    if grammar is not None and fields.allowed_token_ids is not None:
+        raise InvalidRequestError(
+            "`allowed_token_ids` cannot be combined with tools or structured output", param="allowed_token_ids"
+        )
+    bad_words = _bad_words(service, fields)
+    name, logprobs = fields.own_id, fields.logprob_options
+    shares_prefill = fields.num_choices > 1 and logprobs.num_prompt is None
     plans: list[Plan] = []
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts):
         for _ in range(fields.num_choices):
             sampling = sampling_params(fields, max_tokens=limit, number=len(plans))
             request = GenerationRequest(
-                f"gen-{uuid.uuid4().hex}", prompt, sampling, grammar=grammar, logprobs=fields.logprob_options
+                f"{name}-{len(plans)}",
+                prompt,
+                replace(sampling, bad_words=bad_words),
+                grammar=grammar,
+                logprobs=logprobs,
+                group=f"{name}-{number}" if shares_prefill else None,
+                priority=_given(fields.priority, 0),
             )
             is_start = session.base is None
             text = _text_stream(service.tokenizer, fields, prompt, is_start=is_start, shown=shown_token_ids)
@@ -233,6 +251,7 @@ def sampling_params(fields: GenerationFields, *, max_tokens: int | None, number:
         top_k=max(0, _given(fields.top_k, 0)),
         top_p=max(LEAST_TOP_P, _given(fields.top_p, 1.0)),  # 0 means: the likeliest token alone
         min_p=_given(fields.min_p, 0.0) + 0.0,
+        typical_p=max(LEAST_TOP_P, _given(fields.typical_p, 1.0)),
         repetition_penalty=_given(fields.repetition_penalty, 1.0),
         presence_penalty=_given(fields.presence_penalty, 0.0),
         frequency_penalty=_given(fields.frequency_penalty, 0.0),
@@ -240,7 +259,15 @@ def sampling_params(fields: GenerationFields, *, max_tokens: int | None, number:
         seed=seed,
         stop_token_ids=() if fields.stop_token_ids is None else tuple(fields.stop_token_ids),
         ignore_eos=fields.ignore_eos is True,
+        allowed_token_ids=() if fields.allowed_token_ids is None else tuple(sorted(set(fields.allowed_token_ids))),
     )
+
+
+def _bad_words(service: Service, fields: GenerationFields) -> tuple[tuple[int, ...], ...]:
+    """Raises a 400 when the model has no tokenizer to spell them with."""
+    if not fields.bad_words:
+        return ()
+    return bad_word_tokens(require_tokenizer(service, param="bad_words"), fields.bad_words)
 
 
 def _given(value: T | None, default: T) -> T:
@@ -315,6 +342,8 @@ def _check_vocabulary(fields: GenerationFields, vocab_size: int) -> None:
         _check_token_id(token_id, vocab_size, param="stop_token_ids")
     for token_id in fields.logprob_options.token_ids:
         _check_token_id(token_id, vocab_size, param="logprob_token_ids")
+    for token_id in fields.allowed_token_ids if fields.allowed_token_ids is not None else ():
+        _check_token_id(token_id, vocab_size, param="allowed_token_ids")
 
 
 def _check_token_id(token_id: int, vocab_size: int, *, param: str) -> None:

@@ -1,9 +1,11 @@
-"""`POST /tokenize`, `POST /detokenize`, `GET /tokenizer_info`."""
+"""`POST /tokenize`, `POST /detokenize`, `POST /apply-template`, `GET /tokenizer_info`."""
 
 from fastapi import APIRouter, Response
 
 from server.errors import InvalidRequestError
 from server.protocol.tokenization import (
+    ApplyTemplateRequest,
+    ApplyTemplateResponse,
     DetokenizeRequest,
     DetokenizeResponse,
     TokenizeRequest,
@@ -11,10 +13,18 @@ from server.protocol.tokenization import (
     TokenizerInfo,
 )
 from server.routes.json_body import JsonRoute, ServiceDependency
-from server.routes.prompting import encode_messages, require_tokenizer, run_if_long
+from server.routes.prompting import (
+    chat_message,
+    encode_messages,
+    require_chat_template,
+    require_tokenizer,
+    run_if_long,
+)
 from server.routes.streaming import json_response
+from server.routes.tools import told_tools
 from server.service import Service
 from server.text.stream import TextStream
+from server.text.template import NO_VARIABLES, TemplateFailure
 
 router = APIRouter(route_class=JsonRoute, tags=["tokenizer"])
 
@@ -49,6 +59,29 @@ async def _encode(body: TokenizeRequest, service: Service) -> list[int]:
     text, add_special_tokens = body.prompt, body.add_special_tokens is not False
     tokenizer = require_tokenizer(service, param="prompt")
     return await run_if_long(len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+
+@router.post("/apply-template", responses={200: {"model": ApplyTemplateResponse}}, response_class=Response)
+async def apply_template(body: ApplyTemplateRequest, service: ServiceDependency) -> Response:
+    """A conversation as the text that the model gets to read."""
+    service.require_model(body.model)
+    template = require_chat_template(service)
+    conversation = [chat_message(message) for message in body.messages]
+    num_characters = sum(len(message.content) for message in conversation)
+
+    def render() -> str:
+        return template.render(
+            conversation,
+            tools=told_tools(body.tool_use),
+            variables=NO_VARIABLES if body.chat_template_kwargs is None else body.chat_template_kwargs,
+            add_generation_prompt=body.add_generation_prompt is not False,
+            continue_final_message=body.continue_final_message is True,
+        )
+
+    try:
+        return json_response(ApplyTemplateResponse(prompt=await run_if_long(num_characters, render)))
+    except TemplateFailure as error:
+        raise InvalidRequestError(str(error), param="messages", code="chat_template_error") from error
 
 
 @router.post("/detokenize", responses={200: {"model": DetokenizeResponse}}, response_class=Response)

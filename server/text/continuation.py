@@ -7,7 +7,7 @@ follows the stand-in is what follows any conversation. Nothing of the real past 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from server.text.template import ChatMessage, ChatTemplate, TemplateFailure
+from server.text.template import NO_VARIABLES, ChatMessage, ChatTemplate, TemplateFailure, TemplateValue
 
 # Words that no template writes by itself, so that the stand-in's end is found in the rendering.
 _STAND_IN = (ChatMessage("user", "qzxjkv"), ChatMessage("assistant", "vkjxzq"))
@@ -20,6 +20,7 @@ def encode_continuation(
     ends_open: bool,
     last_token: int,
     tools: Sequence[Mapping[str, Any]] = (),
+    variables: Mapping[str, TemplateValue] = NO_VARIABLES,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
 ) -> list[int]:
@@ -32,6 +33,7 @@ def encode_continuation(
             `last_token` is it already), or after whole messages.
         last_token: the last token of the conversation.
         tools: what may be called; told at the beginning of the conversation, so not once more.
+        variables: further variables of the template.
         add_generation_prompt: open the assistant's turn at the end.
         continue_final_message: go on with the last of the new messages.
 
@@ -39,13 +41,16 @@ def encode_continuation(
         TemplateFailure: the template refuses the messages, or writes the past differently because of them.
     """
     past = (
-        template.encode(_STAND_IN, tools=tools, continue_final_message=True, add_generation_prompt=False)
+        template.encode(
+            _STAND_IN, tools=tools, variables=variables, continue_final_message=True, add_generation_prompt=False
+        )
         if ends_open
-        else template.encode(_STAND_IN, tools=tools, add_generation_prompt=False)
+        else template.encode(_STAND_IN, tools=tools, variables=variables, add_generation_prompt=False)
     )
     whole = template.encode(
         [*_STAND_IN, *messages],
         tools=tools,
+        variables=variables,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
     )

@@ -24,6 +24,8 @@ from server.text.tool_prompt import without_tools
 MAX_RENDER_S = 2.0
 MAX_EXPANSION = 8
 MIN_OUTPUT_CHARACTERS = 1 << 20
+TemplateValue = str | int | float | bool | None
+NO_VARIABLES: Mapping[str, TemplateValue] = {}
 MARKERS = tuple(map(chr, range(0xE000, 0xF900)))
 
 # Of the rendering in progress: several may run in threads at once.
@@ -79,6 +81,7 @@ class ChatTemplate:
         messages: Sequence[ChatMessage],
         *,
         tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, TemplateValue] = NO_VARIABLES,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
@@ -87,36 +90,54 @@ class ChatTemplate:
 
         Args:
             tools: what may be called, `{"type": "function", "function": {...}}` each.
+            variables: further variables of the template; special tokens in their texts stay text.
 
         Raises:
             TemplateFailure: the template raised an exception or went over a limit.
         """
-        conversation, marker = self._protect(self._conversation(messages, tools))
-        text = self._render(conversation, add_generation_prompt=add_generation_prompt and not continue_final_message)
-        if continue_final_message:
-            text = _cut_after(text, conversation["messages"][-1]["content"] or "")
+        conversation, marker = self._protect(self._conversation(messages, tools, variables))
+        text = self._finished(conversation, add_generation_prompt, continue_final_message)
         if marker is None:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         prefix = self._tokenizer.encode("", add_special_tokens=add_special_tokens)
         return prefix + self._encode_marked(text, marker)
 
-    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> str:
-        """The conversation as text, for reading."""
-        return self._render(self._conversation(messages, ()), add_generation_prompt=add_generation_prompt)
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, TemplateValue] = NO_VARIABLES,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The conversation as text, for reading. Arguments and errors as in `encode`."""
+        conversation = self._conversation(messages, tools, variables)
+        return self._finished(conversation, add_generation_prompt, continue_final_message)
 
     def _conversation(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]]
-    ) -> dict[str, list[Mapping[str, Any]]]:
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, TemplateValue],
+    ) -> dict[str, Any]:
         """Messages and tools as values, as far as the template has a place for them."""
-        variables: list[Mapping[str, Any]] = [self._variables(message) for message in messages]
+        values: list[Mapping[str, Any]] = [self._variables(message) for message in messages]
         if self.knows_tools:
-            return {"messages": variables, "tools": [*tools]}
-        return {"messages": without_tools(variables, tools), "tools": []}
+            return {"messages": values, "tools": [*tools], "variables": variables}
+        return {"messages": without_tools(values, tools), "tools": [], "variables": variables}
 
-    def _render(self, conversation: Mapping[str, Sequence[Mapping[str, Any]]], *, add_generation_prompt: bool) -> str:
+    def _finished(
+        self, conversation: Mapping[str, Any], add_generation_prompt: bool, continue_final_message: bool
+    ) -> str:
+        text = self._render(conversation, add_generation_prompt=add_generation_prompt and not continue_final_message)
+        return _cut_after(text, conversation["messages"][-1]["content"] or "") if continue_final_message else text
+
+    def _render(self, conversation: Mapping[str, Any], *, add_generation_prompt: bool) -> str:
         size = sum(map(len, _texts(conversation)))
         limit = max(MIN_OUTPUT_CHARACTERS, MAX_EXPANSION * size)
         variables = {
+            **conversation["variables"],
             "messages": conversation["messages"],
             "add_generation_prompt": add_generation_prompt,
             "tools": conversation["tools"] or None,  # templates ask whether there are any
