@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequestError
@@ -26,6 +26,13 @@ class FunctionDefinition(RequestModel):
     """JSON schema of its arguments, an object; none if absent."""
     strict: bool | None = None
     """Have arguments follow the schema wherever it is called; keywords that cannot be kept to are an error."""
+
+    @field_validator("parameters")
+    @classmethod
+    def _of_an_object(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+        if schema is not None and schema.get("type", "object") != "object":
+            raise PydanticCustomError("parameters", "must be the schema of an object")
+        return schema
 
 
 class Tool(RequestModel):

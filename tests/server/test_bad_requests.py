@@ -175,6 +175,10 @@ CHAT_ERRORS = [
     ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools[0].function.parameters"),
+    (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
+        "tools[0].function.parameters",
+    ),
     ({"tools": [TOOL, TOOL]}, "tools"),
     ({"tools": [TOOL] * 129}, "tools"),
     ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),

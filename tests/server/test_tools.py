@@ -10,7 +10,7 @@ from server.text.template import ChatMessage, ChatTemplate
 from server.text.tokenizer import Tokenizer, TokenizerFiles
 from tests.server.conftest import Loopback
 from tests.server.fake_engine import EOS_TOKEN_ID
-from tests.server.test_chat_template import template
+from tests.server.test_chat_template import template, text_of
 from tests.server.test_tokenizer import byte_level
 
 MODEL = "org/tiny"
@@ -191,7 +191,7 @@ def test_a_template_that_knows_tools_gets_them_as_they_are() -> None:
         ChatMessage("assistant", "", tool_calls=(call,)),
         ChatMessage("tool", "cold", tool_call_id="c1"),
     ]
-    text = chat._render(chat._conversation(messages, [TIME]), add_generation_prompt=True)
+    text = text_of(chat, chat.encode(messages, tools=[TIME]))
     assert text == f"[{json.dumps(TIME)}]<user>hi<assistant>get_weather(Oslo)<tool c1>cold"
 
 
