@@ -63,7 +63,7 @@ def train_command(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 1,
     lora_rank: Annotated[int, typer.Option(min=0, help="Of the projections' updates in stage 2; 0: none.")] = 16,
     far_rank: Annotated[int, typer.Option(min=0, help="Of the update of queries for the linear part; 0: none.")] = 16,
-    bases: Annotated[str, typer.Option(help="Transforms of the feature map, e.g. dct2 or dct2,dct4.")] = "dct2,dct4",
+    bases: Annotated[str, typer.Option(help="Transforms of the feature map, e.g. dct2 or dct2,dct4.")] = "dct2",
     nodes: Annotated[str, typer.Option(help="Start values of the radii, see the README.")] = "signed_sphere",
     windows: Annotated[str, typer.Option(help="auto: each layer its own at equal bytes. keep: the model's.")] = "auto",
     epochs: Annotated[
