@@ -65,7 +65,9 @@ def train_command(
     far_rank: Annotated[int, typer.Option(min=0, help="Of the update of queries for the linear part; 0: none.")] = 16,
     bases: Annotated[str, typer.Option(help="Transforms of the feature map, e.g. dct2 or dct2,dct4.")] = "dct2",
     nodes: Annotated[str, typer.Option(help="Start values of the radii, see the README.")] = "signed_sphere",
-    windows: Annotated[str, typer.Option(help="auto: each layer its own at equal bytes. keep: the model's.")] = "auto",
+    windows: Annotated[
+        str, typer.Option(help="keep: the model's. auto: each layer its own at the same mean; short prompts lose.")
+    ] = "keep",
     epochs: Annotated[
         int, typer.Option(min=0, help="Stage 1 only: read all text once, then go over each layer's record so often.")
     ] = 0,

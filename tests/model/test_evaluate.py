@@ -149,7 +149,7 @@ def test_convert_train_and_evaluate_from_the_command_line(tmp_path: Path, text: 
     app.command("evaluate")(evaluate_command)
     run = CliRunner().invoke(app, ["train", str(tmp_path / "hybrid"), "--data", str(text), "--tokens", "20000",
                                    "--sequence-length", "1000", "--out", str(tmp_path / "run"),
-                                   "--lora-rank", "2", "--far-rank", "2"])  # fmt: skip
+                                   "--windows", "auto", "--lora-rank", "2", "--far-rank", "2"])  # fmt: skip
     assert run.exit_code == 0, run.output
     result = CliRunner().invoke(app, ["evaluate", str(tmp_path / "hybrid"), "--teacher", str(tmp_path / "hf"),
                                       "--adapter", str(tmp_path / "run" / "adapter.safetensors"), "--text", str(text),
