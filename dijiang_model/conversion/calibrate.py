@@ -155,8 +155,9 @@ def allocate_windows(losses: Tensor, windows: Sequence[int], *, mean_window: int
 
     Args:
         losses: [L, len(windows)], see `window_losses`.
-        windows: ascending.
+        windows: ascending, the first within the mean.
     """
+    assert windows[0] <= mean_window
     num_layers = len(losses)
     place = [0] * num_layers
     spare = mean_window * num_layers - windows[0] * num_layers

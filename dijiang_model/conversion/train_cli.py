@@ -184,10 +184,9 @@ def calibrated(
     sample = text.batch(CALIBRATION_STEP, MIN_CALIBRATION_SEGMENTS).to(base.device)
     window = max(layer.window for layer in config.layers)
     if student.choose_windows and window > 0:
-        sinks = config.layers[0].sinks
-        choices = [choice for choice in calibrate.WINDOW_CHOICES if choice < sample.shape[1]] or [window]
-        losses = calibrate.window_losses(base, sample, choices, sinks=sinks)
         mean = sum(layer.window for layer in config.layers) // config.num_layers
+        choices = sorted({mean, *(choice for choice in calibrate.WINDOW_CHOICES if choice < sample.shape[1])})
+        losses = calibrate.window_losses(base, sample, choices, sinks=config.layers[0].sinks)
         config = calibrate.with_windows(config, calibrate.allocate_windows(losses, choices, mean_window=mean))
     measured = new_student(base, config, look_back=None, seed=0)
     return config, calibrate.look_back(measured, sample)
