@@ -1,8 +1,8 @@
 """The progress of one request: WAITING -> PREFILL -> DECODE -> FINISHED.
 
 Progress is counted when tokens are *scheduled*, and again when sampled tokens are *committed*, so that
-a step can be planned before the one before it was read back. No token but the prompt's is kept here:
-a sequence takes the same memory at output 1 and at output 1,000,000.
+a step can be planned before the one before it was read back. No token but the prompt's is kept here, or
+the last ones for those who need them: a sequence takes the same memory at output 1 and at output 1,000,000.
 """
 
 from array import array
@@ -11,6 +11,8 @@ from enum import Enum
 from typing import Protocol
 
 from server.engine.types import FinishReason, GenerationRequest, SamplingParams
+
+MAX_OUTPUTS_KEPT = 1 << 16
 
 
 class SequenceStatus(Enum):
@@ -134,14 +136,20 @@ class Sequence:
 
     @property
     def outputs(self) -> "array[int]":
-        """The tokens committed so far; `keep_outputs` was called before the first."""
+        """The tokens committed last, at least `MAX_OUTPUTS_KEPT` / 2; `keep_outputs` was called before the first."""
         assert self._outputs is not None
         return self._outputs
 
     @property
     def pending(self) -> tuple[int, ...]:
         """Committed tokens that were not fed."""
-        return tuple(self.outputs[max(0, self.num_fed - len(self.request.prompt_token_ids)) :])
+        num_pending = len(self.request.prompt_token_ids) + self.num_outputs - self.num_fed
+        return tuple(self.outputs[-num_pending:]) if num_pending > 0 else ()
+
+    @property
+    def has_all_outputs(self) -> bool:
+        """Whether `outputs` still holds all of them."""
+        return len(self.outputs) == self.num_outputs
 
     def keep_outputs(self) -> None:
         """Keeps the output tokens from now on, for those who need to know what the state has seen."""
@@ -189,6 +197,8 @@ class Sequence:
         """Commits one sampled token; says whether, and why, the sequence ends with it."""
         self.num_outputs += 1
         if self._outputs is not None:
+            if len(self._outputs) == MAX_OUTPUTS_KEPT:
+                del self._outputs[: MAX_OUTPUTS_KEPT // 2]
             self._outputs.append(token_id)
         if token_id in self.end_token_ids and self.num_outputs > self.sampling.min_tokens:
             return FinishReason.STOP

@@ -170,7 +170,7 @@ class Snapshots:
             return
         for chunk in batch.chunks[batch.num_decode :]:
             namespace, end = chunk.sequence.request.states.cache_namespace, chunk.start + chunk.length
-            if namespace is not None and end in chunk.sequence.stops:
+            if namespace is not None and end in chunk.sequence.stops and end >= self._policy.min_tokens:
                 prefix = chunk.sequence.request.prompt_token_ids[:end]
                 if not self._cache.has(namespace, prefix):
                     self._cache.put(namespace, prefix, self._access.take(chunk.slot))
@@ -210,6 +210,8 @@ class Snapshots:
         return frozenset(stop for stop in wanted if least <= stop < num_tokens)
 
     def _cache_end(self, sequence: Sequence, snapshot: object) -> None:
+        if not sequence.has_all_outputs:
+            return
         fed = (*sequence.request.prompt_token_ids, *sequence.outputs)[: sequence.num_fed]
         namespace = sequence.request.states.cache_namespace
         assert self._cache is not None

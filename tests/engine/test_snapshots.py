@@ -256,6 +256,18 @@ def test_one_id_is_one_request_also_while_it_waits_for_a_file(bench: Bench) -> N
         bench.engine.add(ask("x", 5))
 
 
+def test_a_long_answer_is_saved_exactly_though_its_tokens_are_forgotten(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = bench.one(*PROMPT, max_tokens=60)
+    monkeypatch.setattr("server.engine.sequence.MAX_OUTPUTS_KEPT", 8)
+    first = bench.one(*PROMPT, max_tokens=40, states=replace(SAVE, cache_namespace="me"))
+    assert first.saved is not None
+    assert first.saved.pending == (first.tokens[-1],)
+    assert first.tokens + bench.one(states=LOAD, max_tokens=20).tokens == whole.tokens
+    assert bench.cache.stats.num_entries == 1, "the prompt alone"
+
+
 CACHED = StateOptions(cache_namespace="me")
 
 
@@ -271,6 +283,33 @@ def test_the_same_prompt_again_costs_one_token_and_says_the_same(
     assert bench.engine.stats.num_prefill_tokens - before == 1
     assert again.tokens == first.tokens
     assert again.tokens == bench.one(*PROMPT).tokens, "with and without the cache"
+
+
+@pytest.mark.parametrize("num_ahead", [0, 1])
+def test_answers_of_one_group_share_a_prefix_and_save_their_own_ends(
+    model: DiJiangForCausalLM, tmp_path: Path, num_ahead: int
+) -> None:
+    bench = Bench(model, tmp_path, num_ahead=num_ahead)
+    for _ in range(2):  # the second time from the cache
+        requests = [
+            replace(
+                ask(
+                    str(number),
+                    *PROMPT,
+                    temperature=1.0,
+                    seed=number,
+                    states=replace(CACHED, save_to=f"{number}.safetensors"),
+                ),
+                group="all",
+            )
+            for number in range(6)
+        ]
+        results = bench.run(*requests)
+        for number, result in enumerate(results.values()):
+            alone = Bench(model, tmp_path).one(*PROMPT, temperature=1.0, seed=number)
+            assert result.tokens == alone.tokens
+            went_on = bench.one(9, states=StateOptions(load_from=f"{number}.safetensors"))
+            assert went_on.tokens == Bench(model, tmp_path).one(*PROMPT, *result.tokens, 9).tokens
 
 
 @pytest.mark.parametrize("num_ahead", [0, 1])
