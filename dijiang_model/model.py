@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import ModelConfig
-from dijiang_model.native.decoder import NativeDecoder, decoder_for, mixed_step
+from dijiang_model.native.decoder import NativeDecoder, decoder_for
 from dijiang_model.native.int8 import Int8Linear, Int8Weight
 from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
@@ -38,20 +38,6 @@ class PackedBatch:
     lengths: tuple[int, ...]
     num_decode: int
     logit_rows: Tensor
-
-    def without_decode(self) -> "PackedBatch":
-        """The prefill segments alone."""
-        split = self.num_decode
-        rows = self.logit_rows[self.logit_rows >= split] - split
-        return replace(
-            self,
-            token_ids=self.token_ids[split:],
-            positions=self.positions[split:],
-            slots=self.slots[split:],
-            lengths=self.lengths[split:],
-            num_decode=0,
-            logit_rows=rows,
-        )
 
 
 class DiJiangForCausalLM(nn.Module):
@@ -119,14 +105,14 @@ class DiJiangForCausalLM(nn.Module):
 
     @property
     def decode_path(self) -> Literal["native", "torch"]:
-        """What runs decode rows: the compiled kernels, or torch operations."""
+        """What runs steps: the compiled kernels, or torch operations."""
         return "torch" if self._decoder is None else "native"
 
     def prepare(self, *, native: bool = True) -> "DiJiangForCausalLM":
         """Derives buffers from loaded parameters and switches gradients off; returns itself.
 
         Args:
-            native: whether to decode with the compiled kernels where they can run this model.
+            native: whether to run steps in the compiled kernels where they can run this model.
         """
         for attention in self.attentions:
             attention.linear.prepare()
@@ -145,10 +131,22 @@ class DiJiangForCausalLM(nn.Module):
         Returns:
             [R, vocab] fp32 (fp64 for fp64 models): next-token logits of `batch.logit_rows`.
         """
-        decoder = self._decoder
-        if batch.num_decode > 0 and decoder is not None and not self.training and decoder.is_current:
-            return mixed_step(self, decoder, batch, state)
+        if self._decoder is not None and self._runs_natively(self._decoder):
+            return self._decoder.step(
+                self.embed(batch.token_ids, batch.positions),
+                positions=batch.positions,
+                slots=batch.slots,
+                lengths=batch.lengths,
+                wanted=batch.logit_rows,
+                state=state,
+            )
         return self.logits(self.hidden_states(batch, state)[-1][batch.logit_rows])
+
+    def _runs_natively(self, decoder: NativeDecoder) -> bool:
+        """The kernels know neither gradients nor other attention, nor what was put in after `prepare()`."""
+        if self.training or type(self.attention_op) is not TorchAttention or not decoder.is_current:
+            return False
+        return not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in self.parameters())
 
     def hidden_states(self, batch: PackedBatch, state: StateBuffer, *, all_layers: bool = False) -> list[Tensor]:
         """The final normed hidden states [T, D]; with `all_layers` those before each layer come first."""

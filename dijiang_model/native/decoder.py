@@ -1,8 +1,9 @@
-"""Runs the decode rows of a step in the compiled kernels, chosen once when a model is prepared."""
+"""Runs whole steps in the compiled kernels; chosen once, when a model is prepared."""
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import CDLL
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from dijiang_model.native.weights import network_weights, why_unsupported
 from dijiang_model.state import StateBuffer
 
 if TYPE_CHECKING:
-    from dijiang_model.model import DiJiangForCausalLM, PackedBatch
+    from dijiang_model.model import DiJiangForCausalLM
 
 
 def decoder_for(model: "DiJiangForCausalLM") -> "NativeDecoder | None":
@@ -21,10 +22,11 @@ def decoder_for(model: "DiJiangForCausalLM") -> "NativeDecoder | None":
 
 
 class NativeDecoder:
-    """The decode step of one model.
+    """Decode rows and prefill segments of one model, token by token, every layer in one call.
 
-    A row's logits and state are the same bit for bit whatever the other rows are and however many threads
-    there are. They equal those of the torch path up to the order of fp32 sums.
+    A token's logits and the state it leaves are the same bit for bit whatever the other rows are, however
+    many threads there are and however its prompt is cut into segments. They equal those of the torch path up
+    to the order of fp32 sums.
     """
 
     def __init__(self, model: "DiJiangForCausalLM", *, library: CDLL | None = None) -> None:
@@ -33,21 +35,31 @@ class NativeDecoder:
         assert library is not None
         self._step = library.dijiang_step
         self._weights = network_weights(model)
-        self._versions = self._current_versions()
         self._vocab_size = model.config.vocab_size
 
     @property
     def is_current(self) -> bool:
-        """Whether the parameters are still those that vectors were derived from (training moves them)."""
-        return self._versions == self._current_versions()
+        """Whether the model still is what was described: same modules, same memory, same derived-from values."""
+        return self._weights.is_current
 
-    def step(self, hidden: Tensor, *, positions: Tensor, slots: Tensor, wanted: Tensor, state: StateBuffer) -> Tensor:
-        """Feeds one token to each of N sequences, moving their slots on in place.
+    def step(
+        self,
+        hidden: Tensor,
+        *,
+        positions: Tensor,
+        slots: Tensor,
+        lengths: Sequence[int],
+        wanted: Tensor,
+        state: StateBuffer,
+    ) -> Tensor:
+        """Feeds a segment to each of N sequences, moving their slots on in place.
 
         Args:
-            hidden: [N, D] fp32, what the first block reads; overwritten.
-            positions, slots: [N] int64.
-            wanted: [R] int64, rows below N.
+            hidden: [T, D] fp32, what the first block reads; overwritten.
+            positions: [T] int64.
+            slots: [N] int64.
+            lengths: N ints >= 1, rows of each sequence; they sum to T.
+            wanted: [R] int64, rows below T.
             state: a buffer on the CPU.
 
         Returns:
@@ -55,21 +67,25 @@ class NativeDecoder:
         """
         num_rows, storage = len(hidden), state.storage
         positions, slots, wanted = positions.contiguous(), slots.contiguous(), wanted.contiguous()
+        rows_of = torch.tensor(lengths, dtype=torch.int64)
         assert storage.is_contiguous()
         assert hidden.is_contiguous()
         assert hidden.dtype == torch.float32
+        assert positions.dtype == torch.int64
+        assert len(positions) == num_rows == sum(lengths)
+        assert min(lengths) >= 1
         # The kernels do not check: an index out of range would write anywhere.
-        _check_indices(slots, limit=state.num_slots, count=num_rows)
-        _check_indices(wanted, limit=num_rows)
-        assert len(positions) == num_rows
-        assert len(wanted) <= num_rows, "the kernels keep a normed row for each row of the step"
+        _check_indices(slots, limit=state.num_slots, count=len(lengths))
+        _check_indices(wanted, limit=num_rows, count=len(wanted))
         logits = torch.empty((len(wanted), self._vocab_size), dtype=torch.float32)
         failed = self._step(
             ctypes.addressof(self._weights.network),
             hidden.data_ptr(),
             positions.data_ptr(),
-            slots.data_ptr(),
             num_rows,
+            slots.data_ptr(),
+            rows_of.data_ptr(),
+            len(lengths),
             storage.data_ptr(),
             storage.shape[1],
             wanted.data_ptr(),
@@ -78,38 +94,15 @@ class NativeDecoder:
             torch.get_num_threads(),
         )
         if failed:
-            raise MemoryError(f"no memory for a decode step of {num_rows} rows")
+            raise MemoryError(f"no memory for a step of {num_rows} rows")
         return logits
 
-    def _current_versions(self) -> list[int]:
-        return [tensor._version for tensor in self._weights.watched]
 
-
-def _check_indices(indices: Tensor, *, limit: int, count: int | None = None) -> None:
+def _check_indices(indices: Tensor, *, limit: int, count: int) -> None:
     """Raises IndexError unless all int64 `indices` are in [0, limit)."""
     assert indices.dtype == torch.int64
-    assert count is None or len(indices) == count
-    if len(indices) > 0:
+    assert len(indices) == count
+    if count > 0:
         low, high = torch.aminmax(indices)
         if low < 0 or high >= limit:
             raise IndexError(f"indices {int(low)} to {int(high)} are not all in 0 to {limit - 1}")
-
-
-def mixed_step(model: "DiJiangForCausalLM", decoder: NativeDecoder, batch: "PackedBatch", state: StateBuffer) -> Tensor:
-    """A step's logits [R, vocab]: decode rows in the kernels, prefill segments, if any, in torch."""
-    split, rows = batch.num_decode, batch.logit_rows
-    is_decode = rows < split
-    decoded = decoder.step(
-        model.embed(batch.token_ids[:split], batch.positions[:split]),
-        positions=batch.positions[:split],
-        slots=batch.slots[:split],
-        wanted=rows[is_decode],
-        state=state,
-    )
-    if split == len(batch.lengths):
-        return decoded
-    prefilled = cast(Tensor, model(batch.without_decode(), state))
-    logits = decoded.new_empty((len(rows), decoded.shape[1]))
-    logits[is_decode] = decoded
-    logits[~is_decode] = prefilled
-    return logits

@@ -184,13 +184,10 @@ def _declare(library: ctypes.CDLL) -> None:
             f"{name}: {found} bytes in the library, {ctypes.sizeof(structure)} here"
         )
     library.dijiang_step.argtypes = (
-        *(Pointer,) * 4,
-        Integer,
-        Pointer,
-        Integer,
-        Pointer,
-        Integer,
-        Pointer,
-        ctypes.c_int,
+        *(Pointer, Pointer, Pointer, Integer),  # model, hidden, positions, rows
+        *(Pointer, Pointer, Integer),  # slots, lengths, sequences
+        *(Pointer, Integer),  # storage, bytes of a slot
+        *(Pointer, Integer, Pointer),  # wanted rows, how many, logits
+        ctypes.c_int,  # threads
     )
     library.dijiang_linear.argtypes = (Pointer, Pointer, Integer, Pointer, ctypes.c_int)

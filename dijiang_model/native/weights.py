@@ -66,22 +66,51 @@ class NetworkWeights:
     """A `library.Network` and everything that its pointers need alive.
 
     Attributes:
-        watched: parameters that derived vectors were made from.
+        derived_from: parameters that vectors were derived from, and their versions then.
+        in_place: tensors whose memory is pointed at, and its address.
+        modules: where each projection hung, under which name, and what it was.
+        kept: whatever else the pointers need.
     """
 
     network: library.Network = field(default_factory=library.Network)
-    watched: list[Tensor] = field(default_factory=list)
+    derived_from: list[tuple[Tensor, int]] = field(default_factory=list)
+    in_place: list[tuple[Tensor, int]] = field(default_factory=list)
+    modules: list[tuple[Mapping[str, nn.Module | None], str, nn.Module]] = field(default_factory=list)
     kept: list[object] = field(default_factory=list)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether nothing was trained, replaced or moved since; a few dozen microseconds."""
+        return (
+            all(tensor._version == version for tensor, version in self.derived_from)
+            and all(tensor.data_ptr() == address for tensor, address in self.in_place)
+            and all(siblings[name] is module for siblings, name, module in self.modules)
+        )
+
+    def watch(self, parent: nn.Module, path: str) -> nn.Module:
+        """The module at a path, which must stay the one there."""
+        way, _, name = path.rpartition(".")
+        siblings = parent.get_submodule(way)._modules
+        module = siblings[name]
+        assert module is not None
+        self.modules.append((siblings, name, module))
+        return module
 
     def pointer(self, tensor: Tensor) -> int:
         """Address of a tensor's values, which stay alive with this object."""
-        tensor = tensor.detach().contiguous()
+        if tensor.is_contiguous():
+            self.in_place.append((tensor, tensor.data_ptr()))
+        else:
+            self.derived_from.append((tensor, tensor._version))
+            tensor = tensor.detach().contiguous()
         self.kept.append(tensor)
         return tensor.data_ptr()
 
     def derived(self, tensor: Tensor) -> int:
-        """Address of a fp32 copy."""
-        return self.pointer(tensor.detach().to(torch.float32).clone())
+        """Address of a fp32 copy of a value just computed."""
+        tensor = tensor.detach().to(torch.float32).clone()
+        self.kept.append(tensor)
+        return tensor.data_ptr()
 
     def linear(self, module: nn.Module | None) -> library.Matrix:
         """A projection of either kind; without one, a matrix of no rows."""
@@ -210,7 +239,7 @@ def _layer(weights: NetworkWeights, block: nn.Module, names: _Names, offsets: Ma
     attention = cast(DiJiangAttention, block.dijiang)
 
     def linear(path: str | None) -> library.Matrix:
-        return weights.linear(None if path is None else block.get_submodule(path))
+        return weights.linear(None if path is None else weights.watch(block, path))
 
     layer = library.Layer(
         input_norm=weights.norm(block.get_submodule(names.input_norm)),
@@ -242,7 +271,7 @@ def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mappi
         nodes, log_weights = kernel.ones, kernel.zeros
     else:
         nodes, log_weights = kernel.nodes, kernel.log_weights
-    weights.watched += [nodes, log_weights, kernel.log_decay]
+    weights.derived_from += [(tensor, tensor._version) for tensor in (nodes, log_weights, kernel.log_decay)]
     attention = library.Attention(
         basis=weights.pointer(kernel.basis),
         nodes=weights.derived(nodes * config.features.scale),

@@ -1,18 +1,18 @@
-"""The compiled decode step against the torch path: outputs and states, alone and in company, fp32 weights."""
+"""The compiled steps against the torch path: outputs and states, alone and in company, fp32 weights."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dijiang_model.config import ModelConfig
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.native.decoder import NativeDecoder
 from dijiang_model.native.library import VARIANTS, load_library, load_variant
 from dijiang_model.native.weights import why_unsupported
-from tests.model.stepping import Stepper, assert_close_in_norm, assert_states_close, random_text
+from tests.model.stepping import Stepper, assert_close_in_norm, assert_states_close, logits_of, random_text
 from tests.tiny_models import HYBRID, PURE, RELEASED, TABLES, gpt_neox_config, llama_config, opt_config, tiny_model
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the kernels were not built: no compiler at install")
@@ -79,7 +79,7 @@ def run(model: DiJiangForCausalLM, *, prompts: dict[int, list[int]], num_steps: 
     return stepper, torch.stack(logits)
 
 
-def test_native_decoding_equals_torch_in_logits_and_state(config: ModelConfig) -> None:
+def test_native_steps_equal_torch_in_logits_and_state(config: ModelConfig) -> None:
     prompts = {1: random_text(50), 2: [], 3: random_text(3, seed=1)}
     native, native_logits = run(tiny_model(config), prompts=prompts, num_steps=60)
     exact, exact_logits = run(torch_twin(config, dtype=torch.float64), prompts=prompts, num_steps=60)
@@ -131,14 +131,28 @@ def test_the_number_of_threads_changes_no_bit(config: ModelConfig) -> None:
 
 def test_decode_rows_and_prefill_segments_share_a_step(config: ModelConfig) -> None:
     prompt = random_text(70)
-    steppers = [Stepper(model).open(1, 2) for model in (tiny_model(config), torch_twin(config, dtype=torch.float64))]
+    steppers = [Stepper(model).open(1, 2, 3) for model in (tiny_model(config), torch_twin(config, dtype=torch.float64))]
     for stepper in steppers:
         stepper.step({1: prompt[:20]})
-    mixed = [stepper.step({2: prompt}, decode={1: 7}, num_padding=1) for stepper in steppers]
-    after = [stepper.step(decode={2: 9, 1: 11}) for stepper in steppers]
+    mixed = [stepper.step({2: prompt, 3: prompt[:3]}, decode={1: 7}, num_padding=1) for stepper in steppers]
+    after = [stepper.step({3: prompt[3:]}, decode={2: 9, 1: 11}) for stepper in steppers]
     for actual, expected in (mixed, after):
-        for slot in (1, 2):
+        for slot in actual:
             assert_close_in_norm(actual[slot], expected[slot], tolerance=tolerance_of(config))
+
+
+@pytest.mark.parametrize("cuts", [[1], [299], [17, 18, 255, 256, 257], list(range(1, 300))])
+def test_a_prompt_cut_into_any_segments_gives_the_same_bits(cuts: list[int], config: ModelConfig) -> None:
+    model, text = tiny_model(config), random_text(300)
+    whole, parts = (Stepper(model).open(1, 2) for _ in range(2))
+    expected = whole.step({1: text})[1]
+    actual = []
+    for i, (first, last) in enumerate(zip([0, *cuts], [*cuts, 300], strict=True)):
+        company = {2: i % 256} if i % 2 == 0 else {}
+        actual.append(parts.step({1: text[first:last]}, decode=company)[1])
+    assert torch.equal(torch.cat(actual), expected)
+    for name, tensor in parts.state(1).items():
+        assert torch.equal(tensor, whole.state(1)[name]), name
 
 
 @pytest.mark.parametrize("position", [127, 128, 5_000, 1_000_000])
@@ -197,7 +211,9 @@ def test_only_wanted_rows_get_logits() -> None:
         state = Stepper(model).open(1, 2, 3).buffer
         rows = torch.tensor(wanted, dtype=torch.int64)
         hidden = model.embed(token_ids, positions)
-        logits.append(decoder.step(hidden, positions=positions, slots=slots, wanted=rows, state=state))
+        logits.append(
+            decoder.step(hidden, positions=positions, slots=slots, lengths=(1, 1, 1), wanted=rows, state=state)
+        )
     assert torch.equal(logits[1], logits[0][[2, 0]])
     assert logits[2].shape == (0, model.config.vocab_size)
 
@@ -209,6 +225,39 @@ def test_the_torch_path_serves_where_the_kernels_cannot() -> None:
     assert model.decode_path == "native"
     assert model.prepare(native=False).decode_path == "torch"
     assert model.prepare().double().decode_path == "torch"
+
+
+def spoil_attention(model: DiJiangForCausalLM) -> None:
+    model.attention_op = lambda q, k, v, **others: torch.zeros_like(q)
+
+
+def spoil_module(model: DiJiangForCausalLM) -> None:
+    model.blocks[0].mlp.up_proj = nn.Sequential(model.blocks[0].mlp.up_proj, nn.ReLU())
+
+
+def spoil_memory(model: DiJiangForCausalLM) -> None:
+    weight = model.blocks[1].self_attn.o_proj.weight
+    weight.data = weight.data * 2
+
+
+@pytest.mark.parametrize("spoil", [spoil_attention, spoil_module, spoil_memory])
+def test_what_is_changed_after_prepare_is_computed(spoil: Callable[[DiJiangForCausalLM], None]) -> None:
+    text = random_text(20)
+    changed, twin = tiny_model(), torch_twin(llama_config())
+    before = logits_of(changed, text)
+    spoil(changed)
+    spoil(twin)
+    assert not torch.allclose(logits_of(changed, text), before)
+    assert_close_in_norm(logits_of(changed, text), logits_of(twin, text), tolerance=TOLERANCE)
+
+
+def test_gradients_flow_where_they_are_wanted() -> None:
+    model = tiny_model()
+    model.head_weight.requires_grad_(True)
+    logits_of(model, [1, 2, 3]).sum().backward()
+    assert model.head_weight.grad is not None
+    model.requires_grad_(False)
+    assert not logits_of(model, [1, 2, 3]).requires_grad
 
 
 def test_parameters_that_move_in_training_are_not_decoded_with_stale_copies() -> None:

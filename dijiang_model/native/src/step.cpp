@@ -1,6 +1,10 @@
-// One decode step of a whole network, behind a C interface: N sequences, one token each, states moved on in place.
+// One step of a whole network, behind a C interface: packed segments of N sequences, states moved on in place.
+//
+// A segment's attention goes token by token, as in decoding: the state of a head stays in the cache meanwhile, and a
+// prompt leaves the same state and logits, bit for bit, however it is cut into segments.
 #include <algorithm>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -64,6 +68,11 @@ struct RowBuffer {
 
 class Step {
  public:
+  // Rows first ... last - 1 belong to one sequence, in order.
+  struct Segment {
+    int64_t first, last;
+  };
+
   Step(const Model& model, Scratch& scratch, float* hidden, int64_t num_rows, int num_threads)
       : model_(model), num_rows_(num_rows), threads_(num_threads), hidden_(hidden) {
     const Heads& heads = model.heads;
@@ -87,12 +96,13 @@ class Step {
       arena_size_ = wanted > arena_size_ ? wanted : arena_size_;
     }
     arenas_ = scratch.floats(17, arena_size_ * kMaxThreads);
-    tokens_.resize(static_cast<size_t>(num_rows));
   }
 
-  void start(const int64_t* positions, const int64_t* slots, uint8_t* storage, int64_t slot_bytes) {
+  void start(std::vector<Segment> segments, const int64_t* positions, uint8_t* const* slots) {
     const int64_t half = model_.heads.rotary_half;
-    for (int64_t n = 0; n < num_rows_; ++n) {
+    segments_ = std::move(segments);
+    tokens_.resize(static_cast<size_t>(num_rows_));
+    for_rows([&](int64_t n) {
       float* angles = angles_ + n * 4 * half;
       const int64_t position = positions[n];
       const int64_t sink_position = position < model_.last_sink_position ? position : model_.last_sink_position;
@@ -102,9 +112,9 @@ class Step {
       } else {
         fill_angles(sink_position, angles + 2 * half);
       }
-      tokens_[static_cast<size_t>(n)] = {position,          storage + slots[n] * slot_bytes, angles, angles + half,
+      tokens_[static_cast<size_t>(n)] = {position,          slots[n],         angles, angles + half,
                                          angles + 2 * half, angles + 3 * half};
-    }
+    });
   }
 
   void layer(const Layer& layer) {
@@ -214,10 +224,15 @@ class Step {
     const Heads& heads = model_.heads;
     const bool has_far = layer.far_down.rows > 0;
     if (has_far) update_far_queries(layer);
-    Pool::instance().run(num_rows_ * heads.num_groups, threads_, [&](int64_t index, int thread) {
-      const int64_t n = index / heads.num_groups, group = index % heads.num_groups;
-      attend(layer.attention, heads, tokens_[static_cast<size_t>(n)], group, projected_ + n * projected_width_,
-             has_far ? far_queries_ + n * attended_.width : nullptr, attended_.values + n * attended_.width, arenas_ + thread * arena_size_);
+    const int64_t num_segments = static_cast<int64_t>(segments_.size());
+    Pool::instance().run(num_segments * heads.num_groups, threads_, [&](int64_t index, int thread) {
+      const Segment segment = segments_[static_cast<size_t>(index / heads.num_groups)];
+      const int64_t group = index % heads.num_groups;
+      for (int64_t n = segment.first; n < segment.last; ++n) {
+        const float* far_queries = has_far ? far_queries_ + n * attended_.width : nullptr;
+        attend(layer.attention, heads, tokens_[static_cast<size_t>(n)], group, projected_ + n * projected_width_,
+               far_queries, attended_.values + n * attended_.width, arenas_ + thread * arena_size_);
+      }
     });
     const bool is_gated = layer.gate.rows > 0, is_quantized = layer.output.codes != nullptr;
     if (!is_gated && !is_quantized) return;
@@ -261,7 +276,11 @@ class Step {
   float *gate_, *inner_gate_, *projected_, *far_queries_, *far_low_, *angles_, *arenas_;
   RowBuffer normed_, mlp_normed_, attended_, inner_;
   std::vector<Token> tokens_;
+  std::vector<Segment> segments_;
 };
+
+// Rows that go through the layers together: their inputs to a product fit in the second-level cache.
+constexpr int64_t kMaxRows = 256;
 
 Scratch& step_scratch() {
   static Scratch* scratch = new Scratch();
@@ -279,19 +298,42 @@ const char* dijiang_source() { return DIJIANG_SOURCE; }
 int64_t dijiang_sizeof_model() { return sizeof(dijiang::Model); }
 int64_t dijiang_sizeof_layer() { return sizeof(dijiang::Layer); }
 
-// Moves num_rows sequences on by one token: hidden [num_rows, D] comes in as what the first block reads and is
-// overwritten; the logits [num_wanted, vocab] of the wanted rows come out.
-// Returns 0, or 1 when memory ran out (before any state was touched).
-int dijiang_step(const dijiang::Model* model, float* hidden, const int64_t* positions, const int64_t* slots,
-                 int64_t num_rows, uint8_t* storage, int64_t slot_bytes, const int64_t* wanted, int64_t num_wanted,
-                 float* logits, int num_threads) {
-  dijiang::Pool& pool = dijiang::Pool::instance();
-  std::lock_guard<std::mutex> turn(pool.turn());
+// Feeds a segment of tokens to each of num_sequences sequences: hidden [num_rows, D] comes in as what the first block
+// reads and is overwritten; the logits [num_wanted, vocab] of the wanted rows come out.
+// Returns 0, or 1 when memory ran out (states may have moved).
+int dijiang_step(const dijiang::Model* model, float* hidden, const int64_t* positions, int64_t num_rows,
+                 const int64_t* slots, const int64_t* lengths, int64_t num_sequences, uint8_t* storage,
+                 int64_t slot_bytes, const int64_t* wanted, int64_t num_wanted, float* logits, int num_threads) {
+  using dijiang::Step;
+  using dijiang::kMaxRows;
+  std::lock_guard<std::mutex> turn(dijiang::Pool::instance().turn());
+  dijiang::Scratch& scratch = dijiang::step_scratch();
   try {
-    dijiang::Step step(*model, dijiang::step_scratch(), hidden, num_rows, num_threads);
-    step.start(positions, slots, storage, slot_bytes);
-    for (int64_t i = 0; i < model->num_layers; ++i) step.layer(model->layers[i]);
-    step.logits(wanted, num_wanted, logits);
+    std::vector<uint8_t*> slot_of_row(static_cast<size_t>(num_rows));
+    int64_t row = 0;
+    for (int64_t i = 0; i < num_sequences; ++i)
+      for (int64_t last = row + lengths[i]; row < last; ++row)
+        slot_of_row[static_cast<size_t>(row)] = storage + slots[i] * slot_bytes;
+    int64_t sequence = 0, left = num_sequences > 0 ? lengths[0] : 0;
+    for (int64_t first = 0; first < num_rows; first += kMaxRows) {
+      const int64_t count = std::min(kMaxRows, num_rows - first);
+      std::vector<Step::Segment> segments;
+      for (int64_t at = 0; at < count;) {
+        const int64_t taken = std::min(left, count - at);
+        if (taken > 0) segments.push_back({at, at + taken});
+        at += taken;
+        left -= taken;
+        if (left == 0 && ++sequence < num_sequences) left = lengths[sequence];
+      }
+      Step step(*model, scratch, hidden + first * model->hidden_size, count, num_threads);
+      step.start(std::move(segments), positions + first, slot_of_row.data() + first);
+      for (int64_t i = 0; i < model->num_layers; ++i) step.layer(model->layers[i]);
+    }
+    for (int64_t first = 0; first < num_wanted; first += kMaxRows) {
+      const int64_t count = std::min(kMaxRows, num_wanted - first);
+      Step step(*model, scratch, hidden, count, num_threads);
+      step.logits(wanted + first, count, logits + first * model->head.rows);
+    }
   } catch (const std::bad_alloc&) {
     return 1;
   }
