@@ -133,11 +133,15 @@ def test_texts_that_leave_no_choice_for_long_cost_no_time(compiler: GrammarCompi
         assert rows.accept(token_id) is None
 
 
+# DEL comes only escaped, as control characters do.
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\x7f"), max_size=6)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     value=st.recursive(
-        st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(max_size=6),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+        st.none() | st.booleans() | st.integers(-(10**9), 10**9) | texts,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
         max_leaves=8,
     )
 )
