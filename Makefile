@@ -6,6 +6,8 @@ SHELL := bash
 
 VENV := .venv
 BIN := $(VENV)/bin
+# Where test-clients installs the clients that it tries, away from everything else.
+CLIENTS := .venv-clients
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The interpreter that .venv is made from; the first one that is new enough unless given.
 PYTHON ?=
@@ -34,6 +36,10 @@ serve: $(VENV)/.model ## Serve a model, the default one unless MODEL=folder is g
 test: $(VENV)/.dev $(VENV)/.model ## Run all tests; some of them: make test TESTS=tests/clients
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
 
+.PHONY: test-clients
+test-clients: $(VENV)/.dev $(CLIENTS)/.python-clients $(CLIENTS)/.node-clients ## Other people's clients against a running server
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/compat
+
 .PHONY: check
 check: $(VENV)/.dev ## Formatting, lint, types, import contracts, Docker files
 	$(BIN)/ruff format --check .
@@ -53,7 +59,7 @@ install: $(VENV)/.dev $(VENV)/.model ## Only the set-up that the others do by th
 
 .PHONY: clean
 clean: ## Remove .venv and the tools' caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(CLIENTS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # torch comes first and alone, by its exact pin: installed by a range, pip may choose a larger build.
 $(VENV)/.base: $(VENV)/.python pyproject.toml constraints.txt setup.py $(wildcard dijiang_model/native/src/*)
@@ -67,6 +73,17 @@ $(VENV)/.model: $(VENV)/.base
 
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(CLIENTS)/.python-clients: tests/compat/requirements.txt $(VENV)/.python
+	$(BIN)/python -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check --quiet install -r tests/compat/requirements.txt
+	@touch $@
+
+# Without npm the JavaScript clients are left out; their tests say so.
+$(CLIENTS)/.node-clients: tests/compat/package.json | $(CLIENTS)/.python-clients
+	mkdir -p $(CLIENTS)/npm && cp tests/compat/package.json $(CLIENTS)/npm/
+	if command -v npm >/dev/null; then npm install --prefix $(CLIENTS)/npm --no-audit --no-fund --loglevel=error; fi
 	@touch $@
 
 $(VENV)/.python:

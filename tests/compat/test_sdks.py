@@ -1,0 +1,112 @@
+"""SDKs and frameworks, unmodified: what they give is what the server says, whole and streamed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.compat.conftest import ENVIRONMENT, ROOT, Tiny, require, run_client
+
+pytestmark = pytest.mark.clients
+PROGRAMS = ROOT / "tests/compat/programs"
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Tiny) -> dict[str, Any]:
+    """What plain HTTP says to the same question."""
+    choice = tiny.server.client.chat.completions.create(
+        model=tiny.server.model,
+        messages=[{"role": "user", "content": "Hé?"}],
+        max_tokens=8,
+        temperature=0,
+        logprobs=True,
+    ).choices[0]
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    return {
+        "text": choice.message.content,
+        "logprobs": pytest.approx([entry.logprob for entry in choice.logprobs.content], abs=1e-5),
+        "num_tokens": len(choice.logprobs.content),
+    }
+
+
+def run_python(program: str, tiny: Tiny, home: Path, *, needs: str) -> dict[str, Any]:
+    require(f"lib/python{_python_version()}/site-packages/{needs}")
+    command = [str(ENVIRONMENT / "bin/python"), str(PROGRAMS / program), tiny.server.model]
+    return json.loads(run_client(command, home=home, BASE_URL=f"{tiny.server.base_url}/v1"))  # type: ignore[no-any-return]
+
+
+def run_node(program: str, tiny: Tiny, home: Path, *, needs: str) -> dict[str, Any]:
+    modules = require(f"npm/node_modules/{needs}").parents[needs.count("/")]
+    # Node looks for packages next to the program.
+    script = home / program
+    script.write_text((PROGRAMS / program).read_text())
+    (home / "node_modules").symlink_to(modules)
+    command = ["node", str(script), tiny.server.model]
+    return json.loads(run_client(command, home=home, BASE_URL=f"{tiny.server.base_url}/v1"))  # type: ignore[no-any-return]
+
+
+def _python_version() -> str:
+    configuration = require("pyvenv.cfg").read_text()
+    version = next(line for line in configuration.splitlines() if line.startswith("version"))
+    return ".".join(version.split("=")[1].strip().split(".")[:2])
+
+
+def fits(place: dict[str, Any]) -> bool:
+    """Whether an object follows the schema that all the programs ask for."""
+    return place.keys() == {"city", "size"} and place["city"] in {"Paris", "Tokyo"} and 0 <= place["size"] <= 9
+
+
+def test_the_official_python_client(tiny: Tiny, expected: dict[str, Any], tmp_path: Path) -> None:
+    got = run_python("official.py", tiny, tmp_path, needs="openai")
+    assert got["models"] == [tiny.server.model]
+    assert got["whole"] == got["streamed"] == got["response"] == expected["text"]
+    assert got["logprobs"] == expected["logprobs"]
+    assert fits(got["parsed"])
+    assert got["arguments"]
+    assert all(fits(arguments) for arguments in got["arguments"])
+    assert got["cached"] > 0
+
+
+def test_langchain(tiny: Tiny, expected: dict[str, Any], tmp_path: Path) -> None:
+    got = run_python("with_langchain.py", tiny, tmp_path, needs="langchain_openai")
+    assert got["whole"] == got["streamed"] == expected["text"]
+    assert got["usage"] == expected["num_tokens"]
+    assert got["logprobs"] == expected["logprobs"]
+    assert fits(got["parsed"])
+    assert got["arguments"]
+    assert all(fits(arguments) for arguments in got["arguments"])
+
+
+def test_instructor(tiny: Tiny, tmp_path: Path) -> None:
+    got = run_python("with_instructor.py", tiny, tmp_path, needs="instructor")
+    assert len(got) == 2
+    assert all(fits(place) for place in got.values())
+
+
+def test_the_llm_command(tiny: Tiny, expected: dict[str, Any], tmp_path: Path) -> None:
+    llm = require("bin/llm")
+    models = [{"model_id": "tiny", "model_name": tiny.server.model, "api_base": f"{tiny.server.base_url}/v1"}]
+    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps(models))  # JSON is YAML
+    command = [str(llm), "-m", "tiny", "-o", "max_tokens", "8", "-o", "temperature", "0", "--no-log", "Hé?"]
+    for more in ([], ["--no-stream"]):
+        said = run_client([*command, *more], home=tmp_path, LLM_USER_PATH=str(tmp_path))
+        assert said.removesuffix("\n") == expected["text"]
+
+
+def test_the_official_javascript_client(tiny: Tiny, expected: dict[str, Any], tmp_path: Path) -> None:
+    got = run_node("official.mjs", tiny, tmp_path, needs="openai")
+    assert got["models"] == [tiny.server.model]
+    assert got["whole"] == got["streamed"] == expected["text"]
+    assert got["logprobs"] == expected["logprobs"]
+    assert got["usage"] == expected["num_tokens"]
+    assert got["echoed"] == "Hé?"
+    assert got["refused"] == {"kind": "BadRequestError", "param": "temperature"}
+
+
+def test_the_vercel_ai_sdk(tiny: Tiny, expected: dict[str, Any], tmp_path: Path) -> None:
+    got = run_node("vercel.mjs", tiny, tmp_path, needs="@ai-sdk/openai-compatible")
+    assert got["whole"] == got["streamed"] == expected["text"]
+    assert got["usage"] == got["streamUsage"] == expected["num_tokens"]
+    assert fits(got["parsed"])
