@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from server.engine.state_types import PrefixCacheStats
 from server.engine.types import EngineInfo, EngineStats
+from server.states.store import StoreTotals
 
 TTFT_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 STEP_BUCKETS_S = (
@@ -34,6 +35,13 @@ class EngineGauges(Protocol):
     def stats(self) -> EngineStats | None: ...
     @property
     def num_restarts(self) -> int: ...
+
+
+class StateTotals(Protocol):
+    """What a scrape reads of the store of states."""
+
+    @property
+    def totals(self) -> StoreTotals: ...
 
 
 class Metrics:
@@ -80,6 +88,10 @@ class Metrics:
         registry.register(_EngineCollector(engine))
         ProcessCollector(registry=registry)
 
+    def watch_states(self, store: StateTotals) -> None:
+        """Adds the gauges of a store of states."""
+        self.registry.register(_StatesCollector(store))
+
     def render(self) -> bytes:
         """The Prometheus text format."""
         return generate_latest(self.registry)
@@ -99,6 +111,17 @@ class _EngineCollector(Collector):
             yield from _info_metrics(info)
         if (stats := self._engine.stats) is not None:
             yield from _stats_metrics(stats)
+
+
+class _StatesCollector(Collector):
+    def __init__(self, store: StateTotals) -> None:
+        self._store = store
+
+    def collect(self) -> Iterator[Metric]:
+        totals = self._store.totals
+        yield GaugeMetricFamily("dijiang_saved_states", "Conversations that are saved.", value=totals.num_states)
+        yield GaugeMetricFamily("dijiang_saved_states_bytes", "Disk space of saved states.", value=totals.num_bytes)
+        yield GaugeMetricFamily("dijiang_saved_states_max_bytes", "Most of it.", value=totals.max_bytes)
 
 
 def _info_metrics(info: EngineInfo) -> Iterator[Metric]:

@@ -110,6 +110,8 @@ class Service:
         has_template = tokenizer is not None and tokenizer.chat_template is not None
         self.chat_template = ChatTemplate(tokenizer) if has_template and tokenizer is not None else None
         self.metrics = Metrics(engine)
+        if states is not None:
+            self.metrics.watch_states(states)
         self.created = int(time.time())
         self.draining = False
         self.num_active = 0

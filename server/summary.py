@@ -1,6 +1,7 @@
 """What an operator sees when the server is ready."""
 
 import socket
+from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
@@ -33,6 +34,9 @@ class Summary:
         self._recipe = recipe
         self._text = "token ids only (the model has no tokenizer)" if tokenizer is None else "yes"
         self._keys = len(options.key_hashes)
+        self._states = "none are kept"
+        if config.states_folder is not None:
+            self._states = f"up to {size_text(settings.states_disk)} in {Path(config.states_folder).parent}"
 
     def table(self, info: EngineInfo) -> Table:
         total, each = info.num_slots * info.state_bytes_per_slot, size_text(info.state_bytes_per_slot)
@@ -44,6 +48,8 @@ class Summary:
             "threads": str(self._config.num_threads),
             "capacity": f"{info.num_slots} conversations of {each}, whatever their length",
             "state": f"{size_text(total)} ({total:,} bytes)",
+            "prefix cache": self._cache_text(),
+            "saved states": self._states,
             "text": self._text,
             "keys": f"{self._keys} let in" if self._keys else "none: everybody is let in",
             "address": self._address,
@@ -53,6 +59,11 @@ class Summary:
         for name, value in rows.items():
             table.add_row(name, Text(value))
         return table
+
+    def _cache_text(self) -> str:
+        config = self._config
+        num_bytes = config.prefix_cache_host_bytes + config.prefix_cache_device_bytes
+        return f"up to {size_text(num_bytes)}" if num_bytes else "off"
 
 
 def size_text(num_bytes: int) -> str:

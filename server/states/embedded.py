@@ -25,6 +25,7 @@ from server.states.store import (
     SnapshotRecord,
     StateRecord,
     StorageFullError,
+    StoreTotals,
 )
 
 Eviction = Literal["lru", "refuse"]
@@ -83,6 +84,12 @@ class EmbeddedStore:
         except Exception as error:
             raise StoreError(f"the folder of states {folder} cannot be used: {error}") from error
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="states")
+        self._totals = self._count()
+
+    @property
+    def totals(self) -> StoreTotals:
+        """How much there is, as of the last change."""
+        return self._totals
 
     @asynccontextmanager
     async def room(self, num_snapshots: int, *, bytes_each: int) -> AsyncIterator[ReservedRoom]:
@@ -114,7 +121,7 @@ class EmbeddedStore:
     async def add(self, new: NewState) -> StateRecord:
         """See `StateStore.add`."""
         state_id = f"state_{secrets.token_hex(16)}"
-        return await self._run(lambda: self._database.add(new, state_id=state_id, now=self._clock()))
+        return await self._changed(lambda: self._database.add(new, state_id=state_id, now=self._clock()))
 
     async def get(self, owner: str, state_id: str) -> StateRecord:
         """See `StateStore.get`."""
@@ -162,10 +169,6 @@ class EmbeddedStore:
         """See `StateStore.delete_response`."""
         await self._changed(lambda: self._database.delete_response(owner, response_id, now=self._clock()))
 
-    async def num_bytes(self) -> int:
-        """Of all snapshots."""
-        return await self._run(self._database.num_bytes)
-
     async def close(self) -> None:
         """See `StateStore.close`."""
         if self._is_closed:
@@ -184,6 +187,7 @@ class EmbeddedStore:
         def both() -> T:
             result = work()
             self._remove_unused()
+            self._totals = self._count()
             return result
 
         return await self._run(both)
@@ -203,6 +207,9 @@ class EmbeddedStore:
 
         # Shielded: a request that is cancelled must not leave its files behind.
         await asyncio.shield(self._run(clean))
+
+    def _count(self) -> StoreTotals:
+        return StoreTotals(self._database.num_states(), self._database.num_bytes(), self._max_bytes)
 
     def _make_room(self, num_bytes: int) -> None:
         """Evicts until the bytes, reserved already, fit; raises `StorageFullError`."""

@@ -127,6 +127,15 @@ class ResponseRecord:
     snapshot: SnapshotRecord | None
 
 
+@dataclass(frozen=True, slots=True)
+class StoreTotals:
+    """What a store holds: states of all owners, bytes of all snapshots, and how many it may."""
+
+    num_states: int
+    num_bytes: int
+    max_bytes: int
+
+
 class Room(Protocol):
     """Space that is kept free for snapshots that are being written."""
 
@@ -145,6 +154,11 @@ class StateStore(Protocol):
 
     @property
     def files_folder(self) -> Path: ...
+
+    @property
+    def totals(self) -> StoreTotals:
+        """How much there is, as of the last change; without waiting."""
+        ...
 
     def room(self, num_snapshots: int, *, bytes_each: int) -> AbstractAsyncContextManager[Room]:
         """Space for snapshots; what is not kept when the context is left is removed.
@@ -213,10 +227,6 @@ class StateStore(Protocol):
 
     async def delete_response(self, owner: str, response_id: str) -> None:
         """Raises `NotFoundError`."""
-        ...
-
-    async def num_bytes(self) -> int:
-        """Of all snapshots."""
         ...
 
     async def close(self) -> None:

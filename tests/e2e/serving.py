@@ -65,6 +65,8 @@ def serving(model: Path, *options: str, timeout_s: float = START_TIMEOUT_S) -> I
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "server", "serve", str(model), "--port", str(port), "--threads", "1", *options]
+    if not any(option.startswith("--states") for option in options):
+        command.append("--no-states")  # their default place is the user's
     base_url = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     client = openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0)

@@ -214,7 +214,7 @@ async def test_the_least_recently_used_states_make_room(tmp_path: Path) -> None:
     kept = {state.id for state in await store.list_states("ann", limit=9, after=None, name=None)}
     assert states[1].id not in kept
     assert {states[0].id, states[2].id} <= kept
-    assert await store.num_bytes() == 3 * SIZE
+    assert (store.totals.num_states, store.totals.num_bytes, store.totals.max_bytes) == (3, 3 * SIZE, 3 * SIZE)
     await store.close()
 
 
