@@ -11,7 +11,7 @@ from server.protocol.tools import ToolFields
 from server.protocol.wire import RequestModel, ResponseModel
 
 
-class TokenizeRequest(RequestModel):
+class TokenizeRequest(ToolFields):
     """A text, or a conversation for the chat template."""
 
     model: str | None = None
@@ -31,6 +31,8 @@ class TokenizeRequest(RequestModel):
     def _one_input(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequestError("give either `prompt` or `messages`", param="prompt")
+        if self.prompt is not None and self.tools:
+            raise InvalidRequestError("`tools` go with `messages`", param="tools")
         return self
 
 

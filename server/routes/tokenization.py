@@ -53,6 +53,7 @@ async def _encode(body: TokenizeRequest, service: Service) -> list[int]:
                 body.messages,
                 add_generation_prompt=body.add_generation_prompt is not False,
                 add_special_tokens=body.add_special_tokens is True,
+                tools=told_tools(body.tool_use),
             )
         )
     assert body.prompt is not None

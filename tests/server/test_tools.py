@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from server.structure.tool_grammar import Callable, tool_grammar
+from server.text.continuation import encode_continuation
 from server.text.template import ChatMessage, ChatTemplate
 from server.text.tokenizer import Tokenizer, TokenizerFiles
 from tests.server.conftest import Loopback
 from tests.server.fake_engine import EOS_TOKEN_ID
-from tests.server.test_chat_template import template, text_of
+from tests.server.test_chat_template import CHATML, template, text_of
 from tests.server.test_tokenizer import byte_level
 
 MODEL = "org/tiny"
@@ -145,6 +146,23 @@ def test_tools_are_told_in_the_system_message_where_the_template_has_no_place_fo
     assert prompt_of(server).startswith("system\n# Tools\n")
     ask(server, tool_choice="none")
     assert "Tools" not in prompt_of(server)
+
+
+def test_the_tokens_of_a_conversation_count_its_tools(server: Loopback) -> None:
+    ask(server)
+    told = server.http.post("/tokenize", json={"messages": HELLO, "tools": [WEATHER, TIME]}).json()["tokens"]
+    assert tuple(told) == server.engine.submitted[-1].prompt_token_ids
+    refused = server.http.post("/tokenize", json={"prompt": "x", "tools": [TIME]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools")
+
+
+@pytest.mark.parametrize("source", ["KNOWING", "CHATML"])
+def test_after_a_saved_conversation_tools_are_not_told_again(source: str) -> None:
+    chat = template({"KNOWING": KNOWING, "CHATML": CHATML}[source])
+    answer = [ChatMessage("tool", "cold", tool_call_id="c1")]
+    going_on = encode_continuation(chat, answer, ends_open=False, last_token=0, tools=[WEATHER])
+    assert text_of(chat, going_on) == text_of(chat, encode_continuation(chat, answer, ends_open=False, last_token=0))
+    assert "cold" in text_of(chat, going_on)
 
 
 def conversation() -> list[Any]:
