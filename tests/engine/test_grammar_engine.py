@@ -16,6 +16,7 @@ from server.engine.grammar_queue import GrammarQueue
 from server.engine.runner import ModelRunner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
+from server.engine.sequence import Sequence
 from server.engine.state_pool import StatePool
 from server.engine.types import FinishReason, GenerationRequest, GrammarSpec, SamplingParams, TokenEvent
 from tests.byte_tokenizer import write_byte_tokenizer
@@ -275,3 +276,29 @@ def test_an_engine_without_grammars_refuses_them(model: DiJiangForCausalLM) -> N
     event = engine.add(make_request("r", CHOICE))
     assert event is not None
     assert event.finish_reason is FinishReason.ERROR
+
+
+def test_a_constrained_sequence_sits_out_steps_planned_ahead_and_a_free_one_does_not(
+    load: Callable[[], GrammarCompiler],
+) -> None:
+    compiler = load()
+    matcher = compiler.compile(DIGITS)
+
+    def begin(sequence: Sequence) -> None:
+        if sequence.request.grammar is not None:
+            sequence.constraint = compiler.constraint(matcher)
+
+    scheduler = Scheduler(num_slots=2, max_step_tokens=32, max_waiting=2, vocab_size=260, on_admission=begin)
+    assert scheduler.add(make_request("bound", DIGITS)) is None
+    assert scheduler.add(make_request("free", None)) is None
+    planned = []
+    for _ in range(4):
+        first = scheduler.next_batch()
+        ahead = scheduler.next_batch()
+        assert first is not None
+        assert ahead is not None
+        planned += [[chunk.sequence.request_id for chunk in batch.sampled] for batch in (first, ahead)]
+        for batch in (first, ahead):
+            digits = [ord("7")] * len(batch.sampled)
+            assert len(scheduler.commit(batch, digits, [False] * len(digits))) == len(digits)
+    assert planned == [["bound", "free"], ["free"]] * 4
