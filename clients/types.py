@@ -53,6 +53,20 @@ class GenerationOptions(TypedDict, total=False):
     """Texts at which an answer ends; they are not part of it."""
     stop_token_ids: Sequence[int]
     """Tokens at which an answer ends."""
+    echo: bool
+    """Completions only: begin the text with the prompt."""
+    logprobs: int | bool
+    """Return log-probabilities. Completions: with that many likeliest tokens; chat: whether to."""
+    top_logprobs: int
+    """Chat only, with `logprobs`: how many likeliest tokens."""
+    prompt_logprobs: int
+    """Return the log-probabilities of the prompt's tokens, with that many likeliest ones."""
+    logprob_token_ids: Sequence[int]
+    """Return the log-probabilities of these tokens too."""
+    return_token_ids: bool
+    """Return the tokens as ids, too."""
+    return_tokens_as_token_ids: bool
+    """In log-probabilities write `token_id:7` for the text of token 7."""
     ignore_eos: bool
     """Go on through the model's end-of-text tokens."""
     stream_options: Mapping[str, bool]

@@ -72,6 +72,18 @@ def complete(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
+def score(context: typer.Context) -> None:
+    """Say how likely a served model finds texts."""
+    _call(import_module("clients.measuring_cli").score_command, context)
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def selfcheck(context: typer.Context) -> None:
+    """Measure on a running server that its answers do not depend on how they are computed."""
+    _call(import_module("clients.measuring_cli").selfcheck_command, context)
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
 def state(context: typer.Context) -> None:
     """List, export, import, fork, rewind and delete saved conversations."""
     import_module("clients.state_cli").app(args=context.args, prog_name="dijiang state")

@@ -1,0 +1,102 @@
+"""The commands `dijiang score` and `dijiang selfcheck`."""
+
+import asyncio
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from clients.cli import ApiKey, BaseUrl, ModelName, connected
+from clients.client import DEFAULT_BASE_URL, AsyncClient
+from clients.scoring import Score, score
+from clients.selfcheck import Finding, SelfCheck, largest_difference
+
+DEFAULT_TOLERANCE = 0.01
+PIPE = Path("-")
+
+
+def score_command(
+    files: Annotated[list[Path], typer.Argument(help="UTF-8 texts of any length; - is standard input.")],
+    base_url: BaseUrl = DEFAULT_BASE_URL,
+    api_key: ApiKey = None,
+    model: ModelName = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON for each text.")] = False,
+) -> None:
+    """Say how likely a model finds texts: perplexity, and bits per byte."""
+    notices = Console(stderr=True)
+    texts = [(file, _read(file, notices)) for file in files]
+    table = Table("text", "tokens", "log-probability", "perplexity", "bits per byte")
+    with connected(base_url, api_key, model, notices) as (client, name):
+        for file, text in texts:
+            result = score(client, text, model=name)
+            if as_json:
+                typer.echo(json.dumps(_as_json(file, result)))
+            else:
+                table.add_row(
+                    str(file),
+                    f"{result.num_tokens:,}",
+                    f"{result.log_probability:.3f}",
+                    f"{result.perplexity:.4g}",
+                    f"{result.bits_per_byte:.4g}",
+                )
+    if not as_json:
+        Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def selfcheck_command(
+    base_url: Annotated[str, typer.Argument(help="Address of the server, with or without /v1.")] = DEFAULT_BASE_URL,
+    api_key: ApiKey = None,
+    model: ModelName = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="Largest difference of log-probabilities that is still right.")
+    ] = DEFAULT_TOLERANCE,
+) -> None:
+    """Measure on a running server that decoding, reading in any chunks, caching and company change no answer."""
+    notices = Console(stderr=True)
+    with connected(base_url, api_key, model, notices) as (client, name):
+        findings = asyncio.run(_check(client.root, api_key, name))
+    table = Table("compared with a prompt read at once, alone", "values", "largest difference")
+    for finding in findings:
+        table.add_row(finding.name, str(finding.num_values), f"{finding.largest:.2e}")
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    largest = largest_difference(findings)
+    typer.echo(f"largest difference: {largest:.2e}")
+    if not largest <= tolerance:
+        notices.print(f"error: that is more than {tolerance:g}", style="red", highlight=False)
+        raise typer.Exit(1)
+
+
+async def _check(root: str, api_key: str | None, model: str) -> list[Finding]:
+    async with AsyncClient(root, api_key=api_key) as client:
+        return await SelfCheck(client, model).run()
+
+
+def _read(file: Path, notices: Console) -> str:
+    try:
+        content = sys.stdin.buffer.read() if file == PIPE else file.read_bytes()
+        text = content.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"byte {error.start:,} is not UTF-8"
+        notices.print(f"error: cannot read {file}: {reason}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+    if not text:
+        notices.print(f"error: {file} is empty", style="red", markup=False, highlight=False)
+        raise typer.Exit(1)
+    return text
+
+
+def _as_json(file: Path, result: Score) -> dict[str, object]:
+    numbers = {
+        "num_tokens": result.num_tokens,
+        "num_scored": result.num_scored,
+        "log_probability": result.log_probability,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+    }
+    finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    return {"text": str(file), **finite}
