@@ -74,7 +74,6 @@ def markdown(evaluation: Evaluation, *, plots: Sequence[str]) -> str:
     Args:
         plots: names of pictures beside it.
     """
-    gap = evaluation.gap_closed
     parts = [
         f"# {evaluation.model}: evaluation",
         f"{evaluation.title}. Teacher: {evaluation.teacher}. Trained on {evaluation.tokens_trained:,} tokens"
@@ -82,8 +81,7 @@ def markdown(evaluation: Evaluation, *, plots: Sequence[str]) -> str:
         f"Mean negative log-likelihood per token in nats, by position, over {evaluation.num_windows} windows of "
         f"{evaluation.window_tokens:,} tokens of held-out text: {', '.join(evaluation.text)}.",
         card_table(evaluation),
-        f"Of the gap between the training-free window of equal state bytes and the teacher, positions {FAR_FROM} and "
-        f"beyond, the model closes **{'nothing that can be stated' if gap is None else f'{100 * gap:.0f} %'}**.",
+        _gap(evaluation),
     ]
     if evaluation.recall:
         parts += ["## Recall of a planted number", _recall_table(evaluation)]
@@ -97,6 +95,19 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
     plots = ["nll.png"] if _plot(evaluation, folder / "nll.png") else []
     (folder / "report.md").write_text(markdown(evaluation, plots=plots))
     (folder / "report.json").write_text(json_line(evaluation) + "\n")
+
+
+def _gap(evaluation: Evaluation) -> str:
+    gap = evaluation.gap_closed
+    text = (
+        f"Of the gap between the training-free window of equal state bytes and the teacher, at positions {FAR_FROM} and "
+        "beyond, "
+    )
+    if gap is None:
+        return f"{text}nothing can be said: there is none."
+    if gap < 0:
+        return f"{text}the model closes **nothing**: it is behind that window by {-100 * gap:.0f} % of the gap."
+    return f"{text}the model closes **{100 * gap:.0f} %**."
 
 
 def _recall_table(evaluation: Evaluation) -> str:

@@ -23,7 +23,7 @@ from dijiang_model.conversion.evaluate import (
     variants,
 )
 from dijiang_model.conversion.evaluate_cli import evaluate, evaluate_command
-from dijiang_model.conversion.report import RANGES, json_line, markdown, write_report
+from dijiang_model.conversion.report import RANGES, Evaluation, json_line, markdown, write_report
 from dijiang_model.conversion.text_windows import load_tokenizer
 from dijiang_model.conversion.train_cli import train_command
 from dijiang_model.errors import ConversionError
@@ -138,6 +138,18 @@ def test_reports_hold_every_number(tmp_path: Path, text: Path) -> None:
     assert line["scores"]["ours"]["by_position"].keys() == set(RANGES)
     assert line["state_bytes"]["ours"] == load_model(folder).state_spec.bytes_per_slot
     assert line["num_windows"] == 2
+
+
+@pytest.mark.parametrize(
+    ("gap", "words"), [(0.31, "closes **31 %**"), (-0.2, "closes **nothing**: it is behind"), (None, "there is none")]
+)
+def test_a_report_says_in_words_what_was_reached(gap: float | None, words: str) -> None:
+    score_of = Score(torch.ones(5), torch.ones(5))
+    evaluation = Evaluation(
+        model="m", teacher="t", title="DiJiang", tokens_trained=1, training="", text=["x"], window_tokens=9,
+        num_windows=1, scores={"ours": score_of}, state_bytes={"ours": 5}, gap_closed=gap, recall=[],
+    )  # fmt: skip
+    assert words in markdown(evaluation, plots=[])
 
 
 def test_convert_train_and_evaluate_from_the_command_line(tmp_path: Path, text: Path) -> None:
