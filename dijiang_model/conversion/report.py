@@ -100,8 +100,8 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
 def _gap(evaluation: Evaluation) -> str:
     gap = evaluation.gap_closed
     text = (
-        f"Of the gap between the training-free window of equal state bytes and the teacher, at positions {FAR_FROM} and "
-        "beyond, "
+        f"Of the gap between the training-free window of equal state bytes and the teacher, at positions {FAR_FROM} "
+        "and beyond, "
     )
     if gap is None:
         return f"{text}nothing can be said: there is none."
