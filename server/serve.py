@@ -153,6 +153,10 @@ def engine_config(settings: Settings, model: Path, device: Device, store: Embedd
             auto_cache if settings.prefix_cache_memory == "auto" else int(settings.prefix_cache_memory)
         ),
         prefix_cache_device_bytes=int(settings.prefix_cache_device_memory) if device.is_cuda else 0,
+        prefix_cache_disk_bytes=int(settings.prefix_cache_disk),
+        prefix_cache_folder=(
+            None if store is None or not settings.prefix_cache_disk else str(store.files_folder.parent / "prefixes")
+        ),
         prefix_cache_min_tokens=settings.prefix_cache_min_tokens,
         prefix_cache_spacing=settings.prefix_cache_spacing,
     )

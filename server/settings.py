@@ -74,6 +74,8 @@ class Settings(BaseSettings):
     most 1GiB."""
     prefix_cache_device_memory: ByteSize = _in("Prefix cache", ByteSize(0))
     """Memory on the CUDA device for those used last, before they move to prefix_cache_memory; no use on a CPU."""
+    prefix_cache_disk: ByteSize = _in("Prefix cache", ByteSize(0))
+    """Disk space for those that leave prefix_cache_memory, beside the saved states; emptied at every start."""
     prefix_cache_min_tokens: int = _in("Prefix cache", 32, ge=1)
     """Shorter prefixes are computed again."""
     prefix_cache_spacing: int = _in("Prefix cache", 0, ge=0)
@@ -167,6 +169,9 @@ class Settings(BaseSettings):
             else "",
             "states_folder has no effect with --no-states"
             if not self.states and self.states_folder is not None
+            else "",
+            "prefix_cache_disk has no effect while prefix_cache_memory is 0, or with --no-states"
+            if self.prefix_cache_disk and (self.prefix_cache_memory == 0 or not self.states)
             else "",
             "prefix_cache_device_memory has no effect while prefix_cache_memory is 0"
             if self.prefix_cache_memory == 0 and self.prefix_cache_device_memory

@@ -178,6 +178,8 @@ class Engine:
         snapshots = self._snapshots
         if snapshots is not None and request.states.load_from is not None:
             return snapshots.load(request)
+        if snapshots is not None and snapshots.fetch(request):
+            return None
         return self._scheduler.add(request)
 
     @property

@@ -18,6 +18,7 @@ from server.engine.fingerprint import model_fingerprint
 from server.engine.grammar import GrammarCompiler
 from server.engine.grammar_queue import GrammarQueue
 from server.engine.prefix_cache import PrefixCache
+from server.engine.prefix_disk import PrefixDisk
 from server.engine.runner import ModelRunner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
@@ -158,6 +159,8 @@ def _snapshots(access: PoolAccess, layout: StateLayout, config: EngineConfig) ->
             host_bytes=config.prefix_cache_host_bytes,
             device_bytes=config.prefix_cache_device_bytes,
             to_host=_to_host,
+            disk_bytes=config.prefix_cache_disk_bytes,
+            disk=None if config.prefix_cache_folder is None else PrefixDisk(access, Path(config.prefix_cache_folder)),
         )
     return Snapshots(
         access,

@@ -6,7 +6,8 @@ grid, no blocks. Rules:
     - Entries are seen within their namespace alone: one per key and salt.
     - At least one token of a prompt is left to feed, for its logits.
     - The least recently used entries go when a tier's budget is exceeded: from the device to the host's memory,
-      and from there for good.
+      from there to the disk if there is such a tier, and from the last one for good.
+    - `find` never waits: it sees what is in memory. What is on the disk is brought there first, by `fetch`.
 
 Knows no torch: a snapshot is an opaque value of known size, and `to_host` moves one.
 """
@@ -15,12 +16,34 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from enum import IntEnum
+from itertools import count
+from typing import Protocol
 
 from server.engine.state_types import PrefixCacheStats
 
 _TOKEN_BYTES = 4
 _DIGEST_BYTES = 16
+MAX_WRITES = 8
+"""Entries on their way to the disk, which still take memory; more than these are given up instead."""
+
+
+class Tier(IntEnum):
+    """Where a snapshot is, in the order in which it moves on."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
+
+
+class Disk(Protocol):
+    """The last tier; see `server.engine.prefix_disk`."""
+
+    def write(self, number: int, snapshot: object) -> "Future[bytes]": ...
+    def read(self, number: int, digest: bytes) -> "Future[object]": ...
+    def remove(self, number: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +61,35 @@ class Hit:
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One snapshot and where it belongs."""
+    """One snapshot and where it belongs.
 
+    Attributes:
+        number: names its file on the disk.
+        tokens: `pack`ed.
+        digest: of the tokens.
+        snapshot: None once it is on the disk alone.
+        written: from its way to the disk on; gives the digest of the file.
+    """
+
+    number: int
     namespace: str
     tokens: bytes
     digest: bytes
-    snapshot: object
-    on_device: bool
+    snapshot: object | None
+    tier: Tier = Tier.DEVICE
+    written: "Future[bytes] | None" = None
 
     @property
     def num_tokens(self) -> int:
         return len(self.tokens) // _TOKEN_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """An entry on its way from the disk to memory."""
+
+    entry: Entry
+    reading: "Future[object]"
 
 
 class PrefixCache:
@@ -61,6 +102,8 @@ class PrefixCache:
         host_bytes: int,
         device_bytes: int = 0,
         to_host: Callable[[object], object] = lambda snapshot: snapshot,
+        disk_bytes: int = 0,
+        disk: Disk | None = None,
     ) -> None:
         """
         Args:
@@ -68,13 +111,18 @@ class PrefixCache:
             host_bytes: budget of the host tier, tokens included; entries that do not fit are not kept.
             device_bytes: budget of the tier before it; 0: every snapshot moves to the host at once.
             to_host: moves a snapshot from the device; called when it leaves the device tier.
+            disk_bytes: budget of the last tier, tokens included.
+            disk: that tier; None: there is none.
         """
         self._snapshot_bytes = snapshot_bytes
-        self._budgets = {True: device_bytes, False: host_bytes}
+        self._budgets = {Tier.DEVICE: device_bytes, Tier.HOST: host_bytes, Tier.DISK: disk_bytes}
         self._to_host = to_host
+        self._disk = disk
+        self._numbers = count()
+        self._writes: list[Entry] = []
         self._by_namespace: dict[str, dict[int, dict[bytes, Entry]]] = {}
-        self._tiers: dict[bool, OrderedDict[Entry, None]] = {True: OrderedDict(), False: OrderedDict()}
-        self._used = {True: 0, False: 0}
+        self._tiers: dict[Tier, OrderedDict[Entry, None]] = {tier: OrderedDict() for tier in Tier}
+        self._used = dict.fromkeys(Tier, 0)
         self._num_lookups = self._num_hits = self._num_cached_tokens = self._num_evictions = 0
 
     @property
@@ -90,48 +138,59 @@ class PrefixCache:
         )
 
     def find(self, namespace: str, token_ids: Iterable[int], *, at_most: int) -> Hit | None:
-        """The longest cached prefix of these tokens that has at most `at_most` of them."""
+        """The longest cached prefix of these tokens that is in memory and has at most `at_most` of them."""
         self._num_lookups += 1
-        by_length = self._by_namespace.get(namespace)
-        if by_length is None:
-            return None
-        tokens = pack(token_ids)
-        found: Entry | None = None
-        digest, begin = hashlib.blake2b(digest_size=_DIGEST_BYTES), 0
-        for length in sorted(by_length):
-            end = length * _TOKEN_BYTES
-            if length > at_most or end > len(tokens):
-                break
-            digest.update(tokens[begin:end])
-            begin = end
-            entry = by_length[length].get(digest.copy().digest())
-            if entry is not None and entry.tokens == tokens[:end]:
-                found = entry
+        self._settle()
+        found = self._longest(namespace, pack(token_ids), at_most, in_memory=True)
         if found is None:
             return None
-        self._tiers[found.on_device].move_to_end(found)
+        assert found.snapshot is not None
+        self._tiers[found.tier].move_to_end(found)
         self._num_hits += 1
         self._num_cached_tokens += found.num_tokens
         return Hit(found.num_tokens, found.snapshot)
 
+    def fetch(self, namespace: str, token_ids: Iterable[int], *, at_most: int) -> Fetch | None:
+        """Begins to read the longest cached prefix if it is on the disk alone; None if there is nothing to wait for."""
+        self._settle()
+        found = self._longest(namespace, pack(token_ids), at_most, in_memory=False)
+        if found is None or found.snapshot is not None:
+            return None
+        assert self._disk is not None
+        assert found.written is not None
+        self._tiers[found.tier].move_to_end(found)
+        return Fetch(found, self._disk.read(found.number, found.written.result()))
+
+    def fetched(self, fetch: Fetch) -> None:
+        """Takes in what a fetch has read, which is done; an entry that could not be read is forgotten."""
+        entry = fetch.entry
+        if entry.tier is not Tier.DISK or self._entry(entry.namespace, entry.tokens) is not entry:
+            return  # brought here by another fetch, or gone meanwhile
+        if fetch.reading.exception() is not None:
+            self._remove(entry)
+            return
+        self._leave(entry)
+        self._forget_file(entry)
+        self._enter(entry, Tier.HOST, fetch.reading.result())
+        self._shrink()
+
     def has(self, namespace: str, token_ids: Iterable[int]) -> bool:
         """Whether exactly this prefix is cached; then it counts as used just now."""
-        tokens = pack(token_ids)
-        entry = self._entry(namespace, tokens)
+        entry = self._entry(namespace, pack(token_ids))
         if entry is None:
             return False
-        self._tiers[entry.on_device].move_to_end(entry)
+        self._tiers[entry.tier].move_to_end(entry)
         return True
 
     def put(self, namespace: str, token_ids: Iterable[int], snapshot: object) -> None:
         """Keeps the state after these tokens (at least one); replaces what is there."""
         tokens = pack(token_ids)
+        self._settle()
         self._remove_if_there(self._entry(namespace, tokens))
-        entry = Entry(namespace, tokens, _digest(tokens), snapshot, on_device=True)
+        entry = Entry(next(self._numbers), namespace, tokens, _digest(tokens), None)
         by_length = self._by_namespace.setdefault(namespace, {})
         by_length.setdefault(entry.num_tokens, {})[entry.digest] = entry
-        self._tiers[True][entry] = None
-        self._used[True] += self._size(entry)
+        self._enter(entry, Tier.DEVICE, snapshot)
         self._shrink()
 
     def discard(self, namespace: str, token_ids: Iterable[int]) -> None:
@@ -146,33 +205,81 @@ class PrefixCache:
             for entry in [*tier]:
                 self._remove(entry)
 
+    def _longest(self, namespace: str, tokens: bytes, at_most: int, *, in_memory: bool) -> Entry | None:
+        by_length = self._by_namespace.get(namespace, {})
+        found: Entry | None = None
+        digest, begin = hashlib.blake2b(digest_size=_DIGEST_BYTES), 0
+        for length in sorted(by_length):
+            end = length * _TOKEN_BYTES
+            if length > at_most or end > len(tokens):
+                break
+            digest.update(tokens[begin:end])
+            begin = end
+            entry = by_length[length].get(digest.copy().digest())
+            is_usable = entry is not None and (entry.snapshot is not None or not in_memory)
+            if entry is not None and is_usable and entry.tokens == tokens[:end]:
+                found = entry
+        return found
+
     def _entry(self, namespace: str, tokens: bytes) -> Entry | None:
         same_length = self._by_namespace.get(namespace, {}).get(len(tokens) // _TOKEN_BYTES, {})
         entry = same_length.get(_digest(tokens)) if same_length else None
         return entry if entry is not None and entry.tokens == tokens else None
 
     def _shrink(self) -> None:
-        while self._used[True] > self._budgets[True]:
-            self._demote(next(iter(self._tiers[True])))
-        while self._used[False] > self._budgets[False]:
+        while self._used[Tier.DEVICE] > self._budgets[Tier.DEVICE]:
+            entry = self._oldest(Tier.DEVICE)
+            self._leave(entry)
+            self._enter(entry, Tier.HOST, self._to_host(entry.snapshot))
+        while self._used[Tier.HOST] > self._budgets[Tier.HOST]:
+            self._move_to_disk(self._oldest(Tier.HOST))
+        while self._used[Tier.DISK] > self._budgets[Tier.DISK]:
             self._num_evictions += 1
-            self._remove(next(iter(self._tiers[False])))
+            self._remove(self._oldest(Tier.DISK))
 
-    def _demote(self, entry: Entry) -> None:
-        """From the device to the host."""
-        del self._tiers[True][entry]
-        self._used[True] -= self._size(entry)
-        entry.snapshot, entry.on_device = self._to_host(entry.snapshot), False
-        self._tiers[False][entry] = None
-        self._used[False] += self._size(entry)
+    def _move_to_disk(self, entry: Entry) -> None:
+        if self._disk is None or len(self._writes) >= MAX_WRITES:
+            self._num_evictions += 1
+            self._remove(entry)
+            return
+        self._leave(entry)
+        self._enter(entry, Tier.DISK, entry.snapshot)
+        entry.written = self._disk.write(entry.number, entry.snapshot)
+        self._writes.append(entry)
+
+    def _settle(self) -> None:
+        """Gives back the memory of entries that are on the disk by now."""
+        under_way = []
+        for entry in self._writes:
+            assert entry.written is not None
+            if not entry.written.done():
+                under_way.append(entry)
+            elif entry.tier is Tier.DISK and self._entry(entry.namespace, entry.tokens) is entry:
+                if entry.written.exception() is None:
+                    entry.snapshot = None
+                else:
+                    self._remove(entry)
+        self._writes = under_way
+
+    def _oldest(self, tier: Tier) -> Entry:
+        return next(iter(self._tiers[tier]))
+
+    def _enter(self, entry: Entry, tier: Tier, snapshot: object) -> None:
+        entry.tier, entry.snapshot = tier, snapshot
+        self._tiers[tier][entry] = None
+        self._used[tier] += self._size(entry)
+
+    def _leave(self, entry: Entry) -> None:
+        del self._tiers[entry.tier][entry]
+        self._used[entry.tier] -= self._size(entry)
 
     def _remove_if_there(self, entry: Entry | None) -> None:
         if entry is not None:
             self._remove(entry)
 
     def _remove(self, entry: Entry) -> None:
-        del self._tiers[entry.on_device][entry]
-        self._used[entry.on_device] -= self._size(entry)
+        self._leave(entry)
+        self._forget_file(entry)
         by_length = self._by_namespace[entry.namespace]
         same_length = by_length[entry.num_tokens]
         del same_length[entry.digest]
@@ -180,6 +287,13 @@ class PrefixCache:
             del by_length[entry.num_tokens]
         if not by_length:
             del self._by_namespace[entry.namespace]
+
+    def _forget_file(self, entry: Entry) -> None:
+        if entry.written is not None:
+            assert self._disk is not None
+            self._disk.remove(entry.number)
+            entry.written = None
+            self._writes = [writing for writing in self._writes if writing is not entry]
 
     def _size(self, entry: Entry) -> int:
         return self._snapshot_bytes + len(entry.tokens)

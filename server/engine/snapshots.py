@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from server.engine.prefix_cache import PrefixCache
+from server.engine.prefix_cache import Fetch, PrefixCache
 from server.engine.scheduler import Batch
-from server.engine.sequence import Sequence, Start
+from server.engine.sequence import FROM_NOTHING, Sequence, Start
 from server.engine.snapshot_files import (
     FILE_NAME,
     Bytes,
@@ -95,11 +95,12 @@ class Snapshots:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
         self._loading: dict[str, tuple[GenerationRequest, Future[Snapshot]]] = {}
         self._saving: dict[str, tuple[TokenEvent, Future[SavedState]]] = {}
+        self._fetching: dict[str, tuple[GenerationRequest, Fetch]] = {}
 
     @property
     def is_busy(self) -> bool:
         """Whether a request waits for a file."""
-        return bool(self._loading or self._saving)
+        return bool(self._loading or self._saving or self._fetching)
 
     @property
     def cache_stats(self) -> PrefixCacheStats:
@@ -107,7 +108,7 @@ class Snapshots:
 
     def owns(self, request_id: str) -> bool:
         """Whether this request waits for a file."""
-        return request_id in self._loading or request_id in self._saving
+        return request_id in self._loading or request_id in self._saving or request_id in self._fetching
 
     def load(self, request: GenerationRequest) -> TokenEvent | None:
         """Starts to read the state that a request begins from; its terminal event if that cannot be."""
@@ -120,9 +121,22 @@ class Snapshots:
         self._loading[request.request_id] = (request, self._thread.submit(read_snapshot, path, self._layout))
         return None
 
+    def fetch(self, request: GenerationRequest) -> bool:
+        """Whether a request waits for the longest prefix of its prompt to come from the cache's disk."""
+        namespace, prompt = request.states.cache_namespace, request.prompt_token_ids
+        if self._cache is None or namespace is None or request.logprobs.num_prompt is not None:
+            return False
+        if not prompt or not 0 <= min(prompt) <= max(prompt) < self._layout.vocab_size:
+            return False  # the scheduler refuses it
+        fetch = self._cache.fetch(namespace, prompt, at_most=len(prompt) - 1)
+        if fetch is None:
+            return False
+        self._fetching[request.request_id] = (request, fetch)
+        return True
+
     def cancel(self, request_id: str) -> bool:
         """Forgets a request that waits for a file; false if there is none. What it has saved is removed."""
-        if self._loading.pop(request_id, None) is not None:
+        if self._loading.pop(request_id, None) is not None or self._fetching.pop(request_id, None) is not None:
             return True
         saving = self._saving.pop(request_id, None)
         if saving is None:
@@ -134,6 +148,7 @@ class Snapshots:
         """Waits until a file was read or written."""
         futures: list[Future[Any]] = [reading for _, reading in self._loading.values()]
         futures += [writing for _, writing in self._saving.values()]
+        futures += [fetch.reading for _, fetch in self._fetching.values()]
         wait(futures, timeout=timeout_s, return_when=FIRST_COMPLETED)
 
     def arrived(self) -> tuple[list[Loaded], list[TokenEvent]]:
@@ -145,6 +160,12 @@ class Snapshots:
                 del self._loading[request_id]
                 result = self._loaded(request, reading)
                 (loaded if isinstance(result, Loaded) else events).append(result)  # type: ignore[arg-type]
+        for request_id, (request, fetch) in [*self._fetching.items()]:
+            if fetch.reading.done():
+                del self._fetching[request_id]
+                assert self._cache is not None
+                self._cache.fetched(fetch)
+                loaded.append(Loaded(request, FROM_NOTHING))
         for request_id, (event, writing) in [*self._saving.items()]:
             if writing.done():
                 del self._saving[request_id]

@@ -154,6 +154,7 @@ class EngineConfig:
         max_waiting: requests that may wait for a slot before new ones are refused.
         states_folder: of state files, shared with the service; None: there are none.
         prefix_cache_host_bytes / prefix_cache_device_bytes: budgets of the prefix cache's tiers; both 0: no cache.
+        prefix_cache_disk_bytes / prefix_cache_folder: of its tier on the disk, in a folder of this engine alone.
         prefix_cache_min_tokens: shorter prefixes are computed again.
         prefix_cache_spacing: a cached state after every so many tokens of a prompt; 0: only at its ends.
     """
@@ -169,6 +170,8 @@ class EngineConfig:
     states_folder: str | None = None
     prefix_cache_host_bytes: int = 0
     prefix_cache_device_bytes: int = 0
+    prefix_cache_disk_bytes: int = 0
+    prefix_cache_folder: str | None = None
     prefix_cache_min_tokens: int = 32
     prefix_cache_spacing: int = 0
 

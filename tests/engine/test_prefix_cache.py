@@ -1,9 +1,11 @@
 """The prefix cache: exact, private to a namespace, bounded by its budgets, least recently used first."""
 
+from concurrent.futures import Future
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.prefix_cache import PrefixCache
+from server.engine.prefix_cache import MAX_WRITES, PrefixCache
 
 SNAPSHOT_BYTES = 100
 
@@ -126,3 +128,128 @@ def test_a_hit_is_always_the_longest_stored_prefix_that_was_kept(
     assert (hit.num_tokens if hit is not None else None) == max(matching, default=None)
     if hit is not None:
         assert hit.snapshot == f"host {tuple(prompt[: hit.num_tokens])}"
+
+
+class FakeDisk:
+    """Files in a dictionary; writes end when the test says so."""
+
+    def __init__(self) -> None:
+        self.files: dict[int, object] = {}
+        self.writes: list[tuple[int, object, Future[bytes]]] = []
+        self.broken = False
+
+    def write(self, number: int, snapshot: object) -> Future[bytes]:
+        future: Future[bytes] = Future()
+        self.writes.append((number, snapshot, future))
+        return future
+
+    def read(self, number: int, digest: bytes) -> Future[object]:
+        future: Future[object] = Future()
+        if self.broken or number not in self.files:
+            future.set_exception(OSError("gone"))
+        else:
+            future.set_result(self.files[number])
+        return future
+
+    def remove(self, number: int) -> None:
+        self.files.pop(number, None)
+
+    def settle(self) -> None:
+        for number, snapshot, future in self.writes:
+            self.files[number] = snapshot
+            future.set_result(b"digest")
+        self.writes = []
+
+
+def on_disk(disk: FakeDisk, *, disk_bytes: int = 10_000) -> PrefixCache:
+    """A cache with one entry in memory, [2], and one on the disk, [1]."""
+    prefixes = PrefixCache(
+        snapshot_bytes=SNAPSHOT_BYTES, host_bytes=SNAPSHOT_BYTES + 4, disk_bytes=disk_bytes, disk=disk
+    )
+    prefixes.put("a", [1], "one")
+    prefixes.put("a", [2], "two")
+    return prefixes
+
+
+def test_what_leaves_memory_goes_to_the_disk_and_comes_back() -> None:
+    disk = FakeDisk()
+    prefixes = on_disk(disk)
+    assert prefixes.fetch("a", [1, 9], at_most=1) is None, "it is still in memory"
+    disk.settle()
+    assert prefixes.find("a", [1, 9], at_most=1) is None
+    fetch = prefixes.fetch("a", [1, 9], at_most=1)
+    assert fetch is not None
+    prefixes.fetched(fetch)
+    hit = prefixes.find("a", [1, 9], at_most=1)
+    assert hit is not None
+    assert hit.snapshot == "one"
+    disk.settle()
+    assert prefixes.fetch("a", [2, 9], at_most=1) is not None, "the other one has made room"
+
+
+def test_entries_on_their_way_to_the_disk_are_found() -> None:
+    prefixes = on_disk(FakeDisk())
+    hit = prefixes.find("a", [1, 9], at_most=1)
+    assert hit is not None
+    assert hit.snapshot == "one"
+
+
+def test_a_file_that_cannot_be_read_is_a_miss_for_ever() -> None:
+    disk = FakeDisk()
+    prefixes = on_disk(disk)
+    disk.settle()
+    disk.broken = True
+    fetch = prefixes.fetch("a", [1, 9], at_most=1)
+    assert fetch is not None
+    prefixes.fetched(fetch)
+    assert not prefixes.has("a", [1])
+    assert prefixes.stats.num_entries == 1
+
+
+def test_a_write_that_fails_loses_only_its_entry() -> None:
+    disk = FakeDisk()
+    prefixes = on_disk(disk)
+    disk.writes.pop()[2].set_exception(OSError("no space"))
+    assert prefixes.find("a", [1, 9], at_most=1) is None
+    assert prefixes.stats.num_entries == 1
+
+
+def test_two_requests_may_fetch_one_entry() -> None:
+    disk = FakeDisk()
+    prefixes = on_disk(disk)
+    disk.settle()
+    fetches = [prefixes.fetch("a", [1, 9], at_most=1) for _ in range(2)]
+    for fetch in fetches:
+        assert fetch is not None
+        prefixes.fetched(fetch)
+    assert prefixes.stats.num_entries == 2
+
+
+def test_the_disk_has_a_budget_too() -> None:
+    disk = FakeDisk()
+    prefixes = on_disk(disk, disk_bytes=SNAPSHOT_BYTES + 4)
+    disk.settle()
+    prefixes.put("a", [3], "three")
+    disk.settle()
+    assert [prefixes.has("a", [token]) for token in (1, 2, 3)] == [False, True, True]
+    assert len(disk.files) == 1
+    assert prefixes.stats.num_evictions == 1
+
+
+def test_a_disk_that_is_too_slow_is_not_waited_for() -> None:
+    disk = FakeDisk()
+    prefixes = on_disk(disk)
+    for token in range(10, 40):
+        prefixes.put("a", [token], token)
+    assert len(disk.writes) == MAX_WRITES
+    assert prefixes.stats.num_entries == MAX_WRITES + 1
+
+
+def test_an_entry_that_is_replaced_on_its_way_to_the_disk_leaves_nothing_there() -> None:
+    disk = FakeDisk()
+    prefixes = on_disk(disk)
+    prefixes.put("a", [1], "new")
+    disk.settle()
+    hit = prefixes.find("a", [1, 9], at_most=1)
+    assert hit is not None
+    assert hit.snapshot == "new"

@@ -13,6 +13,7 @@ from dijiang_model.model import DiJiangForCausalLM
 from server.engine.engine import Engine
 from server.engine.loading import PoolAccess, state_layout
 from server.engine.prefix_cache import PrefixCache
+from server.engine.prefix_disk import PrefixDisk
 from server.engine.runner import ModelRunner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
@@ -60,13 +61,18 @@ class Bench:
         cache_bytes: int = 1 << 24,
         policy: CachePolicy | None = None,
         fingerprint: str = "dj-tiny",
+        disk: Path | None = None,
     ) -> None:
         config: ModelConfig = model.config
         self.pool = StatePool(model.state_spec, 4)
         self.layout = state_layout(model.state_spec, config.vocab_size, fingerprint)
-        self.cache = PrefixCache(snapshot_bytes=self.pool.bytes_per_slot, host_bytes=cache_bytes)
+        self.access = PoolAccess(self.pool)
+        self.disk = None if disk is None else PrefixDisk(self.access, disk)
+        self.cache = PrefixCache(
+            snapshot_bytes=self.pool.bytes_per_slot, host_bytes=cache_bytes, disk_bytes=1 << 24, disk=self.disk
+        )
         policy = CachePolicy(min_tokens=4) if policy is None else policy
-        self.snapshots = Snapshots(PoolAccess(self.pool), self.layout, folder=folder, cache=self.cache, policy=policy)
+        self.snapshots = Snapshots(self.access, self.layout, folder=folder, cache=self.cache, policy=policy)
         scheduler = Scheduler(
             num_slots=4,
             max_step_tokens=max_step_tokens,
@@ -351,6 +357,38 @@ def test_short_prompts_are_not_worth_an_entry(hybrid: DiJiangForCausalLM, tmp_pa
     bench = Bench(hybrid, tmp_path, policy=CachePolicy(min_tokens=100))
     bench.one(*PROMPT, states=CACHED)
     assert bench.cache.stats.num_entries == 0
+
+
+def test_prefixes_come_back_from_the_disk(hybrid: DiJiangForCausalLM, tmp_path: Path) -> None:
+    plain = Bench(hybrid, tmp_path)
+    bench = Bench(hybrid, tmp_path, cache_bytes=2 * (plain.pool.bytes_per_slot + 4 * 200), disk=tmp_path / "prefixes")
+    prompts = [(number, *PROMPT) for number in range(5)]
+    firsts = [bench.one(*prompt, states=CACHED) for prompt in prompts]
+    assert bench.disk is not None
+    bench.disk.wait()
+    for prompt, first in zip(prompts, firsts, strict=True):
+        again = bench.one(*prompt, states=CACHED)
+        assert again.num_cached == len(prompt) - 1
+        assert again.tokens == first.tokens == plain.one(*prompt).tokens
+    # All at once they push each other out again: some are computed once more, and all are right.
+    together = bench.run(*(ask(str(prompt[0]), *prompt, states=CACHED) for prompt in prompts))
+    assert [result.tokens for result in together.values()] == [first.tokens for first in firsts]
+
+
+def test_a_damaged_file_of_the_cache_is_a_miss(hybrid: DiJiangForCausalLM, tmp_path: Path) -> None:
+    access = PoolAccess(StatePool(hybrid.state_spec, 2))
+    disk = PrefixDisk(access, tmp_path / "prefixes")
+    digest = disk.write(7, access.take(1)).result()
+    assert torch.equal(disk.read(7, digest).result(), access.take(1))
+    (tmp_path / "prefixes" / "7.prefix").write_bytes(b"something else")
+    assert isinstance(disk.read(7, digest).exception(), ValueError)
+    disk.remove(7)
+    disk.wait()
+    disk.close()
+    assert [*(tmp_path / "prefixes").iterdir()] == []
+    (tmp_path / "prefixes" / "3.prefix").write_bytes(b"left by a crash")
+    PrefixDisk(access, tmp_path / "prefixes").close()
+    assert [*(tmp_path / "prefixes").iterdir()] == []
 
 
 def test_a_prompt_after_a_state_is_cached_under_that_state(bench: Bench) -> None:

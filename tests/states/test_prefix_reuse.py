@@ -87,3 +87,15 @@ def test_a_server_without_the_cache_computes_everything(tiny: Path, tmp_path: Pa
     with running(tiny, tmp_path / "off", "--prefix-cache-memory", "0") as server:
         for _ in range(2):
             assert cached(server.complete(fresh("off"))["usage"]) == 0
+
+
+def test_prefixes_that_left_memory_come_back_from_the_disk(tiny: Path, tmp_path: Path) -> None:
+    options = ("--prefix-cache-memory", "30KiB", "--prefix-cache-disk", "10MiB")
+    with running(tiny, tmp_path / "disk", *options) as server:
+        prompts = [fresh(f"number {number}") for number in range(6)]
+        answers = [server.complete(prompt) for prompt in prompts]
+        assert len([*(tmp_path / "disk" / "prefixes").iterdir()]) > 0
+        for prompt, answer in zip(prompts, answers, strict=True):
+            again = server.complete(prompt)
+            assert cached(again["usage"]) == len(prompt) - 1
+            assert again["token_ids"] == answer["token_ids"]
