@@ -16,6 +16,7 @@ HEADERS = {
     "x-accel-buffering": "no",
 }
 T = TypeVar("T")
+_LINE_BREAKS = tuple((text.encode(), f"\\u{ord(text):04x}".encode()) for text in ("\x85", "\u2028", "\u2029"))
 
 
 class ClientDisconnectedError(Exception):
@@ -23,7 +24,13 @@ class ClientDisconnectedError(Exception):
 
 
 def event(data: bytes) -> bytes:
-    """One event; JSON has no raw line breaks, so one `data:` line is enough."""
+    """One event of JSON in UTF-8, on one `data:` line.
+
+    JSON has no raw line breaks, but it may hold characters that are no line breaks to the format and are to many
+    clients, who read line by line with their language's own means; those are escaped.
+    """
+    for character, escape in _LINE_BREAKS:
+        data = data.replace(character, escape)
     return b"data: " + data + b"\n\n"
 
 

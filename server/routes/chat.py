@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -25,6 +26,7 @@ from server.routes.streaming import (
     ClientGoneResponse,
     collect_answers,
     stream_answers,
+    written,
     written_response,
 )
 from server.routes.tools import ToolAnswer, call_token_ids, checked_form, told_tools
@@ -128,7 +130,7 @@ class _Writer:
             if piece is None:
                 yield KEEP_ALIVE
             else:
-                for chunk in self._piece(piece):
+                for chunk in await written(partial(self._piece, piece), num_entries=piece.num_entries):
                     yield chunk
         if self._body.wants_usage:
             yield self._event(choices=[], usage=self._generation.usage)

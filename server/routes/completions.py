@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -17,6 +18,7 @@ from server.routes.streaming import (
     ClientGoneResponse,
     collect_answers,
     stream_answers,
+    written,
     written_response,
 )
 from server.routes.structure import checked_grammar
@@ -107,7 +109,8 @@ class _Writer:
             if piece is None:
                 yield KEEP_ALIVE
             elif piece.text or piece.finish_reason is not None or self._with_token_ids or piece.num_entries > 0:
-                yield self._chunk(piece, is_first=piece.index not in seen)
+                write = partial(self._chunk, piece, is_first=piece.index not in seen)
+                yield await written(write, num_entries=piece.num_entries)
                 seen.add(piece.index)
         if self._body.wants_usage:
             yield event(Completion(**self._head, choices=[], usage=self._generation.usage).to_json())

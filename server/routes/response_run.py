@@ -13,7 +13,7 @@ from server.errors import ApiError, InternalError
 from server.protocol.responses import ResponseRequest, response_usage
 from server.routes.answers import Answer, Generation
 from server.service import Service
-from server.sse import KEEP_ALIVE
+from server.sse import KEEP_ALIVE, event
 from server.states.store import ResponseRecord, SnapshotRecord, StateStore
 
 logger = structlog.stdlib.get_logger("dijiang.responses")
@@ -183,7 +183,7 @@ class ResponseRun:
     def _event(self, name: str, **fields: Any) -> bytes:
         data = {"type": name, "sequence_number": self._sequence_number, **fields}
         self._sequence_number += 1
-        return b"event: " + name.encode() + b"\ndata: " + orjson.dumps(data) + b"\n\n"
+        return b"event: " + name.encode() + b"\n" + event(orjson.dumps(data))
 
     def _item(self, status: str, text: str | None) -> dict[str, Any]:
         content = [] if text is None else [_part(text)]

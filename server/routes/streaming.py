@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from typing import TypeVar
 
 import structlog
 from fastapi import Request, Response
@@ -14,7 +15,8 @@ from server.sse import DONE, EventStreamResponse, event, unless_disconnected
 
 logger = structlog.stdlib.get_logger("dijiang.answers")
 CLIENT_CLOSED_REQUEST = 499
-MAX_INLINE_ENTRIES = 2_000
+MAX_INLINE_ENTRIES = 500
+T = TypeVar("T")
 
 
 class ClientGoneResponse(Response):
@@ -30,10 +32,13 @@ def json_response(answer: ResponseModel) -> Response:
 
 
 async def written_response(write: Callable[[], ResponseModel], answers: Sequence[Answer]) -> Response:
-    """A whole answer, written in a thread if it carries many log-probabilities."""
-    if sum(answer.num_entries for answer in answers) <= MAX_INLINE_ENTRIES:
-        return json_response(write())
-    return await asyncio.to_thread(lambda: json_response(write()))
+    """A whole answer."""
+    return await written(lambda: json_response(write()), num_entries=sum(answer.num_entries for answer in answers))
+
+
+async def written(write: Callable[[], T], *, num_entries: int) -> T:
+    """What `write` returns; in a thread if it has many log-probabilities to write, so that the event loop goes on."""
+    return write() if num_entries <= MAX_INLINE_ENTRIES else await asyncio.to_thread(write)
 
 
 async def collect_answers(request: Request, generation: Generation) -> list[Answer]:

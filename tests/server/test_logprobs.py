@@ -280,3 +280,13 @@ def test_one_prefill_of_scored_prompts_uses_no_cached_prefix(
     assert first["logprobs"]["token_logprobs"][1:] == pytest.approx(
         again["logprobs"]["token_logprobs"][1:], abs=TOLERANCE
     )
+
+
+def test_a_stream_can_be_read_by_clients_that_break_lines_at_any_line_break(server: Loopback) -> None:
+    text = "a\x85b\u2028c\u2029d\ne"
+    body = {"prompt": text, "echo": True, "max_tokens": 0, "stream": True}
+    answer = server.http.post("/v1/completions", json=body)
+    lines = [line for line in answer.text.splitlines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
