@@ -159,10 +159,10 @@ class Service:
 
     @property
     def max_state_file_bytes(self) -> int:
-        """The largest file that can be a state of this model; 0 until the model is loaded."""
+        """The largest file that can be a state of this model; as of any body until the model is loaded."""
         info = self.engine.info
         if info is None or info.state_layout is None:
-            return 0
+            return self.options.max_body_bytes
         return info.state_layout.num_data_bytes + MAX_HEADER_BYTES
 
     @contextmanager

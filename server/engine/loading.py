@@ -133,6 +133,8 @@ class PoolAccess:
     def to_row(self, snapshot: object) -> Bytes:
         """The bytes on the host."""
         assert isinstance(snapshot, Tensor)
+        if self._pool.buffer.storage.is_cuda:
+            torch.cuda.synchronize(self._pool.buffer.storage.device)  # a copy to the host may be on its way
         return cast(Bytes, snapshot.cpu().numpy())
 
     def from_row(self, row: Bytes) -> object:
@@ -172,8 +174,12 @@ def _snapshots(access: PoolAccess, layout: StateLayout, config: EngineConfig) ->
 
 
 def _to_host(snapshot: object) -> object:
+    """Not waited for: what is done with the copy on the device comes after it in the same stream."""
     assert isinstance(snapshot, Tensor)
-    return snapshot.cpu()
+    if not snapshot.is_cuda:
+        return snapshot
+    on_host = torch.empty(snapshot.shape, dtype=snapshot.dtype, pin_memory=True)
+    return on_host.copy_(snapshot, non_blocking=True)
 
 
 def _select_device(name: str) -> None:

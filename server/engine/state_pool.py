@@ -60,7 +60,7 @@ class StatePool:
         return self._row(slot).to("cpu", copy=True)
 
     def restore(self, slot: int, snapshot: Tensor) -> None:
-        """Puts a snapshot of the same model into a slot.
+        """Puts a snapshot of the same model into a slot; not waited for.
 
         Raises:
             ValueError: the snapshot is not [bytes_per_slot] uint8.
@@ -70,7 +70,7 @@ class StatePool:
                 f"a snapshot of this model is {self.bytes_per_slot:,} bytes, "
                 f"not {list(snapshot.shape)} of {snapshot.dtype}"
             )
-        self._row(slot).copy_(snapshot)
+        self._row(slot).copy_(snapshot, non_blocking=True)
 
     def _row(self, slot: int) -> Tensor:
         assert SCRATCH_SLOT < slot <= self.num_slots, f"slot {slot} is not one of 1 to {self.num_slots}"

@@ -14,7 +14,7 @@ from server.protocol.chat import MessageIn
 from server.protocol.states import ReturnState, StateFields
 from server.service import Service
 from server.states.session import CacheUse, Keep, StateSession
-from server.states.store import NewState, SnapshotRecord, StateRecord, StateStore, Turn
+from server.states.store import NewState, SnapshotRecord, StateRecord, StateStore, Turn, name_taken
 from server.text.template import ChatMessage, TemplateFailure
 
 EVERYBODY = "everybody"
@@ -47,7 +47,7 @@ async def find_base(
     """
     if fields.return_state is not None:
         _check_return(fields.return_state, num_choices)
-        require_store(service, param="return_state")
+        await _check_name(request, service, fields.return_state.name)
     if fields.state_id is None:
         return None
     store = require_store(service, param="state_id")
@@ -133,6 +133,13 @@ def system_prefix(
     except TemplateFailure:
         return ()  # a template that wants a user's message first
     return (len(prefix),) if tuple(prompt[: len(prefix)]) == tuple(prefix) else ()
+
+
+async def _check_name(request: Request, service: Service, name: str | None) -> None:
+    """Refuses a taken name before anything is computed; whoever takes it meanwhile is noticed at the end."""
+    store = require_store(service, param="return_state")
+    if name is not None and await store.list_states(owner_of(request, service), limit=1, after=None, name=name):
+        raise name_taken(name)
 
 
 def _check_return(wish: ReturnState, num_choices: int) -> None:

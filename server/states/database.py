@@ -19,6 +19,7 @@ from server.states.store import (
     StateConflictError,
     StateRecord,
     Turn,
+    name_taken,
     point_not_found,
     response_not_found,
     state_not_found,
@@ -309,7 +310,7 @@ class StateDatabase:
         # A state that has expired and was not swept yet does not hold on to its name.
         self._connection.execute("DELETE FROM states WHERE used + ttl_s <= ?", (now,))
         if self._connection.execute("SELECT 1 FROM states WHERE owner = ? AND name = ?", (owner, name)).fetchone():
-            raise StateConflictError(f"you have a state named {name!r}", param="name", code="state_name_taken")
+            raise name_taken(name)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

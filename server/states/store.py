@@ -249,6 +249,11 @@ class StorageFullError(ApiError):
         super().__init__(message, code="state_storage_full", status=507, headers={"x-should-retry": "false"})
 
 
+def name_taken(name: str) -> StateConflictError:
+    """The owner has a state of that name."""
+    return StateConflictError(f"you have a state named {name!r}", param="name", code="state_name_taken")
+
+
 def state_not_found(state_id: str, *, param: str | None = "state_id") -> NotFoundError:
     """The one answer to ids that are unknown, expired, deleted, or another owner's."""
     return NotFoundError(f"there is no state {state_id[:100]!r}", param=param, code="state_not_found")

@@ -203,6 +203,10 @@ def test_creating_needs_exactly_one_input(server: Running) -> None:
 
 def test_a_taken_name_is_a_conflict_that_clients_do_not_retry(server: Running) -> None:
     server.post("/v1/states", prompt=TEXT, name="taken")
+    before = server.gauge("dijiang_engine_prefill_tokens_total")
+    body = {"prompt": "x", "return_state": {"name": "taken"}}
+    assert server.refused("POST", "/v1/completions", json=body) == (409, "state_name_taken", "name")
+    assert server.gauge("dijiang_engine_prefill_tokens_total") == before
     response = server.http.post("/v1/states", json={"prompt": TEXT, "name": "taken"})
     assert (response.status_code, response.json()["error"]["code"]) == (409, "state_name_taken")
     assert response.headers["x-should-retry"] == "false"
