@@ -5,14 +5,14 @@ Nothing large is copied: projections and embeddings are used in place, mapped fi
 
 import ctypes
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from dijiang_model.attention import DiJiangAttention
-from dijiang_model.config import Family
+from dijiang_model.config import AttentionConfig, Family, FeatureConfig
 from dijiang_model.native import library
 from dijiang_model.native.int8 import Int8Linear, Int8Weight
 
@@ -33,6 +33,14 @@ KERNEL_PARAMETERS = frozenset(
         *("far_query_down", "far_query_up", "mix_bias", "mix_weight"),
     }
 )
+KNOWN_SETTINGS = frozenset(
+    {
+        *("features", "read_out", "decay", "window", "sinks"),
+        *("bases", "normalisation", "scale", "nodes", "far_rank"),
+    }
+)
+"""What the kernels compute of `AttentionConfig` and `FeatureConfig`; a setting added there is refused unless it
+has its default, and so is a parameter that is not among `KERNEL_PARAMETERS`, until the kernels learn it."""
 HEAD_SIZE_MULTIPLE = 16
 """Features and values are worked on in whole vectors, of up to 16 floats."""
 
@@ -47,6 +55,10 @@ def why_unsupported(model: "DiJiangForCausalLM") -> str | None:
         return f"head size {model.config.head_size} is no multiple of {HEAD_SIZE_MULTIPLE}"
     if not model.config.pre_norm or model.config.embedding_width != model.config.hidden_size:
         return "norms after the residuals and projected embeddings are not among the kernels"
+    for layer in model.config.layers:
+        unknown = _unknown_settings(layer) | _unknown_settings(layer.features)
+        if unknown:
+            return f"the kernels do not know {', '.join(sorted(unknown))}"
     for attention in model.attentions:
         unknown = {name for name, _ in attention.linear.named_parameters()} - KERNEL_PARAMETERS
         if unknown:
@@ -59,6 +71,14 @@ def why_unsupported(model: "DiJiangForCausalLM") -> str | None:
     if library.load_library() is None:
         return "there are no compiled kernels: see native.library"
     return None
+
+
+def _unknown_settings(config: AttentionConfig | FeatureConfig) -> set[str]:
+    return {
+        setting.name
+        for setting in fields(config)
+        if setting.name not in KNOWN_SETTINGS and getattr(config, setting.name) != setting.default
+    }
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dijiang_model.config import ModelConfig
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.native import weights
 from dijiang_model.native.decoder import NativeDecoder
 from dijiang_model.native.library import VARIANTS, load_library, load_variant
 from dijiang_model.native.weights import why_unsupported
@@ -225,6 +226,16 @@ def test_the_torch_path_serves_where_the_kernels_cannot() -> None:
     assert model.decode_path == "native"
     assert model.prepare(native=False).decode_path == "torch"
     assert model.prepare().double().decode_path == "torch"
+
+
+def test_settings_and_parameters_that_the_kernels_do_not_know_are_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(weights, "KNOWN_SETTINGS", weights.KNOWN_SETTINGS - {"window"})
+    assert why_unsupported(tiny_model(llama_config(PURE))) is None  # has the default, 0
+    assert "window" in str(why_unsupported(tiny_model(llama_config(HYBRID))))
+    monkeypatch.setattr(weights, "KERNEL_PARAMETERS", weights.KERNEL_PARAMETERS - {"log_decay"})
+    assert "log_decay" in str(why_unsupported(tiny_model(llama_config(PURE))))
 
 
 def spoil_attention(model: DiJiangForCausalLM) -> None:
