@@ -1,18 +1,21 @@
 """`dijiang score` and `dijiang selfcheck` against the real service with a tiny model."""
 
+import asyncio
 import json
 import math
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from clients.client import Client
 from clients.scoring import score, summary
-from clients.selfcheck import Finding, largest_difference
+from clients.selfcheck import Finding, SelfCheck, largest_difference
+from clients.types import Completion
 from dijiang_model.checkpoints import load_model
 from dijiang_model.state import StateBuffer
 from tests.e2e.serving import Server, serving
@@ -108,3 +111,34 @@ def test_more_than_the_tolerance_is_a_failure(server: Server) -> None:
     assert done.returncode in (0, 1)
     assert (done.returncode == 1) == ("error:" in done.stderr)
     assert largest_difference([Finding("a", 1, 0.1), Finding("b", 1, 0.2)]) == 0.2
+
+
+class Drifting:
+    """A client of a server whose decoding is off by a little: token n has the log-probability -n, and so on."""
+
+    async def tokenize(self, text: str, *, model: str) -> tuple[int, ...]:
+        return tuple(range(1, 9))
+
+    async def complete(self, prompt: list[int], *, model: str, **options: Any) -> Completion:
+        if options["max_tokens"] == 0:
+            values = [None, *(-float(token) for token in prompt[1:])]
+            logprobs: dict[str, Any] = {"token_logprobs": values, "tokens": [""] * len(values)}
+        elif options["max_tokens"] == 1:
+            (token,) = options["logprob_token_ids"]
+            off = 0.5 if options["cache_prompt"] else 0.0
+            logprobs = {"top_logprobs": [{f"token_id:{token}": off - token}]}
+        else:
+            logprobs = {"token_logprobs": [-0.25 - token for token in range(20, 68)]}
+        choice = {"logprobs": logprobs, "token_ids": list(range(20, 68))}
+        return Completion.model_validate({"choices": [choice]})
+
+
+def test_a_server_that_computes_something_else_is_found_out() -> None:
+    findings = asyncio.run(SelfCheck(Drifting(), "any").run())  # type: ignore[arg-type]
+    assert {finding.name: finding.largest for finding in findings} == {
+        "decoded token by token": 0.25,
+        "read in other chunks": 0.0,
+        "read behind cached prefixes": 0.5,
+        "read in company": 0.0,
+        "decoded in company, one prefill for two": 0.25,
+    }
