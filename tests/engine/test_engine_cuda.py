@@ -1,9 +1,12 @@
 """On a CUDA device the engine says what it says on the CPU, one step ahead of the host."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from server.engine.loading import build_engine
+from server.engine.logprob_types import LogprobOptions
 from server.engine.types import EngineConfig, GenerationRequest
 from tests.engine.test_engine_model import mixed_requests
 from tests.tiny_models import gpt_neox_config, llama_config, tiny_model
@@ -42,4 +45,18 @@ def answers(device: str, requests: list[GenerationRequest], *, family: str) -> d
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_every_kind_of_request_gets_the_tokens_it_gets_on_the_cpu(family: str) -> None:
     requests = mixed_requests(16)
+    assert answers("cuda", requests, family=family) == answers("cpu", requests, family=family)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_log_probabilities_and_shared_prefills_change_no_token(family: str) -> None:
+    requests = [
+        replace(request, logprobs=LogprobOptions(num_output=3, num_prompt=2, token_ids=(7,)))
+        for request in mixed_requests(8)
+    ]
+    prompt = requests[-1].prompt_token_ids
+    requests += [
+        replace(request, request_id=f"g{number}", prompt_token_ids=prompt, group="g")
+        for number, request in enumerate(mixed_requests(6))
+    ]
     assert answers("cuda", requests, family=family) == answers("cpu", requests, family=family)
