@@ -76,8 +76,8 @@ class Settings(BaseSettings):
     """Memory on the CUDA device for those used last, before they move to prefix_cache_memory; no use on a CPU."""
     prefix_cache_disk: ByteSize = _in("Prefix cache", ByteSize(0))
     """Disk space for those that leave prefix_cache_memory, beside the saved states; emptied at every start."""
-    prefix_cache_min_tokens: int = _in("Prefix cache", 32, ge=1)
-    """Shorter prefixes are computed again."""
+    prefix_cache_min_tokens: int = _in("Prefix cache", 64, ge=1)
+    """Shorter prefixes are computed again: keeping a state costs more than they do."""
     prefix_cache_spacing: int = _in("Prefix cache", 0, ge=0)
     """Keep a state after every so many tokens of a prompt too; 0: only where system prompt, prompt and answer end."""
 

@@ -172,7 +172,7 @@ class EngineConfig:
     prefix_cache_device_bytes: int = 0
     prefix_cache_disk_bytes: int = 0
     prefix_cache_folder: str | None = None
-    prefix_cache_min_tokens: int = 32
+    prefix_cache_min_tokens: int = 64
     prefix_cache_spacing: int = 0
 
 
