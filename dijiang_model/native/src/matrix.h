@@ -48,16 +48,18 @@ static inline Vec4 load4(const float* from) { return *reinterpret_cast<const Vec
 static inline void store4(float* to, Vec4 x) { *reinterpret_cast<Vec4At*>(to) = x; }
 
 // sums[o / 4][n] = w[o] . x[n]. Every sum is one vector accumulator over the columns in order, whatever O and N.
-template <int O, int N, bool kStreams = false>
+// With kFetch, a share of kFetch / O of the weights behind the block is asked for, the `part`-th one.
+template <int O, int N, int kFetch = 0>
 static inline void dot_block(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t size,
-                             Vec4 (&sums)[O / 4][N]) {
+                             Vec4 (&sums)[O / 4][N], int64_t part = 0) {
+  const float* behind = w + part * kFetch * w_stride;
   Vec total[O][N];
   each<O>([&](auto o) DIJIANG_INLINE { each<N>([&](auto n) DIJIANG_INLINE { total[o][n] = splat(0.0f); }); });
   auto add = [&](auto from, int64_t j) DIJIANG_INLINE {
     Vec weights[O];
     each<O>([&](auto o) DIJIANG_INLINE {
       weights[o] = from(w + o * w_stride + j);
-      if (kStreams) fetch_ahead(w + j * O + o * kLanes);
+      if (o < kFetch) fetch_ahead(behind + j * kFetch + o * kLanes);
     });
     each<N>([&](auto n) DIJIANG_INLINE {
       const Vec value = from(x + n * x_stride + j);
@@ -90,10 +92,11 @@ typedef int64_t Long4 __attribute__((vector_size(32)));
 typedef int32_t Int4At __attribute__((vector_size(16), aligned(4), may_alias));
 
 // Integer dot products of int8 codes and 16-bit activations, exact: sums[o / 4][n].
-template <int O, int N, bool kStreams>
+template <int O, int N, int kFetch>
 static inline void dot_codes(const int8_t* codes, int64_t size, const uint8_t* planes, const int32_t* totals,
-                             Long4 (&sums)[O / 4][N]) {
+                             Long4 (&sums)[O / 4][N], [[maybe_unused]] int64_t part) {
 #if DIJIANG_VNNI
+  const int8_t* behind = codes + part * kFetch * size;
   __m512i high[O][N], low[O][N];
   each<O>([&](auto o) DIJIANG_INLINE {
     each<N>([&](auto n) DIJIANG_INLINE { high[o][n] = low[o][n] = _mm512_setzero_si512(); });
@@ -102,7 +105,7 @@ static inline void dot_codes(const int8_t* codes, int64_t size, const uint8_t* p
     __m512i weights[O];
     each<O>([&](auto o) DIJIANG_INLINE {
       weights[o] = _mm512_loadu_si512(codes + o * size + j);
-      if (kStreams) fetch_ahead(codes + j * O + o * kCodeBlock);
+      if (o < kFetch) fetch_ahead(behind + j * kFetch + o * kCodeBlock);
     });
     each<N>([&](auto n) DIJIANG_INLINE {
       const uint8_t* row = planes + n * 2 * size + j;
@@ -144,14 +147,14 @@ static inline void dot_codes(const int8_t* codes, int64_t size, const uint8_t* p
 }
 
 // y[n ... n + N - 1][row ... row + O - 1] (+)= W x + b, O a multiple of 4.
-template <int O, int N, bool kCodes, bool kStreams>
+template <int O, int N, bool kCodes, int kFetch>
 static inline void product_block(const Matrix& m, const Activations& x, int64_t row, int64_t n, float* y,
-                                 int64_t y_stride, bool add) {
+                                 int64_t y_stride, bool add, int64_t part) {
   Vec4 values[O / 4][N];
   if (kCodes) {
     const int64_t size = padded(m.columns);
     Long4 sums[O / 4][N];
-    dot_codes<O, N, kStreams>(m.codes + row * size, size, x.planes + n * 2 * size, m.totals + row, sums);
+    dot_codes<O, N, kFetch>(m.codes + row * size, size, x.planes + n * 2 * size, m.totals + row, sums, part);
     each<O / 4>([&](auto o) DIJIANG_INLINE {
       const Vec4 scales = load4(m.scales + row + 4 * o);
       each<N>([&](auto i) DIJIANG_INLINE {
@@ -159,7 +162,8 @@ static inline void product_block(const Matrix& m, const Activations& x, int64_t 
       });
     });
   } else {
-    dot_block<O, N, kStreams>(m.weight + row * m.columns, m.columns, x.values + n * x.stride, x.stride, m.columns, values);
+    dot_block<O, N, kFetch>(m.weight + row * m.columns, m.columns, x.values + n * x.stride, x.stride, m.columns, values,
+                            part);
   }
   each<N>([&](auto i) DIJIANG_INLINE {
     each<O / 4>([&](auto o) DIJIANG_INLINE {
@@ -193,25 +197,42 @@ constexpr bool kIsWide = kLanes == 16;
 template <bool kCodes>
 constexpr int kBlockRows = kIsWide && !kCodes ? 4 : 2;
 
-// O outputs of all rows; the first rows bring the weights in.
-template <int O, bool kCodes>
+// O outputs of all rows; the first O / kFetch blocks of rows ask for the weights behind, a share each.
+template <int O, bool kCodes, int kFetch>
 static inline void product_outputs(const Matrix& m, const Activations& x, int64_t num_rows, int64_t row, float* y,
                                    int64_t y_stride, bool add) {
   constexpr int kRows = kBlockRows<kCodes>;
-  int64_t n = 0;
-  if (num_rows >= kRows) product_block<O, kRows, kCodes, true>(m, x, row, n, y, y_stride, add), n += kRows;
-  for (; n + kRows <= num_rows; n += kRows) product_block<O, kRows, kCodes, false>(m, x, row, n, y, y_stride, add);
-  for (; kRows > 2 && n + 2 <= num_rows; n += 2) product_block<O, 2, kCodes, true>(m, x, row, n, y, y_stride, add);
-  for (; n < num_rows; ++n) product_block<O, 1, kCodes, true>(m, x, row, n, y, y_stride, add);
+  int64_t n = 0, part = 0;
+  auto block = [&](auto rows) DIJIANG_INLINE {
+    if (part < O / kFetch) {
+      product_block<O, rows, kCodes, kFetch>(m, x, row, n, y, y_stride, add, part++);
+    } else {
+      product_block<O, rows, kCodes, 0>(m, x, row, n, y, y_stride, add, 0);
+    }
+    n += rows;
+  };
+  while (n + kRows <= num_rows) block(std::integral_constant<int, kRows>{});
+  while (kRows > 2 && n + 2 <= num_rows) block(std::integral_constant<int, 2>{});
+  while (n < num_rows) block(std::integral_constant<int, 1>{});
 }
 
 template <bool kCodes>
 static inline void product_range(const Matrix& m, const Activations& x, int64_t num_rows, int64_t first, int64_t last,
                                  float* y, int64_t y_stride, bool add) {
+  // Spread over all rows where that was measured to be faster: not for codes, whose rows are short.
+  const int64_t num_blocks = kCodes ? 1 : num_rows / kBlockRows<kCodes>;
   int64_t row = first;
   for (; num_rows == 1 && kIsWide && row + 8 <= last; row += 8)
-    product_block<8, 1, kCodes, true>(m, x, row, 0, y, y_stride, add);
-  for (; row + 4 <= last; row += 4) product_outputs<4, kCodes>(m, x, num_rows, row, y, y_stride, add);
+    product_block<8, 1, kCodes, 8>(m, x, row, 0, y, y_stride, add, 0);
+  for (; row + 4 <= last; row += 4) {
+    if (num_blocks < 2) {
+      product_outputs<4, kCodes, 4>(m, x, num_rows, row, y, y_stride, add);
+    } else if (num_blocks < 4) {
+      product_outputs<4, kCodes, 2>(m, x, num_rows, row, y, y_stride, add);
+    } else {
+      product_outputs<4, kCodes, 1>(m, x, num_rows, row, y, y_stride, add);
+    }
+  }
   for (; row < last; ++row)
     for (int64_t n = 0; n < num_rows; ++n) product_single(m, x, row, n, y[n * y_stride + row], add);
 }
