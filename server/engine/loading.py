@@ -80,7 +80,8 @@ def build_engine(model: DiJiangForCausalLM, config: EngineConfig, *, started: fl
     vocab_size, eos_token_ids = model.config.vocab_size, model.config.eos_token_ids
     pool = StatePool(spec, num_slots, device)
     sampler = Sampler(vocab_size, eos_token_ids, device)
-    layout = state_layout(spec, vocab_size, model_fingerprint(model.config, Path(config.model_path)))
+    fingerprint = model_fingerprint(model.config, Path(config.model_path), weights_dtype=config.weights_dtype)
+    layout = state_layout(spec, vocab_size, fingerprint)
     snapshots = _snapshots(PoolAccess(pool), layout, config)
     load_compiler = partial(
         GrammarCompiler.load, Path(config.model_path), vocab_size=vocab_size, eos_token_ids=eos_token_ids

@@ -189,25 +189,8 @@ def plan_generation(
     """
     if fields.truncate_prompt_tokens is not None:
         prompts = [prompt[-fields.truncate_prompt_tokens :] for prompt in prompts]
-    for prompt in prompts:
-        if prompt or session.base is None or not session.base.pending:
-            check_prompt(prompt, info.vocab_size, service.options.max_prompt_tokens, param=param)
-    _check_vocabulary(fields, info.vocab_size)
-    if session.base is not None:
-        _check_without_past(fields)
-        check_known_prompt(fields)
-    if fields.stop and service.tokenizer is None:
-        raise InvalidRequestError(
-            "`stop` needs text, and this model has no tokenizer", param="stop", code="no_tokenizer"
-        )
     limit = fields.token_limit if fields.token_limit is not None else max_tokens
-    _check_min_tokens(fields, limit)
-    check_no_tokens(fields, limit)
-    check_scored(fields, prompts)
-    if grammar is not None and fields.allowed_token_ids is not None:
-        raise InvalidRequestError(
-            "`allowed_token_ids` cannot be combined with tools or structured output", param="allowed_token_ids"
-        )
+    _check_plan(service, info, fields, prompts, param=param, limit=limit, session=session, grammar=grammar)
     bad_words = _bad_words(service, fields)
     name, logprobs = fields.own_id, fields.logprob_options
     shares_prefill = fields.num_choices > 1 and logprobs.num_prompt is None
@@ -234,6 +217,38 @@ def plan_generation(
         num_prompts=len(prompts),
         timeout_s=_timeout(fields, service.options),
     )
+
+
+def _check_plan(
+    service: Service,
+    info: EngineInfo,
+    fields: GenerationFields,
+    prompts: Sequence[tuple[int, ...]],
+    *,
+    param: str,
+    limit: int | None,
+    session: StateSession,
+    grammar: GrammarSpec | None,
+) -> None:
+    """What can be wrong with a request only in view of its tokens, its state and the model; `limit`: of new tokens."""
+    for prompt in prompts:
+        if prompt or session.base is None or not session.base.pending:
+            check_prompt(prompt, info.vocab_size, service.options.max_prompt_tokens, param=param)
+    _check_vocabulary(fields, info.vocab_size)
+    if session.base is not None:
+        _check_without_past(fields)
+        check_known_prompt(fields)
+    if fields.stop and service.tokenizer is None:
+        raise InvalidRequestError(
+            "`stop` needs text, and this model has no tokenizer", param="stop", code="no_tokenizer"
+        )
+    _check_min_tokens(fields, limit)
+    check_no_tokens(fields, limit)
+    check_scored(fields, prompts)
+    if grammar is not None and fields.allowed_token_ids is not None:
+        raise InvalidRequestError(
+            "`allowed_token_ids` cannot be combined with tools or structured output", param="allowed_token_ids"
+        )
 
 
 def sampling_params(fields: GenerationFields, *, max_tokens: int | None, number: int) -> SamplingParams:

@@ -329,6 +329,7 @@ def test_int8_weights_answer_and_are_told(tmp_path: Path) -> None:
     stored, rounded = (Engine.load(engine_config(folder, weights_dtype=dtype)) for dtype in ("float32", "int8"))
     assert rounded.info.num_parameters == stored.info.num_parameters
     assert rounded.info.weights_dtype == "int8"
+    assert rounded.info.state_layout != stored.info.state_layout, "a state of one would go on differently in the other"
     assert rounded.add(GenerationRequest("r", (1, 2, 3), SamplingParams(max_tokens=4, temperature=0))) is None
     tokens = []
     while rounded.has_work:
