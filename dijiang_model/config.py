@@ -31,6 +31,9 @@ class FeatureConfig:
             `features.NODE_NAMES`), or `checkpoint` when they came with the weights.
         far_rank: rank of a learned update of the queries that read the linear part, applied before the
             rotary embedding (`LinearKernel.far_query`); 0: they are the window's queries.
+        rotated: whether the map reads queries and keys after the rotary embedding, as released. Before it, what
+            the linear part answers does not depend on where in the text it stands; its only measure of distance
+            is the decay.
     """
 
     bases: tuple[Basis, ...] = ("dct2",)
@@ -38,6 +41,7 @@ class FeatureConfig:
     scale: float = 1.0
     nodes: str = "midpoint"
     far_rank: int = 0
+    rotated: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -260,6 +260,7 @@ def _features(section: Fields) -> FeatureConfig:
         scale=section.number("scale"),
         nodes=section.text("nodes", choices=(*NODE_NAMES, CHECKPOINT_NODES)),
         far_rank=section.integer("far_rank", 0, minimum=0),
+        rotated=section.boolean("rotated", True),
     )
 
 

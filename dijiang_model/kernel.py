@@ -95,7 +95,7 @@ class LinearKernel(nn.Module):
         """What reads the linear part: q + U D q over all heads, before the rotary embedding; [T, H, d] -> the same.
 
         A learned update of the query projection for the far branch alone. The keys have none: a key that leaves
-        the window comes rotated from the ring.
+        the window comes from the ring.
         """
         if self.attention.features.far_rank == 0:
             return q
@@ -106,7 +106,7 @@ class LinearKernel(nn.Module):
         """beta_h(q) = K exp(a_h + w_h . q), the weight of the linear part beside the window.
 
         Args:
-            q: [T, G, R, d] rotated queries.
+            q: [T, G, R, d] the window's queries, rotated if the features are.
 
         Returns:
             [T, G, R].

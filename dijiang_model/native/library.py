@@ -61,6 +61,8 @@ class Attention(ctypes.Structure):
         ("table_read", Pointer),
         ("mix_bias", Pointer),
         ("mix_weight", Pointer),
+        ("late_cos", Pointer),
+        ("late_sin", Pointer),
         ("table_entries", Integer),
         ("num_features", Integer),
         ("window", Integer),

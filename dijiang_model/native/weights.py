@@ -15,6 +15,7 @@ from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import AttentionConfig, Family, FeatureConfig
 from dijiang_model.native import library
 from dijiang_model.native.int8 import Int8Linear, Int8Weight
+from dijiang_model.ops.layout import Rotary
 
 if TYPE_CHECKING:
     from dijiang_model.model import DiJiangForCausalLM
@@ -36,7 +37,7 @@ KERNEL_PARAMETERS = frozenset(
 KNOWN_SETTINGS = frozenset(
     {
         *("features", "read_out", "decay", "window", "sinks"),
-        *("bases", "normalisation", "scale", "nodes", "far_rank"),
+        *("bases", "normalisation", "scale", "nodes", "far_rank", "rotated"),
     }
 )
 """What the kernels compute of `AttentionConfig` and `FeatureConfig`; a setting added there is refused unless it
@@ -311,6 +312,12 @@ def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mappi
         attention.late = weights.derived((kernel.log_decay * config.window).exp())
         attention.mix_bias = weights.pointer(kernel.mix_bias)
         attention.mix_weight = weights.pointer(kernel.mix_weight)
+    if not config.features.rotated:
+        model = module.config
+        late = Rotary.at(
+            torch.tensor([config.window]), dims=model.rotary_dims, theta=model.rope_theta, dtype=torch.float32
+        )
+        attention.late_cos, attention.late_sin = weights.derived(late.cos), weights.derived(late.sin)
     if config.decay == "table":
         attention.decay = weights.derived(kernel.table_log_decay.exp())
         attention.table_write = weights.pointer(kernel.table_write)

@@ -16,17 +16,18 @@ CHUNK_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """Cosines and sines of the step's positions, [T, rotary_dims / 2] each."""
+    """Cosines and sines of the step's positions, [T, rotary_dims / 2] each, and the base of the frequencies."""
 
     cos: Tensor
     sin: Tensor
+    theta: float
 
     @classmethod
     def at(cls, positions: Tensor, *, dims: int, theta: float, dtype: torch.dtype) -> "Rotary":
         """Angles in fp64: in fp32 a position of 10^6 is off by 0.06 rad."""
         exponents = torch.arange(0, dims, 2, dtype=torch.float64, device=positions.device) / max(dims, 1)
         angles = positions.double()[:, None] * theta**-exponents
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype), theta)
 
     def apply(self, x: Tensor) -> Tensor:
         """Rotates the first `dims` channels of x [T, heads, d] (half-split pairing, as HF does)."""
@@ -36,7 +37,15 @@ class Rotary:
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
     def rows(self, start: int, stop: int) -> "Rotary":
-        return Rotary(self.cos[start:stop], self.sin[start:stop])
+        return Rotary(self.cos[start:stop], self.sin[start:stop], self.theta)
+
+    def undo(self, x: Tensor, *, earlier: int = 0) -> Tensor:
+        """Rotates x [T, heads, d] back from the positions that lie `earlier` tokens before these."""
+        position = torch.tensor([earlier], device=self.cos.device)
+        step = Rotary.at(position, dims=2 * self.cos.shape[-1], theta=self.theta, dtype=self.cos.dtype)
+        cos = self.cos * step.cos + self.sin * step.sin
+        sin = self.sin * step.cos - self.cos * step.sin
+        return Rotary(cos, -sin, self.theta).apply(x)
 
 
 @dataclass(frozen=True, slots=True)

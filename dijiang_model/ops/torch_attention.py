@@ -14,15 +14,21 @@ from dijiang_model.ops.window import decode_window, prefill_window
 
 @dataclass(frozen=True, slots=True)
 class _Queries:
-    """Rotated queries [T, G, R, d]: for the window, for the linear part, for the sinks (None without sinks)."""
+    """Queries [T, G, R, d]: for the window, for the linear part and its weight, for the sinks (None without sinks)."""
 
     near: Tensor
     far: Tensor
+    mix: Tensor
     sink: Tensor | None
 
     @property
     def for_sinks(self) -> Tensor:
         return self.near if self.sink is None else self.sink
+
+    def rows(self, start: int, stop: int | None) -> "_Queries":
+        part = slice(start, stop)
+        sink = None if self.sink is None else self.sink[part]
+        return _Queries(self.near[part], self.far[part], self.mix[part], sink)
 
 
 class TorchAttention:
@@ -33,27 +39,33 @@ class TorchAttention:
     ) -> Tensor:
         dtype = state.linear_state.dtype
         q, k = q.to(dtype), k.to(dtype)
-        groups = (kernel.num_kv_heads, -1)
-        q_sink = layout.sink_rotary.apply(q).unflatten(1, groups) if kernel.attention.sinks > 0 else None
-        unrotated, q = q, layout.rotary.apply(q).unflatten(1, groups)  # [T, G, R, d]
-        far_q = q
-        if kernel.attention.features.far_rank > 0:
-            far_q = layout.rotary.apply(kernel.far_query(unrotated)).unflatten(1, groups)
-        k = layout.rotary.apply(k)
+        queries = _queries(q, kernel=kernel, layout=layout)
+        if kernel.attention.window > 0 or kernel.attention.features.rotated:
+            k = layout.rotary.apply(k)
         if state.near_keys is not None:  # keys are kept in the storage's dtype: use what a later step will find
             k = k.to(state.near_keys.dtype).to(dtype)
         v = v.to(dtype)
         split = layout.num_decode
         parts: list[Tensor] = []
         if split > 0:
-            sink = None if q_sink is None else q_sink[:split]
-            queries = _Queries(q[:split], far_q[:split], sink)
-            parts.append(_decode(queries, k[:split], v[:split], kernel=kernel, layout=layout, state=state))
+            rows = queries.rows(0, split)
+            parts.append(_decode(rows, k[:split], v[:split], kernel=kernel, layout=layout, state=state))
         if layout.prefill is not None:
-            sink = None if q_sink is None else q_sink[split:]
-            queries = _Queries(q[split:], far_q[split:], sink)
-            parts.append(_prefill(queries, k[split:], v[split:], kernel=kernel, layout=layout.prefill, state=state))
+            rows = queries.rows(split, None)
+            parts.append(_prefill(rows, k[split:], v[split:], kernel=kernel, step=layout, state=state))
         return torch.cat(parts).flatten(1, 2)
+
+
+def _queries(q: Tensor, *, kernel: LinearKernel, layout: StepLayout) -> _Queries:
+    """From the projected q [T, H, d]."""
+    groups = (kernel.num_kv_heads, -1)
+    features = kernel.attention.features
+    near = layout.rotary.apply(q).unflatten(1, groups)
+    sink = layout.sink_rotary.apply(q).unflatten(1, groups) if kernel.attention.sinks > 0 else None
+    if not features.rotated:
+        return _Queries(near, kernel.far_query(q).unflatten(1, groups), q.unflatten(1, groups), sink)
+    far = layout.rotary.apply(kernel.far_query(q)).unflatten(1, groups) if features.far_rank > 0 else near
+    return _Queries(near, far, near, sink)
 
 
 def _write_factor(kernel: LinearKernel, positions: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -110,6 +122,8 @@ def _decode(
         leaves = rows.leaves
         far_k = state.near_keys[slots, :, rows.ring_row].to(k.dtype)
         far_v = state.near_values[slots, :, rows.ring_row].to(v.dtype)
+        if not config.features.rotated:
+            far_k = layout.rotary.rows(0, layout.num_decode).undo(far_k, earlier=config.window)
         for near_rows, new in ((state.near_keys, k), (state.near_values, v)):
             near_rows[slots, :, rows.ring_row] = new.to(near_rows.dtype)
             if config.sinks > 0:
@@ -129,7 +143,7 @@ def _decode(
         phi_q, phi_k, far_v, log_decay=log_decay, state=state.linear_state[slots], normaliser=normaliser
     )
     _store(far, slots, state)
-    return _read_out(far, near, q.near, kernel)
+    return _read_out(far, near, q.mix, kernel)
 
 
 def _prefill(
@@ -138,16 +152,21 @@ def _prefill(
     v: Tensor,
     *,
     kernel: LinearKernel,
-    layout: PrefillLayout,
+    step: StepLayout,
     state: LayerState,
 ) -> Tensor:
     near, leaves, far_k, far_v = None, None, k, v
+    layout = step.prefill
+    assert layout is not None
     if state.near_keys is not None and state.near_values is not None:
         window = layout.window(window=kernel.attention.window, sinks=kernel.attention.sinks)
         leaves = window.leaves
         stream_keys = _extend_and_store(k, state.near_keys, layout, kernel)
         stream_values = _extend_and_store(v, state.near_values, layout, kernel)
         far_k, far_v = stream_keys[window.leaving], stream_values[window.leaving]
+        if not kernel.attention.features.rotated:
+            rotary = step.rotary.rows(step.num_decode, len(step.positions))
+            far_k = rotary.undo(far_k, earlier=kernel.attention.window)
         num_sinks, scale = kernel.attention.sinks, kernel.head_size**-0.5
         near = prefill_window(
             q.near * scale,
@@ -170,7 +189,7 @@ def _prefill(
         layout=layout,
     )
     _store(far, layout.slots, state)
-    return _read_out(far, near, q.near, kernel)
+    return _read_out(far, near, q.mix, kernel)
 
 
 def _extend_and_store(new: Tensor, rows: Tensor, layout: PrefillLayout, kernel: LinearKernel) -> Tensor:

@@ -127,12 +127,14 @@ class RecordedAttention:
 
 @dataclass(frozen=True, slots=True)
 class _Rotated:
-    """q, far_q and q_sink [T, G, R, d], k and v [T, G, d]."""
+    """q, far_q, mix_q (for the weight of the linear part) and q_sink [T, G, R, d]; k, far_k and v [T, G, d]."""
 
     q: Tensor
     far_q: Tensor
+    mix_q: Tensor
     q_sink: Tensor
     k: Tensor
+    far_k: Tensor
     v: Tensor
 
     @classmethod
@@ -140,12 +142,16 @@ class _Rotated:
         groups = (kernel.num_kv_heads, -1)
         dtype = kernel.log_decay.dtype
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        rotated = layout.rotary.apply(q).unflatten(1, groups)
-        far = rotated
-        if kernel.attention.features.far_rank > 0:
-            far = layout.rotary.apply(kernel.far_query(q)).unflatten(1, groups)
+        features = kernel.attention.features
+        rotated, rotated_k = layout.rotary.apply(q).unflatten(1, groups), layout.rotary.apply(k)
         capped = rotated if layout.sink_rotary is layout.rotary else layout.sink_rotary.apply(q).unflatten(1, groups)
-        return cls(rotated, far, capped, layout.rotary.apply(k), v)
+        if not features.rotated:
+            far, mix = kernel.far_query(q).unflatten(1, groups), q.unflatten(1, groups)
+            return cls(rotated, far, mix, capped, rotated_k, k, v)
+        far = rotated
+        if features.far_rank > 0:
+            far = layout.rotary.apply(kernel.far_query(q)).unflatten(1, groups)
+        return cls(rotated, far, rotated, capped, rotated_k, rotated_k, v)
 
 
 def _joined(
@@ -154,7 +160,7 @@ def _joined(
     """Window and linear part under one denominator; [T, H, d]."""
     far = _far(x, layout, kernel=kernel, window=window)
     assert far.denominator is not None
-    mix = kernel.mix(x.q)
+    mix = kernel.mix(x.mix_q)
     numerator = torch.addcmul(near[0], mix[..., None], far.numerator)
     denominator = torch.addcmul(near[1], mix, far.denominator)
     return (numerator / denominator[..., None]).flatten(1, 2)
@@ -203,7 +209,7 @@ def _after_empty_rings(x: Tensor, prefill: PrefillLayout, window: int) -> Tensor
 def _far(x: _Rotated, layout: StepLayout, *, kernel: LinearKernel, window: int) -> LinearResult:
     """The linear part over all tokens that left the window (over all, if `window` is 0)."""
     prefill = _from_scratch(layout)
-    k, v = x.k, x.v
+    k, v = x.far_k, x.v
     if window > 0:
         near = prefill.window(window=window, sinks=kernel.attention.sinks)
         k = _after_empty_rings(k, prefill, window)[near.leaving]

@@ -195,10 +195,13 @@ def _attention(
         low = q.flatten(1) @ own["far_query_down"].T  # [T, rank]
         q_far = q + (low @ own["far_query_up"].T).view_as(q)
     q_sink = _rotate(config, q, [min(t, config.max_position_embeddings - 1) for t in positions])
-    q, q_far, k = _rotate(config, q, positions), _rotate(config, q_far, positions), _rotate(config, k, positions)
-    phi_q, phi_k = feature_map(q_far, layer.features, own), feature_map(k, layer.features, own)
+    q_mix, k_far = q, k
+    q, k = _rotate(config, q, positions), _rotate(config, k, positions)
+    if layer.features.rotated:
+        q_mix, q_far, k_far = q, _rotate(config, q_far, positions), k
+    phi_q, phi_k = feature_map(q_far, layer.features, own), feature_map(k_far, layer.features, own)
     if layer.window > 0:
-        mix = own["mix_bias"] + torch.einsum("thd,hd->th", q, own["mix_weight"])
+        mix = own["mix_bias"] + torch.einsum("thd,hd->th", q_mix, own["mix_weight"])
         beta = phi_q.shape[-1] * mix.exp()
         inputs = hybrid.HybridInputs(q, q_sink, k, v, phi_q, phi_k, beta, own["log_decay"])
         if form == "parallel":

@@ -32,6 +32,7 @@ TEXT = random_text(500)
 TWO_BASES = replace(PURE, features=replace(PURE.features, bases=("dct2", "dct4")))
 PAPER = replace(PURE, features=replace(PURE.features, normalisation="exp"))
 FAR_QUERIES = replace(HYBRID, features=replace(HYBRID.features, far_rank=3, bases=("dct2", "dct4")))
+UNROTATED = replace(FAR_QUERIES, features=replace(FAR_QUERIES.features, rotated=False))
 CONFIGS = {
     "llama: hybrid 5+2, pure with two bases": llama_config(),
     "llama: a window of its own for each layer": llama_config(
@@ -43,6 +44,9 @@ CONFIGS = {
     "llama: far queries, hybrid and pure": llama_config(
         FAR_QUERIES, replace(PURE, features=replace(PURE.features, far_rank=5))
     ),
+    "llama: features before rotation, hybrid and pure": llama_config(
+        UNROTATED, replace(PURE, features=replace(PURE.features, rotated=False))
+    ),
     "llama: the paper's exp features": llama_config(PAPER, PAPER, num_kv_heads=4),
     "gpt_neox: released": gpt_neox_config(),
     "gpt_neox: released, sequential": gpt_neox_config(TABLES, TABLES, parallel_residual=False),
@@ -50,6 +54,7 @@ CONFIGS = {
     "gpt_neox: hybrid, sequential": replace(
         gpt_neox_config(HYBRID, TWO_BASES, parallel_residual=False), position_table_length=0
     ),
+    "gpt_neox: features before rotation": replace(gpt_neox_config(UNROTATED, HYBRID), position_table_length=0),
     "opt: hybrid, pre-norm": opt_config(),
     "opt: post-norm, embedding of its own width": opt_config(HYBRID, RELEASED, pre_norm=False, embedding_size=24),
 }

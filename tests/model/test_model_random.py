@@ -18,6 +18,7 @@ FEATURES = st.builds(
     normalisation=st.sampled_from(["softmax", "exp"]),
     scale=st.sampled_from([1.0, 0.5, 0.25]),
     far_rank=st.sampled_from([0, 0, 2]),
+    rotated=st.booleans(),
 )
 MATRIX = FeatureConfig(bases=("matrix",), nodes="checkpoint")
 HYBRIDS = st.builds(AttentionConfig, features=FEATURES, window=st.integers(1, 80), sinks=st.integers(0, 6))

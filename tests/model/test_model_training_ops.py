@@ -17,6 +17,9 @@ PAPER = replace(PURE, features=replace(PURE.features, normalisation="exp"))
 CONFIGS = {
     "llama": llama_config(),
     "llama, far queries and exp features": llama_config(FAR_QUERIES, PAPER),
+    "llama, features before rotation": llama_config(
+        replace(FAR_QUERIES, features=replace(FAR_QUERIES.features, rotated=False))
+    ),
     "gpt_neox": replace(gpt_neox_config(HYBRID, PURE), position_table_length=0),
     "opt": opt_config(),
 }

@@ -22,6 +22,7 @@ EXPONENTIAL = replace(PURE, features=replace(PURE.features, normalisation="exp")
 WIDE_WINDOW = replace(HYBRID, window=37, sinks=3)
 NO_SINKS = replace(HYBRID, window=7, sinks=0)
 FAR_QUERIES = replace(HYBRID, features=replace(HYBRID.features, far_rank=5))
+UNROTATED = replace(HYBRID, features=replace(HYBRID.features, rotated=False))
 TWO_BASES = replace(HYBRID, features=replace(HYBRID.features, bases=("dct2", "dct4")))
 
 CONFIGS: dict[str, ModelConfig] = {
@@ -37,6 +38,13 @@ CONFIGS: dict[str, ModelConfig] = {
     "widths that fill no vector": replace(llama_config(), intermediate_size=75, vocab_size=261),
     "opt": opt_config(HYBRID, PURE),
     "queries of their own for the far part": llama_config(FAR_QUERIES, PURE),
+    "features before rotation": llama_config(
+        UNROTATED, replace(PURE, features=replace(PURE.features, rotated=False)), replace(FAR_QUERIES, window=37)
+    ),
+    "far queries before rotation, rotation of some channels": gpt_neox_config(
+        replace(FAR_QUERIES, features=replace(FAR_QUERIES.features, rotated=False)), UNROTATED
+    ),
+    "nothing to rotate": opt_config(UNROTATED, PURE),
     "far queries beside interleaved heads": gpt_neox_config(
         FAR_QUERIES, replace(PURE, features=replace(PURE.features, far_rank=16))
     ),

@@ -13,6 +13,7 @@ from dijiang_model.state import StateBuffer
 from tests.tiny_models import HYBRID, PURE, gpt_neox_config, llama_config, tiny_model
 
 FAR = replace(HYBRID, features=FeatureConfig(bases=("dct2", "dct4"), scale=1.0, nodes="signed_sphere", far_rank=3))
+UNROTATED = replace(FAR, features=replace(FAR.features, rotated=False))
 LENGTHS = (1, 2, 63, 65, 150)
 
 
@@ -34,7 +35,9 @@ def trained(model: DiJiangForCausalLM, token_ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("layer", [HYBRID, PURE, FAR], ids=["hybrid", "pure", "far queries"])
+@pytest.mark.parametrize(
+    "layer", [HYBRID, PURE, FAR, UNROTATED], ids=["hybrid", "pure", "far queries", "before rotation"]
+)
 def test_training_answers_what_inference_answers(layer: AttentionConfig, length: int) -> None:
     model = tiny_model(llama_config(layer, layer), dtype=torch.float64)
     ids = tokens(length)[0]
@@ -52,6 +55,14 @@ def test_far_queries_decode_as_they_prefill() -> None:
         model.decode(ids[t : t + 1], slots=slot, positions=torch.tensor([t]), state=state) for t in range(len(ids))
     ]
     torch.testing.assert_close(torch.cat(steps), inferred(model, ids), rtol=1e-9, atol=1e-9)
+
+
+def test_unrotated_features_do_not_see_where_a_text_stands() -> None:
+    ids = tokens(100, rows=1)
+    for layer, is_seen in ((FAR, True), (UNROTATED, False)):
+        model = tiny_model(llama_config(layer, layer), dtype=torch.float64)
+        here, there = (run_segments(model, ids, HybridAttention(), offset=offset) for offset in (0, 5000))
+        assert torch.allclose(here, there, rtol=1e-8, atol=1e-9) != is_seen
 
 
 def test_segments_do_not_see_each_other() -> None:

@@ -18,6 +18,8 @@ struct Attention {
   const float* table_read;   // [entries, H]
   const float* mix_bias;     // [H]; null without a window
   const float* mix_weight;   // [H, d]
+  const float* late_cos;     // [rotary_half] of the window's length; null: features of rotated queries and keys
+  const float* late_sin;     // [rotary_half]
   int64_t table_entries;
   int64_t num_features;
   int64_t window;
@@ -127,6 +129,18 @@ static inline void rotate(const float* x, int64_t size, int64_t half, const floa
   for (int64_t i = 2 * half; i < size; ++i) out[i] = x[i];
 }
 
+// Undoes `rotate` in place; cos and sin of the difference of two angles, given those of each.
+static inline void rotate_back(float* x, int64_t half, const float* cos, const float* sin, const float* late_cos,
+                               const float* late_sin) {
+  for (int64_t i = 0; i < half; ++i) {
+    const float c = cos[i] * late_cos[i] + sin[i] * late_sin[i];
+    const float s = sin[i] * late_cos[i] - cos[i] * late_sin[i];
+    const float first = x[i], second = x[half + i];
+    x[i] = first * c + second * s;
+    x[half + i] = second * c - first * s;
+  }
+}
+
 // x <- softmax(x) or exp(x), `size` a multiple of the lanes.
 static inline void normalise(float* x, int64_t size, bool is_softmax) {
   float most = 0.0f;
@@ -211,22 +225,26 @@ static void attend(const Attention& a, const Heads& heads, const Token& token, i
     scratch += count;
     return taken;
   };
-  float* rotated = take((shared + 1) * d);  // the far queries, then the key that enters the state
+  float* far_rows = take((shared + 1) * d);  // the far queries, then the key that enters the state
   float *new_key = take(d), *far_value = take(d);
   float *near_query = take(shared * d), *sink_query = take(shared * d);
   float *far = take(shared * d), *close = take(shared * d);
   float *phi = take((shared + 1) * features), *weights = take(shared * padded_near(near));
   float *sums = take(shared), *mix = take(shared);
-  float* near_rotated = far_queries == nullptr ? rotated : take(shared * d);
-  float *far_key = rotated + shared * d, *phi_key = phi + shared * features;
+  const bool is_rotated = a.late_cos == nullptr;
+  float* near_rotated = far_queries == nullptr && is_rotated ? far_rows : take(shared * d);
+  float *far_key = far_rows + shared * d, *phi_key = phi + shared * features;
 
   const float* value = projected + heads.value_start + group * heads.value_step;
   rotate(projected + heads.key_start + group * heads.key_step, d, heads.rotary_half, token.cos, token.sin, new_key);
   for (int64_t r = 0; r < shared; ++r) {
     const float* query = projected + heads.query_start + (first_head + r) * heads.query_step;
     rotate(query, d, heads.rotary_half, token.cos, token.sin, near_rotated + r * d);
-    if (far_queries != nullptr)
-      rotate(far_queries + (first_head + r) * d, d, heads.rotary_half, token.cos, token.sin, rotated + r * d);
+    const float* far_query = far_queries == nullptr ? query : far_queries + (first_head + r) * d;
+    if (!is_rotated)
+      std::memcpy(far_rows + r * d, far_query, static_cast<size_t>(d) * sizeof(float));
+    else if (far_queries != nullptr)
+      rotate(far_query, d, heads.rotary_half, token.cos, token.sin, far_rows + r * d);
     if (a.sinks > 0) rotate(query, d, heads.rotary_half, token.sink_cos, token.sink_sin, sink_query + r * d);
   }
 
@@ -240,6 +258,8 @@ static void attend(const Attention& a, const Heads& heads, const Token& token, i
     leaves = token.position - a.window >= a.sinks;
     std::memcpy(far_key, keys + row * d, bytes);
     std::memcpy(far_value, values + row * d, bytes);
+    if (!is_rotated && leaves)
+      rotate_back(far_key, heads.rotary_half, token.cos, token.sin, a.late_cos, a.late_sin);
     for (int64_t written : {row, sink_row}) {
       std::memcpy(keys + written * d, new_key, bytes);
       std::memcpy(values + written * d, value, bytes);
@@ -254,18 +274,21 @@ static void attend(const Attention& a, const Heads& heads, const Token& token, i
     reads = false;
     for (int64_t r = 0; r < shared; ++r) {
       const float bias = a.mix_bias[first_head + r];
-      const float weight = dot(near_rotated + r * d, a.mix_weight + (first_head + r) * d, d);
+      const float* read = is_rotated ? near_rotated + r * d
+                                     : projected + heads.query_start + (first_head + r) * heads.query_step;
+      const float weight = dot(read, a.mix_weight + (first_head + r) * d, d);
       mix[r] = static_cast<float>(features) * exponential(bias + weight);
       // A silent head (bias -inf) needs nothing of the state: its features and its read-out are left out.
       reads = reads || bias != -std::numeric_limits<float>::infinity();
     }
   } else {
-    std::memcpy(far_key, new_key, static_cast<size_t>(d) * sizeof(float));
+    const float* key = is_rotated ? new_key : projected + heads.key_start + group * heads.key_step;
+    std::memcpy(far_key, key, static_cast<size_t>(d) * sizeof(float));
     std::memcpy(far_value, value, static_cast<size_t>(d) * sizeof(float));
   }
 
   const int64_t first = reads ? 0 : shared, last = leaves ? shared + 1 : shared;
-  weighted(last - first, rotated + first * d, d, a.basis, features, d, phi + first * features, features);
+  weighted(last - first, far_rows + first * d, d, a.basis, features, d, phi + first * features, features);
   const float *nodes = a.nodes + group * features, *log_weights = a.log_weights + group * features;
   for (int64_t i = first; i < last; ++i) {
     float* row = phi + i * features;
