@@ -17,8 +17,9 @@ class GPTNeoXAttention(DiJiangAttention):
     def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
         super().__init__(config, layer, dtype=dtype)
         hidden, bias = config.hidden_size, config.attention_bias
-        self.query_key_value = nn.Linear(hidden, 3 * hidden, bias=bias, dtype=dtype)
-        self.dense = nn.Linear(hidden, hidden, bias=bias, dtype=dtype)
+        heads = config.num_heads * config.head_size
+        self.query_key_value = nn.Linear(hidden, 3 * heads, bias=bias, dtype=dtype)
+        self.dense = nn.Linear(heads, hidden, bias=bias, dtype=dtype)
 
     def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
         fused = self.query_key_value(x).unflatten(1, (self.config.num_heads, 3, self.config.head_size))

@@ -20,10 +20,11 @@ class OPTAttention(DiJiangAttention):
     def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
         super().__init__(config, layer, dtype=dtype)
         hidden, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(hidden, hidden, bias=bias, dtype=dtype)
-        self.k_proj = nn.Linear(hidden, hidden, bias=bias, dtype=dtype)
-        self.v_proj = nn.Linear(hidden, hidden, bias=bias, dtype=dtype)
-        self.out_proj = nn.Linear(hidden, hidden, bias=bias, dtype=dtype)
+        heads = config.num_heads * config.head_size
+        self.q_proj = nn.Linear(hidden, heads, bias=bias, dtype=dtype)
+        self.k_proj = nn.Linear(hidden, heads, bias=bias, dtype=dtype)
+        self.v_proj = nn.Linear(hidden, heads, bias=bias, dtype=dtype)
+        self.out_proj = nn.Linear(heads, hidden, bias=bias, dtype=dtype)
 
     def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
         heads = (-1, self.config.head_size)
