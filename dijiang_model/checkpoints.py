@@ -107,25 +107,52 @@ def load_model(
         CheckpointError: missing, surplus, misshapen or non-finite tensors (all of them listed), or
             unreadable files. Nothing is loaded then.
     """
-    path = Path(path)
+    checkpoint = open_readable(Path(path))
+    model = build_model(checkpoint.config, device="meta", dtype=dtype)
+    require_fit(checkpoint, model, Path(path))
+    fill_model(model, checkpoint.tensors, Path(path), device=torch.device(device))
+    model.prepare()
+    return quantize_(model) if weights == "int8" else model
+
+
+def open_readable(path: Path) -> Checkpoint:
+    """As `open_checkpoint`; files that cannot be read are a `CheckpointError` too."""
     try:
-        checkpoint = open_checkpoint(path)
+        return open_checkpoint(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    model = build_model(checkpoint.config, device="meta", dtype=dtype)
-    expected = model.state_dict()
-    problems = tensor_problems(checkpoint.config, _infos(expected), checkpoint.tensors.infos())
+
+
+def require_fit(checkpoint: Checkpoint, model: DiJiangForCausalLM, path: Path) -> None:
+    """Compares what a checkpoint holds with the network that its config describes.
+
+    Raises:
+        CheckpointError: missing, surplus or misshapen tensors, all of them listed.
+    """
+    problems = tensor_problems(checkpoint.config, _infos(model.state_dict()), checkpoint.tensors.infos())
     if problems:
         raise CheckpointError(problem_list(f"the tensors in {path} do not fit its config", problems))
-    loaded = _read_all(expected, checkpoint.tensors, device=torch.device(device))
+
+
+def fill_model(model: DiJiangForCausalLM, source: TensorSource, path: Path, *, device: torch.device) -> None:
+    """Gives a network that was built without memory its tensors; call `prepare()` then.
+
+    Args:
+        model: on `meta`.
+        source: tensors of just its names and shapes.
+        path: of the folder, for messages.
+        device: of all parameters.
+
+    Raises:
+        CheckpointError: values that are not finite.
+    """
+    loaded = _read_all(model.state_dict(), source, device=device)
     problems = [
         f"{name} has values that are not finite" for name, value in loaded.items() if not has_valid(name, value)
     ]
     if problems:
-        raise CheckpointError(problem_list(f"{path} is damaged, or {dtype} is too narrow for it", problems))
+        raise CheckpointError(problem_list(f"{path} is damaged, or {model.dtype} is too narrow for it", problems))
     model.load_state_dict(loaded, strict=True, assign=True)
-    model.prepare()
-    return quantize_(model) if weights == "int8" else model
 
 
 def save_model(
