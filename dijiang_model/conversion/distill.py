@@ -6,8 +6,8 @@ follows the teacher's.
 """
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import StepLayout
 from dijiang_model.ops.training import HybridAttention, SoftmaxAttention, run_segments
+
+Precision = Literal["fp32", "bf16"]
 
 OUTPUT_MAPS = ("o_proj", "dense", "out_proj")
 """The families' names of the projection after the attention."""
@@ -88,32 +90,44 @@ def output_weight(attention: DiJiangAttention) -> Tensor:
 
 
 def layer_losses(
-    model: DiJiangForCausalLM, token_ids: Tensor, updates: Mapping[str, LoraLinear], *, offset: int = 0
+    model: DiJiangForCausalLM,
+    token_ids: Tensor,
+    updates: Mapping[str, LoraLinear],
+    *,
+    offset: int = 0,
+    precision: Precision = "fp32",
 ) -> Tensor:
     """Stage 1 on [N, T] tokens: adds gradients to the kernels' parameters; answers the layers' losses [L].
 
     Args:
         offset: see `segments_layout`; the teacher does not see it.
+        precision: of the projections' products.
     """
     op = AttentionErrors.of(model)
-    with torch.no_grad(), inactive(updates), autocast(model):
+    with torch.no_grad(), inactive(updates), products_in(precision, model):
         run_segments(model, token_ids, op, offset=offset)
     return op.losses
 
 
 def imitation_loss(
-    model: DiJiangForCausalLM, token_ids: Tensor, updates: Mapping[str, LoraLinear], *, offset: int = 0
+    model: DiJiangForCausalLM,
+    token_ids: Tensor,
+    updates: Mapping[str, LoraLinear],
+    *,
+    offset: int = 0,
+    precision: Precision = "fp32",
 ) -> Tensor:
     """Stage 2 on [N, T] tokens: adds gradients to all trained parameters; answers the mean KL per token, nats.
 
     Args:
         offset: see `segments_layout`.
+        precision: of the projections' products.
     """
-    with torch.no_grad(), inactive(updates), autocast(model):
-        teacher = run_segments(model, token_ids, SoftmaxAttention())
-    with autocast(model):
+    with products_in(precision, model):
+        with torch.no_grad(), inactive(updates):
+            teacher = run_segments(model, token_ids, SoftmaxAttention())
         student = run_segments(model, token_ids, HybridAttention(), offset=offset)
-    loss, gradient = _divergence(student.detach(), teacher, model.head_weight)
+        loss, gradient = _divergence(student.detach(), teacher, model.head_weight)
     student.backward(gradient.to(student.dtype))
     return loss
 
@@ -128,16 +142,14 @@ def _divergence(student: Tensor, teacher: Tensor, head: Tensor) -> tuple[Tensor,
     gradient = torch.empty_like(student)
     for first in range(0, num_rows, HEAD_ROWS):
         rows = slice(first, first + HEAD_ROWS)
-        ours = torch.log_softmax((student[rows].to(head.dtype) @ head.T).float(), dim=-1)
-        theirs = torch.log_softmax((teacher[rows].to(head.dtype) @ head.T).float(), dim=-1)
+        ours = torch.log_softmax(functional.linear(student[rows].to(head.dtype), head).float(), dim=-1)
+        theirs = torch.log_softmax(functional.linear(teacher[rows].to(head.dtype), head).float(), dim=-1)
         target = theirs.exp()
         total += (target * (theirs - ours)).sum()
         gradient[rows] = ((ours.exp() - target).to(head.dtype) @ head).to(gradient.dtype) / num_rows
     return total / num_rows, gradient
 
 
-def autocast(model: DiJiangForCausalLM) -> AbstractContextManager[object]:
-    """bf16 products on CUDA; fp32 weights stay the masters."""
-    if model.device.type == "cuda":
-        return torch.autocast("cuda", dtype=torch.bfloat16)
-    return nullcontext()
+def products_in(precision: Precision, model: DiJiangForCausalLM) -> torch.autocast:
+    """bf16 products of projections and head; the weights, the masters, stay as they are, and so does attention."""
+    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

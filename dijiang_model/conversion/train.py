@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dijiang_model.atomic_file import write_atomically
 from dijiang_model.conversion.adapters import Adapter, AdapterInfo, save_adapter
-from dijiang_model.conversion.distill import imitation_loss, layer_losses, random_offset
+from dijiang_model.conversion.distill import Precision, imitation_loss, layer_losses, random_offset
 from dijiang_model.conversion.kernel_training import (
     MATRICES,
     VECTORS,
@@ -55,6 +55,7 @@ class TrainingOptions:
         sequence_length, batch_size: tokens of a window, windows of a step.
         learning_rate: of matrices in stage 2.
         lora_rank: of the updates of the attention's projections in stage 2; 0: kernels only.
+        precision: of the projections' products; the trained tensors are fp32 in either.
         seed: of the order of the text and of fresh updates.
     """
 
@@ -66,6 +67,7 @@ class TrainingOptions:
     batch_size: int
     learning_rate: float
     lora_rank: int
+    precision: Precision
     seed: int
 
 
@@ -134,10 +136,11 @@ class Trainer:
         token_ids = self.text.batch(self.progress.step, self.options.batch_size).to(self.model.device)
         self._optimizer.zero_grad(set_to_none=True)
         offset = random_offset(torch.Generator().manual_seed(1_000_003 * self.options.seed + self.progress.step))
+        precision = self.options.precision
         if wanted == 1:
-            loss = layer_losses(self.model, token_ids, self.updates, offset=offset).mean()
+            loss = layer_losses(self.model, token_ids, self.updates, offset=offset, precision=precision).mean()
         else:
-            loss = imitation_loss(self.model, token_ids, self.updates, offset=offset)
+            loss = imitation_loss(self.model, token_ids, self.updates, offset=offset, precision=precision)
         trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM if wanted == 2 else math.inf)
         if not bool(torch.isfinite(norm)):

@@ -34,7 +34,10 @@ class SoftmaxAttention:
         prefill = _from_scratch(layout)
         q, k = layout.rotary.apply(q), layout.rotary.apply(k)
         segments = zip(prefill.starts, prefill.lengths, strict=False)
-        return torch.cat([_causal(*(x[first : first + length] for x in (q, k, v))) for first, length in segments])
+        # On a CPU narrow products are slower here than fp32.
+        with torch.autocast("cpu", enabled=False):
+            rows = (q, k, v.to(q.dtype))
+            return torch.cat([_causal(*(x[first : first + length] for x in rows)) for first, length in segments])
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +76,13 @@ class HybridAttention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
     ) -> Tensor:
-        """See `ops.AttentionOp`; `state` is not touched."""
+        """See `ops.AttentionOp`; `state` is not touched. Computes in the kernel's dtype under any autocast."""
         assert kernel.attention.read_out == "denominator"
         assert kernel.attention.decay == "static"
+        with torch.autocast(q.device.type, enabled=False):
+            return self._answer(q, k, v, kernel=kernel, layout=layout)
+
+    def _answer(self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout) -> Tensor:
         rotated = _Rotated.of(q, k, v, kernel=kernel, layout=layout)
         if kernel.attention.window == 0:
             far = _far(rotated, layout, kernel=kernel, window=0)

@@ -23,7 +23,7 @@ STUDENT = StudentOptions(FeatureConfig(bases=("dct2", "dct4"), nodes="signed_sph
 def options(**changed: object) -> TrainingOptions:
     values: dict[str, object] = {
         "tokens": 1280, "minutes": None, "stages": (1, 2), "stage_one_share": 0.5, "sequence_length": 128,
-        "batch_size": 1, "learning_rate": 1e-3, "lora_rank": 2, "seed": 3,
+        "batch_size": 1, "learning_rate": 1e-3, "lora_rank": 2, "precision": "fp32", "seed": 3,
     }  # fmt: skip
     return TrainingOptions(**(values | changed))  # type: ignore[arg-type]
 
@@ -60,6 +60,19 @@ def test_the_logits_come_nearer_to_the_teachers(model: Path, text: str, tmp_path
     assert train(trainer, tmp_path / "run")
     losses = [line["loss"] for line in read_log(tmp_path / "run" / LOG_FILE)]
     assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+
+
+def test_products_in_bf16_lead_the_same_way(model: Path, text: str, tmp_path: Path) -> None:
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        trainer = prepared(model, text, tmp_path / precision, stages=(2,), precision=precision)
+        trainer.step()
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad and p.grad is not None])
+        )
+        assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    assert not torch.equal(*gradients)
+    assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.98
 
 
 def test_a_run_repeats_bit_for_bit(model: Path, text: str, tmp_path: Path) -> None:
