@@ -26,7 +26,8 @@ from server.logs import configure_logging
 from server.middleware import hash_key
 from server.service import Service, ServiceOptions
 from server.settings import Settings, misplaced_key
-from server.states.embedded import EmbeddedStore, StoreError
+from server.states.embedded import EmbeddedStore
+from server.states.errors import StoreError
 from server.structure.checker import GrammarChecker, GrammarLimits
 from server.summary import Summary
 from server.text.template import TemplateSyntaxFailure

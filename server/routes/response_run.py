@@ -17,7 +17,6 @@ from server.sse import KEEP_ALIVE, event
 from server.states.store import ResponseRecord, SnapshotRecord, StateStore
 
 logger = structlog.stdlib.get_logger("dijiang.responses")
-ENDED = frozenset({"completed", "incomplete", "failed", "cancelled"})
 _TEXT_FORMAT = {"type": "text"}
 
 
@@ -140,6 +139,12 @@ class ResponseRun:
             await self.failed(InternalError())
         finally:
             await self.generation.close()
+            await self.ended()
+
+    async def ended(self) -> None:
+        """To be called in every case: what is kept as in progress then has failed."""
+        if self._store is not None:
+            await self._store.end_response(self.id)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The typed events, from `response.created` to `response.completed`, `.incomplete` or `.failed`."""

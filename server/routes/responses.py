@@ -1,7 +1,8 @@
 """`/v1/responses`: answers that are kept, and gone on from at the price of what is new."""
 
 import asyncio
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -13,14 +14,14 @@ from server.protocol.sampling import GenerationFields
 from server.routes.answers import Generation
 from server.routes.json_body import JsonRoute, ServiceDependency
 from server.routes.prompting import encode_messages, plan_generation
-from server.routes.response_run import ENDED, ResponseRun
+from server.routes.response_run import ResponseRun
 from server.routes.sessions import check_fingerprint, owner_of, require_store, system_prefix, time_to_live
 from server.routes.streaming import ClientGoneResponse, collect_answers, note_usage
 from server.routes.structure import checked_grammar
 from server.service import Service
 from server.sse import ClientDisconnectedError, EventStreamResponse
 from server.states.session import CacheUse, StateSession
-from server.states.store import ResponseRecord, SnapshotRecord, Turn
+from server.states.store import SnapshotRecord, Turn
 
 router = APIRouter(route_class=JsonRoute, prefix="/v1/responses", tags=["responses"])
 
@@ -40,9 +41,11 @@ async def create_response(body: ResponseRequest, request: Request, service: Serv
         return _stream(request, run)
     try:
         (answer,) = await collect_answers(request, run.generation)
+        return JSONResponse(await run.finished(answer))
     except ClientDisconnectedError:
         return ClientGoneResponse()
-    return JSONResponse(await run.finished(answer))
+    finally:
+        await run.ended()
 
 
 @router.get("/{response_id}")
@@ -60,7 +63,7 @@ async def get_response(
             code="unsupported_parameter",
         )
     record = await require_store(service, param=None).get_response(owner_of(request, service), response_id)
-    return JSONResponse(_current(service, record))
+    return JSONResponse(dict(record.body))
 
 
 @router.get("/{response_id}/input_items")
@@ -92,7 +95,11 @@ async def cancel_response(response_id: str, request: Request, service: ServiceDe
             "only responses with `background: true` can be cancelled", param="response_id", code="invalid_value"
         )
     await _cancel(service, response_id)
-    return JSONResponse(_current(service, await store.get_response(owner, response_id)))
+    record = await store.get_response(owner, response_id)
+    if not record.has_ended:  # another replica makes it, and will notice
+        await store.put_response(replace(record, body={**record.body, "status": "cancelled"}))
+        record = await store.get_response(owner, response_id)
+    return JSONResponse(dict(record.body))
 
 
 def _run(service: Service, body: ResponseRequest, owner: str) -> ResponseRun:
@@ -138,9 +145,9 @@ async def _base(service: Service, info: EngineInfo, body: ResponseRequest, owner
         record = await store.get_response(owner, body.previous_response_id)
     except NotFoundError as error:
         raise NotFoundError(error.message, param="previous_response_id", code="previous_response_not_found") from error
-    if record.snapshot is None or record.body["status"] not in ENDED:
+    if record.snapshot is None or not record.has_ended:
         raise InvalidRequestError(
-            f"the previous response is {_current(service, record)['status']} and cannot be gone on from",
+            f"the previous response is {record.body['status']} and cannot be gone on from",
             param="previous_response_id",
             code="invalid_value",
         )
@@ -155,6 +162,7 @@ async def _in_background(service: Service, run: ResponseRun) -> Response:
         await run.put(response)
     except BaseException:
         await run.generation.close()
+        await run.ended()
         raise
     task = asyncio.create_task(run.in_background())
     service.background[run.id] = task
@@ -165,6 +173,7 @@ async def _in_background(service: Service, run: ResponseRun) -> Response:
 def _stream(request: Request, run: ResponseRun) -> Response:
     async def close() -> None:
         await run.generation.close()
+        await run.ended()
         note_usage(request, run.generation)
 
     return EventStreamResponse(run.events(), close=close)
@@ -175,12 +184,3 @@ async def _cancel(service: Service, response_id: str) -> None:
     if task is not None:
         task.cancel()
         await asyncio.wait({task})
-
-
-def _current(service: Service, record: ResponseRecord) -> dict[str, Any]:
-    """The stored response; one that nobody makes any more, because the server was killed, has failed."""
-    response = dict(record.body)
-    if response["status"] not in ENDED and record.id not in service.background:
-        error = {"code": "server_error", "message": "the server was stopped while this response was made"}
-        response.update(status="failed", error=error)
-    return response

@@ -13,8 +13,9 @@ from server.middleware import hash_key
 from server.protocol.chat import MessageIn
 from server.protocol.states import ReturnState, StateFields
 from server.service import Service
+from server.states.errors import name_taken
 from server.states.session import CacheUse, Keep, StateSession
-from server.states.store import NewState, SnapshotRecord, StateRecord, StateStore, Turn, name_taken
+from server.states.store import NewState, SnapshotRecord, StateRecord, StateStore, Turn
 from server.text.template import ChatMessage, TemplateFailure
 
 EVERYBODY = "everybody"

@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated, BinaryIO
 
@@ -43,7 +42,7 @@ from server.routes.streaming import ClientGoneResponse, json_response
 from server.service import Service
 from server.sse import ClientDisconnectedError, unless_disconnected
 from server.states.session import StateSession
-from server.states.store import NewState, SnapshotRecord, StateRecord, Turn, point_not_found
+from server.states.store import NewState, SnapshotRecord, StateRecord, Turn
 
 MEDIA_TYPE = "application/octet-stream"
 READ_BYTES = 1 << 20
@@ -108,8 +107,7 @@ async def import_state(
     content = await request.body()
     snapshot = await asyncio.to_thread(_checked, content, info)
     async with store.room(1, bytes_each=len(content)) as room:
-        path = store.files_folder / room.files[0]
-        await asyncio.to_thread(write_file, path, [content])
+        await asyncio.to_thread(write_file, room.path(0), [content])
         head = _record_of(snapshot, room.files[0], len(content), info)
         record = await store.add(NewState(owner, head, name, None, time_to_live(service, ttl_s)))
     return State.of(record, model=service.options.model_name)
@@ -133,12 +131,8 @@ async def delete_state(state_id: str, request: Request, service: ServiceDependen
 async def fork_state(body: ForkRequest, state_id: str, request: Request, service: ServiceDependency) -> State:
     """A second state that goes its own way from here."""
     store, owner = require_store(service, param=None), owner_of(request, service)
-    record = await store.use(owner, state_id)
-    async with AsyncExitStack() as held:
-        head = _head_at(record, body.point)
-        await held.enter_async_context(store.hold(head))
-        new = NewState(owner, head, body.name, record.id, time_to_live(service, body.ttl_s))
-        fork = await store.add(new)
+    ttl_s = time_to_live(service, body.ttl_s)
+    fork = await store.fork(owner, state_id, point=body.point, name=body.name, ttl_s=ttl_s)
     return State.of(fork, model=service.options.model_name)
 
 
@@ -166,10 +160,10 @@ async def export_state(
     """The state as a safetensors file, whole with its model's fingerprint."""
     store = require_store(service, param=None)
     record = await store.use(owner_of(request, service), state_id)
-    head = _head_at(record, point)
-    async with store.hold(head) as name:
+    head = record.at(point)
+    async with store.hold(head) as path:
         # Open files stay readable when they are deleted, so it is held no longer than this.
-        file = await asyncio.to_thread(_open, store.files_folder / name)
+        file = await asyncio.to_thread(_open, path)
     headers = {
         "content-length": str(head.num_bytes),
         "content-disposition": f'attachment; filename="{record.id}.safetensors"',
@@ -231,15 +225,6 @@ def _turn_of(note: str) -> Turn:
         return Turn(json.loads(note)["turn"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return Turn.TEXT
-
-
-def _head_at(record: StateRecord, point: str | None) -> SnapshotRecord:
-    if point is None:
-        return record.head
-    found = [item.snapshot for item in record.points if item.name == point]
-    if not found:
-        raise point_not_found(point)
-    return found[0]
 
 
 def _open(path: Path) -> BinaryIO:

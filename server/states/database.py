@@ -11,19 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from server.states.store import (
-    NewState,
-    PointRecord,
-    ResponseRecord,
-    SnapshotRecord,
+from server.states.errors import (
     StateConflictError,
-    StateRecord,
-    Turn,
     name_taken,
-    point_not_found,
     response_not_found,
     state_not_found,
 )
+from server.states.store import NewState, PointRecord, ResponseRecord, SnapshotRecord, StateRecord, Turn
 
 SCHEMA_VERSION = 1
 _SCHEMA = """
@@ -88,11 +82,27 @@ class StateDatabase:
         with self._transaction():
             self._require_free_name(new.owner, new.name, now)
             self._put_snapshot(new.head)
-            self._connection.execute(
-                "INSERT INTO states (id, owner, name, parent, created, used, ttl_s, head) VALUES (?,?,?,?,?,?,?,?)",
-                (state_id, new.owner, new.name, new.parent, now, now, new.ttl_s, new.head.file),
-            )
+            self._insert(new, state_id, now)
             return self._state(new.owner, state_id, now)
+
+    def fork(
+        self,
+        owner: str,
+        state_id: str,
+        *,
+        point: str | None,
+        fork_id: str,
+        name: str | None,
+        ttl_s: float | None,
+        now: float,
+    ) -> StateRecord:
+        """Raises `NotFoundError`, `StateConflictError`."""
+        with self._transaction():
+            head = self._state(owner, state_id, now).at(point)
+            self._require_free_name(owner, name, now)
+            self._connection.execute("UPDATE states SET used = ? WHERE id = ?", (now, state_id))
+            self._insert(NewState(owner, head, name, state_id, ttl_s), fork_id, now)
+            return self._state(owner, fork_id, now)
 
     def get(self, owner: str, state_id: str, *, now: float) -> StateRecord:
         """Raises `NotFoundError`."""
@@ -153,29 +163,26 @@ class StateDatabase:
     def rewind(self, owner: str, state_id: str, point: str, *, now: float) -> StateRecord:
         """Raises `NotFoundError`."""
         with self._transaction():
-            found = [item for item in self._state(owner, state_id, now).points if item.name == point]
-            if not found:
-                raise point_not_found(point)
-            return self._set_head(owner, state_id, found[0].snapshot.file, now)
+            head = self._state(owner, state_id, now).at(point)
+            return self._set_head(owner, state_id, head.file, now)
 
-    def put_response(self, response: ResponseRecord, *, now: float) -> None:
-        """Inserts or replaces."""
+    def put_response(self, response: ResponseRecord, *, is_new: bool, now: float) -> None:
+        """Inserts it, or replaces what is there and has not ended."""
         with self._transaction():
-            if response.snapshot is not None:
-                self._put_snapshot(response.snapshot)
-            self._connection.execute(
-                "INSERT OR REPLACE INTO responses VALUES (?,?,?,?,?,?,?,?)",
-                (
-                    response.id,
-                    response.owner,
-                    response.created,
-                    now,
-                    response.ttl_s,
-                    json.dumps(response.body),
-                    json.dumps(response.input_items),
-                    None if response.snapshot is None else response.snapshot.file,
-                ),
-            )
+            row = self._connection.execute("SELECT * FROM responses WHERE id = ?", (response.id,)).fetchone()
+            if is_new if row is None else not self._response_of(row).has_ended:
+                self._replace_response(response, now)
+
+    def break_off(self, response_id: str | None, *, now: float) -> None:
+        """The response (None: every one) has failed if it has not ended."""
+        rows = self._connection.execute(
+            "SELECT * FROM responses WHERE json_extract(body, '$.status') IN ('queued', 'in_progress') "
+            "AND coalesce(id = ?, TRUE)",
+            (response_id,),
+        ).fetchall()
+        with self._transaction():
+            for row in rows:
+                self._replace_response(self._response_of(row).broken_off(), now)
 
     def get_response(self, owner: str, response_id: str, *, now: float) -> ResponseRecord:
         """Raises `NotFoundError`."""
@@ -185,15 +192,7 @@ class StateDatabase:
         ).fetchone()
         if row is None:
             raise response_not_found(response_id)
-        return ResponseRecord(
-            id=row["id"],
-            owner=row["owner"],
-            created=row["created"],
-            ttl_s=row["ttl_s"],
-            body=json.loads(row["body"]),
-            input_items=tuple(json.loads(row["input_items"])),
-            snapshot=None if row["snapshot"] is None else self._snapshot(row["snapshot"]),
-        )
+        return self._response_of(row)
 
     def use_response(self, response_id: str, *, now: float) -> None:
         """Notes that a response was gone on from."""
@@ -272,6 +271,40 @@ class StateDatabase:
                 PointRecord(point["name"], point["created"], self._snapshot(point["snapshot"]))
                 for point in points.fetchall()
             ),
+        )
+
+    def _insert(self, new: NewState, state_id: str, now: float) -> None:
+        self._connection.execute(
+            "INSERT INTO states (id, owner, name, parent, created, used, ttl_s, head) VALUES (?,?,?,?,?,?,?,?)",
+            (state_id, new.owner, new.name, new.parent, now, now, new.ttl_s, new.head.file),
+        )
+
+    def _replace_response(self, response: ResponseRecord, now: float) -> None:
+        if response.snapshot is not None:
+            self._put_snapshot(response.snapshot)
+        self._connection.execute(
+            "INSERT OR REPLACE INTO responses VALUES (?,?,?,?,?,?,?,?)",
+            (
+                response.id,
+                response.owner,
+                response.created,
+                now,
+                response.ttl_s,
+                json.dumps(response.body),
+                json.dumps(response.input_items),
+                None if response.snapshot is None else response.snapshot.file,
+            ),
+        )
+
+    def _response_of(self, row: sqlite3.Row) -> ResponseRecord:
+        return ResponseRecord(
+            id=row["id"],
+            owner=row["owner"],
+            created=row["created"],
+            ttl_s=row["ttl_s"],
+            body=json.loads(row["body"]),
+            input_items=tuple(json.loads(row["input_items"])),
+            snapshot=None if row["snapshot"] is None else self._snapshot(row["snapshot"]),
         )
 
     def _snapshot(self, file: str) -> SnapshotRecord:

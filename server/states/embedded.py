@@ -8,41 +8,31 @@ import asyncio
 import fcntl
 import logging
 import os
-import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from server.states.database import StateDatabase
+from server.states.errors import StorageFullError, StoreError
 from server.states.store import (
     NewState,
     ResponseRecord,
+    Room,
     SnapshotRecord,
     StateRecord,
-    StorageFullError,
     StoreTotals,
+    new_file,
+    new_state_id,
 )
 
 Eviction = Literal["lru", "refuse"]
 FILES_FOLDER, INDEX_FILE, LOCK_FILE = "files", "states.db", "lock"
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class StoreError(Exception):
-    """The folder cannot be used; the text is a sentence for the operator."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReservedRoom:
-    """Names for files that are about to be written."""
-
-    files: tuple[str, ...]
 
 
 class EmbeddedStore:
@@ -74,6 +64,7 @@ class EmbeddedStore:
         self._reserved_bytes = 0
         self._is_closed = False
         self._held: Counter[str] = Counter()
+        self._making: set[str] = set()
         try:
             self.files_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = _lock(folder)
@@ -91,8 +82,11 @@ class EmbeddedStore:
         """How much there is, as of the last change."""
         return self._totals
 
+    async def start(self, on_response_gone: Callable[[str], None]) -> None:
+        """See `StateStore.start`: nothing goes on, and nobody else is there."""
+
     @asynccontextmanager
-    async def room(self, num_snapshots: int, *, bytes_each: int) -> AsyncIterator[ReservedRoom]:
+    async def room(self, num_snapshots: int, *, bytes_each: int) -> AsyncIterator[Room]:
         """See `StateStore.room`."""
         num_bytes = num_snapshots * bytes_each
         self._reserved_bytes += num_bytes
@@ -101,27 +95,38 @@ class EmbeddedStore:
         except BaseException:
             self._reserved_bytes -= num_bytes
             raise
-        files = tuple(f"{secrets.token_hex(20)}.safetensors" for _ in range(num_snapshots))
+        files = tuple(new_file() for _ in range(num_snapshots))
         self._held.update(files)
         try:
-            yield ReservedRoom(files)
+            yield Room(self.files_folder, files)
         finally:
             self._reserved_bytes -= num_bytes
             await self._release(files)
 
     @asynccontextmanager
-    async def hold(self, snapshot: SnapshotRecord) -> AsyncIterator[str]:
+    async def hold(self, snapshot: SnapshotRecord) -> AsyncIterator[Path]:
         """See `StateStore.hold`."""
         self._held[snapshot.file] += 1
         try:
-            yield snapshot.file
+            yield self.files_folder / snapshot.file
         finally:
             await self._release((snapshot.file,))
 
     async def add(self, new: NewState) -> StateRecord:
         """See `StateStore.add`."""
-        state_id = f"state_{secrets.token_hex(16)}"
+        state_id = new_state_id()
         return await self._changed(lambda: self._database.add(new, state_id=state_id, now=self._clock()))
+
+    async def fork(
+        self, owner: str, state_id: str, *, point: str | None, name: str | None, ttl_s: float | None
+    ) -> StateRecord:
+        """See `StateStore.fork`."""
+        fork_id = new_state_id()
+        return await self._changed(
+            lambda: self._database.fork(
+                owner, state_id, point=point, fork_id=fork_id, name=name, ttl_s=ttl_s, now=self._clock()
+            )
+        )
 
     async def get(self, owner: str, state_id: str) -> StateRecord:
         """See `StateStore.get`."""
@@ -155,7 +160,12 @@ class EmbeddedStore:
 
     async def put_response(self, response: ResponseRecord) -> None:
         """See `StateStore.put_response`."""
-        await self._changed(lambda: self._database.put_response(response, now=self._clock()))
+        is_new = response.id not in self._making
+        if not response.has_ended:
+            self._making.add(response.id)
+        await self._changed(lambda: self._database.put_response(response, is_new=is_new, now=self._clock()))
+        if response.has_ended:
+            self._making.discard(response.id)
 
     async def get_response(self, owner: str, response_id: str) -> ResponseRecord:
         """See `StateStore.get_response`."""
@@ -168,6 +178,12 @@ class EmbeddedStore:
     async def delete_response(self, owner: str, response_id: str) -> None:
         """See `StateStore.delete_response`."""
         await self._changed(lambda: self._database.delete_response(owner, response_id, now=self._clock()))
+
+    async def end_response(self, response_id: str) -> None:
+        """See `StateStore.end_response`."""
+        if response_id in self._making and not self._is_closed:
+            self._making.discard(response_id)
+            await self._changed(lambda: self._database.break_off(response_id, now=self._clock()))
 
     async def close(self) -> None:
         """See `StateStore.close`."""
@@ -230,6 +246,7 @@ class EmbeddedStore:
 
     def _sweep(self) -> None:
         """What a crash has left."""
+        self._database.break_off(None, now=self._clock())
         self._database.drop_expired(now=self._clock())
         self._database.drop_unused(())
         known = self._database.files()

@@ -5,18 +5,22 @@ head is a snapshot; advancing it gives it another head, a named *point* remember
 with the same head. A stored *response* of the Responses API has a snapshot of its own. A snapshot lives as long as
 anything refers to it or is just using it.
 
-The embedded store (`server.states.embedded`) is the default. One that replicas share keeps to the same protocol: `hold`
-is the place where it would bring a snapshot's file to this machine.
+The embedded store (`server.states.embedded`) is the default. The one that replicas share (`server.states.shared`) keeps
+to the same protocol: `hold` brings a snapshot's file to this machine, whatever keeps it takes the file away.
 """
 
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from server.errors import ApiError, InvalidRequestError, NotFoundError
+from server.states.errors import point_not_found
+
+UNFINISHED = frozenset(("queued", "in_progress"))
+"""Statuses of a stored response that is still being made."""
 
 
 class Turn(StrEnum):
@@ -96,6 +100,15 @@ class StateRecord:
     def expires(self) -> float | None:
         return None if self.ttl_s is None else self.used + self.ttl_s
 
+    def at(self, point: str | None) -> SnapshotRecord:
+        """Its head, or a point of that name; raises `NotFoundError`."""
+        if point is None:
+            return self.head
+        found = [item.snapshot for item in self.points if item.name == point]
+        if not found:
+            raise point_not_found(point)
+        return found[0]
+
 
 @dataclass(frozen=True, slots=True)
 class NewState:
@@ -126,38 +139,81 @@ class ResponseRecord:
     input_items: tuple[Mapping[str, Any], ...]
     snapshot: SnapshotRecord | None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it will not change any more."""
+        return self.body["status"] not in UNFINISHED
+
+    def broken_off(self) -> "ResponseRecord":
+        """The same response, failed: nobody makes it any more."""
+        error = {
+            "code": "server_error",
+            "message": "the response was broken off: its server was stopped, or its client left",
+        }
+        return replace(self, body={**self.body, "status": "failed", "error": error})
+
 
 @dataclass(frozen=True, slots=True)
 class StoreTotals:
-    """What a store holds: states of all owners, bytes of all snapshots, and how many it may."""
+    """What a store holds: states of all owners, bytes of all snapshots, how many it may, and whether it answers."""
 
     num_states: int
     num_bytes: int
     max_bytes: int
+    is_up: bool = True
 
 
-class Room(Protocol):
-    """Space that is kept free for snapshots that are being written."""
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Space that is kept free for snapshots that are being written.
 
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Names to write them under."""
-        ...
+    Attributes:
+        folder: where to write them.
+        files: names to write them under.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+
+    def path(self, number: int) -> Path:
+        """Of one of the files."""
+        return self.folder / self.files[number]
+
+
+def new_state_id() -> str:
+    """Not to be guessed."""
+    return f"state_{secrets.token_hex(16)}"
+
+
+def new_file() -> str:
+    """A snapshot's name; no two are the same, on any machine."""
+    return f"{secrets.token_hex(20)}.safetensors"
 
 
 class StateStore(Protocol):
     """See the module. Another owner's state is not found, like one that never was.
 
-    Attributes:
-        files_folder: where the files are that are held or being written; the engine's too.
+    A store that cannot be reached raises `StoreUnavailableError` from every method but `start`, `end_response` and
+    `close`, and works again as soon as it is back.
     """
 
     @property
-    def files_folder(self) -> Path: ...
+    def files_folder(self) -> Path:
+        """For the engine alone, which reads what is held, and writes where room is kept."""
+        ...
 
     @property
     def totals(self) -> StoreTotals:
         """How much there is, as of the last change; without waiting."""
+        ...
+
+    async def start(self, on_response_gone: Callable[[str], None]) -> None:
+        """Begins what goes on by itself.
+
+        Args:
+            on_response_gone: called with the id of a response that is being made here, and was cancelled or deleted
+                elsewhere.
+        """
         ...
 
     def room(self, num_snapshots: int, *, bytes_each: int) -> AbstractAsyncContextManager[Room]:
@@ -168,14 +224,29 @@ class StateStore(Protocol):
         """
         ...
 
-    def hold(self, snapshot: SnapshotRecord) -> AbstractAsyncContextManager[str]:
-        """The snapshot's file, here and not removed for as long as the context is open."""
+    def hold(self, snapshot: SnapshotRecord) -> AbstractAsyncContextManager[Path]:
+        """The snapshot's file, here and not removed for as long as the context is open.
+
+        Raises:
+            NotFoundError: it was deleted since it was looked up.
+        """
         ...
 
     async def add(self, new: NewState) -> StateRecord:
         """Keeps a snapshot as a state.
 
         Raises:
+            StateConflictError: the owner has a state of that name.
+        """
+        ...
+
+    async def fork(
+        self, owner: str, state_id: str, *, point: str | None, name: str | None, ttl_s: float | None
+    ) -> StateRecord:
+        """A second state with the head, or a point, of a first one, which counts as used.
+
+        Raises:
+            NotFoundError: there is no such state, or point.
             StateConflictError: the owner has a state of that name.
         """
         ...
@@ -214,7 +285,14 @@ class StateStore(Protocol):
         ...
 
     async def put_response(self, response: ResponseRecord) -> None:
-        """Keeps a response, or replaces it."""
+        """Keeps a response, or what has become of one that is being made here.
+
+        One that has ended stays as it is, and one that was deleted meanwhile stays deleted.
+        """
+        ...
+
+    async def end_response(self, response_id: str) -> None:
+        """Nobody makes this response any more: if it is kept and has not ended, it has failed. May be called twice."""
         ...
 
     async def get_response(self, owner: str, response_id: str) -> ResponseRecord:
@@ -230,40 +308,5 @@ class StateStore(Protocol):
         ...
 
     async def close(self) -> None:
-        """Everything is on the disk afterwards. May be called twice."""
+        """Everything is kept afterwards. May be called twice."""
         ...
-
-
-class StateConflictError(InvalidRequestError):
-    """Something else has the name, or was faster."""
-
-    def __init__(self, message: str, *, param: str, code: str) -> None:
-        super().__init__(message, param=param, code=code, status=409)
-        self.headers["x-should-retry"] = "false"
-
-
-class StorageFullError(ApiError):
-    """The budget for states is used up."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code="state_storage_full", status=507, headers={"x-should-retry": "false"})
-
-
-def name_taken(name: str) -> StateConflictError:
-    """The owner has a state of that name."""
-    return StateConflictError(f"you have a state named {name!r}", param="name", code="state_name_taken")
-
-
-def state_not_found(state_id: str, *, param: str | None = "state_id") -> NotFoundError:
-    """The one answer to ids that are unknown, expired, deleted, or another owner's."""
-    return NotFoundError(f"there is no state {state_id[:100]!r}", param=param, code="state_not_found")
-
-
-def point_not_found(point: str) -> NotFoundError:
-    """The state has no point of that name."""
-    return NotFoundError(f"the state has no point {point[:100]!r}", param="point", code="point_not_found")
-
-
-def response_not_found(response_id: str, *, param: str | None = None) -> NotFoundError:
-    """The one answer to ids of responses that are unknown, expired, deleted, or another owner's."""
-    return NotFoundError(f"there is no response {response_id[:100]!r}", param=param, code="response_not_found")

@@ -6,16 +6,9 @@ from pathlib import Path
 import pytest
 
 from server.errors import NotFoundError
-from server.states.embedded import EmbeddedStore, Eviction, StoreError
-from server.states.store import (
-    NewState,
-    ResponseRecord,
-    SnapshotRecord,
-    StateConflictError,
-    StateRecord,
-    StorageFullError,
-    Turn,
-)
+from server.states.embedded import EmbeddedStore, Eviction
+from server.states.errors import StateConflictError, StorageFullError, StoreError
+from server.states.store import NewState, ResponseRecord, SnapshotRecord, StateRecord, Turn
 
 pytestmark = pytest.mark.anyio
 SIZE = 100
@@ -293,7 +286,9 @@ async def test_a_damaged_index_is_a_sentence_and_nothing_is_removed(tmp_path: Pa
 async def test_responses_are_kept_with_their_conversation(store: EmbeddedStore) -> None:
     async with store.room(1, bytes_each=SIZE) as room:
         head = write(store, room.files[0])
-        response = ResponseRecord("resp_1", "ann", 5.0, None, {"id": "resp_1"}, ({"role": "user"},), head)
+        response = ResponseRecord(
+            "resp_1", "ann", 5.0, None, {"id": "resp_1", "status": "completed"}, ({"role": "user"},), head
+        )
         await store.put_response(response)
     assert await store.get_response("ann", "resp_1") == response
     with pytest.raises(NotFoundError):
