@@ -1,0 +1,93 @@
+"""The modules that differ in a split network; all others are those of a smaller one.
+
+Each has the names of the module that it stands in for, so that a checkpoint fits.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dijiang_model.config import ModelConfig
+from dijiang_model.kernel import LinearKernel
+from dijiang_model.parallel.group import TensorGroup
+from dijiang_model.parallel.shards import Shard
+
+
+class RowParallelLinear(nn.Module):
+    """A projection whose inputs are split: each rank multiplies its own, and the products are added up.
+
+    Parameters: weight [out, in / size], bias [out] (whole, on every rank, added once).
+    """
+
+    def __init__(self, linear: nn.Linear, group: TensorGroup) -> None:
+        """Takes the parameters over from the smaller network's projection."""
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self._group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, in / size], this rank's -> [T, out], the same on every rank."""
+        product = self._group.sum_(functional.linear(x, self.weight))
+        return product if self.bias is None else product + self.bias
+
+
+class VocabParallelEmbedding(nn.Module):
+    """A token embedding whose rows are split; the sum over the ranks is exact, for all but one of them add zeros."""
+
+    def __init__(self, num_tokens: int, width: int, *, dtype: torch.dtype, group: TensorGroup) -> None:
+        super().__init__()
+        self._rows = Shard(group.rank, group.size).vocabulary(num_tokens)
+        self._group = group
+        self.weight = nn.Parameter(torch.empty(len(self._rows), width, dtype=dtype), requires_grad=False)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """[T] int64 -> [T, width]."""
+        row = token_ids - self._rows.start
+        is_elsewhere = (row < 0) | (row >= len(self._rows))
+        x = functional.embedding(row.clamp(0, len(self._rows) - 1), self.weight)
+        return self._group.sum_(x.masked_fill_(is_elsewhere[:, None], 0))
+
+
+class ParallelGroupNorm(nn.Module):
+    """The released GroupNorm over all heads, d groups of H channels each, with this rank's part of the channels.
+
+    Where the groups do not end between two ranks' channels (d not a multiple of the ranks), every rank norms the
+    channels of all.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, group: TensorGroup) -> None:
+        """
+        Args:
+            config: of the whole network.
+            dtype: of the weights.
+            group: the ranks.
+        """
+        super().__init__()
+        self._group = group
+        self._num_groups = config.head_size
+        self._width = config.num_heads * config.head_size // group.size
+        self.weight = nn.Parameter(torch.empty(self._width, dtype=dtype), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(self._width, dtype=dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, H * d / size], this rank's channels -> the same, normed."""
+        size, rank = self._group.size, self._group.rank
+        if self._num_groups % size == 0:
+            return functional.group_norm(x, self._num_groups // size, self.weight, self.bias)
+        normed = functional.group_norm(self._group.join(x), self._num_groups)
+        return torch.addcmul(self.bias, normed.narrow(1, rank * self._width, self._width), self.weight)
+
+
+class ParallelKernel(LinearKernel):
+    """The kernel of a rank's heads; `far_query` goes through a low rank that all heads share."""
+
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, *, group: TensorGroup) -> None:
+        """As `LinearKernel`, of the rank's own config."""
+        super().__init__(config, layer, dtype)
+        self._group = group
+
+    def far_query(self, q: Tensor) -> Tensor:
+        if self.attention.features.far_rank == 0:
+            return q
+        low = self._group.sum_(functional.linear(q.flatten(1), self.far_query_down))
+        return q + functional.linear(low, self.far_query_up).view_as(q)

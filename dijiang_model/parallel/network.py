@@ -1,0 +1,127 @@
+"""A rank's network: the family's, of the rank's config, with the modules that speak to the other ranks put in.
+
+Embedding and head are split by the vocabulary, tied or not: a rank then reads and keeps only its part of them, for one
+more sum as wide as the hidden state and one collection of logits a step. See docs/parallel.md for the alternatives.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dijiang_model.config import Family, ModelConfig
+from dijiang_model.families import build_model
+from dijiang_model.model import DiJiangForCausalLM, PackedBatch
+from dijiang_model.parallel.group import TensorGroup
+from dijiang_model.parallel.modules import ParallelGroupNorm, ParallelKernel, RowParallelLinear, VocabParallelEmbedding
+from dijiang_model.parallel.shards import Shard, local_config
+from dijiang_model.state import StateBuffer
+
+COLLECTED_ROWS = 256
+"""Rows of logits on their way to rank 0 at once, so that scoring long prompts takes no second copy of them all."""
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyRules:
+    """Module paths of what needs the other ranks.
+
+    Attributes:
+        row_parallel: in each block: projections of what the ranks have apart.
+        embedding: of the tokens.
+        head: of the output, where it is not tied.
+    """
+
+    row_parallel: tuple[str, ...]
+    embedding: str
+    head: str
+
+
+RULES: Mapping[Family, FamilyRules] = {
+    "gpt_neox": FamilyRules(("attention.dense", "mlp.dense_4h_to_h"), "gpt_neox.embed_in", "embed_out"),
+    "llama": FamilyRules(("self_attn.o_proj", "mlp.down_proj"), "model.embed_tokens", "lm_head"),
+    "opt": FamilyRules(("self_attn.out_proj", "fc2"), "model.decoder.embed_tokens", "lm_head"),
+}
+
+
+def build_shard(
+    config: ModelConfig,
+    group: TensorGroup,
+    *,
+    device: torch.device | str = "meta",
+    dtype: torch.dtype = torch.float32,
+) -> DiJiangForCausalLM:
+    """A rank's uninitialised network; fill it with the parts of a checkpoint, then call `prepare(native=False)`.
+
+    Args:
+        config: of the whole network.
+        group: the ranks; not spoken to yet.
+        device: `meta` allocates nothing.
+        dtype: of the weights, as for `build_model`.
+
+    Raises:
+        ConfigError: the network cannot be split over so many ranks.
+    """
+    rules = RULES[config.family]
+    local = local_config(config, group.size)
+    model = build_model(local, device=device, dtype=dtype)
+    with torch.device(device):
+        for block, attention in zip(model.blocks, model.attentions, strict=True):
+            for path in rules.row_parallel:
+                linear = block.get_submodule(path)
+                assert isinstance(linear, nn.Linear)
+                block.set_submodule(path, RowParallelLinear(linear, group))
+            kernel_dtype = attention.linear.log_decay.dtype
+            attention.linear = ParallelKernel(local, attention.layer, kernel_dtype, group=group)
+            if attention.read_out == "group_norm":
+                norm = ParallelGroupNorm(config, dtype=dtype, group=group)
+                attention.set_submodule("group_norm", norm)
+        width = config.embedding_width
+        embedding = VocabParallelEmbedding(config.vocab_size, width, dtype=dtype, group=group)
+        model.set_submodule(rules.embedding, embedding)
+        if not config.tie_word_embeddings:
+            rows = len(Shard(group.rank, group.size).vocabulary(config.vocab_size))
+            model.set_submodule(rules.head, nn.Linear(width, rows, bias=False, dtype=dtype))
+    return model
+
+
+class ShardedModel:
+    """A rank's network at work: called like a whole one, by all ranks with the same batch."""
+
+    def __init__(self, model: DiJiangForCausalLM, config: ModelConfig, group: TensorGroup) -> None:
+        """
+        Args:
+            model: of this rank, ready to compute.
+            config: of the whole network.
+            group: the ranks, connected.
+        """
+        self.local = model
+        self.config = config
+        self.group = group
+        self._vocabularies = [len(Shard(rank, group.size).vocabulary(config.vocab_size)) for rank in range(group.size)]
+
+    def __call__(self, batch: PackedBatch, state: StateBuffer) -> Tensor | None:
+        """Runs a step on this rank's part of the slots.
+
+        Returns:
+            On rank 0 [R, vocab] fp32 (fp64 for fp64 models), next-token logits of `batch.logit_rows`; else None.
+        """
+        hidden = self.local.hidden_states(batch, state)[-1][batch.logit_rows]
+        logits = self._empty_logits(hidden) if self.group.rank == 0 else None
+        for start in range(0, len(hidden), COLLECTED_ROWS):
+            rows = slice(start, start + COLLECTED_ROWS)
+            parts = self.group.collect(self._own_logits(hidden[rows]))
+            if parts is not None and logits is not None:
+                own = [part[:, :width] for part, width in zip(parts, self._vocabularies, strict=True)]
+                torch.cat(own, dim=1, out=logits[rows])
+        return logits
+
+    def _own_logits(self, hidden: Tensor) -> Tensor:
+        """[R, widest part of the vocabulary]; a narrower part is filled up, for all ranks' have one shape."""
+        logits = self.local.logits(hidden)
+        return functional.pad(logits, (0, max(self._vocabularies) - logits.shape[1]))
+
+    def _empty_logits(self, hidden: Tensor) -> Tensor:
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        return torch.empty((len(hidden), self.config.vocab_size), dtype=dtype, device=hidden.device)
