@@ -17,12 +17,13 @@ from dijiang_model.attention import DiJiangAttention
 from dijiang_model.conversion.lora import LoraLinear, inactive
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.ops import LayerState
+from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
 from dijiang_model.ops.training import HybridAttention, SoftmaxAttention, run_segments
 
 Precision = Literal["fp32", "bf16"]
 
+HYBRID = HybridAttention()
 OUTPUT_MAPS = ("o_proj", "dense", "out_proj")
 """The families' names of the projection after the attention."""
 HEAD_ROWS = 256
@@ -116,17 +117,19 @@ def imitation_loss(
     *,
     offset: int = 0,
     precision: Precision = "fp32",
+    attention: AttentionOp = HYBRID,
 ) -> Tensor:
     """Stage 2 on [N, T] tokens: adds gradients to all trained parameters; answers the mean KL per token, nats.
 
     Args:
         offset: see `segments_layout`.
         precision: of the projections' products.
+        attention: the student's.
     """
     with products_in(precision, model):
         with torch.no_grad(), inactive(updates):
             teacher = run_segments(model, token_ids, SoftmaxAttention())
-        student = run_segments(model, token_ids, HybridAttention(), offset=offset)
+        student = run_segments(model, token_ids, attention, offset=offset)
         loss, gradient = _divergence(student.detach(), teacher, model.head_weight)
     student.backward(gradient.to(student.dtype))
     return loss

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from dijiang_model.errors import ConversionError
 from dijiang_model.model import DiJiangForCausalLM
 
 VECTORS = ("nodes", "log_weights", "log_decay", "mix_bias", "mix_weight")
@@ -30,6 +31,19 @@ def make_trainable(model: DiJiangForCausalLM) -> None:
         parametrize.register_parametrization(kernel, "log_decay", NegativeExponential())
         for parameter in kernel.parameters():
             parameter.requires_grad_(True)
+
+
+def silence(model: DiJiangForCausalLM) -> None:
+    """Turns the linear part of every layer off, for good: beta = 0, and nothing of it learns. In place.
+
+    Raises:
+        ConversionError: a layer without a window, where nothing would be left.
+    """
+    for layer, attention in enumerate(model.attentions):
+        if attention.linear.attention.window == 0:
+            raise ConversionError(f"layer {layer} has no window to train alone")
+        attention.linear.requires_grad_(False)
+        attention.linear.mix_bias.fill_(-torch.inf)
 
 
 def kernel_tensors(model: DiJiangForCausalLM) -> dict[str, Tensor]:

@@ -27,12 +27,14 @@ from dijiang_model.conversion.kernel_training import (
     fill_kernels,
     kernel_tensors,
     make_trainable,
+    silence,
     trained_parameters,
 )
 from dijiang_model.conversion.layer_fit import fit_layers, record
 from dijiang_model.conversion.lora import DOWN, UP, LoraLinear, attach_lora, factors
 from dijiang_model.errors import CheckpointError
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.ops.training import HybridAttention, WindowAttention
 
 CHECKPOINT_FILE, LOG_FILE, ADAPTER_FILE = "checkpoint.pt", "log.jsonl", "adapter.safetensors"
 WARM_UP_STEPS = 8
@@ -56,6 +58,7 @@ class TrainingOptions:
         learning_rate: of matrices in stage 2.
         lora_rank: of the updates of the attention's projections in stage 2; 0: kernels only.
         precision: of the projections' products; the trained tensors are fp32 in either.
+        linear: False trains a control, the window alone: the linear part is silent and stays so.
         seed: of the order of the text and of fresh updates.
     """
 
@@ -68,6 +71,7 @@ class TrainingOptions:
     learning_rate: float
     lora_rank: int
     precision: Precision
+    linear: bool
     seed: int
 
 
@@ -108,6 +112,8 @@ class Trainer:
         self.model, self.text, self.options, self._info = model, text, options, info
         self._layers = [asdict(layer) for layer in model.config.layers]
         make_trainable(model)
+        if not options.linear:
+            silence(model)
         self.updates: Mapping[str, LoraLinear] = {}
         if options.lora_rank > 0 and 2 in options.stages:
             self.updates = attach_lora(model, rank=options.lora_rank, seed=options.seed)
@@ -140,7 +146,14 @@ class Trainer:
         if wanted == 1:
             loss = layer_losses(self.model, token_ids, self.updates, offset=offset, precision=precision).mean()
         else:
-            loss = imitation_loss(self.model, token_ids, self.updates, offset=offset, precision=precision)
+            loss = imitation_loss(
+                self.model,
+                token_ids,
+                self.updates,
+                offset=offset,
+                precision=precision,
+                attention=HybridAttention() if self.options.linear else WindowAttention(),
+            )
         trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM if wanted == 2 else math.inf)
         if not bool(torch.isfinite(norm)):

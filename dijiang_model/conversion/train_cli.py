@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import torch
 import typer
@@ -39,11 +39,11 @@ class StudentOptions:
 
     Attributes:
         features: in all layers.
-        choose_windows: give each layer its window, with the model's mean window kept.
+        windows: of every layer in tokens; or `keep` the model's, or `auto`: each layer its own, with the mean kept.
     """
 
     features: FeatureConfig
-    choose_windows: bool
+    windows: int | Literal["keep", "auto"]
 
 
 def train_command(
@@ -64,13 +64,19 @@ def train_command(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 1,
     lora_rank: Annotated[int, typer.Option(min=0, help="Of the projections' updates in stage 2; 0: none.")] = 16,
     far_rank: Annotated[int, typer.Option(min=0, help="Of the update of queries for the linear part; 0: none.")] = 16,
+    linear: Annotated[
+        bool, typer.Option("--linear/--no-linear", help="Without: stage 2 of the window alone, as a control.")
+    ] = True,
     rotated: Annotated[
         bool, typer.Option("--rotated/--unrotated", help="Features after the rotary embedding, or before it.")
     ] = False,
     bases: Annotated[str, typer.Option(help="Transforms of the feature map, e.g. dct2 or dct2,dct4.")] = "dct2",
     nodes: Annotated[str, typer.Option(help="Start values of the radii, see the README.")] = "signed_sphere",
     windows: Annotated[
-        str, typer.Option(help="keep: the model's. auto: each layer its own at the same mean; short prompts lose.")
+        str,
+        typer.Option(
+            help="keep: the model's. auto: each layer its own at the same mean; short prompts lose. Or tokens."
+        ),
     ] = "keep",
     epochs: Annotated[
         int, typer.Option(min=0, help="Stage 1 only: read all text once, then go over each layer's record so often.")
@@ -99,10 +105,13 @@ def train_command(
         learning_rate=lr,
         lora_rank=lora_rank,
         precision=_precision(precision, device),
+        linear=linear,
         seed=seed,
     )
     features = FeatureConfig(bases=_bases(bases), nodes=nodes, far_rank=far_rank, rotated=rotated)
-    student = StudentOptions(features, _is_auto(windows))
+    student = StudentOptions(features, _windows(windows))
+    if not linear and options.stages != (2,):
+        raise typer.BadParameter("goes with --stage 2", param_hint="--no-linear")
     if epochs > 0 and (options.stages != (1,) or minutes is not None):
         raise typer.BadParameter("goes with --stage 1 and without --minutes", param_hint="--epochs")
     try:
@@ -192,7 +201,9 @@ def calibrated(
     config = with_features(base.config, student.features)
     sample = text.batch(CALIBRATION_STEP, MIN_CALIBRATION_SEGMENTS).to(base.device)
     window = max(layer.window for layer in config.layers)
-    if student.choose_windows and window > 0:
+    if isinstance(student.windows, int):
+        config = calibrate.with_windows(config, [student.windows] * config.num_layers)
+    if student.windows == "auto" and window > 0:
         mean = sum(layer.window for layer in config.layers) // config.num_layers
         choices = sorted({mean, *(choice for choice in calibrate.WINDOW_CHOICES if choice < sample.shape[1])})
         losses = calibrate.window_losses(base, sample, choices, sinks=config.layers[0].sinks)
@@ -285,7 +296,9 @@ def _bases(text: str) -> tuple[Basis, ...]:
     return cast("tuple[Basis, ...]", names)
 
 
-def _is_auto(text: str) -> bool:
+def _windows(text: str) -> int | Literal["keep", "auto"]:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
     if text not in ("auto", "keep"):
-        raise typer.BadParameter(f"{text!r} is neither auto nor keep", param_hint="--windows")
-    return text == "auto"
+        raise typer.BadParameter(f"{text!r} is neither auto nor keep nor a number above 0", param_hint="--windows")
+    return cast(Literal["keep", "auto"], text)

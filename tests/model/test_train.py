@@ -1,6 +1,7 @@
 """Training: it learns, repeats bit for bit, survives kills, and refuses what it cannot do."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from dijiang_model.checkpoints import load_model
 from dijiang_model.config import FeatureConfig
+from dijiang_model.conversion.kernel_training import kernel_tensors
 from dijiang_model.conversion.text_mixture import load_mixture, parse_source
 from dijiang_model.conversion.text_windows import TokenWindows, load_tokenizer, load_windows
 from dijiang_model.conversion.train import ADAPTER_FILE, LOG_FILE, Trainer, TrainingOptions, read_log, train
@@ -17,13 +19,14 @@ from dijiang_model.conversion.train_cli import StudentOptions, prepare_run
 from dijiang_model.errors import CheckpointError, ConversionError
 from tests.tiny_models import BYTE_VOCAB_SIZE, HYBRID, PURE, RELEASED, llama_config, write_tiny_model
 
-STUDENT = StudentOptions(FeatureConfig(bases=("dct2", "dct4"), nodes="signed_sphere", far_rank=2), choose_windows=False)
+STUDENT = StudentOptions(FeatureConfig(bases=("dct2", "dct4"), nodes="signed_sphere", far_rank=2), windows="keep")
 
 
 def options(**changed: object) -> TrainingOptions:
     values: dict[str, object] = {
         "tokens": 1280, "minutes": None, "stages": (1, 2), "stage_one_share": 0.5, "sequence_length": 128,
-        "batch_size": 1, "learning_rate": 1e-3, "lora_rank": 2, "precision": "fp32", "seed": 3,
+        "batch_size": 1, "learning_rate": 1e-3, "lora_rank": 2, "precision": "fp32", "linear": True,
+        "seed": 3,
     }  # fmt: skip
     return TrainingOptions(**(values | changed))  # type: ignore[arg-type]
 
@@ -73,6 +76,25 @@ def test_products_in_bf16_lead_the_same_way(model: Path, text: str, tmp_path: Pa
         assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
     assert not torch.equal(*gradients)
     assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.98
+
+
+def test_a_control_trains_the_window_alone(model: Path, text: str, tmp_path: Path) -> None:
+    for name, is_linear in (("control", False), ("hybrid", True)):
+        trainer = prepared(model, text, tmp_path / name, tokens=128 * 6, stages=(2,), linear=is_linear)
+        before = kernel_tensors(trainer.model)
+        assert train(trainer, tmp_path / name)
+        after = kernel_tensors(trainer.model)
+        assert all(torch.equal(before[key], after[key]) for key in before) != is_linear
+        silent = [torch.isneginf(value).all() for key, value in after.items() if key.endswith("mix_bias")]
+        assert all(silent) != is_linear
+    ours, control = (weights(tmp_path / name) for name in ("hybrid", "control"))
+    assert any(key.endswith("lora_up") and bool(control[key].any()) for key in ours)
+
+
+def test_windows_can_be_given_in_tokens(model: Path, text: str, tmp_path: Path) -> None:
+    student = replace(STUDENT, windows=9)
+    trainer = prepare_run(model, [text], tmp_path / "run", options(), student)
+    assert [layer.window for layer in trainer.model.config.layers] == [9, 9]
 
 
 def test_a_run_repeats_bit_for_bit(model: Path, text: str, tmp_path: Path) -> None:
