@@ -6,6 +6,7 @@ A tokenizer that was built here is tried on text before it is kept: decoding mus
 import shutil
 from pathlib import Path
 
+from dijiang_model.conversion.sentencepiece_rules import follow_sentencepiece
 from dijiang_model.errors import ConversionError
 from dijiang_model.json_fields import read_json_object
 
@@ -91,3 +92,6 @@ def _build(source: Path, folder: Path) -> None:
         raise ConversionError(f"no tokenizer can be built from the source's files: {error}") from error
     if not (folder / TOKENIZER_FILE).is_file():
         raise ConversionError("the source's tokenizer has no fast form, which serving needs")
+    if (source / _SENTENCEPIECE_FILE).is_file():
+        follow_sentencepiece(source / _SENTENCEPIECE_FILE, folder / TOKENIZER_FILE)
+        shutil.copyfile(source / _SENTENCEPIECE_FILE, folder / _SENTENCEPIECE_FILE)

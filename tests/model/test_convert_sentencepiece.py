@@ -1,6 +1,8 @@
 """SentencePiece vocabularies, as LLaMA-2 has them: from `tokenizer.model` alone, and inside GGUF files."""
 
 import json
+import random
+import shutil
 from pathlib import Path
 
 import gguf
@@ -22,6 +24,7 @@ TEXT = [
 ]
 SAMPLES = ["The cat is not in Paris.", "12,345  spaces\n\tand naïve 北京 🙂", "the"]
 VOCAB_SIZE = 350
+REAL_VOCABULARY = Path(__file__).parents[1] / "fixtures" / "sentencepiece" / "tokenizer.model"
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,25 @@ def test_the_first_token_is_added_unless_the_source_says_no(
     convert(source, tmp_path / "out")
     tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert (tokenizer.encode("the").ids[0] == 1) == (settings is None)
+
+
+def test_a_real_vocabulary_reads_random_text_as_sentencepiece_does(tmp_path: Path) -> None:
+    """Runs of spaces above all, whose pieces have the lowest score of all while their ids are the first."""
+    folder = save_teacher(llama_teacher(vocab_size=32_000, hidden_size=16), tmp_path / "teacher")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    shutil.copyfile(REAL_VOCABULARY, folder / "tokenizer.model")
+    convert(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == REAL_VOCABULARY.read_bytes()
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(REAL_VOCABULARY))
+    parts = ["  ", " ", " ", "a", "b", "the", "in", "\n", "\t", "é", "北", "🙂", "ing", "1", ".", "S"]
+    random_ = random.Random(0)
+    for _ in range(2_000):
+        text = "".join(random_.choices(parts, k=random_.randint(1, 40)))
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert ids == reference.encode(text)
+        assert tokenizer.decode(ids) == text
 
 
 def test_a_damaged_sentencepiece_model_is_a_clear_error(source: Path, tmp_path: Path) -> None:
