@@ -1,7 +1,7 @@
 """From a configuration to a running engine: the model, the memory for its states, and what goes with them."""
 
-import platform
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dijiang_model.checkpoints import load_model
+from dijiang_model.config import ModelConfig
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.state import StateSpec
 from dijiang_model.tensor_files import SAFETENSORS_DTYPES
@@ -17,9 +18,10 @@ from server.engine.engine import Engine
 from server.engine.fingerprint import model_fingerprint
 from server.engine.grammar import GrammarCompiler
 from server.engine.grammar_queue import GrammarQueue
+from server.engine.placement import device_name, select_device, weights_dtype
 from server.engine.prefix_cache import PrefixCache
 from server.engine.prefix_disk import PrefixDisk
-from server.engine.runner import ModelRunner
+from server.engine.runner import Model, ModelRunner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
@@ -31,12 +33,23 @@ from server.engine.types import EngineConfig, EngineInfo
 
 _SCORING_BYTES = {"cpu": 2**27, "cuda": 2**30}
 """Logits of prompt tokens in one step: as large as is still a good chunk of a prompt."""
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int8": torch.float32,  # of everything that is not quantised
-}
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What an engine is built around.
+
+    Attributes:
+        run: a step of the model.
+        pool: its slots.
+        config: of the model.
+        num_parameters: numbers in it.
+    """
+
+    run: Model
+    pool: StatePool
+    config: ModelConfig
+    num_parameters: int
 
 
 def load_engine(config: EngineConfig) -> Engine:
@@ -47,15 +60,18 @@ def load_engine(config: EngineConfig) -> Engine:
         server.engine.state_pool.StateBudgetError: the state memory holds no conversation.
         ValueError: an unknown dtype, or a device that is not there.
     """
+    if config.tensor_parallel > 1:
+        from server.engine.parallel import load_parallel_engine  # what one process alone has no use for
+
+        return load_parallel_engine(config)
     started = time.monotonic()
-    if config.weights_dtype not in _DTYPES:
-        raise ValueError(f"weights_dtype is {config.weights_dtype!r}, and must be one of {', '.join(_DTYPES)}")
+    dtype = weights_dtype(config)
     torch.set_num_threads(config.num_threads)
-    _select_device(config.device)
+    select_device(config.device)
     model = load_model(
         config.model_path,
         device=config.device,
-        dtype=_DTYPES[config.weights_dtype],
+        dtype=dtype,
         weights="int8" if config.weights_dtype == "int8" else "stored",
     )
     return build_engine(model, config, started=started)
@@ -72,23 +88,36 @@ def build_engine(model: DiJiangForCausalLM, config: EngineConfig, *, started: fl
     Raises:
         server.engine.state_pool.StateBudgetError: the state memory holds no conversation.
     """
-    started = time.monotonic() if started is None else started
-    spec, device = model.state_spec, torch.device(config.device)
+    pool = StatePool(model.state_spec, slots_of(model.state_spec, config), torch.device(config.device))
+    return assemble_engine(Network(model, pool, model.config, model.num_parameters), config, started=started)
+
+
+def slots_of(spec: StateSpec, config: EngineConfig) -> int:
+    """How many conversations an engine has memory for.
+
+    Raises:
+        server.engine.state_pool.StateBudgetError: none.
+    """
     # No more sequences than tokens in a step, or decoding could starve (see the scheduler).
     max_num_slots = min(config.max_num_slots, config.max_step_tokens)
-    num_slots = num_slots_for(spec, budget_bytes=config.state_memory_bytes, max_num_slots=max_num_slots)
-    vocab_size, eos_token_ids = model.config.vocab_size, model.config.eos_token_ids
-    pool = StatePool(spec, num_slots, device)
+    return num_slots_for(spec, budget_bytes=config.state_memory_bytes, max_num_slots=max_num_slots)
+
+
+def assemble_engine(network: Network, config: EngineConfig, *, started: float | None = None) -> Engine:
+    """An engine around a network that is ready to run; see `build_engine`."""
+    started = time.monotonic() if started is None else started
+    pool, device = network.pool, torch.device(config.device)
+    vocab_size, eos_token_ids = network.config.vocab_size, network.config.eos_token_ids
     sampler = Sampler(vocab_size, eos_token_ids, device)
-    fingerprint = model_fingerprint(model.config, Path(config.model_path), weights_dtype=config.weights_dtype)
-    layout = state_layout(spec, vocab_size, fingerprint)
+    fingerprint = model_fingerprint(network.config, Path(config.model_path), weights_dtype=config.weights_dtype)
+    layout = state_layout(pool.spec, vocab_size, fingerprint)
     snapshots = _snapshots(PoolAccess(pool), layout, config)
     load_compiler = partial(
         GrammarCompiler.load, Path(config.model_path), vocab_size=vocab_size, eos_token_ids=eos_token_ids
     )
     grammars = GrammarQueue(load_compiler)
     scheduler = Scheduler(
-        num_slots=num_slots,
+        num_slots=pool.num_slots,
         max_step_tokens=config.max_step_tokens,
         max_waiting=config.max_waiting,
         vocab_size=vocab_size,
@@ -97,18 +126,20 @@ def build_engine(model: DiJiangForCausalLM, config: EngineConfig, *, started: fl
         on_admission=lambda sequence: _begin(sequence, snapshots, grammars),
     )
     info = EngineInfo(
-        num_slots=num_slots,
-        state_bytes_per_slot=pool.bytes_per_slot,
+        num_slots=pool.num_slots,
+        state_bytes_per_slot=pool.spec.bytes_per_slot,
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,
         device=config.device,
-        device_name=_device_name(device),
+        device_name=device_name(device),
         weights_dtype=config.weights_dtype,
-        num_parameters=model.num_parameters,
+        num_parameters=network.num_parameters,
         load_s=time.monotonic() - started,
         state_layout=layout,
+        num_ranks=config.tensor_parallel,
+        state_bytes_per_rank=pool.buffer.spec.bytes_per_slot,
     )
-    runner = ModelRunner(model, pool=pool, sampler=sampler, device=device)
+    runner = ModelRunner(network.run, pool=pool, sampler=sampler, device=device)
     num_ahead = 1 if device.type == "cuda" else 0
     return Engine(
         scheduler=scheduler, runner=runner, info=info, num_ahead=num_ahead, snapshots=snapshots, grammars=grammars
@@ -181,20 +212,3 @@ def _to_host(snapshot: object) -> object:
         return snapshot
     on_host = torch.empty(snapshot.shape, dtype=snapshot.dtype, pin_memory=True)
     return on_host.copy_(snapshot, non_blocking=True)
-
-
-def _select_device(name: str) -> None:
-    device = torch.device(name)
-    if device.type == "cuda":
-        num_devices = torch.cuda.device_count()
-        if (device.index or 0) >= num_devices:
-            raise ValueError(f"device is {name!r}, but {num_devices} CUDA devices are usable here")
-        torch.cuda.set_device(device)
-    elif device.type != "cpu":
-        raise ValueError(f"device is {name!r}, and must be cpu, cuda or cuda:N")
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()

@@ -115,7 +115,7 @@ def run(config: EngineConfig, folder: str, *, load: Load) -> int:
             engine = load(config)
         except Exception as error:
             log_failure("engine_load_failed", error)
-            _send(events, LoadFailed(_reason(error), is_permanent=_is_permanent(error)))
+            _send(events, LoadFailed(_reason(error), is_permanent=is_permanent(error)))
             return EXIT_LOAD_FAILED
         gc.freeze()  # what was loaded stays: full collections need not look at it again between two steps
         _send(events, EngineReady(engine.info))
@@ -171,7 +171,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _is_permanent(error: Exception) -> bool:
+def is_permanent(error: Exception) -> bool:
     """Whether loading again would fail again: wrong files and settings, not lost devices or memory."""
     return isinstance(error, ModelError | ValueError | FileNotFoundError)
 

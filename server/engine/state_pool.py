@@ -40,8 +40,13 @@ class StatePool:
         self.buffer.storage.zero_()
 
     @property
+    def spec(self) -> StateSpec:
+        """What a snapshot of a slot holds."""
+        return self.buffer.spec
+
+    @property
     def bytes_per_slot(self) -> int:
-        return self.buffer.spec.bytes_per_slot
+        return self.spec.bytes_per_slot
 
     def reset(self, slot: int) -> None:
         """Clears a slot: the state before the first token."""
@@ -65,12 +70,15 @@ class StatePool:
         Raises:
             ValueError: the snapshot is not [bytes_per_slot] uint8.
         """
+        self._require_row(snapshot)
+        self._row(slot).copy_(snapshot, non_blocking=True)
+
+    def _require_row(self, snapshot: Tensor) -> None:
         if snapshot.dtype != torch.uint8 or snapshot.shape != (self.bytes_per_slot,):
             raise ValueError(
                 f"a snapshot of this model is {self.bytes_per_slot:,} bytes, "
                 f"not {list(snapshot.shape)} of {snapshot.dtype}"
             )
-        self._row(slot).copy_(snapshot, non_blocking=True)
 
     def _row(self, slot: int) -> Tensor:
         assert SCRATCH_SLOT < slot <= self.num_slots, f"slot {slot} is not one of 1 to {self.num_slots}"

@@ -157,6 +157,7 @@ class EngineConfig:
         prefix_cache_disk_bytes / prefix_cache_folder: of its tier on the disk, in a folder of this engine alone.
         prefix_cache_min_tokens: shorter prefixes are computed again.
         prefix_cache_spacing: a cached state after every so many tokens of a prompt; 0: only at its ends.
+        tensor_parallel: processes that the network is split over; on CUDA each takes a device, from `device` on.
     """
 
     model_path: str
@@ -174,6 +175,7 @@ class EngineConfig:
     prefix_cache_folder: str | None = None
     prefix_cache_min_tokens: int = 64
     prefix_cache_spacing: int = 0
+    tensor_parallel: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +193,10 @@ class EngineInfo:
     load_s: float
     state_layout: StateLayout | None = None
     """What saved states look like; None where none can be saved."""
+    num_ranks: int = 1
+    """Processes that the network is split over."""
+    state_bytes_per_rank: int = 0
+    """Of a slot, on each of them."""
 
 
 @dataclass(frozen=True, slots=True)

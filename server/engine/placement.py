@@ -1,0 +1,61 @@
+"""Where an engine computes and in what numbers: the configured device and dtype as torch knows them."""
+
+import platform
+from collections.abc import Mapping
+
+import torch
+
+from server.engine.types import EngineConfig
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.float32,  # of everything that is not quantised
+}
+
+
+def weights_dtype(config: EngineConfig) -> torch.dtype:
+    """The dtype of the weights that are not quantised.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if config.weights_dtype not in DTYPES:
+        raise ValueError(f"weights_dtype is {config.weights_dtype!r}, and must be one of {', '.join(DTYPES)}")
+    return DTYPES[config.weights_dtype]
+
+
+def select_device(name: str) -> torch.device:
+    """Checks that a device is there, and makes it this process's current one.
+
+    Raises:
+        ValueError: it is not there, or of an unknown kind.
+    """
+    device = torch.device(name)
+    if device.type == "cuda":
+        num_devices = torch.cuda.device_count()
+        if (device.index or 0) >= num_devices:
+            raise ValueError(f"device is {name!r}, but {num_devices} CUDA devices are usable here")
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise ValueError(f"device is {name!r}, and must be cpu, cuda or cuda:N")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def device_of(config: EngineConfig, rank: int) -> str:
+    """The device of a rank: the configured one for rank 0, the CUDA devices that follow it for the others."""
+    kind, _, number = config.device.partition(":")
+    return kind if kind == "cpu" else f"{kind}:{int(number or 0) + rank}"
+
+
+def num_threads_of(config: EngineConfig) -> int:
+    """Tensor threads of each rank: they share the configured ones."""
+    return max(1, config.num_threads // config.tensor_parallel)
