@@ -17,7 +17,7 @@ from server.middleware import (
     printable,
 )
 from server.protocol.wire import ErrorEnvelope, validation_error
-from server.routes import chat, completions, models, operations, responses, states, tokenization
+from server.routes import admin, chat, completions, models, operations, responses, states, tokenization
 from server.service import Service
 
 DESCRIPTION = "OpenAI-compatible inference for DiJiang models: linear attention with a constant-size state."
@@ -41,7 +41,7 @@ def create_app(service: Service) -> FastAPI:
         },
     )
     app.state.service = service
-    for module in (completions, chat, responses, states, models, tokenization, operations):
+    for module in (completions, chat, responses, states, models, tokenization, operations, admin):
         app.include_router(module.router)
     return app
 

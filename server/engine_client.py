@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from server.engine.link import EngineEndedError, EngineLink
-from server.engine.messages import AbortRequest, AddRequest, EngineReady, LoadFailed, StepDone
+from server.engine.messages import AbortRequest, AddRequest, Command, EngineReady, LoadFailed, ResetCache, StepDone
 from server.engine.types import (
     EngineConfig,
     EngineError,
@@ -110,6 +110,7 @@ class EngineClient:
         self._info: EngineInfo | None = None
         self._stats: EngineStats | None = None
         self._num_restarts = 0
+        self._is_reloading = False
         self._link: EngineLink | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._streams: dict[str, EventStream] = {}
@@ -176,6 +177,28 @@ class EngineClient:
             await asyncio.wait({self._supervisor})
         self._end_all(TokenEvent("", finish_reason=FinishReason.ABORT))
 
+    def reset_cache(self) -> None:
+        """Forgets every cached prefix.
+
+        Raises:
+            EngineUnavailableError: loading, restarting, failed or stopped.
+        """
+        self._require_ready()
+        self._send(ResetCache())
+
+    async def reload(self) -> EngineInfo:
+        """Ends the process and loads the model again, as it is on the disk now; what still runs ends with an error.
+
+        Raises:
+            EngineUnavailableError: not loaded now, or it cannot be loaded again.
+        """
+        self._require_ready()
+        assert self._link is not None
+        self._is_reloading = True
+        self._set_status(EngineStatus.RESTARTING)
+        self._link.kill()
+        return await self.wait_ready()
+
     @asynccontextmanager
     async def submit(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[TokenEvent]]:
         """Runs a request for as long as the context is open; gives its events.
@@ -190,7 +213,7 @@ class EngineClient:
         # that was called the same can then never reach this one.
         name = f"{next(self._numbers)}/{request.request_id}"
         stream = EventStream(request.request_id)
-        self._send_request(replace(request, request_id=name))
+        self._send(AddRequest(replace(request, request_id=name)))
         self._streams[name] = stream
         self._request_ids.add(request.request_id)
         try:
@@ -202,18 +225,22 @@ class EngineClient:
                 stream.push(TokenEvent(name, finish_reason=FinishReason.ABORT))
 
     def _check_admission(self, request: GenerationRequest) -> None:
-        if self._status is not EngineStatus.READY or self._info is None:
-            raise self._unavailable()  # without the reason: it may name files, and goes to any client
+        self._require_ready()
         if request.request_id in self._request_ids:
             raise InvalidRequestError(f"request_id {request.request_id!r} is in use", param="request_id")
+        assert self._info is not None
         limit = self._info.num_slots + self._config.max_waiting
         if len(self._streams) >= limit:
             raise OverloadedError(f"the server is full: {len(self._streams)} requests run or wait, {limit} may")
 
-    def _send_request(self, request: GenerationRequest) -> None:
+    def _require_ready(self) -> None:
+        if self._status is not EngineStatus.READY or self._info is None:
+            raise self._unavailable()  # without the reason: it may name files, and goes to any client
+
+    def _send(self, command: Command) -> None:
         assert self._link is not None
         try:
-            self._link.send(AddRequest(request))
+            self._link.send(command)
         except EngineEndedError:
             raise self._unavailable("the engine has just stopped and is being restarted") from None
 
@@ -244,6 +271,9 @@ class EngineClient:
             if end.is_permanent or num_failures >= MAX_LOAD_FAILURES:
                 _log.error("engine process ended, giving up: %s", end.reason)
                 return end.reason
+            if self._is_reloading:
+                self._is_reloading = False
+                continue
             _log.error("engine process ended, starting another: %s", end.reason)
             await asyncio.sleep(min(_FIRST_BACKOFF_S * 2**num_failures, _MAX_BACKOFF_S))
             self._num_restarts += 1
@@ -271,7 +301,7 @@ class EngineClient:
                 self._set_status(EngineStatus.READY)
             else:
                 failure = report
-        was_ready = self._status is EngineStatus.READY
+        was_ready = self._is_reloading or self._status is EngineStatus.READY
         if was_ready:
             self._set_status(EngineStatus.RESTARTING)
         self._end_all(_engine_died())

@@ -5,6 +5,7 @@ ApiError                      -> {"error": {"message", "type", "param", "code"}}
 │   └── ContextLengthError    400 context_length_exceeded
 ├── AuthenticationError       401
 ├── NotFoundError             404
+├── RateLimitError            429 + Retry-After
 ├── DeadlineError             504 timeout (never worth a retry: the deadline was the request's own)
 ├── UnavailableError          503 + Retry-After
 │   ├── OverloadedError       503 overloaded (the queue is full)
@@ -71,6 +72,19 @@ class NotFoundError(ApiError):
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message, param=param, code=code, status=404, type="invalid_request_error")
+
+
+class RateLimitError(ApiError):
+    """The key has asked for more than it may in a minute; try again after `retry_after_s` seconds."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(
+            message,
+            code="rate_limit_exceeded",
+            status=429,
+            type="rate_limit_error",
+            headers={"Retry-After": str(max(1, retry_after_s))},
+        )
 
 
 class DeadlineError(ApiError):

@@ -21,6 +21,7 @@ MAX_HEADER_BYTES = 64 << 10
 MAX_REQUEST_ID_CHARACTERS = 64
 POLLED_PATHS = frozenset({"/health", "/ready", "/metrics"})
 OPEN_PATHS = frozenset({"/health", "/ready"})
+ADMIN_PATHS = "/admin/"
 DRAIN_S = 5.0
 STATE_IMPORT_PATH = "/v1/states/import"
 JSON_MEDIA_TYPES = ("application/json",)
@@ -88,28 +89,42 @@ class RequestContextMiddleware:
 
 
 class AuthenticationMiddleware:
-    """Lets in who knows a key, on every route but `/health` and `/ready` (and `/metrics` by setting)."""
+    """Lets in who knows a key, on every route but `/health` and `/ready` (and `/metrics` by setting).
+
+    `/admin/` has keys of its own: without any, nobody goes there, and the other keys are of no use there.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         options = service.options
         self._key_hashes = options.key_hashes
+        self._admin_key_hashes = options.admin_key_hashes
         self._open_paths = OPEN_PATHS if options.metrics_need_key else OPEN_PATHS | {"/metrics"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._key_hashes and scope["path"] not in self._open_paths:
-            self._check(Headers(scope=scope).get("authorization", ""))
+        if scope["type"] == "http":
+            self._check(scope["path"], Headers(scope=scope).get("authorization", ""))
         await self._app(scope, receive, send)
 
-    def _check(self, authorization: str) -> None:
-        scheme, _, key = authorization.partition(" ")
-        given = hash_key(key.strip().encode("latin-1"))  # as the bytes were on the wire
-        # Every key is compared, and in constant time, so that timing tells nothing.
-        matches = [hmac.compare_digest(given, known) for known in self._key_hashes]
-        if scheme.lower() != "bearer" or not any(matches):
-            raise AuthenticationError(
-                "a key is needed: `Authorization: Bearer KEY`" if not authorization else "the key is not valid"
-            )
+    def _check(self, path: str, authorization: str) -> None:
+        if path.startswith(ADMIN_PATHS):
+            if not self._admin_key_hashes:
+                raise AuthenticationError("this server has no admin key, so nobody may go here (see --admin-keys)")
+            _check_key(authorization, self._admin_key_hashes, kind="an admin key")
+        elif self._key_hashes and path not in self._open_paths:
+            _check_key(authorization, self._key_hashes, kind="a key")
+
+
+def _check_key(authorization: str, known_hashes: frozenset[bytes], *, kind: str) -> None:
+    """Raises `AuthenticationError` unless the header holds a key of these hashes."""
+    scheme, _, key = authorization.partition(" ")
+    given = hash_key(key.strip().encode("latin-1"))  # as the bytes were on the wire
+    # Every key is compared, and in constant time, so that timing tells nothing.
+    matches = [hmac.compare_digest(given, known) for known in known_hashes]
+    if scheme.lower() != "bearer" or not any(matches):
+        raise AuthenticationError(
+            f"{kind} is needed: `Authorization: Bearer KEY`" if not authorization else "the key is not valid"
+        )
 
 
 def hash_key(key: bytes) -> bytes:
@@ -131,7 +146,8 @@ class BodyMiddleware:
             return
         headers = Headers(scope=scope)
         is_state = scope["path"] == STATE_IMPORT_PATH
-        _check_content_type(headers, STATE_MEDIA_TYPES if is_state else JSON_MEDIA_TYPES)
+        if is_state or not _is_empty(headers):
+            _check_content_type(headers, STATE_MEDIA_TYPES if is_state else JSON_MEDIA_TYPES)
         max_bytes = self._service.max_state_file_bytes if is_state else self._service.options.max_body_bytes
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -195,6 +211,11 @@ def _closing(error: ApiError) -> ApiError:
     """The connection cannot be used again: the rest of a body may still be on its way."""
     error.headers["connection"] = "close"
     return error
+
+
+def _is_empty(headers: Headers) -> bool:
+    """Whether no body comes, so that it needs no type: as `curl -X POST` sends to routes that need none."""
+    return headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
 
 
 def _check_content_type(headers: Headers, allowed: tuple[str, ...]) -> None:

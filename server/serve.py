@@ -6,12 +6,13 @@ import hashlib
 import json
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from pydantic import SecretStr
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -31,7 +32,7 @@ from server.states.errors import StoreError
 from server.structure.checker import GrammarChecker, GrammarLimits
 from server.summary import Summary
 from server.text.template import TemplateSyntaxFailure
-from server.text.tokenizer import load_tokenizer
+from server.text.tokenizer import Tokenizer, load_tokenizer
 from server.text.vocabulary import UnsupportedTokenizerError
 
 CPU_STEP_TOKENS, CUDA_STEP_TOKENS = 512, 2048
@@ -67,7 +68,11 @@ def run(settings: Settings, console: Console) -> None:
         engine = EngineClient(config)
         options = service_options(settings, model, default_name)
         grammars = None if tokenizer is None else GrammarChecker(model, grammar_limits(settings))
-        service = Service(engine, options, tokenizer, states=store, grammars=grammars)
+
+        def read_again() -> tuple[ServiceOptions, Tokenizer | None]:
+            return service_options(settings, model, default_name), load_tokenizer(model)
+
+        service = Service(engine, options, tokenizer, states=store, grammars=grammars, read_again=read_again)
     except (UnsupportedTokenizerError, TemplateSyntaxFailure, HardwareError, StoreError) as error:
         raise StartError(str(error)) from error
     listener = _bind(settings)
@@ -182,9 +187,12 @@ def service_options(settings: Settings, model: Path, default_name: str) -> Servi
         request_timeout_s=settings.request_timeout_s,
         keepalive_s=settings.keepalive_s,
         key_hashes=key_hashes(settings),
+        admin_key_hashes=admin_key_hashes(settings),
         metrics_need_key=settings.metrics_need_key,
         cors_origins=settings.cors_origins,
         state_ttl_s=settings.state_ttl_s,
+        rate_limit_requests=settings.rate_limit_requests,
+        rate_limit_tokens=settings.rate_limit_tokens,
     )
 
 
@@ -199,17 +207,26 @@ def key_hashes(settings: Settings) -> frozenset[bytes]:
     Raises:
         StartError: a `sha256:` entry that is no SHA-256, or a file of keys without any.
     """
-    keys = [key.get_secret_value() for key in settings.api_keys]
-    if settings.api_keys_file is not None:
-        lines = [line.strip() for line in settings.api_keys_file.read_text().splitlines()]
+    return _hashes(settings.api_keys, settings.api_keys_file, name="api_keys")
+
+
+def admin_key_hashes(settings: Settings) -> frozenset[bytes]:
+    """SHA-256 of every key that is let in to `/admin/`; raises like `key_hashes`."""
+    return _hashes(settings.admin_keys, settings.admin_keys_file, name="admin_keys")
+
+
+def _hashes(given: Sequence[SecretStr], file: Path | None, *, name: str) -> frozenset[bytes]:
+    keys = [key.get_secret_value() for key in given]
+    if file is not None:
+        lines = [line.strip() for line in file.read_text().splitlines()]
         found = [line for line in lines if line and not line.startswith("#")]
         if not found:
-            raise StartError(f"api_keys_file: {settings.api_keys_file} holds no key")
+            raise StartError(f"{name}_file: {file} holds no key")
         keys += found
-    return frozenset(_key_hash(key) for key in keys)
+    return frozenset(_key_hash(key, name) for key in keys)
 
 
-def _key_hash(key: str) -> bytes:
+def _key_hash(key: str, name: str) -> bytes:
     if not key.startswith(HASHED_KEY):
         return hash_key(key.encode())
     try:
@@ -217,7 +234,7 @@ def _key_hash(key: str) -> bytes:
     except ValueError:
         digest = b""
     if len(digest) != hashlib.sha256().digest_size:
-        raise StartError("api_keys: an entry that begins with sha256: is not followed by 64 hexadecimal digits")
+        raise StartError(f"{name}: an entry that begins with sha256: is not followed by 64 hexadecimal digits")
     return digest
 
 

@@ -6,19 +6,21 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from server.engine.snapshot_files import MAX_HEADER_BYTES
 from server.engine.types import EngineInfo, EngineStats, GenerationRequest, TokenEvent
-from server.errors import EngineUnavailableError, NotFoundError
+from server.errors import EngineUnavailableError, InvalidRequestError, NotFoundError
 from server.metrics import Metrics
+from server.rate_limits import RateLimits
 from server.states.store import StateStore
 from server.structure.checker import GrammarChecker
-from server.text.template import ChatTemplate
+from server.text.template import ChatTemplate, TemplateSyntaxFailure
 from server.text.tokenizer import Tokenizer
+from server.text.vocabulary import UnsupportedTokenizerError
 
 
 class Engine(Protocol):
@@ -33,6 +35,8 @@ class Engine(Protocol):
     @property
     def num_restarts(self) -> int: ...
     def submit(self, request: GenerationRequest) -> AbstractAsyncContextManager[AsyncIterator[TokenEvent]]: ...
+    def reset_cache(self) -> None: ...
+    async def reload(self) -> EngineInfo: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +57,11 @@ class ServiceOptions:
         request_timeout_s: longest time for an answer; 0: no limit.
         keepalive_s: silence in a stream after which a comment is sent.
         key_hashes: SHA-256 of the keys that are let in; empty: everybody is.
+        admin_key_hashes: likewise, of the keys for `/admin/`; empty: nobody may go there.
         metrics_need_key: whether `/metrics` asks for a key too.
         cors_origins: web origins that may call; empty: none.
         state_ttl_s: how long states and responses live without being used, unless a request says; 0: for ever.
+        rate_limit_requests / rate_limit_tokens: most of one key in a minute; 0: no limit.
     """
 
     model_name: str
@@ -71,18 +77,27 @@ class ServiceOptions:
     request_timeout_s: float = 0.0
     keepalive_s: float = 15.0
     key_hashes: frozenset[bytes] = frozenset()
+    admin_key_hashes: frozenset[bytes] = frozenset()
     metrics_need_key: bool = False
     cors_origins: tuple[str, ...] = ()
     state_ttl_s: float = 0.0
+    rate_limit_requests: int = 0
+    rate_limit_tokens: int = 0
+
+
+ReadAgain = Callable[[], tuple[ServiceOptions, Tokenizer | None]]
 
 
 class Service:
     """State of the running service; one per application, lives on the event loop's thread.
 
     Attributes:
-        draining: no new work is taken; what runs is finished.
+        draining: the server is about to stop: no new work is taken; what runs is finished.
+        paused: the same, because an operator wants it for a while.
         num_active: requests that generate right now.
         background: responses that are made while nobody waits, by id.
+        rate_limits: what each key has used of its minute.
+        checking: held by a self-check; one at a time is enough.
     """
 
     def __init__(
@@ -93,11 +108,13 @@ class Service:
         *,
         states: StateStore | None = None,
         grammars: GrammarChecker | None = None,
+        read_again: ReadAgain | None = None,
     ) -> None:
         """
         Args:
             states: where conversations are kept; None: requests that want it are refused.
             grammars: compiles the grammars of requests; None: requests that have one are refused.
+            read_again: reads names and tokenizer of the model again for `reload`; None: it is refused.
 
         Raises:
             TemplateSyntaxFailure: the model's chat template is not valid.
@@ -107,15 +124,17 @@ class Service:
         self.engine = engine
         self.options = options
         self.tokenizer = tokenizer
-        has_template = tokenizer is not None and tokenizer.chat_template is not None
-        self.chat_template = ChatTemplate(tokenizer) if has_template and tokenizer is not None else None
+        self.chat_template = _template_of(tokenizer)
+        self._read_again = read_again
+        self.rate_limits = RateLimits(options.rate_limit_requests, options.rate_limit_tokens)
         self.metrics = Metrics(engine)
         if states is not None:
             self.metrics.watch_states(states)
         self.created = int(time.time())
-        self.draining = False
+        self.draining = self.paused = False
         self.num_active = 0
         self.background: dict[str, asyncio.Task[None]] = {}
+        self.checking = asyncio.Lock()
 
     async def close(self) -> None:
         """Ends what the service itself has started. May be called twice."""
@@ -133,7 +152,7 @@ class Service:
         engine_status = str(self.engine.status)
         if engine_status != "ready":
             return engine_status
-        return "draining" if self.draining else "ok"
+        return "draining" if self.draining or self.paused else "ok"
 
     def require_open(self) -> EngineInfo:
         """The loaded engine's facts.
@@ -142,8 +161,9 @@ class Service:
             EngineUnavailableError: loading, restarting, draining or failed.
         """
         status = self.status
-        if self.draining:
-            raise EngineUnavailableError("the server is shutting down", code="draining", retry_after_s=5)
+        if self.draining or self.paused:
+            reason = "the server is shutting down" if self.draining else "the server takes no requests for a while"
+            raise EngineUnavailableError(reason, code="draining", retry_after_s=5)
         if status != "ok" or self.engine.info is None:
             raise EngineUnavailableError(f"the engine is not ready: {status}", code=f"engine_{status}")
         return self.engine.info
@@ -165,6 +185,33 @@ class Service:
             return self.options.max_body_bytes
         return info.state_layout.num_data_bytes + MAX_HEADER_BYTES
 
+    async def reload(self) -> None:
+        """Loads the model, its tokenizer and its chat template again, as they are on the disk now.
+
+        What still runs ends with an error. Nothing happens if the text side cannot be read.
+
+        Raises:
+            InvalidRequestError: 409, the model's text files cannot be used.
+            EngineUnavailableError: the engine cannot be loaded.
+        """
+        if self._read_again is None:
+            raise InvalidRequestError("this server cannot load its model again", code="reload_failed", status=409)
+        try:
+            options, tokenizer = await asyncio.to_thread(self._read_again)
+            template = _template_of(tokenizer)
+        except (UnsupportedTokenizerError, TemplateSyntaxFailure, OSError) as error:
+            raise InvalidRequestError(f"the model cannot be used: {error}", code="reload_failed", status=409) from error
+        if (tokenizer is None) != (self.tokenizer is None):
+            raise InvalidRequestError(
+                "the model has a tokenizer now and had none, or the other way round: start the server again",
+                code="reload_failed",
+                status=409,
+            )
+        await self.engine.reload()
+        self.options, self.tokenizer, self.chat_template = options, tokenizer, template
+        if self.grammars is not None:
+            await self.grammars.reset()
+
     @contextmanager
     def generating(self) -> Iterator[None]:
         """Counts a request as active while it generates, so that a drain waits for it."""
@@ -173,3 +220,8 @@ class Service:
             yield
         finally:
             self.num_active -= 1
+
+
+def _template_of(tokenizer: Tokenizer | None) -> ChatTemplate | None:
+    """Raises `TemplateSyntaxFailure`."""
+    return None if tokenizer is None or tokenizer.chat_template is None else ChatTemplate(tokenizer)

@@ -108,6 +108,10 @@ class Settings(BaseSettings):
     """Keys that are let in, separated by commas: as they are, or as sha256:HEX. Default: everybody is."""
     api_keys_file: Path | None = _in("Keys", None)
     """File with further keys, one a line."""
+    admin_keys: SecretList = _in("Keys", ())
+    """Keys for /admin/ alone, separated by commas: as they are, or as sha256:HEX. Default: nobody may go there."""
+    admin_keys_file: Path | None = _in("Keys", None)
+    """File with further ones, one a line."""
     metrics_need_key: bool = _in("Keys", False)
     """Ask for a key on /metrics too."""
 
@@ -131,6 +135,10 @@ class Settings(BaseSettings):
     """Longest time for a request body to arrive, seconds."""
     request_timeout_s: float = _in("Limits", 0.0, ge=0)
     """Longest time for an answer, seconds; 0: no limit."""
+    rate_limit_requests: int = _in("Limits", 0, ge=0)
+    """Most generating requests a minute of one key, with bursts up to that many; 0: no limit."""
+    rate_limit_tokens: int = _in("Limits", 0, ge=0)
+    """Most tokens a minute of one key, prompts and answers together; 0: no limit."""
 
     drain_timeout_s: float = _in("Operation", 30.0, ge=0)
     """After SIGTERM: longest time to finish what runs, seconds."""
@@ -157,7 +165,7 @@ class Settings(BaseSettings):
             else "",
             *(
                 f"{name}: the file {path} does not exist"
-                for name in ("tls_cert", "tls_key", "api_keys_file")
+                for name in ("tls_cert", "tls_key", "api_keys_file", "admin_keys_file")
                 if (path := getattr(self, name)) is not None and not path.is_file()
             ),
             f"max_n is {self.max_n}, but max_choices allows only {self.max_choices} answers in one request"

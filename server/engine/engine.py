@@ -137,6 +137,11 @@ class Engine:
         self._release_ended({})
         return event
 
+    def reset_cache(self) -> None:
+        """Forgets every cached prefix."""
+        if self._snapshots is not None:
+            self._snapshots.reset_cache()
+
     def step(self) -> list[TokenEvent]:
         """One turn. An exception from here leaves the engine unusable."""
         events = self._take_compiled() + self._take_files()

@@ -23,7 +23,7 @@ class Groups:
     def admitted(self, sequence: Sequence) -> None:
         """Lets a sequence that gets a slot lead its group, unless it has nothing to share."""
         group = sequence.request.group
-        if group is None or sequence.scores_prompt or sequence.num_fed >= _fork_point(sequence):
+        if group is None or sequence.num_fed >= _fork_point(sequence):
             return
         self._leaders[group] = sequence
         sequence.stops |= {_fork_point(sequence)}

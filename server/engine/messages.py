@@ -1,6 +1,6 @@
 """What the service and the engine process say to each other: MessagePack, one tagged struct per message.
 
-    service -> engine    AddRequest, AbortRequest
+    service -> engine    AddRequest, AbortRequest, ResetCache
     engine -> service    EngineReady | LoadFailed, then StepDone
 
 The first thing an engine process reads is its `EngineConfig` as one line of JSON on its standard input,
@@ -25,6 +25,10 @@ class AbortRequest(msgspec.Struct, frozen=True, tag="abort", array_like=True):
     """End this request; unknown and ended ones are ignored, for the abort may cross the end."""
 
     request_id: str
+
+
+class ResetCache(msgspec.Struct, frozen=True, tag="reset_cache", array_like=True):
+    """Forget every cached prefix."""
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag="ready", array_like=True):
@@ -52,7 +56,7 @@ class StepDone(msgspec.Struct, frozen=True, tag="step", array_like=True):
     stats: EngineStats | None = None
 
 
-Command = AddRequest | AbortRequest
+Command = AddRequest | AbortRequest | ResetCache
 Report = EngineReady | LoadFailed | StepDone
 
 

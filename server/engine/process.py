@@ -35,6 +35,7 @@ from server.engine.messages import (
     EngineReady,
     LoadFailed,
     Report,
+    ResetCache,
     StepDone,
     ipc_address,
 )
@@ -92,6 +93,9 @@ class EngineLoop:
     def _obey(self, command: Command) -> TokenEvent | None:
         if isinstance(command, AbortRequest):
             return self._engine.abort(command.request_id)
+        if isinstance(command, ResetCache):
+            self._engine.reset_cache()
+            return None
         return self._engine.add(command.request)
 
     def _report(self, events: list[TokenEvent], *, with_stats: bool) -> None:

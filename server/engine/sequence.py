@@ -100,6 +100,7 @@ class Sequence:
     def __post_init__(self) -> None:
         if self.request.states.save_to is not None or self.sampling.bad_words:
             self.keep_outputs()
+        self.stops = frozenset(self.request.cuts)
         eos = () if self.sampling.ignore_eos else self.eos_token_ids
         self.end_token_ids = frozenset((*eos, *self.sampling.stop_token_ids))
 

@@ -216,6 +216,11 @@ class Snapshots:
             self._save(sequence, event, snapshot)
         return options.save_to is not None
 
+    def reset_cache(self) -> None:
+        """Forgets every cached prefix; requests that wait for one from the disk get it all the same."""
+        if self._cache is not None:
+            self._cache.clear()
+
     def close(self) -> None:
         """Ends the thread; what it has begun is finished."""
         self._thread.shutdown(cancel_futures=True)
@@ -228,7 +233,7 @@ class Snapshots:
         if spacing > 0:
             wanted |= {*range(spacing, num_tokens, spacing)}
         least = max(self._policy.min_tokens, sequence.num_fed + 1)
-        return frozenset(stop for stop in wanted if least <= stop < num_tokens)
+        return sequence.stops | {stop for stop in wanted if least <= stop < num_tokens}
 
     def _cache_end(self, sequence: Sequence, snapshot: object) -> None:
         if not sequence.has_all_outputs:

@@ -87,6 +87,8 @@ class GenerationRequest:
         group: name that requests of one prompt and one `states.load_from` share, so that the prompt is computed once;
             None: there are no others.
         priority: requests of lower numbers get slots first.
+        cuts: lengths of the prompt at which a step ends, so that the prompt is computed in exactly these chunks (or
+            smaller ones, where a step has no room); for measuring.
         grammar: the language that the answer must be in; None: any text.
     """
 
@@ -98,6 +100,7 @@ class GenerationRequest:
     group: str | None = None
     priority: int = 0
     grammar: GrammarSpec | None = None
+    cuts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

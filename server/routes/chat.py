@@ -21,7 +21,7 @@ from server.routes.answers import Answer, Generation, Piece
 from server.routes.json_body import JsonRoute, ServiceDependency
 from server.routes.logprobs import Places, logprob_format
 from server.routes.prompting import check_counts, encode_messages, plan_generation
-from server.routes.sessions import find_base, state_session, system_prefix
+from server.routes.sessions import admit, find_base, state_session, system_prefix
 from server.routes.streaming import (
     ClientGoneResponse,
     collect_answers,
@@ -48,6 +48,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, service: S
     service.require_model(body.model)
     check_counts(service.options, body, num_prompts=1)
     info = service.require_open()
+    admit(request, service)
     base = await find_base(request, service, info, body, num_choices=body.num_choices)
     tools = told_tools(body.tool_use)
     prompt = await encode_messages(

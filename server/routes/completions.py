@@ -13,7 +13,7 @@ from server.routes.answers import Answer, Generation, Piece
 from server.routes.json_body import JsonRoute, ServiceDependency
 from server.routes.logprobs import Places, logprob_format
 from server.routes.prompting import check_counts, encode_prompts, plan_generation
-from server.routes.sessions import find_base, state_session
+from server.routes.sessions import admit, find_base, state_session
 from server.routes.streaming import (
     ClientGoneResponse,
     collect_answers,
@@ -39,6 +39,7 @@ async def create_completion(body: CompletionRequest, request: Request, service: 
     service.require_model(body.model)
     check_counts(service.options, body, num_prompts=len(body.prompts))
     info = service.require_open()
+    admit(request, service)
     num_choices = len(body.prompts) * body.num_choices
     base = await find_base(request, service, info, body, num_choices=num_choices)
     is_start = base is None

@@ -24,7 +24,7 @@ async def health(service: ServiceDependency) -> JSONResponse:
 @router.get("/ready")
 async def ready(service: ServiceDependency) -> JSONResponse:
     """200 when new requests are taken; 503 while loading, restarting or draining."""
-    status = service.status if not service.draining else "draining"
+    status = "draining" if service.draining or service.paused else service.status
     is_ready = status == "ok"
     return JSONResponse({"status": status}, 200 if is_ready else 503, headers=None if is_ready else RETRY_LATER)
 

@@ -30,6 +30,11 @@ def owner_of(request: Request, service: Service) -> str:
     return hashlib.sha256(b"owner of states" + hash_key(key.strip().encode("latin-1"))).hexdigest()
 
 
+def admit(request: Request, service: Service) -> None:
+    """Counts a request that will make the engine work; raises `RateLimitError`."""
+    service.rate_limits.admit(owner_of(request, service))
+
+
 def require_store(service: Service, *, param: str | None) -> StateStore:
     """Raises a 400 where no states are kept."""
     if service.states is None:

@@ -30,6 +30,7 @@ from server.protocol.usage import Usage
 from server.routes.json_body import JsonRoute, ServiceDependency
 from server.routes.prompting import check_prompt, encode_messages, encode_prompts
 from server.routes.sessions import (
+    admit,
     cache_use,
     find_base,
     keeper,
@@ -54,6 +55,7 @@ async def create_state(body: CreateStateRequest, request: Request, service: Serv
     """Feeds a prompt or messages and saves the state after them; nothing is generated."""
     service.require_model(body.model)
     info = service.require_open()
+    admit(request, service)
     wish = ReturnState(name=body.name, ttl_s=body.ttl_s)
     fields = StateFields(
         state_id=body.state_id, return_state=wish, cache_prompt=body.cache_prompt, cache_salt=body.cache_salt
@@ -76,6 +78,7 @@ async def create_state(body: CreateStateRequest, request: Request, service: Serv
         state_id, usage = await unless_disconnected(request.receive, _feed(service, session, prompt))
     except ClientDisconnectedError:
         return ClientGoneResponse()
+    service.rate_limits.charge(owner, usage.prompt_tokens - usage.prompt_tokens_details.cached_tokens)
     record = await require_store(service, param=None).get(owner, state_id)
     state = State.of(record, model=service.options.model_name)
     return json_response(CreatedState(**dict(state), usage=usage))

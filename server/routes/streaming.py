@@ -9,8 +9,11 @@ import structlog
 from fastapi import Request, Response
 
 from server.errors import ApiError, InternalError
+from server.protocol.usage import Usage
 from server.protocol.wire import ResponseModel
 from server.routes.answers import Answer, Generation
+from server.routes.sessions import owner_of
+from server.service import Service
 from server.sse import DONE, EventStreamResponse, event, unless_disconnected
 
 logger = structlog.stdlib.get_logger("dijiang.answers")
@@ -66,9 +69,16 @@ def stream_answers(request: Request, generation: Generation, chunks: AsyncGenera
 
 
 def note_usage(request: Request, generation: Generation) -> None:
-    """Puts the token counts into the request's log line."""
+    """Puts the token counts into the request's log line, and onto its key's bill."""
     usage = generation.usage
+    service: Service = request.app.state.service
+    service.rate_limits.charge(owner_of(request, service), charged_tokens(usage))
     request.state.facts.update(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
+
+
+def charged_tokens(usage: Usage) -> int:
+    """What counts against a key's tokens a minute: all but what was not computed again."""
+    return usage.total_tokens - usage.prompt_tokens_details.cached_tokens
 
 
 async def _guarded(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

@@ -102,6 +102,13 @@ class GrammarChecker:
             raise GrammarRefusedError(found)
         return found
 
+    async def reset(self) -> None:
+        """Forgets what was compiled: the model has another tokenizer, perhaps."""
+        async with self._turn:
+            await self.close()
+            self._remembered.clear()
+            self._refusal = None
+
     async def close(self) -> None:
         """Ends the process. May be called twice."""
         process, self._process = self._process, None

@@ -39,6 +39,7 @@ class FakeEngine:
         capacity: requests at once; more are refused.
         closed: set by `close`.
         submitted / ended: request ids, and why each one ended.
+        orders: `reset_cache` and `reload`, as they came.
     """
 
     script: Script = answer_tokens
@@ -54,6 +55,7 @@ class FakeEngine:
     running: set[str] = field(default_factory=set)
     gate: threading.Event | None = None
     closed: threading.Event = field(default_factory=threading.Event)
+    orders: list[str] = field(default_factory=list)
 
     @property
     def info(self) -> EngineInfo:
@@ -77,6 +79,13 @@ class FakeEngine:
         """Ends what runs with ABORT."""
         self.status = "stopped"
         self.closed.set()
+
+    def reset_cache(self) -> None:
+        self.orders.append("reset_cache")
+
+    async def reload(self) -> EngineInfo:
+        self.orders.append("reload")
+        return self.info
 
     @asynccontextmanager
     async def submit(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[TokenEvent]]:

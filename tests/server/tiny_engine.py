@@ -46,6 +46,13 @@ class TinyEngine:
     async def close(self) -> None:
         """Nothing to end."""
 
+    def reset_cache(self) -> None:
+        self.engine.reset_cache()
+
+    async def reload(self) -> EngineInfo:
+        """The model is in memory."""
+        return self.info
+
     @asynccontextmanager
     async def submit(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[TokenEvent]]:
         self.submitted.append(request)
