@@ -67,9 +67,19 @@ def _apply(proto: Any, document: dict[str, Any]) -> None:
     document["model"]["merges"] = merges({piece.piece: piece.score for piece in proto.pieces if piece.type in kinds})
     rules = proto.normalizer_spec
     if rules.name == "identity" and rules.add_dummy_prefix and not rules.remove_extra_whitespaces:
-        spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-        document["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": _SPACE}, spaces]}
+        document["normalizer"] = _sequence("normalizers", {"type": "Prepend", "prepend": _SPACE}, _replace(" ", _SPACE))
         document["pre_tokenizer"] = None
+        first_space = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+        bytes_to_text = ({"type": "ByteFallback"}, {"type": "Fuse"})
+        document["decoder"] = _sequence("decoders", _replace(_SPACE, " "), *bytes_to_text, first_space)
+
+
+def _sequence(kind: str, *steps: Mapping[str, object]) -> Mapping[str, object]:
+    return {"type": "Sequence", kind: steps}
+
+
+def _replace(old: str, new: str) -> Mapping[str, object]:
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
 
 
 def _proto(data: bytes) -> Any:
