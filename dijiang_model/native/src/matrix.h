@@ -39,8 +39,16 @@ struct Activations {
 // Weights come from memory once a step. A block of outputs reads several rows side by side, which the processor's own
 // prefetching does not follow well, least of all in short rows: so the blocks behind are asked for line by line.
 constexpr int64_t kAheadBytes = 32768;
-static inline void fetch_ahead(const void* at) {
-  __builtin_prefetch(static_cast<const char*>(at) + kAheadBytes, 0, 2);
+static inline void fetch(const void* at) { __builtin_prefetch(at, 0, 2); }
+
+// Weights that are read in the order of memory are followed well, at a third more bytes a second than can be asked for,
+// but only to the end of a page: the first lines of the page behind each one that ends within `bytes` are asked for.
+static inline void fetch_next_pages(const void* at, int64_t bytes) {
+  constexpr uintptr_t kPage = 4096;
+  constexpr int kLines = 4;
+  const auto start = reinterpret_cast<uintptr_t>(at), end = start + static_cast<uintptr_t>(bytes);
+  for (uintptr_t page = (start + kPage - 1) / kPage * kPage; page < end; page += kPage)
+    for (int line = 0; line < kLines; ++line) fetch(reinterpret_cast<const void*>(page + kPage + 64 * line));
 }
 
 typedef float Vec4At __attribute__((vector_size(16), aligned(4), may_alias));
@@ -48,18 +56,17 @@ static inline Vec4 load4(const float* from) { return *reinterpret_cast<const Vec
 static inline void store4(float* to, Vec4 x) { *reinterpret_cast<Vec4At*>(to) = x; }
 
 // sums[o / 4][n] = w[o] . x[n]. Every sum is one vector accumulator over the columns in order, whatever O and N.
-// With kFetch, a share of kFetch / O of the weights behind the block is asked for, the `part`-th one.
+// With kFetch, a share of kFetch / O of as many weights from `behind` on is asked for.
 template <int O, int N, int kFetch = 0>
 static inline void dot_block(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t size,
-                             Vec4 (&sums)[O / 4][N], int64_t part = 0) {
-  const float* behind = w + part * kFetch * w_stride;
+                             Vec4 (&sums)[O / 4][N], [[maybe_unused]] const float* behind = nullptr) {
   Vec total[O][N];
   each<O>([&](auto o) DIJIANG_INLINE { each<N>([&](auto n) DIJIANG_INLINE { total[o][n] = splat(0.0f); }); });
   auto add = [&](auto from, int64_t j) DIJIANG_INLINE {
     Vec weights[O];
     each<O>([&](auto o) DIJIANG_INLINE {
       weights[o] = from(w + o * w_stride + j);
-      if (o < kFetch) fetch_ahead(behind + j * kFetch + o * kLanes);
+      if (o < kFetch) fetch(behind + j * kFetch + o * kLanes);
     });
     each<N>([&](auto n) DIJIANG_INLINE {
       const Vec value = from(x + n * x_stride + j);
@@ -76,27 +83,79 @@ static inline void dot_block(const float* w, int64_t w_stride, const float* x, i
   });
 }
 
-#if DIJIANG_VNNI
-static inline __m128i quarter(__m512i x) {
-  const __m256i eight = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
-  return _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+// The same for few rows of x, output after output in the order of memory.
+template <int O, int N>
+static inline void dot_in_order(const float* w, const float* x, int64_t x_stride, int64_t size,
+                                Vec4 (&sums)[O / 4][N]) {
+  fetch_next_pages(w, O * size * static_cast<int64_t>(sizeof(float)));
+  Vec total[O][N];
+  each<O>([&](auto o) DIJIANG_INLINE {
+    Vec sum[N];
+    each<N>([&](auto n) DIJIANG_INLINE { sum[n] = splat(0.0f); });
+    auto add = [&](auto from, int64_t j) DIJIANG_INLINE {
+      const Vec weights = from(w + o * size + j);
+      each<N>([&](auto n) DIJIANG_INLINE { sum[n] = fma(weights, from(x + n * x_stride + j), sum[n]); });
+    };
+    int64_t j = 0;
+    for (; j + kLanes <= size; j += kLanes) add([](const float* at) { return load(at); }, j);
+    if (j < size) add([size, j](const float* at) { return load_first(at, size - j); }, j);
+    each<N>([&](auto n) DIJIANG_INLINE { total[o][n] = sum[n]; });
+  });
+  each<O / 4>([&](auto o) DIJIANG_INLINE {
+    each<N>([&](auto n) DIJIANG_INLINE {
+      sums[o][n] = sum4(total[4 * o][n], total[4 * o + 1][n], total[4 * o + 2][n], total[4 * o + 3][n]);
+    });
+  });
 }
 
-// Four sums of all lanes.
-static inline __m128i sum4(__m512i a, __m512i b, __m512i c, __m512i d) {
-  return _mm_hadd_epi32(_mm_hadd_epi32(quarter(a), quarter(b)), _mm_hadd_epi32(quarter(c), quarter(d)));
+#if DIJIANG_VNNI
+// Halves of each 128 bits of a and b, added: a's sums in the even pair of lanes, b's in the odd one.
+static inline __m512i fold(__m512i a, __m512i b) {
+  return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+}
+
+// The sums of all lanes of four vectors.
+static inline __m512i fold4(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = fold(a, b), cd = fold(c, d);
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+}
+
+// ... of four `high` ones in the lower half, of four `low` ones in the upper half.
+static inline __m256i sum8(const __m512i (&high)[4], const __m512i (&low)[4]) {
+  const __m512i h = fold4(high[0], high[1], high[2], high[3]), l = fold4(low[0], low[1], low[2], low[3]);
+  const __m512i four = _mm512_add_epi32(_mm512_shuffle_i64x2(h, l, 0x44), _mm512_shuffle_i64x2(h, l, 0xee));
+  const __m256i front = _mm512_castsi512_si256(four), back = _mm512_extracti64x4_epi64(four, 1);
+  return _mm256_add_epi32(_mm256_permute2x128_si256(front, back, 0x20), _mm256_permute2x128_si256(front, back, 0x31));
 }
 #endif
 
 typedef int64_t Long4 __attribute__((vector_size(32)));
 typedef int32_t Int4At __attribute__((vector_size(16), aligned(4), may_alias));
 
+#if DIJIANG_VNNI
+// From vectors of sums to sums: high * 256 + low, less what the activations' offset of 32768 added.
+template <int O, int N>
+static inline void combine_codes(const __m512i (&high)[O][N], const __m512i (&low)[O][N], const int32_t* totals,
+                                 Long4 (&sums)[O / 4][N]) {
+  each<O / 4>([&](auto block) DIJIANG_INLINE {
+    constexpr int o = 4 * block;
+    const Long4 offset = __builtin_convertvector(*reinterpret_cast<const Int4At*>(totals + o), Long4) * 32768;
+    each<N>([&](auto n) DIJIANG_INLINE {
+      const __m256i both = sum8({high[o][n], high[o + 1][n], high[o + 2][n], high[o + 3][n]},
+                                {low[o][n], low[o + 1][n], low[o + 2][n], low[o + 3][n]});
+      const auto upper = reinterpret_cast<Long4>(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(both)));
+      const auto lower = reinterpret_cast<Long4>(_mm256_cvtepi32_epi64(_mm256_extracti128_si256(both, 1)));
+      sums[block][n] = upper * 256 + lower - offset;
+    });
+  });
+}
+#endif
+
 // Integer dot products of int8 codes and 16-bit activations, exact: sums[o / 4][n].
 template <int O, int N, int kFetch>
 static inline void dot_codes(const int8_t* codes, int64_t size, const uint8_t* planes, const int32_t* totals,
-                             Long4 (&sums)[O / 4][N], [[maybe_unused]] int64_t part) {
+                             Long4 (&sums)[O / 4][N], [[maybe_unused]] const int8_t* behind) {
 #if DIJIANG_VNNI
-  const int8_t* behind = codes + part * kFetch * size;
   __m512i high[O][N], low[O][N];
   each<O>([&](auto o) DIJIANG_INLINE {
     each<N>([&](auto n) DIJIANG_INLINE { high[o][n] = low[o][n] = _mm512_setzero_si512(); });
@@ -105,7 +164,7 @@ static inline void dot_codes(const int8_t* codes, int64_t size, const uint8_t* p
     __m512i weights[O];
     each<O>([&](auto o) DIJIANG_INLINE {
       weights[o] = _mm512_loadu_si512(codes + o * size + j);
-      if (o < kFetch) fetch_ahead(behind + j * kFetch + o * kCodeBlock);
+      if (o < kFetch) fetch(behind + j * kFetch + o * kCodeBlock);
     });
     each<N>([&](auto n) DIJIANG_INLINE {
       const uint8_t* row = planes + n * 2 * size + j;
@@ -116,16 +175,7 @@ static inline void dot_codes(const int8_t* codes, int64_t size, const uint8_t* p
       });
     });
   }
-  each<O / 4>([&](auto block) DIJIANG_INLINE {
-    constexpr int o = 4 * block;
-    const Long4 total = __builtin_convertvector(*reinterpret_cast<const Int4At*>(totals + o), Long4);
-    each<N>([&](auto n) DIJIANG_INLINE {
-      const auto upper = reinterpret_cast<Int4At>(sum4(high[o][n], high[o + 1][n], high[o + 2][n], high[o + 3][n]));
-      const auto lower = reinterpret_cast<Int4At>(sum4(low[o][n], low[o + 1][n], low[o + 2][n], low[o + 3][n]));
-      sums[block][n] =
-          __builtin_convertvector(upper, Long4) * 256 + __builtin_convertvector(lower, Long4) - total * 32768;
-    });
-  });
+  combine_codes<O, N>(high, low, totals, sums);
 #else
   constexpr int64_t kExact = 32768;  // 32768 * 255 * 127 < 2^31
   for (int o = 0; o < O; ++o)
@@ -146,15 +196,54 @@ static inline void dot_codes(const int8_t* codes, int64_t size, const uint8_t* p
 #endif
 }
 
+#if DIJIANG_VNNI
+// The same for one row, output after output in the order of memory.
+template <int O>
+static inline void codes_in_order(const int8_t* codes, int64_t size, const uint8_t* planes, const int32_t* totals,
+                                  Long4 (&sums)[O / 4][1]) {
+  fetch_next_pages(codes, O * size);
+  __m512i high[O][1], low[O][1];
+  each<O>([&](auto o) DIJIANG_INLINE {
+    const int8_t* row = codes + o * size;
+    __m512i upper = _mm512_setzero_si512(), lower = upper;
+    for (int64_t j = 0; j < size; j += kCodeBlock) {
+      const __m512i weights = _mm512_loadu_si512(row + j);
+      upper = _mm512_dpbusd_epi32(upper, _mm512_loadu_si512(planes + j), weights);
+      lower = _mm512_dpbusd_epi32(lower, _mm512_loadu_si512(planes + size + j), weights);
+    }
+    high[o][0] = upper;
+    low[o][0] = lower;
+  });
+  combine_codes<O, 1>(high, low, totals, sums);
+}
+#else
+template <int O>
+static inline void codes_in_order(const int8_t* codes, int64_t size, const uint8_t* planes, const int32_t* totals,
+                                  Long4 (&sums)[O / 4][1]) {
+  dot_codes<O, 1, 0>(codes, size, planes, totals, sums, nullptr);
+}
+#endif
+
+// How a block is read: with kInOrder one output after the other, else all side by side, asking for a share of
+// kFetch / O of as many weights, the `part`-th one, which lie `ahead` bytes behind the block.
+constexpr int kInOrder = -1;
+
 // y[n ... n + N - 1][row ... row + O - 1] (+)= W x + b, O a multiple of 4.
 template <int O, int N, bool kCodes, int kFetch>
 static inline void product_block(const Matrix& m, const Activations& x, int64_t row, int64_t n, float* y,
-                                 int64_t y_stride, bool add, int64_t part) {
+                                 int64_t y_stride, bool add, int64_t part = 0, int64_t ahead = kAheadBytes) {
   Vec4 values[O / 4][N];
-  if (kCodes) {
+  if constexpr (kCodes) {
     const int64_t size = padded(m.columns);
+    const int8_t* codes = m.codes + row * size;
+    const uint8_t* planes = x.planes + n * 2 * size;
     Long4 sums[O / 4][N];
-    dot_codes<O, N, kFetch>(m.codes + row * size, size, x.planes + n * 2 * size, m.totals + row, sums, part);
+    if constexpr (kFetch == kInOrder) {
+      static_assert(N == 1);
+      codes_in_order<O>(codes, size, planes, m.totals + row, sums);
+    } else {
+      dot_codes<O, N, kFetch>(codes, size, planes, m.totals + row, sums, codes + part * kFetch * size + ahead);
+    }
     each<O / 4>([&](auto o) DIJIANG_INLINE {
       const Vec4 scales = load4(m.scales + row + 4 * o);
       each<N>([&](auto i) DIJIANG_INLINE {
@@ -162,8 +251,13 @@ static inline void product_block(const Matrix& m, const Activations& x, int64_t 
       });
     });
   } else {
-    dot_block<O, N, kFetch>(m.weight + row * m.columns, m.columns, x.values + n * x.stride, x.stride, m.columns, values,
-                            part);
+    const float *weight = m.weight + row * m.columns, *right = x.values + n * x.stride;
+    if constexpr (kFetch == kInOrder) {
+      dot_in_order<O, N>(weight, right, x.stride, m.columns, values);
+    } else {
+      const float* behind = weight + part * kFetch * m.columns + ahead / static_cast<int64_t>(sizeof(float));
+      dot_block<O, N, kFetch>(weight, m.columns, right, x.stride, m.columns, values, behind);
+    }
   }
   each<N>([&](auto i) DIJIANG_INLINE {
     each<O / 4>([&](auto o) DIJIANG_INLINE {
@@ -197,23 +291,39 @@ constexpr bool kIsWide = kLanes == 16;
 template <bool kCodes>
 constexpr int kBlockRows = kIsWide && !kCodes ? 4 : 2;
 
-// O outputs of all rows; the first O / kFetch blocks of rows ask for the weights behind, a share each.
+// O outputs of rows n ... last_n - 1; the first O / kFetch blocks of all rows ask for weights behind, a share each.
 template <int O, bool kCodes, int kFetch>
-static inline void product_outputs(const Matrix& m, const Activations& x, int64_t num_rows, int64_t row, float* y,
-                                   int64_t y_stride, bool add) {
+static inline void product_outputs(const Matrix& m, const Activations& x, int64_t n, int64_t last_n, int64_t row,
+                                   float* y, int64_t y_stride, bool add, int64_t ahead = kAheadBytes) {
   constexpr int kRows = kBlockRows<kCodes>;
-  int64_t n = 0, part = 0;
+  int64_t part = n / kRows;
   auto block = [&](auto rows) DIJIANG_INLINE {
     if (part < O / kFetch) {
-      product_block<O, rows, kCodes, kFetch>(m, x, row, n, y, y_stride, add, part++);
+      product_block<O, rows, kCodes, kFetch>(m, x, row, n, y, y_stride, add, part++, ahead);
     } else {
-      product_block<O, rows, kCodes, 0>(m, x, row, n, y, y_stride, add, 0);
+      product_block<O, rows, kCodes, 0>(m, x, row, n, y, y_stride, add);
     }
     n += rows;
   };
-  while (n + kRows <= num_rows) block(std::integral_constant<int, kRows>{});
-  while (kRows > 2 && n + 2 <= num_rows) block(std::integral_constant<int, 2>{});
-  while (n < num_rows) block(std::integral_constant<int, 1>{});
+  while (n + kRows <= last_n) block(std::integral_constant<int, kRows>{});
+  while (kRows > 2 && n + 2 <= last_n) block(std::integral_constant<int, 2>{});
+  while (n < last_n) block(std::integral_constant<int, 1>{});
+}
+
+// Many rows do not fit in the first-level cache beside the weights. So some rows meet a panel of outputs, then the next
+// rows the same panel, which waits in the second-level cache; meanwhile the next panel is asked for.
+constexpr int64_t kPanelOutputs = 32, kPanelRows = 8;
+
+template <bool kCodes>
+static inline int64_t product_panels(const Matrix& m, const Activations& x, int64_t num_rows, int64_t row, int64_t last,
+                                     float* y, int64_t y_stride, bool add) {
+  const int64_t bytes = kCodes ? padded(m.columns) : m.columns * static_cast<int64_t>(sizeof(float));
+  for (; row + kPanelOutputs <= last; row += kPanelOutputs)
+    for (int64_t n = 0; n < num_rows; n += kPanelRows)
+      for (int64_t o = 0; o < kPanelOutputs; o += 4)
+        product_outputs<4, kCodes, 1>(m, x, n, n + kPanelRows < num_rows ? n + kPanelRows : num_rows, row + o, y,
+                                      y_stride, add, kPanelOutputs * bytes);
+  return row;
 }
 
 template <bool kCodes>
@@ -222,15 +332,19 @@ static inline void product_range(const Matrix& m, const Activations& x, int64_t 
   // Spread over all rows where that was measured to be faster: not for codes, whose rows are short.
   const int64_t num_blocks = kCodes ? 1 : num_rows / kBlockRows<kCodes>;
   int64_t row = first;
-  for (; num_rows == 1 && kIsWide && row + 8 <= last; row += 8)
-    product_block<8, 1, kCodes, 8>(m, x, row, 0, y, y_stride, add, 0);
+  for (; num_rows == 1 && row + 8 <= last; row += 8)
+    product_block<8, 1, kCodes, kInOrder>(m, x, row, 0, y, y_stride, add);
+  if constexpr (!kCodes)
+    for (; num_rows == 2 && row + 4 <= last; row += 4)
+      product_block<4, 2, kCodes, kInOrder>(m, x, row, 0, y, y_stride, add);
+  if (num_blocks >= 4) row = product_panels<kCodes>(m, x, num_rows, row, last, y, y_stride, add);
   for (; row + 4 <= last; row += 4) {
     if (num_blocks < 2) {
-      product_outputs<4, kCodes, 4>(m, x, num_rows, row, y, y_stride, add);
+      product_outputs<4, kCodes, 4>(m, x, 0, num_rows, row, y, y_stride, add);
     } else if (num_blocks < 4) {
-      product_outputs<4, kCodes, 2>(m, x, num_rows, row, y, y_stride, add);
+      product_outputs<4, kCodes, 2>(m, x, 0, num_rows, row, y, y_stride, add);
     } else {
-      product_outputs<4, kCodes, 1>(m, x, num_rows, row, y, y_stride, add);
+      product_outputs<4, kCodes, 1>(m, x, 0, num_rows, row, y, y_stride, add);
     }
   }
   for (; row < last; ++row)
