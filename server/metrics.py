@@ -122,6 +122,7 @@ class _StatesCollector(Collector):
         yield GaugeMetricFamily("dijiang_saved_states", "Conversations that are saved.", value=totals.num_states)
         yield GaugeMetricFamily("dijiang_saved_states_bytes", "Disk space of saved states.", value=totals.num_bytes)
         yield GaugeMetricFamily("dijiang_saved_states_max_bytes", "Most of it.", value=totals.max_bytes)
+        yield GaugeMetricFamily("dijiang_state_store_up", "1 while states can be kept.", value=int(totals.is_up))
 
 
 def _info_metrics(info: EngineInfo) -> Iterator[Metric]:

@@ -29,6 +29,7 @@ from server.service import Service, ServiceOptions
 from server.settings import Settings, misplaced_key
 from server.states.embedded import EmbeddedStore
 from server.states.errors import StoreError
+from server.states.store import StateStore
 from server.structure.checker import GrammarChecker, GrammarLimits
 from server.summary import Summary
 from server.text.template import TemplateSyntaxFailure
@@ -91,6 +92,8 @@ async def _serve(
 ) -> None:
     """Opens the port at once, while the engine loads."""
     await engine.start()
+    if service.states is not None:
+        await service.states.start(service.end_background)
     console.print(f"Loading {summary.model}; the port of {summary.base_url} is open already", highlight=False)
     waiting = asyncio.create_task(_announce(engine, summary, console))
     try:
@@ -110,11 +113,11 @@ async def _announce(engine: EngineClient, summary: Summary, console: Console) ->
         console.print(summary.table(await engine.wait_ready()))
 
 
-def open_store(settings: Settings, model_name: str, console: Console) -> EmbeddedStore | None:
+def open_store(settings: Settings, model_name: str, console: Console) -> StateStore | None:
     """Where states are kept; None if they are not.
 
     Raises:
-        StoreError: the folder that the operator named cannot be used.
+        StoreError: the folder or the database that the operator named cannot be used.
     """
     if not settings.states:
         return None
@@ -122,6 +125,8 @@ def open_store(settings: Settings, model_name: str, console: Console) -> Embedde
     if folder is None:
         home = DEFAULT_HOME if settings.cache_dir is None else settings.cache_dir
         folder = home / "states" / re.sub(r"[^A-Za-z0-9._-]", "_", model_name)
+    if settings.state_store is not None:
+        return _open_shared_store(settings, settings.state_store.get_secret_value(), folder.expanduser().resolve())
     try:
         return EmbeddedStore(
             folder.expanduser().resolve(), max_bytes=int(settings.states_disk), eviction=settings.states_eviction
@@ -133,7 +138,22 @@ def open_store(settings: Settings, model_name: str, console: Console) -> Embedde
         return None
 
 
-def engine_config(settings: Settings, model: Path, device: Device, store: EmbeddedStore | None = None) -> EngineConfig:
+def _open_shared_store(settings: Settings, url: str, folder: Path) -> StateStore:
+    try:
+        from server.states.shared import SharedStore
+    except ImportError as error:
+        raise StoreError(f"state_store needs psycopg: pip install 'dijiang[postgres]' ({error})") from error
+    return SharedStore(
+        url,
+        folder,
+        schema=settings.state_store_schema,
+        max_bytes=int(settings.states_disk),
+        max_copies_bytes=int(settings.state_store_copies),
+        eviction=settings.states_eviction,
+    )
+
+
+def engine_config(settings: Settings, model: Path, device: Device, store: StateStore | None = None) -> EngineConfig:
     """The frozen part of the settings that the engine gets, with every `auto` decided.
 
     Raises:

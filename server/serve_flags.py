@@ -9,9 +9,9 @@ import typer
 from pydantic import ByteSize, SecretStr
 from rich.console import Console
 
-from server.settings import Settings, SettingsError, flag_of, read_settings
+from server.settings import Settings, SettingsError, StoreUrl, flag_of, read_settings
 
-METAVARS = {int: "N", float: "SECONDS", ByteSize: "SIZE", Path: "PATH", str: "TEXT", SecretStr: "KEYS"}
+METAVARS = {int: "N", float: "SECONDS", ByteSize: "SIZE", Path: "PATH", str: "TEXT", SecretStr: "KEYS", StoreUrl: "URL"}
 
 
 def serve_command() -> Callable[..., None]:

@@ -146,6 +146,11 @@ class Service:
         if self.states is not None:
             await self.states.close()
 
+    def end_background(self, response_id: str) -> None:
+        """Ends a response that is made in the background; nothing happens if there is none."""
+        if (task := self.background.get(response_id)) is not None:
+            task.cancel()
+
     @property
     def status(self) -> str:
         """`ok`, `draining`, or the engine's own word: `loading`, `restarting`, `failed`, `stopped`."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "DIJIANG_"
@@ -26,6 +26,16 @@ class SettingsError(ValueError):
 def _list(value: object) -> object:
     """`a, b` -> `["a", "b"]`."""
     return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
+class StoreUrl(SecretStr):
+    """The address of a database, which may hold a password."""
+
+
+def _is_store_url(url: StoreUrl) -> StoreUrl:
+    if not url.get_secret_value().startswith(("postgresql://", "postgres://")):
+        raise ValueError("must be the address of a PostgreSQL: postgresql://user@host:port/database")
+    return url
 
 
 Auto = Literal["auto"]
@@ -86,8 +96,15 @@ class Settings(BaseSettings):
     model; if that is in use or cannot be written, none are kept."""
     states: bool = _in("States", True)
     """Keep states and responses; without it, requests for any are refused."""
+    state_store: Annotated[StoreUrl, AfterValidator(_is_store_url)] | None = _in("States", None)
+    """Keep states and responses in PostgreSQL, where several servers share them: postgresql://user@host:port/database.
+    states_folder then holds working copies."""
+    state_store_schema: str = _in("States", "dijiang", pattern=r"^[a-z_][a-z0-9_]{0,62}$")
+    """Schema of the tables in state_store: one for each model."""
+    state_store_copies: ByteSize = _in("States", ByteSize(1 << 30))
+    """With state_store: disk space for copies of states that may be used again here."""
     states_disk: Annotated[ByteSize, Field(ge=1)] = _in("States", ByteSize(10 << 30))
-    """Disk space for saved states, such as 10GiB."""
+    """Space for saved states, such as 10GiB; of state_store as a whole, if there is one."""
     states_eviction: Literal["lru", "refuse"] = _in("States", "lru")
     """When states_disk is used up: lru deletes the states that were not used for longest, refuse refuses new ones."""
     state_ttl_s: float = _in("States", 30 * 86400.0, ge=0)
@@ -177,6 +194,10 @@ class Settings(BaseSettings):
             else "",
             "states_folder has no effect with --no-states"
             if not self.states and self.states_folder is not None
+            else "",
+            "state_store has no effect with --no-states" if not self.states and self.state_store is not None else "",
+            "state_store_schema and state_store_copies have no effect without state_store"
+            if self.state_store is None and {"state_store_schema", "state_store_copies"} & self.model_fields_set
             else "",
             "prefix_cache_disk has no effect while prefix_cache_memory is 0, or with --no-states"
             if self.prefix_cache_disk and (self.prefix_cache_memory == 0 or not self.states)

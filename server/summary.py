@@ -2,6 +2,7 @@
 
 import socket
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from rich.table import Table
 from rich.text import Text
@@ -35,7 +36,11 @@ class Summary:
         self._text = "token ids only (the model has no tokenizer)" if tokenizer is None else "yes"
         self._keys = len(options.key_hashes)
         self._states = "none are kept"
-        if config.states_folder is not None:
+        if settings.state_store is not None:
+            address = urlsplit(settings.state_store.get_secret_value())
+            place = f"{address.hostname or 'its default address'}{address.path}, schema {settings.state_store_schema}"
+            self._states = f"up to {size_text(settings.states_disk)} in PostgreSQL at {place}"
+        elif config.states_folder is not None:
             self._states = f"up to {size_text(settings.states_disk)} in {Path(config.states_folder).parent}"
 
     def table(self, info: EngineInfo) -> Table:

@@ -1,7 +1,6 @@
 """`/v1/responses`: answers that are kept, and gone on from at the price of what is new."""
 
 import asyncio
-from dataclasses import replace
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
@@ -95,10 +94,7 @@ async def cancel_response(response_id: str, request: Request, service: ServiceDe
             "only responses with `background: true` can be cancelled", param="response_id", code="invalid_value"
         )
     await _cancel(service, response_id)
-    record = await store.get_response(owner, response_id)
-    if not record.has_ended:  # another replica makes it, and will notice
-        await store.put_response(replace(record, body={**record.body, "status": "cancelled"}))
-        record = await store.get_response(owner, response_id)
+    record = await store.cancel_response(owner, response_id)  # another replica may be making it
     return JSONResponse(dict(record.body))
 
 

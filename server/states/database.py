@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from server.states.errors import (
-    StateConflictError,
     name_taken,
     response_not_found,
+    state_conflict,
     state_not_found,
 )
 from server.states.store import NewState, PointRecord, ResponseRecord, SnapshotRecord, StateRecord, Turn
@@ -143,9 +143,7 @@ class StateDatabase:
         """Raises `NotFoundError`, `StateConflictError`."""
         with self._transaction():
             if self._state(record.owner, record.id, now).head.file != record.head.file:
-                raise StateConflictError(
-                    "another request has advanced this state meanwhile", param="state_id", code="state_conflict"
-                )
+                raise state_conflict()
             self._put_snapshot(head)
             return self._set_head(record.owner, record.id, head.file, now)
 
@@ -172,6 +170,14 @@ class StateDatabase:
             row = self._connection.execute("SELECT * FROM responses WHERE id = ?", (response.id,)).fetchone()
             if is_new if row is None else not self._response_of(row).has_ended:
                 self._replace_response(response, now)
+
+    def cancel_response(self, owner: str, response_id: str, *, now: float) -> ResponseRecord:
+        """Raises `NotFoundError`."""
+        with self._transaction():
+            response = self.get_response(owner, response_id, now=now)
+            if not response.has_ended:
+                self._replace_response(response.cancelled(), now)
+            return self.get_response(owner, response_id, now=now)
 
     def break_off(self, response_id: str | None, *, now: float) -> None:
         """The response (None: every one) has failed if it has not ended."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from server.states.database import StateDatabase
-from server.states.errors import StorageFullError, StoreError
+from server.states.errors import StoreError, storage_full
 from server.states.store import (
     NewState,
     ResponseRecord,
@@ -175,6 +175,10 @@ class EmbeddedStore:
         """See `StateStore.use_response`."""
         await self._run(lambda: self._database.use_response(response_id, now=self._clock()))
 
+    async def cancel_response(self, owner: str, response_id: str) -> ResponseRecord:
+        """See `StateStore.cancel_response`."""
+        return await self._changed(lambda: self._database.cancel_response(owner, response_id, now=self._clock()))
+
     async def delete_response(self, owner: str, response_id: str) -> None:
         """See `StateStore.delete_response`."""
         await self._changed(lambda: self._database.delete_response(owner, response_id, now=self._clock()))
@@ -234,10 +238,7 @@ class EmbeddedStore:
         can_evict = self._eviction == "lru" and num_bytes <= self._max_bytes
         while (wanted := self._database.num_bytes() + self._reserved_bytes) > self._max_bytes:
             if not (can_evict and self._database.drop_oldest(self._held)):
-                raise StorageFullError(
-                    f"the saved states would take {wanted:,} bytes with this one, over the limit of "
-                    f"{self._max_bytes:,} bytes here; delete some"
-                )
+                raise storage_full(wanted, self._max_bytes)
             self._remove_unused()
 
     def _remove_unused(self) -> None:

@@ -29,6 +29,21 @@ class StoreUnavailableError(UnavailableError):
         super().__init__(message, code="state_store_unavailable", retry_after_s=2)
 
 
+def storage_full(num_bytes: int, max_bytes: int) -> StorageFullError:
+    """The states would take so many bytes with the one that is wanted."""
+    return StorageFullError(
+        f"the saved states would take {num_bytes:,} bytes with this one, over the limit of {max_bytes:,} bytes here; "
+        "delete some"
+    )
+
+
+def state_conflict() -> StateConflictError:
+    """The state has another head than it had."""
+    return StateConflictError(
+        "another request has advanced this state meanwhile", param="state_id", code="state_conflict"
+    )
+
+
 def name_taken(name: str) -> StateConflictError:
     """The owner has a state of that name."""
     return StateConflictError(f"you have a state named {name!r}", param="name", code="state_name_taken")

@@ -152,6 +152,10 @@ class ResponseRecord:
         }
         return replace(self, body={**self.body, "status": "failed", "error": error})
 
+    def cancelled(self) -> "ResponseRecord":
+        """The same response, cancelled."""
+        return replace(self, body={**self.body, "status": "cancelled"})
+
 
 @dataclass(frozen=True, slots=True)
 class StoreTotals:
@@ -301,6 +305,14 @@ class StateStore(Protocol):
 
     async def use_response(self, response_id: str) -> None:
         """Its time to live begins again."""
+        ...
+
+    async def cancel_response(self, owner: str, response_id: str) -> ResponseRecord:
+        """Cancels a response unless it has ended, and tells whoever makes it; what it is now.
+
+        Raises:
+            NotFoundError: there is no such response.
+        """
         ...
 
     async def delete_response(self, owner: str, response_id: str) -> None:

