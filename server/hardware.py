@@ -44,11 +44,15 @@ class Device:
         return self.name.startswith("cuda")
 
 
-def find_device(wanted: str) -> Device:
+def find_device(wanted: str, *, num_ranks: int = 1) -> Device:
     """The device for `auto`, `cpu`, `cuda` or `cuda:N`.
 
+    Args:
+        wanted: one of those.
+        num_ranks: devices that are needed from this one on, if it is CUDA; the memory is then that of the fullest.
+
     Raises:
-        HardwareError: a CUDA device is asked for that is not there.
+        HardwareError: CUDA devices are asked for that are not there.
     """
     free = [] if wanted == "cpu" else free_cuda_bytes()
     if wanted == "cpu" or (wanted == "auto" and not free):
@@ -56,7 +60,12 @@ def find_device(wanted: str) -> Device:
     number = int(wanted.partition(":")[2] or 0)
     if number >= len(free):
         raise HardwareError(f"device is {wanted}, but there are {len(free)} CUDA devices that torch can use here")
-    return Device(f"cuda:{number}", free[number])
+    if number + num_ranks > len(free):
+        raise HardwareError(
+            f"tensor_parallel is {num_ranks} and needs {num_ranks} CUDA devices from cuda:{number} on, but there are "
+            f"{len(free)} that torch can use here; device cpu puts all of it on the processor"
+        )
+    return Device(f"cuda:{number}", min(free[number : number + num_ranks]))
 
 
 def free_cuda_bytes() -> list[int]:
@@ -94,20 +103,27 @@ def default_threads() -> int:
     return max(1, cores - 1) if cores <= SMALL_MACHINE_CORES else cores // 2
 
 
-def default_state_bytes(device: Device, model: Path) -> int:
+def default_state_bytes(device: Device, model: Path, *, num_ranks: int = 1) -> int:
     """A share of the free memory after the weights: half of it on a CPU, nearly all on CUDA.
+
+    Args:
+        device: of the first rank.
+        model: its folder.
+        num_ranks: over which weights and states are split: on CUDA with as many devices of as much memory.
 
     Raises:
         HardwareError: the weights alone do not fit.
     """
     weights = sum(path.stat().st_size for pattern in WEIGHT_FILES for path in model.glob(pattern))
     # Weights stored in half precision double in float32 on a CPU.
-    reserved = weights + WORKSPACE_BYTES if device.is_cuda else 2 * weights
+    reserved = weights + num_ranks * WORKSPACE_BYTES if device.is_cuda else 2 * weights
     share = CUDA_SHARE if device.is_cuda else CPU_SHARE
-    budget = int((device.free_bytes - reserved) * share)
+    free = device.free_bytes * num_ranks if device.is_cuda else device.free_bytes
+    budget = int((free - reserved) * share)
     if budget <= 0:
+        place = f"{num_ranks} devices from {device.name} on" if device.is_cuda and num_ranks > 1 else device.name
         raise HardwareError(
-            f"{device.free_bytes / 2**30:.1f} GiB are free on {device.name}, too little for the "
+            f"{free / 2**30:.1f} GiB are free on {place}, too little for the "
             f"{weights / 2**30:.1f} GiB of weights and states beside them; set state_memory to try it all the same"
         )
     return budget

@@ -63,7 +63,7 @@ def run(settings: Settings, console: Console) -> None:
     model, default_name = _find_model(settings, console)
     try:
         tokenizer = load_tokenizer(model)
-        device = find_device(settings.device)
+        device = find_device(settings.device, num_ranks=settings.tensor_parallel)
         store = open_store(settings, default_name, console)
         config = engine_config(settings, model, device, store)
         engine = EngineClient(config)
@@ -162,7 +162,12 @@ def engine_config(settings: Settings, model: Path, device: Device, store: StateS
     auto_dtype = "bfloat16" if device.is_cuda else "float32"
     if settings.dtype == "int8" and device.is_cuda:
         raise HardwareError("int8 weights are for the CPU; on CUDA, dtype is bfloat16, float16 or float32")
-    state_bytes = default_state_bytes(device, model) if settings.state_memory == "auto" else int(settings.state_memory)
+    num_ranks = settings.tensor_parallel
+    state_bytes = (
+        default_state_bytes(device, model, num_ranks=num_ranks)
+        if settings.state_memory == "auto"
+        else int(settings.state_memory)
+    )
     auto_cache = min(state_bytes // 4, MAX_AUTO_CACHE_BYTES)
     auto_step = max(CUDA_STEP_TOKENS if device.is_cuda else CPU_STEP_TOKENS, settings.max_conversations)
     return EngineConfig(
@@ -185,6 +190,7 @@ def engine_config(settings: Settings, model: Path, device: Device, store: StateS
         ),
         prefix_cache_min_tokens=settings.prefix_cache_min_tokens,
         prefix_cache_spacing=settings.prefix_cache_spacing,
+        tensor_parallel=num_ranks,
     )
 
 

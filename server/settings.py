@@ -68,6 +68,9 @@ class Settings(BaseSettings):
     loading, for speed. The state is always float32."""
     threads: Annotated[int, Field(ge=1, le=1024)] | Auto = _in("Model", "auto")
     """CPU threads for tensor work. auto leaves one core free on small machines."""
+    tensor_parallel: int = _in("Model", 1, ge=1, le=1024)
+    """Processes that heads, states and weights are split over, each on a CUDA device of its own (device and those that
+    follow it) or with its share of the threads. Must divide the model's key-value heads."""
 
     state_memory: Annotated[ByteSize, Field(ge=1)] | Auto = _in("Capacity", "auto")
     """Memory for the states of conversations, such as 2GiB. auto: a share of what is free."""
@@ -201,6 +204,9 @@ class Settings(BaseSettings):
             else "",
             "prefix_cache_disk has no effect while prefix_cache_memory is 0, or with --no-states"
             if self.prefix_cache_disk and (self.prefix_cache_memory == 0 or not self.states)
+            else "",
+            f"dtype int8 cannot be split over {self.tensor_parallel} processes (tensor_parallel)"
+            if self.dtype == "int8" and self.tensor_parallel > 1
             else "",
             "prefix_cache_device_memory has no effect while prefix_cache_memory is 0"
             if self.prefix_cache_memory == 0 and self.prefix_cache_device_memory

@@ -48,7 +48,7 @@ class Summary:
         rows = {
             "model": f"{self.model} ({info.num_parameters / 1e6:,.1f} M parameters, loaded in {info.load_s:.1f} s)",
             "recipe": self._recipe,
-            "device": f"{info.device} ({info.device_name})",
+            "device": f"{info.device} ({info.device_name}){self._ranks_text(info)}",
             "dtype": f"{info.weights_dtype} weights, float32 state",
             "threads": str(self._config.num_threads),
             "capacity": f"{info.num_slots} conversations of {each}, whatever their length",
@@ -64,6 +64,11 @@ class Summary:
         for name, value in rows.items():
             table.add_row(name, Text(value))
         return table
+
+    def _ranks_text(self, info: EngineInfo) -> str:
+        if info.num_ranks == 1:
+            return ""
+        return f", split over {info.num_ranks} processes with {size_text(info.state_bytes_per_rank)} of each state"
 
     def _cache_text(self) -> str:
         config = self._config

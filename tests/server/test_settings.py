@@ -1,5 +1,6 @@
 """Settings: flags and variables, and what is refused at start."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,30 @@ def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch)
     assert find_device("cuda:1") == Device("cuda:1", 7)
     with pytest.raises(HardwareError, match="2 CUDA devices"):
         find_device("cuda:2")
+
+
+def test_each_rank_needs_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.hardware.free_cuda_bytes", lambda: [5, 7, 3])
+    assert find_device("auto", num_ranks=2) == Device("cuda:0", 5)
+    assert find_device("cuda:1", num_ranks=2) == Device("cuda:1", 3), "the memory of the fullest counts"
+    with pytest.raises(HardwareError, match="needs 3 CUDA devices from cuda:1 on, but there are 3"):
+        find_device("cuda:1", num_ranks=3)
+    assert find_device("cpu", num_ranks=64).name == "cpu"
+
+
+def test_ranks_bring_memory_on_cuda_and_share_it_on_a_cpu(model: Path) -> None:
+    one, two = ({"tensor_parallel": str(ranks)} for ranks in (1, 2))
+    assert engine_config(read_settings(two), model, CPU) == replace(
+        engine_config(read_settings(one), model, CPU), tensor_parallel=2
+    )
+    budgets = [engine_config(read_settings(flags), model, CUDA).state_memory_bytes for flags in (one, two)]
+    assert budgets[1] > 2 * budgets[0], "the weights are there once, not twice"
+
+
+def test_int8_weights_cannot_be_split() -> None:
+    with pytest.raises(SettingsError, match="dtype int8 cannot be split over 2 processes"):
+        read_settings({"dtype": "int8", "tensor_parallel": "2"})
+    assert read_settings({"dtype": "int8", "tensor_parallel": "1"}).tensor_parallel == 1
 
 
 def test_flags_and_variables_are_named_alike() -> None:
