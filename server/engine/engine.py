@@ -108,8 +108,10 @@ class Engine:
             num_free_slots=self._scheduler.num_free_slots,
             num_steps=self._num_steps,
             num_prefill_tokens=self._num_prefill_tokens,
-            num_decode_tokens=self._num_decode_tokens,
+            num_decode_tokens=self._num_decode_tokens + self._scheduler.num_accepted,
             step_time_s=self._step_time_s,
+            num_drafted_tokens=self._scheduler.num_drafted,
+            num_accepted_tokens=self._scheduler.num_accepted,
             prefix_cache=NO_PREFIX_CACHE if self._snapshots is None else self._snapshots.cache_stats,
         )
 
@@ -164,7 +166,7 @@ class Engine:
         self._release_ended(events)
         self._num_steps += 1
         self._num_prefill_tokens += batch.num_prefill_tokens
-        self._num_decode_tokens += batch.num_decode
+        self._num_decode_tokens += batch.num_decode + batch.num_verified
         return [*events.values()]
 
     def _release_ended(self, events: dict[str, TokenEvent]) -> None:

@@ -2,16 +2,17 @@
 
 from array import array
 
-from server.engine.sequence import Sequence
+from server.engine.sequence import Chunk
 
 
-def bad_continuations(sequence: Sequence) -> tuple[int, ...]:
-    """Last tokens of the bad words whose other tokens the output ends with."""
-    words = sequence.sampling.bad_words
+def bad_continuations(chunk: Chunk) -> tuple[int, ...]:
+    """Last tokens of the bad words whose other tokens the output, drafts included, ends with."""
+    words = chunk.sequence.sampling.bad_words
     if not words:
         return ()
-    outputs = sequence.outputs
-    return tuple(word[-1] for word in words if len(word) == 1 or tuple(outputs[1 - len(word) :]) == word[:-1])
+    outputs = chunk.sequence.outputs
+    last = (*outputs[max(0, len(outputs) + 1 - max(map(len, words))) :], *chunk.drafts)
+    return tuple(word[-1] for word in words if len(word) == 1 or last[1 - len(word) :] == word[:-1])
 
 
 def permit_only(words: "array[int]", start: int, *, num_words: int, token_ids: tuple[int, ...]) -> None:

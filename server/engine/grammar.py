@@ -117,16 +117,29 @@ class GrammarConstraint:
         self.has_ended = token_id in self._eos_token_ids
         return None
 
-    def write_mask(self, words: "array[int]", start: int) -> None:
+    def num_permitted(self, token_ids: tuple[int, ...]) -> int:
+        """How many of these tokens may come next, one after the other; accepts none of them."""
+        return 0 if self._matcher.is_error() else self._matcher.validate_tokens([*token_ids])
+
+    def write_mask(self, words: "array[int]", start: int, *, after: tuple[int, ...] = ()) -> None:
         """Writes the bits of the permitted tokens, lowest first, into 8-byte words from words[start] on.
 
         Writes nothing if the grammar has become too complex; `accept` of whatever comes then says so.
+
+        Args:
+            words: enough of them behind `start`.
+            start: index of the first word.
+            after: permitted tokens that are taken to come before, and are not accepted by this.
         """
         assert words.itemsize == 8
         assert 8 * start + self._num_mask_bytes <= 8 * len(words)
-        if not self._matcher.is_error():
+        matcher = self._matcher
+        if after and not matcher.is_error():
+            matcher = matcher.deep_copy()  # not rolled back: too complex a step would stay an error
+            matcher.consume_tokens([*after])
+        if not matcher.is_error():
             address, _ = words.buffer_info()
-            self._matcher.unsafe_compute_mask_ptr(address + 8 * start, self._num_mask_bytes)
+            matcher.unsafe_compute_mask_ptr(address + 8 * start, self._num_mask_bytes)
 
 
 def read_vocabulary(tokenizer_json: Path) -> Vocabulary:

@@ -38,7 +38,7 @@ def prepare_masks(chunks: Items[Chunk], vocab_size: int, transfer: Transfer) -> 
     """Host side: asks what may come next in each of a step's rows; None if anything may.
 
     Args:
-        chunks: those of the step that sample, in the order of its logits; every token before is accepted.
+        chunks: those of the step that sample, in the order of its logits; every token before but drafts is accepted.
         vocab_size: width of the logits.
         transfer: takes the bits.
     """
@@ -54,7 +54,7 @@ def prepare_masks(chunks: Items[Chunk], vocab_size: int, transfer: Transfer) -> 
         if constraint is None:
             words[start : start + num_words] = array("q", [-1]) * num_words
         else:
-            constraint.write_mask(words, start)
+            constraint.write_mask(words, start, after=chunks[row].drafts)
         if allowed:
             permit_only(words, start, num_words=num_words, token_ids=allowed)
     return MaskPlan(

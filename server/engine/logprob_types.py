@@ -71,6 +71,18 @@ class LogprobTable:
             for row, rank in enumerate(ranks)
         ]
 
+    @classmethod
+    def joined(cls, tables: Sequence["LogprobTable"]) -> "LogprobTable | None":
+        """Tables of as many columns one below the other; None without any."""
+        if len(tables) < 2:
+            return tables[0] if tables else None
+        return cls(
+            tables[0].num_columns,
+            b"".join(table.token_ids for table in tables),
+            b"".join(table.values for table in tables),
+            b"".join(table.ranks for table in tables),
+        )
+
     def head(self, num_rows: int) -> "LogprobTable":
         """The first places alone."""
         end = num_rows * self.num_columns * array("i").itemsize

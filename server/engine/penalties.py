@@ -24,6 +24,7 @@ class PenaltyPlan:
         repetition: [M] float64; None: no row uses it.
         presence, frequency: [M] float64.
         started: (table row, prompt tokens) of those that sample for the first time.
+        assumed: None: no row has drafts before it; else what those say.
     """
 
     rows: Field
@@ -32,6 +33,43 @@ class PenaltyPlan:
     presence: Field
     frequency: Field
     started: tuple[tuple[int, Field], ...]
+    assumed: "AssumedPlan | None"
+
+
+@dataclass(frozen=True, slots=True)
+class AssumedPlan:
+    """Drafts that are taken to come before the sampled tokens of some of the M rows.
+
+    Attributes:
+        places, token_ids: [A] int64: a place among the M rows, and a token before it; one pair for each such token.
+        firsts: [M] int64, the place of the first row of the same sequence.
+        previous: [M] int64, the draft just before the row; any for first rows.
+    """
+
+    places: Field
+    token_ids: Field
+    firsts: Field
+    previous: Field
+
+    @classmethod
+    def prepare(cls, chunks: Items[Chunk], transfer: Transfer) -> "AssumedPlan | None":
+        """Of the M penalised rows' chunks."""
+        if not any(chunk.drafts for chunk in chunks):
+            return None
+        pairs = [(place, token_id) for place, chunk in enumerate(chunks) for token_id in chunk.drafts]
+        return cls(
+            places=transfer.integers(place for place, _ in pairs),
+            token_ids=transfer.integers(token_id for _, token_id in pairs),
+            firsts=transfer.integers(place - len(chunk.drafts) for place, chunk in enumerate(chunks)),
+            previous=transfer.integers(chunk.drafts[-1] if chunk.drafts else 0 for chunk in chunks),
+        )
+
+    def are_confirmed(self, token_ids: Tensor, arrived: Arrived) -> Tensor:
+        """[M] int64 sampled tokens -> [M] bool: whether all drafts before them were sampled too."""
+        firsts = arrived[self.firsts]
+        is_first = firsts == torch.arange(len(firsts), device=firsts.device)
+        misses = ((token_ids.roll(1) != arrived[self.previous]) & ~is_first).cumsum(dim=0)
+        return misses == misses[firsts]
 
 
 def is_penalised(sequence: Sequence) -> bool:
@@ -74,6 +112,7 @@ class PenaltyTables:
             presence=transfer.reals(sequence.sampling.presence_penalty for sequence in sequences),
             frequency=transfer.reals(sequence.sampling.frequency_penalty for sequence in sequences),
             started=tuple(started),
+            assumed=AssumedPlan.prepare([chunks[row] for row in rows], transfer),
         )
 
     def apply(self, logits: Tensor, plan: PenaltyPlan, arrived: Arrived) -> None:
@@ -82,6 +121,9 @@ class PenaltyTables:
             self._in_prompt[entry].index_fill_(0, arrived[prompt], True)
         rows, entries = arrived[plan.rows], arrived[plan.entries]
         counts = self._counts[entries]  # [M, vocab]
+        if plan.assumed is not None:
+            index = (arrived[plan.assumed.places], arrived[plan.assumed.token_ids])
+            counts.index_put_(index, torch.ones_like(index[0], dtype=counts.dtype), accumulate=True)
         penalised = logits[rows]  # [M, vocab]
         if plan.repetition is not None:
             is_seen = self._in_prompt[entries] | (counts > 0)
@@ -94,8 +136,13 @@ class PenaltyTables:
 
     def count(self, token_ids: Tensor, plan: PenaltyPlan, arrived: Arrived) -> None:
         """Notes the sampled tokens [R] int64 of the planned rows."""
-        index = (arrived[plan.entries], token_ids[arrived[plan.rows]])
-        self._counts[index] += 1
+        sampled = token_ids[arrived[plan.rows]]
+        index = (arrived[plan.entries], sampled)
+        if plan.assumed is None:
+            self._counts[index] += 1
+        else:  # the same token may come several times in one sequence; behind a wrong draft none counts
+            are_confirmed = plan.assumed.are_confirmed(sampled, arrived)
+            self._counts.index_put_(index, are_confirmed.to(self._counts.dtype), accumulate=True)
 
     def release(self, sequence: Sequence) -> None:
         """Forgets an ended sequence; nothing happens if it never was penalised."""

@@ -23,11 +23,14 @@ from server.engine.logprobs import LogprobPlan, scored_rows
 from server.engine.sampler import FAULTY, Sampler, SamplingPlan
 from server.engine.scheduler import Batch
 from server.engine.sequence import Chunk, Sequence
+from server.engine.speculation_drafts import num_confirmed
 from server.engine.state_pool import StatePool
 from server.engine.transfer import Arrived, Field, Transfer
 
 Model = Callable[[PackedBatch, StateBuffer], Tensor]
-"""Logits [R, vocab] of a step; moves the slots on in place."""
+"""Logits [R, vocab] of a step; moves the slots on in place, but for held ones (`PackedBatch.num_held`)."""
+Advance = Callable[[Items[int], StateBuffer], None]
+"""Moves the slots that the last step has held on, each by so many of its tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +47,12 @@ class _InFlight:
 class ModelRunner:
     """A model, its states and its sampler on one device."""
 
-    def __init__(self, model: Model, *, pool: StatePool, sampler: Sampler, device: torch.device) -> None:
+    def __init__(
+        self, model: Model, *, pool: StatePool, sampler: Sampler, device: torch.device, advance: Advance | None = None
+    ) -> None:
+        """`advance`: of a model that can hold slots; None: no drafts are verified."""
         self._model = model
+        self._advance = advance
         self._pool = pool
         self._sampler = sampler
         self._device = device
@@ -68,6 +75,8 @@ class ModelRunner:
         num_sampled = len(batch.sampled)
         kept = None if scoring is None else scoring.keep(logits, arrived)
         token_ids = self._sample(logits[:num_sampled], plan, fields, arrived)
+        if batch.num_verified > 0:
+            self._confirm(batch, token_ids)
         numbers = token_ids.int()
         if scoring is not None and kept is not None:
             computed = scoring.compute(kept, logits[num_sampled:], token_ids, arrived)
@@ -116,15 +125,27 @@ class ModelRunner:
         self._last_token_ids[arrived[fields.sampled_slots]] = token_ids.clamp(min=0)
         return token_ids
 
+    def _confirm(self, batch: Batch, token_ids: Tensor) -> None:
+        """Moves verified slots on by what turned out to be right; only where the device is the host."""
+        assert self._advance is not None
+        sampled, begin, counts = token_ids.tolist(), batch.num_decode, []
+        for chunk in batch.chunks[batch.num_decode : batch.num_decode + batch.num_verified]:
+            rows = sampled[begin : begin + chunk.length]
+            begin += chunk.length
+            counts.append(num_confirmed(chunk.drafts, rows, [token_id == FAULTY for token_id in rows]))
+            self._last_token_ids[chunk.slot] = max(rows[counts[-1] - 1], 0)
+        self._advance(counts, self._pool.buffer)
+
     def _packed(self, batch: Batch, fields: "_StepFields", arrived: Arrived) -> PackedBatch:
         slots = arrived[fields.slots]
         last = self._last_token_ids[slots[: batch.num_decode]]
         return PackedBatch(
-            token_ids=torch.cat((last, arrived[fields.prompt_token_ids])),
+            token_ids=torch.cat((last, arrived[fields.token_ids])),
             positions=arrived[fields.positions],
             slots=slots,
             lengths=tuple(chunk.length for chunk in batch.chunks),
             num_decode=batch.num_decode,
+            num_held=batch.num_verified,
             logit_rows=arrived[fields.logit_rows],
         )
 
@@ -143,23 +164,23 @@ class _StepFields:
     """The model's part of a transfer; see `PackedBatch`."""
 
     slots: Field
-    prompt_token_ids: Field
+    token_ids: Field
     positions: Field
     logit_rows: Field
     sampled_slots: Field
 
     @classmethod
     def prepare(cls, batch: Batch, transfer: Transfer) -> "_StepFields":
-        prompt_token_ids, positions, logit_rows = array("q"), array("q"), array("q")
+        token_ids, positions, logit_rows = array("q"), array("q"), array("q")
         for chunk in batch.chunks:
-            prompt_token_ids.extend(chunk.prompt_token_ids)
+            token_ids.extend(chunk.token_ids)
             positions.extend(range(chunk.position, chunk.position + chunk.length))
             if chunk.output_index is not None:
-                logit_rows.append(len(positions) - 1)
+                logit_rows.extend(range(len(positions) - max(1, len(chunk.verified)), len(positions)))
         logit_rows.extend(scored_rows(batch.chunks))  # behind the sampled ones
         return cls(
             slots=transfer.integers(_slots(batch.chunks)),
-            prompt_token_ids=transfer.integers(prompt_token_ids),
+            token_ids=transfer.integers(token_ids),
             positions=transfer.integers(positions),
             logit_rows=transfer.integers(logit_rows),
             sampled_slots=transfer.integers(_slots(batch.sampled)),

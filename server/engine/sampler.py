@@ -143,7 +143,7 @@ class Sampler:
 
     def _suppressed(self, chunk: Chunk) -> tuple[int, ...]:
         """Tokens that come only if nothing else may."""
-        sampling, bad = chunk.sequence.sampling, bad_continuations(chunk.sequence)
+        sampling, bad = chunk.sequence.sampling, bad_continuations(chunk)
         if chunk.output_index is not None and chunk.output_index < sampling.min_tokens:
             return (*self._eos_token_ids, *sampling.stop_token_ids, *bad)
         # A grammar permits the end where a text is complete; without one, `ignore_eos` lets the token through.

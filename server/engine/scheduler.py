@@ -20,9 +20,11 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
 from server.engine.groups import Groups
-from server.engine.logprob_types import NO_STEP_LOGPROBS, StepLogprobs
+from server.engine.logprob_types import NO_STEP_LOGPROBS, LogprobTable, StepLogprobs
 from server.engine.sequence import FROM_NOTHING, Chunk, Sequence, SequenceStatus, Start
 from server.engine.slots import SlotAllocator
+from server.engine.speculation import Speculation
+from server.engine.speculation_drafts import num_confirmed
 from server.engine.types import EngineError, FinishReason, GenerationRequest, TokenEvent
 from server.engine.waiting import WaitingQueue
 
@@ -32,19 +34,30 @@ class Batch:
     """One step.
 
     Attributes:
-        chunks: decoding sequences first, then prompt chunks.
+        chunks: decoding sequences first, then those whose drafts are verified, then prompt chunks.
         num_decode: how many of the chunks decode.
-        sampled: those of the chunks that sample a token, in order.
+        num_verified: how many chunks behind them verify drafts.
+        sampled: for each token that is sampled, in order, its chunk (of a verification the beginning up to it).
     """
 
     chunks: tuple[Chunk, ...]
     num_decode: int
     sampled: tuple[Chunk, ...]
+    num_verified: int = 0
+
+    @classmethod
+    def of(cls, decoding: list[Chunk], verifying: list[Chunk], prompts: list[Chunk]) -> "Batch | None":
+        """A step of these chunks; None without any."""
+        chunks = (*decoding, *verifying, *prompts)
+        if not chunks:
+            return None
+        sampled = tuple(sample for chunk in chunks for sample in chunk.samples)
+        return cls(chunks, len(decoding), sampled, len(verifying))
 
     @property
     def num_prefill_tokens(self) -> int:
         """Prompt tokens in this step."""
-        return sum(chunk.length for chunk in self.chunks[self.num_decode :])
+        return sum(chunk.length for chunk in self.chunks[self.num_decode + self.num_verified :])
 
 
 @dataclass(slots=True)
@@ -66,7 +79,11 @@ class _Budget:
 
 
 class Scheduler:
-    """The engine's queue and its running set."""
+    """The engine's queue and its running set.
+
+    Attributes:
+        num_drafted, num_accepted: drafts that were verified since the start, and those that stood.
+    """
 
     def __init__(
         self,
@@ -77,6 +94,7 @@ class Scheduler:
         vocab_size: int,
         eos_token_ids: tuple[int, ...] = (),
         max_scored_tokens: int | None = None,
+        speculation: Speculation | None = None,
         on_admission: Callable[[Sequence], None] = lambda sequence: None,
     ) -> None:
         """
@@ -87,6 +105,7 @@ class Scheduler:
             vocab_size: token ids are 0 .. vocab_size - 1.
             eos_token_ids: the model's end-of-sequence tokens.
             max_scored_tokens: most prompt tokens in a step whose logits are wanted, >= 1; None: any number.
+            speculation: how next tokens are guessed; None: not at all.
             on_admission: called with a sequence that gets its slot, before its first tokens are scheduled; it may let
                 the sequence begin behind a prefix whose state is known (`Sequence.skip`).
 
@@ -103,11 +122,14 @@ class Scheduler:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._max_scored_tokens = max_step_tokens if max_scored_tokens is None else max_scored_tokens
+        self._speculation = speculation
         self._on_admission = on_admission
         self._groups = Groups()
         self._waiting = WaitingQueue()
         self._running: dict[str, Sequence] = {}
         self._ended: list[Sequence] = []
+        self.num_drafted = 0
+        self.num_accepted = 0
 
     @property
     def num_waiting(self) -> int:
@@ -167,9 +189,10 @@ class Scheduler:
 
     def next_batch(self) -> Batch | None:
         """Plans a step and counts its tokens as fed; None when nothing can be scheduled now."""
-        chunks = [sequence.next_chunk(1) for sequence in self._running.values() if sequence.wants_decode]
-        num_decode = len(chunks)
-        budget = _Budget(self._max_step_tokens - num_decode, self._max_scored_tokens)
+        decoding, verifying = self._decode()
+        num_tokens = self._max_step_tokens - sum(chunk.length for chunk in (*decoding, *verifying))
+        budget = _Budget(num_tokens, self._max_scored_tokens)
+        chunks: list[Chunk] = []
         for follower in self._fork():
             chunks += budget.feed(follower)
         for sequence in [*self._running.values()]:
@@ -177,9 +200,7 @@ class Scheduler:
                 chunks += budget.feed(sequence)
         while budget.num_tokens > 0 and (admitted := self._admit()) is not None:
             chunks += budget.feed(admitted)
-        if not chunks:
-            return None
-        return Batch(tuple(chunks), num_decode, tuple(chunk for chunk in chunks if chunk.output_index is not None))
+        return Batch.of(decoding, verifying, chunks)
 
     def commit(
         self,
@@ -192,20 +213,25 @@ class Scheduler:
 
         Args:
             batch: the step, of the oldest uncommitted `next_batch`.
-            token_ids: the sampled token of each of `batch.sampled`.
+            token_ids: of `batch.sampled`. Of a verification those behind a wrong draft are void.
             faults: for each of them, whether its logits were not finite; then the token is void.
             logprobs: of those that want any.
         """
         prompts = {batch.chunks[number].sequence: table for number, table in logprobs.prompts.items()}
         events = []
-        for number, chunk in enumerate(batch.sampled):
+        rows_end = 0
+        for chunk in batch.chunks:
+            if chunk.output_index is None:
+                continue
+            rows = range(rows_end, rows_end + max(1, len(chunk.verified)))
+            rows_end = rows.stop
             table = prompts.pop(chunk.sequence, None)
             if chunk.sequence.status is SequenceStatus.FINISHED:
                 continue
-            event = self._commit_row(chunk.sequence, token_ids[number], is_faulty=faults[number])
-            if event.error is None and (table is not None or number in logprobs.sampled):
-                output = logprobs.sampled.get(number) if event.token_ids else None
-                event = replace(event, logprobs=output, prompt_logprobs=table)
+            event = self._commit_chunk(chunk, token_ids[rows.start : rows.stop], faults[rows.start : rows.stop])
+            if event.error is None and (table is not None or rows.start in logprobs.sampled):
+                tables = [logprobs.sampled[row] for row in rows[: len(event.token_ids)] if row in logprobs.sampled]
+                event = replace(event, logprobs=LogprobTable.joined(tables), prompt_logprobs=table)
             events.append(event)
         return events + [
             TokenEvent(sequence.request_id, prompt_logprobs=table)
@@ -217,6 +243,42 @@ class Scheduler:
         """The sequences that gave their slot back since the last call, for the clean-up of the device."""
         ended, self._ended = self._ended, []
         return ended
+
+    def _decode(self) -> tuple[list[Chunk], list[Chunk]]:
+        """Schedules every sequence that decodes: one token each, or with drafts where those are worth their rows."""
+        ready = [sequence for sequence in self._running.values() if sequence.wants_decode]
+        # Whoever runs, or might from this step on, gets a token.
+        num_spare = self._max_step_tokens - min(len(self._running) + len(self._waiting), self._slots.num_slots)
+        num_rows = len(ready)
+        decoding, verifying = [], []
+        for sequence in ready:
+            drafts: tuple[int, ...] = ()
+            if self._speculation is not None:
+                drafts = self._speculation.draft(sequence, num_rows=num_rows, most=num_spare)
+            if drafts:
+                verifying.append(sequence.next_verification(drafts))
+                num_spare -= len(drafts)
+                num_rows += len(drafts)
+            else:
+                decoding.append(sequence.next_chunk(1))
+        return decoding, verifying
+
+    def _commit_chunk(self, chunk: Chunk, token_ids: Items[int], faults: Items[bool]) -> TokenEvent:
+        """Commits what a chunk sampled, one token or those of a verification that stand."""
+        sequence = chunk.sequence
+        if not chunk.verified:
+            return self._commit_row(sequence, token_ids[0], is_faulty=faults[0])
+        count = num_confirmed(chunk.drafts, token_ids, faults)
+        sequence.confirm(chunk, count)
+        self.num_drafted += len(chunk.drafts)
+        self.num_accepted += count - 1
+        committed: tuple[int, ...] = ()
+        for number in range(count):
+            event = self._commit_row(sequence, token_ids[number], is_faulty=faults[number])
+            committed += event.token_ids
+            if event.finish_reason is not None:
+                break
+        return event if event.error is not None else replace(event, token_ids=committed)
 
     def _commit_row(self, sequence: Sequence, token_id: int, *, is_faulty: bool) -> TokenEvent:
         if is_faulty:
@@ -269,6 +331,8 @@ class Scheduler:
         self._waiting.remove(sequence.request_id)
         sequence.admit(slot)
         self._running[sequence.request_id] = sequence
+        if self._speculation is not None:
+            self._speculation.begin(sequence)
 
     def _end(self, sequence: Sequence) -> None:
         del self._running[sequence.request_id]

@@ -6,10 +6,11 @@ the last ones for those who need them: a sequence takes the same memory at outpu
 """
 
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
+from server.engine.speculation_drafts import Drafter
 from server.engine.types import FinishReason, GenerationRequest, SamplingParams
 
 MAX_OUTPUTS_KEPT = 1 << 16
@@ -56,8 +57,15 @@ class Constraint(Protocol):
         """Takes a sampled token in; a sentence if the output cannot go on with it."""
         ...
 
-    def write_mask(self, words: "array[int]", start: int) -> None:
-        """Writes a bit for each token, 1 where it may come next, into 8-byte words from words[start] on."""
+    def num_permitted(self, token_ids: tuple[int, ...]) -> int:
+        """How many of these tokens may come next, one after the other."""
+        ...
+
+    def write_mask(self, words: "array[int]", start: int, *, after: tuple[int, ...] = ()) -> None:
+        """Writes a bit for each token, 1 where it may come after these tokens, into 8-byte words from words[start] on.
+
+        `after` is permitted; it is not accepted by this.
+        """
         ...
 
 
@@ -79,6 +87,8 @@ class Sequence:
         num_outputs: output tokens committed, <= num_scheduled.
         constraint: from admission on, if the request has a grammar. The next token then depends on the host having
             seen the last one, so no step is planned before the one before it was read back.
+        drafter: guesses its next tokens; None: nobody does.
+        is_verifying: a step that verifies drafts is in flight; what comes after it is not known before.
         end_token_ids: tokens that end it.
     """
 
@@ -94,6 +104,8 @@ class Sequence:
     num_scheduled: int = 0
     num_outputs: int = 0
     constraint: Constraint | None = None
+    drafter: Drafter | None = None
+    is_verifying: bool = False
     end_token_ids: frozenset[int] = field(init=False)
     _outputs: "array[int] | None" = None
 
@@ -131,9 +143,17 @@ class Sequence:
     def wants_decode(self) -> bool:
         """Whether another output token may be scheduled; false once `max_tokens` are on their way."""
         limit = self.sampling.max_tokens
-        if self.depends_on_last_token and self.num_scheduled > self.num_outputs:
+        if self.is_verifying or (self.depends_on_last_token and self.num_scheduled > self.num_outputs):
             return False
         return self.status is SequenceStatus.DECODE and (limit is None or self.num_scheduled < limit)
+
+    @property
+    def max_drafts(self) -> int | None:
+        """How many drafts its next step may verify; None: any number."""
+        if self.drafter is None or self.num_scheduled > self.num_outputs:
+            return 0  # the last token, which drafts follow, is not there yet
+        limit = self.sampling.max_tokens
+        return None if limit is None else limit - self.num_outputs - 1
 
     @property
     def outputs(self) -> "array[int]":
@@ -194,9 +214,37 @@ class Sequence:
             sequence=self, slot=self.slot, start=start, length=length, output_index=output_index, is_decode=is_decode
         )
 
+    def next_verification(self, drafts: tuple[int, ...]) -> "Chunk":
+        """Schedules its last token and drafts of the next ones, up to `max_drafts`; `confirm` says how it went."""
+        assert self.status is SequenceStatus.DECODE
+        assert self.slot is not None
+        assert self.drafter is not None
+        verified = (self.drafter.last_token_id, *drafts)
+        chunk = Chunk(
+            sequence=self,
+            slot=self.slot,
+            start=self.num_fed,
+            length=len(verified),
+            output_index=self.num_scheduled,
+            is_decode=False,
+            verified=verified,
+        )
+        self.num_fed += chunk.length
+        self.num_scheduled += chunk.length
+        self.is_verifying = True
+        return chunk
+
+    def confirm(self, chunk: "Chunk", num_tokens: int) -> None:
+        """Of a verification only the first `num_tokens` were fed and scheduled; `accept` of as many tokens follows."""
+        self.num_fed -= chunk.length - num_tokens
+        self.num_scheduled -= chunk.length - num_tokens
+        self.is_verifying = False
+
     def accept(self, token_id: int) -> FinishReason | None:
         """Commits one sampled token; says whether, and why, the sequence ends with it."""
         self.num_outputs += 1
+        if self.drafter is not None:
+            self.drafter.push(token_id)
         if self._outputs is not None:
             if len(self._outputs) == MAX_OUTPUTS_KEPT:
                 del self._outputs[: MAX_OUTPUTS_KEPT // 2]
@@ -233,6 +281,8 @@ class Chunk:
         output_index: which output token the step samples from the last of them, from 0; None: none,
             more of the prompt follows.
         is_decode: the token is the last sampled one, which the device holds.
+        verified: of a chunk that verifies drafts: its tokens, the last sampled one and the drafts. It samples behind
+            each of them, and moves the state on by no more than turn out to be right. Empty otherwise.
     """
 
     sequence: Sequence
@@ -241,6 +291,7 @@ class Chunk:
     length: int
     output_index: int | None
     is_decode: bool
+    verified: tuple[int, ...] = ()
 
     @property
     def is_first(self) -> bool:
@@ -253,16 +304,33 @@ class Chunk:
         return self.sequence.start.position + self.start
 
     @property
-    def prompt_token_ids(self) -> tuple[int, ...]:
-        """The prompt tokens to feed; empty when decoding."""
-        if self.is_decode:
-            return ()
+    def drafts(self) -> tuple[int, ...]:
+        """Tokens that are taken for granted behind the last sampled one."""
+        return self.verified[1:]
+
+    @property
+    def samples(self) -> "list[Chunk]":
+        """For each token that is sampled, from first to last, a chunk that ends where it comes."""
+        if self.output_index is None:
+            return []
+        if not self.verified:
+            return [self]
+        return [
+            replace(self, length=length, output_index=self.output_index + length - 1, verified=self.verified[:length])
+            for length in range(1, self.length + 1)
+        ]
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The tokens to feed, which the host knows; empty when decoding."""
+        if self.is_decode or self.verified:
+            return self.verified
         return self.sequence.request.prompt_token_ids[self.start : self.start + self.length]
 
     @property
     def num_scored(self) -> int:
         """How many of the tokens have a follower in the prompt whose log-probability is wanted."""
-        if self.is_decode or not self.sequence.scores_prompt:
+        if self.is_decode or self.verified or not self.sequence.scores_prompt:
             return 0
         return min(self.length, len(self.sequence.request.prompt_token_ids) - 1 - self.start)
 

@@ -189,7 +189,7 @@ class Snapshots:
         """Caches the prefixes that end with this step's chunks."""
         if self._cache is None:
             return
-        for chunk in batch.chunks[batch.num_decode :]:
+        for chunk in batch.chunks[batch.num_decode + batch.num_verified :]:
             namespace, end = chunk.sequence.request.states.cache_namespace, chunk.start + chunk.length
             if namespace is not None and end in chunk.sequence.stops and end >= self._policy.min_tokens:
                 prefix = chunk.sequence.request.prompt_token_ids[:end]

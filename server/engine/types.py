@@ -214,4 +214,8 @@ class EngineStats:
     num_decode_tokens: int
     step_time_s: float
     """Sum over all steps, seconds."""
+    num_drafted_tokens: int = 0
+    """Guesses of next tokens that were verified."""
+    num_accepted_tokens: int = 0
+    """Those of them that were right; they are among the decoded tokens."""
     prefix_cache: PrefixCacheStats = NO_PREFIX_CACHE

@@ -28,7 +28,7 @@ class ProcessRunner(FakeRunner):
     """A fake runner that takes a little time, and breaks when told to."""
 
     def launch(self, batch: Batch) -> None:
-        if any(chunk.prompt_token_ids[:1] == (BREAKING_TOKEN,) for chunk in batch.chunks):
+        if any(chunk.token_ids[:1] == (BREAKING_TOKEN,) for chunk in batch.chunks):
             raise RuntimeError("the device is gone")
         time.sleep(_STEP_S)
         super().launch(batch)

@@ -2,10 +2,13 @@
 
 import zlib
 from collections import deque
+from collections.abc import Iterator
 
 from server.engine.engine import Engine, StepResult
 from server.engine.scheduler import Batch, Scheduler
 from server.engine.sequence import Chunk, Sequence
+from server.engine.speculation import Speculation
+from server.engine.speculation_drafts import Drafter, RowPrice
 from server.engine.types import EngineInfo, GenerationRequest, SamplingParams
 
 VOCAB_SIZE = 50
@@ -64,9 +67,13 @@ class FakeRunner:
             source_slot = chunk.sequence.start.source_slot
             if chunk.is_first and source_slot is not None:
                 self._histories[chunk.slot] = list(self._histories[source_slot])
+        tokens: list[int] = []
         for chunk in batch.chunks:
-            self._feed(chunk)
-        tokens = [self._sample(chunk) for chunk in batch.sampled]
+            if chunk.verified:
+                tokens += self._verify(chunk)
+            else:
+                self._feed(chunk)
+                tokens += [self._sample(chunk)] if chunk.output_index is not None else []
         faults = [chunk.sequence.request_id in self.faulty for chunk in batch.sampled]
         self._results.append(StepResult(tokens, faults))
 
@@ -82,7 +89,13 @@ class FakeRunner:
         assert len(set(slots)) == len(slots)
         assert 0 not in slots
         assert 0 < sum(chunk.length for chunk in batch.chunks) <= self._max_step_tokens
+        num_known = batch.num_decode + batch.num_verified
         assert all(chunk.is_decode == (row < batch.num_decode) for row, chunk in enumerate(batch.chunks))
+        assert all(
+            bool(chunk.verified) == (batch.num_decode <= row < num_known) for row, chunk in enumerate(batch.chunks)
+        )
+        samples = [sample for chunk in batch.chunks for sample in chunk.samples]
+        assert [(s.slot, s.output_index) for s in samples] == [(s.slot, s.output_index) for s in batch.sampled]
         assert not any(chunk.sequence in self.released for chunk in batch.chunks)
 
     def _feed(self, chunk: Chunk) -> None:
@@ -90,14 +103,45 @@ class FakeRunner:
             self._histories[chunk.slot] = []
         history = self._histories[chunk.slot]
         assert len(history) == chunk.start
-        history.extend(chunk.prompt_token_ids or (self._last[chunk.slot],))
+        history.extend(chunk.token_ids or (self._last[chunk.slot],))
         assert len(history) == chunk.start + chunk.length
+
+    def _verify(self, chunk: Chunk) -> list[int]:
+        """Feeds one token after the other as long as they are right; what is behind a wrong one is void."""
+        history = self._histories[chunk.slot]
+        assert len(history) == chunk.start
+        assert chunk.verified[0] == self._last[chunk.slot]
+        tokens: list[int] = []
+        for token_id in chunk.verified:
+            if tokens and (tokens[-1] != token_id or chunk.sequence.request_id in self.faulty):
+                break
+            history.append(token_id)
+            tokens.append(self._sample(chunk))
+        return tokens + [0] * (chunk.length - len(tokens))
 
     def _sample(self, chunk: Chunk) -> int:
         script = self.scripted.get(chunk.sequence.request_id)
         token = script.pop(0) if script else next_token(self._histories[chunk.slot])
         self._last[chunk.slot] = token
         return token
+
+
+class GivenDrafts(Speculation):
+    """Proposes drafts of which the first ones are right, as many as the next number says, then a wrong one."""
+
+    def __init__(self, num_right: Iterator[int], *, max_drafts: int = 3) -> None:
+        super().__init__(max_drafts, RowPrice(0.0, 0.0))
+        self._num_right = num_right
+
+    def begin(self, sequence: Sequence) -> None:
+        super().begin(sequence)
+        sequence.keep_outputs()
+
+    def _guess(self, sequence: Sequence, drafter: Drafter, most: int, *, num_rows: int) -> tuple[int, ...]:
+        history = (*sequence.request.prompt_token_ids, *sequence.outputs)
+        assert drafter.last_token_id == history[-1]
+        right = expected_output(history, next(self._num_right))
+        return (*right, (next_token([*history, *right]) + 1) % EOS_TOKEN_ID)[:most]
 
 
 def engine(runner: FakeRunner, *, num_ahead: int = 0, **changes: object) -> Engine:

@@ -203,7 +203,7 @@ def test_a_sequence_that_leaves_its_grammar_ends_alone_with_an_error(
     model: DiJiangForCausalLM, load: Callable[[], GrammarCompiler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when a grammar becomes too complex on the way: nothing is masked, and any token comes."""
-    monkeypatch.setattr("server.engine.grammar.GrammarConstraint.write_mask", lambda *_: None)
+    monkeypatch.setattr("server.engine.grammar.GrammarConstraint.write_mask", lambda *_, **__: None)
     ends = Bench(model, load).run([make_request("bad", CHOICE), make_request("good", None, max_tokens=5)])
     error = ends["bad"][1].error
     assert error is not None

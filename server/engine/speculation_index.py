@@ -1,0 +1,123 @@
+"""Where the last tokens of a conversation were seen before, and what came then. Standard library only.
+
+Every pair of neighbouring tokens is entered under its hash, each entry linked to the one before it of the same hash,
+so that a token costs a constant: one entry, and a look at no more than `MAX_CANDIDATES` earlier places. The longest
+match wins, the latest among equals; where no pair was seen before, the latest place of the last token alone will do
+(a later token of the same hash hides it). A history grows up to `MAX_TOKENS` and then forgets its older half: 16 bytes
+a token, and never more than 256 KiB, however long the conversation gets.
+"""
+
+from array import array
+from collections.abc import Sequence as Items
+
+MIN_TOKENS, MAX_TOKENS = 1 << 7, 1 << 14
+MAX_CANDIDATES = 16
+MAX_MATCH = 32
+_MIX = 0x9E3779B97F4A7C15
+_WORD = (1 << 64) - 1
+
+
+class TokenHistory:
+    """The last tokens of a conversation, and the place that goes on like the present one.
+
+    Attributes:
+        tokens: the last ones, at least `max_tokens` / 2 of a longer history.
+        match_length: how many of the last tokens stand before the matching place too, counted up to `MAX_MATCH`;
+            0: there is no match.
+    """
+
+    def __init__(self, tokens: Items[int] = (), *, max_tokens: int = MAX_TOKENS) -> None:
+        """
+        Args:
+            tokens: ids that fit in 31 bits; the last ones count.
+            max_tokens: tokens that are remembered at most, a power of two >= 4.
+        """
+        self._max_tokens = max_tokens
+        self._match = 0
+        self.match_length = 0
+        self._rebuild(tokens[-max_tokens // 2 :])
+        self._find()
+
+    @property
+    def expected(self) -> int | None:
+        """The token that comes next if the match goes on; None without a match."""
+        return self.tokens[self._match] if self.match_length else None
+
+    def push(self, token_id: int) -> None:
+        """Takes the next token."""
+        goes_on = token_id == self.expected
+        self._append(token_id)
+        if goes_on and self.match_length:
+            self._match += 1
+            self.match_length = min(self.match_length + 1, MAX_MATCH)
+        else:
+            self._find()
+
+    def continuation(self, num_tokens: int) -> list[int]:
+        """What comes next if the match goes on; one that reaches the end of the history is taken to repeat itself."""
+        if not self.match_length:
+            return []
+        period = len(self.tokens) - self._match
+        return [self.tokens[self._match + number % period] for number in range(num_tokens)]
+
+    def _append(self, token_id: int) -> None:
+        """Adds a token and enters the place that it takes; so no place is found before something stands there."""
+        if len(self.tokens) == self._num_places:
+            self._make_room()
+        place, earlier = len(self.tokens), 0
+        if place >= 1:
+            self._latest[self._hash(self.tokens[-1])] = place
+        if place >= 2:
+            index = self._hash(self.tokens[-1] << 32 | self.tokens[-2])
+            earlier, self._latest_of_pair[index] = self._latest_of_pair[index], place
+        self._earlier.append(earlier)
+        self.tokens.append(token_id)
+
+    def _find(self) -> None:
+        """Looks for the longest match of the last tokens."""
+        tokens = self.tokens
+        self._match = self.match_length = 0
+        if len(tokens) < 2:
+            return
+        place = self._latest_of_pair[self._hash(tokens[-1] << 32 | tokens[-2])]
+        for _ in range(MAX_CANDIDATES):
+            length = self._length(place)
+            if length > self.match_length:
+                self._match, self.match_length = place, length
+            place = self._earlier[place]
+            if place == 0:
+                break
+        if self.match_length == 0:
+            place = self._latest[self._hash(tokens[-1])]
+            self._match, self.match_length = place, self._length(place)
+
+    def _length(self, place: int) -> int:
+        """How many tokens before a place are the last ones."""
+        tokens, end = self.tokens, len(self.tokens)
+        most = min(MAX_MATCH, place)
+        length = 0
+        while length < most and tokens[place - 1 - length] == tokens[end - 1 - length]:
+            length += 1
+        return length
+
+    def _hash(self, key: int) -> int:
+        return (key * _MIX & _WORD) >> 32 & (self._num_places - 1)
+
+    def _make_room(self) -> None:
+        """Takes more memory, or drops the older half; a match that lies there goes with it."""
+        dropped = 0 if self._num_places < self._max_tokens else self._max_tokens // 2
+        self._rebuild(self.tokens[dropped:])
+        self._match = max(0, self._match - dropped)
+        if self._match == 0:
+            self.match_length = 0
+
+    def _rebuild(self, tokens: Items[int]) -> None:
+        """Enters these tokens into tables with room for as many again."""
+        self._num_places = min(self._max_tokens, max(MIN_TOKENS, 1 << (2 * len(tokens) - 1).bit_length()))
+        self.tokens = array("i")
+        # A place is an index of `tokens`, that of the token that came next; 0 stands for none.
+        self._latest = array("i", bytes(4 * self._num_places))  # by hash of one token: the place behind it
+        self._latest_of_pair = array("i", bytes(4 * self._num_places))
+        self._earlier = array("i")  # by place: the one before it behind a pair of the same hash
+        for token_id in tokens:
+            self._append(token_id)
