@@ -62,7 +62,8 @@ def selfcheck_command(
         findings = asyncio.run(_check(client.root, api_key, name))
     table = Table("compared with a prompt read at once, alone", "values", "largest difference")
     for finding in findings:
-        table.add_row(finding.name, str(finding.num_values), f"{finding.largest:.2e}")
+        shown = f"{finding.largest:.2e}" if finding.num_values else "not possible here"
+        table.add_row(finding.name, str(finding.num_values), shown)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     largest = largest_difference(findings)
     typer.echo(f"largest difference: {largest:.2e}")

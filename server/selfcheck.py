@@ -118,30 +118,33 @@ class SelfCheck:
             for number in range(1, NUM_OTHERS + 1)
         ]
         try:
-            again, read = await asyncio.gather(self._decode_twice(), self._scores(whole))
+            again, read = await asyncio.gather(self._decode_twice(tokens), self._scores(whole))
         finally:
             for other in others:
                 other.cancel()
             await asyncio.gather(*others, return_exceptions=True)
-        # Where rounding has chosen another token, what follows is another conversation.
+        # Where rounding has chosen another token, what follows is another conversation; its own place still counts.
         pairs = zip(again.token_ids, tokens, strict=True)
-        same = next((number for number, pair in enumerate(pairs) if pair[0] != pair[1]), len(tokens))
+        num_alike = next((number for number, pair in enumerate(pairs, start=1) if pair[0] != pair[1]), len(tokens))
+        decoded = [row[1 + place] for place, row in enumerate(again.output[:num_alike])]
         tail = scores[len(self._prompt) - 1 :]
         return [
             _compare("read in company", read, scores),
-            _compare("decoded in company, one prefill for two", [row[0] for row in again.output[:same]], tail[:same]),
+            _compare("decoded in company, one prefill for two", decoded, tail[:num_alike]),
         ]
 
-    async def _decode(self, prompt: tuple[int, ...], *, group: str | None = None) -> _Answer:
-        """Sampled tokens and their log-probabilities."""
+    async def _decode(
+        self, prompt: tuple[int, ...], *, group: str | None = None, watched: Sequence[int] = ()
+    ) -> _Answer:
+        """Sampled tokens, their log-probabilities, and those of the watched tokens in their place."""
         sampling = SamplingParams(max_tokens=self._num_generated, temperature=1.0, seed=1, ignore_eos=True)
-        logprobs = LogprobOptions(num_output=0)
+        logprobs = LogprobOptions(num_output=0, token_ids=tuple(watched))
         return await self._ask(GenerationRequest(_name(), prompt, sampling, logprobs=logprobs, group=group))
 
-    async def _decode_twice(self) -> _Answer:
+    async def _decode_twice(self, watched: Sequence[int]) -> _Answer:
         """The second of two equal answers to one prompt."""
         group = _name()
-        _, second = await asyncio.gather(*(self._decode(self._prompt, group=group) for _ in range(2)))
+        _, second = await asyncio.gather(*(self._decode(self._prompt, group=group, watched=watched) for _ in range(2)))
         return second
 
     async def _scores(self, tokens: tuple[int, ...], *, cuts: tuple[int, ...] = ()) -> list[float]:

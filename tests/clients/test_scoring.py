@@ -15,6 +15,7 @@ import torch
 from clients.client import Client
 from clients.scoring import score, summary
 from clients.selfcheck import Finding, SelfCheck, largest_difference
+from clients.states import States
 from clients.types import Completion
 from dijiang_model.checkpoints import load_model
 from dijiang_model.state import StateBuffer
@@ -102,8 +103,11 @@ def test_the_server_finds_itself_in_order(server: Server) -> None:
     assert last.startswith("largest difference: ")
     # fp32 on a CPU: far below the tolerance that weights in bfloat16 need.
     assert float(last.rpartition(" ")[2]) < 1e-4
-    for name in ("decoded token by token", "other chunks", "cached prefixes", "company", "one prefill for two"):
+    for name in ("decoded token by token", "many places", "piece by piece", "cached prefixes", "one prefill for two"):
         assert name in done.stdout
+    assert "not possible" not in done.stdout
+    with Client(server.base_url) as client:
+        assert States(client).list() == ()
 
 
 def test_more_than_the_tolerance_is_a_failure(server: Server) -> None:
@@ -128,7 +132,8 @@ class Drifting:
             off = 0.5 if options["cache_prompt"] else 0.0
             logprobs = {"top_logprobs": [{f"token_id:{token}": off - token}]}
         else:
-            logprobs = {"token_logprobs": [-0.25 - token for token in range(20, 68)]}
+            tops = [{f"token_id:{token}": -0.25 - token} for token in range(20, 68)]
+            logprobs = {"token_logprobs": [-0.25 - token for token in range(20, 68)], "top_logprobs": tops}
         choice = {"logprobs": logprobs, "token_ids": list(range(20, 68))}
         return Completion.model_validate({"choices": [choice]})
 
@@ -137,7 +142,8 @@ def test_a_server_that_computes_something_else_is_found_out() -> None:
     findings = asyncio.run(SelfCheck(Drifting(), "any").run())  # type: ignore[arg-type]
     assert {finding.name: finding.largest for finding in findings} == {
         "decoded token by token": 0.25,
-        "read in other chunks": 0.0,
+        "read up to many places": 0.0,
+        "read piece by piece into a state": 0.0,
         "read behind cached prefixes": 0.5,
         "read in company": 0.0,
         "decoded in company, one prefill for two": 0.25,
