@@ -84,6 +84,7 @@ def run(connection: "Connection[bytes, bytes]") -> int:
         while True:
             loop.obey(next_plan(connection))
     except EOFError:
+        _let_the_leader_go_first()
         return 0
     except Exception as error:
         _let_the_leader_go_first()
@@ -111,7 +112,7 @@ def _join(
 
 
 def _let_the_leader_go_first() -> None:
-    """An operation that fails because rank 0 is gone is no failure of this rank: `_end_with_leader` ends it quietly."""
+    """What fails because rank 0 is gone is no failure of this rank: `_end_with_leader` ends it, and tidies up."""
     threading.Event().wait(_PATIENCE_S)
 
 
