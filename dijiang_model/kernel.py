@@ -99,8 +99,11 @@ class LinearKernel(nn.Module):
         """
         if self.attention.features.far_rank == 0:
             return q
-        low = functional.linear(q.flatten(1), self.far_query_down)
-        return q + functional.linear(low, self.far_query_up).view_as(q)
+        return q + functional.linear(self.far_query_low(q), self.far_query_up).view_as(q)
+
+    def far_query_low(self, q: Tensor) -> Tensor:
+        """D q of `far_query`, in the kernel's dtype: [T, H, d] -> [T, r]."""
+        return functional.linear(q.flatten(1).to(self.far_query_down.dtype), self.far_query_down)
 
     def mix(self, q: Tensor) -> Tensor:
         """beta_h(q) = K exp(a_h + w_h . q), the weight of the linear part beside the window.

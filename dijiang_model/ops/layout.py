@@ -112,12 +112,14 @@ class PrefillWindow:
 
 
 class PrefillLayout:
-    """The prefill segments of a step, cut into chunks.
+    """The prefill segments of a step, cut into chunks; what only some operators ask for is made when asked for.
 
     Attributes:
         slots: [N] int64.
         positions: [T] int64 (prefill tokens only).
-        starts: N host ints, first token of each segment.
+        starts: N + 1 host ints, first token of each segment and their end; `cu_seqlens` [N + 1] on the device.
+        num_chunks: M.
+        first_chunks: [N + 1] first chunk of each sequence, and their end.
         chunk_sequence: [M] sequence of each chunk.
         chunk_offset: [M] offset of the chunk's first token in its segment.
         tokens: [M, C] token of each place (clamped where there is none).
@@ -129,31 +131,58 @@ class PrefillLayout:
     def __init__(self, positions: Tensor, slots: Tensor, lengths: tuple[int, ...]) -> None:
         device = positions.device
         self.positions, self.slots, self.lengths = positions, slots, lengths
-        self.starts = [0]
+        self.starts, first_chunks = [0], [0]
         for length in lengths:
             self.starts.append(self.starts[-1] + length)
+            first_chunks.append(first_chunks[-1] - -length // CHUNK_TOKENS)
         chunks = [(n, offset) for n, length in enumerate(lengths) for offset in range(0, length, CHUNK_TOKENS)]
-        self.chunk_tokens = CHUNK_TOKENS
-        self.chunk_sequence = torch.tensor([n for n, _ in chunks], device=device)
-        self.chunk_offset = torch.tensor([offset for _, offset in chunks], device=device)
-        self.sequence_start = torch.tensor(self.starts[:-1], device=device)
-        self.sequence_length = torch.tensor(lengths, device=device)
-        within = self.chunk_offset[:, None] + torch.arange(CHUNK_TOKENS, device=device)
-        limit = self.sequence_length[self.chunk_sequence][:, None]
-        self.valid = within < limit
-        self.tokens = self.sequence_start[self.chunk_sequence][:, None] + torch.minimum(within, limit - 1)
-        self.places = self.valid.flatten().nonzero().squeeze(1)
-        rounds: list[list[int]] = [[] for _ in range(-(-max(lengths) // CHUNK_TOKENS))]
-        for m, (_, offset) in enumerate(chunks):
-            rounds[offset // CHUNK_TOKENS].append(m)
-        self.rounds = [
-            (torch.tensor(ms, device=device), torch.tensor([chunks[m][0] for m in ms], device=device)) for ms in rounds
-        ]
+        self.chunk_tokens, self.num_chunks = CHUNK_TOKENS, len(chunks)
+        sequences, offsets = zip(*chunks, strict=True)
+        lists = (sequences, offsets, self.starts, first_chunks)
+        numbers = torch.tensor([number for one in lists for number in one])
+        if device.type == "cuda":  # one copy, which nobody waits for
+            numbers = numbers.pin_memory()
+        on_device = numbers.to(device, non_blocking=True).split([len(one) for one in lists])
+        self.chunk_sequence, self.chunk_offset, self.cu_seqlens, self.first_chunks = on_device
+        self.sequence_start = self.cu_seqlens[:-1]
+        self.sequence_length = self.cu_seqlens[1:] - self.sequence_start
         self._windows: dict[tuple[int, int], PrefillWindow] = {}
 
     @property
     def num_sequences(self) -> int:
         return len(self.lengths)
+
+    @cached_property
+    def _within(self) -> Tensor:
+        """[M, C] offsets in the segment."""
+        within: Tensor = self.chunk_offset[:, None] + torch.arange(CHUNK_TOKENS, device=self.positions.device)
+        return within
+
+    @cached_property
+    def valid(self) -> Tensor:
+        valid: Tensor = self._within < self.sequence_length[self.chunk_sequence][:, None]
+        return valid
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        last = self.sequence_length[self.chunk_sequence][:, None] - 1
+        tokens: Tensor = self.sequence_start[self.chunk_sequence][:, None] + torch.minimum(self._within, last)
+        return tokens
+
+    @cached_property
+    def places(self) -> Tensor:
+        return self.valid.flatten().nonzero().squeeze(1)
+
+    @cached_property
+    def rounds(self) -> list[tuple[Tensor, Tensor]]:
+        rounds: list[list[tuple[int, int]]] = [[] for _ in range(-(-max(self.lengths) // CHUNK_TOKENS))]
+        m = 0
+        for n, length in enumerate(self.lengths):
+            for index in range(-(-length // CHUNK_TOKENS)):
+                rounds[index].append((m, n))
+                m += 1
+        pairs = (torch.tensor(one, device=self.positions.device).unbind(1) for one in rounds)
+        return [(chunks, sequences) for chunks, sequences in pairs]
 
     @cached_property
     def sequence_of_token(self) -> Tensor:

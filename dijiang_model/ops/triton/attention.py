@@ -1,0 +1,46 @@
+"""The attention of one layer in Triton kernels: see `ops.AttentionOp`."""
+
+import torch
+from torch import Tensor
+
+from dijiang_model.kernel import LinearKernel
+from dijiang_model.ops import LayerState
+from dijiang_model.ops.layout import Rotary, StepLayout
+from dijiang_model.ops.triton.decode import decode
+from dijiang_model.ops.triton.prefill import prefill
+
+
+class TritonAttention:
+    """Decode rows in one launch, prefill segments in five; sums and decays in fp32, products in the weights' dtype.
+
+    Fp64 models are not for it (`dijiang_model.ops.attention_for` gives them torch's).
+    """
+
+    def __init__(self) -> None:
+        self._late: dict[tuple[torch.device, float, int, int], tuple[Tensor, Tensor]] = {}
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
+    ) -> Tensor:
+        split = layout.num_decode
+        # Raw sums go through a norm before they are rounded.
+        dtype = q.dtype if kernel.attention.read_out == "denominator" else torch.float32
+        out = torch.empty(q.shape, dtype=dtype, device=q.device)
+        late = self._late_angles(kernel, layout.rotary)
+        if split > 0:
+            rows = slice(0, split)
+            decode(q[rows], k[rows], v[rows], kernel=kernel, layout=layout, state=state, out=out[rows], late=late)
+        if layout.prefill is not None:
+            rows = slice(split, None)
+            prefill(q[rows], k[rows], v[rows], kernel=kernel, step=layout, state=state, out=out[rows], late=late)
+        return out
+
+    def _late_angles(self, kernel: LinearKernel, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of as many positions as the layer's window has, [d_rotary / 2] each; made once."""
+        window, half = kernel.attention.window, rotary.cos.shape[-1]
+        key = (rotary.cos.device, rotary.theta, half, window)
+        if key not in self._late:
+            position = torch.full((1,), window, device=rotary.cos.device)
+            angles = Rotary.at(position, dims=2 * half, theta=rotary.theta, dtype=torch.float32)
+            self._late[key] = (angles.cos[0], angles.sin[0])
+        return self._late[key]

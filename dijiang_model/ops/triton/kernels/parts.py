@@ -1,0 +1,147 @@
+"""Pieces of kernels: rotary embedding while loading, features of one vector, matrix products."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def channels(x, c, mask, up, low, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr):
+    """x[c] in fp32; with a RANK (c 1-D then) x + U low, the far queries' update."""
+    value = tl.load(x + c, mask=mask, other=0.0).to(tl.float32)
+    if RANK > 0:
+        r = tl.arange(0, BLOCK_RANK)
+        in_rank = r < RANK
+        weights = tl.load(up + c[:, None] * RANK + r[None, :], mask=mask[:, None] & in_rank[None, :], other=0.0)
+        value += tl.sum(weights * tl.load(low + r, mask=in_rank, other=0.0)[None, :], 1)
+    return value
+
+
+@triton.jit
+def turned(x, c, mask, cos, sin, up, low, HALF: tl.constexpr, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr):
+    """Channels c of x rotated by its angles (half-split pairing); fp32.
+
+    x, cos and sin are pointers, or columns of them against a row c.
+    """
+    value = channels(x, c, mask, up, low, RANK, BLOCK_RANK)
+    if HALF > 0:
+        is_first = c < HALF
+        turns = mask & (c < 2 * HALF)
+        pair = channels(x, tl.where(is_first, c + HALF, c - HALF), turns, up, low, RANK, BLOCK_RANK)
+        angle = tl.where(is_first, c, c - HALF)
+        cosine = tl.load(cos + angle, mask=turns, other=1.0)
+        sine = tl.load(sin + angle, mask=turns, other=0.0)
+        value = value * cosine + tl.where(is_first, -pair, pair) * sine
+    return value
+
+
+@triton.jit
+def turned_back(x, c, mask, cos, sin, late_cos, late_sin, HALF: tl.constexpr):
+    """Channels c of a rotated x without its rotation; cos and sin are the angles of a token that came later.
+
+    late_cos, late_sin: [HALF], the angles of as many positions as lie between the two.
+    """
+    value = tl.load(x + c, mask=mask, other=0.0).to(tl.float32)
+    if HALF > 0:
+        is_first = c < HALF
+        turns = mask & (c < 2 * HALF)
+        pair = tl.load(x + tl.where(is_first, c + HALF, c - HALF), mask=turns, other=0.0).to(tl.float32)
+        angle = tl.where(is_first, c, c - HALF)
+        in_late = angle < HALF
+        cosine = tl.load(cos + angle, mask=turns, other=1.0)
+        sine = tl.load(sin + angle, mask=turns, other=0.0)
+        late_cosine = tl.load(late_cos + angle, mask=in_late, other=1.0)
+        late_sine = tl.load(late_sin + angle, mask=in_late, other=0.0)
+        own_cosine = cosine * late_cosine + sine * late_sine
+        own_sine = sine * late_cosine - cosine * late_sine
+        value = value * own_cosine + tl.where(is_first, pair, -pair) * own_sine
+    return value
+
+
+@triton.jit
+def positive(logits, in_k, EXP: tl.constexpr, AXIS: tl.constexpr):
+    """exp of logits, or softmax over the features; 0 outside of them."""
+    logits = tl.where(in_k, logits, float("-inf"))
+    if EXP:
+        return tl.exp(logits)
+    weights = tl.exp(logits - tl.expand_dims(tl.max(logits, AXIS), AXIS))
+    return weights / tl.expand_dims(tl.sum(weights, AXIS), AXIS)
+
+
+@triton.jit
+def features(
+    x,
+    cos,
+    sin,
+    up,
+    low,
+    late_cos,
+    late_sin,
+    basis,
+    nodes,
+    log_weights,
+    scale,
+    width,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    HALF: tl.constexpr,
+    BACK: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    EXP: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """phi of one vector x [D], rotated (or rotated BACK) while loading: [BLOCK_K] fp32, 0 behind K.
+
+    x is read up to `width`, D or 0; the rest counts as zeros.
+
+    Multiply-adds rather than a matrix product: exact in fp32, and a single row would leave a matrix unit idle.
+    """
+    f = tl.arange(0, BLOCK_K)
+    in_k = f < K
+    sums = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+    for start in range(0, D, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        in_d = c < D
+        has_x = c < width
+        if BACK:
+            value = turned_back(x, c, has_x, cos, sin, late_cos, late_sin, HALF)
+        else:
+            value = turned(x, c, has_x, cos, sin, up, low, HALF, RANK, BLOCK_RANK)
+        # The same for every row and layer of the device: worth its place in the caches.
+        tile = tl.load(
+            basis + c[:, None] * K + f[None, :],
+            mask=in_d[:, None] & in_k[None, :],
+            other=0.0,
+            eviction_policy="evict_last",
+        )
+        sums += value[:, None] * tile
+    radii = tl.load(nodes + f, mask=in_k, other=0.0) * scale
+    logits = tl.sum(sums, 0) * radii + tl.load(log_weights + f, mask=in_k, other=0.0)
+    return positive(logits, in_k, EXP, 0)
+
+
+@triton.jit
+def rounded(x, like, EMULATED: tl.constexpr):
+    """x in the dtype that `like` points to, for a matrix product; EMULATED: its values, held in fp32.
+
+    Triton's interpreter multiplies no bf16; products of bf16 numbers are exact in fp32, so nothing changes.
+    """
+    narrow = x.to(like.dtype.element_ty)
+    if EMULATED:
+        return narrow.to(tl.float32)
+    return narrow
+
+
+@triton.jit
+def kept(value, near):
+    """fp32 values as the near rows will hold them: rounded to their dtype, in fp32 again."""
+    return value.to(near.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def operand(x, like, EMULATED: tl.constexpr):
+    """A loaded block as an operand of products in the dtype that `like` points to."""
+    if EMULATED:
+        return x.to(tl.float32)
+    return x.to(like.dtype.element_ty)

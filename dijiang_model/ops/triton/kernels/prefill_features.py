@@ -1,0 +1,238 @@
+"""Prefill, first part: features of all queries, and of the keys that enter the state at each token.
+
+Programs work on chunks: C tokens of one segment, packed rows `row` on, `count` of them there.
+"""
+
+import triton
+import triton.language as tl
+
+from dijiang_model.ops.triton.kernels.parts import positive, turned, turned_back
+
+
+@triton.jit
+def chunk_at(m, chunk_sequence, chunk_offset, starts, C: tl.constexpr):
+    """Of chunk m: its sequence, its offset in the segment, its first packed row, its tokens."""
+    n = tl.load(chunk_sequence + m)
+    offset = tl.load(chunk_offset + m)
+    start = tl.load(starts + n)
+    count = tl.minimum(tl.load(starts + n + 1) - start - offset, C)
+    return n, offset, start + offset, count
+
+
+@triton.jit
+def block_features(
+    x,
+    rows,
+    count,
+    cos,
+    sin,
+    late_cos,
+    late_sin,
+    basis,
+    nodes,
+    log_weights,
+    scale,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    HALF: tl.constexpr,
+    BACK: tl.constexpr,
+    EXP: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """phi of C vectors at the pointers x [C, 1], whose angles lie in `rows` [C, 1]: [C, BLOCK_K] fp32."""
+    f = tl.arange(0, BLOCK_K)
+    in_k = f < K
+    has_row = tl.arange(0, C)[:, None] < count
+    sums = tl.zeros([C, BLOCK_K], tl.float32)
+    for start in range(0, D, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)[None, :]
+        mask = has_row & (c < D)
+        if BACK:
+            value = turned_back(x, c, mask, cos + rows * HALF, sin + rows * HALF, late_cos, late_sin, HALF)
+        else:
+            value = turned(x, c, mask, cos + rows * HALF, sin + rows * HALF, x, x, HALF, 0, 1)
+        b = start + tl.arange(0, BLOCK_C)[:, None]
+        tile = tl.load(basis + b * K + f[None, :], mask=(b < D) & in_k[None, :], other=0.0)
+        sums = tl.dot(value, tile, sums, input_precision=PRECISION)
+    radii = tl.load(nodes + f, mask=in_k, other=0.0) * scale
+    logits = sums * radii[None, :] + tl.load(log_weights + f, mask=in_k, other=0.0)[None, :]
+    return positive(logits, in_k[None, :], EXP, 1)
+
+
+@triton.jit
+def table_factors(table, positions, rows, count, num_entries, h, num_heads, C: tl.constexpr):
+    """[C] entries of a position table for a head, 0 where there is no token."""
+    has_row = tl.arange(0, C) < count
+    position = tl.load(positions + rows, mask=has_row, other=0)
+    return tl.load(table + tl.minimum(position, num_entries - 1) * num_heads + h, mask=has_row, other=0.0)
+
+
+@triton.jit
+def queries_kernel(
+    q,
+    phi_q,
+    positions,
+    cos,
+    sin,
+    basis,
+    nodes,
+    log_weights,
+    table_read,
+    chunk_sequence,
+    chunk_offset,
+    starts,
+    q_row,
+    q_head,
+    num_entries,
+    scale,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    HALF: tl.constexpr,
+    EXP: tl.constexpr,
+    TABLE: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (M, H): phi_q [T, H, K] of q [T, H, D], read factors of position tables folded in."""
+    h = tl.program_id(1)
+    num_heads = tl.num_programs(1)
+    _, _, row, count = chunk_at(tl.program_id(0), chunk_sequence, chunk_offset, starts, C)
+    i = tl.arange(0, C)
+    rows = row + i
+    g = h // R
+    phi = block_features(
+        q + rows[:, None] * q_row + h * q_head, rows[:, None], count, cos, sin, cos, sin,
+        basis, nodes + g * K, log_weights + g * K, scale,
+        D, K, HALF, False, EXP, C, BLOCK_C, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    if TABLE:
+        phi *= table_factors(table_read, positions, rows, count, num_entries, h, num_heads, C)[:, None]
+    f = tl.arange(0, BLOCK_K)[None, :]
+    here = phi_q + (rows[:, None] * num_heads + h) * K + f
+    tl.store(here, phi.to(phi_q.dtype.element_ty), mask=(i[:, None] < count) & (f < K))
+
+
+@triton.jit
+def keys_kernel(
+    k,
+    rotated,
+    cos,
+    sin,
+    chunk_sequence,
+    chunk_offset,
+    starts,
+    k_row,
+    k_head,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid (M, G): the rotated keys [T, G, D], in the near rows' dtype."""
+    g = tl.program_id(1)
+    num_groups = tl.num_programs(1)
+    _, _, row, count = chunk_at(tl.program_id(0), chunk_sequence, chunk_offset, starts, C)
+    i = tl.arange(0, C)[:, None]
+    rows = row + i
+    c = tl.arange(0, BLOCK_D)[None, :]
+    mask = (i < count) & (c < D)
+    key = turned(k + rows * k_row + g * k_head, c, mask, cos + rows * HALF, sin + rows * HALF, k, k, HALF, 0, 1)
+    tl.store(rotated + (rows * num_groups + g) * D + c, key.to(rotated.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def entering_kernel(
+    k,
+    rotated,
+    v,
+    phi_in,
+    v_in,
+    slots,
+    positions,
+    cos,
+    sin,
+    late_cos,
+    late_sin,
+    basis,
+    nodes,
+    log_weights,
+    log_decay,
+    table_write,
+    near_keys,
+    near_values,
+    chunk_sequence,
+    chunk_offset,
+    starts,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    near_slot,
+    num_entries,
+    scale,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    HALF: tl.constexpr,
+    ROTATED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    EXP: tl.constexpr,
+    TABLE: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (M, G): what enters the state at each token, phi_in [T, G, K] and, with a window, v_in [T, G, D].
+
+    Without a window that is the token itself. With one it is the token that leaves it: of the same segment, or of
+    the ring as the step before left it. Write factors and the decay of the window's steps are folded in.
+    """
+    g = tl.program_id(1)
+    num_groups = tl.num_programs(1)
+    n, offset, row, count = chunk_at(tl.program_id(0), chunk_sequence, chunk_offset, starts, C)
+    i = tl.arange(0, C)
+    rows = row + i
+    group_nodes = nodes + g * K
+    group_weights = log_weights + g * K
+    if WINDOW > 0:
+        source = offset + i - WINDOW
+        position = tl.load(positions + tl.load(starts + n)) + source
+        ring = tl.load(slots + n) * near_slot + (g * (SINKS + WINDOW) + SINKS + position % WINDOW) * D
+        is_here = source >= 0
+        leaves = (i < count) & (position >= SINKS)
+        key = tl.where(is_here, rotated + ((rows - WINDOW) * num_groups + g) * D, near_keys + ring)
+        value = tl.where(is_here, v + (rows - WINDOW) * v_row + g * v_head, near_values + ring)
+        # Rows that nothing leaves for are read as the ring's row 0, which is there, and come to nothing below.
+        key = tl.where(leaves, key, near_keys + tl.load(slots + n) * near_slot)
+        HALF_BACK: tl.constexpr = 0 if ROTATED else HALF
+        phi = block_features(
+            key[:, None], rows[:, None], count, cos, sin, late_cos, late_sin,
+            basis, group_nodes, group_weights, scale,
+            D, K, HALF_BACK, True, EXP, C, BLOCK_C, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        late = tl.exp(tl.load(log_decay + g) * WINDOW)
+        phi = tl.where(leaves[:, None], phi * late, 0.0)
+        c = tl.arange(0, BLOCK_D)[None, :]
+        values = tl.load(value[:, None] + c, mask=leaves[:, None] & (c < D), other=0.0)
+        v_here = v_in + (rows[:, None] * num_groups + g) * D + c
+        tl.store(v_here, values, mask=(i[:, None] < count) & (c < D))
+    else:
+        HALF_FAR: tl.constexpr = HALF if ROTATED else 0
+        phi = block_features(
+            k + rows[:, None] * k_row + g * k_head, rows[:, None], count, cos, sin, cos, sin,
+            basis, group_nodes, group_weights, scale,
+            D, K, HALF_FAR, False, EXP, C, BLOCK_C, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        if TABLE:
+            phi *= table_factors(table_write, positions, rows, count, num_entries, g, num_groups, C)[:, None]
+    f = tl.arange(0, BLOCK_K)[None, :]
+    here = phi_in + (rows[:, None] * num_groups + g) * K + f
+    tl.store(here, phi.to(phi_in.dtype.element_ty), mask=(i[:, None] < count) & (f < K))

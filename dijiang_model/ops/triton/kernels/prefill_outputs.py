@@ -1,0 +1,267 @@
+"""Prefill, third part: what each chunk answers, from the state before it, from itself, and from the near tokens."""
+
+import triton
+import triton.language as tl
+
+from dijiang_model.ops.triton.kernels.parts import operand, rounded, turned
+from dijiang_model.ops.triton.kernels.prefill_features import chunk_at
+from dijiang_model.ops.triton.kernels.prefill_states import chunk_totals
+
+
+@triton.jit
+def softmax_step(
+    queries, keys, values, seen, root, largest, total, sums, like, PRECISION: tl.constexpr, EMULATED: tl.constexpr
+):
+    """One block of keys [J, D] and values [J, V] into a running softmax; `seen` [C, J]."""
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * root
+    scores = tl.where(seen, scores, float("-inf"))
+    now = tl.maximum(largest, tl.max(scores, 1))
+    base = tl.where(now == float("-inf"), 0.0, now)  # nothing seen yet: all weights are 0, none is NaN
+    weights = tl.exp(scores - base[:, None])
+    shrink = tl.exp(largest - base)
+    total = total * shrink + tl.sum(weights, 1)
+    sums = tl.dot(rounded(weights, like, EMULATED), values, sums * shrink[:, None], input_precision=PRECISION)
+    return now, total, sums
+
+
+@triton.jit
+def near_tokens(
+    q,
+    rotated,
+    v,
+    near_keys,
+    near_values,
+    cos,
+    sin,
+    cos_sink,
+    sin_sink,
+    mix_weight,
+    rows,
+    row,
+    count,
+    offset,
+    position,
+    ring,
+    q_row,
+    v_row,
+    g,
+    v0,
+    num_groups,
+    like,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    ROTATED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """Softmax of C queries over their windows and sinks.
+
+    q and v point to the head, `ring` is the offset of the near rows, `position` that of the segment's first token.
+
+    Returns:
+        [C, BLOCK_V] weighted values, [C] sums of weights, [C] w_h . q of the mixing weight.
+    """
+    i = tl.arange(0, C)[:, None]
+    c = tl.arange(0, BLOCK_D)[None, :]
+    col = v0 + tl.arange(0, BLOCK_V)[None, :]
+    mask = (i < count) & (c < D)
+    angles = rows[:, None] * HALF
+    here = q + rows[:, None] * q_row
+    query = turned(here, c, mask, cos + angles, sin + angles, q, q, HALF, 0, 1)
+    mixing = query
+    if not ROTATED:
+        mixing = tl.load(here + c, mask=mask, other=0.0).to(tl.float32)
+    mixed = tl.sum(mixing * tl.load(mix_weight + c, mask=c < D, other=0.0), 1)
+    queries = rounded(query, like, EMULATED)
+    root = 1.0 / tl.sqrt(D * 1.0)
+    largest = tl.full([C], float("-inf"), tl.float32)
+    total = tl.zeros([C], tl.float32)
+    sums = tl.zeros([C, BLOCK_V], tl.float32)
+    j = tl.arange(0, BLOCK_J)
+    start = row - offset
+    for step in range(0, C + WINDOW - 1, BLOCK_J):
+        behind = step + j - (WINDOW - 1)  # of the chunk's first token
+        token = offset + behind
+        held = position + token
+        exists = (held >= SINKS) & (behind < count)
+        is_here = token >= 0
+        from_ring = ring + (SINKS + held % WINDOW) * D
+        key_at = tl.where(is_here, rotated + ((start + token) * num_groups + g) * D, near_keys + from_ring)
+        value_at = tl.where(is_here, v + (start + token) * v_row, near_values + from_ring)
+        keys = tl.load(key_at[:, None] + c, mask=exists[:, None] & (c < D), other=0.0)
+        values = tl.load(value_at[:, None] + col, mask=exists[:, None] & (col < D), other=0.0)
+        seen = exists[None, :] & (behind[None, :] <= i) & (behind[None, :] > i - WINDOW)
+        largest, total, sums = softmax_step(
+            queries, operand(keys, like, EMULATED), operand(values, like, EMULATED), seen, root,
+            largest, total, sums, like, PRECISION, EMULATED,
+        )  # fmt: skip
+    if SINKS > 0:
+        sink_query = turned(here, c, mask, cos_sink + angles, sin_sink + angles, q, q, HALF, 0, 1)
+        queries = rounded(sink_query, like, EMULATED)
+        for step in range(0, SINKS, BLOCK_J):
+            sink = step + j
+            token = sink - position
+            is_here = token >= 0
+            exists = (sink < SINKS) & (token < offset + count)
+            key_at = tl.where(is_here, rotated + ((start + token) * num_groups + g) * D, near_keys + ring + sink * D)
+            value_at = tl.where(is_here, v + (start + token) * v_row, near_values + ring + sink * D)
+            keys = tl.load(key_at[:, None] + c, mask=exists[:, None] & (c < D), other=0.0)
+            values = tl.load(value_at[:, None] + col, mask=exists[:, None] & (col < D), other=0.0)
+            seen = exists[None, :] & (token[None, :] <= offset + i)
+            largest, total, sums = softmax_step(
+                queries, operand(keys, like, EMULATED), operand(values, like, EMULATED), seen, root,
+                largest, total, sums, like, PRECISION, EMULATED,
+            )  # fmt: skip
+    return sums, total, mixed
+
+
+@triton.jit
+def far_tokens(
+    phi_q,
+    phi_in,
+    v_in,
+    chunk_states,
+    chunk_normalisers,
+    total,
+    rows,
+    count,
+    m,
+    h,
+    g,
+    v0,
+    num_heads,
+    num_groups,
+    v_row,
+    v_head,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    DENOMINATOR: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """The linear part: [C, BLOCK_V] numerators and [C] denominators."""
+    i = tl.arange(0, C)
+    col = v0 + tl.arange(0, BLOCK_V)[None, :]
+    has_row = i[:, None] < count
+    before = tl.zeros([C, BLOCK_V], tl.float32)
+    before_total = tl.zeros([C], tl.float32)
+    scores = tl.zeros([C, C], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        f = start + tl.arange(0, BLOCK_K)
+        in_k = f[None, :] < K
+        query_at = phi_q + (rows[:, None] * num_heads + h) * K + f[None, :]
+        key_at = phi_in + (rows[:, None] * num_groups + g) * K + f[None, :]
+        queries = operand(tl.load(query_at, mask=has_row & in_k, other=0.0), phi_in, EMULATED)
+        keys = operand(tl.load(key_at, mask=has_row & in_k, other=0.0), phi_in, EMULATED)
+        scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
+        state_at = chunk_states + ((m * num_groups + g) * K + f[:, None]) * D + col
+        state = tl.load(state_at, mask=(f[:, None] < K) & (col < D), other=0.0)
+        before = tl.dot(queries, operand(state, phi_in, EMULATED), before, input_precision=PRECISION)
+        if DENOMINATOR:
+            z = tl.load(chunk_normalisers + (m * num_groups + g) * K + f, mask=f < K, other=0.0)
+            before_total += tl.sum(queries.to(tl.float32) * z[None, :], 1)
+    since = tl.exp(total)
+    is_past = i[:, None] >= i[None, :]
+    decays = tl.where(is_past, tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0)), 0.0)
+    scores *= decays
+    values = tl.load(v_in + rows[:, None] * v_row + g * v_head + col, mask=has_row & (col < D), other=0.0)
+    sums = tl.dot(
+        rounded(scores, phi_in, EMULATED),
+        operand(values, phi_in, EMULATED),
+        before * since[:, None],
+        input_precision=PRECISION,
+    )
+    return sums, tl.sum(scores, 1) + before_total * since
+
+
+@triton.jit
+def outputs_kernel(
+    q,
+    rotated,
+    v,
+    phi_q,
+    phi_in,
+    v_in,
+    chunk_states,
+    chunk_normalisers,
+    out,
+    slots,
+    positions,
+    cos,
+    sin,
+    cos_sink,
+    sin_sink,
+    log_decay,
+    table_decay,
+    mix_bias,
+    mix_weight,
+    near_keys,
+    near_values,
+    chunk_sequence,
+    chunk_offset,
+    starts,
+    q_row,
+    q_head,
+    v_row,
+    v_head,
+    v_in_row,
+    v_in_head,
+    near_slot,
+    num_entries,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    HALF: tl.constexpr,
+    ROTATED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    TABLE: tl.constexpr,
+    DENOMINATOR: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """Grid (M, H, blocks of columns): out [T, H, D], normalised, or raw sums without a denominator."""
+    m = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1)
+    num_heads = tl.num_programs(1)
+    num_groups = num_heads // R
+    g = h // R
+    v0 = tl.program_id(2) * BLOCK_V
+    n, offset, row, count = chunk_at(m, chunk_sequence, chunk_offset, starts, C)
+    i = tl.arange(0, C)
+    rows = row + i
+    total, _ = chunk_totals(log_decay, table_decay, positions, rows, count, num_entries, g, num_groups, TABLE, C)
+    sums, weights = far_tokens(
+        phi_q, phi_in, v_in, chunk_states, chunk_normalisers, total, rows, count,
+        m, h, g, v0, num_heads, num_groups, v_in_row, v_in_head,
+        D, K, DENOMINATOR, C, BLOCK_K, BLOCK_V, PRECISION, EMULATED,
+    )  # fmt: skip
+    if WINDOW > 0:
+        near, near_weights, mixed = near_tokens(
+            q + h * q_head, rotated, v + g * v_head, near_keys, near_values, cos, sin, cos_sink, sin_sink,
+            mix_weight + h * D, rows, row, count, offset, tl.load(positions + row - offset),
+            tl.load(slots + n) * near_slot + g * (SINKS + WINDOW) * D, q_row, v_row, g, v0, num_groups, phi_in,
+            D, HALF, ROTATED, WINDOW, SINKS, C, BLOCK_D, BLOCK_V, BLOCK_J, PRECISION, EMULATED,
+        )  # fmt: skip
+        mix = K * tl.exp(tl.load(mix_bias + h) + mixed)
+        sums = near + mix[:, None] * sums
+        weights = near_weights + mix * weights
+    if DENOMINATOR:
+        sums /= tl.where(i < count, weights, 1.0)[:, None]
+    col = v0 + tl.arange(0, BLOCK_V)[None, :]
+    here = out + (rows[:, None] * num_heads + h) * D + col
+    tl.store(here, sums.to(out.dtype.element_ty), mask=(i[:, None] < count) & (col < D))

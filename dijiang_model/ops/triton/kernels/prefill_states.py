@@ -1,0 +1,147 @@
+"""Prefill, second part: the state before each chunk and after the last, chunk by chunk; and the near rows."""
+
+import triton
+import triton.language as tl
+
+from dijiang_model.ops.triton.kernels.parts import operand, rounded
+
+
+@triton.jit
+def chunk_totals(
+    log_decay, table_decay, positions, rows, count, num_entries, g, num_groups, TABLE: tl.constexpr, C: tl.constexpr
+):
+    """[C] sums of log decays from the chunk's beginning, each token included, and their last; all <= 0."""
+    i = tl.arange(0, C)
+    if TABLE:
+        has_row = i < count
+        position = tl.load(positions + rows, mask=has_row, other=0)
+        entry = tl.minimum(position, num_entries - 1) * num_groups + g
+        steps = tl.load(table_decay + entry, mask=has_row, other=0.0)
+        return tl.cumsum(steps, 0), tl.sum(steps, 0)
+    step = tl.load(log_decay + g)
+    return (i + 1) * step, count * step
+
+
+@triton.jit
+def states_kernel(
+    phi_in,
+    v_in,
+    chunk_states,
+    chunk_normalisers,
+    state,
+    normaliser,
+    slots,
+    positions,
+    log_decay,
+    table_decay,
+    starts,
+    first_chunks,
+    v_row,
+    v_head,
+    state_slot,
+    normaliser_slot,
+    num_entries,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    TABLE: tl.constexpr,
+    DENOMINATOR: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    TILES_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """Grid (N, G, tiles of the state): chunk_states [M, G, K, D] and, from the first tile of columns,
+    chunk_normalisers [M, G, K]; then the slots' state and normaliser, in place.
+    """
+    n = tl.program_id(0)
+    g = tl.program_id(1)
+    num_groups = tl.num_programs(1)
+    tile_v = tl.program_id(2) % TILES_V
+    f = (tl.program_id(2) // TILES_V) * BLOCK_K + tl.arange(0, BLOCK_K)
+    col = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    in_tile = (f[:, None] < K) & (col[None, :] < D)
+    # Only one column of tiles moves the normaliser on; the others' f lies behind its end.
+    own_f = f + tl.where(tile_v == 0, 0, K)
+    slot = tl.load(slots + n)
+    tile_here = state + slot * state_slot + (g * K + f[:, None]) * D + col[None, :]
+    tile = tl.load(tile_here, mask=in_tile, other=0.0).to(tl.float32)
+    z_here = normaliser + slot * normaliser_slot + g * K + f
+    z = tl.zeros([BLOCK_K], tl.float32)
+    if DENOMINATOR:
+        z = tl.load(z_here, mask=own_f < K, other=0.0)
+    start = tl.load(starts + n)
+    length = tl.load(starts + n + 1) - start
+    first = tl.load(first_chunks + n)
+    i = tl.arange(0, C)
+    for index in range(tl.load(first_chunks + n + 1) - first):
+        m = first + index
+        tl.store(
+            chunk_states + ((m * num_groups + g) * K + f[:, None]) * D + col[None, :],
+            tile.to(chunk_states.dtype.element_ty),
+            mask=in_tile,
+        )
+        if DENOMINATOR:
+            tl.store(chunk_normalisers + (m * num_groups + g) * K + f, z, mask=own_f < K)
+        rows = start + index * C + i
+        count = tl.minimum(length - index * C, C)
+        has_row = i[:, None] < count
+        total, last = chunk_totals(log_decay, table_decay, positions, rows, count, num_entries, g, num_groups, TABLE, C)
+        phi_here = phi_in + (rows[:, None] * num_groups + g) * K + f[None, :]
+        phi = tl.load(phi_here, mask=has_row & (f[None, :] < K), other=0.0).to(tl.float32)
+        phi = rounded(phi * tl.exp(tl.minimum(last - total, 0.0))[:, None], phi_in, EMULATED)
+        value_here = v_in + rows[:, None] * v_row + g * v_head + col[None, :]
+        values = operand(tl.load(value_here, mask=has_row & (col[None, :] < D), other=0.0), phi_in, EMULATED)
+        kept = tl.exp(last)
+        tile = tl.dot(tl.trans(phi), values, tile * kept, input_precision=PRECISION)
+        z = z * kept + tl.sum(phi.to(tl.float32), 0)
+    tl.debug_barrier()
+    tl.store(tile_here, tile.to(state.dtype.element_ty), mask=in_tile)
+    if DENOMINATOR:
+        tl.store(z_here, z, mask=own_f < K)
+
+
+@triton.jit
+def near_rows_kernel(
+    rotated,
+    v,
+    near_keys,
+    near_values,
+    slots,
+    positions,
+    starts,
+    v_row,
+    v_head,
+    near_slot,
+    D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid (N, G): writes each segment's last WINDOW tokens into the ring, and its sinks. Runs after all who read."""
+    n = tl.program_id(0)
+    g = tl.program_id(1)
+    num_groups = tl.num_programs(1)
+    start = tl.load(starts + n)
+    length = tl.load(starts + n + 1) - start
+    position = tl.load(positions + start)
+    to = tl.load(slots + n) * near_slot + g * (SINKS + WINDOW) * D
+    c = tl.arange(0, BLOCK_D)[None, :]
+    j = tl.arange(0, BLOCK_J)[:, None]
+    oldest = tl.maximum(length - WINDOW, 0)
+    for begin in range(0, WINDOW, BLOCK_J):
+        offset = oldest + begin + j
+        mask = (begin + j < WINDOW) & (offset < length) & (c < D)
+        rows = start + offset
+        there = to + (SINKS + (position + offset) % WINDOW) * D + c
+        tl.store(near_keys + there, tl.load(rotated + (rows * num_groups + g) * D + c, mask=mask), mask=mask)
+        tl.store(near_values + there, tl.load(v + rows * v_row + g * v_head + c, mask=mask), mask=mask)
+    for begin in range(0, SINKS, BLOCK_J):
+        offset = begin + j
+        mask = (offset < length) & (position + offset < SINKS) & (c < D)
+        rows = start + offset
+        there = to + (position + offset) * D + c
+        tl.store(near_keys + there, tl.load(rotated + (rows * num_groups + g) * D + c, mask=mask), mask=mask)
+        tl.store(near_values + there, tl.load(v + rows * v_row + g * v_head + c, mask=mask), mask=mask)

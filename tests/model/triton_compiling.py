@@ -1,0 +1,182 @@
+"""Compiles the Triton kernels for an H100 without having one: what the interpreter cannot show.
+
+    python -m tests.model.triton_compiling [--sizes]
+
+Runs layers of real shapes on meta-like CPU tensors with every launch recorded in place of being run, then compiles
+each recorded launch for compute capability 9.0. Prints one JSON line per launch: kernel, shape, registers, spills and
+shared memory. Needs triton's own assembler and no driver. Not in Triton's interpreter.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
+from dijiang_model.kernel import LinearKernel
+from dijiang_model.ops import LayerState
+from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
+from dijiang_model.ops.triton import TritonAttention, decode, prefill, read_out
+
+TARGET = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY_BYTES = 227 * 1024
+"""What one program may use on compute capability 9.0."""
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.float64: "*fp64",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One recorded launch."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def compiled(self) -> Any:
+        """For `TARGET`, with the specialisations that a launch of these arguments would get."""
+        names, signature, constants, attributes = self.kernel.arg_names, {}, {}, {}
+        values = dict(zip(names, self.arguments, strict=False)) | {
+            name: value for name, value in self.keywords.items() if name not in OPTIONS
+        }
+        for index, name in enumerate(names):
+            value = values[name]
+            is_constant = name in self.keywords or (value == 1 if isinstance(value, int) else False)
+            signature[name] = "constexpr" if is_constant else _type(value)
+            if is_constant:
+                constants[(index,)] = value
+            elif _is_divisible(value):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        options = {name: value for name, value in self.keywords.items() if name in OPTIONS}
+        return triton.compile(source, target=TARGET, options=options)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _is_divisible(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+
+
+class _Recorder:
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self._kernel, self._launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **keywords: self._launches.append(Launch(self._kernel, arguments, keywords))
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Every launch of the operator's kernels goes into the list, and nothing runs."""
+    launches: list[Launch] = []
+    hosts = (decode, prefill, read_out)
+    kernels = [(host, name) for host in hosts for name in vars(host) if name.endswith("_kernel")]
+    originals = [(host, name, getattr(host, name)) for host, name in kernels]
+    try:
+        for host, name, kernel in originals:
+            setattr(host, name, _Recorder(kernel, launches))
+        yield launches
+    finally:
+        for host, name, kernel in originals:
+            setattr(host, name, kernel)
+
+
+FEATURES = FeatureConfig(scale=0.3, rotated=False, far_rank=16)
+HYBRID = AttentionConfig(features=FEATURES, window=60, sinks=4)
+PURE = AttentionConfig(features=FeatureConfig(scale=0.3))
+RELEASED = AttentionConfig(FeatureConfig(("matrix",), nodes="checkpoint"), read_out="group_norm", decay="table")
+SHAPES: dict[str, tuple[int, int, int, AttentionConfig]] = {
+    "SmolLM2-135M, hybrid": (9, 3, 64, HYBRID),
+    "LLaMA-2-7B, pure": (32, 32, 128, PURE),
+    "LLaMA-2-7B, hybrid, two bases": (32, 32, 128, replace(HYBRID, features=replace(FEATURES, bases=("dct2", "dct4")))),
+    "Pythia-2.8B, released": (32, 32, 80, RELEASED),
+    "Pythia-1B, hybrid": (8, 8, 256, HYBRID),
+}
+"""Query heads, key-value heads, head size and attention of a layer."""
+
+
+def launches_of(shape: str, *, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """All launches of a step of one layer with decode rows and prefill segments."""
+    num_heads, num_groups, size, attention = SHAPES[shape]
+    config = ModelConfig(
+        "llama", 260, num_heads * size, 64, num_heads, num_groups, size, size, 1e4, 2048, 1e-5, "silu", False, False,
+        False, True, (attention,), position_table_length=64,
+    )  # fmt: skip
+    kernel = LinearKernel(config, 0, torch.float32)
+    for parameter in kernel.parameters():
+        parameter.data.fill_(0.5)
+    kernel.prepare()
+    num_tokens, num_features, near = 70, kernel.num_features, attention.window + attention.sinks
+    q = torch.zeros(num_tokens, num_heads, size, dtype=dtype)
+    k, v = torch.zeros(2, num_tokens, num_groups, size, dtype=dtype)
+    near_rows = torch.zeros(2, 3, num_groups, near, size, dtype=dtype) if near else (None, None)
+    has_normaliser = attention.read_out == "denominator"
+    state = LayerState(
+        torch.zeros(3, num_groups, num_features, size),
+        torch.zeros(3, num_groups, num_features) if has_normaliser else None,
+        *near_rows,
+    )
+    positions, slots = torch.arange(num_tokens), torch.tensor([1, 2])
+    rotary = Rotary.at(positions, dims=size, theta=1e4, dtype=torch.float32)
+    with recorded() as launches:
+        layout = StepLayout(1, positions, slots[:1], rotary, rotary, PrefillLayout(positions[1:], slots[1:], (69,)))
+        attended = TritonAttention()(q, k, v, kernel=kernel, layout=layout, state=state)
+        read_out.angles(positions, dims=size, theta=1e4, last_sink=2047)
+        if not has_normaliser:
+            norm = torch.nn.GroupNorm(size, num_heads * size, dtype=dtype)
+            read_out.gated_norm(attended, torch.zeros(num_tokens, num_heads * size, dtype=dtype), norm)
+    return launches
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers of a thread, bytes of its spills and of a program's shared memory."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "registers": found["REG"],
+        "stack_bytes": found["STACK"] + found["LOCAL"],
+        "shared_bytes": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+    }
+
+
+def main() -> None:
+    """Compiles everything for `SHAPES`, or for those named on the command line."""
+    for shape in sys.argv[1:] or SHAPES:
+        for launch in launches_of(shape):
+            used = resources(launch.compiled())
+            sys.stdout.write(json.dumps({"shape": shape, "kernel": launch.kernel.__name__, **used}) + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
