@@ -1,7 +1,7 @@
 """Connections to PostgreSQL: made when they are needed, kept for the next transaction, thrown away when they break.
 
-Used by several threads at once. A transaction either commits or leaves nothing; a server that does not answer is a
-`StoreUnavailableError`, at once while it is known to be down, and forgotten as soon as it is back.
+Used by several threads at once. A transaction either commits or leaves nothing. A server that does not answer is a
+`StoreUnavailableError`, and nothing of the past as soon as it is back.
 """
 
 import logging
@@ -29,8 +29,8 @@ _DEFAULTS = {
 }
 """Of libpq, where the address says nothing else: a server that has vanished is noticed within seconds."""
 _LIMITS = "SET LOCAL lock_timeout = '20s'; SET LOCAL idle_in_transaction_session_timeout = '60s'"
-_RETRY_S = 0.5
-"""After a connection could not be made, for how long nobody else waits for another try."""
+_SLOW_S, _RETRY_S = 1.0, 2.0
+"""After a try to connect that took so long, for how long nobody else waits for another one."""
 _UNAVAILABLE = (psycopg.OperationalError, psycopg.InterfaceError, errors.ReadOnlySqlTransaction)
 _log = logging.getLogger(__name__)
 Row = DictRow
@@ -157,12 +157,14 @@ class Postgres:
     def _connect(self) -> Connection[Row]:
         if time.monotonic() < self._down_until:
             raise psycopg.OperationalError("the server did not answer a moment ago")
+        begin = time.monotonic()
         try:
             connection = psycopg.connect(
                 "", autocommit=True, prepare_threshold=None, row_factory=dict_row, **self._parameters
             )
         except psycopg.OperationalError:
-            self._down_until = time.monotonic() + _RETRY_S
+            if time.monotonic() - begin > _SLOW_S:
+                self._down_until = time.monotonic() + _RETRY_S
             raise
         if not self._was_up:
             _log.info("the store of states answers again")

@@ -5,7 +5,6 @@ in a transaction of its own, and seen by nobody until something refers to it. A 
 to it and no replica uses it; what a replica uses is forgotten with the replica. Times are the server's.
 """
 
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +83,7 @@ class SharedDatabase:
         self._postgres = postgres
         self._replica = replica
         self._lease_s = lease_s
-        self._beaten = self._calm_since = time.monotonic()
+        self._beaten = self._calm_since = 0.0
 
     def open(self, schema: str, left_behind: Collection[str]) -> tuple[int, int]:
         """Makes the tables if need be, and buries replicas that are known to be gone; states and bytes there are.
@@ -93,17 +92,23 @@ class SharedDatabase:
             StoreError: the tables cannot be used.
             StoreUnavailableError: the server does not answer.
         """
-        with self._postgres.changing() as transaction:
-            ensure_tables(transaction, schema)
-            self._register(transaction)
-            _bury(transaction, left_behind)
-            return _totals(transaction)
+        try:
+            with self._postgres.changing() as transaction:
+                ensure_tables(transaction, schema)
+                self._register(transaction)
+                _bury(transaction, left_behind)
+                return _totals(transaction)
+        except BaseException:
+            self._postgres.close()
+            raise
 
     def close(self) -> None:
         """Tells the others that this replica is gone."""
-        with self._postgres.changing() as transaction:
-            _bury(transaction, [self._replica])
-        self._postgres.close()
+        try:
+            with self._postgres.changing() as transaction:
+                _bury(transaction, [self._replica])
+        finally:
+            self._postgres.close()
 
     def reserve(
         self, files: Collection[str], *, bytes_each: int, max_bytes: int, can_evict: bool, held: Collection[str]
@@ -113,7 +118,11 @@ class SharedDatabase:
             self._register(transaction)
             _drop_expired(transaction)
             for file in files:
-                transaction.run("INSERT INTO uses VALUES (%s,%s,%s)", file, self._replica, bytes_each)
+                # A beat may have noted it already.
+                transaction.run(
+                    "INSERT INTO uses VALUES (%s,%s,%s) ON CONFLICT (file, replica) DO UPDATE SET num_bytes = %s",
+                    *(file, self._replica, bytes_each, bytes_each),
+                )
             can_evict = can_evict and len(files) * bytes_each <= max_bytes
             while (wanted := transaction.number(_WANTED_BYTES)) > max_bytes:
                 if not (can_evict and _drop_oldest(transaction, held)):
@@ -268,7 +277,7 @@ class SharedDatabase:
             self._register(transaction)
             dropped = self._note_uses(transaction, mine.files)
             _break_off(transaction, "maker = %s AND NOT id = ANY(%s)", self._replica, [*mine.making])
-            if self._is_calm():
+            if self._is_calm(transaction.now):
                 _bury(transaction, _dead(transaction, transaction.now - self._lease_s))
             _drop_expired(transaction)
             drop_unused(transaction, dropped)
@@ -298,13 +307,12 @@ class SharedDatabase:
         )
         return [row["file"] for row in rows]
 
-    def _is_calm(self) -> bool:
+    def _is_calm(self, now: float) -> bool:
         """Whether the store was there for a whole lease: who could not be heard before is not dead for that."""
-        now = time.monotonic()
         if now - self._beaten > self._lease_s / 2:
             self._calm_since = now
         self._beaten = now
-        return now - self._calm_since > self._lease_s
+        return now - self._calm_since >= self._lease_s
 
 
 def _totals(transaction: Transaction) -> tuple[int, int]:
