@@ -9,9 +9,8 @@ checkpoint names or holds is ever run.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,12 +26,14 @@ from dijiang_model.config_json import (
     parse_stored_config,
     stored_config_text,
 )
-from dijiang_model.errors import CheckpointError
+from dijiang_model.errors import CheckpointError, QuantizationError
 from dijiang_model.families import build_model
 from dijiang_model.json_fields import read_json_object
 from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.native.int8 import quantize_
 from dijiang_model.problem_list import problem_list
+from dijiang_model.quantization.config import Quantization, WeightKind
+from dijiang_model.quantization.modules import choose, install, quantized_weights, weights_to_quantize
+from dijiang_model.quantization.tensors import QuantizedTensors
 from dijiang_model.released_format import ReleasedTensors, is_released_format, released_model_config
 from dijiang_model.safetensors_writer import DEFAULT_SHARD_BYTES, num_bytes, write_tensors, write_text
 from dijiang_model.tensor_files import TensorInfo, TensorSource, open_tensors
@@ -56,6 +57,7 @@ class Checkpoint:
     config: ModelConfig
     tensors: TensorSource
     is_released: bool
+    quantization: Quantization | None = None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -67,7 +69,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     document = read_json_object(path / CONFIG_FILE)
     if document.get("model_type") == MODEL_TYPE:
-        return Checkpoint(parse_stored_config(document).config, open_tensors(path), is_released=False)
+        stored = parse_stored_config(document)
+        return Checkpoint(stored.config, open_tensors(path), is_released=False, quantization=stored.quantization)
     tensors = open_tensors(path)
     if is_released_format(tensors.infos()):
         config = released_model_config(document)
@@ -91,28 +94,48 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    weights: Literal["stored", "int8"] = "stored",
+    weights: WeightKind | Quantization | None = None,
 ) -> DiJiangForCausalLM:
     """Loads a model of either format, ready to compute and without gradients.
 
     Args:
         path: the model's folder.
         device: of all parameters.
-        dtype: of the weights; the kernel's own parameters stay fp32 (fp64 in a fp64 model).
-        weights: `int8` quantises projections and head while loading (`native.int8`); fp32 on a CPU only.
+        dtype: of the weights; the kernel's own parameters stay fp32 (fp64 in a fp64 model). In a quantized model of
+            those that are not rounded, and of what is computed.
+        weights: rounds weights while loading, to the same codes as `dijiang quantize`; None: as they are stored.
 
     Raises:
-        ValueError: int8 weights on another device or in another dtype.
+        QuantizationError: `weights` is not what the checkpoint's were rounded to already.
         ConfigError: unsupported or contradictory configuration values.
         CheckpointError: missing, surplus, misshapen or non-finite tensors (all of them listed), or
             unreadable files. Nothing is loaded then.
     """
     checkpoint = open_readable(Path(path))
     model = build_model(checkpoint.config, device="meta", dtype=dtype)
+    if weights is not None:
+        checkpoint = _rounded(checkpoint, model, weights, Path(path))
+    if checkpoint.quantization is not None:
+        install(model, checkpoint.quantization)
     require_fit(checkpoint, model, Path(path))
     fill_model(model, checkpoint.tensors, Path(path), device=torch.device(device))
-    model.prepare()
-    return quantize_(model) if weights == "int8" else model
+    return model.prepare()
+
+
+def _rounded(
+    checkpoint: Checkpoint, model: DiJiangForCausalLM, wanted: WeightKind | Quantization, path: Path
+) -> Checkpoint:
+    """The same checkpoint with its weights rounded while they are read."""
+    stored = checkpoint.quantization
+    kind = wanted.weights if isinstance(wanted, Quantization) else wanted
+    if stored is not None:
+        if wanted not in (stored, stored.weights):
+            raise QuantizationError(f"the weights in {path} are {stored.weights} already, and cannot become {kind}")
+        return checkpoint
+    require_fit(checkpoint, model, path)
+    quantization = choose(wanted, checkpoint.tensors, model) if isinstance(wanted, str) else wanted
+    chosen = weights_to_quantize(model, quantization)
+    return replace(checkpoint, tensors=QuantizedTensors(checkpoint.tensors, chosen), quantization=quantization)
 
 
 def open_readable(path: Path) -> Checkpoint:
@@ -153,6 +176,9 @@ def fill_model(model: DiJiangForCausalLM, source: TensorSource, path: Path, *, d
     if problems:
         raise CheckpointError(problem_list(f"{path} is damaged, or {model.dtype} is too narrow for it", problems))
     model.load_state_dict(loaded, strict=True, assign=True)
+    problems = [f"{name}: {text}" for name, weight in quantized_weights(model) for text in weight.problems()]
+    if problems:
+        raise CheckpointError(problem_list(f"{path} is damaged", problems))
 
 
 def save_model(
@@ -172,7 +198,12 @@ def save_model(
     """
     config = model.config
     state = model.state_dict()
-    stored = StoredConfig(config=config, base=base_document(config) if base is None else base, origin=origin)
+    stored = StoredConfig(
+        config=config,
+        base=base_document(config) if base is None else base,
+        origin=origin,
+        quantization=model.quantization,
+    )
     write_checkpoint(
         Path(out),
         stored,
@@ -235,9 +266,10 @@ def tensor_problems(
         if there.shape != wanted.shape
     ]
     dtypes = [
-        f"{name} has the dtype {there.dtype}, which is not floating-point"
-        for name, _, there in common
-        if not there.dtype.is_floating_point
+        f"{name} has the dtype {there.dtype}, "
+        + ("which is not floating-point" if wanted.dtype.is_floating_point else f"must be {wanted.dtype}")
+        for name, wanted, there in common
+        if (not there.dtype.is_floating_point if wanted.dtype.is_floating_point else there.dtype != wanted.dtype)
     ]
     return missing + surplus + shapes + dtypes
 
@@ -249,14 +281,14 @@ def is_tolerated(name: str, config: ModelConfig) -> bool:
 
 
 def has_valid(name: str, tensor: Tensor) -> bool:
-    """Whether all values are finite; a mixing bias may be -inf, which silences the linear part.
+    """Whether all values are finite, as integers are; a mixing bias may be -inf, which silences the linear part.
 
     A sum is finite only if all its terms are, and costs no memory; large sums are told from infinite terms
     by looking again.
     """
     if name.endswith(MIX_BIAS):
         return not bool((tensor.isnan() | tensor.isposinf()).any())
-    return all(
+    return not tensor.dtype.is_floating_point or all(
         bool(part.sum(dtype=torch.float64 if part.dtype == torch.float64 else torch.float32).isfinite())
         or bool(part.isfinite().all())
         for part in tensor.reshape(-1).split(CHECKED_ELEMENTS)

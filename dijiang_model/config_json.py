@@ -4,6 +4,7 @@
      "base": the teacher's HF config, verbatim but for `auto_map`,
      "dijiang": {"layers": {"default": attention, "overrides": {"3": attention, ...}},
                  "position_table_length": ..., "bos_token_id": ..., "eos_token_ids": [...], "pad_token_id": ...,
+                 "quantization": {"weights": "int4", "group_size": 32, "has_minimums": true} of rounded weights,
                  "origin": {"recipe": ..., "teacher": ..., "tokens_trained": ..., ...}}}
 
 Unknown fields of our own section are errors, so that no setting of a newer version is ignored.
@@ -29,6 +30,7 @@ from dijiang_model.errors import ConfigError
 from dijiang_model.features import NODE_NAMES
 from dijiang_model.hf_config import base_model_config, eos_ids
 from dijiang_model.json_fields import Fields, read_json_object
+from dijiang_model.quantization.config import Quantization, WeightKind
 
 FORMAT_VERSION = 1
 MODEL_TYPE = "dijiang"
@@ -38,7 +40,9 @@ CHECKPOINT_NODES = "checkpoint"
 
 _ATTENTION_FIELDS = tuple(field.name for field in fields(AttentionConfig))
 _FEATURE_FIELDS = tuple(field.name for field in fields(FeatureConfig))
-_SECTION_FIELDS = ("layers", "position_table_length", "bos_token_id", "eos_token_ids", "pad_token_id", "origin")
+_SECTION_FIELDS = (
+    *("layers", "position_table_length", "bos_token_id", "eos_token_ids", "pad_token_id", "quantization", "origin"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +72,17 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class StoredConfig:
-    """Everything that our `config.json` says. `base` is the HF config without `auto_map`."""
+    """Everything that our `config.json` says.
+
+    Attributes:
+        base: the HF config without `auto_map`.
+        quantization: of the weights; None: they are not rounded.
+    """
 
     config: ModelConfig
     base: Mapping[str, object]
     origin: Origin
+    quantization: Quantization | None = None
 
 
 def read_stored_config(path: Path) -> StoredConfig:
@@ -103,11 +113,12 @@ def parse_stored_config(document: Mapping[str, object]) -> StoredConfig:
     layers = _layers(section.nested("layers"), backbone.num_layers)
     table_length = section.integer("position_table_length", 0, minimum=0)
     token_ids = _token_ids(section, backbone)
+    quantization = _quantization(section.nested("quantization")) if "quantization" in section else None
     for problem in layers_problems(layers, base=backbone, position_table_length=table_length):
         section.report(problem)
     top.raise_if_any("unsupported or contradictory values in config.json")
     config = replace(backbone, layers=layers, position_table_length=table_length, **token_ids)
-    return StoredConfig(config=config, base=base, origin=origin)
+    return StoredConfig(config=config, base=base, origin=origin, quantization=quantization)
 
 
 def stored_config_text(stored: StoredConfig) -> str:
@@ -116,7 +127,7 @@ def stored_config_text(stored: StoredConfig) -> str:
     Raises:
         ConfigError: the configuration contradicts itself or its base.
     """
-    config = stored.config
+    config, quantization = stored.config, stored.quantization
     document: dict[str, Any] = {
         "model_type": MODEL_TYPE,
         "format_version": FORMAT_VERSION,
@@ -127,6 +138,7 @@ def stored_config_text(stored: StoredConfig) -> str:
             "bos_token_id": config.bos_token_id,
             "eos_token_ids": list(config.eos_token_ids),
             "pad_token_id": config.pad_token_id,
+            **({} if quantization is None else {"quantization": asdict(quantization)}),
             "origin": asdict(stored.origin),
         },
     }
@@ -262,6 +274,18 @@ def _features(section: Fields) -> FeatureConfig:
         far_rank=section.integer("far_rank", 0, minimum=0),
         rotated=section.boolean("rotated", True),
     )
+
+
+def _quantization(section: Fields) -> Quantization:
+    section.only([field.name for field in fields(Quantization)])
+    quantization = Quantization(
+        weights=cast(WeightKind, section.text("weights", choices=get_args(WeightKind))),
+        group_size=section.integer("group_size", 0, minimum=0),
+        has_minimums=section.boolean("has_minimums", False),
+    )
+    for problem in quantization.problems():
+        section.report(f"quantization: {problem}")
+    return quantization
 
 
 def _origin(section: Fields) -> Origin:

@@ -3,7 +3,8 @@
 ModelError
 ├── ConfigError        a configuration this code does not support, or that contradicts itself
 ├── CheckpointError    files that are missing, damaged, or do not fit the configuration
-└── ConversionError    a source that cannot be converted
+├── ConversionError    a source that cannot be converted
+└── QuantizationError  weights that cannot be rounded as asked
 """
 
 
@@ -21,3 +22,7 @@ class CheckpointError(ModelError):
 
 class ConversionError(ModelError):
     """A source model that cannot be converted."""
+
+
+class QuantizationError(ModelError):
+    """Weights that cannot be rounded as asked, or are rounded already."""

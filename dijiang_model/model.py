@@ -12,10 +12,12 @@ from torch.nn import functional
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import ModelConfig
 from dijiang_model.native.decoder import NativeDecoder, decoder_for
-from dijiang_model.native.int8 import Int8Linear, Int8Weight
 from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
 from dijiang_model.ops.torch_attention import TorchAttention
+from dijiang_model.quantization.config import Quantization
+from dijiang_model.quantization.modules import quantized_weights
+from dijiang_model.quantization.weight import QuantizedWeight
 from dijiang_model.state import StateBuffer, StateSpec
 
 
@@ -52,13 +54,17 @@ class DiJiangForCausalLM(nn.Module):
 
     ATTENTION_PATH: str
     """Module path of a layer's attention, with `{layer}`."""
+    EMBEDDING_PATH: str
+    """Module path of the token embedding."""
+    HEAD_PATH: str
+    """Module path of the output head where it is not the embedding."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.attention_op: AttentionOp = TorchAttention()
-        self.int8_head: Int8Weight | None = None
-        """The output head, where weights are quantised (`native.int8.quantize_`)."""
+        self.quantization: Quantization | None = None
+        """How weights are rounded (`quantization.modules.install`); None: they are not."""
         self._decoder: NativeDecoder | None = None
 
     @property
@@ -68,7 +74,7 @@ class DiJiangForCausalLM(nn.Module):
 
     @property
     @abstractmethod
-    def head_weight(self) -> Tensor:
+    def head(self) -> Tensor | QuantizedWeight:
         """Output head, [vocab, D] (D: the embedding's width)."""
 
     @abstractmethod
@@ -90,21 +96,25 @@ class DiJiangForCausalLM(nn.Module):
         return StateSpec(tuple(tensor for attention in self.attentions for tensor in attention.state_tensors()))
 
     @property
+    def head_weight(self) -> Tensor:
+        """The output head of a model that is not quantized."""
+        assert isinstance(self.head, Tensor), "the head's weights are quantized"
+        return self.head
+
+    @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
-        return self.head_weight.dtype
+        """Dtype of the weights; in a quantized model of those that are not."""
+        return self.head.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.head_weight.device
+        return self.head.device
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in the model, quantised ones included; a tied head counts once."""
-        quantised = (module.quantized for module in self.modules() if isinstance(module, Int8Linear))
-        return sum(parameter.numel() for parameter in self.parameters()) + sum(
-            weight.rows * weight.columns for weight in quantised
-        )
+        """Numbers in the model, quantized ones included; a tied head counts once."""
+        quantized = sum(weight.rows * weight.columns for _, weight in quantized_weights(self))
+        return sum(parameter.numel() for parameter in self.parameters()) + quantized
 
     @property
     def decode_path(self) -> Literal["native", "torch"]:
@@ -119,6 +129,8 @@ class DiJiangForCausalLM(nn.Module):
         """
         for attention in self.attentions:
             attention.linear.prepare()
+        for _, weight in quantized_weights(self):
+            weight.prepare()
         self._decoder = decoder_for(self) if native else None
         return self.requires_grad_(False).eval()
 
@@ -164,9 +176,8 @@ class DiJiangForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, D] normed -> [R, vocab], fp32 or fp64."""
-        if self.int8_head is not None:
-            return self.int8_head.product(hidden)
-        logits = functional.linear(hidden, self.head_weight)
+        head = self.head
+        logits = head.product(hidden) if isinstance(head, QuantizedWeight) else functional.linear(hidden, head)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def prefill(

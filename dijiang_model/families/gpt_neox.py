@@ -9,6 +9,7 @@ from dijiang_model.families.parts import ACTIVATIONS, empty_embedding
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
+from dijiang_model.quantization.weight import QuantizedWeight
 
 
 class GPTNeoXAttention(DiJiangAttention):
@@ -78,6 +79,8 @@ class GPTNeoXForCausalLM(DiJiangForCausalLM):
     """The family's modules under their checkpoint names; `embed_out` is absent when tied."""
 
     ATTENTION_PATH = "gpt_neox.layers.{layer}.attention"
+    EMBEDDING_PATH = "gpt_neox.embed_in"
+    HEAD_PATH = "embed_out"
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
         super().__init__(config)
@@ -91,7 +94,7 @@ class GPTNeoXForCausalLM(DiJiangForCausalLM):
         return self.gpt_neox.layers
 
     @property
-    def head_weight(self) -> Tensor:
+    def head(self) -> Tensor | QuantizedWeight:
         """[vocab, D]."""
         return self.gpt_neox.embed_in.weight if self.is_tied else self.embed_out.weight
 

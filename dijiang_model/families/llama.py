@@ -10,6 +10,7 @@ from dijiang_model.families.parts import ACTIVATIONS, empty_embedding
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
+from dijiang_model.quantization.weight import QuantizedWeight
 
 
 class LlamaAttention(DiJiangAttention):
@@ -95,6 +96,8 @@ class LlamaForCausalLM(DiJiangForCausalLM):
     """The family's modules under their checkpoint names; `lm_head` is absent when tied."""
 
     ATTENTION_PATH = "model.layers.{layer}.self_attn"
+    EMBEDDING_PATH = "model.embed_tokens"
+    HEAD_PATH = "lm_head"
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
         super().__init__(config)
@@ -108,7 +111,7 @@ class LlamaForCausalLM(DiJiangForCausalLM):
         return self.model.layers
 
     @property
-    def head_weight(self) -> Tensor:
+    def head(self) -> Tensor | QuantizedWeight:
         """[vocab, D]."""
         return self.model.embed_tokens.weight if self.is_tied else self.lm_head.weight
 

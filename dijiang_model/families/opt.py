@@ -9,6 +9,7 @@ from dijiang_model.families.parts import ACTIVATIONS, empty_embedding
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
+from dijiang_model.quantization.weight import QuantizedWeight
 
 POSITION_OFFSET = 2
 """OPT's first token has position row 2."""
@@ -100,6 +101,8 @@ class OPTForCausalLM(DiJiangForCausalLM):
     """
 
     ATTENTION_PATH = "model.decoder.layers.{layer}.self_attn"
+    EMBEDDING_PATH = "model.decoder.embed_tokens"
+    HEAD_PATH = "lm_head"
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
         super().__init__(config)
@@ -113,7 +116,7 @@ class OPTForCausalLM(DiJiangForCausalLM):
         return self.model.decoder.layers
 
     @property
-    def head_weight(self) -> Tensor:
+    def head(self) -> Tensor | QuantizedWeight:
         """[vocab, embedding width]."""
         return self.model.decoder.embed_tokens.weight if self.is_tied else self.lm_head.weight
 

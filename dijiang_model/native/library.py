@@ -29,16 +29,20 @@ Integer = ctypes.c_int64
 
 
 class Matrix(ctypes.Structure):
-    """A projection: fp32 weights, or int8 codes with a scale and a sum per output."""
+    """A projection: fp32 weights, int8 codes with a scale and a sum per output, or int4 codes with scales of groups."""
 
     _fields_ = (
         ("weight", Pointer),
         ("codes", Pointer),
         ("scales", Pointer),
         ("totals", Pointer),
+        ("pairs", Pointer),
+        ("group_scales", Pointer),
+        ("group_minimums", Pointer),
         ("bias", Pointer),
         ("rows", Integer),
         ("columns", Integer),
+        ("group_size", Integer),
     )
 
 

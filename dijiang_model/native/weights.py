@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import AttentionConfig, Family, FeatureConfig
 from dijiang_model.native import library
-from dijiang_model.native.int8 import Int8Linear, Int8Weight
 from dijiang_model.ops.layout import Rotary
+from dijiang_model.quantization.modules import QuantizedLinear
+from dijiang_model.quantization.weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from dijiang_model.model import DiJiangForCausalLM
@@ -67,7 +68,7 @@ def why_unsupported(model: "DiJiangForCausalLM") -> str | None:
     for block in model.blocks:
         for path in _NAMES[model.config.family].projections:
             kind = type(block.get_submodule(path))
-            if kind not in (nn.Linear, Int8Linear):
+            if kind not in (nn.Linear, QuantizedLinear):
                 return f"{path} is a {kind.__name__}"
     if library.load_library() is None:
         return "there are no compiled kernels: see native.library"
@@ -137,8 +138,8 @@ class NetworkWeights:
         """A projection of either kind; without one, a matrix of no rows."""
         if module is None:
             return library.Matrix()
-        if isinstance(module, Int8Linear):
-            return self.codes(module.quantized, module.bias)
+        if isinstance(module, QuantizedLinear):
+            return self.codes(module.weight, module.bias)
         return self.matrix(cast(Tensor, module.weight), cast("Tensor | None", module.bias))
 
     def matrix(self, weight: Tensor, bias: Tensor | None = None) -> library.Matrix:
@@ -150,8 +151,8 @@ class NetworkWeights:
             columns=weight.shape[1],
         )
 
-    def codes(self, weight: Int8Weight, bias: Tensor | None = None) -> library.Matrix:
-        """int8 weights."""
+    def codes(self, weight: QuantizedWeight, bias: Tensor | None = None) -> library.Matrix:
+        """Quantized weights."""
         self.kept.append(weight)
         return weight.matrix(None if bias is None else self.pointer(bias))
 
@@ -179,7 +180,8 @@ def network_weights(model: "DiJiangForCausalLM") -> NetworkWeights:
     network = weights.network
     network.layers = ctypes.cast(layers, ctypes.POINTER(library.Layer))
     network.num_layers = config.num_layers
-    network.head = weights.matrix(model.head_weight) if model.int8_head is None else weights.codes(model.int8_head)
+    head = model.head
+    network.head = weights.codes(head) if isinstance(head, QuantizedWeight) else weights.matrix(head)
     network.final_norm = weights.norm(model.get_submodule(names.final_norm))
     network.heads = _heads(model, half)
     network.frequencies = frequencies.data_ptr()

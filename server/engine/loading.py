@@ -72,7 +72,7 @@ def load_engine(config: EngineConfig) -> Engine:
         config.model_path,
         device=config.device,
         dtype=dtype,
-        weights="int8" if config.weights_dtype == "int8" else "stored",
+        weights="int8" if config.weights_dtype == "int8" else None,
     )
     return build_engine(model, config, started=started)
 

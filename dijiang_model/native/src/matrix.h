@@ -1,59 +1,15 @@
 // y = W x + b for many rows x at once: each weight is read from memory once for all of them.
 //
-// Weights are fp32, used where they lie, or int8 with one scale per output. Int8 weights meet activations of 16
-// bits (a scale per row, two planes of 8 bits), whose sums are exact integers: only the weights' rounding is felt.
+// Weights are fp32, used where they lie; int8 with one scale per output; or int4 in groups (`int4.h`). Codes meet
+// activations of 16 bits (a scale per row, two planes of 8 bits), whose sums are exact integers: only the weights'
+// rounding is felt.
 #pragma once
 
+#include "int4.h"
+#include "operands.h"
 #include "threads.h"
-#include "vector.h"
-
-#if defined(__AVX512VNNI__) && defined(__AVX512F__)
-#define DIJIANG_VNNI 1
-#else
-#define DIJIANG_VNNI 0
-#endif
 
 namespace dijiang {
-
-struct Matrix {
-  const float* weight;    // [rows, columns]; null with codes
-  const int8_t* codes;    // [rows, padded(columns)], zeros behind the columns; null with fp32 weights
-  const float* scales;    // [rows]
-  const int32_t* totals;  // [rows] sum of the row's codes
-  const float* bias;      // [rows] or null
-  int64_t rows;           // 0: there is no such matrix
-  int64_t columns;
-};
-
-constexpr int64_t kCodeBlock = 64;
-static inline int64_t padded(int64_t columns) { return (columns + kCodeBlock - 1) / kCodeBlock * kCodeBlock; }
-
-// The right-hand sides of one product: N rows in fp32, and the same in 16 bits for int8 weights.
-struct Activations {
-  const float* values;    // [N, stride]
-  int64_t stride;
-  const uint8_t* planes;  // [N, 2 * padded(columns)]: high bytes, low bytes of value / scale + 32768
-  const float* scales;    // [N]
-};
-
-// Weights come from memory once a step. A block of outputs reads several rows side by side, which the processor's own
-// prefetching does not follow well, least of all in short rows: so the blocks behind are asked for line by line.
-constexpr int64_t kAheadBytes = 32768;
-static inline void fetch(const void* at) { __builtin_prefetch(at, 0, 2); }
-
-// Weights that are read in the order of memory are followed well, at a third more bytes a second than can be asked for,
-// but only to the end of a page: the first lines of the page behind each one that ends within `bytes` are asked for.
-static inline void fetch_next_pages(const void* at, int64_t bytes) {
-  constexpr uintptr_t kPage = 4096;
-  constexpr int kLines = 4;
-  const auto start = reinterpret_cast<uintptr_t>(at), end = start + static_cast<uintptr_t>(bytes);
-  for (uintptr_t page = (start + kPage - 1) / kPage * kPage; page < end; page += kPage)
-    for (int line = 0; line < kLines; ++line) fetch(reinterpret_cast<const void*>(page + kPage + 64 * line));
-}
-
-typedef float Vec4At __attribute__((vector_size(16), aligned(4), may_alias));
-static inline Vec4 load4(const float* from) { return *reinterpret_cast<const Vec4At*>(from); }
-static inline void store4(float* to, Vec4 x) { *reinterpret_cast<Vec4At*>(to) = x; }
 
 // sums[o / 4][n] = w[o] . x[n]. Every sum is one vector accumulator over the columns in order, whatever O and N.
 // With kFetch, a share of kFetch / O of as many weights from `behind` on is asked for.
@@ -228,12 +184,14 @@ static inline void codes_in_order(const int8_t* codes, int64_t size, const uint8
 // kFetch / O of as many weights, the `part`-th one, which lie `ahead` bytes behind the block.
 constexpr int kInOrder = -1;
 
+enum class Kind { kFloat, kInt8, kInt4 };
+
 // y[n ... n + N - 1][row ... row + O - 1] (+)= W x + b, O a multiple of 4.
-template <int O, int N, bool kCodes, int kFetch>
+template <int O, int N, Kind kKind, int kFetch>
 static inline void product_block(const Matrix& m, const Activations& x, int64_t row, int64_t n, float* y,
                                  int64_t y_stride, bool add, int64_t part = 0, int64_t ahead = kAheadBytes) {
   Vec4 values[O / 4][N];
-  if constexpr (kCodes) {
+  if constexpr (kKind == Kind::kInt8) {
     const int64_t size = padded(m.columns);
     const int8_t* codes = m.codes + row * size;
     const uint8_t* planes = x.planes + n * 2 * size;
@@ -248,6 +206,20 @@ static inline void product_block(const Matrix& m, const Activations& x, int64_t 
       const Vec4 scales = load4(m.scales + row + 4 * o);
       each<N>([&](auto i) DIJIANG_INLINE {
         values[o][i] = __builtin_convertvector(sums[o][i], Vec4) * (scales * x.scales[n + i]);
+      });
+    });
+  } else if constexpr (kKind == Kind::kInt4) {
+    Vec totals[O][N];
+    if constexpr (kFetch == kInOrder) {
+      static_assert(N == 1);
+      pairs_in_order<O>(m, x, row, n, totals);
+    } else {
+      dot_pairs<O, N, kFetch>(m, x, row, n, totals, part, ahead);
+    }
+    each<O / 4>([&](auto block) DIJIANG_INLINE {
+      constexpr int o = 4 * block;
+      each<N>([&](auto i) DIJIANG_INLINE {
+        values[block][i] = sum4(totals[o][i], totals[o + 1][i], totals[o + 2][i], totals[o + 3][i]) * x.scales[n + i];
       });
     });
   } else {
@@ -279,6 +251,10 @@ static inline void product_single(const Matrix& m, const Activations& x, int64_t
     int64_t total = -32768 * static_cast<int64_t>(m.totals[row]);
     for (int64_t j = 0; j < size; ++j) total += (256 * static_cast<int64_t>(upper[j]) + lower[j]) * codes[j];
     value = static_cast<float>(total) * (m.scales[row] * x.scales[n]);
+  } else if (m.pairs != nullptr) {
+    Vec totals[2][1];
+    dot_pairs<2, 1, 0>(m, x, row - row % 2, n, totals);
+    value = sum(totals[row % 2][0]) * x.scales[n];
   } else {
     value = dot(m.weight + row * m.columns, x.values + n * x.stride, m.columns);
   }
@@ -288,20 +264,20 @@ static inline void product_single(const Matrix& m, const Activations& x, int64_t
 
 // Blocks that fill the registers: accumulators, the weights of a block and one row's values.
 constexpr bool kIsWide = kLanes == 16;
-template <bool kCodes>
-constexpr int kBlockRows = kIsWide && !kCodes ? 4 : 2;
+template <Kind kKind>
+constexpr int kBlockRows = kIsWide && kKind == Kind::kFloat ? 4 : 2;
 
 // O outputs of rows n ... last_n - 1; the first O / kFetch blocks of all rows ask for weights behind, a share each.
-template <int O, bool kCodes, int kFetch>
+template <int O, Kind kKind, int kFetch>
 static inline void product_outputs(const Matrix& m, const Activations& x, int64_t n, int64_t last_n, int64_t row,
                                    float* y, int64_t y_stride, bool add, int64_t ahead = kAheadBytes) {
-  constexpr int kRows = kBlockRows<kCodes>;
+  constexpr int kRows = kBlockRows<kKind>;
   int64_t part = n / kRows;
   auto block = [&](auto rows) DIJIANG_INLINE {
     if (part < O / kFetch) {
-      product_block<O, rows, kCodes, kFetch>(m, x, row, n, y, y_stride, add, part++, ahead);
+      product_block<O, rows, kKind, kFetch>(m, x, row, n, y, y_stride, add, part++, ahead);
     } else {
-      product_block<O, rows, kCodes, 0>(m, x, row, n, y, y_stride, add);
+      product_block<O, rows, kKind, 0>(m, x, row, n, y, y_stride, add);
     }
     n += rows;
   };
@@ -314,55 +290,61 @@ static inline void product_outputs(const Matrix& m, const Activations& x, int64_
 // rows the same panel, which waits in the second-level cache; meanwhile the next panel is asked for.
 constexpr int64_t kPanelOutputs = 32, kPanelRows = 8;
 
-template <bool kCodes>
+template <Kind kKind>
 static inline int64_t product_panels(const Matrix& m, const Activations& x, int64_t num_rows, int64_t row, int64_t last,
                                      float* y, int64_t y_stride, bool add) {
-  const int64_t bytes = kCodes ? padded(m.columns) : m.columns * static_cast<int64_t>(sizeof(float));
+  const int64_t bytes = m.bytes_per_output();
   for (; row + kPanelOutputs <= last; row += kPanelOutputs)
     for (int64_t n = 0; n < num_rows; n += kPanelRows)
       for (int64_t o = 0; o < kPanelOutputs; o += 4)
-        product_outputs<4, kCodes, 1>(m, x, n, n + kPanelRows < num_rows ? n + kPanelRows : num_rows, row + o, y,
-                                      y_stride, add, kPanelOutputs * bytes);
+        product_outputs<4, kKind, 1>(m, x, n, n + kPanelRows < num_rows ? n + kPanelRows : num_rows, row + o, y,
+                                     y_stride, add, kPanelOutputs * bytes);
   return row;
 }
 
-template <bool kCodes>
+template <Kind kKind>
 static inline void product_range(const Matrix& m, const Activations& x, int64_t num_rows, int64_t first, int64_t last,
                                  float* y, int64_t y_stride, bool add) {
   // Spread over all rows where that was measured to be faster: not for codes, whose rows are short.
-  const int64_t num_blocks = kCodes ? 1 : num_rows / kBlockRows<kCodes>;
+  const int64_t num_blocks = kKind != Kind::kFloat ? 1 : num_rows / kBlockRows<kKind>;
   int64_t row = first;
+  auto single = [&] {
+    for (int64_t n = 0; n < num_rows; ++n) product_single(m, x, row, n, y[n * y_stride + row], add);
+  };
+  if (kKind == Kind::kInt4 && row < last && row % 2 != 0) single(), ++row;  // a byte holds rows of both parities
   for (; num_rows == 1 && row + 8 <= last; row += 8)
-    product_block<8, 1, kCodes, kInOrder>(m, x, row, 0, y, y_stride, add);
-  if constexpr (!kCodes)
+    product_block<8, 1, kKind, kInOrder>(m, x, row, 0, y, y_stride, add);
+  if constexpr (kKind == Kind::kFloat)
     for (; num_rows == 2 && row + 4 <= last; row += 4)
-      product_block<4, 2, kCodes, kInOrder>(m, x, row, 0, y, y_stride, add);
-  if (num_blocks >= 4) row = product_panels<kCodes>(m, x, num_rows, row, last, y, y_stride, add);
+      product_block<4, 2, kKind, kInOrder>(m, x, row, 0, y, y_stride, add);
+  if (num_blocks >= 4) row = product_panels<kKind>(m, x, num_rows, row, last, y, y_stride, add);
   for (; row + 4 <= last; row += 4) {
     if (num_blocks < 2) {
-      product_outputs<4, kCodes, 4>(m, x, 0, num_rows, row, y, y_stride, add);
+      product_outputs<4, kKind, 4>(m, x, 0, num_rows, row, y, y_stride, add);
     } else if (num_blocks < 4) {
-      product_outputs<4, kCodes, 2>(m, x, 0, num_rows, row, y, y_stride, add);
+      product_outputs<4, kKind, 2>(m, x, 0, num_rows, row, y, y_stride, add);
     } else {
-      product_outputs<4, kCodes, 1>(m, x, 0, num_rows, row, y, y_stride, add);
+      product_outputs<4, kKind, 1>(m, x, 0, num_rows, row, y, y_stride, add);
     }
   }
-  for (; row < last; ++row)
-    for (int64_t n = 0; n < num_rows; ++n) product_single(m, x, row, n, y[n * y_stride + row], add);
+  for (; row < last; ++row) single();
 }
 
 // Outputs first ... last - 1 of all rows: y[n][o] (+)= W[o] . x[n] + b[o].
 static inline void product(const Matrix& m, const Activations& x, int64_t num_rows, int64_t first, int64_t last,
                            float* y, int64_t y_stride, bool add) {
   if (m.codes != nullptr) {
-    product_range<true>(m, x, num_rows, first, last, y, y_stride, add);
+    product_range<Kind::kInt8>(m, x, num_rows, first, last, y, y_stride, add);
+  } else if (m.pairs != nullptr) {
+    product_range<Kind::kInt4>(m, x, num_rows, first, last, y, y_stride, add);
   } else {
-    product_range<false>(m, x, num_rows, first, last, y, y_stride, add);
+    product_range<Kind::kFloat>(m, x, num_rows, first, last, y, y_stride, add);
   }
 }
 
 // One row of `columns` values in 16 bits; returns the scale. A row that is not finite gets the scale NaN.
-static inline float quantize(const float* x, int64_t columns, uint8_t* planes) {
+// With a group size, `sums` gets what `Activations::sums` says.
+static inline float quantize(const float* x, int64_t columns, uint8_t* planes, int64_t group_size, float* sums) {
   const int64_t size = padded(columns);
   float most = 0.0f, finite = 0.0f;
   for (int64_t j = 0; j < columns; ++j) {
@@ -384,6 +366,7 @@ static inline float quantize(const float* x, int64_t columns, uint8_t* planes) {
   }
   std::memset(high + columns, 0, static_cast<size_t>(size - columns));
   std::memset(low + columns, 0, static_cast<size_t>(size - columns));
+  if (group_size > 0) group_sums(planes, columns, group_size, sums);
   return most / 32767.0f + finite;
 }
 

@@ -53,16 +53,21 @@ class Scratch {
   std::vector<std::vector<float>> buffers_;
 };
 
-// Rows that products read: fp32 and, where a matrix has int8 weights, 16-bit planes.
+// Rows that products read: fp32 and, where a matrix has codes, 16-bit planes.
 struct RowBuffer {
   float* values;
   uint8_t* planes;
   float* scales;
+  float* sums;
   int64_t width;
 
-  Activations activations() const { return {values, width, planes, scales}; }
-  void quantize_row(int64_t n) const {
-    scales[n] = quantize(values + n * width, width, planes + n * 2 * padded(width));
+  Activations activations() const { return {values, width, planes, scales, sums}; }
+
+  // Makes a row ready for a matrix that is going to read it.
+  void prepare_row(int64_t n, const Matrix& reader) const {
+    if (!reader.is_quantized()) return;
+    scales[n] = quantize(values + n * width, width, planes + n * 2 * padded(width), reader.group_size,
+                         sums + n * padded_sums(width));
   }
 };
 
@@ -119,23 +124,22 @@ class Step {
 
   void layer(const Layer& layer) {
     const bool is_parallel = model_.is_parallel != 0;
-    norm(layer.input_norm, normed_, layer.query.codes != nullptr);
-    if (is_parallel) norm(layer.mlp_norm, mlp_normed_, mlp_input(layer).codes != nullptr);
+    norm(layer.input_norm, normed_, layer.query);
+    if (is_parallel) norm(layer.mlp_norm, mlp_normed_, layer.mlp_up);
     project(layer);
     attend_all(layer);
     add_product(layer.output, attended_);
-    if (!is_parallel) norm(layer.mlp_norm, mlp_normed_, mlp_input(layer).codes != nullptr);
+    if (!is_parallel) norm(layer.mlp_norm, mlp_normed_, layer.mlp_up);
     mlp(layer);
-    if (layer.mlp_down.codes != nullptr) for_rows([&](int64_t n) { inner_.quantize_row(n); });
+    if (layer.mlp_down.is_quantized()) for_rows([&](int64_t n) { inner_.prepare_row(n, layer.mlp_down); });
     add_product(layer.mlp_down, inner_);
   }
 
   void logits(const int64_t* wanted, int64_t num_wanted, float* out) {
-    const bool is_quantized = model_.head.codes != nullptr;
     const int64_t size = model_.hidden_size;
     for (int64_t i = 0; i < num_wanted; ++i) {
       apply(model_.final_norm, hidden_ + wanted[i] * size, size, normed_.values + i * size);
-      if (is_quantized) normed_.quantize_row(i);
+      normed_.prepare_row(i, model_.head);
     }
     const Activations x = normed_.activations();
     for_outputs(model_.head.rows, num_wanted, [&](int64_t first, int64_t last) {
@@ -147,7 +151,8 @@ class Step {
   RowBuffer rows(Scratch& scratch, size_t which, int64_t width) const {
     float* values = scratch.floats(which, num_rows_ * width);
     float* planes = scratch.floats(which + 1, num_rows_ * padded(width) / 2 + 1);
-    return {values, reinterpret_cast<uint8_t*>(planes), scratch.floats(which + 2, num_rows_), width};
+    float* scales = scratch.floats(which + 2, num_rows_ * (padded_sums(width) + 1));
+    return {values, reinterpret_cast<uint8_t*>(planes), scales, scales + num_rows_, width};
   }
 
   // Angles in fp64: in fp32 a position of 10^6 is off by 0.06 rad.
@@ -176,10 +181,10 @@ class Step {
     });
   }
 
-  void norm(const Norm& norm, const RowBuffer& out, bool is_quantized) const {
+  void norm(const Norm& norm, const RowBuffer& out, const Matrix& reader) const {
     for_rows([&](int64_t n) {
       apply(norm, hidden_ + n * model_.hidden_size, model_.hidden_size, out.values + n * out.width);
-      if (is_quantized) out.quantize_row(n);
+      out.prepare_row(n, reader);
     });
   }
 
@@ -211,7 +216,8 @@ class Step {
                     projected_ + n * projected_width_ + heads.query_start + h * heads.query_step,
                     static_cast<size_t>(d) * sizeof(float));
     });
-    const Activations queries{far_queries_, width, nullptr, nullptr}, low{far_low_, rank, nullptr, nullptr};
+    const Activations queries{far_queries_, width, nullptr, nullptr, nullptr};
+    const Activations low{far_low_, rank, nullptr, nullptr, nullptr};
     for_outputs(rank, num_rows_, [&](int64_t first, int64_t last) {
       product(layer.far_down, queries, num_rows_, first, last, far_low_, rank, false);
     });
@@ -234,17 +240,15 @@ class Step {
                far_queries, attended_.values + n * attended_.width, arenas_ + thread * arena_size_);
       }
     });
-    const bool is_gated = layer.gate.rows > 0, is_quantized = layer.output.codes != nullptr;
-    if (!is_gated && !is_quantized) return;
+    const bool is_gated = layer.gate.rows > 0;
+    if (!is_gated && !layer.output.is_quantized()) return;
     for_rows([&](int64_t n) {
       float* row = attended_.values + n * attended_.width;
       if (is_gated)
         gated_group_norm(layer.group_norm, heads.head_size, attended_.width, gate_ + n * attended_.width, row);
-      if (is_quantized) attended_.quantize_row(n);
+      attended_.prepare_row(n, layer.output);
     });
   }
-
-  static const Matrix& mlp_input(const Layer& layer) { return layer.mlp_up; }
 
   void mlp(const Layer& layer) const {
     const Activations x = mlp_normed_.activations();
@@ -348,15 +352,18 @@ int dijiang_linear(const dijiang::Matrix* matrix, const float* x, int64_t num_ro
   try {
     static Scratch* scratch = new Scratch();
     const int64_t columns = matrix->columns;
-    Activations rows{x, columns, nullptr, nullptr};
-    if (matrix->codes != nullptr) {
+    Activations rows{x, columns, nullptr, nullptr, nullptr};
+    if (matrix->is_quantized()) {
       auto* planes = reinterpret_cast<uint8_t*>(scratch->floats(0, num_rows * padded(columns) / 2 + 1));
       float* scales = scratch->floats(1, num_rows);
+      float* sums = scratch->floats(2, num_rows * padded_sums(columns));
       pool.run(num_rows, num_rows >= 8 ? num_threads : 1, [&](int64_t n, int) {
-        scales[n] = quantize(x + n * columns, columns, planes + n * 2 * padded(columns));
+        scales[n] = quantize(x + n * columns, columns, planes + n * 2 * padded(columns), matrix->group_size,
+                             sums + n * padded_sums(columns));
       });
       rows.planes = planes;
       rows.scales = scales;
+      rows.sums = sums;
     }
     const int64_t share = outputs_per_task(matrix->rows, num_threads);
     pool.run((matrix->rows + share - 1) / share, num_threads, [&](int64_t index, int) {
