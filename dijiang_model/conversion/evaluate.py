@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer as HfTokenizer
 from torch import Tensor
 from torch.nn import functional
 
@@ -31,9 +30,6 @@ EDGES = (0, 64, 256, 1024, 2048)
 FAR_FROM = 256
 """From here on the target of a conversion is stated."""
 HEAD_ROWS = 512
-PROBE_DISTANCES = (50, 200, 500, 1000, 2000)
-NAMES = ("Alma", "Boris", "Clara", "Dmitri", "Edith", "Felix", "Greta", "Hugo")
-DIGITS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +95,17 @@ def load_teacher(path: Path, *, device: torch.device | str = "cpu") -> DiJiangFo
     return model.prepare()
 
 
-def variants(model: DiJiangForCausalLM, teacher: DiJiangForCausalLM) -> list[Variant]:
-    """What is compared; the ablations only where the model has a window."""
+def variants(
+    model: DiJiangForCausalLM, teacher: DiJiangForCausalLM, *, control: DiJiangForCausalLM | None = None
+) -> list[Variant]:
+    """What is compared, the teacher, the window of equal bytes and ours first; ablations where the model has a window.
+
+    Args:
+        control: a model that was trained like ours, of which the window alone is taken.
+
+    Raises:
+        ConversionError: the control has a layer without a window.
+    """
     own_bytes = model.state_spec.bytes_per_slot
     sinks = max(layer.sinks for layer in model.config.layers) or 4
     window = equal_window(model, sinks=sinks)
@@ -114,14 +119,29 @@ def variants(model: DiJiangForCausalLM, teacher: DiJiangForCausalLM) -> list[Var
             Variant("ours, linear part off", model, WindowAttention(), own_bytes),
             Variant("ours, window off", model, HybridAttention(window=1), own_bytes),
         ]
+    if control is not None:
+        found.append(_control(control))
     return found
+
+
+def _control(control: DiJiangForCausalLM) -> Variant:
+    layers = control.config.layers
+    if any(layer.window == 0 for layer in layers):
+        raise ConversionError("the control has a layer without a window, which is all that is taken of it")
+    sizes = " or ".join(sorted({f"{layer.window}+{layer.sinks}" for layer in layers}))
+    num_bytes = sum(layer.window + layer.sinks for layer in layers) * window_token_bytes(control)
+    return Variant(f"window {sizes}, trained alike", control, WindowAttention(), num_bytes)
+
+
+def window_token_bytes(model: DiJiangForCausalLM) -> int:
+    """Key and value of one token in one layer."""
+    return 2 * model.config.num_kv_heads * model.config.head_size * model.dtype.itemsize
 
 
 def equal_window(model: DiJiangForCausalLM, *, sinks: int) -> int:
     """The window that, with the sinks, in every layer alike, takes as many bytes as the model's state."""
-    config = model.config
-    token_bytes = 2 * config.num_kv_heads * config.head_size * model.dtype.itemsize
-    return max(model.state_spec.bytes_per_slot // (config.num_layers * token_bytes) - sinks, 1)
+    row_bytes = model.config.num_layers * window_token_bytes(model)
+    return max(model.state_spec.bytes_per_slot // row_bytes - sinks, 1)
 
 
 @torch.inference_mode()
@@ -149,66 +169,6 @@ def _token_losses(variant: Variant, window: Tensor) -> Tensor:
         for rows, wanted in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
     ]
     return torch.cat(parts)
-
-
-@dataclass(frozen=True, slots=True)
-class Recall:
-    """Answers to planted facts.
-
-    Attributes:
-        distance: tokens between fact and question.
-        right: share of answers whose every token is the likeliest one, by variant.
-        loss: mean negative log-likelihood per token of the answer, by variant.
-    """
-
-    distance: int
-    right: Mapping[str, float]
-    loss: Mapping[str, float]
-
-
-@torch.inference_mode()
-def recall_probe(
-    compared: Sequence[Variant],
-    filler: Tensor,
-    tokenizer: HfTokenizer,
-    *,
-    num_facts: int,
-    distances: Sequence[int] = PROBE_DISTANCES,
-) -> list[Recall]:
-    """Plants a number in running text and asks for it some tokens later.
-
-    Args:
-        filler: [T] int64, running text that is longer than the distances.
-        num_facts: questions for each distance.
-    """
-    results = []
-    for distance in (d for d in distances if d + 64 < len(filler)):
-        right = {variant.name: 0.0 for variant in compared}
-        loss = {variant.name: 0.0 for variant in compared}
-        for index in range(num_facts):
-            text, num_answer = _planted(filler, tokenizer, distance=distance, index=index)
-            for variant in compared:
-                ids = text.to(variant.model.device)
-                logits = variant.model.logits(run_segments(variant.model, ids[None], variant.op)[-num_answer - 1 : -1])
-                wanted = ids[-num_answer:]
-                right[variant.name] += float((logits.argmax(-1) == wanted).all()) / num_facts
-                loss[variant.name] += float(functional.cross_entropy(logits, wanted)) / num_facts
-        results.append(Recall(distance, right, loss))
-    return results
-
-
-def _planted(filler: Tensor, tokenizer: HfTokenizer, *, distance: int, index: int) -> tuple[Tensor, int]:
-    """The token ids of text, fact, text, question and answer; and the answer's length in tokens."""
-    generator = torch.Generator().manual_seed(1000 * distance + index)
-    number = "".join(str(int(digit)) for digit in torch.randint(0, 10, (DIGITS,), generator=generator))
-    name = NAMES[index % len(NAMES)]
-    statement = f"\n\nRemember: the secret number of {name} is"
-    fact = tokenizer.encode(f"{statement} {number}.\n\n", add_special_tokens=False).ids
-    question = tokenizer.encode(f"\n\nThe secret number of {name} is", add_special_tokens=False).ids
-    answer = tokenizer.encode(f" {number}", add_special_tokens=False).ids
-    offset = (index * 997) % max(len(filler) - distance - 32, 1)
-    before, between = filler[offset : offset + 32], filler[offset + 32 : offset + 32 + distance]
-    return torch.cat([before, torch.tensor(fact), between, torch.tensor(question + answer)]), len(answer)
 
 
 def gap_closed(scores: Mapping[str, Score], names: Sequence[str]) -> float | None:

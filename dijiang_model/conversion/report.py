@@ -1,15 +1,20 @@
-"""An evaluation as Markdown, as a table for the model card, as plots, and as one line of JSON."""
+"""An evaluation as Markdown, as tables for the model card, and as one line of JSON."""
 
-import importlib.util
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from dijiang_model.conversion.evaluate import EDGES, FAR_FROM, Recall, Score
+from dijiang_model.conversion.evaluate import EDGES, FAR_FROM, Score
+from dijiang_model.conversion.evaluate_long import EDGES as LONG_EDGES
+from dijiang_model.conversion.evaluate_long import LongScore
+from dijiang_model.conversion.evaluate_speed import Speed
+from dijiang_model.conversion.recall import Recall
 
 RANGES = (*(f"{low}-{high}" for low, high in pairwise(EDGES)), f"{EDGES[-1]}+")
+LONG_RANGES = tuple(f"{low:,}-{high:,}" for low, high in pairwise(LONG_EDGES))
+REPORT_FILE, JSON_FILE, TABLES_FILE = "report.md", "report.json", "tables.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +31,10 @@ class Evaluation:
         scores: by variant, in the order of tables.
         state_bytes: by variant; None: grows with the text.
         gap_closed: share of the gap from `FAR_FROM` on; None where there is none.
-        recall: empty where it was not asked for.
+        recall, long_scores, speed: empty where they were not asked for.
+        control: how the control was trained; None without one.
+        num_long: texts behind `long_scores`.
+        decode_path: what ran our steps, `native` or `torch`.
     """
 
     model: str
@@ -40,25 +48,35 @@ class Evaluation:
     scores: Mapping[str, Score]
     state_bytes: Mapping[str, int | None]
     gap_closed: float | None
-    recall: Sequence[Recall]
+    recall: Sequence[Recall] = ()
+    control: str | None = None
+    long_scores: Mapping[str, LongScore] = field(default_factory=dict)
+    num_long: int = 0
+    speed: Sequence[Speed] = ()
+    decode_path: str = "torch"
 
 
 def json_line(evaluation: Evaluation) -> str:
     """One line, for tables over many evaluations."""
+    measured = ("scores", "recall", "long_scores", "speed")
+    plain = {name: getattr(evaluation, name) for name in evaluation.__dataclass_fields__ if name not in measured}
     scores = {
         name: {"by_position": dict(zip(RANGES, score.means, strict=True)), f"from_{FAR_FROM}": score.far}
         for name, score in evaluation.scores.items()
     }
-    plain = {
-        name: value
-        for name, value in ((field, getattr(evaluation, field)) for field in evaluation.__dataclass_fields__)
-        if name not in ("scores", "recall")
+    long_scores = {
+        name: {"by_position": dict(zip(LONG_RANGES, score.means, strict=True)), "fresh": score.fresh}
+        for name, score in evaluation.long_scores.items()
     }
-    return json.dumps({**plain, "scores": scores, "recall": [asdict(result) for result in evaluation.recall]})
+    lists = {
+        "recall": [asdict(result) for result in evaluation.recall],
+        "speed": [asdict(result) for result in evaluation.speed],
+    }
+    return json.dumps({**plain, "scores": scores, "long_scores": long_scores, **lists})
 
 
 def card_table(evaluation: Evaluation) -> str:
-    """What the model card must say (condition 4): likelihoods, ablations, recall."""
+    """What the model card must say first (condition 4): likelihoods and ablations."""
     header = ["", *RANGES, f"from {FAR_FROM}", "state, bytes"]
     rows = []
     for name, score in evaluation.scores.items():
@@ -66,6 +84,25 @@ def card_table(evaluation: Evaluation) -> str:
         cells = [*map(_number, score.means), _number(score.far), "grows" if state is None else f"{state:,}"]
         rows.append([name, *cells])
     return _table(header, rows)
+
+
+def tables(evaluation: Evaluation) -> str:
+    """All tables with what they show, without a title: the model card's section on evaluation."""
+    parts = [
+        f"Mean negative log-likelihood per token in nats, by position, over {evaluation.num_windows} windows of "
+        f"{evaluation.window_tokens:,} tokens of held-out text: {', '.join(evaluation.text)}.",
+        card_table(evaluation),
+        _gap(evaluation),
+    ]
+    if evaluation.control is not None:
+        parts.append(_control(evaluation))
+    if evaluation.long_scores:
+        parts += ["### Beyond the teacher's range", _long_table(evaluation)]
+    if evaluation.recall:
+        parts += ["### Recall of a planted number", _recall_table(evaluation)]
+    if evaluation.speed:
+        parts += ["### Tokens per second by context", _speed_table(evaluation)]
+    return "\n\n".join(parts)
 
 
 def markdown(evaluation: Evaluation, *, plots: Sequence[str]) -> str:
@@ -78,23 +115,20 @@ def markdown(evaluation: Evaluation, *, plots: Sequence[str]) -> str:
         f"# {evaluation.model}: evaluation",
         f"{evaluation.title}. Teacher: {evaluation.teacher}. Trained on {evaluation.tokens_trained:,} tokens"
         f"{f' ({evaluation.training})' if evaluation.training else ''}.",
-        f"Mean negative log-likelihood per token in nats, by position, over {evaluation.num_windows} windows of "
-        f"{evaluation.window_tokens:,} tokens of held-out text: {', '.join(evaluation.text)}.",
-        card_table(evaluation),
-        _gap(evaluation),
+        tables(evaluation),
+        *(f"![{name}]({name})" for name in plots),
     ]
-    if evaluation.recall:
-        parts += ["## Recall of a planted number", _recall_table(evaluation)]
-    parts += [f"![{name}]({name})" for name in plots]
     return "\n\n".join(parts) + "\n"
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> None:
-    """report.md, report.json and, where matplotlib is installed, nll.png in `folder`."""
+    """Report, tables for the model card, JSON and, where matplotlib is installed, plots in `folder`."""
+    from dijiang_model.conversion.report_plots import write_plots  # seconds to import
+
     folder.mkdir(parents=True, exist_ok=True)
-    plots = ["nll.png"] if _plot(evaluation, folder / "nll.png") else []
-    (folder / "report.md").write_text(markdown(evaluation, plots=plots))
-    (folder / "report.json").write_text(json_line(evaluation) + "\n")
+    (folder / REPORT_FILE).write_text(markdown(evaluation, plots=write_plots(evaluation, folder)))
+    (folder / TABLES_FILE).write_text(tables(evaluation) + "\n")
+    (folder / JSON_FILE).write_text(json_line(evaluation) + "\n")
 
 
 def _gap(evaluation: Evaluation) -> str:
@@ -110,6 +144,29 @@ def _gap(evaluation: Evaluation) -> str:
     return f"{text}the model closes **{100 * gap:.0f} %**."
 
 
+def _control(evaluation: Evaluation) -> str:
+    name = list(evaluation.scores)[-1]
+    ours, control = evaluation.scores["ours"].far, evaluation.scores[name].far
+    if ours is None or control is None:
+        return f"The control ({name}): {evaluation.control}."
+    word = "behind" if control > ours else "ahead of"
+    return (
+        f"The control ({name}; {evaluation.control}) is {word} ours by {abs(control - ours):.3f} nats at positions "
+        f"{FAR_FROM} and beyond."
+    )
+
+
+def _long_table(evaluation: Evaluation) -> str:
+    first, last = LONG_RANGES[0], LONG_RANGES[-1]
+    text = (
+        f"The first {LONG_EDGES[-1]:,} tokens of {evaluation.num_long} text(s), read in one go, as they are served. "
+        f"Fresh: the tokens of {last} again, each {first} tokens after a fresh start, so that the text is the same."
+    )
+    header = ["", *LONG_RANGES, f"{last}, fresh"]
+    rows = [[name, *map(_number, score.means), _number(score.fresh)] for name, score in evaluation.long_scores.items()]
+    return f"{text}\n\n{_table(header, rows)}"
+
+
 def _recall_table(evaluation: Evaluation) -> str:
     names = list(evaluation.recall[0].right)
     header = ["tokens back", *names]
@@ -121,6 +178,25 @@ def _recall_table(evaluation: Evaluation) -> str:
     return f"{text}\n\n{_table(header, rows)}"
 
 
+def _speed_table(evaluation: Evaluation) -> str:
+    text = (
+        f"One conversation, token by token ({evaluation.decode_path} steps). The teacher runs through the same blocks "
+        "in torch with all keys and values kept, as far as its range goes."
+    )
+    header = ["context", "ours", "state, bytes", "teacher", "keys and values, bytes"]
+    rows = [
+        [
+            f"{result.context:,}",
+            f"{result.ours:.1f}",
+            f"{result.state_bytes:,}",
+            "" if result.teacher is None else f"{result.teacher:.1f}",
+            f"{result.cache_bytes:,}",
+        ]
+        for result in evaluation.speed
+    ]
+    return f"{text}\n\n{_table(header, rows)}"
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -128,21 +204,3 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def _plot(evaluation: Evaluation, path: Path) -> bool:
-    if importlib.util.find_spec("matplotlib") is None:
-        return False
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for name, score in evaluation.scores.items():
-        measured = [(place, mean) for place, mean in enumerate(score.means) if mean is not None]
-        axes.plot([place for place, _ in measured], [mean for _, mean in measured], marker="o", label=name)
-    axes.set_xticks(range(len(RANGES)), RANGES)
-    axes.set_xlabel("position of the token")
-    axes.set_ylabel("negative log-likelihood, nats per token")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    return True

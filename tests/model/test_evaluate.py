@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from dijiang_model.checkpoints import load_model
+from dijiang_model.conversion import evaluate_cli
 from dijiang_model.conversion.convert import convert
 from dijiang_model.conversion.evaluate import (
     Score,
@@ -18,12 +21,13 @@ from dijiang_model.conversion.evaluate import (
     equal_window,
     gap_closed,
     load_teacher,
-    recall_probe,
     score,
     variants,
 )
-from dijiang_model.conversion.evaluate_cli import evaluate, evaluate_command
-from dijiang_model.conversion.report import RANGES, Evaluation, json_line, markdown, write_report
+from dijiang_model.conversion.evaluate_cli import Measurements, evaluate, evaluate_command, load_subjects
+from dijiang_model.conversion.evaluate_long import long_score
+from dijiang_model.conversion.recall import recall_probe
+from dijiang_model.conversion.report import LONG_RANGES, RANGES, Evaluation, json_line, markdown, write_report
 from dijiang_model.conversion.text_windows import load_tokenizer
 from dijiang_model.conversion.train_cli import train_command
 from dijiang_model.errors import ConversionError
@@ -32,6 +36,7 @@ from tests.byte_tokenizer import write_byte_tokenizer
 from tests.model.teachers import gpt_neox_teacher, llama_teacher
 from tests.tiny_models import HYBRID, llama_config, tiny_model, write_tiny_model
 
+WIDER = replace(HYBRID, window=9)
 TEXT = "".join(f"Sentence {n} says that {n} and {n + 1} are neighbours.\n" for n in range(300))
 
 
@@ -125,19 +130,33 @@ def test_a_dijiang_checkpoint_of_the_authors_is_no_teacher() -> None:
 
 def test_reports_hold_every_number(tmp_path: Path, text: Path) -> None:
     folder = write_tiny_model(tmp_path / "model", llama_config(HYBRID, HYBRID))
+    control = write_tiny_model(tmp_path / "control", llama_config(WIDER, WIDER), seed=1)
     evaluation = evaluate(
-        folder, folder, [text], adapter=None, num_windows=2, length=600, num_facts=1, device="cpu",
+        load_subjects(folder, folder, control=control),
+        [text],
+        load_tokenizer(folder),
+        Measurements(num_windows=2, length=600, num_facts=1, with_speed=True),
         console=Console(quiet=True),
-    )  # fmt: skip
+    )
     write_report(evaluation, tmp_path / "report")
+    plots = ["nll.png", "recall.png", "speed.png"]
+    drawn = [name for name in plots if (tmp_path / "report" / name).exists()]
+    assert drawn in (plots, [])
     report = (tmp_path / "report" / "report.md").read_text()
-    assert report == markdown(evaluation, plots=["nll.png"] if (tmp_path / "report" / "nll.png").exists() else [])
+    assert report == markdown(evaluation, plots=drawn)
+    assert (tmp_path / "report" / "tables.md").read_text().strip() in report
     for name, found in evaluation.scores.items():
         assert f"| {name} | {found.means[0]:.3f} |" in report
     line = json.loads(json_line(evaluation))
     assert line["scores"]["ours"]["by_position"].keys() == set(RANGES)
     assert line["state_bytes"]["ours"] == load_model(folder).state_spec.bytes_per_slot
+    assert line["state_bytes"]["window 9+2, trained alike"] == 2 * 11 * 2 * 2 * 16 * 4
     assert line["num_windows"] == 2
+    assert "The control (window 9+2, trained alike;" in report
+    # Beyond the range of 128 tokens there is no teacher to time.
+    assert [(s["context"], s["ours"] > 0, s["teacher"]) for s in line["speed"][1:]] == [
+        (context, True, None) for context in (1024, 2048, 8192, 32768)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -171,6 +190,26 @@ def test_convert_train_and_evaluate_from_the_command_line(tmp_path: Path, text: 
     line = json.loads((tmp_path / "report" / "report.json").read_text())
     assert line["tokens_trained"] == 20000
     assert set(line["scores"]) >= {"teacher", "ours", "ours, linear part off", "ours, window off"}
+
+
+def test_long_texts_are_read_where_they_are_asked_for(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_tiny_model(tmp_path / "model", llama_config(HYBRID, HYBRID))
+    subjects = load_subjects(folder, folder)
+    monkeypatch.setattr(evaluate_cli, "LENGTH", 2500)
+    monkeypatch.setattr(evaluate_cli, "long_score", partial(long_score, edges=(100, 200, 400, 2500)))
+    wanted = Measurements(num_windows=1, length=600, num_long=2)
+    evaluation = evaluate(subjects, [text], load_tokenizer(folder), wanted, console=Console(quiet=True))
+    assert evaluation.num_long == 2
+    report = markdown(evaluation, plots=[])
+    assert f"| {' | '.join([*LONG_RANGES, f'{LONG_RANGES[-1]}, fresh'])} |" in report
+    ours = evaluation.long_scores["ours"]
+    assert ours.fresh is not None
+    assert f"| ours | {' | '.join(f'{mean:.3f}' for mean in [*ours.means, ours.fresh])} |" in report
+    monkeypatch.setattr(evaluate_cli, "LENGTH", 10**6)
+    with pytest.raises(ConversionError, match="no 1,000,000 tokens in a row"):
+        evaluate(subjects, [text], load_tokenizer(folder), wanted, console=Console(quiet=True))
 
 
 def test_a_missing_model_is_one_line_on_the_command_line(tmp_path: Path, text: Path) -> None:
