@@ -1,36 +1,39 @@
-"""Decode steps on a CPU, side by side with HF transformers on the same base weights.
+"""Decode steps, side by side with HF transformers and llama.cpp on the same base weights.
 
-    python benchmarks/decode.py --threads 2
+    dijiang bench decode --cases 1:128,16:2048 --threads 2
 
-Every round times one step of each contender in turn: ours with fp32 and with int8 weights, HF with its
-dynamic and its static key-value cache (sdpa, filled with random keys and values up to the context), all
-followed by an argmax. Ratios are medians over rounds, so that other work on the machine cancels out.
-The mixing weights are set to 1 here: an untrained model's are 0, which would spare us the far read-out.
-`floor` is weights and states once through memory at the measured rate. The last line is JSON.
+Every round times one step of each contender in turn: ours by kind of weights; HF with its dynamic and its static
+key-value cache (sdpa, filled with random keys and values up to the context); llama.cpp from the GGUF file that the
+model was made from (one conversation). The largest logit is looked for in all but llama.cpp's. Ratios are medians over
+rounds, so that other work on the machine cancels out.
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import CLOCKS, best_ms, interleaved, median_ms, ratio, this_machine, write_result
-from benchmarks.transformers_twin import decode_step, transformers_twin
-from dijiang_model.checkpoints import load_model
+from benchmarks import llama_cpp, plots, report
+from benchmarks.contenders import DTYPES, WEIGHTS, awake, has_transformers_twin, load_models, our_step
+from benchmarks.costs import step_costs
+from benchmarks.machine import Machine, best_ms, interleaved, is_cuda, median_ms, ratio, synchronised
+from benchmarks.transformers_twin import CacheKind, decode_step, transformers_twin
+from dijiang_model.errors import ModelError
 from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.state import StateBuffer
 
-DEFAULT_MODEL = Path.home() / ".cache/dijiang/models/smollm2-135m-dijiang"
-CASES = ((1, 128), (1, 4096), (16, 2048))
+__all__ = ["Line", "awake", "decode_command", "our_step"]
+
+DEFAULT_CASES = "1:128,1:4096,16:2048"
 NEAR, FAR = 1_000, 100_000
-CACHES = ("dynamic", "static")
-OURS = ("fp32", "int8")
+HF, LLAMA_CPP = "hf", "llama.cpp"
+CACHES: tuple[CacheKind, ...] = ("dynamic", "static")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +42,12 @@ class Line:
 
     Attributes:
         num_rows, context: conversations in the step, tokens in each so far.
-        speed_up: over HF's better cache in the same rounds; None for HF itself.
-        floor_ms: bytes that must move, at the measured rate; None for HF.
-        conversation_mib: state, or key-value cache, of one conversation.
+        times_hf: speed over HF's better cache in the same rounds; None for rivals and without HF.
+        times_llama_cpp: over llama.cpp in the same class of weights.
+        num_bytes, operations: what the step must do; None for rivals.
+        floor_ms: the least time for that at the measured rates.
+        times_floor: the best step over it.
+        conversation_mib: state, or key-value cache, of one conversation; None where it is not known.
     """
 
     name: str
@@ -50,152 +56,222 @@ class Line:
     median_ms: float
     best_ms: float
     tokens_per_s: float
-    speed_up: float | None
-    floor_ms: float | None
-    conversation_mib: float
+    times_hf: float | None = None
+    times_llama_cpp: float | None = None
+    num_bytes: int | None = None
+    operations: int | None = None
+    floor_ms: float | None = None
+    times_floor: float | None = None
+    conversation_mib: float | None = None
 
 
-def awake(model: DiJiangForCausalLM) -> DiJiangForCausalLM:
-    """Lets the linear part speak in every head, as in a trained model."""
-    for attention in model.attentions:
-        if attention.linear.attention.window > 0:
-            attention.linear.mix_bias.fill_(0.0)
-    return model
+@dataclass(slots=True)
+class Bench:
+    """What a run measures with.
 
+    Attributes:
+        models: ours, by kind of weights.
+        twin: HF's model; None: without it.
+        files: llama.cpp's, by type; empty: without it.
+    """
 
-def our_step(model: DiJiangForCausalLM, *, num_rows: int, position: int) -> Callable[[], torch.Tensor]:
-    """One decode step of `num_rows` conversations, then the largest logit of each."""
-    state = StateBuffer(model.state_spec, num_rows + 1)
-    state.storage.zero_()
-    token_ids, slots = torch.full((num_rows,), 500), torch.arange(1, num_rows + 1)
-    positions = torch.full((num_rows,), position)
+    machine: Machine
+    models: Mapping[str, DiJiangForCausalLM]
+    twin: Any
+    files: Mapping[str, Path]
+    device: str
+    clock: str
+    num_rounds: int
 
-    def step() -> torch.Tensor:
-        logits = model.decode(token_ids, slots=slots, positions=positions, state=state)
-        positions.add_(1)
-        return logits.argmax(-1)
+    def case(self, num_rows: int, context: int) -> list[Line]:
+        """All contenders, in turn."""
+        steps = {
+            f"ours {kind}": our_step(model, num_rows=num_rows, position=context) for kind, model in self.models.items()
+        }
+        theirs = self._rivals(num_rows, context)
+        times = interleaved({**steps, **theirs}, num_rounds=self.num_rounds, clock=self.clock)
+        return [self._line(name, times, num_rows, context) for name in times]
 
-    return step
+    def flatness(self) -> dict[str, float]:
+        """By kind: time per token at position 100,000 over that at 1,000, rounds taken in turn."""
+        found = {}
+        for kind, model in self.models.items():
+            steps = {str(at): our_step(model, num_rows=1, position=at) for at in (NEAR, FAR)}
+            times = interleaved(steps, num_rounds=4 * self.num_rounds, clock=self.clock)
+            found[kind] = ratio(times[str(FAR)], times[str(NEAR)])
+        return found
 
+    def _rivals(self, num_rows: int, context: int) -> dict[str, Callable[[], object]]:
+        room = self.num_rounds + 8
+        steps: dict[str, Callable[[], object]] = {}
+        if self.twin is not None:
+            for kind in CACHES:
+                step = decode_step(self.twin, num_rows=num_rows, num_tokens=context, kind=kind, num_steps=room)
+                steps[f"HF {kind}"] = synchronised(step, self.device)
+        if num_rows == 1:
+            for name, file in self.files.items():
+                steps[f"llama.cpp {name}"] = llama_cpp.decode_step(
+                    file, context=context, num_threads=self.machine.num_threads, room=room
+                )
+        return steps
 
-def bytes_per_step(model: DiJiangForCausalLM, *, num_rows: int) -> int:
-    """Weights once, and of each conversation the linear state in and out and the near tokens in."""
-    head = model.head_weight.numel() * 4 if model.int8_head is None else model.int8_head.num_bytes
-    weights = head
-    for block in model.blocks:
-        weights += sum(parameter.numel() * parameter.element_size() for parameter in block.parameters())
-        weights += sum(m.quantized.num_bytes for m in block.modules() if hasattr(m, "quantized"))
-    states = 0
-    for tensor in model.state_spec.tensors:
-        is_near = tensor.name.endswith(("near_keys", "near_values"))
-        states += tensor.num_bytes * (1 if is_near else 2)
-    return weights + num_rows * states
-
-
-def run_case(
-    models: dict[str, DiJiangForCausalLM],
-    twin: object,
-    *,
-    num_rows: int,
-    context: int,
-    num_rounds: int,
-    gb_s: float,
-    clock: str,
-) -> list[Line]:
-    """All contenders in one case."""
-    steps = {name: our_step(model, num_rows=num_rows, position=context) for name, model in models.items()}
-    config = models["fp32"].config
-    for kind in CACHES:
-        steps[f"HF {kind}"] = decode_step(
-            twin, num_rows=num_rows, num_tokens=context, kind=kind, num_steps=num_rounds + 4
+    def _line(self, name: str, times: Mapping[str, list[float]], num_rows: int, context: int) -> Line:
+        measured = times[name]
+        took = median_ms(measured)
+        line = Line(name, num_rows, context, took, best_ms(measured), tokens_per_s=num_rows / took * 1e3)
+        config = next(iter(self.models.values())).config
+        if not name.startswith("ours "):
+            cache = 8 * config.num_layers * config.num_kv_heads * config.head_size * context
+            return replace(line, conversation_mib=cache / 2**20 if name.startswith("HF") else None)
+        kind = name.removeprefix("ours ")
+        model = self.models[kind]
+        costs = step_costs(model, num_rows=num_rows)
+        rivals = [rival for rival in times if rival.startswith("HF")]
+        hf = min(rivals, key=lambda rival: median_ms(times[rival])) if rivals else None
+        other = f"llama.cpp {llama_cpp.CLASSES.get(kind)}"
+        floor = costs.floor_ms(self.machine)
+        return replace(
+            line,
+            times_hf=None if hf is None else ratio(times[hf], measured),
+            times_llama_cpp=ratio(times[other], measured) if other in times else None,
+            num_bytes=costs.num_bytes,
+            operations=costs.operations,
+            floor_ms=floor,
+            times_floor=line.best_ms / floor,
+            conversation_mib=model.state_spec.bytes_per_slot / 2**20,
         )
-    times = interleaved(steps, num_rounds=num_rounds, clock=clock)
-    rival = min((f"HF {kind}" for kind in CACHES), key=lambda name: median_ms(times[name]))
-    cache_bytes = 2 * 4 * config.num_layers * config.num_kv_heads * config.head_size * context
-    lines = []
-    for name, measured in times.items():
-        model = models.get(name)
-        is_ours = model is not None
-        held = model.state_spec.bytes_per_slot if is_ours else cache_bytes
-        lines.append(
-            Line(
-                name=f"ours {name}" if is_ours else name,
-                num_rows=num_rows,
-                context=context,
-                median_ms=median_ms(measured),
-                best_ms=best_ms(measured),
-                tokens_per_s=num_rows / median_ms(measured) * 1e3,
-                speed_up=ratio(times[rival], measured) if is_ours else None,
-                floor_ms=bytes_per_step(model, num_rows=num_rows) / gb_s / 1e6 if is_ours else None,
-                conversation_mib=held / 2**20,
-            )
-        )
-    return lines
-
-
-def flatness(model: DiJiangForCausalLM, *, num_rounds: int, clock: str) -> float:
-    """Time per token at position 100,000 over that at 1,000, rounds taken in turn."""
-    steps = {str(at): our_step(model, num_rows=1, position=at) for at in (NEAR, FAR)}
-    times = interleaved(steps, num_rounds=num_rounds, clock=clock)
-    return ratio(times[str(FAR)], times[str(NEAR)])
 
 
 def table(lines: list[Line]) -> Table:
-    shown = Table(
-        "contender", "rows", "context", "ms, median", "ms, best", "tokens/s", "times HF", "floor ms", "MiB each"
-    )
+    headings = ("contender", "rows", "context", "ms", "best", "tokens/s", "x HF", "x llama.cpp")
+    shown = Table(*headings, "MB moved", "GFLOP", "floor ms", "x floor", "MiB each")
     for line in lines:
         shown.add_row(
             line.name,
             str(line.num_rows),
             f"{line.context:,}",
-            f"{line.median_ms:.1f}",
-            f"{line.best_ms:.1f}",
+            f"{line.median_ms:.2f}",
+            f"{line.best_ms:.2f}",
             f"{line.tokens_per_s:.1f}",
-            "" if line.speed_up is None else f"{line.speed_up:.2f}",
-            "" if line.floor_ms is None else f"{line.floor_ms:.1f}",
-            f"{line.conversation_mib:.1f}",
+            _shown(line.times_hf),
+            _shown(line.times_llama_cpp),
+            "" if line.num_bytes is None else f"{line.num_bytes / 1e6:.0f}",
+            "" if line.operations is None else f"{line.operations / 1e9:.2f}",
+            _shown(line.floor_ms),
+            _shown(line.times_floor),
+            "" if line.conversation_mib is None else f"{line.conversation_mib:.1f}",
         )
     return shown
 
 
-def main(
-    model: Annotated[Path, typer.Option(help="Folder of a LLaMA-family model.")] = DEFAULT_MODEL,
-    threads: Annotated[int, typer.Option(help="Threads of both sides.")] = 1,
-    rounds: Annotated[int, typer.Option(help="Steps of each contender in each case.")] = 30,
-    clock: Annotated[str, typer.Option(help="wall, or cpu: this process alone (one thread, busy machine).")] = "wall",
-) -> None:
-    """Measures decode steps and writes them to benchmarks/results/."""
-    console = Console(width=120)
-    if clock not in CLOCKS or (clock == "cpu" and threads != 1):
-        raise typer.BadParameter("--clock is wall or cpu, and cpu needs --threads 1")
-    torch.set_num_threads(threads)
-    machine = this_machine(clock)
-    console.print(
-        f"{machine.processor}, {threads} threads, {machine.read_gb_s:.1f} GB/s, load {machine.load_average:.1f}"
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def draw(lines: list[Line], path: Path) -> None:
+    """Tokens per second by case."""
+    cases = list(dict.fromkeys((line.num_rows, line.context) for line in lines))
+    found = {(line.name, line.num_rows, line.context): line.tokens_per_s for line in lines}
+    names = list(dict.fromkeys(line.name for line in lines))
+    plots.bars(
+        path,
+        title="Decoding",
+        unit="tokens/s",
+        groups=[f"{rows} x {context:,}" for rows, context in cases],
+        series={name: [found.get((name, *case)) for case in cases] for name in names},
     )
-    models = {"fp32": awake(load_model(model)), "int8": awake(load_model(model, weights="int8"))}
-    console.print(f"decode path: {models['fp32'].decode_path}, int8 {models['int8'].decode_path}")
-    twin = transformers_twin(model, models["fp32"])
-    lines: list[Line] = []
-    for num_rows, context in CASES:
-        lines += run_case(
-            models, twin, num_rows=num_rows, context=context, num_rounds=rounds, gb_s=machine.read_gb_s, clock=clock
-        )
-    console.print(table(lines))
-    flat = {name: flatness(each, num_rounds=4 * rounds, clock=clock) for name, each in models.items()}
-    for name, value in flat.items():
-        console.print(f"ours {name}: a token at position {FAR:,} takes {value:.3f} times one at {NEAR:,}")
+
+
+def parse_cases(text: str) -> list[tuple[int, int]]:
+    """`1:128,16:2048` -> [(1, 128), (16, 2048)]."""
+    cases = []
+    for part in text.split(","):
+        rows, _, context = part.strip().partition(":")
+        if not (rows.isdecimal() and context.isdecimal() and int(rows) > 0 and int(context) > 0):
+            raise typer.BadParameter(f"{part!r} is not ROWS:CONTEXT, such as 1:128", param_hint="--cases")
+        cases.append((int(rows), int(context)))
+    return cases
+
+
+def decode_command(
+    model: report.ModelFolder = None,
+    cases: Annotated[
+        str, typer.Option(help="ROWS:CONTEXT with commas: conversations, tokens of each.")
+    ] = DEFAULT_CASES,
+    weights: Annotated[
+        str | None, typer.Option(help=f"Kinds of ours: {', '.join(WEIGHTS)}. Default: fp32,int8; bf16 on CUDA.")
+    ] = None,
+    rivals: Annotated[str, typer.Option(help="hf, llama.cpp, both with a comma, or nothing.")] = f"{HF},{LLAMA_CPP}",
+    gguf: Annotated[Path | None, typer.Option(help="llama.cpp's file; the default model's if absent.")] = None,
+    device: report.Device = "cpu",
+    threads: report.Threads = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each contender in each case.")] = 7,
+    clock: report.Clock = "wall",
+    flat: Annotated[bool, typer.Option(help="Compare position 100,000 with 1,000 as well.")] = False,
+    only_json: report.OnlyJson = False,
+    plot: report.Plot = None,
+    save: report.Save = None,
+) -> None:
+    """Time decode steps beside HF transformers and llama.cpp, and against the memory they must move."""
+    told = report.Report("decode", only_json, plot, save)
+    report.prepare(threads, clock, device)
+    parsed = parse_cases(cases)
+    kinds = report.words(weights or ("bf16" if is_cuda(device) else "fp32,int8"), "--weights", WEIGHTS)
+    wanted = report.words(rivals, "--rivals", (HF, LLAMA_CPP))
+    folder = report.model_folder(model)
+    machine = report.measured_machine(clock, device, DTYPES.get(kinds[0], torch.float32))
+    told.introduce(machine)
+    with ExitStack() as stack:
+        try:
+            models = load_models(folder, kinds, device=device)
+        except ModelError as error:
+            raise report.failed(error) from error
+        path = next(iter(models.values())).decode_path
+        twin = _twin(folder, models, told) if HF in wanted else None
+        files = _files(gguf, model, kinds, machine, device, told, stack) if LLAMA_CPP in wanted else {}
+        bench = Bench(machine, models, twin, files, device, clock, rounds)
+        lines = [line for case in parsed for line in bench.case(*case)]
+        flatness = bench.flatness() if flat else None
     result = {
-        "model": model.name,
-        "decode_path": models["fp32"].decode_path,
+        "model": folder.name,
+        "device": device,
+        "decode_path": path,
         "cpus": os.cpu_count(),
         "clock": clock,
         "lines": [asdict(line) for line in lines],
-        "position_100000_over_1000": flat,
+        "position_100000_over_1000": flatness,
     }
-    print(write_result("decode", machine, result))
+    if flatness is not None:
+        for kind, value in flatness.items():
+            told.note(f"ours {kind}: a token at position {FAR:,} takes {value:.3f} times one at {NEAR:,}")
+    told.finish(machine, result, table(lines), lambda file: draw(lines, file))
+
+
+def _twin(folder: Path, models: Mapping[str, DiJiangForCausalLM], told: report.Report) -> Any:
+    plain = next((model for kind, model in models.items() if kind in DTYPES), None)
+    if plain is None or not has_transformers_twin(folder):
+        told.note("Without HF: its model is made of unrounded weights of the LLaMA family (add fp32 to --weights).")
+        return None
+    return transformers_twin(folder, plain)
+
+
+def _files(
+    gguf: Path | None,
+    model: Path | None,
+    kinds: list[str],
+    machine: Machine,
+    device: str,
+    told: report.Report,
+    stack: ExitStack,
+) -> Mapping[str, Path]:
+    source = gguf if gguf is not None else llama_cpp.default_gguf() if model is None else None
+    if not llama_cpp.is_available() or source is None or is_cuda(device):
+        told.note("Without llama.cpp: it needs the `bench` extra, a CPU, and --gguf unless it is the default model.")
+        return {}
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    wanted = [llama_cpp.CLASSES[kind] for kind in kinds if kind in llama_cpp.CLASSES]
+    return llama_cpp.files_of(source, folder, wanted, num_threads=machine.num_threads)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(decode_command)

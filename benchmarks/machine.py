@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's name and memory bandwidth, interleaved timing, where results go."""
+"""What the benchmarks share: the device's name and its rates, interleaved timing, where results go."""
 
 import json
 import os
@@ -14,8 +14,8 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 BANDWIDTH_BYTES = 2**29
-
-
+MATRIX = {"cpu": 1024, "cuda": 8192}
+"""Rows of the square matrices whose product gives the matrix rate."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """`cpu` counts this process alone: for one thread on a machine that others use too."""
 
@@ -26,33 +26,65 @@ class Machine:
 
     Attributes:
         processor: its own name for itself.
-        num_threads: of tensor operations.
+        num_threads: of tensor operations on the CPU.
         read_gb_s: measured rate of reading memory that is not in a cache, all threads together.
         load_average: runnable processes over the last minute when the benchmark started; above 1 or so the
             machine was not ours alone, and only ratios of interleaved runs mean something.
+        matrix_gflop_s: measured rate of a large matrix product in the weights' dtype, 10^9 operations a second.
     """
 
     processor: str
     num_threads: int
     read_gb_s: float
     load_average: float
+    matrix_gflop_s: float
 
 
-def this_machine(clock: str = "wall") -> Machine:
-    """Names the processor and measures its memory, by one of `CLOCKS`."""
-    return Machine(_processor(), torch.get_num_threads(), read_bandwidth_gb_s(clock), _load_average())
+def this_machine(clock: str = "wall", *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
+    """Names the device and measures it, by one of `CLOCKS`."""
+    return Machine(
+        processor=torch.cuda.get_device_name(device) if is_cuda(device) else _processor(),
+        num_threads=torch.get_num_threads(),
+        read_gb_s=read_bandwidth_gb_s(clock, device=device),
+        load_average=os.getloadavg()[0],
+        matrix_gflop_s=matrix_gflop_s(clock, device=device, dtype=dtype),
+    )
 
 
-def read_bandwidth_gb_s(clock: str, *, num_runs: int = 15) -> float:
+def read_bandwidth_gb_s(clock: str = "wall", *, device: str = "cpu", num_runs: int = 15) -> float:
     """Best of some passes over half a gigabyte: a dot product, which reads and hardly computes."""
     half = BANDWIDTH_BYTES // 8
-    a, b = torch.ones(half), torch.ones(half)
-    times = []
-    for _ in range(num_runs):
-        start = CLOCKS[clock]()
-        torch.dot(a, b)
-        times.append(CLOCKS[clock]() - start)
-    return BANDWIDTH_BYTES / min(times) / 1e9
+    a, b = torch.ones(half, device=device), torch.ones(half, device=device)
+    run = synchronised(lambda: torch.dot(a, b), device)
+    return BANDWIDTH_BYTES / min(interleaved({"dot": run}, num_rounds=num_runs, clock=clock)["dot"]) / 1e9
+
+
+def matrix_gflop_s(
+    clock: str = "wall", *, device: str = "cpu", dtype: torch.dtype = torch.float32, num_runs: int = 9
+) -> float:
+    """Best rate of a square matrix product."""
+    size = MATRIX["cuda" if is_cuda(device) else "cpu"]
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    run = synchronised(lambda: a @ b, device)
+    return 2 * size**3 / min(interleaved({"product": run}, num_rounds=num_runs, clock=clock)["product"]) / 1e9
+
+
+def is_cuda(device: str) -> bool:
+    """Whether a device name is a CUDA device's."""
+    return device.startswith("cuda")
+
+
+def synchronised(run: Callable[[], object], device: str) -> Callable[[], object]:
+    """The same, over only when the device has done it."""
+    if not is_cuda(device):
+        return run
+
+    def wait() -> object:
+        result = run()
+        torch.cuda.synchronize(device)
+        return result
+
+    return wait
 
 
 @torch.inference_mode()
@@ -89,15 +121,26 @@ def ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def write_result(benchmark: str, machine: Machine, result: Mapping[str, object]) -> str:
-    """Stores a result under `benchmarks/results/` by device and date, and answers its one JSON line."""
+def document(benchmark: str, machine: Machine, result: Mapping[str, object]) -> dict[str, object]:
+    """A result with its date and where it comes from."""
     date = datetime.now(UTC).date().isoformat()
-    document = {"benchmark": benchmark, "date": date, "machine": asdict(machine), **result}
+    return {"benchmark": benchmark, "date": date, "machine": asdict(machine), **result}
+
+
+def save_document(found: Mapping[str, object], folder: Path, machine: Machine) -> Path:
+    """Stores a result in a folder, by benchmark, device and date; answers the file."""
     name = machine.processor.lower().replace(" ", "-")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{benchmark}-{name}-{machine.num_threads}t-{date}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    return json.dumps(document)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{found['benchmark']}-{name}-{machine.num_threads}t-{found['date']}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    return path
+
+
+def write_result(benchmark: str, machine: Machine, result: Mapping[str, object]) -> str:
+    """Stores a result under `benchmarks/results/`, and answers its one JSON line."""
+    found = document(benchmark, machine, result)
+    save_document(found, RESULTS, machine)
+    return json.dumps(found)
 
 
 def _processor() -> str:
@@ -105,8 +148,3 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def _load_average() -> float:
-
-    return os.getloadavg()[0]

@@ -1,129 +1,183 @@
-"""Prompts on a CPU, side by side with HF transformers on the same base weights.
+"""Prompts, side by side with HF transformers on the same base weights.
 
-    python benchmarks/prefill.py --threads 2
+    dijiang bench prefill --lengths 512,2048 --ragged 64,200,512,1000 --threads 2
 
-Every round feeds one prompt to each contender in turn: ours with fp32 and int8 weights, and HF with sdpa and a
-dynamic cache; each answers the logits of the last token. The mixing weights are 1, as in a trained model.
-`floor` is the projections' multiplications at the measured rate of a large fp32 matrix product. The last
-line is JSON.
+Every round feeds the same prompts to each contender in turn: ours by kind of weights, each into a fresh state; HF with
+sdpa and a new dynamic cache, prompts of different lengths padded on the left. All answer the logits of the last token.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.decode import DEFAULT_MODEL, awake
-from benchmarks.machine import CLOCKS, interleaved, median_ms, ratio, this_machine, write_result
+from benchmarks import plots, report
+from benchmarks.contenders import DTYPES, WEIGHTS, has_transformers_twin, load_models, our_prefill, their_prefill
+from benchmarks.costs import Costs, step_costs, weight_bytes
+from benchmarks.machine import Machine, best_ms, interleaved, is_cuda, median_ms, ratio
 from benchmarks.transformers_twin import transformers_twin
-from dijiang_model.checkpoints import load_model
-from dijiang_model.model import DiJiangForCausalLM, PackedBatch
-from dijiang_model.state import StateBuffer
+from dijiang_model.errors import ModelError
+from dijiang_model.model import DiJiangForCausalLM
 
 HF = "HF sdpa"
-DEFAULT_LENGTHS = "128,512,2048,8192"
-MATRIX = 1024
+DEFAULT_LENGTHS = "128,512,2048"
+DEFAULT_RAGGED = "48,130,300,700"
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One contender and one prompt length; `speed_up` over HF in the same rounds, None for HF itself."""
+    """One contender and one batch of prompts.
+
+    Attributes:
+        lengths: tokens of each prompt.
+        times_hf: speed over HF in the same rounds; None for HF itself.
+        num_bytes, operations: what must be done at least; None for HF.
+        floor_ms: the least time for that at the measured rates.
+        times_floor: the best run over it.
+    """
 
     name: str
-    num_tokens: int
+    lengths: list[int]
     median_ms: float
+    best_ms: float
     tokens_per_s: float
-    speed_up: float | None
-    floor_ms: float
+    times_hf: float | None = None
+    num_bytes: int | None = None
+    operations: int | None = None
+    floor_ms: float | None = None
+    times_floor: float | None = None
 
 
-def our_prefill(model: DiJiangForCausalLM, *, num_tokens: int) -> Callable[[], torch.Tensor]:
-    """A prompt into a fresh slot."""
-    state = StateBuffer(model.state_spec, 2)
-    positions = torch.arange(num_tokens)
-    last = torch.tensor([num_tokens - 1])
-    batch = PackedBatch(positions % 1000 + 5, positions, torch.tensor([1]), (num_tokens,), 0, last)
-
-    def prefill() -> torch.Tensor:
-        state.storage[1].zero_()
-        logits: torch.Tensor = model(batch, state)
-        return logits
-
-    return prefill
+def prompt_costs(model: DiJiangForCausalLM, lengths: list[int]) -> Costs:
+    """Of reading prompts together: weights once, the last token's logits of each."""
+    each = [step_costs(model, num_rows=1, num_tokens=length) for length in lengths]
+    shared = (len(lengths) - 1) * weight_bytes(model)
+    return Costs(sum(costs.num_bytes for costs in each) - shared, sum(costs.operations for costs in each))
 
 
-def their_prefill(twin: Any, *, num_tokens: int) -> Callable[[], torch.Tensor]:
-    """The same prompt through HF's model, into a new cache."""
-    token_ids = (torch.arange(num_tokens) % 1000 + 5)[None]
-
-    def prefill() -> torch.Tensor:
-        logits: torch.Tensor = twin(token_ids, use_cache=True, logits_to_keep=1).logits
-        return logits
-
-    return prefill
-
-
-def matrix_gflop_s(clock: str, *, num_runs: int = 9) -> float:
-    """Best rate of a square fp32 matrix product."""
-    a, b = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
-    times = interleaved({"product": lambda: a @ b}, num_rounds=num_runs, clock=clock)["product"]
-    return 2 * MATRIX**3 / min(times) / 1e9
-
-
-def multiplications(model: DiJiangForCausalLM) -> int:
-    """Weights of the projections, each of which takes part once a token."""
-    return sum(parameter.numel() for block in model.blocks for parameter in block.parameters())
-
-
-def main(
-    model: Annotated[Path, typer.Option(help="Folder of a LLaMA-family model.")] = DEFAULT_MODEL,
-    threads: Annotated[int, typer.Option(help="Threads of both sides.")] = 1,
-    rounds: Annotated[int, typer.Option(help="Prompts of each contender and length.")] = 3,
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, with commas.")] = DEFAULT_LENGTHS,
-    clock: Annotated[str, typer.Option(help="wall, or cpu: this process alone (one thread, busy machine).")] = "wall",
-) -> None:
-    """Measures prefill and writes it to benchmarks/results/."""
-    if clock not in CLOCKS or (clock == "cpu" and threads != 1):
-        raise typer.BadParameter("--clock is wall or cpu, and cpu needs --threads 1")
-    console = Console(width=100)
-    torch.set_num_threads(threads)
-    machine, gflop_s = this_machine(clock), matrix_gflop_s(clock)
-    console.print(f"{machine.processor}, {threads} threads, {gflop_s:.0f} GFLOP/s, load {machine.load_average:.1f}")
-    models = {"ours fp32": awake(load_model(model)), "ours int8": awake(load_model(model, weights="int8"))}
-    twin = transformers_twin(model, models["ours fp32"])
-    operations = 2 * multiplications(models["ours fp32"])
+def run_case(
+    models: Mapping[str, DiJiangForCausalLM],
+    twin: Any,
+    lengths: list[int],
+    *,
+    machine: Machine,
+    device: str,
+    num_rounds: int,
+    clock: str,
+) -> list[Line]:
+    """All contenders, in turn."""
+    runs = {f"ours {kind}": our_prefill(model, lengths=lengths) for kind, model in models.items()}
+    if twin is not None:
+        runs[HF] = their_prefill(twin, lengths=lengths, device=device)
+    times = interleaved(runs, num_rounds=num_rounds, warm_up=1, clock=clock)
     lines = []
-    shown = Table("contender", "tokens", "ms, median", "tokens/s", "times HF", "floor ms")
-    for num_tokens in map(int, lengths.split(",")):
-        runs = {name: our_prefill(each, num_tokens=num_tokens) for name, each in models.items()}
-        runs[HF] = their_prefill(twin, num_tokens=num_tokens)
-        times = interleaved(runs, num_rounds=rounds, warm_up=1, clock=clock)
-        for name, measured in times.items():
-            speed_up = None if name == HF else ratio(times[HF], measured)
-            took = median_ms(measured)
-            line = Line(
-                name, num_tokens, took, num_tokens / took * 1e3, speed_up, operations * num_tokens / gflop_s / 1e6
+    for name, measured in times.items():
+        took = median_ms(measured)
+        line = Line(name, lengths, took, best_ms(measured), tokens_per_s=sum(lengths) / took * 1e3)
+        if name != HF:
+            costs = prompt_costs(models[name.removeprefix("ours ")], lengths)
+            floor = costs.floor_ms(machine)
+            line = replace(
+                line,
+                times_hf=ratio(times[HF], measured) if HF in times else None,
+                num_bytes=costs.num_bytes,
+                operations=costs.operations,
+                floor_ms=floor,
+                times_floor=line.best_ms / floor,
             )
-            lines.append(line)
-            told = "" if speed_up is None else f"{speed_up:.2f}"
-            shown.add_row(
-                name, f"{num_tokens:,}", f"{took:.0f}", f"{line.tokens_per_s:.0f}", told, f"{line.floor_ms:.0f}"
-            )
-    console.print(shown)
+        lines.append(line)
+    return lines
+
+
+def label(lengths: list[int]) -> str:
+    """`2,048`, or `48+130+300` for a batch."""
+    return "+".join(f"{length:,}" for length in lengths)
+
+
+def table(lines: list[Line]) -> Table:
+    shown = Table("contender", "tokens", "ms", "best", "tokens/s", "x HF", "MB moved", "GFLOP", "floor ms", "x floor")
+    for line in lines:
+        shown.add_row(
+            line.name,
+            label(line.lengths),
+            f"{line.median_ms:.0f}",
+            f"{line.best_ms:.0f}",
+            f"{line.tokens_per_s:.0f}",
+            "" if line.times_hf is None else f"{line.times_hf:.2f}",
+            "" if line.num_bytes is None else f"{line.num_bytes / 1e6:.0f}",
+            "" if line.operations is None else f"{line.operations / 1e9:.1f}",
+            "" if line.floor_ms is None else f"{line.floor_ms:.0f}",
+            "" if line.times_floor is None else f"{line.times_floor:.2f}",
+        )
+    return shown
+
+
+def draw(lines: list[Line], path: Path) -> None:
+    """Tokens per second by batch."""
+    cases = list(dict.fromkeys(label(line.lengths) for line in lines))
+    found = {(line.name, label(line.lengths)): line.tokens_per_s for line in lines}
+    names = list(dict.fromkeys(line.name for line in lines))
+    plots.bars(
+        path,
+        title="Reading prompts",
+        unit="tokens/s",
+        groups=cases,
+        series={name: [found.get((name, case)) for case in cases] for name in names},
+    )
+
+
+def prefill_command(
+    model: report.ModelFolder = None,
+    lengths: Annotated[str, typer.Option(help="Prompts read alone: tokens, with commas.")] = DEFAULT_LENGTHS,
+    ragged: Annotated[
+        str, typer.Option(help="Prompts read together: tokens, with commas; or nothing.")
+    ] = DEFAULT_RAGGED,
+    weights: Annotated[
+        str | None, typer.Option(help=f"Kinds of ours: {', '.join(WEIGHTS)}. Default: fp32,int8; bf16 on CUDA.")
+    ] = None,
+    hf: Annotated[bool, typer.Option(help="Compare with HF transformers, where it has the base model.")] = True,
+    device: report.Device = "cpu",
+    threads: report.Threads = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each contender in each case.")] = 3,
+    clock: report.Clock = "wall",
+    only_json: report.OnlyJson = False,
+    plot: report.Plot = None,
+    save: report.Save = None,
+) -> None:
+    """Time the reading of prompts beside HF transformers, and against the multiplications that it takes."""
+    told = report.Report("prefill", only_json, plot, save)
+    report.prepare(threads, clock, device)
+    cases = [[length] for length in report.numbers(lengths, "--lengths")]
+    if ragged.strip():
+        cases.append(report.numbers(ragged, "--ragged"))
+    kinds = report.words(weights or ("bf16" if is_cuda(device) else "fp32,int8"), "--weights", WEIGHTS)
+    folder = report.model_folder(model)
+    machine = report.measured_machine(clock, device, DTYPES.get(kinds[0], torch.float32))
+    told.introduce(machine)
+    try:
+        models = load_models(folder, kinds, device=device)
+    except ModelError as error:
+        raise report.failed(error) from error
+    plain = next((each for kind, each in models.items() if kind in DTYPES), None)
+    twin = transformers_twin(folder, plain) if hf and plain is not None and has_transformers_twin(folder) else None
+    if hf and twin is None:
+        told.note("Without HF: its model is made of unrounded weights of the LLaMA family (add fp32 to --weights).")
+    found: list[Line] = []
+    for case in cases:
+        found += run_case(models, twin, case, machine=machine, device=device, num_rounds=rounds, clock=clock)
     result = {
-        "model": model.name,
-        "path": models["ours fp32"].decode_path,
+        "model": folder.name,
+        "device": device,
+        "path": next(iter(models.values())).decode_path,
         "clock": clock,
-        "matrix_gflop_s": gflop_s,
-        "lines": [asdict(line) for line in lines],
+        "lines": [asdict(line) for line in found],
     }
-    print(write_result("prefill", machine, result))
+    told.finish(machine, result, table(found), lambda file: draw(found, file))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(prefill_command)

@@ -1,0 +1,97 @@
+"""Who is measured: our models by the kind of their weights, and steps of theirs and ours as functions to time."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from benchmarks.machine import synchronised
+from dijiang_model.checkpoints import load_model
+from dijiang_model.model import DiJiangForCausalLM, PackedBatch
+from dijiang_model.quantization.config import WeightKind
+from dijiang_model.state import StateBuffer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROUNDED = ("int8", "int4")
+WEIGHTS = (*DTYPES, *ROUNDED)
+
+
+def load_models(folder: Path, weights: Sequence[str], *, device: str) -> dict[str, DiJiangForCausalLM]:
+    """One model for each kind of weights, all heads of the linear part awake."""
+    return {kind: awake(_load(folder, kind, device)) for kind in weights}
+
+
+def _load(folder: Path, kind: str, device: str) -> DiJiangForCausalLM:
+    if kind in DTYPES:
+        return load_model(folder, device=device, dtype=DTYPES[kind])
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    return load_model(folder, device=device, dtype=dtype, weights=cast(WeightKind, kind))
+
+
+@torch.no_grad()
+def awake(model: DiJiangForCausalLM) -> DiJiangForCausalLM:
+    """Lets the linear part speak in every head, as in a trained model: a silent one would spare us its read-out."""
+    for attention in model.attentions:
+        if attention.linear.attention.window > 0:
+            attention.linear.mix_bias.clamp_(min=-20.0)
+    return model
+
+
+def our_step(model: DiJiangForCausalLM, *, num_rows: int, position: int) -> Callable[[], object]:
+    """One decode step of `num_rows` conversations, then the largest logit of each."""
+    device = model.device
+    state = StateBuffer(model.state_spec, num_rows + 1, device)
+    state.storage.zero_()
+    token_ids = torch.full((num_rows,), _token(model, 500), device=device)
+    slots = torch.arange(1, num_rows + 1, device=device)
+    positions = torch.full((num_rows,), position, device=device)
+
+    def step() -> Tensor:
+        logits = model.decode(token_ids, slots=slots, positions=positions, state=state)
+        positions.add_(1)
+        return logits.argmax(-1)
+
+    return synchronised(step, str(device))
+
+
+def our_prefill(model: DiJiangForCausalLM, *, lengths: Sequence[int]) -> Callable[[], object]:
+    """Prompts of these lengths in one packed batch, each into a fresh slot; the logits of each one's last token."""
+    device = model.device
+    state = StateBuffer(model.state_spec, len(lengths) + 1, device)
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+    slots = torch.arange(1, len(lengths) + 1, device=device)
+    last = torch.tensor(lengths, device=device).cumsum(0) - 1
+    batch = PackedBatch(positions % _token(model, 1000), positions, slots, tuple(lengths), 0, last)
+
+    def prefill() -> object:
+        state.storage.zero_()
+        return model(batch, state)
+
+    return synchronised(prefill, str(device))
+
+
+def their_prefill(twin: Any, *, lengths: Sequence[int], device: str) -> Callable[[], object]:
+    """The same prompts through HF's model, padded on the left, into a new cache."""
+    longest = max(lengths)
+    token_ids = torch.zeros((len(lengths), longest), dtype=torch.int64, device=device)
+    mask = torch.zeros_like(token_ids)
+    for row, length in enumerate(lengths):
+        token_ids[row, longest - length :] = torch.arange(length) % min(1000, twin.config.vocab_size)
+        mask[row, longest - length :] = 1
+    # Without a mask where none is needed: sdpa then takes its faster causal path.
+    padding: Mapping[str, Tensor] = {} if len(set(lengths)) == 1 else {"attention_mask": mask}
+    return synchronised(lambda: twin(token_ids, use_cache=True, logits_to_keep=1, **padding).logits, device)
+
+
+def has_transformers_twin(folder: Path) -> bool:
+    """Whether `transformers_twin` can make the softmax model of this folder: LLaMA's family, its config at hand."""
+    document = json.loads((folder / "config.json").read_text())
+    return isinstance(document.get("base"), dict) and document["base"].get("model_type") == "llama"
+
+
+def _token(model: DiJiangForCausalLM, wanted: int) -> int:
+    """An id within the vocabulary."""
+    return min(wanted, model.config.vocab_size - 1)
