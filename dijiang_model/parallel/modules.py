@@ -48,34 +48,42 @@ class VocabParallelEmbedding(nn.Module):
         return self._group.sum_(x.masked_fill_(is_elsewhere[:, None], 0))
 
 
-class ParallelGroupNorm(nn.Module):
-    """The released GroupNorm over all heads, d groups of H channels each, with this rank's part of the channels.
+def group_norm(config: ModelConfig, *, dtype: torch.dtype, group: TensorGroup) -> nn.Module:
+    """The released GroupNorm over all heads, d groups of H channels each, of a rank's part of the channels.
 
-    Where the groups do not end between two ranks' channels (d not a multiple of the ranks), every rank norms the
-    channels of all.
+    Args:
+        config: of the whole network.
+        dtype: of the weights.
+        group: the ranks.
     """
+    width = config.num_heads * config.head_size // group.size
+    if config.head_size % group.size == 0:
+        return nn.GroupNorm(config.head_size // group.size, width, dtype=dtype)
+    return StraddlingGroupNorm(config.head_size, width, dtype=dtype, group=group)
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, group: TensorGroup) -> None:
+
+class StraddlingGroupNorm(nn.Module):
+    """A GroupNorm whose groups do not end where a rank's channels do: every rank norms the channels of all."""
+
+    def __init__(self, num_groups: int, width: int, *, dtype: torch.dtype, group: TensorGroup) -> None:
         """
         Args:
-            config: of the whole network.
+            num_groups: over all channels.
+            width: channels of a rank.
             dtype: of the weights.
             group: the ranks.
         """
         super().__init__()
         self._group = group
-        self._num_groups = config.head_size
-        self._width = config.num_heads * config.head_size // group.size
-        self.weight = nn.Parameter(torch.empty(self._width, dtype=dtype), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(self._width, dtype=dtype), requires_grad=False)
+        self._num_groups = num_groups
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtype), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(width, dtype=dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, H * d / size], this rank's channels -> the same, normed."""
-        size, rank = self._group.size, self._group.rank
-        if self._num_groups % size == 0:
-            return functional.group_norm(x, self._num_groups // size, self.weight, self.bias)
+        """x [T, width], this rank's channels -> the same, normed."""
+        width = len(self.weight)
         normed = functional.group_norm(self._group.join(x), self._num_groups)
-        return torch.addcmul(self.bias, normed.narrow(1, rank * self._width, self._width), self.weight)
+        return torch.addcmul(self.bias, normed.narrow(1, self._group.rank * width, width), self.weight)
 
 
 class ParallelKernel(LinearKernel):
@@ -86,8 +94,5 @@ class ParallelKernel(LinearKernel):
         super().__init__(config, layer, dtype)
         self._group = group
 
-    def far_query(self, q: Tensor) -> Tensor:
-        if self.attention.features.far_rank == 0:
-            return q
-        low = self._group.sum_(functional.linear(q.flatten(1), self.far_query_down))
-        return q + functional.linear(low, self.far_query_up).view_as(q)
+    def far_query_low(self, q: Tensor) -> Tensor:
+        return self._group.sum_(super().far_query_low(q))

@@ -15,7 +15,7 @@ from dijiang_model.config import Family, ModelConfig
 from dijiang_model.families import build_model
 from dijiang_model.model import DiJiangForCausalLM, PackedBatch
 from dijiang_model.parallel.group import TensorGroup
-from dijiang_model.parallel.modules import ParallelGroupNorm, ParallelKernel, RowParallelLinear, VocabParallelEmbedding
+from dijiang_model.parallel.modules import ParallelKernel, RowParallelLinear, VocabParallelEmbedding, group_norm
 from dijiang_model.parallel.shards import Shard, local_config
 from dijiang_model.state import StateBuffer
 
@@ -75,8 +75,7 @@ def build_shard(
             kernel_dtype = attention.linear.log_decay.dtype
             attention.linear = ParallelKernel(local, attention.layer, kernel_dtype, group=group)
             if attention.read_out == "group_norm":
-                norm = ParallelGroupNorm(config, dtype=dtype, group=group)
-                attention.set_submodule("group_norm", norm)
+                attention.set_submodule("group_norm", group_norm(config, dtype=dtype, group=group))
         width = config.embedding_width
         embedding = VocabParallelEmbedding(config.vocab_size, width, dtype=dtype, group=group)
         model.set_submodule(rules.embedding, embedding)
