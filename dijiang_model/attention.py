@@ -2,12 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from dijiang_model.config import ModelConfig
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
+from dijiang_model.ops.selection import gated_norm
 from dijiang_model.state import StateBuffer, StateTensor
 
 
@@ -41,10 +41,10 @@ class DiJiangAttention(nn.Module):
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState
     ) -> Tensor:
         """x [T, D] (normed input), q [T, H, d], k and v [T, G, d] -> [T, H * d] in x's dtype, before the output map."""
-        attended: Tensor = op(q, k, v, kernel=self.linear, layout=layout, state=state).flatten(1).to(x.dtype)
+        attended: Tensor = op(q, k, v, kernel=self.linear, layout=layout, state=state)
         if self.read_out == "group_norm":
-            attended = functional.silu(self.gate(x)) * self.group_norm(attended)
-        return attended
+            return gated_norm(attended, self.gate(x), self.group_norm)
+        return attended.flatten(1).to(x.dtype)
 
     def state_tensors(self) -> tuple[StateTensor, ...]:
         """What one slot holds for this layer, in storage order."""
