@@ -46,7 +46,7 @@ class PostgresServer:
             self._as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
             os.chown(folder, user.pw_uid, user.pw_gid)
         if not self._can_run():
-            self._programs = Path(shutil.copytree(programs.parent, folder / "programs")) / "bin"
+            self._programs = _copied(programs, folder)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
@@ -103,6 +103,15 @@ class PostgresServer:
     def _run(self, command: list[Any]) -> None:
         done = subprocess.run(command, capture_output=True, text=True, cwd=self._folder, **self._as_user, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def _copied(programs: Path, folder: Path) -> Path:
+    """A package's programs and its libraries, which lie beside the package."""
+    package = programs.parents[1]
+    for source in (package, package.with_name(f"{package.name}.libs")):
+        if source.exists():
+            shutil.copytree(source, folder / "programs" / source.name)
+    return folder / "programs" / programs.relative_to(package.parent)
 
 
 def find_programs() -> Path | None:

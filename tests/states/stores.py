@@ -64,7 +64,7 @@ class SharedKind:
     """The store that several servers share; each `open` is one more replica."""
 
     def __init__(self, postgres: PostgresServer, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self.postgres = postgres
         self.schema = f"test_{secrets.token_hex(8)}"
 
@@ -78,7 +78,7 @@ class SharedKind:
     ) -> SharedStore:
         clock = Clock() if clock is None else clock
         more = {"clock": clock, "schema": self.schema, "max_bytes": max_bytes, "eviction": eviction, **more}
-        return SharedStore(self.postgres.url, self._folder, **more)
+        return SharedStore(self.postgres.url, self.folder, **more)
 
     async def settle(self, store: StateStore) -> None:
         assert isinstance(store, SharedStore)
