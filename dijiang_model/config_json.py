@@ -58,6 +58,7 @@ class Origin:
         seed: of the fresh tensors.
         converter_version: of the code that wrote the model (`conversion.convert.CONVERTER_VERSION`); 0: none.
         source_sha256: of a source that is one file; None otherwise.
+        adapter_sha256: of the adapter file that was merged last; None: none was.
     """
 
     recipe: str
@@ -68,6 +69,7 @@ class Origin:
     seed: int = 0
     converter_version: int = 0
     source_sha256: str | None = None
+    adapter_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +301,7 @@ def _origin(section: Fields) -> Origin:
         seed=section.integer("seed", 0, minimum=0),
         converter_version=section.integer("converter_version", 0, minimum=0),
         source_sha256=section.optional_text("source_sha256"),
+        adapter_sha256=section.optional_text("adapter_sha256"),
     )
 
 

@@ -60,11 +60,13 @@ class Adapter:
     Attributes:
         layers: the attention of each layer, a list of `asdict(AttentionConfig)`.
         tensors: by their names in the file.
+        sha256: of the file that it came from; None: it came from none.
     """
 
     info: AdapterInfo
     layers: list[dict[str, object]]
     tensors: Mapping[str, Tensor]
+    sha256: str | None = None
 
     def config(self, base: ModelConfig) -> ModelConfig:
         """The adapted network.
@@ -121,7 +123,7 @@ def load_adapter(path: Path) -> Adapter:
     damaged = [f"{name} has values that are not finite" for name, tensor in tensors.items() if not _is_valid(tensor)]
     if damaged:
         raise CheckpointError(problem_list(f"{path} is damaged", damaged))
-    return Adapter(info, layers, tensors)
+    return Adapter(info, layers, tensors, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def fingerprint(config: ModelConfig, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> str:
@@ -187,7 +189,8 @@ def apply_adapter(folder: Path, adapter: Adapter, out: Path, *, card: str, overw
     config = adapter.config(stored.config)
     expected = build_model(config, dtype=_weights_dtype(source)).state_dict()
     _refuse_misfit(adapter, expected, source.infos())
-    origin = replace(stored.origin, tokens_trained=stored.origin.tokens_trained + adapter.info.tokens_trained)
+    tokens = stored.origin.tokens_trained + adapter.info.tokens_trained
+    origin = replace(stored.origin, tokens_trained=tokens, adapter_sha256=adapter.sha256)
 
     def fill(target: Path) -> None:
         write_tokenizer(folder, target, vocab_size=config.vocab_size)
