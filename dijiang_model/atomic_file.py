@@ -23,5 +23,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        reason = "no space left on its disk" if error.errno == errno.ENOSPC else error.strerror
-        raise CheckpointError(f"{path} cannot be written: {reason}") from error
+        raise write_error(path, error) from error
+
+
+def write_error(path: Path, error: OSError) -> CheckpointError:
+    """A failure to write `path`, in words."""
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    reason = "no space left on its disk" if is_full else error.strerror
+    return CheckpointError(f"{path} cannot be written: {reason}")

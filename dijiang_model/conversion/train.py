@@ -10,7 +10,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,11 +32,13 @@ from dijiang_model.conversion.kernel_training import (
 )
 from dijiang_model.conversion.layer_fit import fit_layers, record
 from dijiang_model.conversion.lora import DOWN, UP, LoraLinear, attach_lora, factors
+from dijiang_model.conversion.peers import ALONE, Peers
+from dijiang_model.conversion.training_log import TrainingLog
 from dijiang_model.errors import CheckpointError
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops.training import HybridAttention, WindowAttention
 
-CHECKPOINT_FILE, LOG_FILE, ADAPTER_FILE = "checkpoint.pt", "log.jsonl", "adapter.safetensors"
+CHECKPOINT_FILE, ADAPTER_FILE = "checkpoint.pt", "adapter.safetensors"
 WARM_UP_STEPS = 8
 LAST_RATE = 0.05
 STAGE_ONE_FACTOR = 3.0
@@ -99,17 +101,25 @@ class Trainer:
 
     Attributes:
         progress: after the last step.
+        peers: processes that do the same.
     """
 
     def __init__(
-        self, model: DiJiangForCausalLM, text: Batches, options: TrainingOptions, *, info: AdapterInfo
+        self,
+        model: DiJiangForCausalLM,
+        text: Batches,
+        options: TrainingOptions,
+        *,
+        info: AdapterInfo,
+        peers: Peers = ALONE,
     ) -> None:
         """Takes a model over: its kernels become trainable, its projections get updates.
 
         Args:
             info: of the adapter that comes out, but for the tokens.
+            peers: processes that train the same; each takes `options.batch_size` windows of a step.
         """
-        self.model, self.text, self.options, self._info = model, text, options, info
+        self.model, self.text, self.options, self._info, self.peers = model, text, options, info, peers
         self._layers = [asdict(layer) for layer in model.config.layers]
         make_trainable(model)
         if not options.linear:
@@ -117,6 +127,7 @@ class Trainer:
         self.updates: Mapping[str, LoraLinear] = {}
         if options.lora_rank > 0 and 2 in options.stages:
             self.updates = attach_lora(model, rank=options.lora_rank, seed=options.seed)
+        peers.copy_first_([parameter.detach() for _, parameter in self._trained()])
         self.progress = Progress()
         self._optimizer = self._enter(options.stages[0])
 
@@ -139,30 +150,21 @@ class Trainer:
         if wanted != self.progress.stage:
             self._optimizer = self._enter(wanted)
         rate = self._set_rate()
-        token_ids = self.text.batch(self.progress.step, self.options.batch_size).to(self.model.device)
-        self._optimizer.zero_grad(set_to_none=True)
-        offset = random_offset(torch.Generator().manual_seed(1_000_003 * self.options.seed + self.progress.step))
-        precision = self.options.precision
-        if wanted == 1:
-            loss = layer_losses(self.model, token_ids, self.updates, offset=offset, precision=precision).mean()
-        else:
-            loss = imitation_loss(
-                self.model,
-                token_ids,
-                self.updates,
-                offset=offset,
-                precision=precision,
-                attention=HybridAttention() if self.options.linear else WindowAttention(),
-            )
+        peers = self.peers
+        place = self.progress.step * peers.num + peers.rank
+        token_ids = self.text.batch(place, self.options.batch_size).to(self.model.device)
+        loss = self._backward(wanted, token_ids)
         trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        peers.average_([loss, *(parameter.grad for parameter in trained if parameter.grad is not None)])
         norm = nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM if wanted == 2 else math.inf)
         if not bool(torch.isfinite(norm)):
             raise CheckpointError(f"step {self.progress.step:,}: the gradient is not finite; try a lower --lr")
         self._optimizer.step()
+        num_tokens = token_ids.numel() * peers.num
         self.progress.step += 1
         self.progress.stage_step += 1
-        self.progress.tokens += token_ids.numel()
-        seconds = time.monotonic() - started
+        self.progress.tokens += num_tokens
+        seconds = peers.firsts(time.monotonic() - started)
         self.progress.seconds += seconds
         return {
             "step": self.progress.step,
@@ -172,8 +174,28 @@ class Trainer:
             "gradient_norm": float(norm),
             "rate": rate,
             "seconds": round(self.progress.seconds, 3),
-            "tokens_per_s": round(token_ids.numel() / seconds, 1),
+            "tokens_per_s": round(num_tokens / seconds, 1),
         }
+
+    def _backward(self, stage: int, token_ids: Tensor) -> Tensor:
+        """Leaves fresh gradients of a batch; answers its loss, []."""
+        self._optimizer.zero_grad(set_to_none=True)
+        offset = random_offset(torch.Generator().manual_seed(1_000_003 * self.options.seed + self.progress.step))
+        precision = self.options.precision
+        if stage == 1:
+            return (
+                layer_losses(self.model, token_ids, self.updates, offset=offset, precision=precision, peers=self.peers)
+                .mean()
+                .to(self.model.device)
+            )
+        return imitation_loss(
+            self.model,
+            token_ids,
+            self.updates,
+            offset=offset,
+            precision=precision,
+            attention=HybridAttention() if self.options.linear else WindowAttention(),
+        )
 
     @property
     def num_steps(self) -> int:
@@ -197,8 +219,7 @@ class Trainer:
         Raises:
             CheckpointError, ConversionError: see `train` and `fit_layers`.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        _trim_log(folder / LOG_FILE, self.progress.step)
+        log = TrainingLog(folder, last_step=self.progress.step)
         batches = [self.text.batch(step, self.options.batch_size) for step in range(self.num_steps)]
         segments = torch.cat(batches).to(self.model.device)
         self.progress.tokens = segments.numel()
@@ -206,21 +227,21 @@ class Trainer:
         def done(layer: int, before: float, after: float) -> None:
             self.progress.step = layer + 1
             line = {"step": layer + 1, "stage": 1, "tokens": segments.numel(), "first_epoch": before, "loss": after}
-            with (folder / LOG_FILE).open("a") as log:
-                log.write(json.dumps(line) + "\n")
+            log.write(line)
             self.save(folder)
             on_layer(layer)
 
-        return fit_layers(
-            self.model,
-            record(self.model, segments, on_segment=on_segment),
-            epochs=epochs,
-            learning_rate=self.options.learning_rate * STAGE_ONE_FACTOR * VECTOR_FACTOR,
-            seed=self.options.seed,
-            first_layer=self.progress.step,
-            on_layer=done,
-            should_stop=should_stop,
-        )
+        with log:
+            return fit_layers(
+                self.model,
+                record(self.model, segments, on_segment=on_segment),
+                epochs=epochs,
+                learning_rate=self.options.learning_rate * STAGE_ONE_FACTOR * VECTOR_FACTOR,
+                seed=self.options.seed,
+                first_layer=self.progress.step,
+                on_layer=done,
+                should_stop=should_stop,
+            )
 
     def adapter(self) -> Adapter:
         """What was trained so far."""
@@ -230,15 +251,18 @@ class Trainer:
         return Adapter(info, self._layers, tensors)
 
     def save(self, folder: Path) -> None:
-        """Writes checkpoint and adapter; each file is replaced as a whole.
+        """Writes checkpoint and adapter, if this is the first process; each file is replaced as a whole.
 
         Raises:
             CheckpointError: the folder cannot be written.
         """
+        if not self.peers.is_first:
+            return
         buffer = io.BytesIO()
         torch.save(
             {
                 "options": asdict(self.options),
+                "num_processes": self.peers.num,
                 "fingerprint": self._info.fingerprint,
                 "progress": asdict(self.progress),
                 "trained": {name: parameter.detach() for name, parameter in self._trained()},
@@ -269,6 +293,9 @@ class Trainer:
         changed = [f"{name} was {theirs[name]}, is {mine[name]}" for name in mine if mine[name] != theirs.get(name)]
         if changed:
             raise CheckpointError(f"{path} was made with other options: {'; '.join(changed)}")
+        num = saved.get("num_processes", 1)
+        if num != self.peers.num:
+            raise CheckpointError(f"{path} was made by {num} processes, this run has {self.peers.num}")
         self.progress = Progress(**saved["progress"])
         with torch.no_grad():
             for name, parameter in self._trained():
@@ -355,32 +382,18 @@ def train(
     Raises:
         CheckpointError: the folder cannot be written, or the training diverged.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _trim_log(folder / LOG_FILE, trainer.progress.step)
+    peers = trainer.peers
+    log = TrainingLog(folder, last_step=trainer.progress.step, is_kept=peers.is_first)
+    if trainer.progress.step == 0:
+        trainer.save(folder)  # so that a kill at any moment leaves something to resume
     saved_at = time.monotonic()
-    with (folder / LOG_FILE).open("a") as log:
-        while not trainer.is_done and not should_stop():
+    with log:
+        while not trainer.is_done and not peers.any(should_stop()):
             line = trainer.step()
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            log.write(line)
             on_step(line)
             if time.monotonic() - saved_at > save_every_s:
                 trainer.save(folder)
                 saved_at = time.monotonic()
     trainer.save(folder)
     return trainer.is_done
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The steps of a run, oldest first."""
-    if not path.exists():
-        return []
-    # A killed run may leave half a line at the end.
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _trim_log(path: Path, step: int) -> None:
-    """Drops what a killed run logged after its last checkpoint: those steps come again."""
-    kept: Sequence[str] = [json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step]
-    if path.exists():
-        write_atomically(path, "".join(kept).encode())

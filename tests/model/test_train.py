@@ -14,8 +14,9 @@ from dijiang_model.config import FeatureConfig
 from dijiang_model.conversion.kernel_training import kernel_tensors
 from dijiang_model.conversion.text_mixture import load_mixture, parse_source
 from dijiang_model.conversion.text_windows import TokenWindows, load_tokenizer, load_windows
-from dijiang_model.conversion.train import ADAPTER_FILE, LOG_FILE, Trainer, TrainingOptions, read_log, train
-from dijiang_model.conversion.train_cli import StudentOptions, prepare_run
+from dijiang_model.conversion.train import ADAPTER_FILE, Trainer, TrainingOptions, train
+from dijiang_model.conversion.train_setup import StudentOptions, prepare_run
+from dijiang_model.conversion.training_log import LOG_FILE, read_log
 from dijiang_model.errors import CheckpointError, ConversionError
 from tests.tiny_models import BYTE_VOCAB_SIZE, HYBRID, PURE, RELEASED, llama_config, write_tiny_model
 
