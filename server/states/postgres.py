@@ -90,9 +90,12 @@ class Postgres:
         self._guard = threading.Lock()
         self._down_until = 0.0
         self._was_up = True
+        self._is_closed = False
 
     def close(self) -> None:
-        """Closes what is not in use."""
+        """Closes what is not in use; what is, as soon as it is not."""
+        with self._guard:
+            self._is_closed = True
         self._drop_idle()
 
     @contextmanager
@@ -131,8 +134,7 @@ class Postgres:
                 raise
         except _UNAVAILABLE as error:
             raise self._unavailable(error) from error
-        with self._guard:
-            self._idle.append(connection)
+        self._give_back(connection)
 
     def _begun(self, statements: str) -> tuple[Connection[Row], float]:
         """A connection with an open transaction, and the time."""
@@ -182,9 +184,15 @@ class Postgres:
         """Rolls back and keeps the connection; closes it if that cannot be."""
         with suppress(psycopg.Error):
             connection.execute("ROLLBACK")
-            with self._guard:
-                self._idle.append(connection)
+            self._give_back(connection)
             return
+        connection.close()
+
+    def _give_back(self, connection: Connection[Row]) -> None:
+        with self._guard:
+            if not self._is_closed:
+                self._idle.append(connection)
+                return
         connection.close()
 
     def _drop_idle(self) -> None:

@@ -8,6 +8,7 @@ was making has failed, what it used is free.
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -34,7 +35,7 @@ from server.states.store import (
     new_state_id,
 )
 
-BEAT_S, LEASE_S = 2.0, 20.0
+BEAT_S, LEASE_S, PATIENCE_S, RETRY_S = 2.0, 20.0, 10.0, 0.25
 _NUM_THREADS = 8
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -54,6 +55,7 @@ class SharedStore:
         eviction: Literal["lru", "refuse"] = "lru",
         beat_s: float = BEAT_S,
         lease_s: float = LEASE_S,
+        patience_s: float = PATIENCE_S,
         clock: Callable[[], float] | None = None,
     ) -> None:
         """Opens or makes the store.
@@ -67,6 +69,7 @@ class SharedStore:
             eviction: see `EmbeddedStore`.
             beat_s: time between two beats.
             lease_s: after how long without a beat a replica is taken for dead.
+            patience_s: how long an answer that is to be kept waits for a database that is away.
             clock: seconds since 1970; None: the database's own.
 
         Raises:
@@ -75,6 +78,7 @@ class SharedStore:
         self._max_bytes = max_bytes
         self._eviction = eviction
         self._beat_s = beat_s
+        self._patience_s = patience_s
         self._reserved: dict[str, int] = {}
         self._making: set[str] = set()
         self._stored: set[str] = set()
@@ -148,7 +152,7 @@ class SharedStore:
         """See `StateStore.add`."""
         await self._upload(new.head)
         state_id = new_state_id()
-        return await self._run(lambda: self._database.add(new, state_id=state_id))
+        return await self._keep(lambda: self._database.add(new, state_id=state_id))
 
     async def fork(
         self, owner: str, state_id: str, *, point: str | None, name: str | None, ttl_s: float | None
@@ -178,7 +182,7 @@ class SharedStore:
     async def advance(self, record: StateRecord, head: SnapshotRecord) -> StateRecord:
         """See `StateStore.advance`."""
         await self._upload(head)
-        return await self._run(lambda: self._database.advance(record, head))
+        return await self._keep(lambda: self._database.advance(record, head))
 
     async def mark(self, owner: str, state_id: str, point: str) -> StateRecord:
         """See `StateStore.mark`."""
@@ -197,7 +201,7 @@ class SharedStore:
             self._making.add(response.id)
         if response.snapshot is not None:
             await self._upload(response.snapshot)
-        await self._run(lambda: self._database.put_response(response, is_new=is_new))
+        await self._keep(lambda: self._database.put_response(response, is_new=is_new))
         if response.has_ended:
             self._making.discard(response.id)
         else:
@@ -257,6 +261,17 @@ class SharedStore:
         self._totals = replace(self._totals, is_up=True)
         return result
 
+    async def _keep(self, work: Callable[[], T]) -> T:
+        """Like `_run`, for work that may be repeated: what was computed is not given up for a moment's outage."""
+        patient_until = time.monotonic() + self._patience_s
+        while True:
+            try:
+                return await self._run(work)
+            except StoreUnavailableError:
+                if time.monotonic() >= patient_until:
+                    raise
+            await asyncio.sleep(RETRY_S)
+
     async def _beat_on_and_on(self, on_response_gone: Callable[[str], None]) -> None:
         while True:
             await asyncio.sleep(self._beat_s)
@@ -277,7 +292,7 @@ class SharedStore:
         """Writes what the engine has written to the database, once."""
         if snapshot.file not in self._reserved or self._copies.has(snapshot.file):
             return
-        await self._run(lambda: self._database.upload(snapshot, self._copies.path(snapshot.file)))
+        await self._keep(lambda: self._database.upload(snapshot, self._copies.path(snapshot.file)))
         self._copies.add(snapshot.file, snapshot.num_bytes)
 
     async def _brought(self, snapshot: SnapshotRecord) -> None:

@@ -135,9 +135,10 @@ class SharedDatabase:
             drop_unused(transaction, files)
 
     def upload(self, snapshot: SnapshotRecord, path: Path) -> None:
-        """Writes a snapshot, wholly or not at all; nothing refers to it yet. Raises `OSError`."""
+        """Writes a snapshot, wholly or not at all; nothing refers to it yet. May be repeated. Raises `OSError`."""
         with path.open("rb") as file, self._postgres.adding() as transaction:
-            insert_snapshot(transaction, snapshot)
+            if not insert_snapshot(transaction, snapshot):
+                return
             with transaction.cursor.copy("COPY chunks (file, number, data) FROM STDIN (FORMAT BINARY)") as copy:
                 copy.set_types(["text", "int4", "bytea"])
                 number = 0
@@ -158,10 +159,11 @@ class SharedDatabase:
                 number, num_bytes = number + 1, num_bytes + len(row["data"])
 
     def add(self, new: NewState, *, state_id: str) -> StateRecord:
-        """Raises `NotFoundError`, `StateConflictError`."""
+        """Raises `NotFoundError`, `StateConflictError`. May be repeated."""
         with self._postgres.changing() as transaction:
-            _require_free_name(transaction, new.owner, new.name)
-            insert_state(transaction, new, state_id)
+            if transaction.row("SELECT 1 FROM states WHERE id = %s", state_id) is None:
+                _require_free_name(transaction, new.owner, new.name)
+                insert_state(transaction, new, state_id)
             return find_state(transaction, new.owner, state_id)
 
     def fork(
@@ -199,9 +201,12 @@ class SharedDatabase:
             drop_unused(transaction, delete_states(transaction, "id = %s", state_id))
 
     def advance(self, record: StateRecord, head: SnapshotRecord) -> StateRecord:
-        """Raises `NotFoundError`, `StateConflictError`."""
+        """Raises `NotFoundError`, `StateConflictError`. May be repeated."""
         with self._postgres.changing() as transaction:
-            if find_state(transaction, record.owner, record.id).head.file != record.head.file:
+            state = find_state(transaction, record.owner, record.id)
+            if state.head.file == head.file:
+                return state
+            if state.head.file != record.head.file:
                 raise state_conflict()
             return _set_head(transaction, record, head)
 
@@ -224,7 +229,7 @@ class SharedDatabase:
             return _set_head(transaction, state, state.at(point))
 
     def put_response(self, response: ResponseRecord, *, is_new: bool) -> None:
-        """Inserts it, or replaces what is there and has not ended."""
+        """Inserts it, or replaces what is there and has not ended. May be repeated."""
         with self._postgres.changing() as transaction:
             row = transaction.row("SELECT snapshot, maker FROM responses WHERE id = %s", response.id)
             if (not is_new) if row is None else row["maker"] is None:

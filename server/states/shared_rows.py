@@ -97,14 +97,15 @@ def delete_responses(transaction: Transaction, condition: str, *values: object) 
     return [row["snapshot"] for row in rows if row["snapshot"] is not None]
 
 
-def insert_snapshot(transaction: Transaction, snapshot: SnapshotRecord) -> None:
-    """Without its content."""
-    transaction.run(
+def insert_snapshot(transaction: Transaction, snapshot: SnapshotRecord) -> bool:
+    """Without its content; false if it is there."""
+    inserted = transaction.run(
         "INSERT INTO snapshots (file, position, pending, last_token, turn, num_bytes, fingerprint) "
-        "VALUES (%s,%s,%s,%s,%s,%s,%s)",
+        "VALUES (%s,%s,%s,%s,%s,%s,%s) ON CONFLICT DO NOTHING",
         *(snapshot.file, snapshot.position, json.dumps(snapshot.pending), snapshot.last_token),
         *(str(snapshot.turn), snapshot.num_bytes, snapshot.fingerprint),
     )
+    return inserted > 0
 
 
 def require_snapshot(transaction: Transaction, snapshot: SnapshotRecord) -> None:

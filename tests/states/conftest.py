@@ -7,6 +7,7 @@ import pytest
 
 from tests.states.postgres_server import PostgresServer, find_programs, postgres_server
 from tests.states.running import Running, running
+from tests.states.stores import SharedKind
 from tests.tiny_models import write_tiny_model
 
 
@@ -33,3 +34,10 @@ def postgres() -> Iterator[PostgresServer]:
 def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with running(tiny, tmp_path_factory.mktemp("states") / "one") as server:
         yield server
+
+
+@pytest.fixture
+def shared_kind(postgres: PostgresServer, tmp_path: Path) -> Iterator[SharedKind]:
+    kind = SharedKind(postgres, tmp_path)
+    yield kind
+    kind.drop()

@@ -77,7 +77,14 @@ class SharedKind:
         **more: Any,
     ) -> SharedStore:
         clock = Clock() if clock is None else clock
-        more = {"clock": clock, "schema": self.schema, "max_bytes": max_bytes, "eviction": eviction, **more}
+        more = {
+            "clock": clock,
+            "schema": self.schema,
+            "max_bytes": max_bytes,
+            "eviction": eviction,
+            "patience_s": 0.0,
+            **more,
+        }
         return SharedStore(self.postgres.url, self.folder, **more)
 
     async def settle(self, store: StateStore) -> None:

@@ -1,7 +1,7 @@
 """A PostgreSQL that is away, comes back, or is not what it should be."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,18 +10,16 @@ import pytest
 
 from server.states.errors import StoreError, StoreUnavailableError
 from server.states.shared import SharedStore
-from tests.states.postgres_server import PostgresServer
-from tests.states.stores import SIZE, SharedKind, make, put_response
+from server.states.store import NewState
+from tests.states.stores import SIZE, SharedKind, make, put_response, write
 
 pytestmark = pytest.mark.anyio
 Call = Callable[[], Coroutine[Any, Any, object]]
 
 
 @pytest.fixture
-def kind(postgres: PostgresServer, tmp_path: Path) -> Iterator[SharedKind]:
-    kind = SharedKind(postgres, tmp_path)
-    yield kind
-    kind.drop()
+def kind(shared_kind: SharedKind) -> SharedKind:
+    return shared_kind
 
 
 async def test_connections_that_broke_while_nobody_used_them_are_made_anew(kind: SharedKind) -> None:
@@ -67,6 +65,41 @@ async def test_while_the_server_is_away_every_call_says_so_and_then_all_is_as_it
     assert kind.ask("SELECT file FROM {}.uses") == []
     assert (await store.get_response("ann", "resp_1")).body["status"] == "failed"
     assert kind.num_files() == 2
+    await store.close()
+
+
+async def test_an_answer_that_is_to_be_kept_waits_for_a_server_that_is_away_for_a_moment(kind: SharedKind) -> None:
+    store = kind.open(patience_s=60.0)
+    state = await make(store)
+    response = await put_response(store, "resp_1", "in_progress")
+    async with store.room(2, bytes_each=SIZE) as room:
+        kind.postgres.stop()
+        keeping = asyncio.gather(
+            store.add(NewState("ann", write(room, 0), "talk")),
+            store.advance(state, write(room, 1)),
+            store.put_response(replace(response, body={**response.body, "status": "completed"})),
+        )
+        while store.totals.is_up:  # noqa: ASYNC110 (nobody tells)
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(kind.postgres.start)
+        added, advanced, _ = await keeping
+    assert (await store.get("ann", added.id)).name == "talk"
+    assert (await store.get("ann", state.id)).head == advanced.head
+    assert (await store.get_response("ann", "resp_1")).body["status"] == "completed"
+    assert kind.num_files() == 3
+    await store.close()
+
+
+async def test_what_was_kept_without_an_answer_may_be_kept_again(kind: SharedKind) -> None:
+    store = kind.open()
+    async with store.room(2, bytes_each=SIZE) as room:
+        first, second = (write(room, number) for number in (0, 1))
+        for _ in range(2):
+            store._database.upload(first, room.path(0))
+            state = store._database.add(NewState("ann", first, "talk"), state_id="state_1")
+        store._database.upload(second, room.path(1))
+        assert {store._database.advance(state, second).head for _ in range(2)} == {second}
+    assert kind.num_files() == 1
     await store.close()
 
 

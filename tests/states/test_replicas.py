@@ -17,7 +17,6 @@ from server.states.errors import StateConflictError, StorageFullError
 from server.states.shared import LEASE_S, SharedStore
 from server.states.shared_schema import CHUNK_BYTES
 from server.states.store import NewState
-from tests.states.postgres_server import PostgresServer
 from tests.states.stores import SIZE, Clock, SharedKind, advance, make, put_response, snapshot
 
 pytestmark = pytest.mark.anyio
@@ -41,10 +40,8 @@ asyncio.run(main(*sys.argv[1:]))
 
 
 @pytest.fixture
-def kind(postgres: PostgresServer, tmp_path: Path) -> Iterator[SharedKind]:
-    kind = SharedKind(postgres, tmp_path)
-    yield kind
-    kind.drop()
+def kind(shared_kind: SharedKind) -> SharedKind:
+    return shared_kind
 
 
 @pytest.fixture

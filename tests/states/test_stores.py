@@ -1,6 +1,6 @@
 """What every store of states promises: owned, named, bounded, and there again after a restart."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +15,11 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture(params=["embedded", "shared"])
-def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kind]:
+def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Kind:
     if request.param == "embedded":
-        yield EmbeddedKind(tmp_path)
-        return
-    shared = SharedKind(request.getfixturevalue("postgres"), tmp_path)
-    yield shared
-    shared.drop()
+        return EmbeddedKind(tmp_path)
+    shared: SharedKind = request.getfixturevalue("shared_kind")
+    return shared
 
 
 @pytest.fixture
