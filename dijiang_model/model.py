@@ -121,6 +121,11 @@ class DiJiangForCausalLM(nn.Module):
         """What runs steps: the compiled kernels, or torch operations."""
         return "torch" if self._decoder is None else "native"
 
+    @property
+    def can_hold(self) -> bool:
+        """Whether steps may hold slots (`PackedBatch.num_held`) and move them on afterwards, to the same bits."""
+        return self._decoder is not None and self._runs_natively(self._decoder)
+
     def prepare(self, *, native: bool = True) -> "DiJiangForCausalLM":
         """Derives buffers from loaded parameters and switches gradients off; returns itself.
 
@@ -145,6 +150,9 @@ class DiJiangForCausalLM(nn.Module):
 
         Returns:
             [R, vocab] fp32 (fp64 for fp64 models): next-token logits of `batch.logit_rows`.
+
+        Raises:
+            ValueError: slots are to be held by a model that cannot.
         """
         if self._decoder is not None and self._runs_natively(self._decoder):
             return self._decoder.step(
@@ -154,8 +162,17 @@ class DiJiangForCausalLM(nn.Module):
                 lengths=batch.lengths,
                 wanted=batch.logit_rows,
                 state=state,
+                first_held=batch.num_decode,
+                num_held=batch.num_held,
             )
+        if batch.num_held > 0:
+            raise ValueError("only the compiled kernels can hold slots")
         return self.logits(self.hidden_states(batch, state)[-1][batch.logit_rows])
+
+    def advance(self, counts: Sequence[int], state: StateBuffer) -> None:
+        """Moves the slots that the last step has held on, each by its first `counts` tokens; once for each step."""
+        assert self._decoder is not None
+        self._decoder.advance(counts, state)
 
     def _runs_natively(self, decoder: NativeDecoder) -> bool:
         """The kernels know neither gradients nor other attention, nor what was put in after `prepare()`."""

@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Sequence
 from ctypes import CDLL
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,28 @@ def decoder_for(model: "DiJiangForCausalLM") -> "NativeDecoder | None":
     return NativeDecoder(model) if why_unsupported(model) is None else None
 
 
+MAX_HELD_ROWS = 256
+"""Tokens that a held sequence may have in a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What a step has kept of the M rows of its held sequences.
+
+    Attributes:
+        kept: [L, M, projected width] fp32.
+        positions: [M] int64.
+        slots, lengths: [N] int64.
+        storage: where the slots are.
+    """
+
+    kept: Tensor
+    positions: Tensor
+    slots: Tensor
+    lengths: Tensor
+    storage: Tensor
+
+
 class NativeDecoder:
     """Decode rows and prefill segments of one model, token by token, every layer in one call.
 
@@ -34,8 +57,13 @@ class NativeDecoder:
         library = load_library() if library is None else library
         assert library is not None
         self._step = library.dijiang_step
+        self._advance = library.dijiang_advance
+        self._held: _Held | None = None
         self._weights = network_weights(model)
         self._vocab_size = model.config.vocab_size
+        self._num_layers = model.config.num_layers
+        layer = self._weights.network.layers[0]
+        self._projected_width = layer.query.rows + layer.key.rows + layer.value.rows
 
     @property
     def is_current(self) -> bool:
@@ -51,6 +79,8 @@ class NativeDecoder:
         lengths: Sequence[int],
         wanted: Tensor,
         state: StateBuffer,
+        first_held: int = 0,
+        num_held: int = 0,
     ) -> Tensor:
         """Feeds a segment to each of N sequences, moving their slots on in place.
 
@@ -61,6 +91,8 @@ class NativeDecoder:
             lengths: N ints >= 1, rows of each sequence; they sum to T.
             wanted: [R] int64, rows below T.
             state: a buffer on the CPU.
+            first_held, num_held: these sequences leave their slots as they are, until `advance`; each has at most
+                `MAX_HELD_ROWS` rows.
 
         Returns:
             [R, vocab] fp32: next-token logits.
@@ -77,6 +109,9 @@ class NativeDecoder:
         # The kernels do not check: an index out of range would write anywhere.
         _check_indices(slots, limit=state.num_slots, count=len(lengths))
         _check_indices(wanted, limit=num_rows, count=len(wanted))
+        assert 0 <= first_held <= first_held + num_held <= len(lengths)
+        assert max(lengths[first_held : first_held + num_held], default=0) <= MAX_HELD_ROWS
+        self._held = self._hold(positions, slots, lengths, storage, slice(first_held, first_held + num_held))
         logits = torch.empty((len(wanted), self._vocab_size), dtype=torch.float32)
         failed = self._step(
             ctypes.addressof(self._weights.network),
@@ -91,11 +126,54 @@ class NativeDecoder:
             wanted.data_ptr(),
             len(wanted),
             logits.data_ptr(),
+            first_held,
+            num_held,
+            0 if self._held is None else self._held.kept.data_ptr(),
             torch.get_num_threads(),
         )
         if failed:
             raise MemoryError(f"no memory for a step of {num_rows} rows")
         return logits
+
+    def advance(self, counts: Sequence[int], state: StateBuffer) -> None:
+        """Moves the slots of the last step's held sequences on, once: to the same bits as if they had not been held.
+
+        Args:
+            counts: for each of them, by how many of its tokens, from the first on.
+            state: the buffer of that step.
+        """
+        held, self._held = self._held, None
+        assert held is not None
+        assert held.storage is state.storage
+        lengths = held.lengths.tolist()
+        assert len(counts) == len(lengths)
+        assert all(0 <= count <= length for count, length in zip(counts, lengths, strict=True))
+        failed = self._advance(
+            ctypes.addressof(self._weights.network),
+            held.kept.data_ptr(),
+            held.positions.data_ptr(),
+            len(held.positions),
+            held.slots.data_ptr(),
+            held.lengths.data_ptr(),
+            (ctypes.c_int64 * len(counts))(*counts),
+            len(counts),
+            state.storage.data_ptr(),
+            state.storage.shape[1],
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no memory to move {len(counts)} states on")
+
+    def _hold(
+        self, positions: Tensor, slots: Tensor, lengths: Sequence[int], storage: Tensor, held: slice
+    ) -> _Held | None:
+        """Room for what a step is going to keep; None if it holds nothing."""
+        own = torch.tensor(lengths[held], dtype=torch.int64)
+        if len(own) == 0:
+            return None
+        first, num_rows = sum(lengths[: held.start]), int(own.sum())
+        kept = torch.empty((self._num_layers, num_rows, self._projected_width), dtype=torch.float32)
+        return _Held(kept, positions[first : first + num_rows].clone(), slots[held].clone(), own, storage)
 
 
 def _check_indices(indices: Tensor, *, limit: int, count: int) -> None:

@@ -194,6 +194,13 @@ def _declare(library: ctypes.CDLL) -> None:
         *(Pointer, Pointer, Integer),  # slots, lengths, sequences
         *(Pointer, Integer),  # storage, bytes of a slot
         *(Pointer, Integer, Pointer),  # wanted rows, how many, logits
+        *(Integer, Integer, Pointer),  # the first held sequence, how many, what is kept of them
+        ctypes.c_int,  # threads
+    )
+    library.dijiang_advance.argtypes = (
+        *(Pointer, Pointer, Pointer, Integer),  # model, what was kept, positions, rows
+        *(Pointer, Pointer, Pointer, Integer),  # slots, lengths, counts, sequences
+        *(Pointer, Integer),  # storage, bytes of a slot
         ctypes.c_int,  # threads
     )
     library.dijiang_linear.argtypes = (Pointer, Pointer, Integer, Pointer, ctypes.c_int)

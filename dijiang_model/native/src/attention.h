@@ -43,6 +43,47 @@ struct Token {
   const float *cos, *sin, *sink_cos, *sink_sin;  // [rotary_half]
 };
 
+// Where one key-value head's part of a state lies; null: there is no such part.
+struct GroupState {
+  float* keys;        // [sinks + window, d]
+  float* values;      // [sinks + window, d]
+  float* linear;      // [K, d]
+  float* normaliser;  // [K]
+};
+
+// The part of group `group` in a slot.
+static inline GroupState group_state(const Attention& a, const Heads& heads, uint8_t* slot, int64_t group) {
+  const int64_t d = heads.head_size, near = a.window + a.sinks;
+  auto at = [slot](int64_t offset, int64_t floats) {
+    return offset < 0 ? nullptr : reinterpret_cast<float*>(slot + offset) + floats;
+  };
+  return {at(a.keys_offset, group * near * d), at(a.values_offset, group * near * d),
+          at(a.state_offset, group * a.num_features * d), at(a.normaliser_offset, group * a.num_features)};
+}
+
+// Floats of such a part.
+static inline int64_t group_state_size(const Attention& a, const Heads& heads) {
+  return (2 * (a.window + a.sinks) + a.num_features) * heads.head_size + a.num_features;
+}
+
+// A copy of it in `memory`.
+static inline GroupState copied(const Attention& a, const Heads& heads, const GroupState& from, float* memory) {
+  auto copy = [&memory](const float* part, int64_t count) -> float* {
+    if (part == nullptr) return nullptr;
+    float* taken = memory;
+    std::memcpy(taken, part, static_cast<size_t>(count) * sizeof(float));
+    memory += count;
+    return taken;
+  };
+  const int64_t near = (a.window + a.sinks) * heads.head_size;
+  GroupState to;
+  to.keys = copy(from.keys, near);
+  to.values = copy(from.values, near);
+  to.linear = copy(from.linear, a.num_features * heads.head_size);
+  to.normaliser = copy(from.normaliser, a.num_features);
+  return to;
+}
+
 constexpr int kTile = kLanes == 16 ? 4 : 2;  // vectors of the value width at once
 constexpr int kHeads = 4;                    // query heads at once
 
@@ -214,10 +255,12 @@ static inline void near_weights(const Attention& a, int64_t shared, int64_t d, i
   }
 }
 
-// Attention of token `token` for group `group`: reads the projected row, moves the slot on, writes heads of `out`.
+// Attention of token `token` for group `group`: reads the projected row, moves the state on, writes heads of `out`.
 // `far_queries` [H, d], not rotated yet, read the linear part; null: the window's queries do.
-static void attend(const Attention& a, const Heads& heads, const Token& token, int64_t group, const float* projected,
-                   const float* far_queries, float* out, float* scratch) {
+// Without `out` nothing is asked of the state; it is moved on to the same bits.
+static void attend(const Attention& a, const Heads& heads, const Token& token, int64_t group, const GroupState& at,
+                   const float* projected, const float* far_queries, float* out, float* scratch) {
+  const bool is_asked = out != nullptr;
   const int64_t shared = heads.num_heads / heads.num_groups, d = heads.head_size, features = a.num_features;
   const int64_t near = a.window + a.sinks, first_head = group * shared;
   auto take = [&scratch](int64_t count) {
@@ -237,7 +280,7 @@ static void attend(const Attention& a, const Heads& heads, const Token& token, i
 
   const float* value = projected + heads.value_start + group * heads.value_step;
   rotate(projected + heads.key_start + group * heads.key_step, d, heads.rotary_half, token.cos, token.sin, new_key);
-  for (int64_t r = 0; r < shared; ++r) {
+  for (int64_t r = 0; is_asked && r < shared; ++r) {
     const float* query = projected + heads.query_start + (first_head + r) * heads.query_step;
     rotate(query, d, heads.rotary_half, token.cos, token.sin, near_rotated + r * d);
     const float* far_query = far_queries == nullptr ? query : far_queries + (first_head + r) * d;
@@ -248,10 +291,9 @@ static void attend(const Attention& a, const Heads& heads, const Token& token, i
     if (a.sinks > 0) rotate(query, d, heads.rotary_half, token.sink_cos, token.sink_sin, sink_query + r * d);
   }
 
-  bool leaves = true, reads = true;
+  bool leaves = true, reads = is_asked;
   if (a.window > 0) {
-    float* keys = reinterpret_cast<float*>(token.slot + a.keys_offset) + group * near * d;
-    float* values = reinterpret_cast<float*>(token.slot + a.values_offset) + group * near * d;
+    float *keys = at.keys, *values = at.values;
     const size_t bytes = static_cast<size_t>(d) * sizeof(float);
     const int64_t row = a.sinks + modulo(token.position, a.window);
     const int64_t sink_row = token.position < a.sinks ? token.position : row;
@@ -265,14 +307,14 @@ static void attend(const Attention& a, const Heads& heads, const Token& token, i
       std::memcpy(values + written * d, value, bytes);
     }
     const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-    for (int64_t i = 0; i < shared * d; ++i) near_query[i] = near_rotated[i] * scale;
-    if (a.sinks > 0) {
-      for (int64_t i = 0; i < shared * d; ++i) sink_query[i] *= scale;
+    for (int64_t i = 0; is_asked && i < shared * d; ++i) near_query[i] = near_rotated[i] * scale;
+    for (int64_t i = 0; is_asked && a.sinks > 0 && i < shared * d; ++i) sink_query[i] *= scale;
+    if (is_asked) {
+      near_weights(a, shared, d, token.position, near_query, sink_query, keys, weights, sums);
+      weighted(shared, weights, padded_near(near), values, d, near, close, d);
     }
-    near_weights(a, shared, d, token.position, near_query, sink_query, keys, weights, sums);
-    weighted(shared, weights, padded_near(near), values, d, near, close, d);
     reads = false;
-    for (int64_t r = 0; r < shared; ++r) {
+    for (int64_t r = 0; is_asked && r < shared; ++r) {
       const float bias = a.mix_bias[first_head + r];
       const float* read = is_rotated ? near_rotated + r * d
                                      : projected + heads.query_start + (first_head + r) * heads.query_step;
@@ -298,10 +340,10 @@ static void attend(const Attention& a, const Heads& heads, const Token& token, i
   float decay = 0.0f, write = 1.0f;
   if (a.table_write != nullptr) {
     const int64_t entry = token.position < a.table_entries ? token.position : a.table_entries - 1;
-    const int64_t at = entry * heads.num_heads + group;
-    decay = a.decay[at];
-    write = a.table_write[at];
-    for (int64_t j = 0; j < features; ++j) phi[j] *= a.table_read[at];
+    const int64_t entry_at = entry * heads.num_heads + group;
+    decay = a.decay[entry_at];
+    write = a.table_write[entry_at];
+    for (int64_t j = 0; is_asked && j < features; ++j) phi[j] *= a.table_read[entry_at];
   } else {
     decay = a.decay[group];
     if (a.late != nullptr) write = a.late[group];
@@ -309,15 +351,17 @@ static void attend(const Attention& a, const Heads& heads, const Token& token, i
   for (int64_t j = 0; j < features; ++j) phi_key[j] = leaves ? phi_key[j] * write : 0.0f;
 
   const int64_t num_read = reads ? shared : 0;
-  float* state = reinterpret_cast<float*>(token.slot + a.state_offset) + group * features * d;
-  update_and_read(num_read, phi, features, state, d, features, far, d, decay, phi_key, far_value);
+  update_and_read(num_read, phi, features, at.linear, d, features, far, d, decay, phi_key, far_value);
+  float* normaliser = at.normaliser;
+  if (a.has_denominator != 0) {
+    for (int64_t j = 0; j < features; ++j) normaliser[j] = phi_key[j] + normaliser[j] * decay;
+  }
+  if (!is_asked) return;
   float* target = out + first_head * d;
   if (a.has_denominator == 0) {
     std::memcpy(target, far, static_cast<size_t>(shared * d) * sizeof(float));
     return;
   }
-  float* normaliser = reinterpret_cast<float*>(token.slot + a.normaliser_offset) + group * features;
-  for (int64_t j = 0; j < features; ++j) normaliser[j] = phi_key[j] + normaliser[j] * decay;
   for (int64_t r = 0; r < shared; ++r) {
     const float below = reads ? dot(phi + r * features, normaliser, features) : 0.0f;
     for (int64_t i = 0; i < d; ++i) {

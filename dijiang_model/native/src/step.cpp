@@ -73,9 +73,10 @@ struct RowBuffer {
 
 class Step {
  public:
-  // Rows first ... last - 1 belong to one sequence, in order.
+  // Rows first ... last - 1 belong to one sequence, in order. A held one leaves its slot as it is.
   struct Segment {
     int64_t first, last;
+    bool is_held;
   };
 
   Step(const Model& model, Scratch& scratch, float* hidden, int64_t num_rows, int num_threads)
@@ -99,13 +100,16 @@ class Step {
     for (int64_t i = 0; i < model.num_layers; ++i) {
       const int64_t wanted = (attention_scratch(heads, model.layers[i].attention) + 15) / 16 * 16;
       arena_size_ = wanted > arena_size_ ? wanted : arena_size_;
+      held_size_ = std::max(held_size_, (group_state_size(model.layers[i].attention, heads) + 15) / 16 * 16);
     }
     arenas_ = scratch.floats(17, arena_size_ * kMaxThreads);
   }
 
-  void start(std::vector<Segment> segments, const int64_t* positions, uint8_t* const* slots) {
+  void start(Scratch& scratch, std::vector<Segment> segments, const int64_t* positions, uint8_t* const* slots) {
     const int64_t half = model_.heads.rotary_half;
     segments_ = std::move(segments);
+    const bool holds = std::any_of(segments_.begin(), segments_.end(), [](const Segment& s) { return s.is_held; });
+    if (holds) held_ = scratch.floats(20, held_size_ * kMaxThreads);
     tokens_.resize(static_cast<size_t>(num_rows_));
     for_rows([&](int64_t n) {
       float* angles = angles_ + n * 4 * half;
@@ -122,11 +126,18 @@ class Step {
     });
   }
 
-  void layer(const Layer& layer) {
+  // Projected rows of held segments go to `kept` [held rows, projected width] too: `advance` reads them.
+  void layer(const Layer& layer, float* kept) {
     const bool is_parallel = model_.is_parallel != 0;
     norm(layer.input_norm, normed_, layer.query);
     if (is_parallel) norm(layer.mlp_norm, mlp_normed_, layer.mlp_up);
     project(layer);
+    for (const Segment& segment : segments_) {
+      if (!segment.is_held) continue;
+      const int64_t count = (segment.last - segment.first) * projected_width_;
+      std::memcpy(kept, projected_ + segment.first * projected_width_, static_cast<size_t>(count) * sizeof(float));
+      kept += count;
+    }
     attend_all(layer);
     add_product(layer.output, attended_);
     if (!is_parallel) norm(layer.mlp_norm, mlp_normed_, layer.mlp_up);
@@ -134,6 +145,22 @@ class Step {
     if (layer.mlp_down.is_quantized()) for_rows([&](int64_t n) { inner_.prepare_row(n, layer.mlp_down); });
     add_product(layer.mlp_down, inner_);
   }
+
+  // Moves the slot of the one segment on by its rows, from what `layer` kept: [L, row_stride, projected width].
+  void advance(const float* kept, int64_t row_stride) const {
+    const int64_t num_groups = model_.heads.num_groups;
+    Pool::instance().run(model_.num_layers * num_groups, threads_, [&](int64_t index, int thread) {
+      const int64_t layer = index / num_groups, group = index % num_groups;
+      const Attention& attention = model_.layers[layer].attention;
+      const float* rows = kept + layer * row_stride * projected_width_;
+      const GroupState state = group_state(attention, model_.heads, tokens_[0].slot, group);
+      for (int64_t n = 0; n < num_rows_; ++n)
+        attend(attention, model_.heads, tokens_[static_cast<size_t>(n)], group, state, rows + n * projected_width_,
+               nullptr, nullptr, arenas_ + thread * arena_size_);
+    });
+  }
+
+  int64_t projected_width() const { return projected_width_; }
 
   void logits(const int64_t* wanted, int64_t num_wanted, float* out) {
     const int64_t size = model_.hidden_size;
@@ -234,10 +261,13 @@ class Step {
     Pool::instance().run(num_segments * heads.num_groups, threads_, [&](int64_t index, int thread) {
       const Segment segment = segments_[static_cast<size_t>(index / heads.num_groups)];
       const int64_t group = index % heads.num_groups;
+      uint8_t* slot = tokens_[static_cast<size_t>(segment.first)].slot;
+      GroupState state = group_state(layer.attention, heads, slot, group);
+      if (segment.is_held) state = copied(layer.attention, heads, state, held_ + thread * held_size_);
       for (int64_t n = segment.first; n < segment.last; ++n) {
         const float* far_queries = has_far ? far_queries_ + n * attended_.width : nullptr;
-        attend(layer.attention, heads, tokens_[static_cast<size_t>(n)], group, projected_ + n * projected_width_,
-               far_queries, attended_.values + n * attended_.width, arenas_ + thread * arena_size_);
+        attend(layer.attention, heads, tokens_[static_cast<size_t>(n)], group, state,
+               projected_ + n * projected_width_, far_queries, attended_.values + n * attended_.width, arenas_ + thread * arena_size_);
       }
     });
     const bool is_gated = layer.gate.rows > 0;
@@ -276,7 +306,8 @@ class Step {
   int64_t num_rows_;
   int threads_;
   float* hidden_;  // [N, D], each layer adds to it
-  int64_t projected_width_ = 0, arena_size_ = 0;
+  int64_t projected_width_ = 0, arena_size_ = 0, held_size_ = 0;
+  float* held_ = nullptr;  // by thread: a copy of a group's state
   float *gate_, *inner_gate_, *projected_, *far_queries_, *far_low_, *angles_, *arenas_;
   RowBuffer normed_, mlp_normed_, attended_, inner_;
   std::vector<Token> tokens_;
@@ -304,10 +335,13 @@ int64_t dijiang_sizeof_layer() { return sizeof(dijiang::Layer); }
 
 // Feeds a segment of tokens to each of num_sequences sequences: hidden [num_rows, D] comes in as what the first block
 // reads and is overwritten; the logits [num_wanted, vocab] of the wanted rows come out.
+// Sequences first_held ... first_held + num_held - 1, of at most kMaxRows rows each, leave their slots as they are;
+// what `dijiang_advance` needs to know of their rows goes to `kept` [L, held rows, width of a projected row].
 // Returns 0, or 1 when memory ran out (states may have moved).
 int dijiang_step(const dijiang::Model* model, float* hidden, const int64_t* positions, int64_t num_rows,
                  const int64_t* slots, const int64_t* lengths, int64_t num_sequences, uint8_t* storage,
-                 int64_t slot_bytes, const int64_t* wanted, int64_t num_wanted, float* logits, int num_threads) {
+                 int64_t slot_bytes, const int64_t* wanted, int64_t num_wanted, float* logits, int64_t first_held,
+                 int64_t num_held, float* kept, int num_threads) {
   using dijiang::Step;
   using dijiang::kMaxRows;
   std::lock_guard<std::mutex> turn(dijiang::Pool::instance().turn());
@@ -318,25 +352,55 @@ int dijiang_step(const dijiang::Model* model, float* hidden, const int64_t* posi
     for (int64_t i = 0; i < num_sequences; ++i)
       for (int64_t last = row + lengths[i]; row < last; ++row)
         slot_of_row[static_cast<size_t>(row)] = storage + slots[i] * slot_bytes;
-    int64_t sequence = 0, left = num_sequences > 0 ? lengths[0] : 0;
-    for (int64_t first = 0; first < num_rows; first += kMaxRows) {
-      const int64_t count = std::min(kMaxRows, num_rows - first);
+    int64_t held_rows = 0, held_before = 0, sequence = 0, left = num_sequences > 0 ? lengths[0] : 0;
+    for (int64_t i = first_held; i < first_held + num_held; ++i) held_rows += lengths[i];
+    for (int64_t first = 0, count = 0; first < num_rows; first += count) {
       std::vector<Step::Segment> segments;
-      for (int64_t at = 0; at < count;) {
-        const int64_t taken = std::min(left, count - at);
-        if (taken > 0) segments.push_back({at, at + taken});
-        at += taken;
+      int64_t held_here = 0;
+      for (count = 0; sequence < num_sequences && count < kMaxRows;) {
+        const bool is_held = sequence >= first_held && sequence < first_held + num_held;
+        if (is_held && count + left > kMaxRows) break;  // its rows go together: none finds the others in the slot
+        const int64_t taken = std::min(left, kMaxRows - count);
+        segments.push_back({count, count + taken, is_held});
+        held_here += is_held ? taken : 0;
+        count += taken;
         left -= taken;
         if (left == 0 && ++sequence < num_sequences) left = lengths[sequence];
       }
       Step step(*model, scratch, hidden + first * model->hidden_size, count, num_threads);
-      step.start(std::move(segments), positions + first, slot_of_row.data() + first);
-      for (int64_t i = 0; i < model->num_layers; ++i) step.layer(model->layers[i]);
+      step.start(scratch, std::move(segments), positions + first, slot_of_row.data() + first);
+      for (int64_t i = 0; i < model->num_layers; ++i)
+        step.layer(model->layers[i], kept + (i * held_rows + held_before) * step.projected_width());
+      held_before += held_here;
     }
     for (int64_t first = 0; first < num_wanted; first += kMaxRows) {
       const int64_t count = std::min(kMaxRows, num_wanted - first);
       Step step(*model, scratch, hidden, count, num_threads);
       step.logits(wanted + first, count, logits + first * model->head.rows);
+    }
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
+
+// Moves the slots of the held sequences of a step on, sequence i by its first counts[i] rows, to the bits that the step
+// would have left. `kept` is that step's; positions [num_rows], slots, lengths: of its held sequences.
+// Returns 0, or 1 when memory ran out.
+int dijiang_advance(const dijiang::Model* model, const float* kept, const int64_t* positions, int64_t num_rows,
+                    const int64_t* slots, const int64_t* lengths, const int64_t* counts, int64_t num_sequences,
+                    uint8_t* storage, int64_t slot_bytes, int num_threads) {
+  using dijiang::Step;
+  std::lock_guard<std::mutex> turn(dijiang::Pool::instance().turn());
+  dijiang::Scratch& scratch = dijiang::step_scratch();
+  try {
+    int64_t first = 0;
+    for (int64_t i = 0; i < num_sequences; first += lengths[i++]) {
+      if (counts[i] == 0) continue;
+      const std::vector<uint8_t*> slot(static_cast<size_t>(counts[i]), storage + slots[i] * slot_bytes);
+      Step step(*model, scratch, nullptr, counts[i], num_threads);
+      step.start(scratch, {{0, counts[i], false}}, positions + first, slot.data());
+      step.advance(kept + first * step.projected_width(), num_rows);
     }
   } catch (const std::bad_alloc&) {
     return 1;
