@@ -8,7 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dijiang_model.config import ModelConfig
+from dijiang_model.families.gpt_neox import GPTNeoXBlock
 from dijiang_model.kernel import LinearKernel
+from dijiang_model.ops import AttentionOp, LayerState
+from dijiang_model.ops.layout import StepLayout
 from dijiang_model.parallel.group import TensorGroup
 from dijiang_model.parallel.shards import Shard
 
@@ -27,8 +30,39 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, in / size], this rank's -> [T, out], the same on every rank."""
-        product = self._group.sum_(functional.linear(x, self.weight))
-        return product if self.bias is None else product + self.bias
+        return self.finish(self._group.sum_(self.product(x)))
+
+    def product(self, x: Tensor) -> Tensor:
+        """This rank's term of the sum, [T, out]."""
+        return functional.linear(x, self.weight)
+
+    def finish(self, total: Tensor) -> Tensor:
+        """Adds the bias to the sum."""
+        return total if self.bias is None else total + self.bias
+
+
+class PartialLinear(RowParallelLinear):
+    """One whose term is added up later, together with others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)
+
+
+class ParallelResidualBlock(GPTNeoXBlock):
+    """Attention and MLP that both read the layer's input: one sum over the ranks for the two of them."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype, group: TensorGroup) -> None:
+        """As `GPTNeoXBlock`, of the rank's own config."""
+        super().__init__(config, layer, dtype=dtype)
+        self._group = group
+
+    def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
+        attended = self.attention(self.input_layernorm(x), op=op, layout=layout, state=state)
+        total = self._group.sum_(attended + self.mlp(self.post_attention_layernorm(x)))
+        for projection in (self.attention.dense, self.mlp.dense_4h_to_h):
+            assert isinstance(projection, PartialLinear)
+            total = projection.finish(total)
+        return x + total
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -11,11 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dijiang_model.attention import DiJiangAttention, state_dtype
 from dijiang_model.config import Family, ModelConfig
 from dijiang_model.families import build_model
 from dijiang_model.model import DiJiangForCausalLM, PackedBatch
 from dijiang_model.parallel.group import TensorGroup
-from dijiang_model.parallel.modules import ParallelKernel, RowParallelLinear, VocabParallelEmbedding, group_norm
+from dijiang_model.parallel.modules import (
+    ParallelKernel,
+    ParallelResidualBlock,
+    PartialLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    group_norm,
+)
 from dijiang_model.parallel.shards import Shard, local_config
 from dijiang_model.state import StateBuffer
 
@@ -63,26 +71,42 @@ def build_shard(
     Raises:
         ConfigError: the network cannot be split over so many ranks.
     """
-    rules = RULES[config.family]
     local = local_config(config, group.size)
     model = build_model(local, device=device, dtype=dtype)
     with torch.device(device):
-        for block, attention in zip(model.blocks, model.attentions, strict=True):
-            for path in rules.row_parallel:
-                linear = block.get_submodule(path)
-                assert isinstance(linear, nn.Linear)
-                block.set_submodule(path, RowParallelLinear(linear, group))
-            kernel_dtype = attention.linear.log_decay.dtype
-            attention.linear = ParallelKernel(local, attention.layer, kernel_dtype, group=group)
-            if attention.read_out == "group_norm":
-                attention.set_submodule("group_norm", group_norm(config, dtype=dtype, group=group))
-        width = config.embedding_width
-        embedding = VocabParallelEmbedding(config.vocab_size, width, dtype=dtype, group=group)
-        model.set_submodule(rules.embedding, embedding)
-        if not config.tie_word_embeddings:
-            rows = len(Shard(group.rank, group.size).vocabulary(config.vocab_size))
-            model.set_submodule(rules.head, nn.Linear(width, rows, bias=False, dtype=dtype))
+        for layer in range(config.num_layers):
+            _split_layer(model, config, layer, dtype=dtype, group=group)
+        _split_vocabulary(model, config, dtype=dtype, group=group)
     return model
+
+
+def _split_layer(
+    model: DiJiangForCausalLM, config: ModelConfig, layer: int, *, dtype: torch.dtype, group: TensorGroup
+) -> None:
+    is_summed_once = config.family == "gpt_neox" and config.parallel_residual
+    if is_summed_once:
+        model.blocks[layer] = ParallelResidualBlock(model.config, layer, dtype=dtype, group=group)
+    block = model.blocks[layer]
+    for path in RULES[config.family].row_parallel:
+        linear = block.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        block.set_submodule(path, (PartialLinear if is_summed_once else RowParallelLinear)(linear, group))
+    attention = block.dijiang
+    assert isinstance(attention, DiJiangAttention)
+    attention.linear = ParallelKernel(model.config, layer, state_dtype(dtype), group=group)
+    if attention.read_out == "group_norm":
+        attention.set_submodule("group_norm", group_norm(config, dtype=dtype, group=group))
+
+
+def _split_vocabulary(
+    model: DiJiangForCausalLM, config: ModelConfig, *, dtype: torch.dtype, group: TensorGroup
+) -> None:
+    rules, width = RULES[config.family], config.embedding_width
+    embedding = VocabParallelEmbedding(config.vocab_size, width, dtype=dtype, group=group)
+    model.set_submodule(rules.embedding, embedding)
+    if not config.tie_word_embeddings:
+        rows = len(Shard(group.rank, group.size).vocabulary(config.vocab_size))
+        model.set_submodule(rules.head, nn.Linear(width, rows, bias=False, dtype=dtype))
 
 
 class ShardedModel:

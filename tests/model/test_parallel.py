@@ -118,6 +118,9 @@ def test_a_layer_costs_two_sums_and_a_far_rank_one_more() -> None:
     num_steps = len(steps(1))
     assert num_sums(llama_config()) == num_steps * (1 + 2 + 2)
     assert num_sums(llama_config(FAR, PURE)) == num_steps * (1 + 3 + 2)
+    neox = with_heads(gpt_neox_config(HYBRID, HYBRID), 4)
+    assert num_sums(neox) == num_steps * (1 + 1 + 1), "attention and MLP of a parallel residual share one"
+    assert num_sums(replace(neox, parallel_residual=False)) == num_steps * (1 + 2 + 2)
 
 
 def test_a_row_of_states_comes_back_from_its_parts() -> None:
