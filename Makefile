@@ -47,7 +47,7 @@ check: $(VENV)/.dev ## Formatting, lint, types, import contracts, Docker files
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/docker-compose --profile cpu --profile gpu config --quiet
+	$(BIN)/docker-compose --profile cpu --profile gpu --profile shared config --quiet
 
 .PHONY: format
 format: $(VENV)/.dev ## Format, and mend what lint can mend
