@@ -46,6 +46,9 @@ class Runner(Protocol):
     def collect(self) -> StepResult:
         """Waits for the oldest step that was not collected yet."""
 
+    def complete(self) -> None:
+        """Samples a launched step that waited for the one before it to be committed."""
+
     def release(self, sequence: Sequence) -> None:
         """Clears what an ended sequence left on the device."""
 
@@ -156,6 +159,7 @@ class Engine:
                 self._snapshots.launched(batch)
         if self._in_flight and (batch is None or len(self._in_flight) > self._num_ahead):
             events += self._commit(self._in_flight.popleft())
+            self._runner.complete()
         self._step_time_s += time.monotonic() - started
         return events
 

@@ -1,36 +1,66 @@
 """Runs steps on the device: the only caller of the model and of the sampler.
 
 A step costs one copy to the device (`Transfer`) and one back (the sampled tokens, and log-probabilities where
-requests ask for them). The last token of
-every slot stays on the device, so `launch` may be called for the next step before `collect` for this
-one; everything goes into one stream, in order, clearing of slots included.
+requests ask for them). The last token of every slot stays on the device, so `launch` may be called for the next step
+before `collect` for this one; everything goes into one stream, in order, clearing of slots included.
+
+What some row may sample can depend on tokens that were not read back yet (a grammar). Such a step is launched as far
+as its logits; `complete` samples them, with a second copy, once the step before it was committed. So a grammar costs
+no step, and the device computes while the host works out what is permitted.
 """
 
 from array import array
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dijiang_model.model import PackedBatch
 from dijiang_model.state import StateBuffer
+from server.engine import graph_sampling
+from server.engine.cuda_graphs import DecodeGraphs
 from server.engine.engine import StepResult
 from server.engine.logprob_types import NO_STEP_LOGPROBS
 from server.engine.logprobs import LogprobPlan, scored_rows
 from server.engine.sampler import FAULTY, Sampler, SamplingPlan
 from server.engine.scheduler import Batch
-from server.engine.sequence import Chunk, Sequence
+from server.engine.sequence import Chunk, Sequence, SequenceStatus
+from server.engine.slots import SCRATCH_SLOT
 from server.engine.speculation_drafts import num_confirmed
 from server.engine.state_pool import StatePool
 from server.engine.transfer import Arrived, Field, Transfer
+from server.engine.types import GenerationRequest, SamplingParams
 
 Model = Callable[[PackedBatch, StateBuffer], Tensor]
 """Logits [R, vocab] of a step; moves the slots on in place, but for held ones (`PackedBatch.num_held`)."""
 Advance = Callable[[Items[int], StateBuffer], None]
 """Moves the slots that the last step has held on, each by so many of its tokens."""
+
+
+_NOBODY = Sequence(GenerationRequest("", (0,), SamplingParams(temperature=0.0)), ())
+"""Stands for a sequence that ended while its step was under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A step whose logits are on their way, and which was not sampled yet; `is_recorded`: by a recorded model."""
+
+    batch: Batch
+    is_recorded: bool
+    fields: "_StepFields"
+    scoring: LogprobPlan | None
+    arrived: Arrived
+    logits: Tensor
+
+    @property
+    def slots(self) -> Tensor:
+        """[S] of the sampled rows."""
+        if self.is_recorded:
+            return self.arrived[self.fields.slots][: self.batch.num_decode]
+        return self.arrived[self.fields.sampled_slots]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +78,20 @@ class ModelRunner:
     """A model, its states and its sampler on one device."""
 
     def __init__(
-        self, model: Model, *, pool: StatePool, sampler: Sampler, device: torch.device, advance: Advance | None = None
+        self,
+        model: Model,
+        *,
+        pool: StatePool,
+        sampler: Sampler,
+        device: torch.device,
+        advance: Advance | None = None,
+        record: Callable[[Tensor], DecodeGraphs] | None = None,
     ) -> None:
-        """`advance`: of a model that can hold slots; None: no drafts are verified."""
+        """
+        Args:
+            advance: of a model that can hold slots; None: no drafts are verified.
+            record: makes recorded decode steps around the slots' last tokens [P]; None: every step runs freshly.
+        """
         self._model = model
         self._advance = advance
         self._pool = pool
@@ -58,31 +99,40 @@ class ModelRunner:
         self._device = device
         # Filled with 0, not left as it is: a token id read from the scratch slot must be a valid one.
         self._last_token_ids = torch.zeros(pool.num_slots + 1, dtype=torch.int64, device=device)
+        self._graphs = None if record is None else record(self._last_token_ids)
         self._in_flight: deque[_InFlight] = deque()
+        self._open: _Open | None = None
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> None:
-        """Starts a step; on a CPU it is done on return."""
+        """Starts a step; on a CPU it is done on return, unless it waits for `complete`."""
+        self.complete()
         for chunk in batch.chunks:
             if chunk.is_first:
                 self._begin(chunk)
+        bucket = self._bucket(batch)
         transfer = Transfer()
-        fields = _StepFields.prepare(batch, transfer)
-        plan = self._sampler.prepare(batch.sampled, transfer)
+        fields = _StepFields.prepare(batch, transfer, bucket=bucket)
+        if bucket is not None and self._launch_recorded(batch, bucket, transfer):
+            return
         scoring = LogprobPlan.prepare(batch, transfer)
+        plan = None if _depends_on_tokens_in_flight(batch) else self._sampler.prepare(batch.sampled, transfer)
         arrived = transfer.send(self._device)
-        logits = self._model(self._packed(batch, fields, arrived), self._pool.buffer)
-        num_sampled = len(batch.sampled)
-        kept = None if scoring is None else scoring.keep(logits, arrived)
-        token_ids = self._sample(logits[:num_sampled], plan, fields, arrived)
-        if batch.num_verified > 0:
-            self._confirm(batch, token_ids)
-        numbers = token_ids.int()
-        if scoring is not None and kept is not None:
-            computed = scoring.compute(kept, logits[num_sampled:], token_ids, arrived)
-            numbers = torch.cat((numbers, computed.flatten()))
-        on_host, event = self._send_back(numbers)
-        self._in_flight.append(_InFlight(batch, num_sampled, scoring, on_host, event))
+        step = _Open(batch, bucket is not None, fields, scoring, arrived, self._logits(batch, bucket, fields, arrived))
+        if plan is None:
+            self._open = step
+        else:
+            self._finish(step, plan, arrived)
+
+    @torch.inference_mode()
+    def complete(self) -> None:
+        """Samples a step that waited for the one before it to be committed; nothing happens if none did."""
+        step, self._open = self._open, None
+        if step is None:
+            return
+        transfer = Transfer()
+        plan = self._sampler.prepare([_unless_ended(chunk) for chunk in step.batch.sampled], transfer)
+        self._finish(step, plan, transfer.send(self._device))
 
     def collect(self) -> StepResult:
         """Waits for the oldest launched step and takes its tokens.
@@ -117,12 +167,51 @@ class ModelRunner:
             assert isinstance(snapshot, Tensor)
             self._pool.restore(chunk.slot, snapshot)
 
-    def _sample(self, logits: Tensor, plan: SamplingPlan, fields: "_StepFields", arrived: Arrived) -> Tensor:
+    def _bucket(self, batch: Batch) -> int | None:
+        """The recorded step for a batch; None if there is none."""
+        if self._graphs is None or batch.num_decode < len(batch.chunks):
+            return None
+        return self._graphs.bucket_for(batch.num_decode)
+
+    def _launch_recorded(self, batch: Batch, bucket: int, transfer: Transfer) -> bool:
+        """Replays model and sampling; False, with nothing done, if the rows want other sampling than was recorded."""
+        kind = graph_sampling.kind_of(batch.sampled, self._sampler.vocab_size)
+        wants_logprobs = any(chunk.sequence.request.logprobs.num_output is not None for chunk in batch.sampled)
+        if self._graphs is None or kind is None or wants_logprobs or not self._graphs.samples(kind):
+            return False
+        graph_sampling.prepare(batch.sampled, bucket, self._sampler.vocab_size, transfer)
+        self._graphs.feed(bucket, transfer.send(self._device).words)
+        self._graphs.forward(bucket)
+        tokens = self._graphs.sample(bucket, kind)
+        self._to_host(batch, None, tokens[: len(batch.sampled)])
+        return True
+
+    def _logits(self, batch: Batch, bucket: int | None, fields: "_StepFields", arrived: Arrived) -> Tensor:
+        """[R, vocab]; of a recorded step those of its `R` first rows."""
+        if self._graphs is None or bucket is None:
+            return self._model(self._packed(batch, fields, arrived), self._pool.buffer)
+        self._graphs.feed(bucket, arrived.words[: 2 * bucket])
+        return self._graphs.forward(bucket)[: batch.num_decode]
+
+    def _finish(self, step: _Open, plan: SamplingPlan, planned: Arrived) -> None:
+        """Samples and sends back; the plan was prepared into `planned`."""
+        num_sampled, scoring = len(step.batch.sampled), step.scoring
+        kept = None if scoring is None else scoring.keep(step.logits, step.arrived)
+        token_ids = self._sample(step.logits[:num_sampled], plan, planned, step.slots)
+        if step.batch.num_verified > 0:
+            self._confirm(step.batch, token_ids)
+        numbers = token_ids.int()
+        if scoring is not None and kept is not None:
+            computed = scoring.compute(kept, step.logits[num_sampled:], token_ids, step.arrived)
+            numbers = torch.cat((numbers, computed.flatten()))
+        self._to_host(step.batch, scoring, numbers)
+
+    def _sample(self, logits: Tensor, plan: SamplingPlan, arrived: Arrived, slots: Tensor) -> Tensor:
         """[S, vocab] -> [S] int64 tokens, which are the last ones of their slots from now on."""
         if len(logits) == 0:
             return torch.empty(0, dtype=torch.int64, device=self._device)
         token_ids = self._sampler.sample(logits, plan, arrived)
-        self._last_token_ids[arrived[fields.sampled_slots]] = token_ids.clamp(min=0)
+        self._last_token_ids[slots] = token_ids.clamp(min=0)
         return token_ids
 
     def _confirm(self, batch: Batch, token_ids: Tensor) -> None:
@@ -149,19 +238,23 @@ class ModelRunner:
             logit_rows=arrived[fields.logit_rows],
         )
 
-    def _send_back(self, numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    def _to_host(self, batch: Batch, scoring: LogprobPlan | None, numbers: Tensor) -> None:
+        """Sends int32 numbers back, not waited for; the step is in flight."""
+        num_sampled = len(batch.sampled)
         if self._device.type != "cuda" or len(numbers) == 0:
-            return numbers.cpu(), None
+            # A copy, for a recorded step writes into the same memory again.
+            self._in_flight.append(_InFlight(batch, num_sampled, scoring, numbers.to("cpu", copy=True), None))
+            return
         on_host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
         on_host.copy_(numbers, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
-        return on_host, event
+        self._in_flight.append(_InFlight(batch, num_sampled, scoring, on_host, event))
 
 
 @dataclass(frozen=True, slots=True)
 class _StepFields:
-    """The model's part of a transfer; see `PackedBatch`."""
+    """The model's part of a transfer; see `PackedBatch`. That of a recorded step begins with slots and positions."""
 
     slots: Field
     token_ids: Field
@@ -170,7 +263,8 @@ class _StepFields:
     sampled_slots: Field
 
     @classmethod
-    def prepare(cls, batch: Batch, transfer: Transfer) -> "_StepFields":
+    def prepare(cls, batch: Batch, transfer: Transfer, *, bucket: int | None = None) -> "_StepFields":
+        """Lists what the step feeds; `bucket` fills slots and positions up to so many rows."""
         token_ids, positions, logit_rows = array("q"), array("q"), array("q")
         for chunk in batch.chunks:
             token_ids.extend(chunk.token_ids)
@@ -178,14 +272,33 @@ class _StepFields:
             if chunk.output_index is not None:
                 logit_rows.extend(range(len(positions) - max(1, len(chunk.verified)), len(positions)))
         logit_rows.extend(scored_rows(batch.chunks))  # behind the sampled ones
+        slots = _slots(batch.chunks)
+        if bucket is not None:
+            num_padding = bucket - len(slots)
+            slots += [SCRATCH_SLOT] * num_padding
+            positions.extend([0] * num_padding)
         return cls(
-            slots=transfer.integers(_slots(batch.chunks)),
-            token_ids=transfer.integers(token_ids),
+            slots=transfer.integers(slots),
             positions=transfer.integers(positions),
-            logit_rows=transfer.integers(logit_rows),
-            sampled_slots=transfer.integers(_slots(batch.sampled)),
+            token_ids=transfer.integers(token_ids),
+            logit_rows=transfer.integers(logit_rows if bucket is None else ()),
+            sampled_slots=transfer.integers(_slots(batch.sampled) if bucket is None else ()),
         )
 
 
 def _slots(chunks: Items[Chunk]) -> list[int]:
     return [chunk.slot for chunk in chunks]
+
+
+def _depends_on_tokens_in_flight(batch: Batch) -> bool:
+    """Whether the host must see earlier steps' tokens before it can say what this one may sample."""
+    return any(
+        chunk.sequence.depends_on_last_token and chunk.output_index > chunk.sequence.num_outputs
+        for chunk in batch.sampled
+        if chunk.output_index is not None and not chunk.verified
+    )
+
+
+def _unless_ended(chunk: Chunk) -> Chunk:
+    ended = chunk.sequence.status is SequenceStatus.FINISHED
+    return replace(chunk, sequence=_NOBODY, output_index=0) if ended else chunk

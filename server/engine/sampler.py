@@ -29,7 +29,7 @@ FAULTY = -1
 # Any temperature is exact within these; beyond, fp32 has the same limits: greedy, and uniform.
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-30, 1e30
 _MAX_LOGIT_BIAS = 1e30
-_KEEP_ALL_MASS = 2.0
+KEEP_ALL_MASS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class DrawPlan:
         min_p: None: no row uses it; else [M] float64, 0 where it is off.
         top_k: None: no row uses it; else [M] int64, the vocabulary's size where it is off.
         max_top_k: the largest k in use.
-        top_p: None: no row uses it; else [M] float64, `_KEEP_ALL_MASS` where it is off.
+        top_p: None: no row uses it; else [M] float64, `KEEP_ALL_MASS` where it is off.
         typical_p: the same.
     """
 
@@ -88,7 +88,7 @@ class Sampler:
     """Samples steps; remembers between them only the tokens of penalised sequences."""
 
     def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._penalties = PenaltyTables(vocab_size, device)
 
@@ -98,7 +98,7 @@ class Sampler:
             penalties=self._penalties.prepare(chunks, transfer),
             bias=_bias_plan(chunks, transfer),
             suppression=self._suppression_plan(chunks, transfer),
-            masks=prepare_masks(chunks, self._vocab_size, transfer),
+            masks=prepare_masks(chunks, self.vocab_size, transfer),
             draw=self._draw_plan(chunks, transfer),
         )
 
@@ -154,19 +154,17 @@ class Sampler:
         if not rows:
             return None
         params = [chunks[row].sequence.sampling for row in rows]
-        top_k = [_effective_top_k(sampling, self._vocab_size) for sampling in params]
-        in_use = [k for k in top_k if k < self._vocab_size]
+        top_k = [_effective_top_k(sampling, self.vocab_size) for sampling in params]
+        in_use = [k for k in top_k if k < self.vocab_size]
         return DrawPlan(
             rows=transfer.integers(rows) if len(rows) < len(chunks) else None,
             uniforms=transfer.reals(_uniform(chunks[row]) for row in rows),
-            temperatures=transfer.reals(
-                min(max(sampling.temperature, _MIN_TEMPERATURE), _MAX_TEMPERATURE) for sampling in params
-            ),
+            temperatures=transfer.reals(clamped_temperature(sampling.temperature) for sampling in params),
             min_p=_unless_off([p.min_p for p in params], 0.0, transfer),
             top_k=transfer.integers(top_k) if in_use else None,
             max_top_k=max(in_use, default=0),
-            top_p=_unless_off([_mass(p.top_p) for p in params], _KEEP_ALL_MASS, transfer),
-            typical_p=_unless_off([_mass(p.typical_p) for p in params], _KEEP_ALL_MASS, transfer),
+            top_p=_unless_off([_mass(p.top_p) for p in params], KEEP_ALL_MASS, transfer),
+            typical_p=_unless_off([_mass(p.typical_p) for p in params], KEEP_ALL_MASS, transfer),
         )
 
 
@@ -182,6 +180,11 @@ def _bias_plan(chunks: Items[Chunk], transfer: Transfer) -> BiasPlan | None:
     return BiasPlan(transfer.integers(rows), transfer.integers(token_ids), transfer.reals(values))
 
 
+def clamped_temperature(temperature: float) -> float:
+    """A temperature > 0 that fp32 can divide by."""
+    return min(max(temperature, _MIN_TEMPERATURE), _MAX_TEMPERATURE)
+
+
 def _uniform(chunk: Chunk) -> float:
     assert chunk.output_index is not None
     return uniform(chunk.sequence.sampling.seed, chunk.output_index)
@@ -192,7 +195,7 @@ def _effective_top_k(sampling: SamplingParams, vocab_size: int) -> int:
 
 
 def _mass(top_p: float) -> float:
-    return top_p if top_p < 1 else _KEEP_ALL_MASS
+    return top_p if top_p < 1 else KEEP_ALL_MASS
 
 
 def _unless_off(values: Items[float], off: float, transfer: Transfer) -> Field | None:
@@ -202,15 +205,15 @@ def _unless_off(values: Items[float], off: float, transfer: Transfer) -> Field |
 def _choose(logits: Tensor, plan: DrawPlan | None, arrived: Arrived) -> Tensor:
     """[R, vocab] fp32 -> [R] int64: the likeliest token, or a drawn one for the rows of the plan."""
     if plan is not None and plan.rows is None:
-        return _draw(logits, plan, arrived)
+        return draw(logits, plan, arrived)
     token_ids = logits.argmax(dim=-1)
     if plan is not None and plan.rows is not None:
         rows = arrived[plan.rows]
-        token_ids[rows] = _draw(logits[rows], plan, arrived)
+        token_ids[rows] = draw(logits[rows], plan, arrived)
     return token_ids
 
 
-def _draw(logits: Tensor, plan: DrawPlan, arrived: Arrived) -> Tensor:
+def draw(logits: Tensor, plan: DrawPlan, arrived: Arrived) -> Tensor:
     """[M, vocab] fp32 -> [M] int64, by inverse CDF over the tokens that the filters leave."""
     scores = logits - logits.amax(dim=-1, keepdim=True)  # before the division: the best stays 0, never NaN
     weights = scores.div_(_column(plan.temperatures, arrived)).exp_()  # [M, vocab]; the best weighs 1
@@ -272,6 +275,8 @@ def _heaviest(weights: Tensor, total: Tensor, top_p: Tensor) -> Tensor:
     negligible = (1 - top_p) * total / weights.shape[-1]
     # Half of it, for rounding; rows without top-p need none.
     is_heavy = weights > torch.where(top_p > 1, math.inf, negligible / 2)
+    if not is_heavy.any():
+        return weights[:, :1]
     rows = weights[is_heavy].split(is_heavy.sum(dim=-1).tolist())
     return pad_sequence(rows, batch_first=True).sort(dim=-1, descending=True).values
 

@@ -95,6 +95,7 @@ class Scheduler:
         eos_token_ids: tuple[int, ...] = (),
         max_scored_tokens: int | None = None,
         speculation: Speculation | None = None,
+        max_unseen: int = 0,
         on_admission: Callable[[Sequence], None] = lambda sequence: None,
     ) -> None:
         """
@@ -106,6 +107,8 @@ class Scheduler:
             eos_token_ids: the model's end-of-sequence tokens.
             max_scored_tokens: most prompt tokens in a step whose logits are wanted, >= 1; None: any number.
             speculation: how next tokens are guessed; None: not at all.
+            max_unseen: steps that may be planned for a sequence whose next token depends on its last before that was
+                seen: 1 where the runner completes a step after the one before it was committed, else 0.
             on_admission: called with a sequence that gets its slot, before its first tokens are scheduled; it may let
                 the sequence begin behind a prefix whose state is known (`Sequence.skip`).
 
@@ -123,6 +126,7 @@ class Scheduler:
         self._eos_token_ids = eos_token_ids
         self._max_scored_tokens = max_step_tokens if max_scored_tokens is None else max_scored_tokens
         self._speculation = speculation
+        self._max_unseen = max_unseen
         self._on_admission = on_admission
         self._groups = Groups()
         self._waiting = WaitingQueue()
@@ -330,6 +334,7 @@ class Scheduler:
         assert slot is not None
         self._waiting.remove(sequence.request_id)
         sequence.admit(slot)
+        sequence.max_unseen = self._max_unseen
         self._running[sequence.request_id] = sequence
         if self._speculation is not None:
             self._speculation.begin(sequence)

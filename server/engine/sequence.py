@@ -85,8 +85,9 @@ class Sequence:
         stops: lengths of the prompt at which a chunk must end.
         num_scheduled: output tokens that steps were asked for.
         num_outputs: output tokens committed, <= num_scheduled.
-        constraint: from admission on, if the request has a grammar. The next token then depends on the host having
-            seen the last one, so no step is planned before the one before it was read back.
+        constraint: from admission on, if the request has a grammar. What may come next then depends on the host
+            having seen the last token.
+        max_unseen: steps that may be planned for such a sequence before their tokens were seen.
         drafter: guesses its next tokens; None: nobody does.
         is_verifying: a step that verifies drafts is in flight; what comes after it is not known before.
         end_token_ids: tokens that end it.
@@ -104,6 +105,7 @@ class Sequence:
     num_scheduled: int = 0
     num_outputs: int = 0
     constraint: Constraint | None = None
+    max_unseen: int = 0
     drafter: Drafter | None = None
     is_verifying: bool = False
     end_token_ids: frozenset[int] = field(init=False)
@@ -143,7 +145,8 @@ class Sequence:
     def wants_decode(self) -> bool:
         """Whether another output token may be scheduled; false once `max_tokens` are on their way."""
         limit = self.sampling.max_tokens
-        if self.is_verifying or (self.depends_on_last_token and self.num_scheduled > self.num_outputs):
+        num_unseen = self.num_scheduled - self.num_outputs
+        if self.is_verifying or (self.depends_on_last_token and num_unseen > self.max_unseen):
             return False
         return self.status is SequenceStatus.DECODE and (limit is None or self.num_scheduled < limit)
 

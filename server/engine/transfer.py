@@ -22,9 +22,14 @@ class Field:
 
 
 class Arrived:
-    """What a transfer brought to the device; `arrived[field]` is a view, no copy."""
+    """What a transfer brought to the device; `arrived[field]` is a view, no copy.
+
+    Attributes:
+        words: [n] int64, everything: integers first, then the bits of reals.
+    """
 
     def __init__(self, words: Tensor, num_integers: int) -> None:
+        self.words = words
         self._integers = words[:num_integers]
         self._reals = words[num_integers:].view(torch.float64)
 

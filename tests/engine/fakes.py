@@ -80,6 +80,9 @@ class FakeRunner:
     def collect(self) -> StepResult:
         return self._results.popleft()
 
+    def complete(self) -> None:
+        """Every step is complete when it is launched."""
+
     def release(self, sequence: Sequence) -> None:
         assert sequence not in self.released
         self.released.append(sequence)

@@ -31,8 +31,6 @@ from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
 from dijiang_model.ops.triton import TritonAttention, decode, prefill, read_out
 
 TARGET = GPUTarget("cuda", 90, 32)
-SHARED_MEMORY_BYTES = 227 * 1024
-"""What one program may use on compute capability 9.0."""
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 TYPES = {
     torch.float32: "*fp32",
