@@ -130,12 +130,13 @@ class SharedStore:
             )
             yield Room(self._copies.folder, files)
         finally:
+            unused = [file for file in files if self._reserved.pop(file, None) is not None]
             for file in files:
-                del self._reserved[file]
                 self._copies.release(file)
             # Shielded: a request that is cancelled gives its room back. If it cannot be told now, the next beat tells.
             with suppress(StoreUnavailableError):
-                await asyncio.shield(self._run(lambda: self._database.release(files)))
+                if unused:
+                    await asyncio.shield(self._run(lambda: self._database.release(unused)))
 
     @asynccontextmanager
     async def hold(self, snapshot: SnapshotRecord) -> AsyncIterator[Path]:
@@ -152,7 +153,7 @@ class SharedStore:
         """See `StateStore.add`."""
         await self._upload(new.head)
         state_id = new_state_id()
-        return await self._keep(lambda: self._database.add(new, state_id=state_id))
+        return await self._keep(lambda: self._database.add(new, state_id=state_id), new.head)
 
     async def fork(
         self, owner: str, state_id: str, *, point: str | None, name: str | None, ttl_s: float | None
@@ -182,7 +183,7 @@ class SharedStore:
     async def advance(self, record: StateRecord, head: SnapshotRecord) -> StateRecord:
         """See `StateStore.advance`."""
         await self._upload(head)
-        return await self._keep(lambda: self._database.advance(record, head))
+        return await self._keep(lambda: self._database.advance(record, head), head)
 
     async def mark(self, owner: str, state_id: str, point: str) -> StateRecord:
         """See `StateStore.mark`."""
@@ -201,7 +202,7 @@ class SharedStore:
             self._making.add(response.id)
         if response.snapshot is not None:
             await self._upload(response.snapshot)
-        await self._keep(lambda: self._database.put_response(response, is_new=is_new))
+        await self._keep(lambda: self._database.put_response(response, is_new=is_new), response.snapshot)
         if response.has_ended:
             self._making.discard(response.id)
         else:
@@ -261,7 +262,14 @@ class SharedStore:
         self._totals = replace(self._totals, is_up=True)
         return result
 
-    async def _keep(self, work: Callable[[], T]) -> T:
+    async def _keep(self, work: Callable[[], T], kept: SnapshotRecord | None) -> T:
+        """Work after which something refers to a snapshot, so that no room is kept for it any more."""
+        result = await self._patiently(work)
+        if kept is not None:
+            self._reserved.pop(kept.file, None)
+        return result
+
+    async def _patiently(self, work: Callable[[], T]) -> T:
         """Like `_run`, for work that may be repeated: what was computed is not given up for a moment's outage."""
         patient_until = time.monotonic() + self._patience_s
         while True:
@@ -292,7 +300,7 @@ class SharedStore:
         """Writes what the engine has written to the database, once."""
         if snapshot.file not in self._reserved or self._copies.has(snapshot.file):
             return
-        await self._keep(lambda: self._database.upload(snapshot, self._copies.path(snapshot.file)))
+        await self._patiently(lambda: self._database.upload(snapshot, self._copies.path(snapshot.file)))
         self._copies.add(snapshot.file, snapshot.num_bytes)
 
     async def _brought(self, snapshot: SnapshotRecord) -> None:

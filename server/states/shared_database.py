@@ -12,12 +12,10 @@ from pathlib import Path
 from server.states.errors import name_taken, snapshot_gone, state_conflict, storage_full
 from server.states.postgres import Postgres, Transaction
 from server.states.shared_rows import (
-    DEAD,
     delete_responses,
     delete_states,
     drop_unused,
     find_response,
-    find_responses,
     find_state,
     insert_snapshot,
     insert_state,
@@ -26,17 +24,8 @@ from server.states.shared_rows import (
     write_response,
 )
 from server.states.shared_schema import CHUNK_BYTES, ensure_tables
+from server.states.shared_upkeep import break_off, bury, dead_replicas, drop_expired, drop_oldest, totals, wanted_bytes
 from server.states.store import NewState, ResponseRecord, SnapshotRecord, StateRecord
-
-_WANTED_BYTES = (
-    "SELECT (SELECT coalesce(sum(num_bytes), 0) FROM snapshots) + (SELECT coalesce(sum(num_bytes), 0) FROM uses u "
-    "WHERE NOT EXISTS (SELECT 1 FROM snapshots n WHERE n.file = u.file))"
-)
-_OLDEST = (
-    "SELECT kind, id FROM (SELECT 'states' AS kind, id, head AS file, used FROM states "
-    "UNION ALL SELECT 'responses', id, snapshot, used FROM responses WHERE snapshot IS NOT NULL) AS kept "
-    "WHERE NOT EXISTS (SELECT 1 FROM uses u WHERE u.file = kept.file) AND NOT file = ANY(%s) ORDER BY used LIMIT 1"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +85,8 @@ class SharedDatabase:
             with self._postgres.changing() as transaction:
                 ensure_tables(transaction, schema)
                 self._register(transaction)
-                _bury(transaction, left_behind)
-                return _totals(transaction)
+                bury(transaction, left_behind)
+                return totals(transaction)
         except BaseException:
             self._postgres.close()
             raise
@@ -106,7 +95,7 @@ class SharedDatabase:
         """Tells the others that this replica is gone."""
         try:
             with self._postgres.changing() as transaction:
-                _bury(transaction, [self._replica])
+                bury(transaction, [self._replica])
         finally:
             self._postgres.close()
 
@@ -116,7 +105,7 @@ class SharedDatabase:
         """Keeps room for files; raises `StorageFullError`."""
         with self._postgres.changing() as transaction:
             self._register(transaction)
-            _drop_expired(transaction)
+            drop_expired(transaction)
             for file in files:
                 # A beat may have noted it already.
                 transaction.run(
@@ -124,14 +113,14 @@ class SharedDatabase:
                     *(file, self._replica, bytes_each, bytes_each),
                 )
             can_evict = can_evict and len(files) * bytes_each <= max_bytes
-            while (wanted := transaction.number(_WANTED_BYTES)) > max_bytes:
-                if not (can_evict and _drop_oldest(transaction, held)):
+            while (wanted := wanted_bytes(transaction)) > max_bytes:
+                if not (can_evict and drop_oldest(transaction, held)):
                     raise storage_full(wanted, max_bytes)
 
     def release(self, files: Collection[str]) -> None:
-        """Gives back what `reserve` has kept, and removes what was not kept."""
+        """Gives back room that `reserve` has kept and that nothing was kept in."""
         with self._postgres.changing() as transaction:
-            transaction.run("DELETE FROM uses WHERE replica = %s AND file = ANY(%s)", self._replica, [*files])
+            self._end_uses(transaction, files)
             drop_unused(transaction, files)
 
     def upload(self, snapshot: SnapshotRecord, path: Path) -> None:
@@ -164,6 +153,7 @@ class SharedDatabase:
             if transaction.row("SELECT 1 FROM states WHERE id = %s", state_id) is None:
                 _require_free_name(transaction, new.owner, new.name)
                 insert_state(transaction, new, state_id)
+            self._end_uses(transaction, [new.head.file])
             return find_state(transaction, new.owner, state_id)
 
     def fork(
@@ -208,6 +198,7 @@ class SharedDatabase:
                 return state
             if state.head.file != record.head.file:
                 raise state_conflict()
+            self._end_uses(transaction, [head.file])
             return _set_head(transaction, record, head)
 
     def mark(self, owner: str, state_id: str, point: str) -> StateRecord:
@@ -235,6 +226,7 @@ class SharedDatabase:
             if (not is_new) if row is None else row["maker"] is None:
                 return
             write_response(transaction, response, maker=None if response.has_ended else self._replica)
+            self._end_uses(transaction, [] if response.snapshot is None else [response.snapshot.file])
             drop_unused(transaction, [] if row is None or row["snapshot"] is None else [row["snapshot"]])
 
     def get_response(self, owner: str, response_id: str) -> ResponseRecord:
@@ -264,12 +256,7 @@ class SharedDatabase:
     def break_off(self, response_id: str) -> None:
         """The response has failed if it has not ended."""
         with self._postgres.changing() as transaction:
-            _break_off(transaction, "id = %s", response_id)
-
-    def totals(self) -> tuple[int, int]:
-        """How many states there are, and the bytes of all snapshots."""
-        with self._postgres.reading() as transaction:
-            return _totals(transaction)
+            break_off(transaction, "id = %s", response_id)
 
     def beat(self, in_use: Callable[[], InUse]) -> Beat:
         """To be called every few seconds: says that this replica lives and what it uses, and tidies up.
@@ -281,15 +268,15 @@ class SharedDatabase:
             mine = in_use()
             self._register(transaction)
             dropped = self._note_uses(transaction, mine.files)
-            _break_off(transaction, "maker = %s AND NOT id = ANY(%s)", self._replica, [*mine.making])
+            break_off(transaction, "maker = %s AND NOT id = ANY(%s)", self._replica, [*mine.making])
             if self._is_calm(transaction.now):
-                _bury(transaction, _dead(transaction, transaction.now - self._lease_s))
-            _drop_expired(transaction)
+                bury(transaction, dead_replicas(transaction, transaction.now - self._lease_s))
+            drop_expired(transaction)
             drop_unused(transaction, dropped)
             made = transaction.rows("SELECT id FROM responses WHERE maker = %s", self._replica)
             there = transaction.rows("SELECT file FROM snapshots WHERE file = ANY(%s)", [*mine.copies])
             return Beat(
-                *_totals(transaction),
+                *totals(transaction),
                 gone_responses=tuple({*mine.stored} - {row["id"] for row in made}),
                 gone_copies=tuple({*mine.copies} - {row["file"] for row in there}),
             )
@@ -299,6 +286,9 @@ class SharedDatabase:
             "INSERT INTO replicas VALUES (%s,%s) ON CONFLICT (id) DO UPDATE SET beat = excluded.beat",
             *(self._replica, transaction.now),
         )
+
+    def _end_uses(self, transaction: Transaction, files: Collection[str]) -> None:
+        transaction.run("DELETE FROM uses WHERE replica = %s AND file = ANY(%s)", self._replica, [*files])
 
     def _note_uses(self, transaction: Transaction, files: Mapping[str, int]) -> list[str]:
         """Writes down what this replica uses; what it uses no more."""
@@ -320,47 +310,11 @@ class SharedDatabase:
         return now - self._calm_since >= self._lease_s
 
 
-def _totals(transaction: Transaction) -> tuple[int, int]:
-    num_states = transaction.number("SELECT count(*) FROM states")
-    return num_states, transaction.number("SELECT coalesce(sum(num_bytes), 0) FROM snapshots")
-
-
-def _dead(transaction: Transaction, beat: float) -> list[str]:
-    return [row["id"] for row in transaction.rows("SELECT id FROM replicas WHERE beat < %s", beat)]
-
-
-def _bury(transaction: Transaction, replicas: Collection[str]) -> None:
-    """What they were making has failed, and what they used is free."""
-    _break_off(transaction, "maker = ANY(%s)", [*replicas])
-    if transaction.run("DELETE FROM replicas WHERE id = ANY(%s)", [*replicas]):
-        drop_unused(transaction, None)
-
-
-def _break_off(transaction: Transaction, condition: str, *values: object) -> None:
-    for response in find_responses(transaction, f"maker IS NOT NULL AND {condition}", *values):
-        write_response(transaction, response.broken_off(), maker=None)
-
-
-def _drop_expired(transaction: Transaction) -> None:
-    files = delete_states(transaction, DEAD, transaction.now)
-    drop_unused(transaction, [*files, *delete_responses(transaction, DEAD, transaction.now)])
-
-
-def _drop_oldest(transaction: Transaction, held: Collection[str]) -> bool:
-    """Deletes the state or response that was not used for longest; false if there is none but used ones."""
-    row = transaction.row(_OLDEST, [*held])
-    if row is None:
-        return False
-    delete = delete_states if row["kind"] == "states" else delete_responses
-    drop_unused(transaction, delete(transaction, "id = %s", row["id"]))
-    return True
-
-
 def _require_free_name(transaction: Transaction, owner: str, name: str | None) -> None:
     if name is None:
         return
     # A state that has expired and was not swept yet does not hold on to its name.
-    _drop_expired(transaction)
+    drop_expired(transaction)
     if transaction.row("SELECT 1 FROM states WHERE owner = %s AND name = %s", owner, name) is not None:
         raise name_taken(name)
 
