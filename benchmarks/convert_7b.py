@@ -102,7 +102,7 @@ def write_source(folder: Path, document: dict[str, object], form: str, *, shard_
 
 
 def _write_bin(folder: Path, infos: dict[str, TensorInfo], noise: Noise, shard_bytes: int) -> None:
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(plan_shards(infos, shard_bytes), start=1):
         name = f"pytorch_model-{number:05d}.bin"
         torch.save({tensor: noise.read(tensor) for tensor in shard.names}, folder / name)

@@ -201,7 +201,7 @@ def decode_command(
     weights: Annotated[
         str | None, typer.Option(help=f"Kinds of ours: {', '.join(WEIGHTS)}. Default: fp32,int8; bf16 on CUDA.")
     ] = None,
-    rivals: Annotated[str, typer.Option(help="hf, llama.cpp, both with a comma, or nothing.")] = f"{HF},{LLAMA_CPP}",
+    rivals: Annotated[str, typer.Option(help="hf, llama.cpp, both with a comma, or nothing.")] = HF,
     gguf: Annotated[Path | None, typer.Option(help="llama.cpp's file; the default model's if absent.")] = None,
     device: report.Device = "cpu",
     threads: report.Threads = None,

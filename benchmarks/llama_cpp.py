@@ -1,5 +1,6 @@
 """llama.cpp on the GGUF file that a model was made from (package llama-cpp-python, in the `bench` extra)."""
 
+import ctypes
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,10 @@ KINDS = {"F32": 0, "Q8_0": 7}
 """llama.cpp's numbers of file types."""
 CLASSES = {"fp32": "F32", "int8": "Q8_0"}
 """What stands beside each kind of our weights; the file as it is has no counterpart and is shown for orientation."""
+
+
+_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+_SILENT = _LOG(lambda level, text, data: None)
 
 
 def is_available() -> bool:
@@ -38,6 +43,7 @@ def requantised(source: Path, target: Path, kind: int, *, num_threads: int) -> P
     """The same weights in another of llama.cpp's types."""
     import llama_cpp
 
+    llama_cpp.llama_log_set(_SILENT, ctypes.c_void_p(0))  # it names every tensor
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype, parameters.allow_requantize, parameters.nthread = kind, True, num_threads
     failed = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), parameters)

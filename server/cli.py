@@ -84,6 +84,12 @@ def selfcheck(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Measure this machine: decoding, prompts, serving, training."""
+    import_module("benchmarks.cli").app(args=context.args, prog_name="dijiang bench")
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
 def state(context: typer.Context) -> None:
     """List, export, import, fork, rewind and delete saved conversations."""
     import_module("clients.state_cli").app(args=context.args, prog_name="dijiang state")

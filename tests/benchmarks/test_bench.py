@@ -1,0 +1,136 @@
+"""`dijiang bench` as it is typed, each command at its smallest."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from benchmarks import machine
+from server.cli import app
+from tests.tiny_models import write_tiny_model
+
+PNG = b"\x89PNG\r\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("bench") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def _small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "BANDWIDTH_BYTES", 2**20)
+    monkeypatch.setattr(machine, "MATRIX", {"cpu": 32})
+
+
+def bench(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
+
+
+def found(result: Result) -> dict[str, Any]:
+    """The last line of the output."""
+    assert result.exit_code == 0, result.output
+    document: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    assert document["machine"]["read_gb_s"] > 0
+    assert document["machine"]["matrix_gflop_s"] > 0
+    return document
+
+
+def test_decode_measures_ours_and_hf_in_every_case_and_says_how_far_from_the_floor(model: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "decode.png"
+    result = bench("decode", model, "--cases", "1:8,3:5", "--rounds", 2, "--threads", 1, "--flat", "--plot", plot)
+    lines = found(result)["lines"]
+    assert [(line["name"], line["num_rows"], line["context"]) for line in lines] == [
+        (name, *case) for case in ((1, 8), (3, 5)) for name in ("ours fp32", "ours int8", "HF dynamic", "HF static")
+    ]
+    for line in lines:
+        assert line["best_ms"] <= line["median_ms"]
+        assert line["tokens_per_s"] == pytest.approx(line["num_rows"] / line["median_ms"] * 1e3)
+        if line["name"].startswith("ours"):
+            assert line["times_hf"] > 0
+            assert line["times_floor"] == pytest.approx(line["best_ms"] / line["floor_ms"])
+    assert plot.read_bytes().startswith(PNG)
+    assert "x floor" in result.stdout
+
+
+def test_prefill_measures_prompts_alone_and_together(model: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "prefill.png"
+    result = bench(
+        "prefill", model, "--lengths", "5,9", "--ragged", "3,7", "--rounds", 1, "--threads", 1, "--plot", plot
+    )
+    lines = found(result)["lines"]
+    assert [line["lengths"] for line in lines[::3]] == [[5], [9], [3, 7]]
+    assert {line["name"] for line in lines} == {"ours fp32", "ours int8", "HF sdpa"}
+    alone, together = lines[0], lines[6]
+    assert together["operations"] > alone["operations"]
+    assert plot.read_bytes().startswith(PNG)
+
+
+def test_train_measures_both_stages(model: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "train.png"
+    lines = found(bench("train", model, "--length", 16, "--steps", 1, "--threads", 1, "--plot", plot))["lines"]
+    assert [line["stage"] for line in lines] == [1, 2]
+    assert all(line["tokens_per_s"] > 0 and line["peak_mib"] > 0 for line in lines)
+    assert lines[1]["operations"] > 3 * lines[0]["operations"]
+    assert plot.read_bytes().startswith(PNG)
+
+
+def test_serve_starts_a_server_and_measures_it_over_its_socket(model: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "serve.png"
+    result = bench(
+        *("serve", model, "--clients", "1,3", "--prompt-tokens", 4, "--tokens", 5, "--requests", 2),
+        *("--threads", 1, "--plot", plot),
+    )
+    document = found(result)
+    assert document["model_step_ms"] > 0
+    assert [(line["num_clients"], line["num_tokens"]) for line in document["lines"]] == [(1, 10), (3, 30)]
+    for line in document["lines"]:
+        assert line["engine_step_ms"] > 0
+        assert line["floor_ms"] > 0
+        assert 0 < line["first_token_ms"]["p50"] <= line["first_token_ms"]["p99"]
+        assert 0 < line["between_tokens_ms"]["p50"] <= line["between_tokens_ms"]["p99"]
+    assert document["lines"][0]["service_share"] < 1
+    assert plot.read_bytes().startswith(PNG)
+
+
+def test_only_the_line_of_json_is_printed_and_kept_on_request(model: Path, tmp_path: Path) -> None:
+    result = bench(
+        *("decode", model, "--cases", "1:4", "--rounds", 1, "--rivals", "", "--weights", "fp32", "--threads", 1),
+        *("--json", "--save", tmp_path / "kept"),
+    )
+    document = found(result)
+    assert len(result.stdout.splitlines()) == 1
+    (file,) = (tmp_path / "kept").iterdir()
+    assert json.loads(file.read_text()) == document
+    assert [line["times_hf"] for line in document["lines"]] == [None]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("decode", "--cases", "1x128"), "ROWS:CONTEXT"),
+        (("decode", "--rivals", "vllm"), "none of hf, llama.cpp"),
+        (("decode", "--weights", "fp31"), "none of fp32"),
+        (("decode", "--threads", "2", "--clock", "cpu"), "--threads 1"),
+        (("decode", "--clock", "sun"), "none of wall, cpu"),
+        (("prefill", "--lengths", "0"), "numbers from 1 on"),
+        (("train", "--stages", "3"), "none of 1, 2"),
+        (("serve", "--clients", ""), "numbers from 1 on"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_words(arguments: tuple[str, ...], complaint: str) -> None:
+    result = bench(*arguments)
+    assert result.exit_code == 2
+    assert complaint in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_folder_without_a_model_and_a_server_that_is_not_there_are_said_in_words(tmp_path: Path) -> None:
+    for command in ("decode", "prefill", "train", "serve"):
+        result = bench(command, tmp_path, "--threads", 1)
+        assert result.exit_code == 1
+        assert "config.json" in result.output
+    result = bench("serve", "--base-url", "http://127.0.0.1:9", "--threads", 1)
+    assert result.exit_code == 1
+    assert "127.0.0.1:9" in result.output
