@@ -147,6 +147,12 @@ def _stats_metrics(stats: EngineStats) -> Iterator[Metric]:
         "dijiang_engine_prefill_tokens", "Prompt tokens computed.", value=stats.num_prefill_tokens
     )
     yield CounterMetricFamily("dijiang_engine_decode_tokens", "Tokens decoded.", value=stats.num_decode_tokens)
+    yield CounterMetricFamily(
+        "dijiang_speculation_drafted_tokens", "Guesses of next tokens, verified.", value=stats.num_drafted_tokens
+    )
+    yield CounterMetricFamily(
+        "dijiang_speculation_accepted_tokens", "Guesses that were right.", value=stats.num_accepted_tokens
+    )
     yield from _prefix_cache_metrics(stats.prefix_cache)
 
 

@@ -159,9 +159,6 @@ def engine_config(settings: Settings, model: Path, device: Device, store: StateS
     Raises:
         HardwareError: too little memory, or weights in a form that the device does not have.
     """
-    auto_dtype = "bfloat16" if device.is_cuda else "float32"
-    if settings.dtype == "int8" and device.is_cuda:
-        raise HardwareError("int8 weights are for the CPU; on CUDA, dtype is bfloat16, float16 or float32")
     num_ranks = settings.tensor_parallel
     state_bytes = (
         default_state_bytes(device, model, num_ranks=num_ranks)
@@ -173,12 +170,14 @@ def engine_config(settings: Settings, model: Path, device: Device, store: StateS
     return EngineConfig(
         model_path=str(model),
         device=device.name,
-        weights_dtype=auto_dtype if settings.dtype == "auto" else settings.dtype,
+        weights_dtype=_weights_dtype(settings.dtype, model, device),
         num_threads=default_threads() if settings.threads == "auto" else settings.threads,
         state_memory_bytes=state_bytes,
         max_num_slots=settings.max_conversations,
         max_step_tokens=auto_step if settings.max_step_tokens == "auto" else settings.max_step_tokens,
         max_waiting=settings.max_queue,
+        max_drafts=None if settings.speculate == "auto" else settings.speculate,
+        decode_graphs=settings.decode_graphs,
         states_folder=None if store is None else str(store.files_folder),
         prefix_cache_host_bytes=(
             auto_cache if settings.prefix_cache_memory == "auto" else int(settings.prefix_cache_memory)
@@ -192,6 +191,30 @@ def engine_config(settings: Settings, model: Path, device: Device, store: StateS
         prefix_cache_spacing=settings.prefix_cache_spacing,
         tensor_parallel=num_ranks,
     )
+
+
+def _weights_dtype(wanted: str, model: Path, device: Device) -> str:
+    """What the engine is told: weights that are stored rounded stay as they are.
+
+    Raises:
+        HardwareError: they are asked for in other numbers.
+    """
+    stored = _stored_rounded(model)
+    if stored is None:
+        auto = "bfloat16" if device.is_cuda else "float32"
+        return auto if wanted == "auto" else wanted
+    if wanted not in ("auto", stored):
+        raise HardwareError(f"the weights in {model} are {stored}: dtype is auto or {stored} for them")
+    return stored
+
+
+def _stored_rounded(model: Path) -> str | None:
+    """`int8` or `int4` where the model's config says so; what is wrong with a config, the engine tells."""
+    try:
+        section = json.loads((model / "config.json").read_bytes())["dijiang"]["quantization"]
+        return str(section["weights"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def service_options(settings: Settings, model: Path, default_name: str) -> ServiceOptions:

@@ -63,11 +63,15 @@ class Settings(BaseSettings):
     """Where the converted default model is kept. Default: ~/.cache/dijiang."""
     device: str = _in("Model", "auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
     """auto, cpu, cuda or cuda:N. auto takes the first CUDA device if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = _in("Model", "auto")
-    """Numbers of the weights: auto is float32 on a CPU and bfloat16 on CUDA; int8, on a CPU, rounds them while
-    loading, for speed. The state is always float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = _in("Model", "auto")
+    """Numbers of the weights: auto is what they are stored in if that is int8 or int4, else float32 on a CPU and
+    bfloat16 on CUDA; int8 and int4 round them while loading, for memory, and on a CPU for speed. The state is always
+    float32."""
     threads: Annotated[int, Field(ge=1, le=1024)] | Auto = _in("Model", "auto")
     """CPU threads for tensor work. auto leaves one core free on small machines."""
+    decode_graphs: bool = _in("Model", True)
+    """On CUDA: decode steps are recorded at the start for every number of rows and replayed, which leaves the processor
+    hardly anything to do per step. Off: every step runs freshly."""
     tensor_parallel: int = _in("Model", 1, ge=1, le=1024)
     """Processes that heads, states and weights are split over, each on a CUDA device of its own (device and those that
     follow it) or with its share of the threads. Must divide the model's key-value heads."""
@@ -79,6 +83,9 @@ class Settings(BaseSettings):
     max_step_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = _in("Capacity", "auto")
     """Tokens computed in one step, prompts and answers together: more is faster for long prompts, but makes running
     answers wait longer. auto: 512 on a CPU, 2048 on CUDA, or max_conversations if that is more."""
+    speculate: Annotated[int, Field(ge=0, le=64)] | Auto = _in("Capacity", "auto")
+    """Guess up to so many next tokens of an answer from what it repeats, and verify them in one step: faster answers,
+    the same tokens. 0: never; auto: 8 where the compiled CPU kernels run, which it needs."""
     max_queue: int = _in("Capacity", 1024, ge=0, le=1_000_000)
     """Requests that may wait for a free conversation before new ones are refused with 503."""
 
@@ -205,8 +212,8 @@ class Settings(BaseSettings):
             "prefix_cache_disk has no effect while prefix_cache_memory is 0, or with --no-states"
             if self.prefix_cache_disk and (self.prefix_cache_memory == 0 or not self.states)
             else "",
-            f"dtype int8 cannot be split over {self.tensor_parallel} processes (tensor_parallel)"
-            if self.dtype == "int8" and self.tensor_parallel > 1
+            f"dtype {self.dtype} cannot be split over {self.tensor_parallel} processes (tensor_parallel)"
+            if self.dtype in ("int8", "int4") and self.tensor_parallel > 1
             else "",
             "prefix_cache_device_memory has no effect while prefix_cache_memory is 0"
             if self.prefix_cache_memory == 0 and self.prefix_cache_device_memory

@@ -53,6 +53,7 @@ class Summary:
             "threads": str(self._config.num_threads),
             "capacity": f"{info.num_slots} conversations of {each}, whatever their length",
             "state": f"{size_text(total)} ({total:,} bytes)",
+            "speculation": f"up to {info.max_drafts} drafts a step" if info.max_drafts else "off",
             "prefix cache": self._cache_text(),
             "saved states": self._states,
             "text": self._text,

@@ -1,7 +1,7 @@
 """From a configuration to a running engine: the model, the memory for its states, and what goes with them."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -12,21 +12,24 @@ from torch import Tensor
 from dijiang_model.checkpoints import load_model
 from dijiang_model.config import ModelConfig
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.quantization.config import WeightKind
 from dijiang_model.state import StateSpec
 from dijiang_model.tensor_files import SAFETENSORS_DTYPES
 from server.engine.engine import Engine
 from server.engine.fingerprint import model_fingerprint
 from server.engine.grammar import GrammarCompiler
 from server.engine.grammar_queue import GrammarQueue
-from server.engine.placement import device_name, select_device, weights_dtype
+from server.engine.placement import QUANTIZED, device_name, select_device, weights_dtype
 from server.engine.prefix_cache import PrefixCache
 from server.engine.prefix_disk import PrefixDisk
-from server.engine.runner import Model, ModelRunner
+from server.engine.recording import recorder
+from server.engine.runner import Advance, Model, ModelRunner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.engine.snapshot_files import Bytes
 from server.engine.snapshots import CachePolicy, Snapshots
+from server.engine.speculation import speculation_of
 from server.engine.state_pool import StatePool, num_slots_for
 from server.engine.state_types import StateLayout, StateTensorLayout
 from server.engine.types import EngineConfig, EngineInfo
@@ -44,12 +47,18 @@ class Network:
         pool: its slots.
         config: of the model.
         num_parameters: numbers in it.
+        advance: moves on slots that a step has held; None: it can hold none.
+        is_quantized: whether its weights are codes.
+        can_record: whether its steps run in this process alone, so that they can be recorded on a CUDA device.
     """
 
     run: Model
     pool: StatePool
     config: ModelConfig
     num_parameters: int
+    advance: Advance | None = None
+    is_quantized: bool = False
+    can_record: bool = False
 
 
 def load_engine(config: EngineConfig) -> Engine:
@@ -72,8 +81,10 @@ def load_engine(config: EngineConfig) -> Engine:
         config.model_path,
         device=config.device,
         dtype=dtype,
-        weights="int8" if config.weights_dtype == "int8" else None,
+        weights=cast(WeightKind, config.weights_dtype) if config.weights_dtype in QUANTIZED else None,
     )
+    if model.quantization is not None:  # as they are stored, whatever was asked for
+        config = replace(config, weights_dtype=model.quantization.weights)
     return build_engine(model, config, started=started)
 
 
@@ -89,7 +100,16 @@ def build_engine(model: DiJiangForCausalLM, config: EngineConfig, *, started: fl
         server.engine.state_pool.StateBudgetError: the state memory holds no conversation.
     """
     pool = StatePool(model.state_spec, slots_of(model.state_spec, config), torch.device(config.device))
-    return assemble_engine(Network(model, pool, model.config, model.num_parameters), config, started=started)
+    network = Network(
+        model,
+        pool,
+        model.config,
+        model.num_parameters,
+        advance=model.advance if model.can_hold else None,
+        is_quantized=model.quantization is not None,
+        can_record=True,
+    )
+    return assemble_engine(network, config, started=started)
 
 
 def slots_of(spec: StateSpec, config: EngineConfig) -> int:
@@ -106,7 +126,11 @@ def slots_of(spec: StateSpec, config: EngineConfig) -> int:
 def assemble_engine(network: Network, config: EngineConfig, *, started: float | None = None) -> Engine:
     """An engine around a network that is ready to run; see `build_engine`."""
     started = time.monotonic() if started is None else started
+    speculation = speculation_of(
+        config.max_drafts, can_hold=network.advance is not None, is_quantized=network.is_quantized
+    )
     pool, device = network.pool, torch.device(config.device)
+    num_ahead = 1 if device.type == "cuda" else 0
     vocab_size, eos_token_ids = network.config.vocab_size, network.config.eos_token_ids
     sampler = Sampler(vocab_size, eos_token_ids, device)
     fingerprint = model_fingerprint(network.config, Path(config.model_path), weights_dtype=config.weights_dtype)
@@ -123,6 +147,8 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,
         max_scored_tokens=max(1, _SCORING_BYTES[device.type] // (4 * vocab_size)),
+        speculation=speculation,
+        max_unseen=num_ahead,
         on_admission=lambda sequence: _begin(sequence, snapshots, grammars),
     )
     info = EngineInfo(
@@ -138,9 +164,12 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
         state_layout=layout,
         num_ranks=config.tensor_parallel,
         state_bytes_per_rank=pool.buffer.spec.bytes_per_slot,
+        max_drafts=0 if speculation is None else speculation.max_drafts,
     )
-    runner = ModelRunner(network.run, pool=pool, sampler=sampler, device=device)
-    num_ahead = 1 if device.type == "cuda" else 0
+    record = None
+    if network.can_record and config.decode_graphs:
+        record = recorder(network.run, pool=pool, vocab_size=vocab_size, device=device)
+    runner = ModelRunner(network.run, pool=pool, sampler=sampler, device=device, advance=network.advance, record=record)
     return Engine(
         scheduler=scheduler, runner=runner, info=info, num_ahead=num_ahead, snapshots=snapshots, grammars=grammars
     )

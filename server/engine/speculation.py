@@ -3,9 +3,39 @@
 from server.engine.sequence import Sequence
 from server.engine.speculation_drafts import Drafter, RowPrice
 
+DEFAULT_MAX_DRAFTS = 8
+FLOAT_PRICE, QUANTIZED_PRICE = RowPrice(second=0.03, further=0.08), RowPrice(second=0.03, further=0.2)
+"""Measured with the compiled kernels; see `docs/speculation.md`. Steps of codes read less, so their rows weigh more."""
+
+
+def speculation_of(max_drafts: int | None, *, can_hold: bool, is_quantized: bool) -> "Speculation | None":
+    """How an engine speculates; None: not at all.
+
+    Args:
+        max_drafts: what the operator asks for, 0 for none; None: what is good.
+        can_hold: whether the model can verify drafts so that no token changes.
+        is_quantized: whether its weights are codes.
+
+    Raises:
+        ValueError: drafts are asked for, and the model cannot verify them.
+    """
+    if max_drafts == 0 or (max_drafts is None and not can_hold):
+        return None
+    if not can_hold:
+        raise ValueError(
+            f"speculate is {max_drafts}, but drafts are verified by the compiled CPU kernels in one process alone: "
+            "elsewhere a step of several tokens rounds otherwise than single steps do, and answers would change"
+        )
+    wanted = DEFAULT_MAX_DRAFTS if max_drafts is None else max_drafts
+    return Speculation(wanted, QUANTIZED_PRICE if is_quantized else FLOAT_PRICE)
+
 
 class Speculation:
-    """The rules of an engine."""
+    """The rules of an engine.
+
+    Attributes:
+        max_drafts: most drafts of one sequence in a step.
+    """
 
     def __init__(self, max_drafts: int, price: RowPrice) -> None:
         """
@@ -13,7 +43,7 @@ class Speculation:
             max_drafts: most drafts of one sequence in a step, >= 1.
             price: of the rows that drafts take.
         """
-        self._max_drafts = max_drafts
+        self.max_drafts = max_drafts
         self._price = price
 
     def begin(self, sequence: Sequence) -> None:
@@ -31,7 +61,7 @@ class Speculation:
             most: rows that the step has left.
         """
         limit = sequence.max_drafts
-        most = min(most, self._max_drafts) if limit is None else min(most, self._max_drafts, limit)
+        most = min(most, self.max_drafts) if limit is None else min(most, self.max_drafts, limit)
         if sequence.drafter is None or most < 1:
             return ()
         drafts = self._guess(sequence, sequence.drafter, most, num_rows=num_rows)

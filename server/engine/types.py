@@ -149,12 +149,15 @@ class EngineConfig:
     Attributes:
         model_path: folder of the model.
         device: `cpu`, `cuda` or `cuda:N`.
-        weights_dtype: `float32`, `bfloat16`, `float16`, or on a CPU `int8` (weights rounded while loading).
+        weights_dtype: `float32`, `bfloat16`, `float16`, `int8` or `int4` (rounded while loading, if not before).
         num_threads: CPU threads for tensor work, >= 1.
         state_memory_bytes: budget from which the number of slots is computed.
         max_num_slots: upper bound on the slots, whatever the budget.
         max_step_tokens: tokens (decode rows and prefill chunks together) in one step.
         max_waiting: requests that may wait for a slot before new ones are refused.
+        max_drafts: most guesses of next tokens that a step verifies for one sequence; 0: none; None: as many as are
+            good where guesses can be verified.
+        decode_graphs: whether a CUDA device replays recorded decode steps.
         states_folder: of state files, shared with the service; None: there are none.
         prefix_cache_host_bytes / prefix_cache_device_bytes: budgets of the prefix cache's tiers; both 0: no cache.
         prefix_cache_disk_bytes / prefix_cache_folder: of its tier on the disk, in a folder of this engine alone.
@@ -171,6 +174,8 @@ class EngineConfig:
     max_num_slots: int
     max_step_tokens: int
     max_waiting: int
+    max_drafts: int | None = None
+    decode_graphs: bool = True
     states_folder: str | None = None
     prefix_cache_host_bytes: int = 0
     prefix_cache_device_bytes: int = 0
@@ -200,6 +205,8 @@ class EngineInfo:
     """Processes that the network is split over."""
     state_bytes_per_rank: int = 0
     """Of a slot, on each of them."""
+    max_drafts: int = 0
+    """Guesses of next tokens that a step verifies for one sequence at most; 0: none are made."""
 
 
 @dataclass(frozen=True, slots=True)
