@@ -1,9 +1,12 @@
 """The loss curve of a run as a picture, where matplotlib is installed (the `train` extra)."""
 
 import importlib.util
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from dijiang_model.atomic_file import write_atomically
 
 SMOOTHED_STEPS = 10
 
@@ -32,8 +35,19 @@ def plot_losses(lines: Sequence[Mapping[str, Any]], path: Path) -> bool:
         axes.plot(tokens, _smoothed(losses), linewidth=1.5)
         axes.set_title("attention error (relative)" if stage == 1 else "KL to the teacher (nats per token)")
         axes.set_xlabel("thousand tokens")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     return True
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a matplotlib figure as PNG.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_atomically(path, picture.getvalue())
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

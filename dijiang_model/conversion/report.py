@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from dijiang_model.atomic_file import write_atomically
 from dijiang_model.conversion.evaluate import EDGES, FAR_FROM, Score
 from dijiang_model.conversion.evaluate_long import EDGES as LONG_EDGES
 from dijiang_model.conversion.evaluate_long import LongScore
@@ -122,13 +123,20 @@ def markdown(evaluation: Evaluation, *, plots: Sequence[str]) -> str:
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> None:
-    """Report, tables for the model card, JSON and, where matplotlib is installed, plots in `folder`."""
-    from dijiang_model.conversion.report_plots import write_plots  # seconds to import
+    """Report, tables for the model card, JSON and, where matplotlib is installed, plots in `folder`.
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / REPORT_FILE).write_text(markdown(evaluation, plots=write_plots(evaluation, folder)))
-    (folder / TABLES_FILE).write_text(tables(evaluation) + "\n")
-    (folder / JSON_FILE).write_text(json_line(evaluation) + "\n")
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    from dijiang_model.conversion.report_plots import write_plots  # reads this module
+
+    texts = {
+        JSON_FILE: json_line(evaluation) + "\n",
+        TABLES_FILE: tables(evaluation) + "\n",
+        REPORT_FILE: markdown(evaluation, plots=write_plots(evaluation, folder)),
+    }
+    for name, text in texts.items():
+        write_atomically(folder / name, text.encode())
 
 
 def _gap(evaluation: Evaluation) -> str:

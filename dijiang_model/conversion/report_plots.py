@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dijiang_model.conversion.loss_plot import save_figure
 from dijiang_model.conversion.report import LONG_RANGES, RANGES, Evaluation
 
 Lines = Mapping[str, Sequence[float | None]]
@@ -31,7 +32,7 @@ def write_plots(evaluation: Evaluation, folder: Path) -> list[str]:
         }
         drawn["speed.png"] = _figure(rates, places, "context, tokens", "tokens per second", from_zero=True)
     for name, figure in drawn.items():
-        figure.savefig(folder / name, dpi=120)
+        save_figure(figure, folder / name)
     return list(drawn)
 
 
