@@ -13,7 +13,8 @@ from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import ModelConfig
 from dijiang_model.native.decoder import NativeDecoder, decoder_for
 from dijiang_model.ops import AttentionOp
-from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
+from dijiang_model.ops.layout import PrefillLayout, StepLayout
+from dijiang_model.ops.selection import attention_for, has_kernels, step_angles
 from dijiang_model.ops.torch_attention import TorchAttention
 from dijiang_model.quantization.config import Quantization
 from dijiang_model.quantization.modules import quantized_weights
@@ -62,7 +63,7 @@ class DiJiangForCausalLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.attention_op: AttentionOp = TorchAttention()
+        self._attention_op: AttentionOp | None = None
         self.quantization: Quantization | None = None
         """How weights are rounded (`quantization.modules.install`); None: they are not."""
         self._decoder: NativeDecoder | None = None
@@ -111,15 +112,26 @@ class DiJiangForCausalLM(nn.Module):
         return self.head.device
 
     @property
+    def attention_op(self) -> AttentionOp:
+        """What computes attention: one's own if it was set, else the device's."""
+        return attention_for(self.device, self.dtype) if self._attention_op is None else self._attention_op
+
+    @attention_op.setter
+    def attention_op(self, op: AttentionOp) -> None:
+        self._attention_op = op
+
+    @property
     def num_parameters(self) -> int:
         """Numbers in the model, quantized ones included; a tied head counts once."""
         quantized = sum(weight.rows * weight.columns for _, weight in quantized_weights(self))
         return sum(parameter.numel() for parameter in self.parameters()) + quantized
 
     @property
-    def decode_path(self) -> Literal["native", "torch"]:
-        """What runs steps: the compiled kernels, or torch operations."""
-        return "torch" if self._decoder is None else "native"
+    def decode_path(self) -> Literal["native", "triton", "torch"]:
+        """What runs steps: the compiled kernels, Triton's, or torch operations."""
+        if self._decoder is not None:
+            return "native"
+        return "triton" if has_kernels(self.device, self.dtype) else "torch"
 
     @property
     def can_hold(self) -> bool:
@@ -222,9 +234,13 @@ class DiJiangForCausalLM(nn.Module):
         config, split = self.config, batch.num_decode
         kernel_dtype = next(iter(self.attentions)).linear.log_decay.dtype
 
-        def rotary(positions: Tensor) -> Rotary:
-            return Rotary.at(positions, dims=config.rotary_dims, theta=config.rope_theta, dtype=kernel_dtype)
-
+        rotary, sink_rotary = step_angles(
+            batch.positions,
+            dims=config.rotary_dims,
+            theta=config.rope_theta,
+            last_sink=config.max_position_embeddings - 1,
+            dtype=kernel_dtype,
+        )
         prefill = None
         if split < len(batch.lengths):
             prefill = PrefillLayout(batch.positions[split:], batch.slots[split:], batch.lengths[split:])
@@ -232,7 +248,7 @@ class DiJiangForCausalLM(nn.Module):
             num_decode=split,
             positions=batch.positions,
             decode_slots=batch.slots[:split],
-            rotary=rotary(batch.positions),
-            sink_rotary=rotary(batch.positions.clamp(max=config.max_position_embeddings - 1)),
+            rotary=rotary,
+            sink_rotary=sink_rotary,
             prefill=prefill,
         )
