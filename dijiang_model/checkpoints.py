@@ -89,6 +89,16 @@ def load_config(path: str | Path) -> ModelConfig:
     return open_checkpoint(Path(path)).config
 
 
+def load_quantization(path: str | Path) -> Quantization | None:
+    """How the weights of a model folder of either format are rounded; None: they are not.
+
+    Raises:
+        ConfigError: unsupported or contradictory values.
+    """
+    document = read_json_object(Path(path) / CONFIG_FILE)
+    return parse_stored_config(document).quantization if document.get("model_type") == MODEL_TYPE else None
+
+
 def load_model(
     path: str | Path,
     *,
@@ -111,15 +121,23 @@ def load_model(
         CheckpointError: missing, surplus, misshapen or non-finite tensors (all of them listed), or
             unreadable files. Nothing is loaded then.
     """
-    checkpoint = open_readable(Path(path))
-    model = build_model(checkpoint.config, device="meta", dtype=dtype)
-    if weights is not None:
-        checkpoint = _rounded(checkpoint, model, weights, Path(path))
-    if checkpoint.quantization is not None:
-        install(model, checkpoint.quantization)
-    require_fit(checkpoint, model, Path(path))
+    checkpoint, model = open_network(Path(path), dtype=dtype, weights=weights)
     fill_model(model, checkpoint.tensors, Path(path), device=torch.device(device))
     return model.prepare()
+
+
+def open_network(
+    path: Path, *, dtype: torch.dtype, weights: WeightKind | Quantization | None = None
+) -> tuple[Checkpoint, DiJiangForCausalLM]:
+    """A checkpoint and the network, without memory, that its tensors fit; arguments and errors are `load_model`'s."""
+    checkpoint = open_readable(path)
+    model = build_model(checkpoint.config, device="meta", dtype=dtype)
+    if weights is not None:
+        checkpoint = _rounded(checkpoint, model, weights, path)
+    if checkpoint.quantization is not None:
+        install(model, checkpoint.quantization)
+    require_fit(checkpoint, model, path)
+    return checkpoint, model
 
 
 def _rounded(

@@ -48,6 +48,12 @@ def convert(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
+def quantize(context: typer.Context) -> None:
+    """Round a model's weights to int8 or int4 and save it."""
+    _call(import_module("dijiang_model.quantization.cli").quantize_command, context)
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Train the linear part of a converted model to imitate its teacher."""
     _call(import_module("dijiang_model.conversion.train_cli").train_command, context)

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from dijiang_model.conversion.convert import DTYPES, Conversion, convert
 from dijiang_model.conversion.recipes import Recipe
 from dijiang_model.errors import ModelError
+from dijiang_model.quantization.config import WeightKind
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -39,6 +40,10 @@ def convert_command(
         str | None,
         typer.Option(help="Stored weights: float32, bfloat16 or float16. Default: the source's; float32 if quantized."),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Round projections, embedding and head: int8 or int4 (see `dijiang quantize`). Default: no."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of fresh random tensors (recipe released).")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes in a file of weights, e.g. 500M or 2G.")] = "2G",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
@@ -47,6 +52,8 @@ def convert_command(
     console = Console(stderr=True)
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
+    if weights is not None and weights not in get_args(WeightKind):
+        raise typer.BadParameter(f"{weights!r} is none of {', '.join(get_args(WeightKind))}", param_hint="--weights")
     max_shard_bytes = parse_size(max_shard_size)
     columns = (TextColumn("converting"), BarColumn(), DownloadColumn(binary_units=True), TimeElapsedColumn())
     try:
@@ -59,6 +66,7 @@ def convert_command(
                 window=window,
                 sinks=sinks,
                 dtype=dtype,
+                weights=cast("WeightKind | None", weights),
                 seed=seed,
                 max_shard_bytes=max_shard_bytes,
                 overwrite=overwrite,

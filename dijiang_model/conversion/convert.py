@@ -17,8 +17,12 @@ from dijiang_model.conversion.sources import Source, open_source
 from dijiang_model.errors import ConversionError
 from dijiang_model.families import FAMILIES, build_model
 from dijiang_model.problem_list import problem_list
+from dijiang_model.quantization.config import WeightKind
+from dijiang_model.quantization.folder import with_rounding
+from dijiang_model.quantization.modules import choose, weights_to_quantize
+from dijiang_model.quantization.tensors import QuantizedTensors
 from dijiang_model.safetensors_writer import DEFAULT_SHARD_BYTES, num_bytes, write_text
-from dijiang_model.tensor_files import TensorInfo
+from dijiang_model.tensor_files import TensorInfo, TensorSource
 
 CONVERTER_VERSION = 1
 """Raised whenever the same source and options would give another model."""
@@ -61,6 +65,7 @@ def convert(
     window: int = 60,
     sinks: int = 4,
     dtype: str | None = None,
+    weights: WeightKind | None = None,
     seed: int = 0,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
@@ -77,6 +82,7 @@ def convert(
         window: exact-softmax tokens of `hybrid`, >= 1.
         sinks: first tokens kept beside them, >= 0.
         dtype: of the stored weights, a key of `DTYPES`; None: the source's (float32 if it is quantized).
+        weights: projections, embeddings and head rounded to int8 or int4 (`dijiang_model.quantization`).
         seed: of fresh random tensors, >= 0.
         max_shard_bytes: see `write_checkpoint`.
         overwrite: replace a non-empty `out`.
@@ -94,7 +100,13 @@ def convert(
     expected = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
     reader = _Reader(opened, config, expected, seed=seed)
     card = model_card(config, origin, model.state_spec, name=out.absolute().name, dtype=str(weights_dtype)[6:])
-    report = _ByteCounter(on_progress, sum(map(num_bytes, reader.infos.values())))
+    tensors: TensorSource = reader
+    quantization = None
+    if weights is not None:
+        quantization = choose(weights, reader, model)
+        tensors = QuantizedTensors(reader, weights_to_quantize(model, quantization))
+        card = with_rounding(card, quantization)
+    report = _ByteCounter(on_progress, sum(map(num_bytes, tensors.infos().values())))
     has_tokenizer = False
 
     def fill(folder: Path) -> None:
@@ -104,9 +116,9 @@ def convert(
 
     write_checkpoint(
         out,
-        StoredConfig(config=config, base=opened.base, origin=origin),
-        reader.infos,
-        reader.read,
+        StoredConfig(config=config, base=opened.base, origin=origin, quantization=quantization),
+        tensors.infos(),
+        tensors.read,
         fill=fill,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
@@ -131,11 +143,7 @@ def sha256_of(path: Path) -> str:
 
 
 class _Reader:
-    """Gives the target's tensors: the source's, cast, or fresh ones.
-
-    Attributes:
-        infos: the target's tensors: the source's in its order, then the fresh ones.
-    """
+    """The target's tensors: the source's, cast, or fresh ones."""
 
     def __init__(self, source: Source, config: ModelConfig, expected: Mapping[str, TensorInfo], *, seed: int) -> None:
         """Raises ConversionError if the source's tensors do not fit its config; all of it listed."""
@@ -147,7 +155,11 @@ class _Reader:
         if problems:
             raise ConversionError(problem_list("the source's tensors do not fit its config", problems))
         order = [*(name for name in found if name in taken), *self._fresh]
-        self.infos = {name: expected[name] for name in order}
+        self._infos = {name: expected[name] for name in order}
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """The source's in its order, then the fresh ones."""
+        return self._infos
 
     def read(self, name: str) -> Tensor:
         """One tensor in the target's dtype.
@@ -155,7 +167,7 @@ class _Reader:
         Raises:
             ConversionError: it has values that are not finite.
         """
-        info = self.infos[name]
+        info = self._infos[name]
         if name in self._fresh:
             layer, inner = self._fresh[name]
             value = fresh_tensor(inner, info.shape, self._config, layer=layer, seed=self._seed)

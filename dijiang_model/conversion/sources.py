@@ -112,6 +112,10 @@ def _with_prefix(tensors: TensorSource, config: ModelConfig) -> TensorSource:
 
 def _open_own(path: Path) -> Source:
     stored = read_stored_config(path)
+    if stored.quantization is not None:
+        raise ConversionError(
+            f"the weights in {path} are {stored.quantization.weights}; take the model it was made from"
+        )
     return Source(
         base=stored.base,
         config=stored.config,

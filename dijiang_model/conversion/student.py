@@ -47,6 +47,11 @@ def new_student(
         seed: of the far queries' updates.
     """
     check_trainable(config)
+    if base.quantization is not None:
+        raise ConversionError(
+            f"the model's weights are {base.quantization.weights}, which cannot be trained; "
+            "take the model it was made from"
+        )
     student = build_model(config, dtype=base.dtype)
     state = base.state_dict()
     generator = torch.Generator().manual_seed(seed)

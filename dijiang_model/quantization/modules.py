@@ -63,18 +63,27 @@ def install(model: "DiJiangForCausalLM", quantization: Quantization) -> "DiJiang
     return model
 
 
-def choose(kind: WeightKind, source: TensorSource, model: "DiJiangForCausalLM") -> Quantization:
-    """The form of int8 or int4 that suits a checkpoint's weights: int4 with minimums where those pay.
+def choose(
+    kind: WeightKind,
+    source: TensorSource,
+    model: "DiJiangForCausalLM",
+    *,
+    group_size: int = DEFAULT_GROUP_SIZE,
+    has_minimums: bool | None = None,
+) -> Quantization:
+    """The form of int8 or int4 that suits a checkpoint's weights.
 
     Args:
         model: of the checkpoint's shape, not quantized.
+        group_size: int4 only.
+        has_minimums: int4 only; None: where they pay.
     """
     if kind == "int8":
         return INT8
-    names = [f"{path}.weight" for path, _ in _projections(model)]
-    return Quantization(
-        "int4", group_size=DEFAULT_GROUP_SIZE, has_minimums=minimums_pay(source, names, group_size=DEFAULT_GROUP_SIZE)
-    )
+    if has_minimums is None:
+        names = [f"{path}.weight" for path, _ in _projections(model)]
+        has_minimums = minimums_pay(source, names, group_size=group_size)
+    return Quantization("int4", group_size=group_size, has_minimums=has_minimums)
 
 
 @torch.no_grad()

@@ -46,6 +46,10 @@ class QuantizedTensors:
     def infos(self) -> Mapping[str, TensorInfo]:
         return self._infos
 
+    def is_rounded(self, name: str) -> bool:
+        """Whether a tensor is codes, scales or minimums of a weight."""
+        return name in self._parts
+
     def read(self, name: str) -> Tensor:
         if name not in self._parts:
             return self._source.read(name)

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from dijiang_model.checkpoints import load_config
+from dijiang_model.checkpoints import load_config, load_quantization
 from dijiang_model.families import build_model
 from dijiang_model.parallel.group import DistributedGroup
 from dijiang_model.parallel.loading import load_shard
@@ -34,8 +34,8 @@ def load_parallel_engine(config: EngineConfig) -> Engine:
     """
     started = time.monotonic()
     dtype, size = weights_dtype(config), config.tensor_parallel
-    if config.weights_dtype == "int8":
-        raise ValueError("int8 weights cannot be split over ranks; float32, bfloat16 and float16 can")
+    if config.weights_dtype in ("int8", "int4") or load_quantization(config.model_path) is not None:
+        raise ValueError("int8 and int4 weights cannot be split over ranks; float32, bfloat16 and float16 can")
     whole_config = load_config(config.model_path)
     local_config(whole_config, size)  # refuses what cannot be split, before anything is started
     whole = build_model(whole_config, dtype=dtype)

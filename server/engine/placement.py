@@ -11,18 +11,22 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
-    "int8": torch.float32,  # of everything that is not quantised
 }
+QUANTIZED = ("int8", "int4")
+"""Of a model's weights; the rest of it computes in float32 on a CPU and in bfloat16 on CUDA."""
 
 
 def weights_dtype(config: EngineConfig) -> torch.dtype:
-    """The dtype of the weights that are not quantised.
+    """The dtype of the weights that are not quantized.
 
     Raises:
         ValueError: an unknown one.
     """
+    if config.weights_dtype in QUANTIZED:
+        return torch.bfloat16 if torch.device(config.device).type == "cuda" else torch.float32
     if config.weights_dtype not in DTYPES:
-        raise ValueError(f"weights_dtype is {config.weights_dtype!r}, and must be one of {', '.join(DTYPES)}")
+        known = ", ".join((*DTYPES, *QUANTIZED))
+        raise ValueError(f"weights_dtype is {config.weights_dtype!r}, and must be one of {known}")
     return DTYPES[config.weights_dtype]
 
 

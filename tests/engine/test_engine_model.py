@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 
 from dijiang_model.config import ModelConfig
 from dijiang_model.model import DiJiangForCausalLM, PackedBatch
+from dijiang_model.quantization.config import WeightKind
+from dijiang_model.quantization.folder import quantize_folder
 from dijiang_model.state import StateBuffer
 from server.engine.engine import Engine
 from server.engine.loading import build_engine
@@ -324,14 +327,23 @@ def test_too_little_state_memory_is_refused_in_numbers(hybrid: DiJiangForCausalL
         build_engine(hybrid, engine_config(Path("unused"), state_memory_bytes=1_000))
 
 
-def test_int8_weights_answer_and_are_told(tmp_path: Path) -> None:
-    folder = write_tiny_model(tmp_path / "model", with_tokenizer=False)
-    stored, rounded = (Engine.load(engine_config(folder, weights_dtype=dtype)) for dtype in ("float32", "int8"))
-    assert rounded.info.num_parameters == stored.info.num_parameters
-    assert rounded.info.weights_dtype == "int8"
-    assert rounded.info.state_layout != stored.info.state_layout, "a state of one would go on differently in the other"
-    assert rounded.add(GenerationRequest("r", (1, 2, 3), SamplingParams(max_tokens=4, temperature=0))) is None
-    tokens = []
-    while rounded.has_work:
-        tokens += [token for event in rounded.step() for token in event.token_ids]
-    assert len(tokens) == 4
+@pytest.mark.parametrize("kind", get_args(WeightKind))
+def test_rounded_weights_answer_and_are_told(tmp_path: Path, kind: WeightKind) -> None:
+    folder, small = write_tiny_model(tmp_path / "model", with_tokenizer=False), tmp_path / "small"
+    quantize_folder(folder, small, kind=kind)
+    stored, rounded = (Engine.load(engine_config(folder, weights_dtype=dtype)) for dtype in ("float32", kind))
+    saved = Engine.load(engine_config(small, weights_dtype="float32"))
+    assert rounded.info.num_parameters == saved.info.num_parameters == stored.info.num_parameters
+    assert rounded.info.weights_dtype == saved.info.weights_dtype == kind
+    # A state of one would go on differently in the other; saved, the weights are other files.
+    layouts = {str(engine.info.state_layout) for engine in (stored, rounded, saved)}
+    assert len(layouts) == 3
+    answers = []
+    for engine in (rounded, saved):
+        assert engine.add(GenerationRequest("r", (1, 2, 3), SamplingParams(max_tokens=4, temperature=0))) is None
+        tokens = []
+        while engine.has_work:
+            tokens += [token for event in engine.step() for token in event.token_ids]
+        assert len(tokens) == 4
+        answers.append(tokens)
+    assert answers[0] == answers[1]

@@ -1,5 +1,6 @@
 """Settings: flags and variables, and what is refused at start."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def test_the_clients_variables_are_no_mistakes_but_a_key_there_is_worth_a_warnin
         ({"port": "70000"}, "--port"),
         ({"port": "x"}, "--port"),
         ({"device": "gpu"}, "--device"),
-        ({"dtype": "int4"}, "--dtype"),
+        ({"dtype": "int3"}, "--dtype"),
         ({"threads": "0"}, "--threads"),
         ({"state_memory": "2 apples"}, "--state-memory"),
         ({"max_conversations": "0"}, "--max-conversations"),
@@ -154,11 +155,16 @@ def test_the_recipe_is_told(model: Path, tmp_path: Path) -> None:
     assert recipe_of(tmp_path) == "released"
 
 
-def test_int8_weights_are_for_the_cpu(model: Path) -> None:
-    settings = read_settings({"dtype": "int8"})
-    assert engine_config(settings, model, CPU).weights_dtype == "int8"
-    with pytest.raises(HardwareError, match="int8 weights are for the CPU"):
-        engine_config(settings, model, CUDA)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_rounded_weights_are_for_any_device_and_kept_as_they_are_stored(model: Path, tmp_path: Path, kind: str) -> None:
+    for device in (CPU, CUDA):
+        assert engine_config(read_settings({"dtype": kind}), model, device).weights_dtype == kind
+    section = {"quantization": {"weights": kind}}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dijiang", "dijiang": section}))
+    for wanted in ("auto", kind):
+        assert engine_config(read_settings({"dtype": wanted}), tmp_path, CPU).weights_dtype == kind
+    with pytest.raises(HardwareError, match=f"are {kind}: dtype is auto or {kind} for them"):
+        engine_config(read_settings({"dtype": "float32"}), tmp_path, CPU)
 
 
 @pytest.mark.parametrize(("limit", "used"), CONTROL_GROUP_FILES, ids=["version 2", "version 1"])

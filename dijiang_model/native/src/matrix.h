@@ -182,7 +182,6 @@ static inline void codes_in_order(const int8_t* codes, int64_t size, const uint8
 
 // How a block is read: with kInOrder one output after the other, else all side by side, asking for a share of
 // kFetch / O of as many weights, the `part`-th one, which lie `ahead` bytes behind the block.
-constexpr int kInOrder = -1;
 
 enum class Kind { kFloat, kInt8, kInt4 };
 
