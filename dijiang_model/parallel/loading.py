@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dijiang_model.checkpoints import fill_model, open_readable, require_fit
-from dijiang_model.families import build_model
+from dijiang_model.checkpoints import fill_model, open_network
 from dijiang_model.parallel.group import TensorGroup
 from dijiang_model.parallel.network import ShardedModel, build_shard
 from dijiang_model.parallel.shards import Shard, part_of
+from dijiang_model.quantization.config import WeightKind
 from dijiang_model.tensor_files import TensorInfo, TensorSource
 
 
@@ -47,6 +47,7 @@ def load_shard(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    weights: WeightKind | None = None,
 ) -> ShardedModel:
     """Loads a rank's part of a model, ready to compute once the group is connected.
 
@@ -54,19 +55,19 @@ def load_shard(
         path: the model's folder, of either format; all ranks must see the same files.
         group: the ranks; not spoken to here.
         device: of all parameters of this rank.
-        dtype: of the weights.
+        dtype: of the weights, or of those that are not rounded.
+        weights: as for `checkpoints.load_model`; every rank then rounds all weights, and keeps its part of the codes.
 
     Raises:
         ConfigError: unsupported or contradictory values, or a network that cannot be split over so many ranks.
-        CheckpointError: as for `checkpoints.load_model`; values are checked by the rank that reads them.
+        CheckpointError, QuantizationError: as for `checkpoints.load_model`; values are checked by the rank that reads
+            them.
     """
     path = Path(path)
-    checkpoint = open_readable(path)
-    config = checkpoint.config
-    model = build_shard(config, group, dtype=dtype)
-    require_fit(checkpoint, build_model(config, dtype=dtype), path)
+    checkpoint, whole = open_network(path, dtype=dtype, weights=weights)
+    model = build_shard(checkpoint.config, group, dtype=dtype, quantization=checkpoint.quantization)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     parts = TensorParts(checkpoint.tensors, shapes, Shard(group.rank, group.size))
     fill_model(model, parts, path, device=torch.device(device))
     model.prepare(native=False)
-    return ShardedModel(model, config, group)
+    return ShardedModel(model, whole.config, group)

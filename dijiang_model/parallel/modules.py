@@ -14,15 +14,17 @@ from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
 from dijiang_model.parallel.group import TensorGroup
 from dijiang_model.parallel.shards import Shard
+from dijiang_model.quantization.modules import QuantizedEmbedding, QuantizedLinear
+from dijiang_model.quantization.weight import Int8Weight, QuantizedWeight
 
 
 class RowParallelLinear(nn.Module):
     """A projection whose inputs are split: each rank multiplies its own, and the products are added up.
 
-    Parameters: weight [out, in / size], bias [out] (whole, on every rank, added once).
+    Parameters: weight [out, in / size], perhaps quantized, and bias [out] (whole, on every rank, added once).
     """
 
-    def __init__(self, linear: nn.Linear, group: TensorGroup) -> None:
+    def __init__(self, linear: nn.Linear | QuantizedLinear, group: TensorGroup) -> None:
         """Takes the parameters over from the smaller network's projection."""
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
@@ -34,6 +36,8 @@ class RowParallelLinear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """This rank's term of the sum, [T, out]."""
+        if isinstance(self.weight, QuantizedWeight):
+            return self.weight.product(x)
         return functional.linear(x, self.weight)
 
     def finish(self, total: Tensor) -> Tensor:
@@ -59,26 +63,33 @@ class ParallelResidualBlock(GPTNeoXBlock):
     def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
         attended = self.attention(self.input_layernorm(x), op=op, layout=layout, state=state)
         total = self._group.sum_(attended + self.mlp(self.post_attention_layernorm(x)))
-        for projection in (self.attention.dense, self.mlp.dense_4h_to_h):
+        for path in ("attention.dense", "mlp.dense_4h_to_h"):
+            projection = self.get_submodule(path)
             assert isinstance(projection, PartialLinear)
             total = projection.finish(total)
         return x + total
 
 
 class VocabParallelEmbedding(nn.Module):
-    """A token embedding whose rows are split; the sum over the ranks is exact, for all but one of them add zeros."""
+    """A token embedding whose rows are split; the sum over the ranks is exact, for all but one of them add zeros.
 
-    def __init__(self, num_tokens: int, width: int, *, dtype: torch.dtype, group: TensorGroup) -> None:
+    Parameters: weight [this rank's tokens, width], perhaps quantized.
+    """
+
+    def __init__(self, table: nn.Embedding | QuantizedEmbedding, num_tokens: int, group: TensorGroup) -> None:
+        """Takes the rows over from a table of this rank's tokens alone; `num_tokens` is the whole vocabulary's size."""
         super().__init__()
+        self.weight = table.weight
         self._rows = Shard(group.rank, group.size).vocabulary(num_tokens)
         self._group = group
-        self.weight = nn.Parameter(torch.empty(len(self._rows), width, dtype=dtype), requires_grad=False)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[T] int64 -> [T, width]."""
         row = token_ids - self._rows.start
         is_elsewhere = (row < 0) | (row >= len(self._rows))
-        x = functional.embedding(row.clamp(0, len(self._rows) - 1), self.weight)
+        row = row.clamp(0, len(self._rows) - 1)
+        weight = self.weight
+        x = weight.looked_up(row) if isinstance(weight, Int8Weight) else functional.embedding(row, weight)
         return self._group.sum_(x.masked_fill_(is_elsewhere[:, None], 0))
 
 

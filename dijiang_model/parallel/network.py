@@ -5,7 +5,6 @@ more sum as wide as the hidden state and one collection of logits a step. See do
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.nn import functional
 from dijiang_model.attention import DiJiangAttention, state_dtype
 from dijiang_model.config import Family, ModelConfig
 from dijiang_model.families import build_model
+from dijiang_model.families.parts import empty_embedding
 from dijiang_model.model import DiJiangForCausalLM, PackedBatch
 from dijiang_model.parallel.group import TensorGroup
 from dijiang_model.parallel.modules import (
@@ -25,32 +25,20 @@ from dijiang_model.parallel.modules import (
     group_norm,
 )
 from dijiang_model.parallel.shards import Shard, local_config
+from dijiang_model.quantization.config import Quantization
+from dijiang_model.quantization.modules import QuantizedEmbedding, QuantizedLinear, install
 from dijiang_model.state import StateBuffer
 
 COLLECTED_ROWS = 256
 """Rows of logits on their way to rank 0 at once, so that scoring long prompts takes no second copy of them all."""
 
 
-@dataclass(frozen=True, slots=True)
-class FamilyRules:
-    """Module paths of what needs the other ranks.
-
-    Attributes:
-        row_parallel: in each block: projections of what the ranks have apart.
-        embedding: of the tokens.
-        head: of the output, where it is not tied.
-    """
-
-    row_parallel: tuple[str, ...]
-    embedding: str
-    head: str
-
-
-RULES: Mapping[Family, FamilyRules] = {
-    "gpt_neox": FamilyRules(("attention.dense", "mlp.dense_4h_to_h"), "gpt_neox.embed_in", "embed_out"),
-    "llama": FamilyRules(("self_attn.o_proj", "mlp.down_proj"), "model.embed_tokens", "lm_head"),
-    "opt": FamilyRules(("self_attn.out_proj", "fc2"), "model.decoder.embed_tokens", "lm_head"),
+ROW_PARALLEL: Mapping[Family, tuple[str, ...]] = {
+    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
+    "llama": ("self_attn.o_proj", "mlp.down_proj"),
+    "opt": ("self_attn.out_proj", "fc2"),
 }
+"""In each block: the projections of what the ranks have apart."""
 
 
 def build_shard(
@@ -59,6 +47,7 @@ def build_shard(
     *,
     device: torch.device | str = "meta",
     dtype: torch.dtype = torch.float32,
+    quantization: Quantization | None = None,
 ) -> DiJiangForCausalLM:
     """A rank's uninitialised network; fill it with the parts of a checkpoint, then call `prepare(native=False)`.
 
@@ -67,46 +56,50 @@ def build_shard(
         group: the ranks; not spoken to yet.
         device: `meta` allocates nothing.
         dtype: of the weights, as for `build_model`.
+        quantization: how the weights are rounded; None: they are not.
 
     Raises:
         ConfigError: the network cannot be split over so many ranks.
     """
-    local = local_config(config, group.size)
-    model = build_model(local, device=device, dtype=dtype)
+    model = build_model(local_config(config, group.size, quantization), device=device, dtype=dtype)
+    is_summed_once = config.family == "gpt_neox" and config.parallel_residual
     with torch.device(device):
+        _cut_vocabulary(model, config, dtype=dtype, group=group)
         for layer in range(config.num_layers):
-            _split_layer(model, config, layer, dtype=dtype, group=group)
-        _split_vocabulary(model, config, dtype=dtype, group=group)
+            if is_summed_once:
+                model.blocks[layer] = ParallelResidualBlock(model.config, layer, dtype=dtype, group=group)
+            _cut_attention(model.blocks[layer].dijiang, config, dtype=dtype, group=group)
+    if quantization is not None:
+        install(model, quantization)
+    _connect(model, config, PartialLinear if is_summed_once else RowParallelLinear, group)
     return model
 
 
-def _split_layer(
-    model: DiJiangForCausalLM, config: ModelConfig, layer: int, *, dtype: torch.dtype, group: TensorGroup
-) -> None:
-    is_summed_once = config.family == "gpt_neox" and config.parallel_residual
-    if is_summed_once:
-        model.blocks[layer] = ParallelResidualBlock(model.config, layer, dtype=dtype, group=group)
-    block = model.blocks[layer]
-    for path in RULES[config.family].row_parallel:
-        linear = block.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        block.set_submodule(path, (PartialLinear if is_summed_once else RowParallelLinear)(linear, group))
-    attention = block.dijiang
+def _cut_vocabulary(model: DiJiangForCausalLM, config: ModelConfig, *, dtype: torch.dtype, group: TensorGroup) -> None:
+    rows, width = len(Shard(group.rank, group.size).vocabulary(config.vocab_size)), config.embedding_width
+    model.set_submodule(model.EMBEDDING_PATH, empty_embedding(rows, width, dtype=dtype))
+    if not config.tie_word_embeddings:
+        model.set_submodule(model.HEAD_PATH, nn.Linear(width, rows, bias=False, dtype=dtype))
+
+
+def _cut_attention(attention: object, config: ModelConfig, *, dtype: torch.dtype, group: TensorGroup) -> None:
+    """Puts in what is not just smaller."""
     assert isinstance(attention, DiJiangAttention)
-    attention.linear = ParallelKernel(model.config, layer, state_dtype(dtype), group=group)
+    attention.linear = ParallelKernel(attention.config, attention.layer, state_dtype(dtype), group=group)
     if attention.read_out == "group_norm":
         attention.set_submodule("group_norm", group_norm(config, dtype=dtype, group=group))
 
 
-def _split_vocabulary(
-    model: DiJiangForCausalLM, config: ModelConfig, *, dtype: torch.dtype, group: TensorGroup
-) -> None:
-    rules, width = RULES[config.family], config.embedding_width
-    embedding = VocabParallelEmbedding(config.vocab_size, width, dtype=dtype, group=group)
-    model.set_submodule(rules.embedding, embedding)
-    if not config.tie_word_embeddings:
-        rows = len(Shard(group.rank, group.size).vocabulary(config.vocab_size))
-        model.set_submodule(rules.head, nn.Linear(width, rows, bias=False, dtype=dtype))
+def _connect(model: DiJiangForCausalLM, config: ModelConfig, kind: type[RowParallelLinear], group: TensorGroup) -> None:
+    """Lets those modules speak to the other ranks whose own part is not the whole answer."""
+    for block in model.blocks:
+        for path in ROW_PARALLEL[config.family]:
+            linear = block.get_submodule(path)
+            assert isinstance(linear, nn.Linear | QuantizedLinear)
+            block.set_submodule(path, kind(linear, group))
+    table = model.get_submodule(model.EMBEDDING_PATH)
+    assert isinstance(table, nn.Embedding | QuantizedEmbedding)
+    model.set_submodule(model.EMBEDDING_PATH, VocabParallelEmbedding(table, config.vocab_size, group))
 
 
 class ShardedModel:

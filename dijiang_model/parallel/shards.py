@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dijiang_model.config import ModelConfig
 from dijiang_model.errors import ConfigError
+from dijiang_model.quantization.config import Quantization
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,24 +27,27 @@ class Shard:
         return range(self.rank * vocab_size // self.size, (self.rank + 1) * vocab_size // self.size)
 
 
-def working_degrees(config: ModelConfig) -> tuple[int, ...]:
+def working_degrees(config: ModelConfig, quantization: Quantization | None = None) -> tuple[int, ...]:
     """Into how many parts a network can be split, ascending; 1 is always among them."""
-    return tuple(size for size in range(1, config.num_kv_heads + 1) if _divides(config, size))
+    return tuple(size for size in range(1, config.num_kv_heads + 1) if _divides(config, quantization, size))
 
 
-def local_config(config: ModelConfig, size: int) -> ModelConfig:
+def local_config(config: ModelConfig, size: int, quantization: Quantization | None = None) -> ModelConfig:
     """The config of one of `size` equal parts; its vocabulary is still the whole one.
 
     Raises:
         ConfigError: the network cannot be split so, with the degrees that work.
     """
-    degrees = working_degrees(config)
+    degrees = working_degrees(config, quantization)
     if size not in degrees:
         *others, largest = map(str, degrees)
         working = f"{', '.join(others)} or {largest}" if others else largest
+        groups = ""
+        if quantization is not None and quantization.group_size > 0:
+            groups = f" in {quantization.weights} groups of {quantization.group_size}"
         raise ConfigError(
             f"a model with {config.num_heads} heads, {config.num_kv_heads} key-value heads and an MLP of "
-            f"{config.intermediate_size:,} cannot be split over {size} ranks; it can over {working}"
+            f"{config.intermediate_size:,}{groups} cannot be split over {size} ranks; it can over {working}"
         )
     return replace(
         config,
@@ -69,7 +73,9 @@ def part_of(tensor: Tensor, shape: tuple[int, ...], shard: Shard) -> Tensor:
     return tensor.narrow(axis, rows.start, len(rows))
 
 
-def _divides(config: ModelConfig, size: int) -> bool:
+def _divides(config: ModelConfig, quantization: Quantization | None, size: int) -> bool:
+    if size == 1:
+        return True
     has_group_norm = any(layer.read_out == "group_norm" for layer in config.layers)
     least_heads = 2 if has_group_norm else 1  # a group of the norm has a channel of each head
     return (
@@ -77,4 +83,14 @@ def _divides(config: ModelConfig, size: int) -> bool:
         and config.num_heads // size >= least_heads
         and config.intermediate_size % size == 0
         and config.vocab_size >= size
+        and (quantization is None or _keeps_groups(config, quantization, size))
     )
+
+
+def _keeps_groups(config: ModelConfig, quantization: Quantization, size: int) -> bool:
+    """Whether no group of columns, and no byte with the codes of two rows, is on two ranks."""
+    if quantization.group_size == 0:
+        return True
+    inner, heads = config.intermediate_size // size, config.num_heads * config.head_size // size
+    keys = config.num_kv_heads * config.head_size // size
+    return inner % quantization.group_size == 0 and heads % quantization.group_size == 0 and keys % 2 == 0

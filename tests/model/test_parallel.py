@@ -17,6 +17,9 @@ from dijiang_model.parallel.loading import load_shard
 from dijiang_model.parallel.network import ShardedModel
 from dijiang_model.parallel.shards import local_config, working_degrees
 from dijiang_model.parallel.states import StateParts
+from dijiang_model.quantization.config import INT8, Quantization, WeightKind
+from dijiang_model.quantization.folder import quantize_folder
+from dijiang_model.quantization.modules import quantized_weights
 from dijiang_model.state import StateBuffer
 from tests.model.golden_checkpoints import FOLDER
 from tests.model.thread_ranks import ThreadGroup, on_ranks, shard_of
@@ -198,6 +201,41 @@ def test_a_group_norm_leaves_two_heads_to_each_rank_at_least() -> None:
     assert working_degrees(gpt_neox_config()) == (1,)
     with pytest.raises(ConfigError, match=r"it can over 1$"):
         local_config(gpt_neox_config(), 3)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("is_stored", [True, False], ids=["stored", "rounded while loading"])
+def test_quantized_weights_are_split_code_for_code(kind: WeightKind, is_stored: bool, tmp_path: Path) -> None:
+    config = replace(llama_config(HYBRID), intermediate_size=128, tie_word_embeddings=is_stored)
+    folder = write_tiny_model(tmp_path / "model", config, with_tokenizer=False)
+    whole = load_model(folder, weights=kind)
+    if is_stored:
+        quantize_folder(folder, tmp_path / "stored", kind=kind)
+        folder = tmp_path / "stored"
+    with torch.inference_mode():
+        expected = run(whole.prepare(native=False), StateBuffer(whole.state_spec, 3))
+
+    def work(group: ThreadGroup) -> tuple[ShardedModel, list[Tensor | None]]:
+        model = load_shard(folder, group, weights=None if is_stored else kind)
+        return model, run(model, StateBuffer(model.local.state_spec, 3))
+
+    ranks = on_ranks(2, work)
+    values = [dict(quantized_weights(model.local)) for model, _ in ranks]
+    assert values[0].keys() == dict(quantized_weights(whole)).keys()
+    for name, weight in quantized_weights(whole):
+        axis = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+        joined = torch.cat([parts[name].dequantized() for parts in values], dim=axis)
+        assert torch.equal(joined, weight.dequantized()), name
+    for logits, wanted in zip(ranks[0][1], expected, strict=True):
+        torch.testing.assert_close(logits, wanted, rtol=0, atol=2e-3)  # the kernels round each rank's activations
+
+
+def test_groups_of_columns_are_not_cut() -> None:
+    config = replace(llama_config(num_heads=8, num_kv_heads=8), intermediate_size=256)
+    assert working_degrees(config, INT8) == (1, 2, 4, 8)
+    assert working_degrees(config, Quantization("int4", group_size=32)) == (1, 2, 4)
+    with pytest.raises(ConfigError, match=r"256 in int4 groups of 64 cannot be split over 4 ranks; it can over 1 or 2"):
+        local_config(config, 4, Quantization("int4", group_size=64))
 
 
 def test_a_damaged_part_is_found_by_the_rank_that_reads_it(tmp_path: Path) -> None:
