@@ -75,6 +75,7 @@ async def test_listing_is_newest_first_in_pages(kind: Kind, store: StateStore) -
     page = await store.list_states("ann", limit=10, after=ids[3], name=None)
     assert [state.id for state in page] == [ids[2], ids[1], ids[0]]
     assert [state.id for state in await store.list_states("ann", limit=9, after=None, name="n1")] == [ids[1]]
+    assert await store.list_states("ann", limit=9, after=None, name="\0") == []
 
 
 async def test_a_name_is_used_once(kind: Kind, store: StateStore) -> None:
