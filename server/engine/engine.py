@@ -7,9 +7,8 @@ step is already on its way to the device when the tokens of this one are read ba
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from server.engine.grammar_queue import GrammarQueue
 from server.engine.logprob_types import NO_STEP_LOGPROBS, StepLogprobs
 from server.engine.scheduler import Batch, Scheduler
 from server.engine.sequence import Sequence
@@ -24,6 +23,9 @@ from server.engine.types import (
     GenerationRequest,
     TokenEvent,
 )
+
+if TYPE_CHECKING:  # needs the grammar library, which an engine without grammars does without
+    from server.engine.grammar_queue import GrammarQueue
 
 _IDLE_WAIT_S = 0.02
 
@@ -64,7 +66,7 @@ class Engine:
         info: EngineInfo,
         num_ahead: int = 0,
         snapshots: Snapshots | None = None,
-        grammars: GrammarQueue | None = None,
+        grammars: "GrammarQueue | None" = None,
     ) -> None:
         """
         Args:
