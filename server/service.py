@@ -14,6 +14,7 @@ from typing import Protocol
 from server.engine.snapshot_files import MAX_HEADER_BYTES
 from server.engine.types import EngineInfo, EngineStats, GenerationRequest, TokenEvent
 from server.errors import EngineUnavailableError, InvalidRequestError, NotFoundError
+from server.event_log import EventLog
 from server.metrics import Metrics
 from server.rate_limits import RateLimits
 from server.states.store import StateStore
@@ -96,6 +97,7 @@ class Service:
         paused: the same, because an operator wants it for a while.
         num_active: requests that generate right now.
         background: responses that are made while nobody waits, by id.
+        event_logs: their events so far, by id.
         rate_limits: what each key has used of its minute.
         checking: held by a self-check; one at a time is enough.
     """
@@ -134,6 +136,7 @@ class Service:
         self.draining = self.paused = False
         self.num_active = 0
         self.background: dict[str, asyncio.Task[None]] = {}
+        self.event_logs: dict[str, EventLog] = {}
         self.checking = asyncio.Lock()
 
     async def close(self) -> None:

@@ -91,6 +91,8 @@ class MessageIn(RequestModel):
     """Name of the speaker, if the model's template has a place for it."""
     tool_call_id: str | None = Field(None, max_length=256)
     """Which call this answers; only with the role `tool`."""
+    reasoning_content: str | None = None
+    """What the assistant thought before it answered, if the model's template has a place for it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -118,6 +120,7 @@ class MessageIn(RequestModel):
         return "" if self.content is None else self.content
 
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 ChatFinishReason = FinishReasonText | Literal["tool_calls"]
 
 
@@ -171,6 +174,9 @@ class ChatRequest(GenerationFields, ConversationFields, ToolFields):
     """Return the log-probability of each token of the answer."""
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     """With `logprobs`: return that many likeliest tokens at each place too."""
+
+    reasoning_effort: ReasoningEffort | None = None
+    """How much to think before answering: `none`, or what the model's chat template understands."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,6 +1,7 @@
 """Tools that an answer may call: what a request offers, and the calls in messages and answers."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -111,6 +112,42 @@ class ToolUse:
         return not self.is_forced and self.is_parallel and not any(tool.strict for tool in self.callable)
 
 
+def check_tools(names: Sequence[str], choice: str | None) -> None:
+    """Refuses tools of one name, and a choice that there is not.
+
+    Args:
+        names: of the tools offered.
+        choice: `none`, `auto`, `required`, `function NAME`, or None.
+
+    Raises:
+        InvalidRequestError: 400.
+    """
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidRequestError(f"two tools are called {name!r}", param="tools", code="invalid_value")
+    if not names and choice not in (None, "none", "auto"):
+        raise InvalidRequestError("`tool_choice` needs `tools`", param="tool_choice", code="invalid_value")
+    named = _named(choice)
+    if named is not None and named not in names:
+        raise InvalidRequestError(f"there is no tool called {named!r}", param="tool_choice", code="invalid_value")
+
+
+def tool_use_of(offered: tuple[FunctionDefinition, ...], choice: str | None, *, is_parallel: bool) -> ToolUse | None:
+    """How tools are used; None: not at all. `choice` as in `check_tools`."""
+    if not offered or choice == "none":
+        return None
+    named = _named(choice)
+    if named is not None:
+        only = tuple(function for function in offered if function.name == named)
+        return ToolUse(offered, only, is_forced=True, is_parallel=False)
+    return ToolUse(offered, offered, is_forced=choice == "required", is_parallel=is_parallel)
+
+
+def _named(choice: str | None) -> str | None:
+    prefix = "function "
+    return choice.removeprefix(prefix) if choice is not None and choice.startswith(prefix) else None
+
+
 class ToolFields(RequestModel):
     """Tools, and how they are used."""
 
@@ -123,30 +160,19 @@ class ToolFields(RequestModel):
 
     @model_validator(mode="after")
     def _tools_fit(self) -> Self:
-        names = [tool.function.name for tool in self.tools or ()]
-        for name in names:
-            if names.count(name) > 1:
-                raise InvalidRequestError(f"two tools are called {name!r}", param="tools", code="invalid_value")
-        if not names and self.tool_choice not in (None, "none", "auto"):
-            raise InvalidRequestError("`tool_choice` needs `tools`", param="tool_choice", code="invalid_value")
-        if isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
-            raise InvalidRequestError(
-                f"there is no tool called {self.tool_choice.function.name!r}", param="tool_choice", code="invalid_value"
-            )
+        check_tools([tool.function.name for tool in self.tools or ()], self._choice)
         return self
+
+    @property
+    def _choice(self) -> str | None:
+        choice = self.tool_choice
+        return f"function {choice.function.name}" if isinstance(choice, NamedToolChoice) else choice
 
     @property
     def tool_use(self) -> ToolUse | None:
         """How tools are used; None: not at all."""
-        if not self.tools or self.tool_choice == "none":
-            return None
-        offered = tuple(tool.function for tool in self.tools)
-        is_parallel = self.parallel_tool_calls is not False
-        if isinstance(self.tool_choice, NamedToolChoice):
-            name = self.tool_choice.function.name
-            named = tuple(function for function in offered if function.name == name)
-            return ToolUse(offered, named, is_forced=True, is_parallel=False)
-        return ToolUse(offered, offered, is_forced=self.tool_choice == "required", is_parallel=is_parallel)
+        offered = tuple(tool.function for tool in self.tools or ())
+        return tool_use_of(offered, self._choice, is_parallel=self.parallel_tool_calls is not False)
 
 
 class FunctionCallIn(RequestModel):

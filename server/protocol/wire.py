@@ -63,7 +63,7 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestError
 def field_path(location: Sequence[str | int]) -> str | None:
     """`("body", "messages", 0, "role")` -> `messages[0].role`; None for the body as a whole."""
     path = ""
-    for part in location[1:] if location and location[0] == "body" else location:
+    for part in location[1:] if location and location[0] in ("body", "query", "path") else location:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
     return path[:MAX_ERROR_CHARACTERS] or None
 

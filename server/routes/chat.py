@@ -18,9 +18,10 @@ from server.protocol.chat import (
 )
 from server.protocol.logprobs import ChatLogprobs
 from server.routes.answers import Answer, Generation, Piece
+from server.routes.conversations import encode_messages, template_variables
 from server.routes.json_body import JsonRoute, ServiceDependency
 from server.routes.logprobs import Places, logprob_format
-from server.routes.prompting import check_counts, encode_messages, plan_generation
+from server.routes.prompting import check_counts, plan_generation
 from server.routes.sessions import admit, find_base, state_session, system_prefix
 from server.routes.streaming import (
     ClientGoneResponse,
@@ -29,11 +30,10 @@ from server.routes.streaming import (
     written,
     written_response,
 )
-from server.routes.tools import ToolAnswer, call_token_ids, checked_form, told_tools
+from server.routes.tools import ToolAnswer, call_parser, call_token_ids, checked_form, told_tools
 from server.service import Service
 from server.sse import KEEP_ALIVE, ClientDisconnectedError, event
 from server.states.store import Turn
-from server.text.template import NO_VARIABLES
 
 router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
@@ -59,7 +59,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, service: S
         add_special_tokens=body.add_special_tokens is True,
         base=None if base is None else base.head,
         tools=tools,
-        variables=NO_VARIABLES if body.chat_template_kwargs is None else body.chat_template_kwargs,
+        variables=template_variables(service, body.chat_template_kwargs, body.reasoning_effort),
     )
     points = system_prefix(service, body.messages, prompt, tools=tools) if base is None else ()
     session = state_session(request, service, info, body, base, turn=Turn.OPEN, cache_points=points)
@@ -71,7 +71,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, service: S
         param="messages",
         max_tokens=None,
         session=session,
-        grammar=await checked_form(service, info, body),
+        grammar=await checked_form(service, info, body.wanted_grammar, body.tool_use),
         shown_token_ids=call_token_ids(service.tokenizer) if tools else frozenset(),
     )
     await generation.start()
@@ -94,7 +94,10 @@ class _Writer:
         self._with_token_ids = body.return_token_ids is True
         self._idle_s = service.options.keepalive_s
         self._logprobs = logprob_format(service, body)
-        self._answers = [ToolAnswer(body.tool_use) for _ in range(body.num_choices)]
+        use = body.tool_use
+        self._answers = [
+            ToolAnswer(None if use is None else call_parser(service, use)) for _ in range(body.num_choices)
+        ]
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{body.own_id}",
             "created": int(time.time()),

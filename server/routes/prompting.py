@@ -6,13 +6,12 @@ is allocated.
 
 import asyncio
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from server.engine.types import EngineInfo, GenerationRequest, GrammarSpec, SamplingParams
 from server.errors import ContextLengthError, InvalidRequestError
-from server.protocol.chat import MessageIn
 from server.protocol.prompts import Prompt
 from server.protocol.sampling import GenerationFields
 from server.routes.answers import Generation, Plan
@@ -20,10 +19,8 @@ from server.routes.bad_words import bad_word_tokens
 from server.routes.score_checks import check_known_prompt, check_no_tokens, check_scored
 from server.service import Service, ServiceOptions
 from server.states.session import StateSession
-from server.states.store import SnapshotRecord, Turn
-from server.text.continuation import encode_continuation
 from server.text.stream import TextStream
-from server.text.template import NO_VARIABLES, ChatMessage, ChatTemplate, TemplateFailure, TemplateValue
+from server.text.template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
 MAX_INLINE_CHARACTERS = 4096
@@ -76,77 +73,6 @@ async def encode_prompts(
         return [tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens)) for text in texts]
 
     return await run_if_long(sum(map(len, texts)), encode)
-
-
-async def encode_messages(
-    service: Service,
-    messages: Sequence[MessageIn],
-    *,
-    add_generation_prompt: bool = True,
-    continue_final_message: bool = False,
-    add_special_tokens: bool = False,
-    base: SnapshotRecord | None = None,
-    tools: Sequence[Mapping[str, Any]] = (),
-    variables: Mapping[str, TemplateValue] = NO_VARIABLES,
-) -> tuple[int, ...]:
-    """Token ids of a conversation in the model's chat format.
-
-    Args:
-        base: the state that the messages come after; None: they are the whole conversation.
-        tools: what may be called, as chat templates expect it.
-        variables: further variables of the chat template.
-
-    Raises:
-        InvalidRequestError: no chat template, or one that refuses these messages.
-    """
-    template = require_chat_template(service)
-    conversation = [chat_message(message) for message in messages]
-
-    def encode() -> tuple[int, ...]:
-        if base is not None:
-            token_ids = encode_continuation(
-                template,
-                conversation,
-                ends_open=base.turn is Turn.OPEN,
-                last_token=base.last_token,
-                tools=tools,
-                variables=variables,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-            )
-        else:
-            token_ids = template.encode(
-                conversation,
-                tools=tools,
-                variables=variables,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                add_special_tokens=add_special_tokens,
-            )
-        return tuple(token_ids)
-
-    try:
-        return await run_if_long(_size(conversation), encode)
-    except TemplateFailure as error:
-        raise InvalidRequestError(str(error), param="messages", code="chat_template_error") from error
-
-
-def chat_message(message: MessageIn) -> ChatMessage:
-    """A message as chat templates expect it."""
-    calls = [
-        {
-            "id": call.id,
-            "type": "function",
-            "function": {"name": call.function.name, "arguments": call.function.arguments_value},
-        }
-        for call in message.tool_calls or ()
-    ]
-    return ChatMessage(message.role, message.text, message.name, tuple(calls), message.tool_call_id)
-
-
-def _size(conversation: Sequence[ChatMessage]) -> int:
-    """About how many characters there are to encode."""
-    return sum(len(message.content) + MAX_INLINE_CHARACTERS * bool(message.tool_calls) for message in conversation)
 
 
 async def run_if_long(num_characters: int, work: Callable[[], T]) -> T:

@@ -4,16 +4,22 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any
 
-import orjson
 import structlog
 
 from server.errors import ApiError, InternalError
+from server.event_log import EventLog
+from server.protocol.logprobs import ChatLogprobs
+from server.protocol.response_items import stored_item
 from server.protocol.responses import ResponseRequest, response_usage
-from server.routes.answers import Answer, Generation
+from server.routes.answers import Generation, Piece
+from server.routes.logprobs import LogprobFormat, check_num_entries
+from server.routes.response_events import begun, encoded, ended, with_pieces
+from server.routes.response_output import Event, Item, Logprobs, ResponseOutput
 from server.service import Service
-from server.sse import KEEP_ALIVE, event
+from server.sse import KEEP_ALIVE
 from server.states.store import ResponseRecord, SnapshotRecord, StateStore
 
 logger = structlog.stdlib.get_logger("dijiang.responses")
@@ -26,9 +32,14 @@ class ResponseRun:
     Attributes:
         id: `resp_...`, not to be guessed.
         generation: what makes it; set before anything else is asked for.
+        output: its items; likewise.
+        logprobs: how log-probabilities are written; None: they are not wanted.
+        log: of its events, while it is made in the background.
     """
 
     generation: Generation
+    output: ResponseOutput
+    logprobs: LogprobFormat | None = None
 
     def __init__(
         self, service: Service, body: ResponseRequest, *, owner: str, store: StateStore | None, ttl_s: float | None
@@ -39,15 +50,17 @@ class ResponseRun:
             ttl_s: how long, without use.
         """
         self.id = f"resp_{uuid.uuid4().hex}"
-        self._item_id = f"msg_{uuid.uuid4().hex}"
+        self.owner = owner
+        self.log = EventLog()
         self._service = service
         self._body = body
-        self._owner = owner
         self._store = store
         self._ttl_s = ttl_s
         self._created = time.time()
         self._snapshot: SnapshotRecord | None = None
-        self._sequence_number = 0
+        self._num_entries = 0
+        self._status = "incomplete"
+        self._response: dict[str, Any] = {}
 
     async def keep_state(self, snapshot: SnapshotRecord) -> str:
         """Keeps the conversation at the answer's end, at once, so that nobody removes it."""
@@ -59,44 +72,66 @@ class ResponseRun:
         """Keeps the response as it is now, if it is to be kept."""
         if self._store is None:
             return
-        items = [
-            {
-                "id": f"msg_{self.id.removeprefix('resp_')}_{number}",
-                "type": "message",
-                "status": "completed",
-                "role": item.role,
-                "content": [{"type": _part_type(item.role), "text": item.content}],
-            }
-            for number, item in enumerate(self._body.input)
-        ]
+        suffix = self.id.removeprefix("resp_")
+        items = [stored_item(item, number, suffix) for number, item in enumerate(self._body.input)]
+        body = with_pieces(response, self.output.pieces)
         await self._store.put_response(
-            ResponseRecord(self.id, self._owner, self._created, self._ttl_s, response, tuple(items), self._snapshot)
+            ResponseRecord(self.id, self.owner, self._created, self._ttl_s, body, tuple(items), self._snapshot)
         )
 
-    async def finished(self, answer: Answer) -> dict[str, Any]:
-        """The whole response, kept."""
-        status = "completed" if answer.finish_reason == "stop" else "incomplete"
-        response = self.object(status, output=[self._item(status, answer.text)], with_usage=True)
-        await self.put(response)
-        return response
+    async def whole(self) -> dict[str, Any]:
+        """The whole response, kept.
 
-    async def failed(self, error: ApiError) -> dict[str, Any]:
-        """The response that could not be made, kept."""
-        response = self.object("failed", error={"code": error.code or "server_error", "message": error.message})
-        await self.put(response)
-        return response
+        Raises:
+            ApiError: it could not be made.
+        """
+        async with aclosing(self._told()) as events:
+            async for _ in events:
+                pass
+        return self._response
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The typed events, from `response.created` to `response.completed`, `.incomplete` or `.failed`."""
+        number = 0
+        async with aclosing(self._told_safely()) as events:
+            async for told in events:
+                yield KEEP_ALIVE if told is None else encoded(number, told)
+                number += told is not None
+
+    async def in_background(self) -> None:
+        """Makes the response while nobody waits; its end is kept, whatever it is."""
+        try:
+            async with aclosing(self._told_safely()) as events:
+                async for told in events:
+                    if told is not None:
+                        self.log.append(encoded(self.log.num_events, told))
+        except asyncio.CancelledError:
+            self.output.break_off()
+            response = self.object("cancelled", with_output=True)
+            self.log.append(encoded(self.log.num_events, ended(response)))
+            await asyncio.shield(self.put(response))
+        finally:
+            self.log.end()
+            await self.generation.close()
+            await self.ended()
+
+    async def ended(self) -> None:
+        """To be called in every case: what is kept as in progress then has failed."""
+        if self._store is not None:
+            await self._store.end_response(self.id)
 
     def object(
         self,
         status: str,
         *,
-        output: list[dict[str, Any]] | None = None,
+        with_output: bool = False,
         error: dict[str, Any] | None = None,
-        with_usage: bool = False,
     ) -> dict[str, Any]:
         """The response object of OpenAI's API."""
         body = self._body
         text_format = _TEXT_FORMAT if body.text is None or body.text.format is None else body.text.format
+        output: list[Item] = self.output.items if with_output else []
+        choice = body.tool_choice
         return {
             "id": self.id,
             "object": "response",
@@ -108,96 +143,71 @@ class ResponseRun:
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
+            "max_tool_calls": body.max_tool_calls,
             "metadata": {} if body.metadata is None else body.metadata,
             "model": self._service.options.model_name,
-            "output": [] if output is None else output,
-            "parallel_tool_calls": True if body.parallel_tool_calls is None else body.parallel_tool_calls,
+            "output": output,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": body.previous_response_id,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": body.reasoning_effort, "summary": None},
             "store": self._store is not None,
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": {"format": text_format},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": "auto" if choice is None else choice if isinstance(choice, str) else choice.model_dump(),
+            "tools": body.told_tools,
+            "top_logprobs": 0 if body.top_logprobs is None else body.top_logprobs,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled" if body.truncation is None else body.truncation,
-            "usage": response_usage(self.generation.usage) if with_usage else None,
+            "usage": response_usage(self.generation.usage) if status in ("completed", "incomplete") else None,
             "user": body.user,
         }
 
-    async def in_background(self) -> None:
-        """Makes the response while nobody waits; its end is kept, whatever it is."""
+    async def _told_safely(self) -> AsyncGenerator[Event | None, None]:
+        """Like `_told`; what goes wrong is the last event."""
         try:
-            (answer,) = await self.generation.collect()
-            await self.finished(answer)
-        except asyncio.CancelledError:
-            await asyncio.shield(self.put(self.object("cancelled")))
+            async with aclosing(self._told()) as events:
+                async for told in events:
+                    yield told
         except ApiError as error:
-            await self.failed(error)
+            yield ended(await self._failed(error))
         except Exception:
             logger.exception("a response failed")
-            await self.failed(InternalError())
-        finally:
-            await self.generation.close()
-            await self.ended()
+            yield ended(await self._failed(InternalError()))
 
-    async def ended(self) -> None:
-        """To be called in every case: what is kept as in progress then has failed."""
-        if self._store is not None:
-            await self._store.end_response(self.id)
+    async def _told(self) -> AsyncGenerator[Event | None, None]:
+        """The events of a response that goes well, which is kept before the last one; None: nothing new for a while."""
+        for told in (*begun(self.object("in_progress")), *self.output.begin()):
+            yield told
+        async for piece in self.generation.pieces(idle_s=self._service.options.keepalive_s):
+            if piece is None:
+                yield None
+                continue
+            for told in self._take(piece):
+                yield told
+        self._response = self.object(self._status, with_output=True)
+        await self.put(self._response)
+        yield ended(self._response)
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """The typed events, from `response.created` to `response.completed`, `.incomplete` or `.failed`."""
-        text, answer = "", Answer()
-        try:
-            for name in ("response.created", "response.in_progress"):
-                yield self._event(name, response=self.object("in_progress"))
-            yield self._event("response.output_item.added", output_index=0, item=self._item("in_progress", None))
-            yield self._part_event("response.content_part.added", part=_part(""))
-            async for piece in self.generation.pieces(idle_s=self._service.options.keepalive_s):
-                if piece is None:
-                    yield KEEP_ALIVE
-                    continue
-                if piece.text:
-                    text += piece.text
-                    yield self._part_event("response.output_text.delta", delta=piece.text, logprobs=[])
-                if piece.finish_reason is not None:
-                    answer = Answer(text=text, finish_reason=piece.finish_reason)
-            response = await self.finished(answer)
-        except ApiError as error:
-            yield self._event("response.failed", response=await self.failed(error))
-            return
-        except Exception:
-            logger.exception("a response failed")
-            yield self._event("response.failed", response=await self.failed(InternalError()))
-            return
-        for chunk in self._last_events(text, response):
-            yield chunk
+    def _take(self, piece: Piece) -> list[Event]:
+        events = self.output.push(piece.text, self._logprobs_of(piece), is_last=piece.finish_reason is not None)
+        if piece.finish_reason is not None:
+            self._status = "completed" if piece.finish_reason == "stop" else "incomplete"
+            events += self.output.finish(piece.finish_reason)
+        return events
 
-    def _last_events(self, text: str, response: Mapping[str, Any]) -> list[bytes]:
-        return [
-            self._part_event("response.output_text.done", text=text, logprobs=[]),
-            self._part_event("response.content_part.done", part=_part(text)),
-            self._event("response.output_item.done", output_index=0, item=response["output"][0]),
-            self._event(f"response.{response['status']}", response=response),
-        ]
+    def _logprobs_of(self, piece: Piece) -> Logprobs:
+        if self.logprobs is None or piece.output is None:
+            return []
+        self._num_entries += piece.num_entries
+        check_num_entries(self._num_entries)
+        num_top = 0 if self._body.top_logprobs is None else self._body.top_logprobs
+        written: ChatLogprobs = self.logprobs.chat([piece.output], num_top=num_top)
+        return [entry.model_dump() for entry in written.content]
 
-    def _part_event(self, name: str, **fields: Any) -> bytes:
-        return self._event(name, item_id=self._item_id, output_index=0, content_index=0, **fields)
-
-    def _event(self, name: str, **fields: Any) -> bytes:
-        data = {"type": name, "sequence_number": self._sequence_number, **fields}
-        self._sequence_number += 1
-        return b"event: " + name.encode() + b"\n" + event(orjson.dumps(data))
-
-    def _item(self, status: str, text: str | None) -> dict[str, Any]:
-        content = [] if text is None else [_part(text)]
-        return {"id": self._item_id, "type": "message", "status": status, "role": "assistant", "content": content}
-
-
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def _part_type(role: str) -> str:
-    return "output_text" if role == "assistant" else "input_text"
+    async def _failed(self, error: ApiError) -> dict[str, Any]:
+        """The response that could not be made, kept."""
+        self.output.break_off()
+        told = {"code": error.code or "server_error", "message": error.message}
+        response = self.object("failed", with_output=True, error=told)
+        await self.put(response)
+        return response

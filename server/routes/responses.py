@@ -1,27 +1,34 @@
 """`/v1/responses`: answers that are kept, and gone on from at the price of what is new."""
 
 import asyncio
-from typing import Annotated
+from collections.abc import AsyncIterator, Mapping
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.engine.types import EngineInfo
 from server.errors import InvalidRequestError, NotFoundError
+from server.event_log import EventLog
+from server.protocol.chat import MessageIn
 from server.protocol.responses import ResponseRequest
-from server.protocol.sampling import GenerationFields
 from server.routes.answers import Generation
+from server.routes.conversations import encode_messages, template_variables
 from server.routes.json_body import JsonRoute, ServiceDependency
-from server.routes.prompting import encode_messages, plan_generation
+from server.routes.logprobs import logprob_format
+from server.routes.prompting import plan_generation
+from server.routes.response_events import public, told_later
+from server.routes.response_output import ResponseOutput
 from server.routes.response_run import ResponseRun
-from server.routes.sessions import check_fingerprint, owner_of, require_store, system_prefix, time_to_live
-from server.routes.streaming import ClientGoneResponse, collect_answers, note_usage
-from server.routes.structure import checked_grammar
+from server.routes.sessions import admit, check_fingerprint, owner_of, require_store, system_prefix, time_to_live
+from server.routes.streaming import ClientGoneResponse, charged_tokens, note_usage
+from server.routes.tools import call_parser, call_token_ids, checked_form, form_of, told_tools
 from server.service import Service
-from server.sse import ClientDisconnectedError, EventStreamResponse
+from server.sse import ClientDisconnectedError, EventStreamResponse, unless_disconnected
 from server.states.session import CacheUse, StateSession
-from server.states.store import SnapshotRecord, Turn
+from server.states.store import ResponseRecord, Turn
 
+POLL_S = 0.5
 router = APIRouter(route_class=JsonRoute, prefix="/v1/responses", tags=["responses"])
 
 
@@ -30,48 +37,68 @@ async def create_response(body: ResponseRequest, request: Request, service: Serv
     """Answers an input, alone or after an earlier response."""
     service.require_model(body.model)
     info = service.require_open()
+    admit(request, service)
     owner = owner_of(request, service)
     run = _run(service, body, owner)
     run.generation = await _plan(service, info, body, run, owner)
     await run.generation.start()
     if body.background:
-        return await _in_background(service, run)
+        response = await _in_background(service, run)
+        return _follow(service, run.log, 0) if body.stream else response
     if body.stream:
         return _stream(request, run)
     try:
-        (answer,) = await collect_answers(request, run.generation)
-        return JSONResponse(await run.finished(answer))
+        return JSONResponse(await unless_disconnected(request.receive, run.whole()))
     except ClientDisconnectedError:
         return ClientGoneResponse()
     finally:
+        await run.generation.close()
         await run.ended()
+        note_usage(request, run.generation)
 
 
-@router.get("/{response_id}")
+@router.get("/{response_id}", response_class=Response)
 async def get_response(
     response_id: str,
     request: Request,
     service: ServiceDependency,
     stream: Annotated[bool, Query()] = False,
-) -> JSONResponse:
-    """A stored response."""
-    if stream:
-        raise InvalidRequestError(
-            "`stream` of a stored response is not supported by this server",
-            param="stream",
-            code="unsupported_parameter",
-        )
-    record = await require_store(service, param=None).get_response(owner_of(request, service), response_id)
-    return JSONResponse(dict(record.body))
+    starting_after: Annotated[int | None, Query(ge=0)] = None,
+) -> Response:
+    """A stored response; with `stream` its events after number `starting_after`, as they were or as they come."""
+    if starting_after is not None and not stream:
+        raise InvalidRequestError("`starting_after` needs `stream`", param="starting_after", code="invalid_value")
+    store, owner = require_store(service, param=None), owner_of(request, service)
+    record = await store.get_response(owner, response_id)
+    if not stream:
+        return JSONResponse(public(record.body))
+    begin = 0 if starting_after is None else starting_after + 1
+    log = service.event_logs.get(response_id)
+    if log is not None:
+        return _follow(service, log, begin)
+    return EventStreamResponse(told_later(_bodies(service, owner, response_id), begin), close=_nothing)
 
 
 @router.get("/{response_id}/input_items")
-async def list_input_items(response_id: str, request: Request, service: ServiceDependency) -> JSONResponse:
-    """What a stored response has answered, in order; not the conversation before it."""
+async def list_input_items(
+    response_id: str,
+    request: Request,
+    service: ServiceDependency,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Annotated[Literal["asc", "desc"], Query()] = "desc",
+    after: Annotated[str | None, Query(max_length=100)] = None,
+) -> JSONResponse:
+    """What a stored response has answered, the last item first unless asked otherwise; not the conversation before."""
     record = await require_store(service, param=None).get_response(owner_of(request, service), response_id)
-    items = list(record.input_items)
-    ids = {"first_id": items[0]["id"], "last_id": items[-1]["id"]}
-    return JSONResponse({"object": "list", "data": items, "has_more": False, **ids})
+    items = list(record.input_items) if order == "asc" else list(record.input_items)[::-1]
+    if after is not None:
+        ids = [item["id"] for item in items]
+        if after not in ids:
+            raise InvalidRequestError(f"there is no item {after!r}", param="after", code="invalid_value")
+        items = items[ids.index(after) + 1 :]
+    page = items[:limit]
+    ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
+    return JSONResponse({"object": "list", "data": page, "has_more": len(items) > limit, **ends})
 
 
 @router.delete("/{response_id}")
@@ -95,7 +122,7 @@ async def cancel_response(response_id: str, request: Request, service: ServiceDe
         )
     await _cancel(service, response_id)
     record = await store.cancel_response(owner, response_id)  # another replica may be making it
-    return JSONResponse(dict(record.body))
+    return JSONResponse(public(record.body))
 
 
 def _run(service: Service, body: ResponseRequest, owner: str) -> ResponseRun:
@@ -106,10 +133,13 @@ def _run(service: Service, body: ResponseRequest, owner: str) -> ResponseRun:
 
 
 async def _plan(service: Service, info: EngineInfo, body: ResponseRequest, run: ResponseRun, owner: str) -> Generation:
-    base = await _base(service, info, body, owner)
-    messages = body.messages
-    prompt = await encode_messages(service, messages, base=base)
-    points = system_prefix(service, messages, prompt) if base is None else ()
+    previous = await _previous(service, info, body, owner)
+    base = None if previous is None else previous.snapshot
+    use, fields = body.tool_use, body.generation
+    messages, tools = _told(service, body, previous)
+    variables = template_variables(service, None, body.reasoning_effort, param="reasoning")
+    prompt = await encode_messages(service, messages, base=base, tools=tools, variables=variables, param="input")
+    points = system_prefix(service, messages, prompt, tools=tools) if base is None else ()
     salt = "" if body.cache_salt is None else body.cache_salt
     session = StateSession(
         service.engine,
@@ -120,20 +150,38 @@ async def _plan(service: Service, info: EngineInfo, body: ResponseRequest, run: 
         turn=Turn.OPEN,
         cache=None if body.cache_prompt is False else CacheUse(owner, salt, points),
     )
-    fields = GenerationFields(
-        max_completion_tokens=body.max_output_tokens,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        timeout=body.timeout,
-    )
-    grammar = await checked_grammar(service, info, None if body.text is None else body.text.wanted_grammar)
+    shows_logprobs = fields.num_top_logprobs is not None
+    run.output = ResponseOutput(None if use is None else call_parser(service, use), with_logprobs=shows_logprobs)
+    run.logprobs = logprob_format(service, fields) if shows_logprobs else None
     return plan_generation(
-        service, info, fields, [prompt], param="input", max_tokens=None, session=session, grammar=grammar
+        service,
+        info,
+        fields,
+        [prompt],
+        param="input",
+        max_tokens=None,
+        session=session,
+        grammar=await checked_form(service, info, body.wanted_grammar, use),
+        shown_token_ids=frozenset() if use is None else call_token_ids(service.tokenizer),
     )
 
 
-async def _base(service: Service, info: EngineInfo, body: ResponseRequest, owner: str) -> SnapshotRecord | None:
-    """The conversation at the end of the previous response."""
+def _told(
+    service: Service, body: ResponseRequest, previous: ResponseRecord | None
+) -> tuple[list[MessageIn], tuple[Mapping[str, Any], ...]]:
+    """The new messages, and the tools that the template is to tell of.
+
+    Tools stand at the beginning of a conversation, and nothing can be added to the beginning of a state: tools that the
+    previous response did not have are told in a message of their own.
+    """
+    messages, tools = body.messages, told_tools(body.tool_use)
+    if previous is None or not tools or previous.body.get("tools") == body.told_tools:
+        return messages, tools
+    return [MessageIn(role="system", content=form_of(service).told(tools)), *messages], ()
+
+
+async def _previous(service: Service, info: EngineInfo, body: ResponseRequest, owner: str) -> ResponseRecord | None:
+    """The response that this one goes on from."""
     if body.previous_response_id is None:
         return None
     store = require_store(service, param="previous_response_id")
@@ -149,7 +197,7 @@ async def _base(service: Service, info: EngineInfo, body: ResponseRequest, owner
         )
     check_fingerprint(record.snapshot, info)
     await store.use_response(record.id)
-    return record.snapshot
+    return record
 
 
 async def _in_background(service: Service, run: ResponseRun) -> Response:
@@ -160,10 +208,44 @@ async def _in_background(service: Service, run: ResponseRun) -> Response:
         await run.generation.close()
         await run.ended()
         raise
-    task = asyncio.create_task(run.in_background())
+    task = asyncio.create_task(_made(service, run))
     service.background[run.id] = task
-    task.add_done_callback(lambda _: service.background.pop(run.id, None))
+    service.event_logs[run.id] = run.log
+    task.add_done_callback(lambda _: _forget(service, run))
     return JSONResponse(response)
+
+
+async def _made(service: Service, run: ResponseRun) -> None:
+    try:
+        await run.in_background()
+    finally:
+        service.rate_limits.charge(run.owner, charged_tokens(run.generation.usage))
+
+
+def _forget(service: Service, run: ResponseRun) -> None:
+    """The response has ended: from now on it is told from the store."""
+    service.background.pop(run.id, None)
+    service.event_logs.pop(run.id, None)
+
+
+def _follow(service: Service, log: EventLog, begin: int) -> Response:
+    """The events of a response that goes on without its readers."""
+    return EventStreamResponse(log.follow(begin, keepalive_s=service.options.keepalive_s), close=_nothing)
+
+
+async def _bodies(service: Service, owner: str, response_id: str) -> AsyncIterator[Mapping[str, Any]]:
+    """The stored response, again and again until it has ended."""
+    store = require_store(service, param=None)
+    while True:
+        record = await store.get_response(owner, response_id)
+        yield record.body
+        if record.has_ended:
+            return
+        await asyncio.sleep(POLL_S)
+
+
+async def _nothing() -> None:
+    """What is behind a stream that makes nothing."""
 
 
 def _stream(request: Request, run: ResponseRun) -> Response:

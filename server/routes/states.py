@@ -27,8 +27,9 @@ from server.protocol.states import (
     page_of,
 )
 from server.protocol.usage import Usage
+from server.routes.conversations import encode_messages
 from server.routes.json_body import JsonRoute, ServiceDependency
-from server.routes.prompting import check_prompt, encode_messages, encode_prompts
+from server.routes.prompting import check_prompt, encode_prompts
 from server.routes.sessions import (
     admit,
     cache_use,

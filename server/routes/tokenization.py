@@ -12,19 +12,14 @@ from server.protocol.tokenization import (
     TokenizeResponse,
     TokenizerInfo,
 )
+from server.routes.conversations import chat_message, encode_messages, template_variables
 from server.routes.json_body import JsonRoute, ServiceDependency
-from server.routes.prompting import (
-    chat_message,
-    encode_messages,
-    require_chat_template,
-    require_tokenizer,
-    run_if_long,
-)
+from server.routes.prompting import require_chat_template, require_tokenizer, run_if_long
 from server.routes.streaming import json_response
 from server.routes.tools import told_tools
 from server.service import Service
 from server.text.stream import TextStream
-from server.text.template import NO_VARIABLES, TemplateFailure
+from server.text.template import TemplateFailure
 
 router = APIRouter(route_class=JsonRoute, tags=["tokenizer"])
 
@@ -74,7 +69,7 @@ async def apply_template(body: ApplyTemplateRequest, service: ServiceDependency)
         return template.render(
             conversation,
             tools=told_tools(body.tool_use),
-            variables=NO_VARIABLES if body.chat_template_kwargs is None else body.chat_template_kwargs,
+            variables=template_variables(service, body.chat_template_kwargs, None),
             add_generation_prompt=body.add_generation_prompt is not False,
             continue_final_message=body.continue_final_message is True,
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 from server.engine.types import EngineInfo, GrammarSpec
 from server.errors import InvalidRequestError
-from server.protocol.chat import ChatDelta, ChatFinishReason, ChatMessageOut, ChatRequest
+from server.protocol.chat import ChatDelta, ChatFinishReason, ChatMessageOut
 from server.protocol.sampling import FinishReasonText
 from server.protocol.structure import WantedGrammar
 from server.protocol.tools import FunctionCallOut, FunctionDefinition, ToolCallOut, ToolUse
@@ -15,7 +15,8 @@ from server.service import Service
 from server.structure.sources import GrammarKind, GrammarSource, SourceError
 from server.structure.tool_grammar import Callable, tool_grammar
 from server.text.tokenizer import Tokenizer
-from server.text.tool_calls import CLOSE, OPEN, ArgumentsPart, CallPart, Part, TextPart, ToolCallParser
+from server.text.tool_calls import ArgumentsPart, CallParser, CallPart, Part, TextPart
+from server.text.tool_forms import ToolForm, tool_form
 
 
 def told_tools(use: ToolUse | None) -> tuple[Mapping[str, Any], ...]:
@@ -23,37 +24,49 @@ def told_tools(use: ToolUse | None) -> tuple[Mapping[str, Any], ...]:
     return () if use is None else tuple(_told(function) for function in use.offered)
 
 
+def form_of(service: Service) -> ToolForm:
+    """How the model writes calls."""
+    return tool_form(None if service.tokenizer is None else service.tokenizer.chat_template)
+
+
+def call_parser(service: Service, use: ToolUse) -> CallParser:
+    """Finds the calls in an answer."""
+    return form_of(service).parser([function.name for function in use.callable])
+
+
 def call_token_ids(tokenizer: Tokenizer | None) -> frozenset[int]:
     """Special tokens that are the marks around calls, in vocabularies that have them; they are text, then."""
-    if tokenizer is None or tokenizer.find_special_tokens(OPEN + CLOSE) != [
-        (0, len(OPEN)),
-        (len(OPEN), len(OPEN + CLOSE)),
-    ]:
+    if tokenizer is None:
         return frozenset()
-    return frozenset((tokenizer.special_token_id(OPEN), tokenizer.special_token_id(CLOSE)))
+    marks = tool_form(tokenizer.chat_template).marks
+    if any(tokenizer.find_special_tokens(mark) != [(0, len(mark))] for mark in marks):
+        return frozenset()
+    return frozenset(map(tokenizer.special_token_id, marks))
 
 
-async def checked_form(service: Service, info: EngineInfo, body: ChatRequest) -> GrammarSpec | None:
-    """The grammar of answers that may call tools, and must look as `response_format` says where they do not.
+async def checked_form(
+    service: Service, info: EngineInfo, wanted: WantedGrammar | None, use: ToolUse | None
+) -> GrammarSpec | None:
+    """The grammar of answers that may call tools, and must look as `wanted` says where they do not.
 
     Raises:
         InvalidRequestError: a schema or grammar is refused, or does not go with tools.
         OverloadedError: too many grammars wait to be compiled.
     """
-    wanted, use = body.wanted_grammar, body.tool_use
     content = await checked_grammar(service, info, wanted)
     if use is None or (use.is_free and wanted is None):
         return content
     is_special = bool(call_token_ids(service.tokenizer))
-    source = _source(use, None if wanted is None else wanted.source, is_special=is_special)
+    source = _source(use, None if wanted is None else wanted.source, form=form_of(service), is_special=is_special)
     return await checked_grammar(service, info, WantedGrammar(source, "tools"))
 
 
 class ToolAnswer:
     """One answer that may call tools, while its text grows."""
 
-    def __init__(self, use: ToolUse | None) -> None:
-        self._parser = None if use is None else ToolCallParser([function.name for function in use.callable])
+    def __init__(self, parser: CallParser | None) -> None:
+        """`parser`: None where nothing may be called."""
+        self._parser = parser
 
     def deltas(self, text: str, *, is_last: bool) -> list[ChatDelta]:
         """What new text brings in a stream."""
@@ -69,7 +82,7 @@ class ToolAnswer:
         content = "".join(part.text for part in parts if isinstance(part, TextPart))
         calls = tuple(
             ToolCallOut(
-                id=_new_id(),
+                id=new_call_id(),
                 type="function",
                 function=FunctionCallOut(name=part.name, arguments=_arguments(parts, part.index)),
             )
@@ -99,7 +112,7 @@ def _told(function: FunctionDefinition) -> Mapping[str, Any]:
     return {"type": "function", "function": told}
 
 
-def _source(use: ToolUse, content: GrammarSource | None, *, is_special: bool) -> GrammarSource:
+def _source(use: ToolUse, content: GrammarSource | None, *, form: ToolForm, is_special: bool) -> GrammarSource:
     if content is not None and not use.is_forced and content.kind is not GrammarKind.JSON_SCHEMA:
         raise InvalidRequestError(
             "beside tools, `structured_outputs` may be JSON only; or set `tool_choice` to none",
@@ -109,7 +122,12 @@ def _source(use: ToolUse, content: GrammarSource | None, *, is_special: bool) ->
     tools = [Callable(tool.name, tool.parameters, is_strict=tool.strict is True) for tool in use.callable]
     try:
         return tool_grammar(
-            tools, is_forced=use.is_forced, is_parallel=use.is_parallel, content=content, is_special=is_special
+            tools,
+            is_forced=use.is_forced,
+            is_parallel=use.is_parallel,
+            content=content,
+            is_special=is_special,
+            form=form,
         )
     except SourceError as error:
         raise InvalidRequestError(f"tools: {error}", param="tools", code="invalid_value") from error
@@ -121,7 +139,9 @@ def _delta(part: Part) -> ChatDelta:
             return ChatDelta(content=text)
         case CallPart(index, name):
             function = FunctionCallOut(name=name, arguments="")
-            return ChatDelta(tool_calls=(ToolCallOut(index=index, id=_new_id(), type="function", function=function),))
+            return ChatDelta(
+                tool_calls=(ToolCallOut(index=index, id=new_call_id(), type="function", function=function),)
+            )
         case ArgumentsPart(index, text):
             return ChatDelta(tool_calls=(ToolCallOut(index=index, function=FunctionCallOut(arguments=text)),))
 
@@ -130,5 +150,6 @@ def _arguments(parts: Iterable[Part], index: int) -> str:
     return "".join(part.text for part in parts if isinstance(part, ArgumentsPart) and part.index == index)
 
 
-def _new_id() -> str:
+def new_call_id() -> str:
+    """Not to be guessed, like all ids."""
     return f"call_{uuid.uuid4().hex[:24]}"

@@ -47,6 +47,7 @@ class ChatMessage:
     Attributes:
         tool_calls: `{"id", "type": "function", "function": {"name", "arguments"}}`, the arguments as a value.
         tool_call_id: of a message with the role `tool`: which call it answers.
+        reasoning: what the assistant thought before it said this.
     """
 
     role: str
@@ -54,6 +55,7 @@ class ChatMessage:
     name: str | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     tool_call_id: str | None = None
+    reasoning: str | None = None
 
 
 class ChatTemplate:
@@ -61,6 +63,7 @@ class ChatTemplate:
 
     Attributes:
         knows_tools: whether the template has a place for tools; else they are told in a system message.
+        variables: names that the template asks for.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -71,10 +74,10 @@ class ChatTemplate:
         self._environment = _BoundedEnvironment()
         try:
             self._template = self._environment.from_string(tokenizer.chat_template)
-            variables = meta.find_undeclared_variables(self._environment.parse(tokenizer.chat_template))
+            self.variables = frozenset(meta.find_undeclared_variables(self._environment.parse(tokenizer.chat_template)))
         except TemplateError as error:
             raise TemplateSyntaxFailure(f"the model's chat template is not valid: {error}") from error
-        self.knows_tools = "tools" in variables
+        self.knows_tools = "tools" in self.variables
 
     def encode(
         self,
@@ -130,7 +133,15 @@ class ChatTemplate:
     def _finished(
         self, conversation: Mapping[str, Any], add_generation_prompt: bool, continue_final_message: bool
     ) -> str:
-        text = self._render(conversation, add_generation_prompt=add_generation_prompt and not continue_final_message)
+        opens = add_generation_prompt and not continue_final_message
+        try:
+            text = self._render(conversation, add_generation_prompt=opens)
+        except TemplateFailure:
+            if all(message["content"] is not None for message in conversation["messages"]):
+                raise
+            # Beside calls there is no content; templates that cannot have none get an empty one.
+            messages = [{**message, "content": message["content"] or ""} for message in conversation["messages"]]
+            text = self._render({**conversation, "messages": messages}, add_generation_prompt=opens)
         return _cut_after(text, conversation["messages"][-1]["content"] or "") if continue_final_message else text
 
     def _render(self, conversation: Mapping[str, Any], *, add_generation_prompt: bool) -> str:
@@ -171,6 +182,8 @@ class ChatTemplate:
             variables["tool_calls"] = [*message.tool_calls]
         if message.tool_call_id is not None:
             variables["tool_call_id"] = message.tool_call_id
+        if message.reasoning is not None:
+            variables["reasoning_content"] = message.reasoning
         return variables
 
     def _protect(self, conversation: dict[str, Any]) -> tuple[dict[str, Any], str | None]:

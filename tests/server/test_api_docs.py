@@ -5,6 +5,7 @@ from pathlib import Path
 
 from server.protocol.chat import ChatRequest
 from server.protocol.completions import CompletionRequest
+from server.protocol.responses import ResponseRequest
 from server.protocol.unsupported import CHAT_FIELDS, COMPLETION_FIELDS
 
 PAGE = (Path(__file__).parents[2] / "docs/api.md").read_text()
@@ -17,7 +18,8 @@ def named_in_tables() -> set[str]:
 
 
 def test_every_field_is_documented() -> None:
-    assert named_in_tables() == {*CompletionRequest.model_fields, *ChatRequest.model_fields}
+    requests = (CompletionRequest, ChatRequest, ResponseRequest)
+    assert named_in_tables() == {name for request in requests for name in request.model_fields}
 
 
 def test_every_field_that_is_refused_is_documented() -> None:

@@ -183,7 +183,6 @@ def test_structured_text(server: Running) -> None:
         ({"input": "x", "reasoning": {"effort": "high"}}, "reasoning"),
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
         ({"input": "x", "background": True, "store": False}, "background"),
-        ({"input": "x", "background": True, "stream": True}, "background"),
         ({"input": "x", "text": {"format": {"type": "xml"}}}, "text.format"),
         ({"input": "x", "temperature": 9}, "temperature"),
         ({"input": "x", "model": "gpt-x"}, "model"),
