@@ -12,14 +12,14 @@ from torch import Tensor
 from dijiang_model.checkpoints import load_model
 from dijiang_model.config import ModelConfig
 from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.quantization.config import WeightKind
+from dijiang_model.quantization.config import Quantization
 from dijiang_model.state import StateSpec
 from dijiang_model.tensor_files import SAFETENSORS_DTYPES
 from server.engine.engine import Engine
 from server.engine.fingerprint import model_fingerprint
 from server.engine.grammar import GrammarCompiler
 from server.engine.grammar_queue import GrammarQueue
-from server.engine.placement import QUANTIZED, device_name, select_device, weights_dtype
+from server.engine.placement import device_name, select_device, weights_dtype, weights_kind
 from server.engine.prefix_cache import PrefixCache
 from server.engine.prefix_disk import PrefixDisk
 from server.engine.recording import recorder
@@ -77,15 +77,13 @@ def load_engine(config: EngineConfig) -> Engine:
     dtype = weights_dtype(config)
     torch.set_num_threads(config.num_threads)
     select_device(config.device)
-    model = load_model(
-        config.model_path,
-        device=config.device,
-        dtype=dtype,
-        weights=cast(WeightKind, config.weights_dtype) if config.weights_dtype in QUANTIZED else None,
-    )
-    if model.quantization is not None:  # as they are stored, whatever was asked for
-        config = replace(config, weights_dtype=model.quantization.weights)
-    return build_engine(model, config, started=started)
+    model = load_model(config.model_path, device=config.device, dtype=dtype, weights=weights_kind(config))
+    return build_engine(model.seal(), as_stored(config, model.quantization), started=started)
+
+
+def as_stored(config: EngineConfig, quantization: Quantization | None) -> EngineConfig:
+    """A config that says how the weights are rounded, which was perhaps not asked for."""
+    return config if quantization is None else replace(config, weights_dtype=quantization.weights)
 
 
 def build_engine(model: DiJiangForCausalLM, config: EngineConfig, *, started: float | None = None) -> Engine:

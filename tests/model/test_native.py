@@ -12,7 +12,7 @@ from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.native import weights
 from dijiang_model.native.decoder import NativeDecoder
 from dijiang_model.native.library import VARIANTS, load_library, load_variant
-from dijiang_model.native.weights import why_unsupported
+from dijiang_model.native.weights import NetworkWeights, why_unsupported
 from tests.model.stepping import Stepper, assert_close_in_norm, assert_states_close, logits_of, random_text
 from tests.tiny_models import HYBRID, PURE, RELEASED, TABLES, gpt_neox_config, llama_config, opt_config, tiny_model
 
@@ -268,6 +268,20 @@ def test_what_is_changed_after_prepare_is_computed(spoil: Callable[[DiJiangForCa
     spoil(twin)
     assert not torch.allclose(logits_of(changed, text), before)
     assert_close_in_norm(logits_of(changed, text), logits_of(twin, text), tolerance=TOLERANCE)
+
+
+def test_a_sealed_model_computes_the_same_and_no_longer_looks_for_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, model, sealed = random_text(20), tiny_model(), tiny_model().seal()
+    expected = logits_of(model, text)
+
+    def look(weights: NetworkWeights) -> bool:
+        raise AssertionError("a sealed model's weights are not looked at")
+
+    monkeypatch.setattr(NetworkWeights, "is_current", property(look))
+    assert torch.equal(logits_of(sealed, text), expected)
+    with pytest.raises(AssertionError, match="sealed"):
+        logits_of(model, text)
+    assert sealed.double().decode_path == "torch"
 
 
 def test_gradients_flow_where_they_are_wanted() -> None:
