@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.states.errors import name_taken, snapshot_gone, state_conflict, storage_full
+from server.states.errors import StoreUnavailableError, name_taken, snapshot_gone, state_conflict, storage_full
 from server.states.postgres import Postgres, Transaction
 from server.states.shared_rows import (
     delete_responses,
@@ -124,7 +124,12 @@ class SharedDatabase:
             drop_unused(transaction, files)
 
     def upload(self, snapshot: SnapshotRecord, path: Path) -> None:
-        """Writes a snapshot, wholly or not at all; nothing refers to it yet. May be repeated. Raises `OSError`."""
+        """Writes a snapshot, wholly or not at all; nothing refers to it yet. May be repeated.
+
+        Raises:
+            OSError: the file cannot be read.
+            StoreUnavailableError: no room is kept for it (any more).
+        """
         with path.open("rb") as file, self._postgres.adding() as transaction:
             if not insert_snapshot(transaction, snapshot):
                 return
@@ -134,6 +139,10 @@ class SharedDatabase:
                 while chunk := file.read(CHUNK_BYTES):
                     copy.write_row((snapshot.file, number, chunk))
                     number += 1
+            # Whoever gives up the room removes what is in it: after this, or this is not to be.
+            kept = "SELECT 1 FROM uses WHERE file = %s AND replica = %s FOR SHARE"
+            if transaction.row(kept, snapshot.file, self._replica) is None:
+                raise StoreUnavailableError
 
     def content(self, snapshot: SnapshotRecord) -> Iterator[bytes]:
         """A snapshot's file in pieces, as of one moment; raises `NotFoundError` before the first."""

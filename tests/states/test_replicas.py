@@ -318,6 +318,24 @@ async def test_a_kill_in_the_middle_of_writing_leaves_nothing(kind: SharedKind, 
     await store.close()
 
 
+async def test_a_client_who_leaves_in_the_middle_of_writing_leaves_nothing(kind: SharedKind, tmp_path: Path) -> None:
+    store = kind.open(max_bytes=1 << 30)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    async with store.room(1, bytes_each=len(LARGE)) as room:
+        room.path(0).symlink_to(pipe)
+        adding = asyncio.create_task(store.add(NewState("ann", snapshot(room.files[0], num_bytes=len(LARGE)))))
+        content = await asyncio.to_thread(pipe.open, "wb")
+        await asyncio.to_thread(content.write, LARGE)
+        adding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await adding
+    content.close()
+    await store.close()
+    assert kind.ask("SELECT count(*) FROM {}.snapshots") == [(0,)]
+    assert kind.num_files() == 0
+
+
 async def test_a_file_that_the_engine_has_not_written_is_not_kept(kind: SharedKind, first: SharedStore) -> None:
     async with first.room(1, bytes_each=SIZE) as room:
         with pytest.raises(FileNotFoundError):
