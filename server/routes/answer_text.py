@@ -27,16 +27,24 @@ class Taken:
 class AnswerText:
     """Pushes tokens through a text stream in the order of the text."""
 
-    def __init__(self, stream: TextStream | None, request: GenerationRequest, *, echoes: bool) -> None:
+    def __init__(
+        self,
+        stream: TextStream | None,
+        request: GenerationRequest,
+        *,
+        echoes: bool,
+        is_scored_elsewhere: bool = False,
+    ) -> None:
         """
         Args:
             stream: where tokens become text; None if the model has no tokenizer.
             request: whose events come.
             echoes: whether the text begins with the prompt. The stream must look for no stop string there.
+            is_scored_elsewhere: whether log-probabilities of the prompt come though the request asks for none.
         """
         self._stream = stream
         self._prompt = request.prompt_token_ids
-        self._scores_prompt = request.logprobs.num_prompt is not None
+        self._scores_prompt = is_scored_elsewhere or request.logprobs.num_prompt is not None
         self._scores_output = request.logprobs.num_output is not None
         self._echoes = echoes
         self._num_prompt_done = 0

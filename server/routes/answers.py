@@ -37,11 +37,13 @@ class Plan:
         request: what the engine gets.
         text: where its tokens become text; None if the model has no tokenizer.
         echoes: whether the text begins with the prompt.
+        scored_by: number of the choice whose request scores the prompt for this one too; None: its own does, if any.
     """
 
     request: GenerationRequest
     text: TextStream | None
     echoes: bool = False
+    scored_by: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +87,21 @@ class Answer:
 
 
 class Choice:
-    """Turns the events of one engine request into pieces, and measures it."""
+    """Turns the events of one engine request into pieces, and measures it.
+
+    Attributes:
+        followers: choices that get the log-probabilities of the prompt from this one.
+        prompt_is_scored: set when they have got all of them.
+    """
 
     def __init__(self, index: int, plan: Plan, metrics: Metrics, *, keeps_tokens: bool = False) -> None:
         """`keeps_tokens`: whether `token_ids` will be asked for."""
         self.index = index
-        self.text = AnswerText(plan.text, plan.request, echoes=plan.echoes)
+        self.text = AnswerText(
+            plan.text, plan.request, echoes=plan.echoes, is_scored_elsewhere=plan.scored_by is not None
+        )
+        self.followers: list[Choice] = []
+        self.prompt_is_scored = asyncio.Event()
         self._metrics = metrics
         self._num_prompt_tokens = len(plan.request.prompt_token_ids)
         self._begin = self._last = time.perf_counter()
@@ -131,6 +142,15 @@ class Choice:
             prompt=taken.prompt,
             output=taken.output,
         )
+
+    def shared(self, event: TokenEvent) -> list[Piece]:
+        """What an event's log-probabilities of the prompt are to the followers."""
+        if event.prompt_logprobs is None:
+            return []
+        return [
+            follower.take(TokenEvent(event.request_id, prompt_logprobs=event.prompt_logprobs))
+            for follower in self.followers
+        ]
 
     def close(self) -> None:
         """Counts the end, whatever it was."""
@@ -179,6 +199,9 @@ class Generation:
         self._choices = [
             Choice(index, plan, service.metrics, keeps_tokens=session.keeps) for index, plan in enumerate(plans)
         ]
+        for choice, plan in zip(self._choices, plans, strict=True):
+            if plan.scored_by is not None:
+                self._choices[plan.scored_by].followers.append(choice)
         self._admitted = AsyncExitStack()
         self._pumps: list[asyncio.Task[None]] = []
         self._pieces: asyncio.Queue[Piece | ApiError] = asyncio.Queue()
@@ -300,10 +323,13 @@ class Generation:
         """Carries the pieces of one choice to the queue; leaves the engine as soon as it has ended."""
         async with stack:
             try:
-                if choice.text.num_unread > MAX_INLINE_TOKENS:
-                    await asyncio.to_thread(choice.text.read_prompt)
+                await self._prepared(choice)
                 async for event in events:
                     piece = choice.take(event)
+                    for other in choice.shared(event):
+                        self._pieces.put_nowait(other)
+                    if event.token_ids or event.finish_reason is not None:
+                        choice.prompt_is_scored.set()  # all of it has come with the first token at the latest
                     if piece.finish_reason is not None and self._session.keeps:
                         piece = replace(piece, state_id=await self._keep_state(choice, event, stack))
                     self._pieces.put_nowait(piece)
@@ -317,6 +343,14 @@ class Generation:
             except Exception:
                 logger.exception("an answer failed")
             self._pieces.put_nowait(InternalError())
+
+    async def _prepared(self, choice: Choice) -> None:
+        """Reads an echoed prompt beforehand, or waits until all of it has come from where it is scored."""
+        scored_by = self._plans[choice.index].scored_by
+        if scored_by is not None:
+            await self._choices[scored_by].prompt_is_scored.wait()
+        elif choice.text.num_unread > MAX_INLINE_TOKENS:
+            await asyncio.to_thread(choice.text.read_prompt)
 
     def _request(self, choice: Choice) -> GenerationRequest:
         return self._session.attach(self._plans[choice.index].request, choice.index)

@@ -119,23 +119,24 @@ def plan_generation(
     _check_plan(service, info, fields, prompts, param=param, limit=limit, session=session, grammar=grammar)
     bad_words = _bad_words(service, fields)
     name, logprobs = fields.own_id, fields.logprob_options
-    shares_prefill = fields.num_choices > 1 and logprobs.num_prompt is None
     plans: list[Plan] = []
     for number, prompt in enumerate(prompts):
-        for _ in range(fields.num_choices):
+        for choice in range(fields.num_choices):
+            # The first answer computes the prompt for all, and scores it for all.
+            scored_by = len(plans) - choice if choice > 0 and logprobs.num_prompt is not None else None
             sampling = sampling_params(fields, max_tokens=limit, number=len(plans))
             request = GenerationRequest(
                 f"{name}-{len(plans)}",
                 prompt,
                 replace(sampling, bad_words=bad_words),
                 grammar=grammar,
-                logprobs=logprobs,
-                group=f"{name}-{number}" if shares_prefill else None,
+                logprobs=logprobs if scored_by is None else replace(logprobs, num_prompt=None),
+                group=f"{name}-{number}" if fields.num_choices > 1 else None,
                 priority=_given(fields.priority, 0),
             )
             is_start = session.base is None
             text = _text_stream(service.tokenizer, fields, prompt, is_start=is_start, shown=shown_token_ids)
-            plans.append(Plan(request, text, echoes=fields.echoes))
+            plans.append(Plan(request, text, echoes=fields.echoes, scored_by=scored_by))
     return Generation(
         service,
         plans,
