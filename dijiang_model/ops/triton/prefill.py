@@ -45,7 +45,7 @@ class Products:
         return cls(torch.float32, "ieee", "ieee")
 
 
-class _Prefill:
+class PrefillStep:
     """One layer's prefill: its tensors, and the arguments that several kernels share."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, step: StepLayout, state: LayerState):
@@ -110,17 +110,17 @@ def prefill(
         out: [T, H, d], contiguous; written.
         late: cosines and sines of as many positions as the window has; read where features see no rotation.
     """
-    x = _Prefill(q, k, v, kernel=kernel, step=step, state=state)
-    rotated = _rotated_keys(x)
-    phi_q = _query_features(x)
-    phi_in, v_in = _entering(x, rotated, late)
-    chunk_states, chunk_normalisers = _states(x, phi_in, v_in)
-    _outputs(x, rotated, phi_q, phi_in, v_in, chunk_states, chunk_normalisers, out)
+    x = PrefillStep(q, k, v, kernel=kernel, step=step, state=state)
+    rotated = rotated_keys(x)
+    phi_q = query_features(x)
+    phi_in, v_in = entering(x, rotated, late)
+    chunk_states, chunk_normalisers = states_before_chunks(x, phi_in, v_in)
+    chunk_outputs(x, rotated, phi_q, phi_in, v_in, chunk_states, chunk_normalisers, out)
     if x.has_window:
-        _write_near_rows(x, rotated)
+        write_near_rows(x, rotated)
 
 
-def _rotated_keys(x: _Prefill) -> Tensor:
+def rotated_keys(x: PrefillStep) -> Tensor:
     """[T, G, d] as the ring will hold them; without a window nobody asks for them."""
     if x.state.near_keys is None:
         return x.k
@@ -141,7 +141,7 @@ def _rotated_keys(x: _Prefill) -> Tensor:
     return rotated
 
 
-def _query_features(x: _Prefill) -> Tensor:
+def query_features(x: PrefillStep) -> Tensor:
     """[T, H, K]."""
     kernel, features = x.kernel, x.kernel.attention.features
     q = kernel.far_query(x.q.to(kernel.log_decay.dtype)) if features.far_rank > 0 else x.q
@@ -172,7 +172,7 @@ def _query_features(x: _Prefill) -> Tensor:
     return phi_q
 
 
-def _entering(x: _Prefill, rotated: Tensor, late: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def entering(x: PrefillStep, rotated: Tensor, late: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """[T, G, K] and [T, G, d], what each token adds to the state; values keep their place without a window."""
     kernel, config = x.kernel, x.kernel.attention
     phi_in = x.scratch(x.num_tokens, x.num_groups, x.num_features, dtype=x.products.dtype)
@@ -217,7 +217,7 @@ def _entering(x: _Prefill, rotated: Tensor, late: tuple[Tensor, Tensor]) -> tupl
     return phi_in, v_in
 
 
-def _states(x: _Prefill, phi_in: Tensor, v_in: Tensor) -> tuple[Tensor, Tensor]:
+def states_before_chunks(x: PrefillStep, phi_in: Tensor, v_in: Tensor) -> tuple[Tensor, Tensor]:
     """[M, G, K, d] and [M, G, K], the state before each chunk; moves the slots on."""
     kernel, state = x.kernel, x.state.linear_state
     num_chunks, block_k, block_v = x.layout.num_chunks, min(64, x.block_k), min(64, x.block_d)
@@ -254,8 +254,8 @@ def _states(x: _Prefill, phi_in: Tensor, v_in: Tensor) -> tuple[Tensor, Tensor]:
     return chunk_states, chunk_normalisers
 
 
-def _outputs(
-    x: _Prefill,
+def chunk_outputs(
+    x: PrefillStep,
     rotated: Tensor,
     phi_q: Tensor,
     phi_in: Tensor,
@@ -312,7 +312,7 @@ def _outputs(
     )
 
 
-def _write_near_rows(x: _Prefill, rotated: Tensor) -> None:
+def write_near_rows(x: PrefillStep, rotated: Tensor) -> None:
     near_keys, near_values = x.state.near_keys, x.state.near_values
     assert near_keys is not None
     near_rows_kernel[(x.layout.num_sequences, x.num_groups)](

@@ -1,0 +1,50 @@
+"""The GPU benchmarks run from end to end on a tiny model, so that the first session with a GPU only has to run them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_decode, gpu_prefill
+from benchmarks.gpu_models import config_of, random_model, softmax_twin
+from benchmarks.transformers_twin import decode_step
+from dijiang_model.ops.training import SoftmaxAttention, run_segments
+
+
+@pytest.mark.slow
+def test_decode_tells_every_contender_and_its_floor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_decode.main(["--tiny", "--attention", "pure", "--out", str(tmp_path)])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    names = {line["name"] for line in result["lines"]}
+    assert names == {"ours pure, recorded", "ours pure, fresh", "HF dynamic", "HF static"}
+    ours = [line for line in result["lines"] if line["name"].startswith("ours")]
+    assert all(line["floor_ms"] > 0 and line["of_floor"] == line["floor_ms"] / line["ms"] for line in ours)
+    assert [(one["shape"], one["context"], one["times_hf"] > 0) for one in result["best"]] == [("tiny", 8, True)]
+    assert json.loads((tmp_path / "gpu-decode-cpu-tiny.json").read_text()) == result
+
+
+@pytest.mark.slow
+def test_prefill_tells_every_contender(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_prefill.main(["--tiny", "--attention", "pure", "--out", str(tmp_path)])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [line["name"] for line in result["lines"]] == ["ours pure", "ours pure, ragged", "HF sdpa"]
+    assert all(line["ms"] > 0 for line in result["lines"])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 9, 2048])
+def test_ragged_prompts_have_as_many_tokens_as_one(num_tokens: int) -> None:
+    lengths = gpu_prefill.ragged(num_tokens)
+    assert (sum(lengths), min(lengths) >= 1) == (num_tokens, True)
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-neox"])
+def test_the_rival_is_the_softmax_model_of_the_same_weights(shape: str) -> None:
+    model = random_model(config_of(shape, "pure"), device="cpu", dtype=torch.float32)
+    twin = softmax_twin(model)
+    token_ids = torch.randint(0, 300, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ours = model.logits(run_segments(model, token_ids, SoftmaxAttention()))
+        torch.testing.assert_close(ours, twin(token_ids).logits[0], rtol=1e-4, atol=1e-5)
+        for kind in ("dynamic", "static"):
+            assert decode_step(twin, num_rows=2, num_tokens=8, kind=kind, num_steps=4)().shape == (2,)
