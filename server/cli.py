@@ -66,6 +66,12 @@ def evaluate(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
+def merge(context: typer.Context) -> None:
+    """Merge a trained adapter into its model, ready to be served."""
+    _call(import_module("dijiang_model.conversion.merge").merge_command, context)
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
 def chat(context: typer.Context) -> None:
     """Talk to a served model in the terminal."""
     _call(import_module("clients.cli").chat_command, context)

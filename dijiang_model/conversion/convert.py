@@ -96,41 +96,60 @@ def convert(
     opened = open_source(source)
     config, origin = _target(opened, source, recipe=recipe, window=window, sinks=sinks, seed=seed)
     weights_dtype = DTYPES[dtype] if dtype is not None else _stored_dtype(opened)
-    model = build_model(config, device="meta", dtype=weights_dtype)
-    expected = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
-    reader = _Reader(opened, config, expected, seed=seed)
-    card = model_card(config, origin, model.state_spec, name=out.absolute().name, dtype=str(weights_dtype)[6:])
-    tensors: TensorSource = reader
-    quantization = None
-    if weights is not None:
-        quantization = choose(weights, reader, model)
-        tensors = QuantizedTensors(reader, weights_to_quantize(model, quantization))
-        card = with_rounding(card, quantization)
-    report = _ByteCounter(on_progress, sum(map(num_bytes, tensors.infos().values())))
+    plan = _plan(opened, config, origin, dtype=weights_dtype, weights=weights, name=out.absolute().name)
     has_tokenizer = False
 
     def fill(folder: Path) -> None:
         nonlocal has_tokenizer
         has_tokenizer = opened.write_tokenizer(folder)
-        write_text(folder / CARD_FILE, card)
+        write_text(folder / CARD_FILE, plan.card)
 
     write_checkpoint(
         out,
-        StoredConfig(config=config, base=opened.base, origin=origin, quantization=quantization),
-        tensors.infos(),
-        tensors.read,
+        plan.stored,
+        plan.tensors.infos(),
+        plan.tensors.read,
         fill=fill,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
-        on_written=report,
+        on_written=_ByteCounter(on_progress, sum(map(num_bytes, plan.tensors.infos().values()))),
     )
-    return Conversion(
-        out=out,
-        title=title(config),
-        state_bytes=model.state_spec.bytes_per_slot,
-        has_tokenizer=has_tokenizer,
-        warnings=_warnings(config, origin, has_tokenizer=has_tokenizer),
-    )
+    warnings = _warnings(config, origin, has_tokenizer=has_tokenizer)
+    return Conversion(out, title(config), plan.state_bytes, has_tokenizer, warnings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What will be written, known before anything is.
+
+    Attributes:
+        tensors: of the target, each made when it is read.
+        card: text of the model card.
+        state_bytes: of one conversation.
+    """
+
+    stored: StoredConfig
+    tensors: TensorSource
+    card: str
+    state_bytes: int
+
+
+def _plan(
+    opened: Source, config: ModelConfig, origin: Origin, *, dtype: torch.dtype, weights: WeightKind | None, name: str
+) -> _Plan:
+    """Raises ConversionError if the source's tensors do not fit the config."""
+    model = build_model(config, device="meta", dtype=dtype)
+    spec = model.state_spec
+    expected = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+    reader = _Reader(opened, config, expected, seed=origin.seed)
+    card = model_card(config, origin, spec, name=name, dtype=str(dtype).removeprefix("torch."))
+    stored = StoredConfig(config=config, base=opened.base, origin=origin)
+    if weights is None:
+        return _Plan(stored, reader, card, spec.bytes_per_slot)
+    quantization = choose(weights, reader, model)
+    tensors = QuantizedTensors(reader, weights_to_quantize(model, quantization))
+    stored = replace(stored, quantization=quantization)
+    return _Plan(stored, tensors, with_rounding(card, quantization), spec.bytes_per_slot)
 
 
 def sha256_of(path: Path) -> str:

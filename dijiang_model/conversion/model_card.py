@@ -33,10 +33,13 @@ def title(config: ModelConfig) -> str:
     return "DiJiang hybrid, window " + " or ".join(f"{window}+{sinks}" for window, sinks in windows)
 
 
-def model_card(config: ModelConfig, origin: Origin, state: StateSpec, *, name: str, dtype: str) -> str:
+def model_card(
+    config: ModelConfig, origin: Origin, state: StateSpec, *, name: str, dtype: str, evaluation: str | None = None
+) -> str:
     """The text of the model's README.md.
 
     Args:
+        evaluation: what `dijiang evaluate` measured (`report.tables`); None: nothing was.
         state: one conversation's.
         name: the model's folder name.
         dtype: of the stored weights, e.g. `float32`.
@@ -47,7 +50,8 @@ def model_card(config: ModelConfig, origin: Origin, state: StateSpec, *, name: s
         f"**{UNTRAINED_WARNING}**" if needs_training(config, origin) else "",
         _facts(config, origin, state, dtype),
         "## What was trained\n\n" + _training(origin, config),
-        "## Why it may be called DiJiang\n\n" + _conditions(config, origin),
+        "## Why it may be called DiJiang\n\n" + _conditions(config, origin, is_evaluated=evaluation is not None),
+        "" if evaluation is None else f"## Evaluation\n\n{evaluation.strip()}",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -134,7 +138,7 @@ def _nodes(config: ModelConfig) -> str:
     )
 
 
-def _conditions(config: ModelConfig, origin: Origin) -> str:
+def _conditions(config: ModelConfig, origin: Origin, *, is_evaluated: bool) -> str:
     is_matrix = any("matrix" in layer.features.bases for layer in config.layers)
     is_silent = origin.tokens_trained == 0 and any(layer.window for layer in config.layers)
     computes = "Each layer computes `phi(q)^T sum phi(k) v^T` with " + (
@@ -150,8 +154,8 @@ def _conditions(config: ModelConfig, origin: Origin) -> str:
             f"1. {computes}",
             f"2. {nodes}",
             f"3. Decoding is strictly recurrent, its state constant. {title(config)}.",
-            "4. Tokens trained: "
-            + f"{origin.tokens_trained:,}. Losses, likelihood against the teacher and against the "
-            "window of equal bytes, ablations and a recall probe: not measured for this conversion.",
+            f"4. Tokens trained: {origin.tokens_trained:,}. Losses, likelihood against the teacher and against the "
+            "window of equal bytes, ablations and a recall probe: "
+            + ("see the evaluation below." if is_evaluated else "not measured for this conversion."),
         ]
     )

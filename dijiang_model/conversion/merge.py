@@ -1,0 +1,76 @@
+"""`dijiang merge`: an adapter and its base as one model, with what was measured in the model card."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from dijiang_model.config_json import read_stored_config
+from dijiang_model.conversion.adapters import apply_adapter, load_adapter
+from dijiang_model.conversion.model_card import model_card, title
+from dijiang_model.conversion.report import TABLES_FILE
+from dijiang_model.errors import ConversionError, ModelError
+from dijiang_model.families import build_model
+from dijiang_model.tensor_files import open_tensors
+
+
+def merge(folder: Path, adapter_file: Path, out: Path, *, report: Path | None = None, overwrite: bool = False) -> str:
+    """Merges an adapter into a converted model, tensor by tensor.
+
+    Args:
+        folder: the base.
+        out: folder to write; it appears complete or not at all.
+        report: folder of `dijiang evaluate`, whose tables go into the model card.
+        overwrite: replace a non-empty `out`.
+
+    Returns:
+        What the model may be called.
+
+    Raises:
+        ConversionError: `report` holds no evaluation.
+        ModelError: the adapter is damaged or fits another base, or `out` cannot be written.
+    """
+    adapter, stored = load_adapter(adapter_file), read_stored_config(folder)
+    evaluation = None if report is None else _tables(report)
+    config = adapter.config(stored.config)
+    dtype = next(info.dtype for name, info in open_tensors(folder).infos().items() if ".linear." not in name)
+    origin = replace(stored.origin, tokens_trained=stored.origin.tokens_trained + adapter.info.tokens_trained)
+    card = model_card(
+        config,
+        origin,
+        build_model(config, dtype=dtype).state_spec,
+        name=out.absolute().name,
+        dtype=str(dtype).removeprefix("torch."),
+        evaluation=evaluation,
+    )
+    apply_adapter(folder, adapter, out, card=card, overwrite=overwrite)
+    return title(config)
+
+
+def merge_command(
+    model: Annotated[Path, typer.Argument(help="Folder of the converted model that was trained.")],
+    adapter: Annotated[Path, typer.Argument(help="Its adapter, as `dijiang train` writes it.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write. It appears complete or not at all.")],
+    report: Annotated[
+        Path | None, typer.Option(help="Folder of `dijiang evaluate`: its tables go into the model card.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+) -> None:
+    """Merge a trained adapter into its model, ready to be served."""
+    console = Console(stderr=True)
+    try:
+        name = merge(model, adapter, out, report=report, overwrite=overwrite)
+    except ModelError as error:
+        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+        raise typer.Exit(1) from error
+    console.print(f"{name}. Serve it with `dijiang serve {escape(str(out))}`", highlight=False)
+
+
+def _tables(report: Path) -> str:
+    try:
+        return (report / TABLES_FILE).read_text("utf-8")
+    except OSError as error:
+        raise ConversionError(f"{report} holds no {TABLES_FILE}, as `dijiang evaluate` writes it") from error
