@@ -16,6 +16,7 @@ import pytest
 from tests.states.postgres_server import PostgresServer
 from tests.states.running import BOB, PATIENCE_S, Running, bearer, cached, running, start
 
+pytestmark = pytest.mark.slow
 STEP_S = 0.05
 FOR_EVER: dict[str, Any] = {"input": "Hi", "temperature": 0, "max_output_tokens": 1_000_000, "background": True}
 
