@@ -23,6 +23,7 @@ from dijiang_model.quantization.rounding import (
     unpack_pairs,
 )
 
+SUMMED_ROWS = 64
 COLUMN_BLOCK = 64
 """The kernels read codes in whole blocks of this, the width of the widest instruction; zeros behind the columns."""
 
@@ -117,7 +118,7 @@ class Int8Weight(QuantizedWeight):
         if self.codes.device.type == "cpu":
             self._padded = _padded(self.codes)
             # The kernels' activations are shifted to be positive; [rows] int32 takes the shift off again.
-            self._totals = self.codes.sum(dim=1, dtype=torch.int32)
+            self._totals = _row_sums(self.codes)
         return self
 
     def matrix(self, bias: int | None = None) -> Matrix:
@@ -211,6 +212,11 @@ def _padded(codes: Tensor) -> Tensor:
     """The codes themselves where their width is a whole number of blocks, as in real models; else a wider copy."""
     missing = -codes.shape[1] % COLUMN_BLOCK
     return functional.pad(codes, (0, missing)) if missing > 0 else codes.contiguous()
+
+
+def _row_sums(codes: Tensor) -> Tensor:
+    """[rows] int32. Few rows at a time: torch widens what it sums, and the memory for that stays with the process."""
+    return torch.cat([rows.sum(dim=1, dtype=torch.int32) for rows in codes.split(SUMMED_ROWS)])
 
 
 def _bad_scales(scales: Tensor, name: str) -> list[str]:
