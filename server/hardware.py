@@ -18,6 +18,7 @@ CUDA_QUESTION = (
 )
 QUESTION_TIMEOUT_S = 120
 SMALL_MACHINE_CORES = 8
+UNLIMITED_CORES = 1 << 20
 CPU_SHARE, CUDA_SHARE = 0.5, 0.9
 WORKSPACE_BYTES = 1 << 30
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
@@ -95,12 +96,31 @@ def free_host_bytes(control_groups: Path = CONTROL_GROUPS) -> int:
     return available
 
 
-def default_threads() -> int:
-    """All cores but one on small machines, half of them (one for each pair of hyperthreads) on large ones."""
+def default_threads(control_groups: Path = CONTROL_GROUPS) -> int:
+    """All cores but one on small machines, half of them (one for each pair of hyperthreads) on large ones.
+
+    A container that may use the time of fewer cores than it sees is as large as that: more threads would take turns.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if cores is None:
-        return 1
+    cores = min(1 if cores is None else cores, allowed_cores(control_groups))
     return max(1, cores - 1) if cores <= SMALL_MACHINE_CORES else cores // 2
+
+
+def allowed_cores(control_groups: Path = CONTROL_GROUPS) -> int:
+    """Cores whose time a container may use in all, rounded down, at least 1; very many without a limit."""
+    try:
+        quota, period = (control_groups / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota, period = (
+                (control_groups / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+            )
+        except OSError:
+            return UNLIMITED_CORES
+    try:
+        return max(1, int(quota) // int(period)) if int(quota) > 0 else UNLIMITED_CORES
+    except ValueError:  # "max": no limit
+        return UNLIMITED_CORES
 
 
 def default_state_bytes(device: Device, model: Path, *, num_ranks: int = 1) -> int:

@@ -177,6 +177,22 @@ def test_free_memory_is_what_the_container_leaves(tmp_path: Path, limit: str, us
     assert free_host_bytes(tmp_path) > 600_000
 
 
+def test_a_container_has_no_more_threads_than_the_time_of_its_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(64)))
+    assert default_threads(tmp_path) == 32, "no control groups"
+    for quota, threads in (("max 100000", 32), ("400000 100000", 3), ("150000 100000", 1), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+        assert default_threads(tmp_path) == threads
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    for quota, threads in (("-1", 32), ("300000", 2)):
+        (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        assert default_threads(tmp_path) == threads
+
+
 def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.hardware.free_cuda_bytes", list)
     assert find_device("auto").name == "cpu"
