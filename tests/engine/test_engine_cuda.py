@@ -8,7 +8,7 @@ import torch
 from server.engine.loading import build_engine
 from server.engine.logprob_types import LogprobOptions
 from server.engine.types import EngineConfig, GenerationRequest
-from tests.engine.test_engine_model import mixed_requests
+from tests.engine.test_engine_model import make_request, mixed_requests
 from tests.tiny_models import gpt_neox_config, llama_config, tiny_model
 
 pytestmark = [
@@ -17,7 +17,9 @@ pytestmark = [
 ]
 
 
-def answers(device: str, requests: list[GenerationRequest], *, family: str) -> dict[str, list[int]]:
+def answers(
+    device: str, requests: list[GenerationRequest], *, family: str, decode_graphs: bool = True
+) -> dict[str, list[int]]:
     model = tiny_model({"llama": llama_config(), "gpt_neox": gpt_neox_config()}[family]).to(device)
     engine = build_engine(
         model,
@@ -30,6 +32,7 @@ def answers(device: str, requests: list[GenerationRequest], *, family: str) -> d
             max_num_slots=5,
             max_step_tokens=24,
             max_waiting=100,
+            decode_graphs=decode_graphs,
         ),
     )
     outputs: dict[str, list[int]] = {request.request_id: [] for request in requests}
@@ -42,10 +45,19 @@ def answers(device: str, requests: list[GenerationRequest], *, family: str) -> d
     return outputs
 
 
+@pytest.mark.parametrize("decode_graphs", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_every_kind_of_request_gets_the_tokens_it_gets_on_the_cpu(family: str) -> None:
-    requests = mixed_requests(16)
-    assert answers("cuda", requests, family=family) == answers("cpu", requests, family=family)
+def test_every_kind_of_request_gets_the_tokens_it_gets_on_the_cpu(family: str, decode_graphs: bool) -> None:
+    requests = [*mixed_requests(16), make_request("drawn", 9, temperature=0.8), make_request("greedy", 7)]
+    expected = answers("cpu", requests, family=family)
+    assert answers("cuda", requests, family=family, decode_graphs=decode_graphs) == expected
+
+
+def test_bad_words_that_depend_on_the_last_token_change_nothing_else() -> None:
+    """Such rows are sampled when the step before them was read back, beside rows that do not wait."""
+    requests = [make_request(f"r{n}", 5 + n, seed=n, temperature=1.0, bad_words=((7, 8), (9,))) for n in range(3)]
+    requests.append(make_request("free", 6))
+    assert answers("cuda", requests, family="llama") == answers("cpu", requests, family="llama")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])

@@ -21,7 +21,7 @@ from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
 from dijiang_model.ops.selection import step_angles
 from dijiang_model.ops.torch_attention import TorchAttention
 from dijiang_model.ops.triton import TritonAttention, read_out
-from dijiang_model.reference.network import _attention
+from dijiang_model.reference.network import Form, _attention
 from dijiang_model.state import StateBuffer, StateSpec
 from tests.model.stepping import POISON, assert_close_in_norm
 
@@ -128,7 +128,8 @@ def random_attention(shape: Shape, dtype: torch.dtype) -> DiJiangAttention:
         noise = torch.randn(parameter.shape, generator=random)
         parameter.data.copy_(_start(name, noise, shape.config))
     attention.linear.prepare()
-    return attention.requires_grad_(False)
+    attention.requires_grad_(False)
+    return attention
 
 
 def _start(name: str, noise: Tensor, config: ModelConfig) -> Tensor:
@@ -162,7 +163,7 @@ def reference_output(shape: Shape, n: int, length: int) -> Tensor:
     normed = torch.zeros(length, width, dtype=torch.float64)
     if shape.attention.read_out == "group_norm":
         part["gate.weight"], normed = torch.eye(width, dtype=torch.float64), gates(length, width).double()
-    form = "recurrent" if shape.attention.window else "parallel"
+    form: Form = "recurrent" if shape.attention.window else "parallel"
     return _attention(shape.config, shape.attention, part, q, k, v, normed=normed, form=form)
 
 
