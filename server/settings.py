@@ -212,9 +212,6 @@ class Settings(BaseSettings):
             "prefix_cache_disk has no effect while prefix_cache_memory is 0, or with --no-states"
             if self.prefix_cache_disk and (self.prefix_cache_memory == 0 or not self.states)
             else "",
-            f"dtype {self.dtype} cannot be split over {self.tensor_parallel} processes (tensor_parallel)"
-            if self.dtype in ("int8", "int4") and self.tensor_parallel > 1
-            else "",
             "prefix_cache_device_memory has no effect while prefix_cache_memory is 0"
             if self.prefix_cache_memory == 0 and self.prefix_cache_device_memory
             else "",

@@ -7,21 +7,21 @@ network is one model with one pool of slots. The other ranks only compute.
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 
-from dijiang_model.checkpoints import load_config, load_quantization
-from dijiang_model.families import build_model
+from dijiang_model.checkpoints import open_network
 from dijiang_model.parallel.group import DistributedGroup
 from dijiang_model.parallel.loading import load_shard
 from dijiang_model.parallel.shards import local_config
 from dijiang_model.parallel.states import StateParts
 from server.engine.engine import Engine
-from server.engine.loading import Network, assemble_engine, slots_of
+from server.engine.loading import Network, as_stored, assemble_engine, slots_of
 from server.engine.parallel_channel import JoinGroup
 from server.engine.parallel_ranks import Ranks
 from server.engine.parallel_slots import LeadingModel, LeadingPool
-from server.engine.placement import device_of, num_threads_of, select_device, weights_dtype
+from server.engine.placement import device_of, num_threads_of, select_device, weights_dtype, weights_kind
 from server.engine.types import EngineConfig
 
 
@@ -33,12 +33,9 @@ def load_parallel_engine(config: EngineConfig) -> Engine:
         server.engine.parallel_ranks.RankDiedError: the process of a rank ended while it loaded.
     """
     started = time.monotonic()
-    dtype, size = weights_dtype(config), config.tensor_parallel
-    if config.weights_dtype in ("int8", "int4") or load_quantization(config.model_path) is not None:
-        raise ValueError("int8 and int4 weights cannot be split over ranks; float32, bfloat16 and float16 can")
-    whole_config = load_config(config.model_path)
-    local_config(whole_config, size)  # refuses what cannot be split, before anything is started
-    whole = build_model(whole_config, dtype=dtype)
+    dtype, kind, size = weights_dtype(config), weights_kind(config), config.tensor_parallel
+    checkpoint, whole = open_network(Path(config.model_path), dtype=dtype, weights=kind)
+    local_config(whole.config, size, checkpoint.quantization)  # refuses, before anything is started
     torch.set_num_threads(num_threads_of(config))
     device = torch.device(device_of(config, 0))
     for rank in range(size):
@@ -49,7 +46,7 @@ def load_parallel_engine(config: EngineConfig) -> Engine:
     ranks = Ranks(config)
     try:
         group = DistributedGroup(0, size)
-        model = load_shard(config.model_path, group, device=device, dtype=dtype)
+        model = load_shard(config.model_path, group, device=device, dtype=dtype, weights=kind)
         ranks.wait_loaded()
         ranks.watch()
         ranks.tell(JoinGroup(num_slots))
@@ -59,5 +56,6 @@ def load_parallel_engine(config: EngineConfig) -> Engine:
     except BaseException:
         ranks.close()
         raise
-    network = Network(LeadingModel(model, ranks), pool, whole_config, whole.num_parameters)
-    return assemble_engine(network, config, started=started)
+    is_quantized = checkpoint.quantization is not None
+    network = Network(LeadingModel(model, ranks), pool, whole.config, whole.num_parameters, is_quantized=is_quantized)
+    return assemble_engine(network, as_stored(config, checkpoint.quantization), started=started)

@@ -34,7 +34,7 @@ from server.engine.parallel_channel import (
 )
 from server.engine.parallel_ranks import meeting_point
 from server.engine.parallel_slots import FollowingPool, shared_batch
-from server.engine.placement import device_of, num_threads_of, select_device, weights_dtype
+from server.engine.placement import device_of, num_threads_of, select_device, weights_dtype, weights_kind
 from server.engine.process import EXIT_LOAD_FAILED, EXIT_STEP_FAILED, is_permanent, log_failure
 
 _PATIENCE_S = 1.0
@@ -97,7 +97,8 @@ def _load(start: StartRank) -> tuple[ShardedModel, torch.device]:
     torch.set_num_threads(num_threads_of(config))
     device = select_device(device_of(config, start.rank))
     group = DistributedGroup(start.rank, config.tensor_parallel)
-    return load_shard(config.model_path, group, device=device, dtype=weights_dtype(config)), device
+    dtype, kind = weights_dtype(config), weights_kind(config)
+    return load_shard(config.model_path, group, device=device, dtype=dtype, weights=kind), device
 
 
 def _join(

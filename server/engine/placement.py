@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
+from dijiang_model.quantization.config import WeightKind
 from server.engine.types import EngineConfig
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -12,7 +13,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-QUANTIZED = ("int8", "int4")
+QUANTIZED: Mapping[str, WeightKind] = {"int8": "int8", "int4": "int4"}
 """Of a model's weights; the rest of it computes in float32 on a CPU and in bfloat16 on CUDA."""
 
 
@@ -28,6 +29,11 @@ def weights_dtype(config: EngineConfig) -> torch.dtype:
         known = ", ".join((*DTYPES, *QUANTIZED))
         raise ValueError(f"weights_dtype is {config.weights_dtype!r}, and must be one of {known}")
     return DTYPES[config.weights_dtype]
+
+
+def weights_kind(config: EngineConfig) -> WeightKind | None:
+    """What weights are rounded to, if they are not stored so already; None: they stay as they are."""
+    return QUANTIZED.get(config.weights_dtype)
 
 
 def select_device(name: str) -> torch.device:

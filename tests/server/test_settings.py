@@ -224,11 +224,5 @@ def test_ranks_bring_memory_on_cuda_and_share_it_on_a_cpu(model: Path) -> None:
     assert budgets[1] > 2 * budgets[0], "the weights are there once, not twice"
 
 
-def test_int8_weights_cannot_be_split() -> None:
-    with pytest.raises(SettingsError, match="dtype int8 cannot be split over 2 processes"):
-        read_settings({"dtype": "int8", "tensor_parallel": "2"})
-    assert read_settings({"dtype": "int8", "tensor_parallel": "1"}).tensor_parallel == 1
-
-
 def test_flags_and_variables_are_named_alike() -> None:
     assert (flag_of("state_memory"), variable_of("state_memory")) == ("--state-memory", "DIJIANG_STATE_MEMORY")
