@@ -34,7 +34,7 @@ from dijiang_model.errors import ConversionError
 from dijiang_model.ops.training import HybridAttention, SoftmaxAttention, WindowAttention, run_segments
 from tests.byte_tokenizer import write_byte_tokenizer
 from tests.model.teachers import gpt_neox_teacher, llama_teacher
-from tests.tiny_models import HYBRID, llama_config, tiny_model, write_tiny_model
+from tests.tiny_models import HYBRID, PURE, llama_config, tiny_model, write_tiny_model
 
 WIDER = replace(HYBRID, window=9)
 TEXT = "".join(f"Sentence {n} says that {n} and {n + 1} are neighbours.\n" for n in range(300))
@@ -210,6 +210,30 @@ def test_long_texts_are_read_where_they_are_asked_for(
     monkeypatch.setattr(evaluate_cli, "LENGTH", 10**6)
     with pytest.raises(ConversionError, match="no 1,000,000 tokens in a row"):
         evaluate(subjects, [text], load_tokenizer(folder), wanted, console=Console(quiet=True))
+
+
+def test_a_control_that_was_trained_without_the_linear_part_is_compared(tmp_path: Path, text: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model", llama_config(HYBRID, HYBRID))
+    app = Typer()
+    app.command()(train_command)
+    command = [str(folder), "--data", str(text), "--tokens", "512", "--sequence-length", "128", "--stage", "2"]
+    command += ["--no-linear", "--windows", "13", "--far-rank", "0", "--lora-rank", "2", "--out", str(tmp_path / "run")]
+    run = CliRunner().invoke(app, command)
+    assert run.exit_code == 0, run.output
+    adapter = tmp_path / "run" / "adapter.safetensors"
+    subjects = load_subjects(folder, folder, control=adapter)
+    evaluation = evaluate(
+        subjects, [text], load_tokenizer(folder), Measurements(num_windows=1, length=400), console=Console(quiet=True)
+    )
+    name = "window 13+2, trained alike"
+    assert list(evaluation.scores)[-1] == name
+    # Of equal bytes: what the model's linear part takes, the control's window has.
+    assert list(evaluation.scores)[1] == "window 13+2, no training"
+    assert evaluation.scores[name].means != evaluation.scores["window 13+2, no training"].means
+    assert "512 tokens, stages 2" in markdown(evaluation, plots=[])
+    pure = write_tiny_model(tmp_path / "pure", llama_config(PURE, PURE))
+    with pytest.raises(ConversionError, match="a layer without a window"):
+        variants(load_model(folder), load_model(folder), control=load_model(pure))
 
 
 def test_a_missing_model_is_one_line_on_the_command_line(tmp_path: Path, text: Path) -> None:
