@@ -15,6 +15,8 @@ from torch import Tensor
 from dijiang_model.model import PackedBatch
 from dijiang_model.state import StateBuffer
 
+MAX_ROWS = 512
+"""Larger steps are launched freshly: there the device has far more to do than the host."""
 Work = Callable[[], object]
 Capture = Callable[[Work], Work]
 """Takes work on fixed memory, and answers how to do it again."""
@@ -48,16 +50,14 @@ class CudaCapture:
 
 
 def row_buckets(max_rows: int) -> tuple[int, ...]:
-    """Numbers of rows that get a graph, ascending, up to `max_rows` (>= 1).
+    """Numbers of rows that get a graph, ascending, up to `max_rows` (>= 1) and `MAX_ROWS`.
 
-    From 64 on an eighth of a step's rows is padding at most, which moves no states.
+    Powers of two and what lies half way: up to a third of a step's rows is padding, which moves no states.
     """
-    buckets, size = [1, 2, 4, 8, 12, 16], 16
-    while size < max_rows:
-        step = max(8, size // 8 // 8 * 8)
-        size += step
-        buckets.append(size)
-    return tuple(sorted({min(bucket, max_rows) for bucket in buckets}))
+    most = min(max_rows, MAX_ROWS)
+    powers = [1 << exponent for exponent in range(MAX_ROWS.bit_length())]
+    sizes = [*powers, *(3 * power // 2 for power in powers[3:])]
+    return tuple(sorted({min(size, most) for size in sizes}))
 
 
 @dataclass(frozen=True, slots=True)
