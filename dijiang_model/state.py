@@ -5,6 +5,7 @@ shapes and dtypes; `StateBuffer` holds `num_slots` of them in one allocation, sl
 copying, saving or clearing a conversation is one contiguous copy of one row.
 """
 
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -61,11 +62,22 @@ class StateBuffer:
         tensors: name -> view [P, *shape] of the spec's dtype into `storage` (strided over slots).
     """
 
-    def __init__(self, spec: StateSpec, num_slots: int, device: torch.device | str = "cpu") -> None:
-        """Allocates without clearing: a slot holds anything until `storage[slot].zero_()`."""
+    def __init__(
+        self, spec: StateSpec, num_slots: int, device: torch.device | str = "cpu", *, cleared: bool = False
+    ) -> None:
+        """Allocates; without `cleared` a slot holds anything until `storage[slot].zero_()`.
+
+        On a CPU cleared slots take memory from the system when they are first written.
+        """
         self.spec = spec
         self.num_slots = num_slots
-        self.storage = torch.empty((num_slots, spec.bytes_per_slot), dtype=torch.uint8, device=device)
+        shape = (num_slots, spec.bytes_per_slot)
+        if cleared and torch.device(device).type == "cpu":
+            self.storage = _pages(num_slots * spec.bytes_per_slot).view(shape)
+        else:
+            self.storage = torch.empty(shape, dtype=torch.uint8, device=device)
+            if cleared:
+                self.storage.zero_()
         offsets = spec.offsets()
         self.tensors: Mapping[str, Tensor] = {
             tensor.name: self.storage[:, offsets[tensor.name] : offsets[tensor.name] + tensor.num_bytes]
@@ -73,6 +85,14 @@ class StateBuffer:
             .unflatten(1, tensor.shape)
             for tensor in spec.tensors
         }
+
+
+def _pages(num_bytes: int) -> Tensor:
+    """[num_bytes] uint8 of zeros that the system provides page by page, on first use; aligned to pages."""
+    if num_bytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.uint8)  # keeps the mapping alive
 
 
 def _aligned(num_bytes: int) -> int:

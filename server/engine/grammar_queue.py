@@ -29,9 +29,11 @@ class GrammarQueue:
     def __init__(self, load: Callable[[], GrammarCompiler], *, max_cached: int = MAX_CACHED) -> None:
         """
         Args:
-            load: builds the compiler; called once, at once, on the compiling thread.
+            load: builds the compiler; called once, for the first grammar, on the compiling thread.
             max_cached: compiled grammars that are kept.
         """
+        self._load = load
+        self._compiler: Future[GrammarCompiler] | None = None
         self._max_cached = max_cached
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._waiting: dict[str, tuple[GenerationRequest, Future[LLMatcher]]] = {}
@@ -39,7 +41,7 @@ class GrammarQueue:
         previous = threading.stack_size(_STACK_BYTES)
         try:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-            self._compiler = self._thread.submit(load)
+            self._thread.submit(int)  # starts the thread while the size of its stack is set
         finally:
             threading.stack_size(previous)
 
@@ -57,6 +59,8 @@ class GrammarQueue:
         grammar = request.grammar
         if grammar is None or grammar.text in self._compiled:
             return False
+        if self._compiler is None:
+            self._compiler = self._thread.submit(self._load)
         future = self._under_way.get(grammar.text)
         if future is None:
             future = self._under_way[grammar.text] = self._thread.submit(self._compile, grammar)
@@ -98,6 +102,7 @@ class GrammarQueue:
             self._keep(grammar.text, matcher)
         else:
             self._compiled.move_to_end(grammar.text)
+        assert self._compiler is not None
         sequence.constraint = self._compiler.result().constraint(matcher)
 
     def close(self) -> None:
@@ -105,6 +110,7 @@ class GrammarQueue:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _compile(self, grammar: GrammarSpec) -> LLMatcher:
+        assert self._compiler is not None
         return self._compiler.result().compile(grammar.text)
 
     def _keep(self, text: str, matcher: LLMatcher) -> None:

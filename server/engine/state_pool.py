@@ -36,8 +36,7 @@ class StatePool:
     def __init__(self, spec: StateSpec, num_slots: int, device: torch.device | str = "cpu") -> None:
         """Allocates `num_slots` slots and the scratch slot, all cleared."""
         self.num_slots = num_slots
-        self.buffer = StateBuffer(spec, num_slots + 1, device)
-        self.buffer.storage.zero_()
+        self.buffer = StateBuffer(spec, num_slots + 1, device, cleared=True)
 
     @property
     def spec(self) -> StateSpec:
