@@ -259,14 +259,16 @@ def main(
     chosen = [int(layer) for layer in layers.split(",")]
     started = time.process_time()
     setting = prepare(model, train, held_out, chosen, num=num, length=length, epochs=epochs)
+    console = Console(stderr=True)
     table = Table("variant", *(f"layer {layer}" for layer in chosen), "mean", title="share of the error left")
     results = []
     for variant in VARIANTS:
         left = error_left(variant, setting)
         mean = sum(left.values()) / len(left)
         table.add_row(variant.name, *(f"{left[layer]:.3f}" for layer in chosen), f"{mean:.3f}")
+        console.print(f"{variant.name}: {mean:.3f}, {time.process_time() - started:.0f} s", highlight=False)
         results.append({"variant": asdict(variant), "left": left, "mean": mean})
-    Console(stderr=True).print(table)
+    console.print(table)
     seconds = round(time.process_time() - started, 1)
     options = {"layers": chosen, "windows": num, "length": length, "epochs": epochs, "processor_seconds": seconds}
     typer.echo(write_result("variants", this_machine(), {**options, "results": results}))
