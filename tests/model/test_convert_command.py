@@ -1,19 +1,24 @@
 """`dijiang convert` on the command line, and the default model's cache."""
 
 import threading
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from dijiang_model.checkpoints import load_model
 from dijiang_model.config_json import read_stored_config
 from dijiang_model.conversion import default_model
+from dijiang_model.conversion.adapters import Adapter, AdapterInfo, load_adapter, model_fingerprint, save_adapter
 from dijiang_model.conversion.cli import convert_command, parse_size
-from dijiang_model.conversion.convert import sha256_of
+from dijiang_model.conversion.convert import convert, sha256_of
 from dijiang_model.conversion.default_model import MODEL_NAME, ensure_default_model
+from dijiang_model.conversion.kernel_training import kernel_tensors
+from dijiang_model.conversion.recipes import Recipe
 from dijiang_model.errors import ConversionError
 from tests.model.teachers import llama_teacher, save_teacher, write_gguf
 
@@ -92,14 +97,27 @@ def test_other_sizes_are_refused(text: str) -> None:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for the package that carries the default teacher."""
+    """A stand-in for the package that carries the default teacher, and an adapter for it."""
     folder = tmp_path / "package"
     folder.mkdir()
     path = write_gguf(llama_teacher(), folder / default_model.GGUF_FILE)
     spec = SimpleNamespace(submodule_search_locations=[str(folder)])
     monkeypatch.setattr(default_model.importlib.util, "find_spec", lambda name: spec)
     monkeypatch.setattr(default_model, "GGUF_SHA256", sha256_of(path))
+    monkeypatch.setattr(default_model, "ADAPTER", write_adapter(path, tmp_path))
     return path
+
+
+def write_adapter(source: Path, folder: Path) -> Path:
+    """One that makes every head listen to its linear part."""
+    convert(source, folder / "untrained", recipe=Recipe.HYBRID)
+    model = load_model(folder / "untrained")
+    tensors = kernel_tensors(model)
+    tensors |= {name: torch.zeros_like(value) for name, value in tensors.items() if name.endswith("mix_bias")}
+    info = AdapterInfo("untrained", model_fingerprint(model), 1000, 0, "a test")
+    adapter = Adapter(info, [asdict(layer) for layer in model.config.layers], tensors)
+    save_adapter(adapter, folder / "adapter.safetensors")
+    return folder / "adapter.safetensors"
 
 
 def test_the_default_model_is_converted_once(package: Path, tmp_path: Path) -> None:
@@ -111,6 +129,25 @@ def test_the_default_model_is_converted_once(package: Path, tmp_path: Path) -> N
     calls.clear()
     assert ensure_default_model(tmp_path / "home", on_progress=lambda written, total: calls.append(written)) == first
     assert not calls
+
+
+def test_the_default_model_is_trained_and_nothing_else_is_left(package: Path, tmp_path: Path) -> None:
+    out = ensure_default_model(tmp_path / "home")
+    assert all(bool(attention.linear.mix_bias.isfinite().all()) for attention in load_model(out).attentions)
+    origin = read_stored_config(out).origin
+    assert (origin.tokens_trained, origin.adapter_sha256) == (1000, sha256_of(default_model.ADAPTER))
+    assert "## Evaluation" in (out / "README.md").read_text()
+    assert [path for path in out.parent.iterdir() if path.is_dir()] == [out]
+
+
+def test_another_adapter_makes_the_model_again(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = ensure_default_model(tmp_path / "home")
+    adapter = load_adapter(default_model.ADAPTER)
+    other = tmp_path / "other.safetensors"
+    save_adapter(replace(adapter, info=replace(adapter.info, tokens_trained=2000)), other)
+    monkeypatch.setattr(default_model, "ADAPTER", other)
+    assert ensure_default_model(tmp_path / "home") == out
+    assert read_stored_config(out).origin.tokens_trained == 2000
 
 
 def test_a_model_of_an_older_converter_is_made_again(
