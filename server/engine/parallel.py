@@ -21,7 +21,14 @@ from server.engine.loading import Network, as_stored, assemble_engine, slots_of
 from server.engine.parallel_channel import JoinGroup
 from server.engine.parallel_ranks import Ranks
 from server.engine.parallel_slots import LeadingModel, LeadingPool
-from server.engine.placement import device_of, num_threads_of, select_device, weights_dtype, weights_kind
+from server.engine.placement import (
+    device_of,
+    num_threads_of,
+    require_device,
+    select_device,
+    weights_dtype,
+    weights_kind,
+)
 from server.engine.types import EngineConfig
 
 
@@ -37,9 +44,8 @@ def load_parallel_engine(config: EngineConfig) -> Engine:
     checkpoint, whole = open_network(Path(config.model_path), dtype=dtype, weights=kind)
     local_config(whole.config, size, checkpoint.quantization)  # refuses, before anything is started
     torch.set_num_threads(num_threads_of(config))
-    device = torch.device(device_of(config, 0))
-    for rank in range(size):
-        select_device(device_of(config, size - 1 - rank))  # this one's last
+    require_device(device_of(config, size - 1))
+    device = select_device(device_of(config, 0))
     num_slots = slots_of(whole.state_spec, config)
     if sys.platform == "linux":  # the ranks' sockets are for this machine alone
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -42,12 +42,23 @@ def select_device(name: str) -> torch.device:
     Raises:
         ValueError: it is not there, or of an unknown kind.
     """
+    device = require_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def require_device(name: str) -> torch.device:
+    """Checks that a device is there, without touching it.
+
+    Raises:
+        ValueError: it is not there, or of an unknown kind.
+    """
     device = torch.device(name)
     if device.type == "cuda":
         num_devices = torch.cuda.device_count()
         if (device.index or 0) >= num_devices:
             raise ValueError(f"device is {name!r}, but {num_devices} CUDA devices are usable here")
-        torch.cuda.set_device(device)
     elif device.type != "cpu":
         raise ValueError(f"device is {name!r}, and must be cpu, cuda or cuda:N")
     return device
