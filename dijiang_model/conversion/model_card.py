@@ -99,8 +99,11 @@ def _attention_lines(config: ModelConfig) -> list[str]:
 def _attention(layer: AttentionConfig) -> str:
     bases = " and ".join(_LAYER_KINDS[basis] for basis in layer.features.bases)
     window = f", window {layer.window}+{layer.sinks} of exact softmax" if layer.window else ""
+    features = layer.features
+    place = "" if features.rotated else " before the rotary embedding"
+    queries = f" with far queries of rank {features.far_rank}" if features.far_rank > 0 else ""
     return (
-        f"{bases}, nodes {layer.features.nodes}, {layer.features.normalisation} features, "
+        f"{bases}, nodes {features.nodes}, {features.normalisation} features{place}{queries}, "
         f"{layer.decay} decay, {layer.read_out} read-out{window}"
     )
 
@@ -144,7 +147,8 @@ def _conditions(config: ModelConfig, origin: Origin, *, is_evaluated: bool) -> s
     computes = "Each layer computes `phi(q)^T sum phi(k) v^T` with " + (
         "the projection that the checkpoint stores as DCT times nodes; that it is one was not verified."
         if is_matrix
-        else "the fixed orthonormal DCT and no learned dense matrix between rotary embedding and exponential."
+        else "the fixed orthonormal DCT and no learned dense matrix between the projections, or the rotary embedding "
+        "where the features come after it, and the exponential."
     )
     if is_silent:
         computes += " At present its weight is zero: as it stands, this is a window model with room for DiJiang."
