@@ -77,6 +77,16 @@ def near_part(
 
 
 @triton.jit
+def load_tile(here, in_state, v0, D: tl.constexpr, BLOCK_V: tl.constexpr):
+    """[BLOCK_K, BLOCK_V] fp32, columns from v0 on of the state at the pointers `here` [BLOCK_K]; 0 outside of it."""
+    col = v0 + tl.arange(0, BLOCK_V)
+    mask = in_state[:, None] & (col[None, :] < D)
+    # Streams through: nothing in it is read twice.
+    tile = tl.load(here[:, None] + col[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+    return tile.to(tl.float32)
+
+
+@triton.jit
 def joined(
     phi,
     tile,
@@ -189,6 +199,9 @@ def decode_kernel(
     else:
         log_step = tl.load(log_decay + g)
     decay = tl.exp(log_step)
+    # On its way while features are computed: the state is most of what has to be moved.
+    tile_rows = state + slot * state_slot + (g * K + f) * D
+    tile = load_tile(tile_rows, in_state, 0, D, BLOCK_V)
 
     # What enters the state: the token itself, or the one that leaves the window, W steps late.
     c = tl.arange(0, BLOCK_D)
@@ -227,10 +240,6 @@ def decode_kernel(
     for v0 in range(0, D, BLOCK_V):  # one turn, unless the tile is too large for the registers
         col = v0 + tl.arange(0, BLOCK_V)
         in_v = col < D
-        in_tile = in_state[:, None] & in_v[None, :]
-        tile_here = state + slot * state_slot + (g * K + f[:, None]) * D + col[None, :]
-        # Streams through: nothing in it is read twice.
-        tile = tl.load(tile_here, mask=in_tile, other=0.0, eviction_policy="evict_first").to(tl.float32)
         if WINDOW > 0:
             v_in = tl.load(values + ring_row * D + col, mask=col < leaving_width, other=0.0).to(tl.float32)
         else:
@@ -255,7 +264,10 @@ def decode_kernel(
             out_here = out + (n * num_groups * R + h) * D + col
             tl.store(out_here, answer.to(out.dtype.element_ty), mask=in_v)
         tl.debug_barrier()
+        tile_here = tile_rows[:, None] + col[None, :]
+        in_tile = in_state[:, None] & in_v[None, :]
         tl.store(tile_here, tile.to(state.dtype.element_ty), mask=in_tile, eviction_policy="evict_first")
+        tile = load_tile(tile_rows, in_state, v0 + BLOCK_V, D, BLOCK_V)  # nothing behind the last turn
         if WINDOW > 0:
             v_new = tl.load(v_here + col, mask=in_v, other=0.0).to(near_values.dtype.element_ty)
             tl.store(values + ring_row * D + col, v_new, mask=col < width)
