@@ -13,7 +13,7 @@ from tests.tiny_models import write_tiny_model
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv-clients"
-TIMEOUT_S = 110.0
+TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Tiny:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
     folder = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
     states = tmp_path_factory.mktemp("states")
-    with serving(folder, "--states-folder", str(states)) as server:
+    with serving(folder, "--states-folder", str(states), timeout_s=240) as server:
         yield Tiny(server, folder)
 
 

@@ -1,6 +1,7 @@
 """SDKs and frameworks, unmodified: what they give is what the server says, whole and streamed."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 
 from tests.compat.conftest import ENVIRONMENT, ROOT, Tiny, require, run_client
 
-pytestmark = pytest.mark.clients
+pytestmark = [pytest.mark.clients, pytest.mark.timeout(600)]
 PROGRAMS = ROOT / "tests/compat/programs"
+EXAMPLES = ROOT / "clients/examples"
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +40,18 @@ def run_python(program: str, tiny: Tiny, home: Path, *, needs: str) -> dict[str,
 
 
 def run_node(program: str, tiny: Tiny, home: Path, *, needs: str) -> dict[str, Any]:
-    modules = require(f"npm/node_modules/{needs}").parents[needs.count("/")]
-    # Node looks for packages next to the program.
-    script = home / program
-    script.write_text((PROGRAMS / program).read_text())
-    (home / "node_modules").symlink_to(modules)
+    script = node_script(PROGRAMS / program, home, needs=needs)
     command = ["node", str(script), tiny.server.model]
     return json.loads(run_client(command, home=home, BASE_URL=f"{tiny.server.base_url}/v1"))  # type: ignore[no-any-return]
+
+
+def node_script(program: Path, home: Path, *, needs: str) -> Path:
+    """A copy of a program where Node finds its packages: next to it."""
+    modules = require(f"npm/node_modules/{needs}").parents[needs.count("/")]
+    script = home / program.name
+    script.write_text(program.read_text())
+    (home / "node_modules").symlink_to(modules)
+    return script
 
 
 def _python_version() -> str:
@@ -110,3 +117,21 @@ def test_the_vercel_ai_sdk(tiny: Tiny, expected: dict[str, Any], tmp_path: Path)
     assert got["whole"] == got["streamed"] == expected["text"]
     assert got["usage"] == got["streamUsage"] == expected["num_tokens"]
     assert fits(got["parsed"])
+
+
+@pytest.mark.parametrize("language", ["js", "py"])
+def test_the_examples_of_streamed_tools(tiny: Tiny, tmp_path: Path, language: str) -> None:
+    environment = {"BASE_URL": f"{tiny.server.base_url}/v1", "MAX_TOKENS": "8"}
+    if language == "js":
+        command = ["node", str(node_script(EXAMPLES / "stream_tools.mjs", tmp_path, needs="openai"))]
+    else:
+        require(f"lib/python{_python_version()}/site-packages/openai")
+        command = [str(ENVIRONMENT / "bin/python"), str(EXAMPLES / "stream_tools.py")]
+    said = run_client([*command, "Weather?"], home=tmp_path, **environment)
+    found = re.search(r"\[get_weather (\{.*?\})\n-> (.*)\n", said)
+    assert found is not None, said
+    arguments = json.loads(found[1])
+    assert found[2] == f"{arguments['city']}: sunny for {arguments['days']} days"
+    if language == "py":
+        total, cached = map(int, re.findall(r"(\d+) tokens, (\d+) of them", said)[0])
+        assert total - 200 < cached < total  # the tool's result and the frame around it, in bytes
