@@ -5,7 +5,7 @@ other servers leave out have defaults, so that one client speaks to every OpenAI
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from pydantic import BaseModel, ConfigDict
 
@@ -17,7 +17,15 @@ class Message(TypedDict):
     """One turn of a conversation that is sent."""
 
     role: Literal["system", "user", "assistant", "tool", "developer"]
-    content: str
+    content: NotRequired[str | None]
+    """May be absent beside `tool_calls`."""
+    name: NotRequired[str]
+    tool_calls: NotRequired[Sequence[Mapping[str, Any]]]
+    """Of the assistant: `{"id", "type": "function", "function": {"name", "arguments"}}` each."""
+    tool_call_id: NotRequired[str]
+    """Of a tool: which call this answers."""
+    reasoning_content: NotRequired[str]
+    """Of the assistant: what it thought before."""
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -71,6 +79,44 @@ class GenerationOptions(TypedDict, total=False):
     """Go on through the model's end-of-text tokens."""
     stream_options: Mapping[str, bool]
     """Streams only; this client asks for `include_usage` unless told otherwise."""
+    typical_p: float
+    """Keep the tokens that surprise about as much as is to be expected, up to this probability mass."""
+    allowed_token_ids: Sequence[int]
+    """The only tokens that may come."""
+    bad_words: Sequence[str]
+    """Words that are not generated."""
+    include_stop_str_in_output: bool
+    """Keep the stop text."""
+    skip_special_tokens: bool
+    """Leave special tokens out of the text."""
+    add_special_tokens: bool
+    """Put the tokenizer's special tokens around the prompt."""
+    truncate_prompt_tokens: int
+    """Use only that many last tokens of the prompt."""
+    add_generation_prompt: bool
+    """Chat only: open the assistant's turn after the last message."""
+    continue_final_message: bool
+    """Chat only: go on with the last message, which is the assistant's."""
+    chat_template_kwargs: Mapping[str, str | int | float | bool | None]
+    """Chat only: further variables of the model's template."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+    """Chat only: how much to think, if the model's template has a place for it."""
+    response_format: Mapping[str, Any]
+    """The form of the answer: `{"type": "json_object"}`, or `json_schema` with a schema."""
+    structured_outputs: Mapping[str, Any]
+    """The form of the answer by one of `json`, `regex`, `choice`, `grammar`."""
+    tools: Sequence[Mapping[str, Any]]
+    """Chat only: functions that the answer may call."""
+    tool_choice: str | Mapping[str, Any]
+    """Chat only: `auto`, `none`, `required`, or one function by its name."""
+    parallel_tool_calls: bool
+    """Chat only: whether an answer may have several calls."""
+    priority: int
+    """Lower numbers are begun first when the server is full."""
+    request_id: str
+    """Name of the request, part of the answer's id."""
+    timeout: float
+    """Seconds after which the server ends the request with an error."""
     user: str
     """Your name for the end user."""
     state_id: str
