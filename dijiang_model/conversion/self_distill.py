@@ -1,7 +1,8 @@
-"""Chat that the teacher writes itself: the only text in which it is asked to answer, and the right one."""
+"""Text that the teacher writes itself: chat, where it has a template; the only text in which it is asked to answer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -17,8 +18,6 @@ from dijiang_model.state import StateBuffer
 ROWS = 24
 ANSWER_TOKENS = 220
 TEMPERATURE = 0.8
-SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-"""What the default model's own template adds; its answers depend on it."""
 FORMS = (
     "What is {}?",
     "Explain {} to a ten-year-old.",
@@ -44,39 +43,61 @@ TOPICS = (
 )  # fmt: skip
 
 
-def write_answers(model: DiJiangForCausalLM, tokenizer: HfTokenizer, path: Path, *, num_tokens: int, seed: int) -> None:
-    """Samples answers to many questions and writes the conversations, in ChatML, as one text.
+def write_answers(
+    model: DiJiangForCausalLM,
+    tokenizer: HfTokenizer,
+    path: Path,
+    *,
+    num_tokens: int,
+    seed: int,
+    chat_prompt: Callable[[str], str] | None,
+    openings: Callable[[int], Tensor],
+) -> None:
+    """Lets the teacher write, and keeps its prompts and what it samples as one text.
 
-    The teacher is the model with a window that reaches over the whole conversation.
+    A model with a chat template answers many questions, another one goes on from the openings of texts. The teacher
+    is the model with a window that reaches over all of it.
 
     Args:
         num_tokens: of answers, about.
+        chat_prompt: see `load_chat_prompt`.
+        openings: the first tokens of a text by number, [T] int64; asked only without a chat template.
 
     Raises:
-        ConversionError: the tokenizer has no ChatML tokens.
+        ConversionError: the model has no end of sequence to stop at.
         CheckpointError: `path` cannot be written.
     """
-    start, end = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>")
-    if start is None or end is None:
-        raise ConversionError("self-distillation asks in ChatML, and the tokenizer has no <|im_start|> and <|im_end|>")
+    ends = set(model.config.eos_token_ids)
+    if not ends:
+        raise ConversionError("self-distillation needs a model that names an end of sequence in its config")
     generator = torch.Generator(device=model.device).manual_seed(seed)
-    written, conversations = 0, []
-    questions = _questions(generator)
+    prompts = _chat_prompts(tokenizer, chat_prompt, seed) if chat_prompt is not None else _openings(openings)
+    written, texts = 0, []
     while written < num_tokens:
-        prompts = [_prompt(next(questions)) for _ in range(ROWS)]
-        answers = _answers(model, [tokenizer.encode(prompt).ids for prompt in prompts], end=end, generator=generator)
+        rows = [next(prompts) for _ in range(ROWS)]
+        answers = _answers(model, rows, ends=ends, generator=generator)
         written += sum(map(len, answers))
-        texts = (tokenizer.decode(answer) for answer in answers)
-        conversations += [f"{prompt}{text}<|im_end|>\n" for prompt, text in zip(prompts, texts, strict=True)]
-    write_atomically(path, "".join(conversations).encode())
+        texts += [
+            tokenizer.decode(prompt + answer, skip_special_tokens=False)
+            for prompt, answer in zip(rows, answers, strict=True)
+        ]
+    write_atomically(path, "".join(f"{text}\n" for text in texts).encode())
 
 
-def _prompt(question: str) -> str:
-    return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+def _chat_prompts(tokenizer: HfTokenizer, chat_prompt: Callable[[str], str], seed: int) -> Iterator[list[int]]:
+    for question in _questions(seed):
+        # The template writes special tokens itself; nothing is added to it.
+        ids: list[int] = tokenizer.encode(chat_prompt(question), add_special_tokens=False).ids
+        yield ids
 
 
-def _questions(generator: torch.Generator) -> Iterator[str]:
-    cpu = torch.Generator().manual_seed(generator.initial_seed())
+def _openings(openings: Callable[[int], Tensor]) -> Iterator[list[int]]:
+    for number in count():
+        yield openings(number).tolist()
+
+
+def _questions(seed: int) -> Iterator[str]:
+    cpu = torch.Generator().manual_seed(seed)
 
     def pick(choices: tuple[str, ...]) -> str:
         return choices[int(torch.randint(len(choices), (1,), generator=cpu))]
@@ -89,9 +110,9 @@ def _questions(generator: torch.Generator) -> Iterator[str]:
 
 
 def _answers(
-    model: DiJiangForCausalLM, prompts: list[list[int]], *, end: int, generator: torch.Generator
+    model: DiJiangForCausalLM, prompts: list[list[int]], *, ends: Set[int], generator: torch.Generator
 ) -> list[list[int]]:
-    """Sampled continuations, each up to `end` or `ANSWER_TOKENS`."""
+    """Sampled continuations, each through one of `ends` or up to `ANSWER_TOKENS`."""
     longest = max(map(len, prompts))
     teacher = _with_window(model, longest + ANSWER_TOKENS)
     state = StateBuffer(teacher.state_spec, len(prompts) + 1, teacher.device)
@@ -107,9 +128,9 @@ def _answers(
         live = list(range(len(prompts)))
         for _ in range(ANSWER_TOKENS):
             chosen = _sample(logits, generator)
-            kept = [row for row, token in enumerate(chosen.tolist()) if token != end]
-            for row in kept:
-                answers[live[row]].append(int(chosen[row]))
+            for row, token in zip(live, chosen.tolist(), strict=True):
+                answers[row].append(token)
+            kept = [row for row, token in enumerate(chosen.tolist()) if token not in ends]
             if not kept:
                 break
             live = [live[row] for row in kept]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -10,10 +11,11 @@ from dijiang_model.config import FeatureConfig, ModelConfig
 from dijiang_model.config_json import parse_layers
 from dijiang_model.conversion import calibrate
 from dijiang_model.conversion.adapters import Adapter, AdapterInfo, adapted_model, load_adapter, model_fingerprint
+from dijiang_model.conversion.chat_prompt import load_chat_prompt
 from dijiang_model.conversion.peers import ALONE, Peers
 from dijiang_model.conversion.self_distill import write_answers
 from dijiang_model.conversion.student import check_trainable, new_student, with_features
-from dijiang_model.conversion.text_mixture import Mixture, load_mixture, parse_source
+from dijiang_model.conversion.text_mixture import Mixture, TextSource, load_mixture, parse_source
 from dijiang_model.conversion.text_windows import load_tokenizer
 from dijiang_model.conversion.train import ADAPTER_FILE, Trainer, TrainingOptions
 from dijiang_model.model import DiJiangForCausalLM
@@ -21,6 +23,8 @@ from dijiang_model.model import DiJiangForCausalLM
 CALIBRATION_STEP = 1_000_000_007
 """Calibration reads the text of this step, far from those of training."""
 MIN_CALIBRATION_SEGMENTS = 2
+OPENING_TOKENS = 32
+"""From which a teacher without a chat template goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,7 @@ def prepare_run(
     if self_distill > 0:
         written = out / "answers.txt"
         if peers.is_first and not (resume and written.exists()):
-            write_answers(base, tokenizer, written, num_tokens=self_distill, seed=options.seed)
+            _write_answers(folder, base, sources, written, num_tokens=self_distill, seed=options.seed)
         peers.any(False)  # the others wait for the file
         sources.append(parse_source(str(written)))
     text = load_mixture(
@@ -94,6 +98,26 @@ def prepare_run(
     config, seen = calibrated(base, text, student)
     fresh = new_student(base, config, look_back=seen, seed=options.seed)
     return Trainer(fresh, text, options, info=info, peers=peers)
+
+
+def _write_answers(
+    folder: Path, base: DiJiangForCausalLM, sources: Sequence[TextSource], path: Path, *, num_tokens: int, seed: int
+) -> None:
+    tokenizer, chat_prompt = load_tokenizer(folder), load_chat_prompt(folder)
+
+    @cache
+    def text() -> Mixture:
+        return load_mixture(sources, tokenizer, length=OPENING_TOKENS, seed=seed, vocab_size=base.config.vocab_size)
+
+    write_answers(
+        base,
+        tokenizer,
+        path,
+        num_tokens=num_tokens,
+        seed=seed,
+        chat_prompt=chat_prompt,
+        openings=lambda number: text().batch(number, 1)[0],
+    )
 
 
 def _started(
