@@ -37,7 +37,7 @@ test: $(VENV)/.dev $(VENV)/.model ## Run all tests; some of them: make test TEST
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
 
 .PHONY: test-clients
-test-clients: $(VENV)/.dev $(CLIENTS)/.python-clients $(CLIENTS)/.node-clients ## Other people's clients against a running server
+test-clients: $(VENV)/.dev $(VENV)/.model $(CLIENTS)/.python-clients $(CLIENTS)/.node-clients ## Other people's clients against a running server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/compat
 
 .PHONY: check
