@@ -1,6 +1,7 @@
 """`dijiang convert`: the command line of the converter."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
@@ -50,10 +51,8 @@ def convert_command(
 ) -> None:
     """Make a DiJiang model of a pretrained transformer."""
     console = Console(stderr=True)
-    if dtype is not None and dtype not in DTYPES:
-        raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
-    if weights is not None and weights not in get_args(WeightKind):
-        raise typer.BadParameter(f"{weights!r} is none of {', '.join(get_args(WeightKind))}", param_hint="--weights")
+    _refuse_unknown(dtype, DTYPES, "--dtype")
+    _refuse_unknown(weights, get_args(WeightKind), "--weights")
     max_shard_bytes = parse_size(max_shard_size)
     columns = (TextColumn("converting"), BarColumn(), DownloadColumn(binary_units=True), TimeElapsedColumn())
     try:
@@ -76,6 +75,11 @@ def convert_command(
         console.print(f"[red]error:[/red] {_escaped(str(error))}", highlight=False)
         raise typer.Exit(1) from error
     _summarise(made, console)
+
+
+def _refuse_unknown(value: str | None, known: Collection[str], hint: str) -> None:
+    if value is not None and value not in known:
+        raise typer.BadParameter(f"{value!r} is none of {', '.join(known)}", param_hint=hint)
 
 
 def parse_size(text: str) -> int:
