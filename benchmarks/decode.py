@@ -216,7 +216,7 @@ def decode_command(
     told = report.Report("decode", only_json, plot, save)
     report.prepare(threads, clock, device)
     parsed = parse_cases(cases)
-    kinds = report.words(weights or ("bf16" if is_cuda(device) else "fp32,int8"), "--weights", WEIGHTS)
+    kinds = report.kinds_of_weights(weights, device)
     wanted = report.words(rivals, "--rivals", (HF, LLAMA_CPP))
     folder = report.model_folder(model)
     machine = report.measured_machine(clock, device, DTYPES.get(kinds[0], torch.float32))

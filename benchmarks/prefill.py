@@ -18,7 +18,7 @@ from rich.table import Table
 from benchmarks import plots, report
 from benchmarks.contenders import DTYPES, WEIGHTS, has_transformers_twin, load_models, our_prefill, their_prefill
 from benchmarks.costs import Costs, step_costs, weight_bytes
-from benchmarks.machine import Machine, best_ms, interleaved, is_cuda, median_ms, ratio
+from benchmarks.machine import Machine, best_ms, interleaved, median_ms, ratio
 from benchmarks.transformers_twin import transformers_twin
 from dijiang_model.errors import ModelError
 from dijiang_model.model import DiJiangForCausalLM
@@ -26,6 +26,7 @@ from dijiang_model.model import DiJiangForCausalLM
 HF = "HF sdpa"
 DEFAULT_LENGTHS = "128,512,2048"
 DEFAULT_RAGGED = "48,130,300,700"
+LONG_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,8 @@ def run_case(
     runs = {f"ours {kind}": our_prefill(model, lengths=lengths) for kind, model in models.items()}
     if twin is not None:
         runs[HF] = their_prefill(twin, lengths=lengths, device=device)
-    times = interleaved(runs, num_rounds=num_rounds, warm_up=1, clock=clock)
+    # A long prompt takes many seconds, next to which a cold start is nothing.
+    times = interleaved(runs, num_rounds=num_rounds, warm_up=1 if sum(lengths) < LONG_TOKENS else 0, clock=clock)
     lines = []
     for name, measured in times.items():
         took = median_ms(measured)
@@ -154,7 +156,7 @@ def prefill_command(
     cases = [[length] for length in report.numbers(lengths, "--lengths")]
     if ragged.strip():
         cases.append(report.numbers(ragged, "--ragged"))
-    kinds = report.words(weights or ("bf16" if is_cuda(device) else "fp32,int8"), "--weights", WEIGHTS)
+    kinds = report.kinds_of_weights(weights, device)
     folder = report.model_folder(model)
     machine = report.measured_machine(clock, device, DTYPES.get(kinds[0], torch.float32))
     told.introduce(machine)

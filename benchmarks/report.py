@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import plots
+from benchmarks.contenders import WEIGHTS
 from benchmarks.machine import CLOCKS, Machine, document, is_cuda, save_document, this_machine
 from dijiang_model.conversion.default_model import ensure_default_model
 from dijiang_model.errors import ModelError
@@ -143,6 +144,30 @@ def words(text: str, flag: str, known: Sequence[str]) -> list[str]:
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     for part in parts:
-        if part not in known:
-            raise typer.BadParameter(f"{part!r} is none of {', '.join(known)}", param_hint=flag)
+        word(part, flag, known)
     return parts
+
+
+def word(text: str, flag: str, known: Sequence[str]) -> str:
+    """The word itself.
+
+    Raises:
+        typer.BadParameter: it is not among `known`.
+    """
+    if text not in known:
+        raise typer.BadParameter(f"{text!r} is none of {', '.join(known)}", param_hint=flag)
+    return text
+
+
+def kinds_of_weights(text: str | None, device: str) -> list[str]:
+    """`fp32,int8` -> ["fp32", "int8"]; those are the default too, on CUDA bf16 alone.
+
+    Raises:
+        typer.BadParameter: a kind that there is not, or none at all.
+    """
+    if text is None:
+        return ["bf16"] if is_cuda(device) else ["fp32", "int8"]
+    kinds = words(text, "--weights", WEIGHTS)
+    if not kinds:
+        raise typer.BadParameter(f"name at least one of {', '.join(WEIGHTS)}", param_hint="--weights")
+    return kinds

@@ -184,7 +184,7 @@ def serve_command(
     told = report.Report("serve", only_json, plot, save)
     report.prepare(threads, "wall", device)
     numbers = report.numbers(clients, "--clients")
-    (kind,) = report.words(weights, "--weights", tuple(SERVED)) or ["fp32"]
+    kind = report.word(weights, "--weights", tuple(SERVED))
     if base_url is not None and model is not None:
         raise typer.BadParameter("a running server has its own model", param_hint="MODEL")
     load = Load(prompt_tokens, tokens, requests)

@@ -156,10 +156,11 @@ def train_command(
     told = report.Report("train", only_json, plot, save)
     report.prepare(threads, "wall", device)
     wanted = [int(stage) for stage in report.words(stages, "--stages", ("1", "2"))]
+    if not wanted:
+        raise typer.BadParameter("name at least one stage", param_hint="--stages")
     products: Precision = "bf16" if is_cuda(device) else "fp32"
     if precision is not None:
-        (word,) = report.words(precision, "--precision", ("fp32", "bf16")) or [products]
-        products = "bf16" if word == "bf16" else "fp32"
+        products = "bf16" if report.word(precision, "--precision", ("fp32", "bf16")) == "bf16" else "fp32"
     folder = report.model_folder(model)
     machine = report.measured_machine("wall", device, torch.bfloat16 if products == "bf16" else torch.float32)
     told.introduce(machine)
