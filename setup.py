@@ -12,7 +12,7 @@ from setuptools import Extension, setup
 
 SOURCE = "dijiang_model/native/src"
 DIGEST = runpy.run_path("dijiang_model/native/digest.py")["source_digest"](Path(SOURCE))
-HEADERS = ("attention.h", "int4.h", "matrix.h", "operands.h", "rows.h", "threads.h", "vector.h")
+HEADERS = ("attention.h", "int4.h", "matrix.h", "narrow.h", "operands.h", "rows.h", "threads.h", "vector.h")
 # Neither -ffast-math nor contraction: a row's sums must come in the same order and rounding in every batch.
 # GCC 12 warns of its own headers.
 QUIET = ("-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized")

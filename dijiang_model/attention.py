@@ -27,6 +27,8 @@ class DiJiangAttention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         self.weights_dtype = dtype
+        self.is_narrow = False
+        """Whether states are kept in bf16, all but the normaliser (`DiJiangForCausalLM.keep_states_in`)."""
         self.linear = LinearKernel(config, layer, state_dtype(dtype))
         width = config.num_heads * config.head_size
         if self.read_out == "group_norm":
@@ -51,13 +53,16 @@ class DiJiangAttention(nn.Module):
         config, attention = self.config, self.config.layers[self.layer]
         groups, head, features = config.num_kv_heads, config.head_size, config.num_features(self.layer)
         dtype = state_dtype(self.weights_dtype)
-        tensors = [StateTensor(self._name("linear_state"), (groups, features, head), dtype)]
+        is_wide_window = self.weights_dtype == torch.float32
+        near_dtype = torch.bfloat16 if self.is_narrow and is_wide_window else self.weights_dtype
+        linear_dtype = torch.bfloat16 if self.is_narrow else dtype
+        tensors = [StateTensor(self._name("linear_state"), (groups, features, head), linear_dtype)]
         if attention.read_out == "denominator":
             tensors.append(StateTensor(self._name("normaliser"), (groups, features), dtype))
         if attention.window > 0:
             near = (groups, attention.sinks + attention.window, head)
-            tensors.append(StateTensor(self._name("near_keys"), near, self.weights_dtype))
-            tensors.append(StateTensor(self._name("near_values"), near, self.weights_dtype))
+            tensors.append(StateTensor(self._name("near_keys"), near, near_dtype))
+            tensors.append(StateTensor(self._name("near_values"), near, near_dtype))
         return tuple(tensors)
 
     def layer_state(self, buffer: StateBuffer) -> LayerState:

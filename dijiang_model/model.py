@@ -115,7 +115,9 @@ class DiJiangForCausalLM(nn.Module):
     @property
     def attention_op(self) -> AttentionOp:
         """What computes attention: one's own if it was set, else the device's."""
-        return attention_for(self.device, self.dtype) if self._attention_op is None else self._attention_op
+        if self._attention_op is not None:
+            return self._attention_op
+        return TorchAttention() if self.has_narrow_states else attention_for(self.device, self.dtype)
 
     @attention_op.setter
     def attention_op(self, op: AttentionOp) -> None:
@@ -138,6 +140,26 @@ class DiJiangForCausalLM(nn.Module):
     def can_hold(self) -> bool:
         """Whether steps may hold slots (`PackedBatch.num_held`) and move them on afterwards, to the same bits."""
         return self._decoder is not None and self._runs_natively(self._decoder)
+
+    @property
+    def has_narrow_states(self) -> bool:
+        """Whether states are kept in bf16."""
+        return any(attention.is_narrow for attention in self.attentions)
+
+    def keep_states_in(self, dtype: torch.dtype) -> "DiJiangForCausalLM":
+        """Chooses the dtype of new states, float32 or bfloat16, and prepares; returns itself.
+
+        In bfloat16 all of a state but the normaliser is; sums stay fp32 and are rounded by chance when they are stored
+        (`ops.narrow`), keys and values once.
+
+        Raises:
+            ValueError: another dtype, or a fp64 model.
+        """
+        if dtype not in (torch.float32, torch.bfloat16) or self.dtype == torch.float64:
+            raise ValueError(f"states are kept in float32 or bfloat16, not {dtype}, of models up to float32")
+        for attention in self.attentions:
+            attention.is_narrow = dtype == torch.bfloat16
+        return self.prepare()
 
     def prepare(self, *, native: bool = True) -> "DiJiangForCausalLM":
         """Derives buffers from loaded parameters and switches gradients off; returns itself.

@@ -77,6 +77,7 @@ class Attention(ctypes.Structure):
         ("normaliser_offset", Integer),
         ("keys_offset", Integer),
         ("values_offset", Integer),
+        ("is_narrow", Integer),
     )
 
 

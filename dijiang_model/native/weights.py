@@ -309,6 +309,7 @@ def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mappi
         normaliser_offset=place.get("normaliser", -1),
         keys_offset=place.get("near_keys", -1),
         values_offset=place.get("near_values", -1),
+        is_narrow=int(module.is_narrow),
     )
     if config.window > 0:
         attention.late = weights.derived((kernel.log_decay * config.window).exp())

@@ -9,6 +9,7 @@ from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import PrefillLayout, StepLayout
 from dijiang_model.ops.linear import LinearResult, chunked, recurrent_step
+from dijiang_model.ops.narrow import round_by_chance
 from dijiang_model.ops.window import decode_window, prefill_window
 
 
@@ -37,14 +38,14 @@ class TorchAttention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
     ) -> Tensor:
-        dtype = state.linear_state.dtype
+        dtype = kernel.log_decay.dtype
         q, k = q.to(dtype), k.to(dtype)
         queries = _queries(q, kernel=kernel, layout=layout)
         if kernel.attention.window > 0 or kernel.attention.features.rotated:
             k = layout.rotary.apply(k)
         if state.near_keys is not None:  # keys are kept in the storage's dtype: use what a later step will find
-            k = k.to(state.near_keys.dtype).to(dtype)
-        v = v.to(dtype)
+            k, v = k.to(state.near_keys.dtype), v.to(state.near_keys.dtype)
+        k, v = k.to(dtype), v.to(dtype)
         split = layout.num_decode
         parts: list[Tensor] = []
         if split > 0:
@@ -140,9 +141,9 @@ def _decode(
     phi_q, phi_k, log_decay = _features(q.far, far_k, kernel=kernel, positions=layout.decode_positions, leaves=leaves)
     normaliser = None if state.normaliser is None else state.normaliser[slots]
     far = recurrent_step(
-        phi_q, phi_k, far_v, log_decay=log_decay, state=state.linear_state[slots], normaliser=normaliser
+        phi_q, phi_k, far_v, log_decay=log_decay, state=state.linear_state[slots].to(k.dtype), normaliser=normaliser
     )
-    _store(far, slots, state)
+    _store(far, slots, state, positions=layout.decode_positions)
     return _read_out(far, near, q.mix, kernel)
 
 
@@ -184,11 +185,12 @@ def _prefill(
         phi_k,
         far_v,
         log_decay=log_decay,
-        state=state.linear_state[layout.slots],
+        state=state.linear_state[layout.slots].to(k.dtype),
         normaliser=None if state.normaliser is None else state.normaliser[layout.slots],
         layout=layout,
     )
-    _store(far, layout.slots, state)
+    last = layout.sequence_start + layout.sequence_length - 1
+    _store(far, layout.slots, state, positions=layout.positions[last])
     return _read_out(far, near, q.mix, kernel)
 
 
@@ -202,7 +204,8 @@ def _extend_and_store(new: Tensor, rows: Tensor, layout: PrefillLayout, kernel: 
     return torch.cat([ring, new])
 
 
-def _store(result: LinearResult, slots: Tensor, state: LayerState) -> None:
-    state.linear_state[slots] = result.state
+def _store(result: LinearResult, slots: Tensor, state: LayerState, *, positions: Tensor) -> None:
+    is_narrow = state.linear_state.dtype != result.state.dtype
+    state.linear_state[slots] = round_by_chance(result.state, positions) if is_narrow else result.state
     if state.normaliser is not None and result.normaliser is not None:
         state.normaliser[slots] = result.normaliser

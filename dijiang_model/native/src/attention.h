@@ -5,6 +5,7 @@
 #pragma once
 
 #include "matrix.h"
+#include "narrow.h"
 
 namespace dijiang {
 
@@ -30,6 +31,7 @@ struct Attention {
   int64_t normaliser_offset;
   int64_t keys_offset;
   int64_t values_offset;
+  int64_t is_narrow;         // all parts of a state but the normaliser are bf16
 };
 
 struct Heads {
@@ -59,6 +61,42 @@ static inline GroupState group_state(const Attention& a, const Heads& heads, uin
   };
   return {at(a.keys_offset, group * near * d), at(a.values_offset, group * near * d),
           at(a.state_offset, group * a.num_features * d), at(a.normaliser_offset, group * a.num_features)};
+}
+
+// A part of a narrow state: where each tensor of group `group` lies, and how many numbers it has.
+struct NarrowGroup {
+  uint8_t *keys, *values, *linear;
+  float* normaliser;
+  int64_t num_near, num_linear, num_features;
+};
+
+static inline NarrowGroup narrow_group(const Attention& a, const Heads& heads, uint8_t* slot, int64_t group) {
+  const int64_t near = (a.window + a.sinks) * heads.head_size, linear = a.num_features * heads.head_size;
+  auto at = [slot](int64_t offset, int64_t bytes) { return offset < 0 ? nullptr : slot + offset + bytes; };
+  uint8_t* normaliser = at(a.normaliser_offset, group * a.num_features * static_cast<int64_t>(sizeof(float)));
+  return {at(a.keys_offset, 2 * group * near), at(a.values_offset, 2 * group * near),
+          at(a.state_offset, 2 * group * linear), reinterpret_cast<float*>(normaliser),
+          a.keys_offset < 0 ? 0 : near,            linear,
+          normaliser == nullptr ? 0 : a.num_features};
+}
+
+// It in fp32, in `memory` of `group_state_size` floats.
+static inline GroupState widened(const NarrowGroup& part, float* memory) {
+  const GroupState state{memory, memory + part.num_near, memory + 2 * part.num_near,
+                         part.normaliser == nullptr ? nullptr : memory + 2 * part.num_near + part.num_linear};
+  widen(part.keys, part.num_near, state.keys);
+  widen(part.values, part.num_near, state.values);
+  widen(part.linear, part.num_linear, state.linear);
+  for (int64_t j = 0; j < part.num_features; ++j) state.normaliser[j] = part.normaliser[j];
+  return state;
+}
+
+// And back, after steps whose numbers are in bf16 already.
+static inline void put_back(const GroupState& state, const NarrowGroup& part) {
+  narrow(state.keys, part.num_near, part.keys);
+  narrow(state.values, part.num_near, part.values);
+  narrow(state.linear, part.num_linear, part.linear);
+  for (int64_t j = 0; j < part.num_features; ++j) part.normaliser[j] = state.normaliser[j];
 }
 
 // Floats of such a part.
@@ -215,7 +253,7 @@ static inline int64_t padded_near(int64_t near) { return (near + kLanes - 1) / k
 // Floats of scratch that `attend` needs.
 static inline int64_t attention_scratch(const Heads& heads, const Attention& a) {
   const int64_t shared = heads.num_heads / heads.num_groups, d = heads.head_size;
-  return (8 * shared + 4) * d + (shared + 1) * a.num_features + shared * padded_near(a.window + a.sinks) + 64;
+  return (8 * shared + 5) * d + (shared + 1) * a.num_features + shared * padded_near(a.window + a.sinks) + 64;
 }
 
 // w[r][j] = exp(q[r] . k[j] - max) over visible near rows, 0 elsewhere; sums[r] their sum.
@@ -280,6 +318,13 @@ static void attend(const Attention& a, const Heads& heads, const Token& token, i
 
   const float* value = projected + heads.value_start + group * heads.value_step;
   rotate(projected + heads.key_start + group * heads.key_step, d, heads.rotary_half, token.cos, token.sin, new_key);
+  if (a.is_narrow != 0 && a.window > 0) {
+    float* rounded = take(d);
+    std::memcpy(rounded, value, static_cast<size_t>(d) * sizeof(float));
+    round_to_nearest(rounded, d);
+    round_to_nearest(new_key, d);
+    value = rounded;
+  }
   for (int64_t r = 0; is_asked && r < shared; ++r) {
     const float* query = projected + heads.query_start + (first_head + r) * heads.query_step;
     rotate(query, d, heads.rotary_half, token.cos, token.sin, near_rotated + r * d);
@@ -352,6 +397,7 @@ static void attend(const Attention& a, const Heads& heads, const Token& token, i
 
   const int64_t num_read = reads ? shared : 0;
   update_and_read(num_read, phi, features, at.linear, d, features, far, d, decay, phi_key, far_value);
+  if (a.is_narrow != 0) round_by_chance(at.linear, features * d, token.position);
   float* normaliser = at.normaliser;
   if (a.has_denominator != 0) {
     for (int64_t j = 0; j < features; ++j) normaliser[j] = phi_key[j] + normaliser[j] * decay;

@@ -173,7 +173,8 @@ static inline void dot_pairs(const Matrix& m, const Activations& x, int64_t row,
 // The same for one row, pair of outputs after pair in the order of memory.
 template <int O>
 static inline void pairs_in_order(const Matrix& m, const Activations& x, int64_t row, int64_t n, Vec (&totals)[O][1]) {
-  const int64_t scale_bytes = O * m.num_groups() * static_cast<int64_t>(sizeof(uint16_t));
+  const int64_t size = padded(m.columns), scale_bytes = O * m.num_groups() * static_cast<int64_t>(sizeof(uint16_t));
+  fetch_next_pages(m.pairs + row / 2 * size, O / 2 * size);
   fetch_next_pages(m.group_scales + row * m.num_groups(), scale_bytes);
   if (m.group_minimums != nullptr) fetch_next_pages(m.group_minimums + row * m.num_groups(), scale_bytes);
   each<O / 2>([&](auto p) DIJIANG_INLINE {

@@ -109,7 +109,7 @@ class Step {
     const int64_t half = model_.heads.rotary_half;
     segments_ = std::move(segments);
     const bool holds = std::any_of(segments_.begin(), segments_.end(), [](const Segment& s) { return s.is_held; });
-    if (holds) held_ = scratch.floats(20, held_size_ * kMaxThreads);
+    if (holds || model_.layers[0].attention.is_narrow != 0) held_ = scratch.floats(20, held_size_ * kMaxThreads);
     tokens_.resize(static_cast<size_t>(num_rows_));
     for_rows([&](int64_t n) {
       float* angles = angles_ + n * 4 * half;
@@ -153,10 +153,14 @@ class Step {
       const int64_t layer = index / num_groups, group = index % num_groups;
       const Attention& attention = model_.layers[layer].attention;
       const float* rows = kept + layer * row_stride * projected_width_;
-      const GroupState state = group_state(attention, model_.heads, tokens_[0].slot, group);
+      const bool is_narrow = attention.is_narrow != 0;
+      const NarrowGroup part = is_narrow ? narrow_group(attention, model_.heads, tokens_[0].slot, group) : NarrowGroup{};
+      const GroupState state = is_narrow ? widened(part, held_ + thread * held_size_)
+                                         : group_state(attention, model_.heads, tokens_[0].slot, group);
       for (int64_t n = 0; n < num_rows_; ++n)
         attend(attention, model_.heads, tokens_[static_cast<size_t>(n)], group, state, rows + n * projected_width_,
                nullptr, nullptr, arenas_ + thread * arena_size_);
+      if (is_narrow) put_back(state, part);
     });
   }
 
@@ -262,13 +266,21 @@ class Step {
       const Segment segment = segments_[static_cast<size_t>(index / heads.num_groups)];
       const int64_t group = index % heads.num_groups;
       uint8_t* slot = tokens_[static_cast<size_t>(segment.first)].slot;
-      GroupState state = group_state(layer.attention, heads, slot, group);
-      if (segment.is_held) state = copied(layer.attention, heads, state, held_ + thread * held_size_);
+      const bool is_narrow = layer.attention.is_narrow != 0;
+      const NarrowGroup part = is_narrow ? narrow_group(layer.attention, heads, slot, group) : NarrowGroup{};
+      GroupState state{};
+      if (is_narrow) {
+        state = widened(part, held_ + thread * held_size_);
+      } else {
+        state = group_state(layer.attention, heads, slot, group);
+        if (segment.is_held) state = copied(layer.attention, heads, state, held_ + thread * held_size_);
+      }
       for (int64_t n = segment.first; n < segment.last; ++n) {
         const float* far_queries = has_far ? far_queries_ + n * attended_.width : nullptr;
         attend(layer.attention, heads, tokens_[static_cast<size_t>(n)], group, state,
                projected_ + n * projected_width_, far_queries, attended_.values + n * attended_.width, arenas_ + thread * arena_size_);
       }
+      if (is_narrow && !segment.is_held) put_back(state, part);
     });
     const bool is_gated = layer.gate.rows > 0;
     if (!is_gated && !layer.output.is_quantized()) return;
