@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, WithJsonSchema
+from pydantic import BeforeValidator, Discriminator, FailFast, Field, StringConstraints, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequestError
@@ -133,6 +133,7 @@ _Tagged = Annotated[
 ]
 InputItems = Annotated[
     list[_Tagged],
+    FailFast(),
     BeforeValidator(_items),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
     Field(min_length=1, max_length=MAX_MESSAGES),

@@ -26,6 +26,19 @@ def test_a_gibibyte_is_refused_when_it_is_announced(server: Loopback, monkeypatc
     assert_still_right(server)
 
 
+@pytest.mark.parametrize(
+    "item", [{"role": 1, "content": {"x" * 500: 1}}, {"type": "function_call", "name": "a b" * 500}, {"role": "user"}]
+)
+def test_ten_thousand_bad_items_are_one_short_error(server: Loopback, item: dict[str, Any]) -> None:
+    answer = server.http.post("/v1/responses", json={"input": [item] * 10_000})
+    assert answer.status_code == 400
+    assert len(answer.content) < 3000
+    assert answer.json()["error"]["param"].startswith("input[0]")
+    too_many = server.http.post("/v1/responses", json={"input": [{"role": "user", "content": "x"}] * 10_001})
+    assert (too_many.status_code, too_many.json()["error"]["param"]) == (400, "input")
+    assert_still_right(server)
+
+
 @pytest.fixture
 def listener() -> Iterator[tuple[str, list[bytes]]]:
     """An address, and what was asked for there."""
