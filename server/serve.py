@@ -1,43 +1,29 @@
-"""The composition root of `dijiang serve`: settings -> engine -> application -> HTTP server."""
+"""What `dijiang serve` makes of its settings: the model, the store of states, the engine's part, the service's part."""
 
-import asyncio
-import contextlib
 import hashlib
 import json
 import re
-import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import uvicorn
 from pydantic import SecretStr
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from server.app import create_app
-from server.draining import DrainingServer
+from dijiang_model.conversion import default_folder
 from server.engine.types import EngineConfig
-from server.engine_client import EngineClient
-from server.errors import EngineUnavailableError
-from server.hardware import Device, HardwareError, default_state_bytes, default_threads, find_device
-from server.logs import configure_logging
+from server.hardware import Device, HardwareError, default_state_bytes, default_threads
 from server.middleware import hash_key
-from server.service import Service, ServiceOptions
-from server.settings import Settings, misplaced_key
+from server.service import ServiceOptions
+from server.settings import Settings
 from server.states.embedded import EmbeddedStore
 from server.states.errors import StoreError
 from server.states.store import StateStore
-from server.structure.checker import GrammarChecker, GrammarLimits
-from server.summary import Summary
-from server.text.template import TemplateSyntaxFailure
-from server.text.tokenizer import Tokenizer, load_tokenizer
-from server.text.vocabulary import UnsupportedTokenizerError
+from server.structure.checker import GrammarLimits
 
 CPU_STEP_TOKENS, CUDA_STEP_TOKENS = 512, 2048
-LAST_ANSWERS_S = 5
 HASHED_KEY = "sha256:"
 DEFAULT_HOME = Path("~/.cache/dijiang")
 MAX_AUTO_CACHE_BYTES = 1 << 30
@@ -45,72 +31,6 @@ MAX_AUTO_CACHE_BYTES = 1 << 30
 
 class StartError(Exception):
     """The server cannot start; the text is a sentence for the operator."""
-
-
-def run(settings: Settings, console: Console) -> None:
-    """Serves until a signal ends it.
-
-    Raises:
-        StartError: the model, the device, the address or the engine cannot be used.
-    """
-    configure_logging(level=settings.log_level, log_format=settings.log_format)
-    if misplaced_key(settings):
-        console.print(
-            "[yellow]warning:[/yellow] DIJIANG_API_KEY is for clients; the server's keys are DIJIANG_API_KEYS, "
-            "and without them everybody is let in",
-            highlight=False,
-        )
-    model, default_name = _find_model(settings, console)
-    try:
-        tokenizer = load_tokenizer(model)
-        device = find_device(settings.device, num_ranks=settings.tensor_parallel)
-        store = open_store(settings, default_name, console)
-        config = engine_config(settings, model, device, store)
-        engine = EngineClient(config)
-        options = service_options(settings, model, default_name)
-        grammars = None if tokenizer is None else GrammarChecker(model, grammar_limits(settings))
-
-        def read_again() -> tuple[ServiceOptions, Tokenizer | None]:
-            return service_options(settings, model, default_name), load_tokenizer(model)
-
-        service = Service(engine, options, tokenizer, states=store, grammars=grammars, read_again=read_again)
-    except (UnsupportedTokenizerError, TemplateSyntaxFailure, HardwareError, StoreError) as error:
-        raise StartError(str(error)) from error
-    listener = _bind(settings)
-    summary = Summary(settings, config, service.options, recipe_of(model), tokenizer, listener)
-    server = DrainingServer(_http_config(settings, service), service, engine, drain_timeout_s=settings.drain_timeout_s)
-    _event_loop_runner()(_serve(server, service, engine, listener, summary, console))
-
-
-async def _serve(
-    server: DrainingServer,
-    service: Service,
-    engine: EngineClient,
-    listener: socket.socket,
-    summary: Summary,
-    console: Console,
-) -> None:
-    """Opens the port at once, while the engine loads."""
-    await engine.start()
-    if service.states is not None:
-        await service.states.start(service.end_background)
-    console.print(f"Loading {summary.model}; the port of {summary.base_url} is open already", highlight=False)
-    waiting = asyncio.create_task(_announce(engine, summary, console))
-    try:
-        await server.serve(sockets=[listener])
-    finally:
-        waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
-        failure = engine.failure
-        await engine.close()
-        await service.close()
-    if failure is not None:
-        raise StartError(f"the engine cannot run: {failure}")
-
-
-async def _announce(engine: EngineClient, summary: Summary, console: Console) -> None:
-    with contextlib.suppress(EngineUnavailableError):
-        console.print(summary.table(await engine.wait_ready()))
 
 
 def open_store(settings: Settings, model_name: str, console: Console) -> StateStore | None:
@@ -172,6 +92,7 @@ def engine_config(settings: Settings, model: Path, device: Device, store: StateS
         device=device.name,
         weights_dtype=_weights_dtype(settings.dtype, model, device),
         num_threads=default_threads() if settings.threads == "auto" else settings.threads,
+        state_dtype=settings.state_dtype,
         state_memory_bytes=state_bytes,
         max_num_slots=settings.max_conversations,
         max_step_tokens=auto_step if settings.max_step_tokens == "auto" else settings.max_step_tokens,
@@ -296,7 +217,7 @@ def recipe_of(model: Path) -> str:
         return "released"
 
 
-def _find_model(settings: Settings, console: Console) -> tuple[Path, str]:
+def find_model(settings: Settings, console: Console) -> tuple[Path, str]:
     """The model's folder and its name."""
     if settings.model is None:
         return _default_model(settings.cache_dir, console)
@@ -311,8 +232,11 @@ def _find_model(settings: Settings, console: Console) -> tuple[Path, str]:
 
 
 def _default_model(home: Path | None, console: Console) -> tuple[Path, str]:
-    # Imported here: it brings torch, which a server with a model of its own does not need.
-    from dijiang_model.conversion.default_model import MODEL_NAME, ensure_default_model
+    folder = default_folder.default_folder(home)
+    if default_folder.is_noted(folder):
+        return folder, default_folder.MODEL_NAME
+    # Imported here: it brings torch, which this process does not need otherwise.
+    from dijiang_model.conversion.default_model import ensure_default_model
     from dijiang_model.errors import ModelError
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
@@ -325,45 +249,5 @@ def _default_model(home: Path | None, console: Console) -> tuple[Path, str]:
             )
     except ModelError as error:
         raise StartError(str(error)) from error
-    return path, MODEL_NAME
-
-
-def _bind(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-    except OSError as error:
-        listener.close()
-        raise StartError(f"{settings.host} port {settings.port} cannot be used: {error.strerror}") from error
-    listener.set_inheritable(False)
-    return listener
-
-
-def _http_config(settings: Settings, service: Service) -> uvicorn.Config:
-    config = uvicorn.Config(
-        create_app(service),
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=LAST_ANSWERS_S,
-        ssl_certfile=settings.tls_cert,
-        ssl_keyfile=settings.tls_key,
-    )
-    try:
-        config.load()
-    except OSError as error:  # of which every SSL error is one
-        raise StartError(f"tls_cert and tls_key cannot be used: {error}") from error
-    return config
-
-
-def _event_loop_runner() -> Callable[..., Any]:
-    try:
-        import uvloop
-    except ImportError:  # not made for Windows
-        return asyncio.run
-    return uvloop.run
+    default_folder.note(path)
+    return path, default_folder.MODEL_NAME

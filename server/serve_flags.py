@@ -28,7 +28,8 @@ def serve_command() -> Callable[..., None]:
         except SettingsError as error:
             raise _failed(console, error) from error
         # Imported late: `--help` and mistakes in settings need nothing of the server.
-        from server.serve import StartError, run
+        from server.serve import StartError
+        from server.starting import run
 
         try:
             run(settings, console)

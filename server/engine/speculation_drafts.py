@@ -19,6 +19,7 @@ _BUCKETS = tuple(max(0, length.bit_length() - 1) for length in range(MAX_MATCH +
 _PRIOR = (0.15, 0.35, 0.55, 0.7, 0.85, 0.9)
 _PRIOR_WEIGHT = 8.0
 _DECAY = 0.98
+FEW_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +28,19 @@ class RowPrice:
 
     Attributes:
         second: of the second row.
-        further: of each one behind it.
+        further: of each one behind it, up to `FEW_ROWS`.
+        beyond: of each one behind those, where multiplying takes longer than reading the weights.
     """
 
     second: float
     further: float
+    beyond: float
 
     def step(self, num_rows: int) -> float:
         """Cost of a step of `num_rows` >= 1."""
-        return 1.0 if num_rows == 1 else 1.0 + self.second + self.further * (num_rows - 2)
+        num_further = min(max(num_rows - 2, 0), FEW_ROWS - 2)
+        cost = 1.0 + self.further * num_further + self.beyond * max(num_rows - FEW_ROWS, 0)
+        return cost if num_rows == 1 else cost + self.second
 
     def least_chance(self, *, num_rows: int, num_tokens: float) -> float:
         """How likely a draft must hold to be worth a row.
@@ -44,7 +49,7 @@ class RowPrice:
             num_rows: of the step without it.
             num_tokens: that this step brings.
         """
-        return (self.second if num_rows == 1 else self.further) * num_tokens / self.step(num_rows)
+        return (self.step(num_rows + 1) / self.step(num_rows) - 1) * num_tokens
 
 
 class Drafter:

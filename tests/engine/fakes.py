@@ -133,7 +133,7 @@ class GivenDrafts(Speculation):
     """Proposes drafts of which the first ones are right, as many as the next number says, then a wrong one."""
 
     def __init__(self, num_right: Iterator[int], *, max_drafts: int = 3) -> None:
-        super().__init__(max_drafts, RowPrice(0.0, 0.0))
+        super().__init__(max_drafts, RowPrice(0.0, 0.0, 0.0))
         self._num_right = num_right
 
     def begin(self, sequence: Sequence) -> None:

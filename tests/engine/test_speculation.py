@@ -14,7 +14,7 @@ from server.engine.speculation_drafts import RowPrice
 from server.engine.types import FinishReason, GenerationRequest
 from tests.engine.fakes import EOS_TOKEN_ID, FakeRunner, GivenDrafts, engine, expected_output, request
 
-FREE = RowPrice(0.0, 0.0)
+FREE = RowPrice(0.0, 0.0, 0.0)
 
 
 def always(num_right: int) -> Iterator[int]:

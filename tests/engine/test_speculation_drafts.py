@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from server.engine.speculation_drafts import Drafter, RowPrice, num_confirmed
 from server.engine.speculation_index import MAX_CANDIDATES, MAX_MATCH, TokenHistory
 
-FREE = RowPrice(0.0, 0.0)
+FREE = RowPrice(0.0, 0.0, 0.0)
 NO_ENDS: frozenset[int] = frozenset()
 
 
@@ -110,7 +110,7 @@ def test_a_short_history_takes_little_memory() -> None:
 
 
 def test_what_held_before_is_drafted_and_what_failed_is_not() -> None:
-    price = RowPrice(0.03, 0.2)
+    price = RowPrice(0.03, 0.2, 0.2)
     prompt = [*range(50)]
     trusted, fooled = Drafter(prompt, end_token_ids=NO_ENDS), Drafter(prompt, end_token_ids=NO_ENDS)
     for _ in range(30):
@@ -132,7 +132,7 @@ def test_what_held_before_is_drafted_and_what_failed_is_not() -> None:
 
 
 def test_a_sequence_without_drafts_earns_them_back() -> None:
-    price = RowPrice(0.1, 0.2)
+    price = RowPrice(0.1, 0.2, 0.2)
     drafter = Drafter([1], end_token_ids=NO_ENDS)
     for number in range(300):
         drafter.push(1)
@@ -158,9 +158,10 @@ def test_no_more_is_drafted_than_asked_for(num_drafts: int) -> None:
 
 
 def test_rows_are_dearer_in_company() -> None:
-    price = RowPrice(second=0.03, further=0.2)
+    price = RowPrice(second=0.03, further=0.2, beyond=0.2)
     assert price.step(1) == 1.0
     assert price.step(4) == pytest.approx(1.43)
+    assert RowPrice(0.0, 0.1, 0.5).step(10) == pytest.approx(1.0 + 6 * 0.1 + 2 * 0.5)
     chances = [price.least_chance(num_rows=rows, num_tokens=rows) for rows in (1, 2, 4, 16, 256)]
     assert chances == sorted(chances)
     assert chances[0] == pytest.approx(0.03)

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(load_library() is None, reason="the kernels were
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 260
-FREE = RowPrice(0.0, 0.0)
+FREE = RowPrice(0.0, 0.0, 0.0)
 MODELS: dict[str, ModelConfig] = {
     "hybrid llama": llama_config(),
     "released gpt_neox": gpt_neox_config(),

@@ -16,7 +16,8 @@ from dijiang_model.conversion import default_model
 from dijiang_model.conversion.adapters import Adapter, AdapterInfo, load_adapter, model_fingerprint, save_adapter
 from dijiang_model.conversion.cli import convert_command, parse_size
 from dijiang_model.conversion.convert import convert, sha256_of
-from dijiang_model.conversion.default_model import MODEL_NAME, ensure_default_model
+from dijiang_model.conversion.default_folder import MODEL_NAME
+from dijiang_model.conversion.default_model import ensure_default_model
 from dijiang_model.conversion.kernel_training import kernel_tensors
 from dijiang_model.conversion.recipes import Recipe
 from dijiang_model.errors import ConversionError
