@@ -1,9 +1,9 @@
 """Compiles the Triton kernels for an H100 without having one: what the interpreter cannot show.
 
-    python -m tests.model.triton_compiling [--sizes]
+    python -m tests.model.triton_compiling [SHAPE ...]
 
-Runs layers of real shapes on meta-like CPU tensors with every launch recorded in place of being run, then compiles
-each recorded launch for compute capability 9.0. Prints one JSON line per launch: kernel, shape, registers, spills and
+Runs layers of real shapes on CPU tensors with every launch recorded in place of being run, then compiles each
+recorded launch for compute capability 9.0. Prints one JSON line per launch: kernel, shape, registers, spills and
 shared memory. Needs triton's own assembler and no driver. Not in Triton's interpreter.
 """
 
@@ -118,7 +118,9 @@ SHAPES: dict[str, tuple[int, int, int, AttentionConfig]] = {
 """Query heads, key-value heads, head size and attention of a layer."""
 
 
-def launches_of(shape: str, *, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+def launches_of(
+    shape: str, *, dtype: torch.dtype = torch.bfloat16, state_dtype: torch.dtype = torch.float32
+) -> list[Launch]:
     """All launches of a step of one layer with decode rows and prefill segments."""
     num_heads, num_groups, size, attention = SHAPES[shape]
     config = ModelConfig(
@@ -135,7 +137,7 @@ def launches_of(shape: str, *, dtype: torch.dtype = torch.bfloat16) -> list[Laun
     near_rows = torch.zeros(2, 3, num_groups, near, size, dtype=dtype) if near else (None, None)
     has_normaliser = attention.read_out == "denominator"
     state = LayerState(
-        torch.zeros(3, num_groups, num_features, size),
+        torch.zeros(3, num_groups, num_features, size, dtype=state_dtype),
         torch.zeros(3, num_groups, num_features) if has_normaliser else None,
         *near_rows,
     )
@@ -168,9 +170,11 @@ def resources(compiled: Any) -> dict[str, int]:
 
 
 def main() -> None:
-    """Compiles everything for `SHAPES`, or for those named on the command line."""
+    """Compiles everything for `SHAPES`, or for those named on the command line; and states in bf16."""
     for shape in sys.argv[1:] or SHAPES:
-        for launch in launches_of(shape):
+        narrow = launches_of(shape, state_dtype=torch.bfloat16)
+        moving = [launch for launch in narrow if launch.kernel.__name__ in ("decode_kernel", "states_kernel")]
+        for launch in launches_of(shape) + moving:
             used = resources(launch.compiled())
             sys.stdout.write(json.dumps({"shape": shape, "kernel": launch.kernel.__name__, **used}) + "\n")
             sys.stdout.flush()

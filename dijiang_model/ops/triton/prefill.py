@@ -60,7 +60,7 @@ class PrefillStep:
         self.num_groups, self.num_features = kernel.num_kv_heads, kernel.num_features
         self.block_d = triton.next_power_of_2(self.head_size)
         self.block_k = triton.next_power_of_2(self.num_features)
-        self.block_v = min(self.block_d, 128)
+        self.block_v = self.block_d if self.block_d <= 128 else 64
 
     @property
     def has_window(self) -> bool:
@@ -110,6 +110,8 @@ def prefill(
         out: [T, H, d], contiguous; written.
         late: cosines and sines of as many positions as the window has; read where features see no rotation.
     """
+    if state.near_values is not None:  # as a later step will find them
+        v = v.to(state.near_values.dtype)
     x = PrefillStep(q, k, v, kernel=kernel, step=step, state=state)
     rotated = rotated_keys(x)
     phi_q = query_features(x)
@@ -304,10 +306,10 @@ def chunk_outputs(
         BLOCK_D=x.block_d,
         BLOCK_K=min(64, x.block_k),
         BLOCK_V=x.block_v,
-        BLOCK_J=64,
+        BLOCK_J=64 if x.block_d <= 64 else 32,
         PRECISION=x.products.attention,
         EMULATED=knobs.runtime.interpret,
-        num_warps=8 if x.block_d > 64 else 4,
+        num_warps=8 if x.block_d > 64 or x.has_window else 4,
         **x.shape,
     )
 

@@ -7,7 +7,7 @@ its query heads while it is in registers.
 import triton
 import triton.language as tl
 
-from dijiang_model.ops.triton.kernels.parts import features, kept, turned
+from dijiang_model.ops.triton.kernels.parts import features, kept, stored, turned
 
 
 @triton.jit
@@ -266,7 +266,8 @@ def decode_kernel(
         tl.debug_barrier()
         tile_here = tile_rows[:, None] + col[None, :]
         in_tile = in_state[:, None] & in_v[None, :]
-        tl.store(tile_here, tile.to(state.dtype.element_ty), mask=in_tile, eviction_policy="evict_first")
+        kept_tile = stored(tile, state, f[:, None] * D + col[None, :], position)
+        tl.store(tile_here, kept_tile, mask=in_tile, eviction_policy="evict_first")
         tile = load_tile(tile_rows, in_state, v0 + BLOCK_V, D, BLOCK_V)  # nothing behind the last turn
         if WINDOW > 0:
             v_new = tl.load(v_here + col, mask=in_v, other=0.0).to(near_values.dtype.element_ty)

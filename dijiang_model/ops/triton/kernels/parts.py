@@ -145,3 +145,20 @@ def operand(x, like, EMULATED: tl.constexpr):
     if EMULATED:
         return x.to(tl.float32)
     return x.to(like.dtype.element_ty)
+
+
+@triton.jit
+def stored(x, like, place, position):
+    """A state's fp32 values in the dtype that `like` points to: bf16 by chance (`ops.narrow`), others to the nearest.
+
+    `place` [...] is each value's place in its head's S, `position` that of the last token in it.
+    """
+    if like.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        dice = place.to(tl.uint32) * 0x9E3779B1 + position.to(tl.uint32) * 0x85EBCA6B
+        dice = (dice ^ (dice >> 16)) * 0x7FEB352D
+        dice = (dice ^ (dice >> 15)) * 0x846CA68B
+        raised = (bits + (dice >> 16).to(tl.int32)) & -65536
+        is_finite = (bits & 0x7F800000) != 0x7F800000
+        x = tl.where(is_finite, raised, bits).to(tl.float32, bitcast=True)
+    return x.to(like.dtype.element_ty)

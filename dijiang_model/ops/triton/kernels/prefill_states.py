@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dijiang_model.ops.triton.kernels.parts import operand, rounded
+from dijiang_model.ops.triton.kernels.parts import operand, rounded, stored
 
 
 @triton.jit
@@ -97,7 +97,8 @@ def states_kernel(
         tile = tl.dot(tl.trans(phi), values, tile * kept, input_precision=PRECISION)
         z = z * kept + tl.sum(phi.to(tl.float32), 0)
     tl.debug_barrier()
-    tl.store(tile_here, tile.to(state.dtype.element_ty), mask=in_tile)
+    last_position = tl.load(positions + start + length - 1)
+    tl.store(tile_here, stored(tile, state, f[:, None] * D + col[None, :], last_position), mask=in_tile)
     if DENOMINATOR:
         tl.store(z_here, z, mask=own_f < K)
 
