@@ -64,6 +64,7 @@ class DiJiangForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self._attention_op: AttentionOp | None = None
+        self._has_narrow_states = False
         self.quantization: Quantization | None = None
         """How weights are rounded (`quantization.modules.install`); None: they are not."""
         self._decoder: NativeDecoder | None = None
@@ -115,9 +116,7 @@ class DiJiangForCausalLM(nn.Module):
     @property
     def attention_op(self) -> AttentionOp:
         """What computes attention: one's own if it was set, else the device's."""
-        if self._attention_op is not None:
-            return self._attention_op
-        return TorchAttention() if self.has_narrow_states else attention_for(self.device, self.dtype)
+        return attention_for(self.device, self.dtype) if self._attention_op is None else self._attention_op
 
     @attention_op.setter
     def attention_op(self, op: AttentionOp) -> None:
@@ -144,7 +143,7 @@ class DiJiangForCausalLM(nn.Module):
     @property
     def has_narrow_states(self) -> bool:
         """Whether states are kept in bf16."""
-        return any(attention.is_narrow for attention in self.attentions)
+        return self._has_narrow_states
 
     def keep_states_in(self, dtype: torch.dtype) -> "DiJiangForCausalLM":
         """Chooses the dtype of new states, float32 or bfloat16, and prepares; returns itself.
@@ -157,8 +156,9 @@ class DiJiangForCausalLM(nn.Module):
         """
         if dtype not in (torch.float32, torch.bfloat16) or self.dtype == torch.float64:
             raise ValueError(f"states are kept in float32 or bfloat16, not {dtype}, of models up to float32")
+        self._has_narrow_states = dtype == torch.bfloat16
         for attention in self.attentions:
-            attention.is_narrow = dtype == torch.bfloat16
+            attention.is_narrow = self._has_narrow_states
         return self.prepare()
 
     def prepare(self, *, native: bool = True) -> "DiJiangForCausalLM":

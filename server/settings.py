@@ -76,6 +76,9 @@ class Settings(BaseSettings):
     """Processes that heads, states and weights are split over, each on a CUDA device of its own (device and those that
     follow it) or with its share of the threads. Must divide the model's key-value heads."""
 
+    state_dtype: Literal["float32", "bfloat16"] = _in("Capacity", "float32")
+    """Numbers of a conversation's state. bfloat16 halves its memory, so that twice as many conversations fit; sums are
+    rounded by chance so that long ones do not drift. Saved states go on in the same alone."""
     state_memory: Annotated[ByteSize, Field(ge=1)] | Auto = _in("Capacity", "auto")
     """Memory for the states of conversations, such as 2GiB. auto: a share of what is free."""
     max_conversations: int = _in("Capacity", 512, ge=1, le=1_000_000)
@@ -211,6 +214,9 @@ class Settings(BaseSettings):
             else "",
             "prefix_cache_disk has no effect while prefix_cache_memory is 0, or with --no-states"
             if self.prefix_cache_disk and (self.prefix_cache_memory == 0 or not self.states)
+            else "",
+            f"state_dtype {self.state_dtype} cannot be split over {self.tensor_parallel} processes (tensor_parallel)"
+            if self.state_dtype != "float32" and self.tensor_parallel > 1
             else "",
             "prefix_cache_device_memory has no effect while prefix_cache_memory is 0"
             if self.prefix_cache_memory == 0 and self.prefix_cache_device_memory

@@ -49,7 +49,7 @@ class Summary:
             "model": f"{self.model} ({info.num_parameters / 1e6:,.1f} M parameters, loaded in {info.load_s:.1f} s)",
             "recipe": self._recipe,
             "device": f"{info.device} ({info.device_name}){self._ranks_text(info)}",
-            "dtype": f"{info.weights_dtype} weights, float32 state",
+            "dtype": f"{info.weights_dtype} weights, {info.state_dtype} state",
             "threads": str(self._config.num_threads),
             "capacity": f"{info.num_slots} conversations of {each}, whatever their length",
             "state": f"{size_text(total)} ({total:,} bytes)",

@@ -1,8 +1,8 @@
 """Which model this is: a name that follows from what it computes, not from where it lies.
 
-Two servers with the same model folder agree on it, so a state saved on one is accepted by the other. It
-covers the configuration, the weights' dtype and, of each weight file, size, header and samples of its content: cheap at
-start, and different for any two checkpoints that training could have made.
+Two servers with the same model folder agree on it, so a state saved on one is accepted by the other. It covers the
+configuration, what weights and states are rounded to and, of each weight file, size, header and samples of its content:
+cheap at start, and different for any two checkpoints that training could have made.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ _SAMPLES, _SAMPLE_BYTES = 64, 4096
 _PATTERNS = ("*.safetensors", "*.bin")
 
 
-def model_fingerprint(config: ModelConfig, folder: Path, *, weights_dtype: str) -> str:
+def model_fingerprint(config: ModelConfig, folder: Path, *, numbers: str) -> str:
     """`dj-` and 32 hexadecimal digits.
 
     Args:
         config: of the loaded model.
         folder: with its weight files; one without any leaves the configuration alone.
-        weights_dtype: what the weights were rounded to while loading: a state goes on exactly only in the same.
+        numbers: what weights and states are rounded to: a state goes on exactly only in the same.
     """
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True, default=str).encode())
-    digest.update(weights_dtype.encode())
+    digest.update(numbers.encode())
     files = sorted((path for pattern in _PATTERNS for path in folder.glob(pattern)), key=lambda path: path.name)
     for path in files:
         digest.update(f"{path.name}:{path.stat().st_size}".encode())

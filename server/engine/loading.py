@@ -19,7 +19,7 @@ from server.engine.engine import Engine
 from server.engine.fingerprint import model_fingerprint
 from server.engine.grammar import GrammarCompiler
 from server.engine.grammar_queue import GrammarQueue
-from server.engine.placement import device_name, select_device, weights_dtype, weights_kind
+from server.engine.placement import device_name, numbers_of, select_device, state_dtype, weights_dtype, weights_kind
 from server.engine.prefix_cache import PrefixCache
 from server.engine.prefix_disk import PrefixDisk
 from server.engine.recording import recorder
@@ -78,6 +78,8 @@ def load_engine(config: EngineConfig) -> Engine:
     torch.set_num_threads(config.num_threads)
     select_device(config.device)
     model = load_model(config.model_path, device=config.device, dtype=dtype, weights=weights_kind(config))
+    if config.state_dtype != "float32":
+        model.keep_states_in(state_dtype(config))
     return build_engine(model.seal(), as_stored(config, model.quantization), started=started)
 
 
@@ -131,7 +133,7 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
     num_ahead = 1 if device.type == "cuda" else 0
     vocab_size, eos_token_ids = network.config.vocab_size, network.config.eos_token_ids
     sampler = Sampler(vocab_size, eos_token_ids, device)
-    fingerprint = model_fingerprint(network.config, Path(config.model_path), weights_dtype=config.weights_dtype)
+    fingerprint = model_fingerprint(network.config, Path(config.model_path), numbers=numbers_of(config))
     layout = state_layout(pool.spec, vocab_size, fingerprint)
     snapshots = _snapshots(PoolAccess(pool), layout, config)
     load_compiler = partial(
@@ -157,6 +159,7 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
         device=config.device,
         device_name=device_name(device),
         weights_dtype=config.weights_dtype,
+        state_dtype=config.state_dtype,
         num_parameters=network.num_parameters,
         load_s=time.monotonic() - started,
         state_layout=layout,

@@ -15,6 +15,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 QUANTIZED: Mapping[str, WeightKind] = {"int8": "int8", "int4": "int4"}
 """Of a model's weights; the rest of it computes in float32 on a CPU and in bfloat16 on CUDA."""
+STATE_DTYPES = ("float32", "bfloat16")
 
 
 def weights_dtype(config: EngineConfig) -> torch.dtype:
@@ -34,6 +35,24 @@ def weights_dtype(config: EngineConfig) -> torch.dtype:
 def weights_kind(config: EngineConfig) -> WeightKind | None:
     """What weights are rounded to, if they are not stored so already; None: they stay as they are."""
     return QUANTIZED.get(config.weights_dtype)
+
+
+def state_dtype(config: EngineConfig) -> torch.dtype:
+    """The dtype of the running sums in a state.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if config.state_dtype not in STATE_DTYPES:
+        raise ValueError(f"state_dtype is {config.state_dtype!r}, and must be one of {', '.join(STATE_DTYPES)}")
+    return DTYPES[config.state_dtype]
+
+
+def numbers_of(config: EngineConfig) -> str:
+    """What a state depends on beside the model: the same text means the same rounding."""
+    if config.state_dtype == "float32":
+        return config.weights_dtype
+    return f"{config.weights_dtype}, states {config.state_dtype}"
 
 
 def select_device(name: str) -> torch.device:

@@ -164,6 +164,7 @@ class EngineConfig:
         prefix_cache_min_tokens: shorter prefixes are computed again.
         prefix_cache_spacing: a cached state after every so many tokens of a prompt; 0: only at its ends.
         tensor_parallel: processes that the network is split over; on CUDA each takes a device, from `device` on.
+        state_dtype: of the running sums, and of windows that are not narrower by the weights: `float32` or `bfloat16`.
     """
 
     model_path: str
@@ -184,6 +185,7 @@ class EngineConfig:
     prefix_cache_min_tokens: int = 64
     prefix_cache_spacing: int = 0
     tensor_parallel: int = 1
+    state_dtype: str = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +209,8 @@ class EngineInfo:
     """Of a slot, on each of them."""
     max_drafts: int = 0
     """Guesses of next tokens that a step verifies for one sequence at most; 0: none are made."""
+    state_dtype: str = "float32"
+    """Of the running sums in a state."""
 
 
 @dataclass(frozen=True, slots=True)

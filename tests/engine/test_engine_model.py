@@ -347,3 +347,26 @@ def test_rounded_weights_answer_and_are_told(tmp_path: Path, kind: WeightKind) -
         assert len(tokens) == 4
         answers.append(tokens)
     assert answers[0] == answers[1]
+
+
+def test_states_in_bfloat16_halve_a_slot_and_are_told_apart(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model", with_tokenizer=False)
+    wide, narrow = (Engine.load(engine_config(folder, state_dtype=dtype)) for dtype in ("float32", "bfloat16"))
+    assert narrow.info.state_dtype == "bfloat16"
+    assert narrow.info.state_bytes_per_slot < 0.6 * wide.info.state_bytes_per_slot
+    assert narrow.info.num_slots >= wide.info.num_slots
+    assert narrow.info.state_layout is not None
+    assert wide.info.state_layout is not None
+    assert narrow.info.state_layout.fingerprint != wide.info.state_layout.fingerprint
+    assert {tensor.dtype for tensor in narrow.info.state_layout.tensors} == {"BF16", "F32"}
+    assert narrow.add(GenerationRequest("r", (1, 2, 3), SamplingParams(max_tokens=4, temperature=0))) is None
+    tokens = []
+    while narrow.has_work:
+        tokens += [token for event in narrow.step() for token in event.token_ids]
+    assert len(tokens) == 4
+
+
+def test_other_states_are_refused(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model", with_tokenizer=False)
+    with pytest.raises(ValueError, match="state_dtype is 'int8', and must be one of float32, bfloat16"):
+        Engine.load(engine_config(folder, state_dtype="int8"))

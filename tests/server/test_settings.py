@@ -226,3 +226,10 @@ def test_ranks_bring_memory_on_cuda_and_share_it_on_a_cpu(model: Path) -> None:
 
 def test_flags_and_variables_are_named_alike() -> None:
     assert (flag_of("state_memory"), variable_of("state_memory")) == ("--state-memory", "DIJIANG_STATE_MEMORY")
+
+
+def test_states_in_bfloat16_reach_the_engine_and_cannot_be_split(model: Path) -> None:
+    assert engine_config(read_settings({}), model, CPU).state_dtype == "float32"
+    assert engine_config(read_settings({"state_dtype": "bfloat16"}), model, CPU).state_dtype == "bfloat16"
+    with pytest.raises(SettingsError, match="state_dtype bfloat16 cannot be split over 2 processes"):
+        read_settings({"state_dtype": "bfloat16", "tensor_parallel": "2"})
