@@ -18,6 +18,7 @@ from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
 from dijiang_model.features import node_radii
 from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
+from dijiang_model.ops.narrow import round_by_chance
 from dijiang_model.ops.selection import step_angles
 from dijiang_model.ops.torch_attention import TorchAttention
 from dijiang_model.ops.triton import TritonAttention, read_out
@@ -67,10 +68,13 @@ class _Attention(DiJiangAttention):
 class Layer:
     """Random queries, keys and values of some sequences, fed to an operator step by step."""
 
-    def __init__(self, shape: Shape, lengths: Sequence[int], *, dtype: torch.dtype, op: AttentionOp) -> None:
+    def __init__(
+        self, shape: Shape, lengths: Sequence[int], *, dtype: torch.dtype, op: AttentionOp, is_narrow: bool = False
+    ) -> None:
         self.shape, self.dtype, self.op = shape, dtype, op
         self.device = DEVICE if isinstance(op, TritonAttention) else torch.device("cpu")
         self.attention = random_attention(shape, dtype).to(self.device)
+        self.attention.is_narrow = is_narrow
         self.buffer = StateBuffer(StateSpec(self.attention.state_tensors()), len(lengths) + 2, self.device)
         self.buffer.storage.fill_(POISON)
         self.buffer.storage[2:] = 0
@@ -253,3 +257,36 @@ PIECES = [((), {0: 1}), ((), {0: 64, 1: 63}), ((0, 1), {}), ((1,), {0: 66}), ((0
 def test_other_shapes_in_pieces_of_all_lengths(name: str, dtype: torch.dtype) -> None:
     """133 and 68 tokens: past the trained range of 50, beyond which sinks are scored with a capped rotation."""
     check(SHAPES[name], (134, 68), PIECES, dtype=dtype)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_states_in_bf16_are_rounded_by_chance_as_everywhere(decode: bool) -> None:
+    """The same fp32 sums, stored in either dtype; what a step reads are bf16 numbers in both."""
+    shape = Shape(1, 1, 64, 64, PURE)
+    wide, narrow = (
+        Layer(shape, (9,), dtype=torch.float32, op=TritonAttention(), is_narrow=is_narrow)
+        for is_narrow in (False, True)
+    )
+    start = torch.randn(64, 64, generator=torch.Generator().manual_seed(8)).bfloat16().to(DEVICE)
+    for layer in (wide, narrow):
+        layer.attention.layer_state(layer.buffer).linear_state[2, 0] = start
+        layer.fed = [3]
+        layer.step([0], {}) if decode else layer.step([], {0: 5})
+    sums = wide.attention.layer_state(wide.buffer).linear_state[2].cpu()
+    expected = round_by_chance(sums[None], torch.tensor([3 if decode else 7]))[0]
+    found = narrow.attention.layer_state(narrow.buffer).linear_state[2].cpu()
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, sums.bfloat16()), "not to the nearest"
+
+
+def test_fp32_models_with_states_in_bf16_keep_their_near_rows_as_torch_does() -> None:
+    """The ring is bf16 then; what a chance has rounded differs by a unit in its last place here and there."""
+    shape = Shape(2, 1, 64, 64, replace(HYBRID, window=4, sinks=1))
+    steps: list[tuple[list[int], dict[int, int]]] = [([], {0: 9}), ([0], {})]
+    ours, torchs = (
+        Layer(shape, (10,), dtype=torch.float32, op=op, is_narrow=True) for op in (TritonAttention(), TorchAttention())
+    )
+    (output,), (expected,) = ours.run(steps), torchs.run(steps)
+    assert_close_in_norm(output, expected, tolerance=BF16_TOLERANCE)
+    for name, tensor in ours.buffer.tensors.items():
+        assert_close_in_norm(tensor[2].cpu(), torchs.buffer.tensors[name][2], tolerance=BF16_TOLERANCE, what=name)
