@@ -18,13 +18,15 @@ from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the kernels were not built: no compiler at install")
 
-_models: dict[str, DiJiangForCausalLM] = {}
+NARROW = ("hybrid and pure with two bases", "position tables", "features before rotation")
+KINDS = [*((name, torch.float32) for name in CONFIGS), *((name, torch.bfloat16) for name in NARROW)]
+_models: dict[tuple[str, torch.dtype], DiJiangForCausalLM] = {}
 
 
-def model_of(name: str) -> DiJiangForCausalLM:
-    if name not in _models:
-        _models[name] = tiny_model(CONFIGS[name])
-    return _models[name]
+def model_of(name: str, states: torch.dtype) -> DiJiangForCausalLM:
+    if (name, states) not in _models:
+        _models[name, states] = tiny_model(CONFIGS[name]).keep_states_in(states)
+    return _models[name, states]
 
 
 @pytest.fixture
@@ -69,11 +71,13 @@ def one_by_one(model: DiJiangForCausalLM, before: Tensor, tokens: list[int], sta
     return torch.cat(logits), states
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize(("name", "states"), KINDS)
 @settings(max_examples=6, deadline=None)
 @given(data=st.data())
-def test_held_slots_stay_and_go_on_by_any_count_to_the_bits_of_single_steps(name: str, data: st.DataObject) -> None:
-    model = model_of(name)
+def test_held_slots_stay_and_go_on_by_any_count_to_the_bits_of_single_steps(
+    name: str, states: torch.dtype, data: st.DataObject
+) -> None:
+    model = model_of(name, states)
     num_prompt = data.draw(st.integers(1, 90))
     lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
     counts = [data.draw(st.integers(0, length)) for length in lengths]
