@@ -119,7 +119,7 @@ def _token_tables(model: "DiJiangForCausalLM") -> list[str]:
 
 def _empty(weight: Tensor, quantization: Quantization) -> QuantizedWeight:
     with torch.device(weight.device):
-        return quantized_weight(*weight.shape, quantization, dtype=weight.dtype)
+        return quantized_weight(weight.shape[0], weight.shape[1], quantization, dtype=weight.dtype)
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -144,7 +144,8 @@ def _ends(part: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 def _grouped(part: Tensor, group_size: int) -> Tensor:
     """[R, C] -> [R, ceil(C / group), group], zeros behind the columns."""
-    return functional.pad(part, (0, -part.shape[1] % group_size)).unflatten(1, (-1, group_size))
+    padded = functional.pad(part, (0, -part.shape[1] % group_size))
+    return padded.reshape(len(part), padded.shape[1] // group_size, group_size)
 
 
 def _blocks(weight: Tensor) -> list[slice]:
