@@ -128,7 +128,7 @@ def test_the_examples_of_streamed_tools(tiny: Tiny, tmp_path: Path, language: st
         require(f"lib/python{_python_version()}/site-packages/openai")
         command = [str(ENVIRONMENT / "bin/python"), str(EXAMPLES / "stream_tools.py")]
     said = run_client([*command, "Weather?"], home=tmp_path, **environment)
-    found = re.search(r"\[get_weather (\{.*?\})\n-> (.*)\n", said)
+    found = re.search(r"\[get_weather (\{.*?\})\n-> (.*?)\n", said, re.DOTALL)
     assert found is not None, said
     arguments = json.loads(found[1])
     assert found[2] == f"{arguments['city']}: sunny for {arguments['days']} days"
