@@ -39,12 +39,14 @@ class Variant:
     Attributes:
         name: for tables.
         state_bytes: of one conversation; None: it grows with the text.
+        is_served: read through a state, as a server does, instead of all at once; `op` does not count then.
     """
 
     name: str
     model: DiJiangForCausalLM
     op: AttentionOp
     state_bytes: int | None
+    is_served: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,10 @@ def score(variant: Variant, windows: Sequence[Tensor], *, on_window: Callable[[]
 
 def _token_losses(variant: Variant, window: Tensor) -> Tensor:
     """[T - 1] negative log-likelihoods of all tokens but the first."""
+    if variant.is_served:
+        from dijiang_model.conversion.evaluate_rounded import served_losses  # reads this module
+
+        return served_losses(variant.model, window)
     hidden = run_segments(variant.model, window[None], variant.op)[:-1]
     targets = window[1:]
     parts = [

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import torch
 import typer
@@ -19,6 +19,7 @@ from dijiang_model.config_json import read_stored_config
 from dijiang_model.conversion.adapters import adapted_model, load_adapter
 from dijiang_model.conversion.evaluate import Score, Variant, gap_closed, load_teacher, score, variants
 from dijiang_model.conversion.evaluate_long import LENGTH, LongScore, long_score, streams, tokens_to_read
+from dijiang_model.conversion.evaluate_rounded import Rounding, rounded_variants
 from dijiang_model.conversion.evaluate_speed import CONTEXTS, Speed, measure_speed
 from dijiang_model.conversion.model_card import title
 from dijiang_model.conversion.recall import Recall, distances_within, recall_probe
@@ -38,6 +39,7 @@ class Measurements:
         num_facts: questions of the recall probe for each distance; 0: none.
         num_long: texts of `evaluate_long.LENGTH` tokens to read; 0: none.
         with_speed: time steps by context.
+        rounded: in fewer bits, as the model is served.
     """
 
     num_windows: int
@@ -45,6 +47,7 @@ class Measurements:
     num_facts: int = 0
     num_long: int = 0
     with_speed: bool = False
+    rounded: tuple[Rounding, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,10 @@ def evaluate_command(
     control: Annotated[
         Path | None, typer.Option(help="Adapter or model trained with `train --no-linear`: the window alone.")
     ] = None,
+    rounded: Annotated[
+        list[str] | None,
+        typer.Option(help="Also in fewer bits: weights in int8 or int4, or bfloat16-state. Again for more."),
+    ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each file, spread over it.")] = 8,
     length: Annotated[int, typer.Option(min=66, help="Tokens of a window.")] = 2048,
     facts: Annotated[int, typer.Option(min=0, help="Questions of the recall probe for each distance; 0: none.")] = 8,
@@ -88,7 +95,10 @@ def evaluate_command(
     console = Console(stderr=True)
     if threads > 0:
         torch.set_num_threads(threads)
-    wanted = Measurements(windows, length, facts, long, speed)
+    kinds = tuple(kind for kind in get_args(Rounding) if kind in (rounded or ()))
+    if unknown := set(rounded or ()) - set(kinds):
+        raise typer.BadParameter(f"{min(unknown)!r} is none of {', '.join(get_args(Rounding))}", param_hint="--rounded")
+    wanted = Measurements(windows, length, facts, long, speed, kinds)
     try:
         evaluation = evaluate(
             load_subjects(model, teacher, adapter=adapter, control=control, device=device),
@@ -157,7 +167,8 @@ def evaluate(
     vocab_size = subjects.model.config.vocab_size
     segments = _windows(text, tokenizer, wanted.length, wanted.num_windows, vocab_size)
     long_texts = _windows(text, tokenizer, LENGTH, wanted.num_long, vocab_size)[: wanted.num_long]
-    scores = _scores(compared, segments, console)
+    scored = [*compared, *rounded_variants(subjects.model, wanted.rounded)]
+    scores = _scores(scored, segments, console)
     return Evaluation(
         model=subjects.name,
         teacher=subjects.teacher_name,
@@ -168,7 +179,7 @@ def evaluate(
         window_tokens=wanted.length,
         num_windows=len(segments),
         scores=scores,
-        state_bytes={variant.name: variant.state_bytes for variant in compared},
+        state_bytes={variant.name: variant.state_bytes for variant in scored},
         gap_closed=gap_closed(scores, list(scores)[:3]),
         recall=_recall(compared, torch.cat(segments), tokenizer, wanted.num_facts, console),
         control=subjects.control_training,

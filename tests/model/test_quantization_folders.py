@@ -13,7 +13,10 @@ from dijiang_model.checkpoints import load_model, load_quantization, save_model
 from dijiang_model.config import ModelConfig
 from dijiang_model.config_json import Origin, read_stored_config
 from dijiang_model.conversion.convert import convert
+from dijiang_model.conversion.evaluate import Variant, score
+from dijiang_model.conversion.evaluate_rounded import rounded_variants
 from dijiang_model.errors import CheckpointError, ConfigError, ConversionError, QuantizationError
+from dijiang_model.ops.training import HybridAttention
 from dijiang_model.quantization.config import INT8, Quantization, WeightKind
 from dijiang_model.quantization.folder import quantize_folder
 from dijiang_model.quantization.modules import quantized_weights
@@ -212,3 +215,22 @@ def test_weights_that_cannot_be_rounded_leave_no_folder(tmp_path: Path) -> None:
     with pytest.raises(QuantizationError, match="too large for scales in fp16"):
         quantize_folder(folder, tmp_path / "small", kind="int4")
     assert not (tmp_path / "small").exists()
+
+
+def test_evaluation_reads_the_model_in_fewer_bits_as_it_is_served() -> None:
+    model, window = tiny_model(), torch.tensor(random_text(700))
+    compared = rounded_variants(model, ("int8", "int4", "bfloat16-state"))
+    assert [variant.name for variant in compared] == [
+        "ours, weights in int8",
+        "ours, weights in int4",
+        "ours, state in bfloat16",
+    ]
+    whole = score(Variant("ours", model, HybridAttention(), None), [window])
+    for variant, limit in zip(compared, (0.02, 0.3, 0.02), strict=True):
+        rounded = score(variant, [window])
+        assert torch.equal(rounded.counts, whole.counts)
+        assert (rounded.losses - whole.losses).abs().sum() < limit * whole.losses.sum()
+        assert not torch.equal(rounded.losses, whole.losses)
+    assert compared[2].state_bytes is not None
+    assert compared[2].state_bytes < 0.6 * model.state_spec.bytes_per_slot
+    assert model.quantization is None
