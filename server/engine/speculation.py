@@ -4,8 +4,8 @@ from server.engine.sequence import Sequence
 from server.engine.speculation_drafts import Drafter, RowPrice
 
 DEFAULT_MAX_DRAFTS = 8
-FLOAT_PRICE = RowPrice(second=0.03, further=0.05, beyond=0.15)
-QUANTIZED_PRICE = RowPrice(second=0.03, further=0.2, beyond=0.23)
+FLOAT_PRICE = RowPrice(second=0.11, further=0.13, beyond=0.24)
+QUANTIZED_PRICE = RowPrice(second=0.13, further=0.18, beyond=0.2)
 """Measured with the compiled kernels; see `docs/speculation.md`. Steps of codes read less, so their rows weigh more."""
 
 
