@@ -5,7 +5,8 @@
 
 Throughput, time to the first token, and time between tokens, by the number of clients. `engine` is the time of the
 engine's steps by its own account (/metrics) and `service` what a token takes beyond it. A server of our own is measured
-against its floor too: weights and states through memory, or the operations of a step, at this machine's rates.
+against its floor too: weights and states through memory, or the operations of a step, at this machine's rates. It
+drafts nothing unless `--speculate` says so: a step with drafts is none of one token.
 """
 
 import asyncio
@@ -174,6 +175,7 @@ def serve_command(
     tokens: Annotated[int, typer.Option(min=2, help="Length of every answer.")] = 32,
     requests: Annotated[int, typer.Option(min=1, help="Answers for each client, one after the other.")] = 1,
     weights: Annotated[str, typer.Option(help=f"Of a server of our own: {', '.join(SERVED)}.")] = "fp32",
+    speculate: Annotated[str, typer.Option(help="Of a server of our own: 0, a number, or auto as by default.")] = "0",
     device: report.Device = "cpu",
     threads: report.Threads = None,
     only_json: report.OnlyJson = False,
@@ -188,6 +190,7 @@ def serve_command(
     if base_url is not None and model is not None:
         raise typer.BadParameter("a running server has its own model", param_hint="MODEL")
     load = Load(prompt_tokens, tokens, requests)
+    options = ["--speculate", speculate, *([] if threads is None else ["--threads", str(threads)])]
     machine = report.measured_machine("wall", device, DTYPES.get(kind, torch.float32))
     told.introduce(machine)
     try:
@@ -198,7 +201,7 @@ def serve_command(
             else:
                 folder = report.model_folder(model)
                 target = stack.enter_context(
-                    own_target(folder, kind, device=device, threads=threads, numbers=numbers, machine=machine)
+                    own_target(folder, kind, options, device=device, numbers=numbers, machine=machine)
                 )
             target.measure(replace(load, num_requests=1), 1)  # the first steps are slower: memory, threads, caches
             lines = []
@@ -212,6 +215,7 @@ def serve_command(
         "device": device if base_url is None else None,
         "weights": kind if base_url is None else None,
         "server": "own" if base_url is None else "running",
+        "speculate": speculate if base_url is None else None,
         **asdict(load),
         "model_step_ms": target.model_step_ms,
         "lines": [asdict(line) for line in lines],
@@ -223,7 +227,7 @@ def serve_command(
 
 @contextlib.contextmanager
 def own_target(
-    folder: Path, kind: str, *, device: str, threads: int | None, numbers: list[int], machine: Machine
+    folder: Path, kind: str, options: list[str], *, device: str, numbers: list[int], machine: Machine
 ) -> Iterator[Target]:
     """A server of our own, and what its model alone would take."""
     network = load_models(folder, [kind], device=device)[kind]
@@ -231,10 +235,8 @@ def own_target(
     step = our_step(network, num_rows=1, position=128)
     step_ms = median_ms(interleaved({"step": step}, num_rounds=20)["step"])
     del network, step
-    options = ["--device", device, "--dtype", SERVED[kind], "--max-conversations", str(max(numbers))]
-    if threads is not None:
-        options += ["--threads", str(threads)]
-    with serving(folder, *options) as address:
+    own = ["--device", device, "--dtype", SERVED[kind], "--max-conversations", str(max(numbers))]
+    with serving(folder, *own, *options) as address:
         yield Target(address, None, first_model(address, None), step_ms, floors)
 
 
