@@ -93,7 +93,6 @@ def engine_config(settings: Settings, model: Path, device: Device, store: StateS
         weights_dtype=_weights_dtype(settings.dtype, model, device),
         num_threads=default_threads() if settings.threads == "auto" else settings.threads,
         state_dtype=settings.state_dtype,
-        state_dtype=settings.state_dtype,
         state_memory_bytes=state_bytes,
         max_num_slots=settings.max_conversations,
         max_step_tokens=auto_step if settings.max_step_tokens == "auto" else settings.max_step_tokens,
