@@ -10,6 +10,9 @@ from typing import Literal
 
 from dijiang_model.errors import ConfigError
 
+SINK_RANGE = 2048
+"""Positions: teachers that claim 8,192 positions saw few texts of such length, and heed sinks from there less well."""
+
 Family = Literal["gpt_neox", "llama", "opt"]
 Normalisation = Literal["softmax", "exp"]
 ReadOut = Literal["denominator", "group_norm"]
@@ -93,7 +96,7 @@ class ModelConfig:
         num_kv_heads: G; divides num_heads (H). GPT-NeoX has G = H.
         rotary_dims: channels of each head that rotate (the first ones), even, <= head_size; 0 for OPT.
         max_position_embeddings: the teacher's trained range in tokens. Generation does not end there;
-            sink keys are seen from no further away than this.
+            sink keys are seen from no further away than this (`last_sink_position`).
         activation: HF's name: `gelu`, `gelu_new`, `gelu_fast`, `gelu_pytorch_tanh`, `silu`, `relu`.
         parallel_residual: GPT-NeoX: attention and MLP both read the layer's input.
         attention_bias / mlp_bias: whether those projections carry biases.
@@ -148,6 +151,15 @@ class ModelConfig:
             found.append("the group_norm read-out needs at least 2 heads: its groups have a channel of each")
         if found:
             raise ConfigError("; ".join(found))
+
+    @property
+    def last_sink_position(self) -> int:
+        """Where a query seems to stand, at most, for the sinks: `SINK_RANGE`, within what the teacher was trained on.
+
+        A window that reaches further than that keeps the teacher's distances for as long as it holds the whole text.
+        """
+        reach = max(layer.window + layer.sinks for layer in self.layers)
+        return min(self.max_position_embeddings, max(SINK_RANGE, reach)) - 1
 
     @property
     def num_layers(self) -> int:

@@ -271,7 +271,7 @@ class DiJiangForCausalLM(nn.Module):
             batch.positions,
             dims=config.rotary_dims,
             theta=config.rope_theta,
-            last_sink=config.max_position_embeddings - 1,
+            last_sink=config.last_sink_position,
             dtype=kernel_dtype,
         )
         prefill = None

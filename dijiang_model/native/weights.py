@@ -186,7 +186,7 @@ def network_weights(model: "DiJiangForCausalLM") -> NetworkWeights:
     network.heads = _heads(model, half)
     network.frequencies = frequencies.data_ptr()
     network.hidden_size, network.inner_size = config.hidden_size, config.intermediate_size
-    network.last_sink_position = config.max_position_embeddings - 1
+    network.last_sink_position = config.last_sink_position
     network.activation = ACTIVATIONS[config.activation]
     network.is_parallel = int(config.family == "gpt_neox" and config.parallel_residual)
     return weights

@@ -194,7 +194,7 @@ def _attention(
     if layer.features.far_rank > 0:
         low = q.flatten(1) @ own["far_query_down"].T  # [T, rank]
         q_far = q + (low @ own["far_query_up"].T).view_as(q)
-    q_sink = _rotate(config, q, [min(t, config.max_position_embeddings - 1) for t in positions])
+    q_sink = _rotate(config, q, [min(t, config.last_sink_position) for t in positions])
     q_mix, k_far = q, k
     q, k = _rotate(config, q, positions), _rotate(config, k, positions)
     if layer.features.rotated:

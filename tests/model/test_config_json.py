@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPTNeoXConfig, LlamaConfig, OPTConfig
 
-from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
+from dijiang_model.config import SINK_RANGE, AttentionConfig, FeatureConfig, ModelConfig
 from dijiang_model.config_json import (
     Origin,
     StoredConfig,
@@ -20,7 +20,7 @@ from dijiang_model.config_json import (
 )
 from dijiang_model.errors import ConfigError
 from dijiang_model.hf_config import base_model_config
-from tests.tiny_models import gpt_neox_config, llama_config, opt_config
+from tests.tiny_models import HYBRID, gpt_neox_config, llama_config, opt_config
 
 PYTHIA = {
     "model_type": "gpt_neox",
@@ -290,3 +290,13 @@ def test_a_thousand_problems_make_a_bounded_message() -> None:
     with pytest.raises(ConfigError, match="and 980 more") as caught:
         parse_stored_config(document)
     assert len(str(caught.value)) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("trained_range", "window", "last"),
+    [(128, 5, 127), (8192, 60, SINK_RANGE - 1), (8192, 4000, 4003), (3000, 4000, 2999)],
+    ids=["a short range", "a long range", "a window beyond the cap", "a window beyond the range"],
+)
+def test_sinks_are_seen_from_no_further_than_trained(trained_range: int, window: int, last: int) -> None:
+    config = replace(llama_config(replace(HYBRID, window=window, sinks=4)), max_position_embeddings=trained_range)
+    assert config.last_sink_position == last
