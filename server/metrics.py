@@ -4,22 +4,20 @@ Histograms and counters are fed by the routes; gauges of the engine are read at 
 """
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from server.engine.position_stats import NORM_BUCKETS, POSITION_NAMES, STEP_BUCKETS_S, PositionHistogram
 from server.engine.state_types import PrefixCacheStats
 from server.engine.types import EngineInfo, EngineStats
 from server.states.store import StoreTotals
 
 TTFT_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
-STEP_BUCKETS_S = (
-    *(0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008, 0.01, 0.0125, 0.015, 0.02, 0.025, 0.03, 0.04),
-    *(0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5),
-)
 E2E_BUCKETS_S = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 1e6)
 
@@ -153,7 +151,38 @@ def _stats_metrics(stats: EngineStats) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "dijiang_speculation_accepted_tokens", "Guesses that were right.", value=stats.num_accepted_tokens
     )
+    yield from _position_metrics(stats)
     yield from _prefix_cache_metrics(stats.prefix_cache)
+
+
+def _position_metrics(stats: EngineStats) -> Iterator[Metric]:
+    yield _by_position(
+        "dijiang_decode_token_seconds",
+        "Time of a decoded token by its position in the conversation, in steps that read no prompt.",
+        stats.token_times,
+        STEP_BUCKETS_S,
+    )
+    yield _by_position(
+        "dijiang_state_norm",
+        "L2 norm of the state of one running conversation, about every second, by the conversation's length so far.",
+        stats.state_norms,
+        NORM_BUCKETS,
+    )
+    yield GaugeMetricFamily("dijiang_state_norm_largest", "Largest since the start.", value=stats.largest_state_norm)
+    yield CounterMetricFamily(
+        "dijiang_requests_not_finite",
+        "Requests that ended because their logits or their state were not finite.",
+        value=stats.num_not_finite,
+    )
+
+
+def _by_position(name: str, text: str, histogram: PositionHistogram, bounds: tuple[float, ...]) -> Metric:
+    family = HistogramMetricFamily(name, text, labels=["position"])
+    for number, counts, total in zip(histogram.positions, histogram.counts, histogram.sums, strict=True):
+        limits = [*(str(float(bound)) for bound in bounds), "+Inf"]
+        buckets = [(limit, float(count)) for limit, count in zip(limits, accumulate(counts), strict=True)]
+        family.add_metric([POSITION_NAMES[number]], buckets, total)
+    return family
 
 
 def _prefix_cache_metrics(stats: PrefixCacheStats) -> Iterator[Metric]:

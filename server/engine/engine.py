@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from server.engine.logprob_types import NO_STEP_LOGPROBS, StepLogprobs
-from server.engine.scheduler import Batch, Scheduler
+from server.engine.position_stats import NOTHING_OBSERVED, STEP_BUCKETS_S, PositionRecorder
+from server.engine.scheduler import NUMERICAL_ERROR, Batch, Scheduler
 from server.engine.sequence import Sequence
 from server.engine.snapshots import Snapshots
 from server.engine.state_types import NO_PREFIX_CACHE
+from server.engine.state_watch import StateWatch
 from server.engine.types import (
     EngineConfig,
     EngineError,
@@ -67,6 +69,7 @@ class Engine:
         num_ahead: int = 0,
         snapshots: Snapshots | None = None,
         grammars: "GrammarQueue | None" = None,
+        watch: StateWatch | None = None,
     ) -> None:
         """
         Args:
@@ -76,6 +79,7 @@ class Engine:
             num_ahead: steps to launch before the oldest one is read back; 0 where the device is the host.
             snapshots: saved and cached states; None: requests that name any end with an error.
             grammars: where requests wait for their grammar; None: those that have one end with an error.
+            watch: looks at the states of running conversations; None: only logits are looked at.
         """
         self.info = info
         self._grammars = grammars
@@ -88,6 +92,9 @@ class Engine:
         self._num_prefill_tokens = 0
         self._num_decode_tokens = 0
         self._step_time_s = 0.0
+        self._token_times = PositionRecorder(STEP_BUCKETS_S)
+        self._watch = watch
+        self._num_not_finite = 0
 
     @classmethod
     def load(cls, config: EngineConfig) -> "Engine":
@@ -118,6 +125,10 @@ class Engine:
             num_drafted_tokens=self._scheduler.num_drafted,
             num_accepted_tokens=self._scheduler.num_accepted,
             prefix_cache=NO_PREFIX_CACHE if self._snapshots is None else self._snapshots.cache_stats,
+            token_times=self._token_times.histogram(),
+            state_norms=NOTHING_OBSERVED if self._watch is None else self._watch.norms,
+            largest_state_norm=0.0 if self._watch is None else self._watch.largest_norm,
+            num_not_finite=self._num_not_finite,
         )
 
     def add(self, request: GenerationRequest) -> TokenEvent | None:
@@ -159,16 +170,48 @@ class Engine:
             self._in_flight.append(batch)
             if self._snapshots is not None:
                 self._snapshots.launched(batch)
+        committed = None
         if self._in_flight and (batch is None or len(self._in_flight) > self._num_ahead):
-            events += self._commit(self._in_flight.popleft())
+            committed = self._in_flight.popleft()
+            events += self._commit(committed)
             self._runner.complete()
-        self._step_time_s += time.monotonic() - started
-        return events
+        elapsed_s = time.monotonic() - started
+        self._step_time_s += elapsed_s
+        if committed is not None:
+            self._time_tokens(committed, elapsed_s, events)
+        return events + self._watch_states()
+
+    def _time_tokens(self, batch: Batch, elapsed_s: float, events: list[TokenEvent]) -> None:
+        """Notes what a token cost where it stands; steps that read prompts too say nothing about that."""
+        num_known = batch.num_decode + batch.num_verified
+        if num_known < len(batch.chunks):
+            return
+        for chunk in batch.chunks[: batch.num_decode]:
+            self._token_times.observe(chunk.position, elapsed_s)
+        for chunk in batch.chunks[batch.num_decode :]:
+            name = chunk.sequence.request_id
+            num_tokens = next((len(event.token_ids) for event in events if event.request_id == name), 0)
+            if num_tokens > 0:
+                self._token_times.observe(chunk.position, elapsed_s / num_tokens, times=num_tokens)
+
+    def _watch_states(self) -> list[TokenEvent]:
+        """Ends the conversation whose state was found not to be finite, alone."""
+        ill = None if self._watch is None else self._watch.turn(self._scheduler.running)
+        if ill is None or self._scheduler.abort(ill.request_id) is None:
+            return []
+        self._release_ended({})
+        self._num_not_finite += 1
+        error = EngineError(NUMERICAL_ERROR, "the state of this conversation was not finite")
+        return [TokenEvent(ill.request_id, finish_reason=FinishReason.ERROR, error=error)]
 
     def _commit(self, batch: Batch) -> list[TokenEvent]:
         result = self._runner.collect()
         committed = self._scheduler.commit(batch, result.token_ids, result.faults, result.logprobs)
         events = {event.request_id: event for event in committed}
+        if True in result.faults:
+            self._num_not_finite += sum(
+                event.error is not None and event.error.code == NUMERICAL_ERROR for event in committed
+            )
         self._release_ended(events)
         self._num_steps += 1
         self._num_prefill_tokens += batch.num_prefill_tokens

@@ -30,8 +30,10 @@ from server.engine.sequence import Sequence
 from server.engine.snapshot_files import Bytes
 from server.engine.snapshots import CachePolicy, Snapshots
 from server.engine.speculation import speculation_of
+from server.engine.state_norm import StateNorm
 from server.engine.state_pool import StatePool, num_slots_for
 from server.engine.state_types import StateLayout, StateTensorLayout
+from server.engine.state_watch import StateWatch
 from server.engine.types import EngineConfig, EngineInfo
 
 _SCORING_BYTES = {"cpu": 2**27, "cuda": 2**30}
@@ -172,7 +174,13 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
         record = recorder(network.run, pool=pool, vocab_size=vocab_size, device=device)
     runner = ModelRunner(network.run, pool=pool, sampler=sampler, device=device, advance=network.advance, record=record)
     return Engine(
-        scheduler=scheduler, runner=runner, info=info, num_ahead=num_ahead, snapshots=snapshots, grammars=grammars
+        scheduler=scheduler,
+        runner=runner,
+        info=info,
+        num_ahead=num_ahead,
+        snapshots=snapshots,
+        grammars=grammars,
+        watch=StateWatch(StateNorm(pool.buffer)),
     )
 
 

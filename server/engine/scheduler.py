@@ -15,7 +15,7 @@ Rules:
       ignored by `commit`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
@@ -27,6 +27,9 @@ from server.engine.speculation import Speculation
 from server.engine.speculation_drafts import num_confirmed
 from server.engine.types import EngineError, FinishReason, GenerationRequest, TokenEvent
 from server.engine.waiting import WaitingQueue
+
+NUMERICAL_ERROR = "numerical_error"
+"""Code of a request that ended because something in its computation was not finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +147,11 @@ class Scheduler:
     def num_running(self) -> int:
         """Sequences that hold a slot."""
         return len(self._running)
+
+    @property
+    def running(self) -> Iterable[Sequence]:
+        """The sequences that hold a slot."""
+        return self._running.values()
 
     @property
     def num_free_slots(self) -> int:
@@ -288,7 +296,7 @@ class Scheduler:
         if is_faulty:
             self._end(sequence)
             message = "the model's output for this request was not finite"
-            return _failed(sequence.request_id, code="numerical_error", message=message)
+            return _failed(sequence.request_id, code=NUMERICAL_ERROR, message=message)
         if sequence.sampling.max_tokens == 0:
             self._end(sequence)
             return TokenEvent(

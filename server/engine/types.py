@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from server.engine.logprob_types import NO_LOGPROBS, LogprobOptions, LogprobTable
+from server.engine.position_stats import NOTHING_OBSERVED, PositionHistogram
 from server.engine.state_types import NO_PREFIX_CACHE, NO_STATE, PrefixCacheStats, SavedState, StateLayout, StateOptions
 
 
@@ -230,3 +231,11 @@ class EngineStats:
     num_accepted_tokens: int = 0
     """Those of them that were right; they are among the decoded tokens."""
     prefix_cache: PrefixCacheStats = NO_PREFIX_CACHE
+    token_times: PositionHistogram = NOTHING_OBSERVED
+    """Seconds of decoded tokens, in steps that read no prompt."""
+    state_norms: PositionHistogram = NOTHING_OBSERVED
+    """Norms of states of running conversations, one about every second."""
+    largest_state_norm: float = 0.0
+    """Of those."""
+    num_not_finite: int = 0
+    """Requests that ended because their logits or their state were not finite."""
