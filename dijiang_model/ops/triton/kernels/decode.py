@@ -12,28 +12,10 @@ from dijiang_model.ops.triton.kernels.parts import features, kept, stored, turne
 
 @triton.jit
 def near_part(
-    q,
-    k_new,
-    v,
-    keys,
-    values,
-    cos,
-    sin,
-    cos_sink,
-    sin_sink,
-    mix_weight,
-    position,
-    num_near,
-    v0,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    ROTATED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SINKS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-):
+    q, k_new, v, keys, values, cos, sin, cos_sink, sin_sink, mix_weight, position, num_near, v0,
+    D: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
     """Exact softmax of one query over the first `num_near` near rows and the new token, which is not written yet.
 
     Returns:
@@ -88,17 +70,9 @@ def load_tile(here, in_state, v0, D: tl.constexpr, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def joined(
-    phi,
-    tile,
-    z,
-    sums,
-    total,
-    mixed,
-    mix_bias,
-    K: tl.constexpr,
-    WINDOW: tl.constexpr,
-    DENOMINATOR: tl.constexpr,
-):
+    phi, tile, z, sums, total, mixed, mix_bias,
+    K: tl.constexpr, WINDOW: tl.constexpr, DENOMINATOR: tl.constexpr,
+):  # fmt: skip
     """The read-out of one head: [BLOCK_V], normalised together with the window, or raw sums without a denominator."""
     far = tl.sum(phi[:, None] * tile, 0)
     if not DENOMINATOR:
@@ -111,63 +85,93 @@ def joined(
 
 
 @triton.jit
+def factors(table_decay, table_write, table_read, log_decay, position, num_entries, g, num_groups, TABLE: tl.constexpr):
+    """Log decay of one step, write factor and read factor of a group at a position."""
+    if TABLE:
+        entry = tl.minimum(position, num_entries - 1) * num_groups + g
+        return tl.load(table_decay + entry), tl.load(table_write + entry), tl.load(table_read + entry)
+    return tl.load(log_decay + g), 1.0, 1.0
+
+
+@triton.jit
+def entering(
+    k, leaving, cos, sin, late_cos, late_sin, basis, nodes, log_weights, scale, leaving_width, log_step, write,
+    D: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, WINDOW: tl.constexpr,
+    EXP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_K] features of what enters the state: of the token itself, or of the one that leaves the window.
+
+    `leaving` points to the ring's row of that key, `leaving_width` is D, or 0 where none leaves.
+    """
+    if WINDOW == 0:
+        HALF_FAR: tl.constexpr = HALF if ROTATED else 0
+        phi = features(
+            k, cos, sin, k, k, k, k, basis, nodes, log_weights, scale, D,
+            D, K, HALF_FAR, False, 0, 1, EXP, BLOCK_C, BLOCK_K,
+        )  # fmt: skip
+        return phi * write
+    HALF_BACK: tl.constexpr = 0 if ROTATED else HALF
+    phi = features(
+        leaving, cos, sin, k, k, late_cos, late_sin, basis, nodes, log_weights, scale, leaving_width,
+        D, K, HALF_BACK, True, 0, 1, EXP, BLOCK_C, BLOCK_K,
+    )  # fmt: skip
+    return phi * tl.where(leaving_width > 0, tl.exp(log_step * WINDOW), 0.0)
+
+
+@triton.jit
+def answer_heads(
+    q, low, out, cos, sin, cos_sink, sin_sink, far_up, mix_bias, mix_weight, basis, nodes, log_weights, scale,
+    tile, z, read, k_new, v, keys, values, position, num_near, v0, q_head,
+    R: tl.constexpr, D: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, RANK: tl.constexpr, EXP: tl.constexpr, DENOMINATOR: tl.constexpr,
+    BLOCK_RANK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Columns v0 on of what a group's R heads answer, each read out of the same tile.
+
+    q, out, far_up, mix_bias and mix_weight point to the group's first head.
+    """
+    HALF_FAR: tl.constexpr = HALF if ROTATED else 0
+    col = v0 + tl.arange(0, BLOCK_V)
+    for r in range(R):
+        q_here = q + r * q_head
+        phi = features(
+            q_here, cos, sin, far_up + r * D * RANK, low, q, q, basis, nodes, log_weights, scale, D,
+            D, K, HALF_FAR, False, RANK, BLOCK_RANK, EXP, BLOCK_C, BLOCK_K,
+        )  # fmt: skip
+        sums, total, mixed = phi, 0.0, 0.0
+        if WINDOW > 0:
+            sums, total, mixed = near_part(
+                q_here, k_new, v, keys, values, cos, sin, cos_sink, sin_sink, mix_weight + r * D,
+                position, num_near, v0, D, HALF, ROTATED, WINDOW, SINKS, BLOCK_D, BLOCK_V, BLOCK_J,
+            )  # fmt: skip
+        answer = joined(phi * read, tile, z, sums, total, mixed, mix_bias + r, K, WINDOW, DENOMINATOR)
+        tl.store(out + r * D + col, answer.to(out.dtype.element_ty), mask=col < D)
+
+
+@triton.jit
+def remember(rows, row, new, at, width, sink_width, position, D: tl.constexpr, SINKS: tl.constexpr):
+    """Writes a new key or value into its row of the ring, and into a sink's row while the position is one's.
+
+    `at` are the columns of `new`; those from `width`, or `sink_width`, on stay as they are.
+    """
+    narrow = new.to(rows.dtype.element_ty)
+    tl.store(rows + row * D + at, narrow, mask=at < width)
+    if SINKS > 0:
+        tl.store(rows + position * D + at, narrow, mask=at < sink_width)
+
+
+@triton.jit
 def decode_kernel(
-    q,
-    k,
-    v,
-    low,
-    out,
-    slots,
-    positions,
-    cos,
-    sin,
-    cos_sink,
-    sin_sink,
-    late_cos,
-    late_sin,
-    basis,
-    nodes,
-    log_weights,
-    log_decay,
-    table_decay,
-    table_write,
-    table_read,
-    far_up,
-    mix_bias,
-    mix_weight,
-    state,
-    normaliser,
-    near_keys,
-    near_values,
-    q_row,
-    q_head,
-    k_row,
-    k_head,
-    v_row,
-    v_head,
-    state_slot,
-    normaliser_slot,
-    near_slot,
-    num_entries,
+    q, k, v, low, out, slots, positions, cos, sin, cos_sink, sin_sink, late_cos, late_sin, basis, nodes, log_weights,
+    log_decay, table_decay, table_write, table_read, far_up, mix_bias, mix_weight, state, normaliser, near_keys,
+    near_values, q_row, q_head, k_row, k_head, v_row, v_head, state_slot, normaliser_slot, near_slot, num_entries,
     scale,
-    R: tl.constexpr,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    HALF: tl.constexpr,
-    ROTATED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SINKS: tl.constexpr,
-    RANK: tl.constexpr,
-    EXP: tl.constexpr,
-    TABLE: tl.constexpr,
-    DENOMINATOR: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-):
+    R: tl.constexpr, D: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, WINDOW: tl.constexpr,
+    SINKS: tl.constexpr, RANK: tl.constexpr, EXP: tl.constexpr, TABLE: tl.constexpr, DENOMINATOR: tl.constexpr,
+    BLOCK_RANK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
     """Grid (N, G). Rows of slot 0 are padding: they touch no state, and what they answer is never read.
 
     q [N, H, D], k and v [N, G, D] with any strides of rows and heads; low [N, RANK]; out [N, H, D].
@@ -175,63 +179,35 @@ def decode_kernel(
     normaliser [P, G, K], near rows [P, G, SINKS + WINDOW, D], each slot contiguous, `*_slot` elements from one to
     the next.
     """
-    n = tl.program_id(0).to(tl.int64)
-    g = tl.program_id(1)
-    num_groups = tl.num_programs(1)
-    slot = tl.load(slots + n)
-    position = tl.load(positions + n)
-    f = tl.arange(0, BLOCK_K)
+    n, g, num_groups = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    slot, position = tl.load(slots + n), tl.load(positions + n)
+    f, c = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     # A block may not be masked by a scalar in every version of Triton; bounds may depend on one.
-    is_live = slot > 0
-    width = tl.where(is_live, D, 0)
-    in_state = f < tl.where(is_live, K, 0)
-    num_near = tl.where(is_live, SINKS + WINDOW, 0)
-    HALF_FAR: tl.constexpr = HALF if ROTATED else 0
-    angles = n * HALF
-
-    write = 1.0
-    read = 1.0
-    if TABLE:
-        entry = tl.minimum(position, num_entries - 1) * num_groups + g
-        log_step = tl.load(table_decay + entry)
-        write = tl.load(table_write + entry)
-        read = tl.load(table_read + entry)
-    else:
-        log_step = tl.load(log_decay + g)
+    width = tl.where(slot > 0, D, 0)
+    in_state = f < tl.where(slot > 0, K, 0)
+    num_near = tl.where(slot > 0, SINKS + WINDOW, 0)
+    leaving_width = tl.where(position - WINDOW >= SINKS, width, 0)
+    sink_width = tl.where(position < SINKS, width, 0)
+    log_step, write, read = factors(
+        table_decay, table_write, table_read, log_decay, position, num_entries, g, num_groups, TABLE
+    )
     decay = tl.exp(log_step)
     # On its way while features are computed: the state is most of what has to be moved.
     tile_rows = state + slot * state_slot + (g * K + f) * D
     tile = load_tile(tile_rows, in_state, 0, D, BLOCK_V)
 
-    # What enters the state: the token itself, or the one that leaves the window, W steps late.
-    c = tl.arange(0, BLOCK_D)
-    in_d = c < D
-    k_here = k + n * k_row + g * k_head
-    v_here = v + n * v_row + g * v_head
-    keys = near_keys + slot * near_slot + g * (SINKS + WINDOW) * D
-    values = near_values + slot * near_slot + g * (SINKS + WINDOW) * D
-    table = basis
-    group_nodes = nodes + g * K
-    group_weights = log_weights + g * K
+    k_here, v_here = k + n * k_row + g * k_head, v + n * v_row + g * v_head
+    cos_here, sin_here = cos + n * HALF, sin + n * HALF
+    near = slot * near_slot + g * (SINKS + WINDOW) * D
+    keys, values = near_keys + near, near_values + near
+    ring_row = SINKS + position % WINDOW if WINDOW > 0 else 0
+    phi_in = entering(
+        k_here, keys + ring_row * D, cos_here, sin_here, late_cos, late_sin, basis, nodes + g * K, log_weights + g * K,
+        scale, leaving_width, log_step, write, D, K, HALF, ROTATED, WINDOW, EXP, BLOCK_C, BLOCK_K,
+    )  # fmt: skip
+    k_new = phi_in  # stands for what nobody asks for without a window
     if WINDOW > 0:
-        k_new = kept(turned(k_here, c, in_d, cos + angles, sin + angles, k, k, HALF, 0, 1), near_keys)
-        ring_row = SINKS + position % WINDOW
-        leaving_width = tl.where(position - WINDOW >= SINKS, width, 0)
-        leaving = keys + ring_row * D
-        sink_width = tl.where(position < SINKS, width, 0)
-        HALF_BACK: tl.constexpr = 0 if ROTATED else HALF
-        phi_in = features(
-            leaving, cos + angles, sin + angles, k, k, late_cos, late_sin,
-            table, group_nodes, group_weights, scale, leaving_width,
-            D, K, HALF_BACK, True, 0, 1, EXP, BLOCK_C, BLOCK_K,
-        )  # fmt: skip
-        phi_in *= tl.where(leaving_width > 0, tl.exp(log_step * WINDOW), 0.0)
-    else:
-        phi_in = features(
-            k_here, cos + angles, sin + angles, k, k, k, k, table, group_nodes, group_weights, scale, D,
-            D, K, HALF_FAR, False, 0, 1, EXP, BLOCK_C, BLOCK_K,
-        )  # fmt: skip
-        phi_in *= write
+        k_new = kept(turned(k_here, c, c < D, cos_here, sin_here, k, k, HALF, 0, 1), near_keys)
     z = phi_in
     z_here = normaliser + slot * normaliser_slot + g * K + f
     if DENOMINATOR:
@@ -239,46 +215,28 @@ def decode_kernel(
 
     for v0 in range(0, D, BLOCK_V):  # one turn, unless the tile is too large for the registers
         col = v0 + tl.arange(0, BLOCK_V)
-        in_v = col < D
         if WINDOW > 0:
             v_in = tl.load(values + ring_row * D + col, mask=col < leaving_width, other=0.0).to(tl.float32)
         else:
-            v_in = tl.load(v_here + col, mask=in_v, other=0.0).to(tl.float32)
+            v_in = tl.load(v_here + col, mask=col < D, other=0.0).to(tl.float32)
         tile = tile * decay + phi_in[:, None] * v_in[None, :]
-        for r in range(R):
-            h = g * R + r
-            q_here = q + n * q_row + h * q_head
-            phi = features(
-                q_here, cos + angles, sin + angles, far_up + h * D * RANK, low + n * RANK, q, q,
-                table, group_nodes, group_weights, scale, D,
-                D, K, HALF_FAR, False, RANK, BLOCK_RANK, EXP, BLOCK_C, BLOCK_K,
-            )  # fmt: skip
-            sums, total, mixed = phi, 0.0, 0.0
-            if WINDOW > 0:
-                sums, total, mixed = near_part(
-                    q_here, k_new, v_here, keys, values,
-                    cos + angles, sin + angles, cos_sink + angles, sin_sink + angles, mix_weight + h * D,
-                    position, num_near, v0, D, HALF, ROTATED, WINDOW, SINKS, BLOCK_D, BLOCK_V, BLOCK_J,
-                )  # fmt: skip
-            answer = joined(phi * read, tile, z, sums, total, mixed, mix_bias + h, K, WINDOW, DENOMINATOR)
-            out_here = out + (n * num_groups * R + h) * D + col
-            tl.store(out_here, answer.to(out.dtype.element_ty), mask=in_v)
+        answer_heads(
+            q + n * q_row + g * R * q_head, low + n * RANK, out + (n * num_groups + g) * R * D,
+            cos_here, sin_here, cos_sink + n * HALF, sin_sink + n * HALF, far_up + g * R * D * RANK, mix_bias + g * R,
+            mix_weight + g * R * D, basis, nodes + g * K, log_weights + g * K, scale, tile, z, read, k_new,
+            v_here, keys, values, position, num_near, v0, q_head, R, D, K, HALF, ROTATED, WINDOW, SINKS, RANK, EXP,
+            DENOMINATOR, BLOCK_RANK, BLOCK_C, BLOCK_D, BLOCK_K, BLOCK_V, BLOCK_J,
+        )  # fmt: skip
         tl.debug_barrier()
-        tile_here = tile_rows[:, None] + col[None, :]
-        in_tile = in_state[:, None] & in_v[None, :]
         kept_tile = stored(tile, state, f[:, None] * D + col[None, :], position)
-        tl.store(tile_here, kept_tile, mask=in_tile, eviction_policy="evict_first")
+        in_tile = in_state[:, None] & (col < D)[None, :]
+        tl.store(tile_rows[:, None] + col[None, :], kept_tile, mask=in_tile, eviction_policy="evict_first")
         tile = load_tile(tile_rows, in_state, v0 + BLOCK_V, D, BLOCK_V)  # nothing behind the last turn
         if WINDOW > 0:
-            v_new = tl.load(v_here + col, mask=in_v, other=0.0).to(near_values.dtype.element_ty)
-            tl.store(values + ring_row * D + col, v_new, mask=col < width)
-            if SINKS > 0:
-                tl.store(values + position * D + col, v_new, mask=col < sink_width)
+            v_new = tl.load(v_here + col, mask=col < D, other=0.0)
+            remember(values, ring_row, v_new, col, width, sink_width, position, D, SINKS)
     tl.debug_barrier()
     if DENOMINATOR:
         tl.store(z_here, z, mask=in_state)
     if WINDOW > 0:
-        k_stored = k_new.to(near_keys.dtype.element_ty)
-        tl.store(keys + ring_row * D + c, k_stored, mask=c < width)
-        if SINKS > 0:
-            tl.store(keys + position * D + c, k_stored, mask=c < sink_width)
+        remember(keys, ring_row, k_new, c, width, sink_width, position, D, SINKS)

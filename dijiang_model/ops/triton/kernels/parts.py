@@ -69,28 +69,10 @@ def positive(logits, in_k, EXP: tl.constexpr, AXIS: tl.constexpr):
 
 @triton.jit
 def features(
-    x,
-    cos,
-    sin,
-    up,
-    low,
-    late_cos,
-    late_sin,
-    basis,
-    nodes,
-    log_weights,
-    scale,
-    width,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    HALF: tl.constexpr,
-    BACK: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
-    EXP: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x, cos, sin, up, low, late_cos, late_sin, basis, nodes, log_weights, scale, width,
+    D: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_RANK: tl.constexpr, EXP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """phi of one vector x [D], rotated (or rotated BACK) while loading: [BLOCK_K] fp32, 0 behind K.
 
     x is read up to `width`, D or 0; the rest counts as zeros.

@@ -21,27 +21,10 @@ def chunk_at(m, chunk_sequence, chunk_offset, starts, C: tl.constexpr):
 
 @triton.jit
 def block_features(
-    x,
-    rows,
-    count,
-    cos,
-    sin,
-    late_cos,
-    late_sin,
-    basis,
-    nodes,
-    log_weights,
-    scale,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    HALF: tl.constexpr,
-    BACK: tl.constexpr,
-    EXP: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x, rows, count, cos, sin, late_cos, late_sin, basis, nodes, log_weights, scale,
+    D: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr, EXP: tl.constexpr, C: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """phi of C vectors at the pointers x [C, 1], whose angles lie in `rows` [C, 1]: [C, BLOCK_K] fp32."""
     f = tl.arange(0, BLOCK_K)
     in_k = f < K
@@ -72,33 +55,11 @@ def table_factors(table, positions, rows, count, num_entries, h, num_heads, C: t
 
 @triton.jit
 def queries_kernel(
-    q,
-    phi_q,
-    positions,
-    cos,
-    sin,
-    basis,
-    nodes,
-    log_weights,
-    table_read,
-    chunk_sequence,
-    chunk_offset,
-    starts,
-    q_row,
-    q_head,
-    num_entries,
-    scale,
-    R: tl.constexpr,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    HALF: tl.constexpr,
-    EXP: tl.constexpr,
-    TABLE: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, phi_q, positions, cos, sin, basis, nodes, log_weights, table_read, chunk_sequence, chunk_offset, starts, q_row,
+    q_head, num_entries, scale,
+    R: tl.constexpr, D: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, EXP: tl.constexpr, TABLE: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Grid (M, H): phi_q [T, H, K] of q [T, H, D], read factors of position tables folded in."""
     h = tl.program_id(1)
     num_heads = tl.num_programs(1)
@@ -120,20 +81,9 @@ def queries_kernel(
 
 @triton.jit
 def keys_kernel(
-    k,
-    rotated,
-    cos,
-    sin,
-    chunk_sequence,
-    chunk_offset,
-    starts,
-    k_row,
-    k_head,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    k, rotated, cos, sin, chunk_sequence, chunk_offset, starts, k_row, k_head,
+    D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Grid (M, G): the rotated keys [T, G, D], in the near rows' dtype."""
     g = tl.program_id(1)
     num_groups = tl.num_programs(1)
@@ -148,48 +98,13 @@ def keys_kernel(
 
 @triton.jit
 def entering_kernel(
-    k,
-    rotated,
-    v,
-    phi_in,
-    v_in,
-    slots,
-    positions,
-    cos,
-    sin,
-    late_cos,
-    late_sin,
-    basis,
-    nodes,
-    log_weights,
-    log_decay,
-    table_write,
-    near_keys,
-    near_values,
-    chunk_sequence,
-    chunk_offset,
-    starts,
-    k_row,
-    k_head,
-    v_row,
-    v_head,
-    near_slot,
-    num_entries,
-    scale,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    HALF: tl.constexpr,
-    ROTATED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SINKS: tl.constexpr,
-    EXP: tl.constexpr,
-    TABLE: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    k, rotated, v, phi_in, v_in, slots, positions, cos, sin, late_cos, late_sin, basis, nodes, log_weights, log_decay,
+    table_write, near_keys, near_values, chunk_sequence, chunk_offset, starts, k_row, k_head, v_row, v_head, near_slot,
+    num_entries, scale,
+    D: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, WINDOW: tl.constexpr,
+    SINKS: tl.constexpr, EXP: tl.constexpr, TABLE: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Grid (M, G): what enters the state at each token, phi_in [T, G, K] and, with a window, v_in [T, G, D].
 
     Without a window that is the token itself. With one it is the token that leaves it: of the same segment, or of

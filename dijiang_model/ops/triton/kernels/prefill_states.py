@@ -24,34 +24,12 @@ def chunk_totals(
 
 @triton.jit
 def states_kernel(
-    phi_in,
-    v_in,
-    chunk_states,
-    chunk_normalisers,
-    state,
-    normaliser,
-    slots,
-    positions,
-    log_decay,
-    table_decay,
-    starts,
-    first_chunks,
-    v_row,
-    v_head,
-    state_slot,
-    normaliser_slot,
-    num_entries,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    TABLE: tl.constexpr,
-    DENOMINATOR: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    TILES_V: tl.constexpr,
-    PRECISION: tl.constexpr,
+    phi_in, v_in, chunk_states, chunk_normalisers, state, normaliser, slots, positions, log_decay, table_decay, starts,
+    first_chunks, v_row, v_head, state_slot, normaliser_slot, num_entries,
+    D: tl.constexpr, K: tl.constexpr, TABLE: tl.constexpr, DENOMINATOR: tl.constexpr, C: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILES_V: tl.constexpr, PRECISION: tl.constexpr,
     EMULATED: tl.constexpr,
-):
+):  # fmt: skip
     """Grid (N, G, tiles of the state): chunk_states [M, G, K, D] and, from the first tile of columns,
     chunk_normalisers [M, G, K]; then the slots' state and normaliser, in place.
     """
@@ -105,22 +83,9 @@ def states_kernel(
 
 @triton.jit
 def near_rows_kernel(
-    rotated,
-    v,
-    near_keys,
-    near_values,
-    slots,
-    positions,
-    starts,
-    v_row,
-    v_head,
-    near_slot,
-    D: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SINKS: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    rotated, v, near_keys, near_values, slots, positions, starts, v_row, v_head, near_slot,
+    D: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Grid (N, G): writes each segment's last WINDOW tokens into the ring, and its sinks. Runs after all who read."""
     n = tl.program_id(0)
     g = tl.program_id(1)

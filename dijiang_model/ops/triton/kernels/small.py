@@ -27,17 +27,9 @@ def angles_kernel(
 
 @triton.jit
 def gated_norm_kernel(
-    attended,
-    gate,
-    weight,
-    bias,
-    out,
-    eps,
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-):
+    attended, gate, weight, bias, out, eps,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
     """Grid (T,): SiLU(gate) * GroupNorm(attended), channels [GROUPS * WIDTH], each token by itself."""
     t = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, BLOCK_GROUPS)[:, None]
