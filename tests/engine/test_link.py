@@ -1,0 +1,42 @@
+"""One engine process as its parent starts it."""
+
+import psutil
+import pytest
+
+from server.engine.link import EngineLink
+from server.engine.types import EngineConfig
+from tests.engine.fake_process import MODULE
+
+pytestmark = pytest.mark.anyio
+
+CONFIG = EngineConfig(
+    model_path="ok",
+    device="cpu",
+    weights_dtype="float32",
+    num_threads=1,
+    state_memory_bytes=2**20,
+    max_num_slots=2,
+    max_step_tokens=8,
+    max_waiting=1,
+)
+
+
+async def environment_of_an_engine() -> dict[str, str]:
+    link = await EngineLink.open(CONFIG, module=MODULE)
+    try:
+        assert link.pid is not None
+        return psutil.Process(link.pid).environ()
+    finally:
+        await link.close()
+
+
+@pytest.mark.parametrize("wanted", [None, "active"])
+async def test_idle_tensor_threads_leave_their_core_to_the_kernels_unless_the_operator_says_otherwise(
+    wanted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if wanted is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    else:
+        monkeypatch.setenv("OMP_WAIT_POLICY", wanted)
+    environment = await environment_of_an_engine()
+    assert environment["OMP_WAIT_POLICY"] == ("passive" if wanted is None else wanted)
