@@ -13,12 +13,21 @@ import itertools
 import logging
 import math
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from server.engine.link import EngineEndedError, EngineLink
-from server.engine.messages import AbortRequest, AddRequest, Command, EngineReady, LoadFailed, ResetCache, StepDone
+from server.engine.messages import (
+    AbortRequest,
+    AddRequest,
+    Command,
+    EngineReady,
+    LoadFailed,
+    ResetCache,
+    StepDone,
+    SuspendRequest,
+)
 from server.engine.types import (
     EngineConfig,
     EngineError,
@@ -176,6 +185,13 @@ class EngineClient:
             self._supervisor.cancel()
             await asyncio.wait({self._supervisor})
         self._end_all(TokenEvent("", finish_reason=FinishReason.ABORT))
+
+    def suspend(self, request_id: str, *, save_to: str | None, note: str, in_prompt: bool) -> None:
+        """Lets a request end with `SUSPENDED`; see `SuspendRequest`. Nothing happens to one that has ended."""
+        names = [name for name, stream in self._streams.items() if stream.request_id == request_id]
+        if self._link is not None and names:
+            with suppress(EngineEndedError):  # and the request with it
+                self._link.send(SuspendRequest(names[0], save_to, note, in_prompt))
 
     def reset_cache(self) -> None:
         """Forgets every cached prefix.

@@ -6,7 +6,7 @@ step is already on its way to the device when the tokens of this one are read ba
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from server.engine.logprob_types import NO_STEP_LOGPROBS, StepLogprobs
@@ -154,6 +154,43 @@ class Engine:
         event = self._scheduler.abort(request_id)
         self._release_ended({})
         return event
+
+    def suspend(self, request_id: str, *, save_to: str | None, note: str, in_prompt: bool) -> list[TokenEvent]:
+        """Ends a request with `SUSPENDED`; what was under way for others is read back first.
+
+        Args:
+            save_to: file for its state, if it has one; None: it is not saved.
+            note: to be kept in the file.
+            in_prompt: save it too while more of its prompt is to be read than a file can hold; only the server itself,
+                which knows the prompt, can go on from there.
+
+        Returns:
+            What has happened, to anybody. Its own terminal event may come later, when the state is on the disk; a
+            request that was just ending anyway ends as it would have.
+        """
+        if self._snapshots is not None and self._snapshots.is_saving(request_id):
+            return []
+        waiting = [queue for queue in (self._grammars, self._snapshots) if queue is not None]
+        if any(queue.cancel(request_id) for queue in waiting):
+            return [TokenEvent(request_id, finish_reason=FinishReason.SUSPENDED)]
+        events = self._settle()
+        for sequence in self._scheduler.running:
+            if sequence.request_id == request_id:
+                sequence.save_on_end(save_to if in_prompt or sequence.is_past_prompt else None, note)
+        event = self._scheduler.abort(request_id)
+        if event is None:
+            return events
+        ended = {request_id: replace(event, finish_reason=FinishReason.SUSPENDED)}
+        self._release_ended(ended)
+        return [*events, *ended.values()]
+
+    def _settle(self) -> list[TokenEvent]:
+        """Reads back every step that is in flight, so that each sequence has seen its last token."""
+        events: list[TokenEvent] = []
+        while self._in_flight:
+            events += self._commit(self._in_flight.popleft())
+            self._runner.complete()
+        return events
 
     def reset_cache(self) -> None:
         """Forgets every cached prefix."""

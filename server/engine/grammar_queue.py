@@ -104,6 +104,10 @@ class GrammarQueue:
             self._compiled.move_to_end(grammar.text)
         assert self._compiler is not None
         sequence.constraint = self._compiler.result().constraint(matcher)
+        if (resumed := sequence.request.resumed) is not None:
+            prompt = sequence.request.prompt_token_ids
+            for token_id in prompt[len(prompt) - resumed.num_outputs :]:
+                sequence.constraint.accept(token_id)
 
     def close(self) -> None:
         """Ends the thread; nothing may wait any more."""

@@ -1,6 +1,6 @@
 """What the service and the engine process say to each other: MessagePack, one tagged struct per message.
 
-    service -> engine    AddRequest, AbortRequest, ResetCache
+    service -> engine    AddRequest, AbortRequest, SuspendRequest, ResetCache
     engine -> service    EngineReady | LoadFailed, then StepDone
 
 The first thing an engine process reads is its `EngineConfig` as one line of JSON on its standard input,
@@ -25,6 +25,21 @@ class AbortRequest(msgspec.Struct, frozen=True, tag="abort", array_like=True):
     """End this request; unknown and ended ones are ignored, for the abort may cross the end."""
 
     request_id: str
+
+
+class SuspendRequest(msgspec.Struct, frozen=True, tag="suspend", array_like=True):
+    """End this request with `SUSPENDED`, its state saved; unknown and ended ones are ignored.
+
+    Attributes:
+        save_to: file for its state; None: it is not saved.
+        note: as in `StateOptions`.
+        in_prompt: whether it is saved too while most of its prompt is still to be read.
+    """
+
+    request_id: str
+    save_to: str | None
+    note: str
+    in_prompt: bool
 
 
 class ResetCache(msgspec.Struct, frozen=True, tag="reset_cache", array_like=True):
@@ -56,7 +71,7 @@ class StepDone(msgspec.Struct, frozen=True, tag="step", array_like=True):
     stats: EngineStats | None = None
 
 
-Command = AddRequest | AbortRequest | ResetCache
+Command = AddRequest | AbortRequest | SuspendRequest | ResetCache
 Report = EngineReady | LoadFailed | StepDone
 
 

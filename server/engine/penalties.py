@@ -23,7 +23,7 @@ class PenaltyPlan:
         entries: [M] int64, their rows in the tables.
         repetition: [M] float64; None: no row uses it.
         presence, frequency: [M] float64.
-        started: (table row, prompt tokens) of those that sample for the first time.
+        started: (table row, prompt tokens, output tokens so far) of those that sample for the first time here.
         assumed: None: no row has drafts before it; else what those say.
     """
 
@@ -32,7 +32,7 @@ class PenaltyPlan:
     repetition: Field | None
     presence: Field
     frequency: Field
-    started: tuple[tuple[int, Field], ...]
+    started: tuple[tuple[int, Field, Field], ...]
     assumed: "AssumedPlan | None"
 
 
@@ -102,7 +102,11 @@ class PenaltyTables:
             sequence = chunks[row].sequence
             if sequence not in self._entries:
                 self._entries[sequence] = entry = self._allocate()
-                started.append((entry, transfer.integers(sequence.request.prompt_token_ids)))
+                prompt = sequence.request.prompt_token_ids
+                before = sequence.request.resumed
+                num_prompt = len(prompt) - (0 if before is None else before.num_outputs)
+                fields = (transfer.integers(prompt[:num_prompt]), transfer.integers(prompt[num_prompt:]))
+                started.append((entry, *fields))
         sequences = [chunks[row].sequence for row in rows]
         repetition = [sequence.sampling.repetition_penalty for sequence in sequences]
         return PenaltyPlan(
@@ -117,8 +121,10 @@ class PenaltyTables:
 
     def apply(self, logits: Tensor, plan: PenaltyPlan, arrived: Arrived) -> None:
         """Penalises the planned rows of logits [R, vocab] fp32, in place."""
-        for entry, prompt in plan.started:
+        for entry, prompt, outputs in plan.started:
             self._in_prompt[entry].index_fill_(0, arrived[prompt], True)
+            before = arrived[outputs]
+            self._counts[entry].index_add_(0, before, torch.ones_like(before, dtype=self._counts.dtype))
         rows, entries = arrived[plan.rows], arrived[plan.entries]
         counts = self._counts[entries]  # [M, vocab]
         if plan.assumed is not None:

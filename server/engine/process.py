@@ -37,6 +37,7 @@ from server.engine.messages import (
     Report,
     ResetCache,
     StepDone,
+    SuspendRequest,
     ipc_address,
 )
 from server.engine.types import EngineConfig, TokenEvent
@@ -86,17 +87,19 @@ class EngineLoop:
             except zmq.Again:
                 return events
             flags = zmq.NOBLOCK
-            event = self._obey(self._decoder.decode(message))
-            if event is not None:
-                events.append(event)
+            events += self._obey(self._decoder.decode(message))
 
-    def _obey(self, command: Command) -> TokenEvent | None:
-        if isinstance(command, AbortRequest):
-            return self._engine.abort(command.request_id)
+    def _obey(self, command: Command) -> list[TokenEvent]:
+        if isinstance(command, SuspendRequest):
+            return self._engine.suspend(
+                command.request_id, save_to=command.save_to, note=command.note, in_prompt=command.in_prompt
+            )
         if isinstance(command, ResetCache):
             self._engine.reset_cache()
-            return None
-        return self._engine.add(command.request)
+            return []
+        is_abort = isinstance(command, AbortRequest)
+        event = self._engine.abort(command.request_id) if is_abort else self._engine.add(command.request)
+        return [] if event is None else [event]
 
     def _report(self, events: list[TokenEvent], *, with_stats: bool) -> None:
         stats = None

@@ -310,7 +310,7 @@ class Scheduler:
         reason = sequence.accept(token_id)
         if reason is not None:
             self._end(sequence)
-        num_cached = sequence.num_cached if sequence.num_outputs == 1 else 0
+        num_cached = sequence.num_cached if sequence.is_first_output else 0
         return TokenEvent(sequence.request_id, (token_id,), reason, num_cached_tokens=num_cached)
 
     def _admit(self) -> Sequence | None:

@@ -37,11 +37,13 @@ class Start:
         position: of its first token in the conversation.
         snapshot: the state before that token, opaque; None: the empty one.
         source_slot: where that state lies instead when the sequence's first step is launched; None: nowhere.
+        num_outputs: tokens of the same answer that came before it.
     """
 
     position: int = 0
     snapshot: object | None = None
     source_slot: int | None = None
+    num_outputs: int = 0
 
 
 FROM_NOTHING = Start()
@@ -85,6 +87,7 @@ class Sequence:
         stops: lengths of the prompt at which a chunk must end.
         num_scheduled: output tokens that steps were asked for.
         num_outputs: output tokens committed, <= num_scheduled.
+        num_outputs_before: those of them that are from before it was suspended.
         constraint: from admission on, if the request has a grammar. What may come next then depends on the host
             having seen the last token.
         max_unseen: steps that may be planned for such a sequence before their tokens were seen.
@@ -104,6 +107,7 @@ class Sequence:
     stops: frozenset[int] = frozenset()
     num_scheduled: int = 0
     num_outputs: int = 0
+    num_outputs_before: int = 0
     constraint: Constraint | None = None
     max_unseen: int = 0
     drafter: Drafter | None = None
@@ -114,6 +118,7 @@ class Sequence:
     def __post_init__(self) -> None:
         if self.request.states.save_to is not None or self.sampling.bad_words:
             self.keep_outputs()
+        self._begin_behind_outputs()
         self.stops = frozenset(self.request.cuts)
         eos = () if self.sampling.ignore_eos else self.eos_token_ids
         self.end_token_ids = frozenset((*eos, *self.sampling.stop_token_ids))
@@ -167,7 +172,8 @@ class Sequence:
     @property
     def pending(self) -> tuple[int, ...]:
         """Committed tokens that were not fed."""
-        num_pending = len(self.request.prompt_token_ids) + self.num_outputs - self.num_fed
+        num_new = self.num_outputs - self.num_outputs_before
+        num_pending = len(self.request.prompt_token_ids) + num_new - self.num_fed
         return tuple(self.outputs[-num_pending:]) if num_pending > 0 else ()
 
     @property
@@ -175,10 +181,25 @@ class Sequence:
         """Whether `outputs` still holds all of them."""
         return len(self.outputs) == self.num_outputs
 
+    @property
+    def is_past_prompt(self) -> bool:
+        """Whether it has put out tokens here or before."""
+        return self.num_outputs > 0
+
+    @property
+    def is_first_output(self) -> bool:
+        """Whether the last committed token was the first one here."""
+        return self.num_outputs == self.num_outputs_before + 1
+
     def keep_outputs(self) -> None:
         """Keeps the output tokens from now on, for those who need to know what the state has seen."""
         if self._outputs is None:
             self._outputs = array("i")
+
+    def save_on_end(self, save_to: str | None, note: str) -> None:
+        """Changes its mind about where its state is saved."""
+        states = replace(self.request.states, save_to=save_to, note=note, prompt_only=False)
+        self.request = replace(self.request, states=states)
 
     def skip(self, num_tokens: int, snapshot: object) -> None:
         """Begins behind that many tokens of the prompt, from the state after them."""
@@ -259,6 +280,16 @@ class Sequence:
         if self.num_outputs == self.sampling.max_tokens:
             return FinishReason.LENGTH
         return None
+
+    def _begin_behind_outputs(self) -> None:
+        """Lets it go on where it, or the answer that it goes on with, was suspended."""
+        num_outputs = self.start.num_outputs
+        if (resumed := self.request.resumed) is not None:
+            num_outputs = resumed.num_outputs
+            self.num_fed = self.num_skipped = resumed.num_fed
+            before = self.request.prompt_token_ids[len(self.request.prompt_token_ids) - num_outputs :]
+            self._outputs = array("i", before[-MAX_OUTPUTS_KEPT // 2 :])
+        self.num_outputs = self.num_scheduled = self.num_outputs_before = num_outputs
 
     @property
     def _num_to_stop(self) -> int:

@@ -32,6 +32,7 @@ MAX_NOTE_CHARACTERS = 1024
 MAX_POSITION = 2**62
 FILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}\.safetensors")
 _LENGTH = struct.Struct("<Q")
+_NUM_OUTPUTS = "num_outputs"
 _METADATA_KEYS = frozenset(
     ("format", "version", "model", "position", "pending", "last_token", "note", "checksum"),
 )
@@ -98,6 +99,24 @@ def snapshot_bytes(snapshot: Snapshot, layout: StateLayout) -> Iterator[bytes]:
     yield _LENGTH.pack(len(text)) + text
     for piece in pieces:
         yield piece.tobytes()
+
+
+def with_num_outputs(note: str, num_outputs: int) -> str:
+    """A note that is a JSON object, and says besides how many tokens the answer had; any other as it is."""
+    try:
+        content = json.loads(note)
+    except ValueError:
+        return note
+    return json.dumps({**content, _NUM_OUTPUTS: num_outputs}) if isinstance(content, dict) else note
+
+
+def num_outputs_in(note: str) -> int:
+    """What `with_num_outputs` has noted; 0 if it says nothing (the file may come from anywhere)."""
+    try:
+        number = json.loads(note)[_NUM_OUTPUTS]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return 0
+    return number if type(number) is int and 0 <= number <= MAX_POSITION else 0
 
 
 def write_snapshot(path: Path, snapshot: Snapshot, layout: StateLayout) -> int:

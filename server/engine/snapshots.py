@@ -18,10 +18,13 @@ from server.engine.scheduler import Batch
 from server.engine.sequence import FROM_NOTHING, Sequence, Start
 from server.engine.snapshot_files import (
     FILE_NAME,
+    MAX_PENDING,
     Bytes,
     Snapshot,
     SnapshotError,
+    num_outputs_in,
     read_snapshot,
+    with_num_outputs,
     write_snapshot,
 )
 from server.engine.state_types import NO_PREFIX_CACHE, PrefixCacheStats, SavedState, StateLayout
@@ -110,6 +113,10 @@ class Snapshots:
         """Whether this request waits for a file."""
         return request_id in self._loading or request_id in self._saving or request_id in self._fetching
 
+    def is_saving(self, request_id: str) -> bool:
+        """Whether this request has ended, and its state is being written."""
+        return request_id in self._saving
+
     def load(self, request: GenerationRequest) -> TokenEvent | None:
         """Starts to read the state that a request begins from; its terminal event if that cannot be."""
         name = request.states.load_from
@@ -174,6 +181,8 @@ class Snapshots:
 
     def begin(self, sequence: Sequence) -> None:
         """Lets a sequence that gets its slot start behind the longest prefix that is cached."""
+        if self._folder is not None:
+            sequence.keep_outputs()  # it may have to be saved at any moment
         namespace = sequence.request.states.cache_namespace
         if self._cache is None or namespace is None:
             return
@@ -202,10 +211,15 @@ class Snapshots:
         Returns:
             Whether its terminal event is held back until the state is saved: `arrived` gives it then.
         """
+        options = sequence.request.states
+        if event.finish_reason is FinishReason.SUSPENDED:
+            if options.save_to is None or sequence.start.position + sequence.num_fed == 0:
+                return False
+            self._save(sequence, event, self._access.take(_slot(sequence)))
+            return True
         if event.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
             self._distrust(sequence)
             return False
-        options = sequence.request.states
         wants_cache = self._cache is not None and options.cache_namespace is not None and not options.prompt_only
         if not wants_cache and options.save_to is None:
             return False
@@ -238,6 +252,7 @@ class Snapshots:
     def _cache_end(self, sequence: Sequence, snapshot: object) -> None:
         if not sequence.has_all_outputs:
             return
+        assert sequence.request.resumed is None  # or its outputs would be in the prompt too
         fed = (*sequence.request.prompt_token_ids, *sequence.outputs)[: sequence.num_fed]
         namespace = sequence.request.states.cache_namespace
         assert self._cache is not None
@@ -254,15 +269,13 @@ class Snapshots:
     def _save(self, sequence: Sequence, event: TokenEvent, snapshot: object) -> None:
         options = sequence.request.states
         assert options.save_to is not None
-        pending = () if options.prompt_only else sequence.pending
-        tokens = () if options.prompt_only else sequence.outputs
-        last = tokens[-1] if tokens else sequence.request.prompt_token_ids[-1]
+        pending, last = _end_of(sequence)
         saved = Snapshot(
             row=self._access.to_row(snapshot),
             position=sequence.start.position + sequence.num_fed,
             pending=pending,
             last_token=last,
-            note=options.note,
+            note=options.note if options.prompt_only else with_num_outputs(options.note, sequence.num_outputs),
         )
         writing = self._thread.submit(self._write, options.save_to, saved)
         self._saving[event.request_id] = (event, writing)
@@ -280,9 +293,14 @@ class Snapshots:
             snapshot = reading.result()
         except SnapshotError as error:
             return _failed(request.request_id, error)
+        row = self._access.from_row(snapshot.row)
+        if request.resumed is not None and request.resumed.num_fed > 0:
+            return Loaded(request, Start(snapshot.position - request.resumed.num_fed, row))
+        # Without anything new the answer that ended there goes on, as if it never had ended.
+        num_outputs = 0 if request.prompt_token_ids else num_outputs_in(snapshot.note)
         prompt = (*snapshot.pending, *request.prompt_token_ids)
-        start = Start(position=snapshot.position, snapshot=self._access.from_row(snapshot.row))
-        return Loaded(replace(request, prompt_token_ids=prompt), start)
+        start = Start(snapshot.position, row, num_outputs=num_outputs)
+        return Loaded(replace(request, prompt_token_ids=prompt, sampling=request.sampling.behind(num_outputs)), start)
 
     def _path(self, name: str) -> Path:
         if self._folder is None:
@@ -290,6 +308,17 @@ class Snapshots:
         if not FILE_NAME.fullmatch(name):
             raise SnapshotError("this is no name of a state's file")
         return self._folder / name
+
+
+def _end_of(sequence: Sequence) -> tuple[tuple[int, ...], int]:
+    """Tokens that were not fed, unless they are many, and the last one with these."""
+    prompt = sequence.request.prompt_token_ids
+    if sequence.request.states.prompt_only:
+        return (), prompt[-1]
+    if sequence.num_prompt_left > MAX_PENDING:
+        return (), prompt[sequence.num_fed - 1]
+    pending = prompt[sequence.num_fed :] if sequence.num_prompt_left > 0 else sequence.pending
+    return pending, sequence.outputs[-1] if sequence.outputs else prompt[-1]
 
 
 def _slot(sequence: Sequence) -> int:

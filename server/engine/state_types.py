@@ -77,6 +77,19 @@ NO_STATE = StateOptions()
 
 
 @dataclass(frozen=True, slots=True)
+class Resumption:
+    """How far a request had come when it was suspended, for the request that goes on with it.
+
+    Attributes:
+        num_outputs: tokens that it had put out; they are the last ones of the prompt now.
+        num_fed: tokens of the prompt that are in the state of `load_from`; 0: that state comes before the prompt.
+    """
+
+    num_outputs: int
+    num_fed: int
+
+
+@dataclass(frozen=True, slots=True)
 class SavedState:
     """What the engine has written, in a terminal event.
 

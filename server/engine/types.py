@@ -4,12 +4,20 @@ Everything here is frozen and serialisable by field: the service builds requests
 with events, and nothing else (no tensor, no pickle) passes between them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from server.engine.logprob_types import NO_LOGPROBS, LogprobOptions, LogprobTable
 from server.engine.position_stats import NOTHING_OBSERVED, PositionHistogram
-from server.engine.state_types import NO_PREFIX_CACHE, NO_STATE, PrefixCacheStats, SavedState, StateLayout, StateOptions
+from server.engine.state_types import (
+    NO_PREFIX_CACHE,
+    NO_STATE,
+    PrefixCacheStats,
+    Resumption,
+    SavedState,
+    StateLayout,
+    StateOptions,
+)
 
 
 class FinishReason(StrEnum):
@@ -23,6 +31,8 @@ class FinishReason(StrEnum):
     """The client left, or the service cancelled the request."""
     ERROR = "error"
     """The request failed; `TokenEvent.error` says how."""
+    SUSPENDED = "suspended"
+    """The server stops: it can be gone on with later, from the state that was saved, if there was one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,13 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
 
+    def behind(self, num_outputs: int) -> "SamplingParams":
+        """The same for the rest of an answer that has so many tokens: they count in neither limit."""
+        if num_outputs == 0 or self.max_tokens == 0:
+            return self
+        limit = None if self.max_tokens is None else self.max_tokens + num_outputs
+        return replace(self, max_tokens=limit, min_tokens=self.min_tokens + num_outputs)
+
 
 @dataclass(frozen=True, slots=True)
 class GrammarSpec:
@@ -91,6 +108,7 @@ class GenerationRequest:
         cuts: lengths of the prompt at which a step ends, so that the prompt is computed in exactly these chunks (or
             smaller ones, where a step has no room); for measuring.
         grammar: the language that the answer must be in; None: any text.
+        resumed: of a request that was suspended: how far it had come; None: it begins here.
     """
 
     request_id: str
@@ -102,6 +120,7 @@ class GenerationRequest:
     priority: int = 0
     grammar: GrammarSpec | None = None
     cuts: tuple[int, ...] = ()
+    resumed: Resumption | None = None
 
 
 @dataclass(frozen=True, slots=True)
