@@ -216,6 +216,7 @@ class Engine:
         self._step_time_s += elapsed_s
         if committed is not None:
             self._time_tokens(committed, elapsed_s, events)
+            self._scheduler.observe(committed, elapsed_s)
         return events + self._watch_states()
 
     def _time_tokens(self, batch: Batch, elapsed_s: float, events: list[TokenEvent]) -> None:

@@ -251,6 +251,11 @@ class Scheduler:
             if sequence.status is not SequenceStatus.FINISHED
         ]
 
+    def observe(self, batch: Batch, seconds: float) -> None:
+        """Learns what a step took, where prompts have no part in it."""
+        if self._speculation is not None and batch.num_prefill_tokens == 0:
+            self._speculation.observe(sum(chunk.length for chunk in batch.chunks), seconds)
+
     def take_ended(self) -> list[Sequence]:
         """The sequences that gave their slot back since the last call, for the clean-up of the device."""
         ended, self._ended = self._ended, []
@@ -290,7 +295,11 @@ class Scheduler:
             committed += event.token_ids
             if event.finish_reason is not None:
                 break
-        return event if event.error is not None else replace(event, token_ids=committed)
+        if event.error is not None:
+            return event
+        num_accepted = min(count - 1, len(committed)) if chunk.is_predicted else 0
+        num_rejected = len(chunk.drafts) - num_accepted if chunk.is_predicted else 0
+        return replace(event, token_ids=committed, num_accepted=num_accepted, num_rejected=num_rejected)
 
     def _commit_row(self, sequence: Sequence, token_id: int, *, is_faulty: bool) -> TokenEvent:
         if is_faulty:
@@ -366,6 +375,7 @@ class Scheduler:
             ("prompt", request.prompt_token_ids),
             ("stop_token_ids", sampling.stop_token_ids),
             ("logit_bias", tuple(bias_ids)),
+            ("predicted_token_ids", request.predicted_token_ids),
             ("logprob_token_ids", request.logprobs.token_ids),
             ("allowed_token_ids", sampling.allowed_token_ids),
             ("bad_words", tuple(token_id for word in sampling.bad_words for token_id in word)),

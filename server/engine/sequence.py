@@ -252,6 +252,7 @@ class Sequence:
             output_index=self.num_scheduled,
             is_decode=False,
             verified=verified,
+            is_predicted=self.drafter.follows_prediction,
         )
         self.num_fed += chunk.length
         self.num_scheduled += chunk.length
@@ -317,6 +318,7 @@ class Chunk:
         is_decode: the token is the last sampled one, which the device holds.
         verified: of a chunk that verifies drafts: its tokens, the last sampled one and the drafts. It samples behind
             each of them, and moves the state on by no more than turn out to be right. Empty otherwise.
+        is_predicted: the drafts are from the request's prediction.
     """
 
     sequence: Sequence
@@ -326,6 +328,7 @@ class Chunk:
     output_index: int | None
     is_decode: bool
     verified: tuple[int, ...] = ()
+    is_predicted: bool = False
 
     @property
     def is_first(self) -> bool:

@@ -4,108 +4,95 @@ A sequence's guesses (drafts) are what followed the longest earlier occurrence o
 output. One step feeds the last token and the drafts; every row is sampled exactly as it would be without drafts, and
 as long as the sampled token is the draft, the next row holds too. So drafts change the speed, never the tokens.
 
-How many drafts a step takes is a matter of their price: a row more costs a share of a step, and is worth it while the
-chance that it holds is higher than what that share would earn otherwise. The chance is counted for every sequence, from
-all of its tokens, drafted or not: text that does not repeat itself gets no drafts, and goes on being watched for free.
+How many drafts a step takes is a matter of its price: as many as bring the most tokens for the cost of the step with
+them (`server.engine.speculation_prices`). How likely they hold is counted for every sequence, from all of its tokens,
+drafted or not: text that does not repeat itself gets no drafts, and goes on being watched for free.
+
+A request may come with a prediction of its answer. Places in it are trusted more than others, until it proves wrong.
 """
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 
 from server.engine.speculation_index import MAX_MATCH, TokenHistory
+from server.engine.speculation_prices import StepPrices
 
 _BUCKETS = tuple(max(0, length.bit_length() - 1) for length in range(MAX_MATCH + 1))
 """Of a match length: 1, 2-3, 4-7, 8-15, 16-31, 32."""
 _PRIOR = (0.15, 0.35, 0.55, 0.7, 0.85, 0.9)
+_PREDICTED_PRIOR = (0.6, 0.75, 0.85, 0.9, 0.95, 0.97)
+_NUM_BUCKETS = len(_PRIOR)
 _PRIOR_WEIGHT = 8.0
 _DECAY = 0.98
-FEW_ROWS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class RowPrice:
-    """What a row more costs a step, as a share of a step of one row.
-
-    Attributes:
-        second: of the second row.
-        further: of each one behind it, up to `FEW_ROWS`.
-        beyond: of each one behind those, where multiplying takes longer than reading the weights.
-    """
-
-    second: float
-    further: float
-    beyond: float
-
-    def step(self, num_rows: int) -> float:
-        """Cost of a step of `num_rows` >= 1."""
-        num_further = min(max(num_rows - 2, 0), FEW_ROWS - 2)
-        cost = 1.0 + self.further * num_further + self.beyond * max(num_rows - FEW_ROWS, 0)
-        return cost if num_rows == 1 else cost + self.second
-
-    def least_chance(self, *, num_rows: int, num_tokens: float) -> float:
-        """How likely a draft must hold to be worth a row.
-
-        Args:
-            num_rows: of the step without it.
-            num_tokens: that this step brings.
-        """
-        return (self.step(num_rows + 1) / self.step(num_rows) - 1) * num_tokens
+_LEAST_CHANCE = 0.02
+"""Of a draft that is still thought about."""
 
 
 class Drafter:
-    """The guesses of one sequence, and how they have done."""
+    """The guesses of one sequence, and how they have done.
 
-    def __init__(self, tokens: Items[int], *, end_token_ids: frozenset[int]) -> None:
+    Attributes:
+        last_token_id: the token that was pushed last, or the prompt's last one.
+    """
+
+    def __init__(self, history: TokenHistory, last_token_id: int, *, end_token_ids: frozenset[int]) -> None:
         """
         Args:
-            tokens: of the prompt.
+            history: of the prompt, and of the prediction if there is one; this drafter's own.
+            last_token_id: of the prompt.
             end_token_ids: tokens that may end the sequence; nothing is guessed from them on.
         """
-        self._history = TokenHistory(tokens)
+        self._history = history
         self._end_token_ids = end_token_ids
-        self._held = [chance * _PRIOR_WEIGHT for chance in _PRIOR]
-        self._seen = [_PRIOR_WEIGHT] * len(_PRIOR)
+        self._held = [chance * _PRIOR_WEIGHT for chance in (*_PRIOR, *_PREDICTED_PRIOR)]
+        self._seen = [_PRIOR_WEIGHT] * len(self._held)
+        self.last_token_id = last_token_id
 
     @property
-    def last_token_id(self) -> int:
-        """The token that was pushed last, or the prompt's last one."""
-        return self._history.tokens[-1]
+    def follows_prediction(self) -> bool:
+        """Whether what it drafts now is from the prediction."""
+        return self._history.is_predicted
 
     def push(self, token_id: int) -> None:
         """Takes a token of the output, and notes whether it was expected."""
         history = self._history
         if history.match_length:
-            bucket = _BUCKETS[history.match_length]
+            bucket = self._bucket(history.match_length)
             self._seen[bucket] = _DECAY * self._seen[bucket] + 1
             self._held[bucket] = _DECAY * self._held[bucket] + (history.expected == token_id)
         history.push(token_id)
+        self.last_token_id = token_id
 
-    def draft(self, most: int, *, price: RowPrice, num_rows: int) -> tuple[int, ...]:
-        """Tokens that are likely enough to come next.
+    def draft(self, most: int, *, prices: StepPrices, num_rows: int) -> tuple[int, ...]:
+        """As many tokens that may come next as bring the most for what their step costs.
 
         Args:
             most: no more than so many.
-            price: of the rows that they take.
+            prices: of steps by their rows.
             num_rows: of the step without them, >= 1.
         """
         length = self._history.match_length
         if length == 0:
             return ()
         chance, num_tokens = 1.0, float(num_rows)
-        drafts: list[int] = []
-        for token_id in self._history.continuation(most):
+        best, num_best = num_tokens / prices.step(num_rows), 0
+        drafts = self._history.continuation(most)
+        for number, token_id in enumerate(drafts, start=1):
             chance *= self._chance(length)
-            wanted = price.least_chance(num_rows=num_rows + len(drafts), num_tokens=num_tokens)
-            if chance < wanted or token_id in self._end_token_ids:
+            if chance < _LEAST_CHANCE or token_id in self._end_token_ids:
                 break
-            drafts.append(token_id)
             num_tokens += chance
+            rate = num_tokens / prices.step(num_rows + number)
+            if rate >= best:
+                best, num_best = rate, number
             length = min(length + 1, MAX_MATCH)
-        return tuple(drafts)
+        return tuple(drafts[:num_best])
+
+    def _bucket(self, match_length: int) -> int:
+        return _BUCKETS[match_length] + (_NUM_BUCKETS if self._history.is_predicted else 0)
 
     def _chance(self, match_length: int) -> float:
         """How often the token behind a match of this length was the one that came."""
-        bucket = _BUCKETS[match_length]
+        bucket = self._bucket(match_length)
         return self._held[bucket] / self._seen[bucket]
 
 

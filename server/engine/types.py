@@ -109,6 +109,7 @@ class GenerationRequest:
             smaller ones, where a step has no room); for measuring.
         grammar: the language that the answer must be in; None: any text.
         resumed: of a request that was suspended: how far it had come; None: it begins here.
+        predicted_token_ids: what the answer may well be: a source of drafts, which changes no token.
     """
 
     request_id: str
@@ -121,6 +122,7 @@ class GenerationRequest:
     grammar: GrammarSpec | None = None
     cuts: tuple[int, ...] = ()
     resumed: Resumption | None = None
+    predicted_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,8 @@ class TokenEvent:
         logprobs: of `token_ids`, a row for each, if the request wants them.
         prompt_logprobs: of the next tokens of the prompt, from its second one on, if the request wants them; all
             of them have come with the first token at the latest.
+        num_accepted: the first so many of `token_ids` were drafted from the request's prediction.
+        num_rejected: drafts from it that did not become tokens.
     """
 
     request_id: str
@@ -160,6 +164,8 @@ class TokenEvent:
     saved: SavedState | None = None
     logprobs: LogprobTable | None = None
     prompt_logprobs: LogprobTable | None = None
+    num_accepted: int = 0
+    num_rejected: int = 0
 
 
 @dataclass(frozen=True, slots=True)

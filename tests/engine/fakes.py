@@ -8,7 +8,8 @@ from server.engine.engine import Engine, StepResult
 from server.engine.scheduler import Batch, Scheduler
 from server.engine.sequence import Chunk, Sequence
 from server.engine.speculation import Speculation
-from server.engine.speculation_drafts import Drafter, RowPrice
+from server.engine.speculation_drafts import Drafter
+from server.engine.speculation_prices import StepPrices
 from server.engine.types import EngineInfo, GenerationRequest, SamplingParams
 
 VOCAB_SIZE = 50
@@ -129,11 +130,22 @@ class FakeRunner:
         return token
 
 
+class FixedPrices(StepPrices):
+    """Learns nothing, so that no test depends on a clock."""
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        pass
+
+
+FREE = FixedPrices({1: 1.0})
+"""A step costs the same, however many rows it has."""
+
+
 class GivenDrafts(Speculation):
     """Proposes drafts of which the first ones are right, as many as the next number says, then a wrong one."""
 
     def __init__(self, num_right: Iterator[int], *, max_drafts: int = 3) -> None:
-        super().__init__(max_drafts, RowPrice(0.0, 0.0, 0.0))
+        super().__init__(max_drafts, FREE)
         self._num_right = num_right
 
     def begin(self, sequence: Sequence) -> None:

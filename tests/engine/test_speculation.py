@@ -10,11 +10,8 @@ from hypothesis import strategies as st
 
 from server.engine.engine import Engine
 from server.engine.speculation import Speculation
-from server.engine.speculation_drafts import RowPrice
 from server.engine.types import FinishReason, GenerationRequest
-from tests.engine.fakes import EOS_TOKEN_ID, FakeRunner, GivenDrafts, engine, expected_output, request
-
-FREE = RowPrice(0.0, 0.0, 0.0)
+from tests.engine.fakes import EOS_TOKEN_ID, FREE, FakeRunner, GivenDrafts, engine, expected_output, request
 
 
 def always(num_right: int) -> Iterator[int]:
@@ -151,3 +148,67 @@ def test_a_request_of_one_or_two_tokens_keeps_no_history() -> None:
 def test_followers_of_a_group_have_drafts_of_their_own() -> None:
     requests = [replace(request(f"r{n}", max_tokens=9), group="g") for n in range(3)]
     run(requests, GivenDrafts(itertools.cycle([0, 1, 2, 3])), num_slots=3, max_step_tokens=12)
+
+
+@given(
+    answer=st.lists(st.integers(0, 9), min_size=1, max_size=40),
+    prediction=st.lists(st.integers(0, 9), min_size=1, max_size=40),
+    ends=st.booleans(),
+)
+def test_a_prediction_changes_no_token_and_its_drafts_are_counted_one_by_one(
+    answer: list[int], prediction: list[int], ends: bool
+) -> None:
+    answer = [*answer, EOS_TOKEN_ID] if ends else answer
+    runner = FakeRunner()
+    runner.scripted["a"] = [*answer]
+    core = engine(runner, speculation=Speculation(4, FREE))
+    core.add(replace(request("a", 20, 21, max_tokens=len(answer)), predicted_token_ids=tuple(prediction)))
+    tokens: list[int] = []
+    num_drafted = num_accepted = num_rejected = 0
+    while core.has_work:
+        drafted, accepted = core.stats.num_drafted_tokens, core.stats.num_accepted_tokens
+        for event in core.step():
+            before, tokens = tokens, [*tokens, *event.token_ids]
+            num_accepted += event.num_accepted
+            num_rejected += event.num_rejected
+            if event.num_accepted or event.num_rejected:
+                num_drafted += core.stats.num_drafted_tokens - drafted
+                assert core.stats.num_accepted_tokens - accepted >= event.num_accepted
+                followed = [*event.token_ids[: event.num_accepted]]
+                assert any(prediction[at : at + len(followed)] == followed for at in range(len(prediction)))
+                assert event.num_accepted < len(event.token_ids) or tokens == answer, (before, event)
+    assert tokens == answer
+    assert num_accepted + num_rejected == num_drafted
+
+
+def test_a_right_prediction_saves_steps_from_the_first_token_on() -> None:
+    runner = FakeRunner()
+    answer = [*range(40)]
+    runner.scripted["a"] = [*answer]
+    core = engine(runner, speculation=Speculation(7, FREE))
+    core.add(replace(request("a", 48, max_tokens=40), predicted_token_ids=tuple(answer)))
+    accepted = 0
+    while core.has_work:
+        accepted += sum(event.num_accepted for event in core.step())
+    assert len(runner.batches) == 6, "the prompt, then eight tokens a step"
+    assert accepted == 40 - len(runner.batches)
+
+
+def test_a_prediction_outside_of_the_vocabulary_is_refused() -> None:
+    refused = engine(FakeRunner()).add(replace(request("a"), predicted_token_ids=(3, 10**6)))
+    assert refused is not None
+    assert refused.error is not None
+    assert "predicted_token_ids" in refused.error.message
+
+
+def test_requests_of_a_group_share_what_they_are_drafted_from() -> None:
+    runner = FakeRunner()
+    for name in ("a", "b"):
+        runner.scripted[name] = [10, 11, 12, 13, 14, 15, 16, 17]
+    core = engine(runner, speculation=Speculation(4, FREE))
+    for name in ("a", "b"):
+        item = replace(request(name, 1, 2, max_tokens=8), group="g", predicted_token_ids=(10, 11, 12, 13, 14, 15))
+        core.add(item)
+    ends = finish(core)
+    assert ends == dict.fromkeys(("a", "b"), ([10, 11, 12, 13, 14, 15, 16, 17], FinishReason.LENGTH))
+    assert core.stats.num_accepted_tokens >= 8

@@ -23,18 +23,17 @@ from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.engine.speculation import Speculation, speculation_of
-from server.engine.speculation_drafts import Drafter, RowPrice
+from server.engine.speculation_drafts import Drafter
 from server.engine.state_pool import StatePool
 from server.engine.types import EngineConfig, FinishReason, GenerationRequest, GrammarSpec, SamplingParams
 from tests.byte_tokenizer import write_byte_tokenizer
-from tests.engine.fakes import engine_info
+from tests.engine.fakes import FREE, engine_info
 from tests.tiny_models import EOS_TOKEN_ID, gpt_neox_config, llama_config, opt_config, tiny_model
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the kernels were not built: no compiler at install")
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 260
-FREE = RowPrice(0.0, 0.0, 0.0)
 MODELS: dict[str, ModelConfig] = {
     "hybrid llama": llama_config(),
     "released gpt_neox": gpt_neox_config(),
@@ -280,7 +279,7 @@ def engine_config(path: Path, **changes: object) -> EngineConfig:
 
 
 def test_drafts_are_made_by_default_where_they_can_be_verified(tmp_path: Path) -> None:
-    assert build_engine(tiny_model(), engine_config(tmp_path)).info.max_drafts == 8
+    assert build_engine(tiny_model(), engine_config(tmp_path)).info.max_drafts == 15
     assert build_engine(tiny_model(), engine_config(tmp_path, max_drafts=3)).info.max_drafts == 3
     assert build_engine(tiny_model(), engine_config(tmp_path, max_drafts=0)).info.max_drafts == 0
     assert build_engine(tiny_model().prepare(native=False), engine_config(tmp_path)).info.max_drafts == 0

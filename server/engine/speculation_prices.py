@@ -1,0 +1,73 @@
+"""What a step costs by its rows: known beforehand roughly, measured while the engine runs. Standard library only.
+
+Multiplying goes by tiles of rows, so costs rise in stairs: with unrounded weights eight rows may be cheaper than six.
+Where the stairs are, and how high, depends on weights, processor and threads; so each step that reads no prompt is
+timed, and tells what so many rows cost. Row counts that were not seen lately follow the shape known beforehand, at the
+height of those near them that were.
+"""
+
+from collections.abc import Mapping
+
+MAX_ROWS = 64
+"""Larger steps go on from there in a straight line."""
+_MEMORY = 0.9
+"""What a row count's earlier steps weigh when it is seen again: the last ten or so count."""
+_FORGETTING = 0.995
+"""Of the trust in row counts that are not seen, for each step."""
+_LARGEST_SURPRISE = 2.0
+
+
+class StepPrices:
+    """Costs of steps by their number of rows; only their ratios mean anything."""
+
+    def __init__(self, known: Mapping[int, float]) -> None:
+        """
+        Args:
+            known: cost by rows, of one row at least; between these in straight lines, and beyond the last one too.
+        """
+        self._prior = [_between(known, max(1, rows)) for rows in range(MAX_ROWS + 1)]
+        self._means: dict[int, float] = {}
+        self._weights: dict[int, float] = {}
+        self._costs: list[float] | None = [*self._prior]
+
+    def step(self, num_rows: int) -> float:
+        """Cost of a step of `num_rows` >= 1."""
+        if self._costs is None:
+            self._costs = self._estimated()
+        if num_rows <= MAX_ROWS:
+            return self._costs[num_rows]
+        rise = max(0.0, self._costs[MAX_ROWS] - self._costs[MAX_ROWS // 2])
+        return self._costs[MAX_ROWS] + (num_rows - MAX_ROWS) * rise / (MAX_ROWS - MAX_ROWS // 2)
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """Takes the time of a step in; one that a busy machine held up counts no more than twice what was expected."""
+        if num_rows > MAX_ROWS:
+            return
+        if self._means:
+            seconds = min(seconds, _LARGEST_SURPRISE * self.step(num_rows))
+        for rows in self._weights:
+            self._weights[rows] *= _FORGETTING
+        weight = _MEMORY * self._weights.get(num_rows, 0.0)
+        self._means[num_rows] = (weight * self._means.get(num_rows, 0.0) + seconds) / (weight + 1.0)
+        self._weights[num_rows] = weight + 1.0
+        self._costs = None
+
+    def _estimated(self) -> list[float]:
+        """What is known beforehand, times what was measured over it: of the same rows, and less so of others near."""
+        ratios = {rows: mean / self._prior[rows] for rows, mean in self._means.items()}
+        costs = []
+        for rows, known in enumerate(self._prior):
+            weights = {seen: weight / (1 + (seen - rows) ** 2) for seen, weight in self._weights.items()}
+            ratio = sum(weight * ratios[seen] for seen, weight in weights.items()) / sum(weights.values())
+            costs.append(known * ratio)
+        return costs
+
+
+def _between(known: Mapping[int, float], rows: int) -> float:
+    """On the straight lines through what is known."""
+    if rows in known or len(known) == 1:
+        return known.get(rows, known[1])
+    places = sorted(known)
+    right = next((place for place in places if place > rows), places[-1])
+    left = places[places.index(right) - 1]
+    return known[left] + (known[right] - known[left]) * (rows - left) / (right - left)
