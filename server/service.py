@@ -19,6 +19,7 @@ from server.metrics import Metrics
 from server.rate_limits import RateLimits
 from server.states.store import StateStore
 from server.structure.checker import GrammarChecker
+from server.text.reasoning import thought_form
 from server.text.template import ChatTemplate, TemplateSyntaxFailure
 from server.text.tokenizer import Tokenizer
 from server.text.vocabulary import UnsupportedTokenizerError
@@ -63,6 +64,7 @@ class ServiceOptions:
         cors_origins: web origins that may call; empty: none.
         state_ttl_s: how long states and responses live without being used, unless a request says; 0: for ever.
         rate_limit_requests / rate_limit_tokens: most of one key in a minute; 0: no limit.
+        reasoning_parser: `think`: answers may begin with a thought; `none`; `auto`: as the tokenizer says.
     """
 
     model_name: str
@@ -84,6 +86,7 @@ class ServiceOptions:
     state_ttl_s: float = 0.0
     rate_limit_requests: int = 0
     rate_limit_tokens: int = 0
+    reasoning_parser: str = "auto"
 
 
 ReadAgain = Callable[[], tuple[ServiceOptions, Tokenizer | None]]
@@ -93,6 +96,7 @@ class Service:
     """State of the running service; one per application, lives on the event loop's thread.
 
     Attributes:
+        thoughts: how the model thinks before it answers; None: it does not.
         draining: the server is about to stop: no new work is taken; what runs is finished.
         paused: the same, because an operator wants it for a while.
         num_active: requests that generate right now.
@@ -127,6 +131,7 @@ class Service:
         self.options = options
         self.tokenizer = tokenizer
         self.chat_template = _template_of(tokenizer)
+        self.thoughts = thought_form(options.reasoning_parser, tokenizer)
         self._read_again = read_again
         self.rate_limits = RateLimits(options.rate_limit_requests, options.rate_limit_tokens)
         self.metrics = Metrics(engine)
@@ -217,6 +222,7 @@ class Service:
             )
         await self.engine.reload()
         self.options, self.tokenizer, self.chat_template = options, tokenizer, template
+        self.thoughts = thought_form(options.reasoning_parser, tokenizer)
         if self.grammars is not None:
             await self.grammars.reset()
 

@@ -72,6 +72,9 @@ class Settings(BaseSettings):
     decode_graphs: bool = _in("Model", True)
     """On CUDA: decode steps are recorded at the start for every number of rows and replayed, which leaves the processor
     hardly anything to do per step. Off: every step runs freshly."""
+    reasoning_parser: Literal["auto", "none", "think"] = _in("Model", "auto")
+    """think: what chat answers say between <think> and </think> at their beginning is told apart, as reasoning_content.
+    auto: if the model's chat template or vocabulary has these marks."""
     tensor_parallel: int = _in("Model", 1, ge=1, le=1024)
     """Processes that heads, states and weights are split over, each on a CUDA device of its own (device and those that
     follow it) or with its share of the threads. Must divide the model's key-value heads."""

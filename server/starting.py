@@ -92,6 +92,8 @@ class _Start:
         except (UnsupportedTokenizerError, TemplateSyntaxFailure) as error:
             raise StartError(str(error)) from error
         return service, tokenizer
+        if tokenizer is None and self.settings.reasoning_parser == "think":
+            raise StartError("reasoning_parser think has no effect: the model has no tokenizer")
 
     def make_server(self, service: Service) -> DrainingServer:
         config, timeout_s = _http_config(self.settings, service), self.settings.drain_timeout_s

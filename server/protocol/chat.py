@@ -93,6 +93,8 @@ class MessageIn(RequestModel):
     """Which call this answers; only with the role `tool`."""
     reasoning_content: str | None = None
     """What the assistant thought before it answered, if the model's template has a place for it."""
+    reasoning: str | None = None
+    """The same under its newer name; `reasoning_content` wins."""
 
     @model_validator(mode="before")
     @classmethod
@@ -118,6 +120,11 @@ class MessageIn(RequestModel):
     def text(self) -> str:
         """The content; empty if there is none."""
         return "" if self.content is None else self.content
+
+    @property
+    def thought(self) -> str | None:
+        """What was thought before; None: nothing is known of it."""
+        return self.reasoning if self.reasoning_content is None else self.reasoning_content
 
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
@@ -177,6 +184,8 @@ class ChatRequest(GenerationFields, ConversationFields, ToolFields):
 
     reasoning_effort: ReasoningEffort | None = None
     """How much to think before answering: `none`, or what the model's chat template understands."""
+    include_reasoning: bool | None = None
+    """Tell what was thought before the answer, of models that think (default true)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -207,6 +216,10 @@ class ChatMessageOut(ResponseModel):
     """The text; null if there are only calls of tools."""
     refusal: None
     """Always null here."""
+    reasoning_content: str = ""
+    """What was thought before the answer, if anything was."""
+    reasoning: str = ""
+    """The same, under its newer name."""
     tool_calls: tuple[ToolCallOut, ...] = ()
     """Calls of tools, if there are any."""
 
@@ -258,6 +271,10 @@ class ChatDelta(ResponseModel):
     """Only in the first chunk of a choice."""
     content: str = ""
     """The next piece of text."""
+    reasoning_content: str = ""
+    """The next piece of what is thought before the text."""
+    reasoning: str = ""
+    """The same, under its newer name."""
     tool_calls: tuple[ToolCallOut, ...] = ()
     """The beginning of a call, or the next piece of its arguments."""
 

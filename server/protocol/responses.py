@@ -276,10 +276,11 @@ class ResponseRequest(RequestModel):
 
 def response_usage(usage: Usage) -> dict[str, Any]:
     """Token counts as this API spells them."""
+    details = usage.completion_tokens_details
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.prompt_tokens_details.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": 0 if details is None else details.reasoning_tokens},
         "total_tokens": usage.total_tokens,
     }

@@ -10,6 +10,13 @@ class PromptTokensDetails(ResponseModel):
     """Prompt tokens that were not computed again: those of the state that was gone on from, and of cached prefixes."""
 
 
+class CompletionTokensDetails(ResponseModel):
+    """What generated tokens were for."""
+
+    reasoning_tokens: int
+    """Tokens of what was thought before the answers, the marks around it included."""
+
+
 class Usage(ResponseModel):
     """What a request cost."""
 
@@ -21,13 +28,26 @@ class Usage(ResponseModel):
     """The sum of both."""
     prompt_tokens_details: PromptTokensDetails
     """Details of the prompt tokens."""
+    completion_tokens_details: CompletionTokensDetails | None = None
+    """Details of the generated tokens, of models that think before they answer."""
 
     @classmethod
-    def of(cls, *, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> "Usage":
-        """Counts of one request."""
+    def of(
+        cls,
+        *,
+        prompt_tokens: int,
+        completion_tokens: int,
+        cached_tokens: int = 0,
+        reasoning_tokens: int | None = None,
+    ) -> "Usage":
+        """Counts of one request; `reasoning_tokens`: None where nothing is thought."""
+        details = {}
+        if reasoning_tokens is not None:
+            details["completion_tokens_details"] = CompletionTokensDetails(reasoning_tokens=reasoning_tokens)
         return cls(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+            **details,
         )

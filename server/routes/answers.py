@@ -21,6 +21,7 @@ from server.routes.answer_text import AnswerText
 from server.routes.logprobs import Places, check_num_entries
 from server.service import Service
 from server.states.session import StateSession, api_error
+from server.text.reasoning import ThoughtCounter
 from server.text.stream import TextStream
 
 MAX_INLINE_TOKENS = 4096
@@ -38,12 +39,14 @@ class Plan:
         text: where its tokens become text; None if the model has no tokenizer.
         echoes: whether the text begins with the prompt.
         scored_by: number of the choice whose request scores the prompt for this one too; None: its own does, if any.
+        thought: counts the tokens of what is thought before the answer; None: nothing is.
     """
 
     request: GenerationRequest
     text: TextStream | None
     echoes: bool = False
     scored_by: int | None = None
+    thought: ThoughtCounter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class Choice:
         self.text = AnswerText(
             plan.text, plan.request, echoes=plan.echoes, is_scored_elsewhere=plan.scored_by is not None
         )
+        self.thought = plan.thought
         self.followers: list[Choice] = []
         self.prompt_is_scored = asyncio.Event()
         self._metrics = metrics
@@ -130,6 +134,8 @@ class Choice:
         self._measure(num_taken)
         self.num_received += len(event.token_ids)
         self.num_cached_tokens += event.num_cached_tokens
+        if self.thought is not None:
+            self.thought.take(event.token_ids[:num_taken])
         if self.token_ids is not None:
             self.token_ids += event.token_ids[:num_taken]
         if reason is not None:
@@ -211,10 +217,12 @@ class Generation:
     def usage(self) -> Usage:
         """Token counts so far."""
         session, firsts = self._session, self._choices[:: self._num_per_prompt]
+        thoughts = [choice.thought.num_tokens for choice in self._choices if choice.thought is not None]
         return Usage.of(
             prompt_tokens=self._num_new_tokens + self._num_prompts * session.num_past_tokens,
             completion_tokens=sum(choice.num_tokens for choice in self._choices),
             cached_tokens=self._num_prompts * session.num_fed_tokens + sum(c.num_cached_tokens for c in firsts),
+            reasoning_tokens=sum(thoughts) if thoughts else None,
         )
 
     @property

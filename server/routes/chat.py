@@ -18,6 +18,7 @@ from server.protocol.chat import (
 )
 from server.protocol.logprobs import ChatLogprobs
 from server.routes.answers import Answer, Generation, Piece
+from server.routes.chat_answers import ChatAnswer
 from server.routes.conversations import encode_messages, template_variables
 from server.routes.json_body import JsonRoute, ServiceDependency
 from server.routes.logprobs import Places, logprob_format
@@ -30,10 +31,12 @@ from server.routes.streaming import (
     written,
     written_response,
 )
-from server.routes.tools import ToolAnswer, call_parser, call_token_ids, checked_form, told_tools
+from server.routes.thinking import answer_parser, shown_token_ids, thinking_of
+from server.routes.tools import checked_form, told_tools
 from server.service import Service
 from server.sse import KEEP_ALIVE, ClientDisconnectedError, event
 from server.states.store import Turn
+from server.text.reasoning import Thinking
 
 router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
@@ -50,17 +53,19 @@ async def create_chat_completion(body: ChatRequest, request: Request, service: S
     info = service.require_open()
     admit(request, service)
     base = await find_base(request, service, info, body, num_choices=body.num_choices)
+    continues = body.continue_final_message is True
     tools = told_tools(body.tool_use)
     prompt = await encode_messages(
         service,
         body.messages,
         add_generation_prompt=body.add_generation_prompt is not False,
-        continue_final_message=body.continue_final_message is True,
+        continue_final_message=continues,
         add_special_tokens=body.add_special_tokens is True,
         base=None if base is None else base.head,
         tools=tools,
         variables=template_variables(service, body.chat_template_kwargs, body.reasoning_effort),
     )
+    thinking = thinking_of(service, prompt, body.messages, continue_final_message=continues)
     points = system_prefix(service, body.messages, prompt, tools=tools) if base is None else ()
     session = state_session(request, service, info, body, base, turn=Turn.OPEN, cache_points=points)
     generation = plan_generation(
@@ -71,11 +76,12 @@ async def create_chat_completion(body: ChatRequest, request: Request, service: S
         param="messages",
         max_tokens=None,
         session=session,
-        grammar=await checked_form(service, info, body.wanted_grammar, body.tool_use),
-        shown_token_ids=call_token_ids(service.tokenizer) if tools else frozenset(),
+        grammar=await checked_form(service, info, body.wanted_grammar, body.tool_use, thinking),
+        shown_token_ids=shown_token_ids(service, thinking, body.tool_use),
+        thinking=thinking,
     )
     await generation.start()
-    writer = _Writer(service, body, generation)
+    writer = _Writer(service, body, generation, thinking)
     if body.stream:
         return stream_answers(request, generation, writer.chunks())
     try:
@@ -88,15 +94,17 @@ async def create_chat_completion(body: ChatRequest, request: Request, service: S
 class _Writer:
     """Puts pieces and answers into the shapes of the wire."""
 
-    def __init__(self, service: Service, body: ChatRequest, generation: Generation) -> None:
+    def __init__(self, service: Service, body: ChatRequest, generation: Generation, thinking: Thinking | None) -> None:
         self._body = body
         self._generation = generation
         self._with_token_ids = body.return_token_ids is True
         self._idle_s = service.options.keepalive_s
         self._logprobs = logprob_format(service, body)
-        use = body.tool_use
         self._answers = [
-            ToolAnswer(None if use is None else call_parser(service, use)) for _ in range(body.num_choices)
+            ChatAnswer(
+                answer_parser(service, thinking, body.tool_use), shows_thought=body.include_reasoning is not False
+            )
+            for _ in range(body.num_choices)
         ]
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{body.own_id}",

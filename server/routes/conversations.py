@@ -83,7 +83,7 @@ def chat_message(message: MessageIn) -> ChatMessage:
         message.name,
         tuple(calls),
         message.tool_call_id,
-        message.reasoning_content,
+        message.thought,
     )
 
 

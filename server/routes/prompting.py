@@ -19,6 +19,7 @@ from server.routes.bad_words import bad_word_tokens
 from server.routes.score_checks import check_known_prompt, check_no_tokens, check_scored
 from server.service import Service, ServiceOptions
 from server.states.session import StateSession
+from server.text.reasoning import Thinking, ThoughtCounter
 from server.text.stream import TextStream
 from server.text.template import ChatTemplate
 from server.text.tokenizer import Tokenizer
@@ -100,6 +101,7 @@ def plan_generation(
     session: StateSession,
     grammar: GrammarSpec | None = None,
     shown_token_ids: frozenset[int] = frozenset(),
+    thinking: Thinking | None = None,
 ) -> Generation:
     """The engine requests for every prompt and choice.
 
@@ -109,6 +111,7 @@ def plan_generation(
         max_tokens: when the request sets none; None: no limit.
         grammar: the language of the answers; None: any text.
         shown_token_ids: special tokens that are part of the text.
+        thinking: how the answers begin; None: nothing is thought.
 
     Raises:
         InvalidRequestError: token ids outside the vocabulary, prompts too long or empty.
@@ -136,7 +139,8 @@ def plan_generation(
             )
             is_start = session.base is None
             text = _text_stream(service.tokenizer, fields, prompt, is_start=is_start, shown=shown_token_ids)
-            plans.append(Plan(request, text, echoes=fields.echoes, scored_by=scored_by))
+            thought = _thought_counter(service, thinking)
+            plans.append(Plan(request, text, echoes=fields.echoes, scored_by=scored_by, thought=thought))
     return Generation(
         service,
         plans,
@@ -241,6 +245,12 @@ def _text_stream(
         at_start=is_start and (fields.echoes or tokenizer.is_all_special(prompt)),
         shown=shown,
     )
+
+
+def _thought_counter(service: Service, thinking: Thinking | None) -> ThoughtCounter | None:
+    if thinking is None or service.tokenizer is None:
+        return None
+    return ThoughtCounter(thinking, service.tokenizer.vocabulary)
 
 
 def _timeout(fields: GenerationFields, options: ServiceOptions) -> float | None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from server.protocol.sampling import FinishReasonText
 from server.routes.tools import new_call_id
-from server.text.tool_calls import ArgumentsPart, CallParser, CallPart, Part, TextPart
+from server.text.reasoning import AnswerParser, ThoughtPart
+from server.text.tool_calls import ArgumentsPart, CallPart, TextPart
 
 Item = dict[str, Any]
 Event = tuple[str, dict[str, Any]]
@@ -41,10 +42,10 @@ class ResponseOutput:
         pieces: of them, so far.
     """
 
-    def __init__(self, parser: CallParser | None, *, with_logprobs: bool) -> None:
+    def __init__(self, parser: AnswerParser, *, with_logprobs: bool) -> None:
         """
         Args:
-            parser: finds calls in the text; None: there are none.
+            parser: takes the text apart.
             with_logprobs: whether messages carry log-probabilities.
         """
         self.items: list[Item] = []
@@ -55,15 +56,17 @@ class ResponseOutput:
         self._is_open = False
 
     def begin(self) -> list[Event]:
-        """Before the first text. Where nothing is called, there is a message from the start."""
-        return [] if self._parser is not None else self._open(_new_message())
+        """Before the first text. Where nothing is thought or called, there is a message from the start."""
+        return self._open(_new_message()) if self._parser.is_plain else []
 
     def push(self, text: str, logprobs: Logprobs, *, is_last: bool) -> list[Event]:
         """Takes more text, and the log-probabilities of its tokens."""
         self._pending += logprobs
         events: list[Event] = []
-        for part in self._parts(text, is_last=is_last):
+        for part in self._parser.push(text, is_last=is_last):
             match part:
+                case ThoughtPart(new):
+                    events += self._thought(new)
                 case TextPart(new):
                     events += self._text(new)
                 case CallPart(_, name):
@@ -87,11 +90,11 @@ class ResponseOutput:
         if self._is_open:
             self.items[-1]["status"] = INCOMPLETE
 
-    def _parts(self, text: str, *, is_last: bool) -> Sequence[Part]:
-        if self._parser is None:
-            return [TextPart(text)] if text else []
-        parts = self._parser.push(text)
-        return parts + self._parser.finish() if is_last else parts
+    def _thought(self, new: str) -> list[Event]:
+        self._pending = []  # log-probabilities are those of messages
+        events = [] if self._is_open else self._open(_new_thought())
+        self.items[-1]["content"][0]["text"] += new
+        return [*events, self._delta(new, [])]
 
     def _text(self, new: str) -> list[Event]:
         events: list[Event] = []
@@ -133,8 +136,8 @@ def replayed(items: Sequence[Item], pieces: Pieces, *, was_broken_off: bool) -> 
     """
     lengths, counts = iter(pieces.characters), iter(pieces.logprobs)
     for index, item in enumerate(items):
-        blank = {**item, "status": IN_PROGRESS}
-        yield from _opened({**blank, "content": []} if item["type"] == "message" else {**blank, "arguments": ""}, index)
+        has_parts = item["type"] != "function_call"
+        yield from _opened({**item, "status": IN_PROGRESS, **({} if has_parts else {"arguments": ""})}, index)
         text, logprobs = _said(item)
         while text:
             length, count = next(lengths, len(text)), next(counts, 0)
@@ -145,15 +148,20 @@ def replayed(items: Sequence[Item], pieces: Pieces, *, was_broken_off: bool) -> 
 
 
 def _said(item: Mapping[str, Any]) -> tuple[str, Logprobs]:
-    if item["type"] == "message":
-        part = item["content"][0]
-        return part["text"], part["logprobs"]
-    return item["arguments"], []
+    if item["type"] == "function_call":
+        return item["arguments"], []
+    part = item["content"][0]
+    return part["text"], part.get("logprobs", [])
 
 
 def _new_message() -> Item:
     content = [_text_part("", [])]
     return {"id": _id("msg"), "type": "message", "status": IN_PROGRESS, "role": "assistant", "content": content}
+
+
+def _new_thought() -> Item:
+    content = [_thought_part("")]
+    return {"id": _id("rs"), "type": "reasoning", "status": IN_PROGRESS, "summary": [], "content": content}
 
 
 def _new_call(name: str) -> Item:
@@ -165,35 +173,47 @@ def _text_part(text: str, logprobs: Logprobs) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
+def _thought_part(text: str) -> dict[str, Any]:
+    return {"type": "reasoning_text", "text": text}
+
+
 def _opened(item: Item, index: int) -> list[Event]:
-    if item["type"] != "message":
+    if item["type"] == "function_call":
         return [("response.output_item.added", {"output_index": index, "item": dict(item)})]
+    part = _text_part("", []) if item["type"] == "message" else _thought_part("")
     return [
         ("response.output_item.added", {"output_index": index, "item": {**item, "content": []}}),
-        ("response.content_part.added", {**_place(item, index), "content_index": 0, "part": _text_part("", [])}),
+        ("response.content_part.added", {**_place(item, index), "content_index": 0, "part": part}),
     ]
 
 
 def _delta(item: Item, index: int, new: str, logprobs: Logprobs) -> Event:
-    if item["type"] != "message":
-        return ("response.function_call_arguments.delta", {**_place(item, index), "delta": new})
-    more = {"content_index": 0, "delta": new, "logprobs": logprobs}
-    return ("response.output_text.delta", {**_place(item, index), **more})
+    place = _place(item, index)
+    match item["type"]:
+        case "function_call":
+            return ("response.function_call_arguments.delta", {**place, "delta": new})
+        case "reasoning":
+            return ("response.reasoning_text.delta", {**place, "content_index": 0, "delta": new})
+        case _:
+            more = {"content_index": 0, "delta": new, "logprobs": logprobs}
+            return ("response.output_text.delta", {**place, **more})
 
 
 def _closed(item: Item, index: int) -> list[Event]:
     place = _place(item, index)
     done: Event = ("response.output_item.done", {"output_index": index, "item": item})
-    if item["type"] != "message":
+    if item["type"] == "function_call":
         more = {"name": item["name"], "arguments": item["arguments"]}
         return [("response.function_call_arguments.done", {**place, **more}), done]
     text, logprobs = _said(item)
-    part = _text_part(text, logprobs)
-    return [
-        ("response.output_text.done", {**place, "content_index": 0, "text": text, "logprobs": logprobs}),
-        ("response.content_part.done", {**place, "content_index": 0, "part": part}),
-        done,
-    ]
+    place["content_index"] = 0
+    if item["type"] == "reasoning":
+        said: Event = ("response.reasoning_text.done", {**place, "text": text})
+        part = _thought_part(text)
+    else:
+        said = ("response.output_text.done", {**place, "text": text, "logprobs": logprobs})
+        part = _text_part(text, logprobs)
+    return [said, ("response.content_part.done", {**place, "part": part}), done]
 
 
 def _place(item: Item, index: int) -> dict[str, Any]:

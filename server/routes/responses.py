@@ -22,7 +22,8 @@ from server.routes.response_output import ResponseOutput
 from server.routes.response_run import ResponseRun
 from server.routes.sessions import admit, check_fingerprint, owner_of, require_store, system_prefix, time_to_live
 from server.routes.streaming import ClientGoneResponse, charged_tokens, note_usage
-from server.routes.tools import call_parser, call_token_ids, checked_form, form_of, told_tools
+from server.routes.thinking import answer_parser, shown_token_ids, thinking_of
+from server.routes.tools import checked_form, form_of, told_tools
 from server.service import Service
 from server.sse import ClientDisconnectedError, EventStreamResponse, unless_disconnected
 from server.states.session import CacheUse, StateSession
@@ -139,6 +140,7 @@ async def _plan(service: Service, info: EngineInfo, body: ResponseRequest, run: 
     messages, tools = _told(service, body, previous)
     variables = template_variables(service, None, body.reasoning_effort, param="reasoning")
     prompt = await encode_messages(service, messages, base=base, tools=tools, variables=variables, param="input")
+    thinking = thinking_of(service, prompt)
     points = system_prefix(service, messages, prompt, tools=tools) if base is None else ()
     salt = "" if body.cache_salt is None else body.cache_salt
     session = StateSession(
@@ -151,7 +153,7 @@ async def _plan(service: Service, info: EngineInfo, body: ResponseRequest, run: 
         cache=None if body.cache_prompt is False else CacheUse(owner, salt, points),
     )
     shows_logprobs = fields.num_top_logprobs is not None
-    run.output = ResponseOutput(None if use is None else call_parser(service, use), with_logprobs=shows_logprobs)
+    run.output = ResponseOutput(answer_parser(service, thinking, use), with_logprobs=shows_logprobs)
     run.logprobs = logprob_format(service, fields) if shows_logprobs else None
     return plan_generation(
         service,
@@ -161,8 +163,9 @@ async def _plan(service: Service, info: EngineInfo, body: ResponseRequest, run: 
         param="input",
         max_tokens=None,
         session=session,
-        grammar=await checked_form(service, info, body.wanted_grammar, use),
-        shown_token_ids=frozenset() if use is None else call_token_ids(service.tokenizer),
+        grammar=await checked_form(service, info, body.wanted_grammar, use, thinking),
+        shown_token_ids=shown_token_ids(service, thinking, use),
+        thinking=thinking,
     )
 
 

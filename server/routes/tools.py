@@ -1,21 +1,24 @@
-"""Tools on their way through a chat request: told to the model, kept to by a grammar, and found in the answers."""
+"""Tools on their way through a request: told to the model, and kept to by a grammar.
+
+What a model thinks before it answers is no part of what a grammar is about: it comes first, unconstrained.
+"""
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from server.engine.types import EngineInfo, GrammarSpec
 from server.errors import InvalidRequestError
-from server.protocol.chat import ChatDelta, ChatFinishReason, ChatMessageOut
-from server.protocol.sampling import FinishReasonText
 from server.protocol.structure import WantedGrammar
-from server.protocol.tools import FunctionCallOut, FunctionDefinition, ToolCallOut, ToolUse
+from server.protocol.tools import FunctionDefinition, ToolUse
 from server.routes.structure import checked_grammar
 from server.service import Service
-from server.structure.sources import GrammarKind, GrammarSource, SourceError
+from server.structure.sources import GrammarKind, GrammarSource, Lead, SourceError
 from server.structure.tool_grammar import Callable, tool_grammar
+from server.text.reasoning import Begin, Thinking
 from server.text.tokenizer import Tokenizer
-from server.text.tool_calls import ArgumentsPart, CallParser, CallPart, Part, TextPart
+from server.text.tool_calls import CallParser
 from server.text.tool_forms import ToolForm, tool_form
 
 
@@ -29,8 +32,10 @@ def form_of(service: Service) -> ToolForm:
     return tool_form(None if service.tokenizer is None else service.tokenizer.chat_template)
 
 
-def call_parser(service: Service, use: ToolUse) -> CallParser:
-    """Finds the calls in an answer."""
+def call_parser(service: Service, use: ToolUse | None) -> CallParser | None:
+    """Finds the calls in an answer; None where nothing may be called."""
+    if use is None:
+        return None
     return form_of(service).parser([function.name for function in use.callable])
 
 
@@ -45,63 +50,35 @@ def call_token_ids(tokenizer: Tokenizer | None) -> frozenset[int]:
 
 
 async def checked_form(
-    service: Service, info: EngineInfo, wanted: WantedGrammar | None, use: ToolUse | None
+    service: Service,
+    info: EngineInfo,
+    wanted: WantedGrammar | None,
+    use: ToolUse | None,
+    thinking: Thinking | None = None,
 ) -> GrammarSpec | None:
     """The grammar of answers that may call tools, and must look as `wanted` says where they do not.
+
+    Args:
+        thinking: what comes before; None: nothing.
 
     Raises:
         InvalidRequestError: a schema or grammar is refused, or does not go with tools.
         OverloadedError: too many grammars wait to be compiled.
     """
-    content = await checked_grammar(service, info, wanted)
     if use is None or (use.is_free and wanted is None):
-        return content
+        return await checked_grammar(service, info, _behind(thinking, wanted))
+    await checked_grammar(service, info, wanted)
     is_special = bool(call_token_ids(service.tokenizer))
     source = _source(use, None if wanted is None else wanted.source, form=form_of(service), is_special=is_special)
-    return await checked_grammar(service, info, WantedGrammar(source, "tools"))
+    return await checked_grammar(service, info, _behind(thinking, WantedGrammar(source, "tools")))
 
 
-class ToolAnswer:
-    """One answer that may call tools, while its text grows."""
-
-    def __init__(self, parser: CallParser | None) -> None:
-        """`parser`: None where nothing may be called."""
-        self._parser = parser
-
-    def deltas(self, text: str, *, is_last: bool) -> list[ChatDelta]:
-        """What new text brings in a stream."""
-        if self._parser is None:
-            return [ChatDelta(content=text)] if text else []
-        return [_delta(part) for part in self._parts(text, is_last=is_last)]
-
-    def message(self, text: str) -> ChatMessageOut:
-        """The message of a whole answer."""
-        if self._parser is None:
-            return ChatMessageOut(role="assistant", content=text, refusal=None)
-        parts = self._parts(text, is_last=True)
-        content = "".join(part.text for part in parts if isinstance(part, TextPart))
-        calls = tuple(
-            ToolCallOut(
-                id=new_call_id(),
-                type="function",
-                function=FunctionCallOut(name=part.name, arguments=_arguments(parts, part.index)),
-            )
-            for part in parts
-            if isinstance(part, CallPart)
-        )
-        if not calls:
-            return ChatMessageOut(role="assistant", content=content, refusal=None)
-        return ChatMessageOut(role="assistant", content=content if content else None, refusal=None, tool_calls=calls)
-
-    def finish_reason(self, reason: FinishReasonText) -> ChatFinishReason:
-        """How the answer ended: with calls, if there are any and it ended by itself."""
-        has_calls = self._parser is not None and self._parser.num_calls > 0
-        return "tool_calls" if has_calls and reason == "stop" else reason
-
-    def _parts(self, text: str, *, is_last: bool) -> list[Part]:
-        assert self._parser is not None
-        parts = self._parser.push(text)
-        return parts + self._parser.finish() if is_last else parts
+def _behind(thinking: Thinking | None, wanted: WantedGrammar | None) -> WantedGrammar | None:
+    """The same, behind what is thought."""
+    if wanted is None or thinking is None or thinking.begin is Begin.CLOSED:
+        return wanted
+    lead = Lead.THOUGHT if thinking.begin is Begin.OPENED else Lead.MAYBE_THOUGHT
+    return replace(wanted, source=replace(wanted.source, lead=lead, is_lead_special=thinking.form.is_special))
 
 
 def _told(function: FunctionDefinition) -> Mapping[str, Any]:
@@ -131,23 +108,6 @@ def _source(use: ToolUse, content: GrammarSource | None, *, form: ToolForm, is_s
         )
     except SourceError as error:
         raise InvalidRequestError(f"tools: {error}", param="tools", code="invalid_value") from error
-
-
-def _delta(part: Part) -> ChatDelta:
-    match part:
-        case TextPart(text):
-            return ChatDelta(content=text)
-        case CallPart(index, name):
-            function = FunctionCallOut(name=name, arguments="")
-            return ChatDelta(
-                tool_calls=(ToolCallOut(index=index, id=new_call_id(), type="function", function=function),)
-            )
-        case ArgumentsPart(index, text):
-            return ChatDelta(tool_calls=(ToolCallOut(index=index, function=FunctionCallOut(arguments=text)),))
-
-
-def _arguments(parts: Iterable[Part], index: int) -> str:
-    return "".join(part.text for part in parts if isinstance(part, ArgumentsPart) and part.index == index)
 
 
 def new_call_id() -> str:

@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from server.engine.types import EngineInfo, GrammarSpec
@@ -134,7 +134,7 @@ class GrammarChecker:
         assert process is not None
         try:
             async with asyncio.timeout(self._limits.timeout_s):
-                answer = await self._exchange(process, {"kind": source.kind, "text": source.text})
+                answer = await self._exchange(process, asdict(source))
         except TimeoutError:
             await self.close()
             return f"compiling it takes longer than {self._limits.timeout_s:g} s"
@@ -172,7 +172,7 @@ class GrammarChecker:
             await self.close()
 
     @staticmethod
-    async def _exchange(process: asyncio.subprocess.Process, request: dict[str, str] | None) -> dict[str, object]:
+    async def _exchange(process: asyncio.subprocess.Process, request: dict[str, object] | None) -> dict[str, object]:
         assert process.stdin is not None
         assert process.stdout is not None
         try:

@@ -9,6 +9,7 @@ WHITESPACE = r" |\n {0,16}"
 """Between the parts of JSON: nothing, a space, or a new line with its indentation. Unbounded white space, which JSON
 permits, is where small models go astray."""
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
+THOUGHT_MARKS = ("<think>", "</think>")
 
 
 class GrammarKind(StrEnum):
@@ -26,12 +27,29 @@ class GrammarKind(StrEnum):
     """llguidance's Lark, as this server wrote it."""
 
 
+class Lead(StrEnum):
+    """What comes before the text that a grammar is about."""
+
+    NOTHING = ""
+    MAYBE_THOUGHT = "maybe_thought"
+    """A thought between its marks, or nothing."""
+    THOUGHT = "thought"
+    """The rest of a thought that the prompt has opened, and its closing mark."""
+
+
 @dataclass(frozen=True, slots=True)
 class GrammarSource:
-    """A grammar before its translation."""
+    """A grammar before its translation.
+
+    Attributes:
+        lead: what comes before the text that it is about.
+        is_lead_special: whether the marks around a thought are special tokens.
+    """
 
     kind: GrammarKind
     text: str
+    lead: Lead = Lead.NOTHING
+    is_lead_special: bool = False
 
 
 class SourceError(ValueError):
@@ -61,6 +79,23 @@ def translate(source: GrammarSource) -> str:
     Raises:
         SourceError: it is not understood.
     """
+    lark = _translated(source)
+    if source.lead is Lead.NOTHING:
+        return lark
+    is_special = source.is_lead_special
+    begin, end = THOUGHT_MARKS if is_special else map(json.dumps, THOUGHT_MARKS)
+    lead = "thought GAP" if source.lead is Lead.THOUGHT else f"(GAP {begin} thought GAP)?"
+    rules = [
+        f"start: {lead} answer",
+        f"thought: ANY {end}" if is_special else f"thought[lazy]: ANY {end}",
+        r"ANY: /(.|\n)*/",
+        r"GAP: /[ \n\r\t]{0,8}/",
+    ]
+    # A grammar of its own inside this one: whatever names its rules have.
+    return "\n".join((*rules, f"answer: %lark {{\n{lark}\n}}"))
+
+
+def _translated(source: GrammarSource) -> str:
     match source.kind:
         case GrammarKind.JSON_SCHEMA:
             return f"start: %json {source.text}"

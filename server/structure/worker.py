@@ -1,20 +1,21 @@
 """A process that compiles grammars for the service: `python -m server.structure.worker FOLDER VOCAB_SIZE EOS,EOS`.
 
 A grammar can take unbounded time or memory, or break the compiler; here that costs a process that holds nothing.
-Requests come as lines of JSON on standard input, `{"kind", "text"}`; each is answered by one line on standard output,
-`{"grammar": text}` or `{"error": sentence}`. The first line says `{"ready": true}`, or the error with which every
-grammar would be refused. The end of standard input is the end of the process.
+Requests come as lines of JSON on standard input, the fields of a `GrammarSource`; each is answered by one line on
+standard output, `{"grammar": text}` or `{"error": sentence}`. The first line says `{"ready": true}`, or the error with
+which every grammar would be refused. The end of standard input is the end of the process.
 """
 
 import json
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
 from server.engine.grammar import HEADER, GrammarCompiler, GrammarError
-from server.structure.sources import GrammarKind, GrammarSource, SourceError, translate
+from server.structure.sources import GrammarKind, GrammarSource, Lead, SourceError, translate
 
 _STACK_BYTES = 1 << 20
 """Less than the engine has: what is nested too deeply breaks here and not there."""
@@ -42,8 +43,19 @@ def main() -> None:
 def answer(compiler: GrammarCompiler, line: str) -> dict[str, str]:
     """One line's answer."""
     request = json.loads(line)
+    kinds = {"kind": GrammarKind(request["kind"]), "lead": Lead(request["lead"])}
+    source = GrammarSource(**{**request, **kinds})
+    answered = _compiled(compiler, source)
+    if "error" in answered and source.lead is not Lead.NOTHING:
+        # The client's own lines are what the error is to count.
+        alone = _compiled(compiler, replace(source, lead=Lead.NOTHING))
+        return alone if "error" in alone else answered
+    return answered
+
+
+def _compiled(compiler: GrammarCompiler, source: GrammarSource) -> dict[str, str]:
     try:
-        grammar = HEADER + translate(GrammarSource(GrammarKind(request["kind"]), request["text"]))
+        grammar = HEADER + translate(source)
         compiler.compile(grammar)
     except (GrammarError, SourceError) as error:
         return {"error": str(error)}

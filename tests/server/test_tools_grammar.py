@@ -2,12 +2,14 @@
 
 import json
 from array import array
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from server.engine.grammar import HEADER, GrammarCompiler
-from server.structure.sources import GrammarKind, GrammarSource, schema_text
+from server.structure import worker
+from server.structure.sources import GrammarKind, GrammarSource, Lead, schema_text, translate
 from server.structure.tool_grammar import Callable, tool_grammar
 from server.text.vocabulary import Vocabulary
 
@@ -96,3 +98,50 @@ def test_marks_with_tokens_of_their_own_are_those_tokens(compiler: GrammarCompil
     source = grammar(is_special=True, **options)
     assert accepts(compiler, source, [SPECIAL_OPEN, *body, SPECIAL_CLOSE])
     assert not accepts(compiler, source, [SPECIAL_OPEN, *b"other", SPECIAL_CLOSE])
+
+
+MARKED = Vocabulary(
+    (*(bytes([byte]) for byte in range(256)), b"<|end|>", b"<think>", b"</think>"), frozenset({EOS, 257, 258})
+)
+RULES = GrammarSource(GrammarKind.GRAMMAR, 'start: thought "!"\nthought: "a" | answer\nanswer: "b"')
+"""With rules of the same names as those around it."""
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize(
+    ("source", "good", "bad"),
+    [
+        (GrammarSource(GrammarKind.JSON_SCHEMA, '{"type":"object"}'), '{"a":1}', "[1]"),
+        (GrammarSource(GrammarKind.REGEX, "a[0-9]+"), "a17", "17"),
+        (GrammarSource(GrammarKind.CHOICE, '["yes", "no"]'), "yes", "maybe"),
+        (RULES, "b!", "c!"),
+        (grammar(is_forced=True), SUM, "no call"),
+    ],
+)
+def test_a_grammar_is_about_what_comes_behind_a_thought(
+    compiler: GrammarCompiler, source: GrammarSource, good: str, bad: str, marked: bool
+) -> None:
+    if marked:
+        compiler = GrammarCompiler(MARKED, vocab_size=259, eos_token_ids=(EOS,))
+    begin, end = ([257], [258]) if marked else ([*b"<think>"], [*b"</think>"])
+    thought = [*"\nhm, <b> 日本 {\n".encode()]
+
+    def fits(lead: Lead, *pieces: list[int]) -> bool:
+        text = translate(replace(source, lead=lead, is_lead_special=marked))
+        return accepts(compiler, GrammarSource(GrammarKind.LARK, text), [token for piece in pieces for token in piece])
+
+    for behind in ([*b"\n\n"], []):
+        assert fits(Lead.MAYBE_THOUGHT, begin, thought, end, behind, [*good.encode()])
+        assert fits(Lead.THOUGHT, thought, end, behind, [*good.encode()])
+        assert not fits(Lead.THOUGHT, thought, end, behind, [*bad.encode()])
+    assert fits(Lead.MAYBE_THOUGHT, [*good.encode()])
+    assert not fits(Lead.MAYBE_THOUGHT, [*bad.encode()])
+    assert not fits(Lead.THOUGHT, thought)  # a thought that was opened must end
+    assert not fits(Lead.MAYBE_THOUGHT, begin, thought)
+
+
+def test_an_error_behind_a_thought_counts_the_clients_own_lines(compiler: GrammarCompiler) -> None:
+    fields = {"kind": "grammar", "text": 'start: "a"\n  | missing', "is_lead_special": False}
+    told = [worker.answer(compiler, json.dumps({**fields, "lead": lead})) for lead in ("", "thought")]
+    assert told[0] == told[1]
+    assert "line 1" in told[0]["error"]
