@@ -2,11 +2,30 @@
 
 import json
 from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 
 from clients.client import Client
 from clients.errors import ClientError
-from clients.types import GenerationOptions, Message, Usage
+from clients.types import ChatChunk, GenerationOptions, Message, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """A piece of what a model says.
+
+    Attributes:
+        is_thought: it belongs to what is thought before the answer, and is not kept.
+    """
+
+    text: str
+    is_thought: bool = False
+
+
+def spoken(chunk: ChatChunk) -> list[Spoken]:
+    """What a chunk of a stream brings, without empty pieces."""
+    pieces = [Spoken(chunk.thought, is_thought=True), Spoken(chunk.text)]
+    return [piece for piece in pieces if piece.text]
 
 
 class Conversation:
@@ -26,7 +45,7 @@ class Conversation:
         self._model = model
         self._options = options
 
-    def ask(self, text: str) -> Generator[str, None, None]:
+    def ask(self, text: str) -> Generator[Spoken, None, None]:
         """Sends a turn and yields the answer piece by piece.
 
         The turn and its answer join the history when the answer is complete, or, with what there is of it,
@@ -38,13 +57,13 @@ class Conversation:
         self.usage = None
         try:
             with self._client.stream_chat([*self.transcript(), question], model=self._model, **self._options) as stream:
-                for piece in stream.text_stream:
-                    pieces.append(piece)
-                    yield piece
+                for chunk in stream:
+                    pieces.append(chunk.text)
+                    yield from spoken(chunk)
         except ClientError:
             raise
         except BaseException:
-            if pieces:
+            if any(pieces):
                 self._keep(question, "".join(pieces))
             raise
         self._keep(question, "".join(pieces))

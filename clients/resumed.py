@@ -3,7 +3,7 @@
 from collections.abc import Generator
 
 from clients.client import Client
-from clients.conversation import Conversation
+from clients.conversation import Conversation, Spoken, spoken
 from clients.errors import APIResponseError
 from clients.states import State, States
 from clients.types import GenerationOptions, Message
@@ -31,7 +31,7 @@ class ResumedConversation(Conversation):
         self._system_sent: str | None = None
         self.state: State | None = self._states.find(name)
 
-    def ask(self, text: str) -> Generator[str, None, None]:
+    def ask(self, text: str) -> Generator[Spoken, None, None]:
         """Sends a turn alone and yields the answer piece by piece.
 
         A turn that fails or is stopped leaves the saved conversation as it was.
@@ -46,9 +46,8 @@ class ResumedConversation(Conversation):
         with self._client.stream_chat(news, model=self._model, **self._state_options()) as stream:
             for chunk in stream:
                 state_id = next((found for choice in chunk.choices if (found := _state_id(choice))), state_id)
-                if chunk.text:
-                    pieces.append(chunk.text)
-                    yield chunk.text
+                pieces.append(chunk.text)
+                yield from spoken(chunk)
         if state_id is None:
             raise APIResponseError("the server has not saved the conversation; it keeps no states")
         self.state = self._states.get(state_id)

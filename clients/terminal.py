@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from clients.conversation import Conversation
+from clients.conversation import Conversation, Spoken
 from clients.errors import ClientError
 
 PROMPT = "you> "
@@ -85,9 +85,13 @@ class Terminal:
         return command(argument.strip())
 
     def _answer(self, text: str) -> bool:
+        was_thought = False
         try:
             with closing(self._conversation.ask(text)) as pieces:
                 for piece in pieces:
+                    if was_thought and not piece.is_thought:
+                        self._write(Spoken("\n\n", is_thought=True))
+                    was_thought = piece.is_thought
                     self._write(piece)
         except KeyboardInterrupt:
             if not self._is_interactive:
@@ -100,12 +104,13 @@ class Terminal:
         self._output.out("")
         return True
 
-    def _write(self, piece: str) -> None:
+    def _write(self, piece: Spoken) -> None:
         if self._output.is_terminal:
-            self._output.out(piece.translate(_VISIBLE), end="", highlight=False)
-        else:
-            # rich would take some control characters out; a pipe gets every byte.
-            self._output.file.write(piece)
+            style = "dim" if piece.is_thought else None
+            self._output.out(piece.text.translate(_VISIBLE), end="", highlight=False, style=style)
+        elif not piece.is_thought:
+            # rich would take some control characters out; a pipe gets every byte of the answer, and nothing else.
+            self._output.file.write(piece.text)
             self._output.file.flush()
 
     def _set_system(self, text: str) -> bool:

@@ -26,6 +26,8 @@ class Message(TypedDict):
     """Of a tool: which call this answers."""
     reasoning_content: NotRequired[str]
     """Of the assistant: what it thought before."""
+    reasoning: NotRequired[str]
+    """The same under its newer name."""
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -101,6 +103,8 @@ class GenerationOptions(TypedDict, total=False):
     """Chat only: further variables of the model's template."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"]
     """Chat only: how much to think, if the model's template has a place for it."""
+    include_reasoning: bool
+    """Chat only: tell what was thought before the answer."""
     response_format: Mapping[str, Any]
     """The form of the answer: `{"type": "json_object"}`, or `json_schema` with a schema."""
     structured_outputs: Mapping[str, Any]
@@ -176,7 +180,16 @@ class ChatMessage(_Wire):
 
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    """What was thought before the content."""
+    reasoning: str | None = None
+    """The same, as newer servers call it."""
     tool_calls: Any = None
+
+    @property
+    def thought(self) -> str:
+        """What was thought before the content; empty if nothing was."""
+        return (self.reasoning if self.reasoning_content is None else self.reasoning_content) or ""
 
 
 class ChatChoice(_Wire):
@@ -232,6 +245,11 @@ class ChatChunk(_Wire):
         """New text of choice 0; empty if this chunk has none."""
         contents = (choice.delta.content for choice in self.choices if choice.index == 0)
         return "".join(content for content in contents if content is not None)
+
+    @property
+    def thought(self) -> str:
+        """What is new in the thought before the text of choice 0; empty if this chunk has none of it."""
+        return "".join(choice.delta.thought for choice in self.choices if choice.index == 0)
 
     @property
     def finish_reason(self) -> str | None:

@@ -26,12 +26,17 @@ typer.run(chat_command)
 
 
 class TerminalSession:
-    """The terminal's outside."""
+    """The terminal's outside.
+
+    Attributes:
+        raw: everything that has appeared, with its colours.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes], terminal: int) -> None:
         self.process = process
         self._terminal = terminal
         self._seen = ""
+        self.raw = ""
 
     def type(self, text: str) -> None:
         os.write(self._terminal, text.encode())
@@ -64,7 +69,9 @@ class TerminalSession:
             data = os.read(self._terminal, 4096)
         except OSError as error:  # the other side is closed
             raise AssertionError(f"the program ended; the screen shows {self._seen!r}") from error
-        return _ESCAPE_SEQUENCES.sub("", data.decode(errors="replace"))
+        text = data.decode(errors="replace")
+        self.raw += text
+        return _ESCAPE_SEQUENCES.sub("", text)
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """`dijiang chat` at a real (pseudo-)terminal."""
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -110,3 +112,32 @@ def test_failed_turn_is_told_and_forgotten_and_the_program_goes_on() -> None:
         terminal.type("/save /nowhere/at/all\n")
         assert "cannot write" in terminal.read_until(PROMPT)
     assert server.requests[1].body["messages"] == [{"role": "user", "content": "short"}]
+
+
+def _thinking_server(exchange: Exchange) -> None:
+    thought = [answers.chat_chunk({"reasoning_content": piece, "reasoning": piece}) for piece in ("Let me", " see.")]
+    first, *others = answers.chat_chunks("It is 4.")
+    exchange.stream(first, *thought, *others)
+
+
+def test_what_is_thought_is_dimmed_and_not_kept() -> None:
+    with (
+        loopback_server(_thinking_server) as server,
+        chat_at_terminal(["--base-url", server.url, "--model", "tiny"], {}) as terminal,
+    ):
+        terminal.read_until(PROMPT)
+        terminal.type("2+2?\n")
+        assert "Let me see.\r\n\r\nIt is 4." in terminal.read_until(PROMPT)
+        terminal.type("sure?\n")
+        terminal.read_until(PROMPT)
+    assert "\x1b[2mLet me" in terminal.raw
+    assert "\x1b[2mIt is 4." not in terminal.raw
+    assert server.requests[1].body["messages"][1] == {"role": "assistant", "content": "It is 4."}
+
+
+def test_a_pipe_gets_the_answer_without_the_thought() -> None:
+    with loopback_server(_thinking_server) as server:
+        program = "import typer; from clients.cli import chat_command; typer.run(chat_command)"
+        command = [sys.executable, "-c", program, "--base-url", server.url, "--model", "tiny"]
+        done = subprocess.run(command, input="2+2?\n", capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "It is 4.\n"
