@@ -83,6 +83,9 @@ class Metrics:
         self.http_requests = Counter(
             "dijiang_http_requests", "HTTP requests answered.", ["method", "route", "status"], registry=registry
         )
+        self.connections_cut = Counter(
+            "dijiang_connections_cut", "Connections that were cut off, by reason.", ["reason"], registry=registry
+        )
         registry.register(_EngineCollector(engine))
         ProcessCollector(registry=registry)
 

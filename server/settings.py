@@ -164,8 +164,12 @@ class Settings(BaseSettings):
     """Largest schema, regular expression or grammar that an answer is to follow, such as 256KiB."""
     grammar_timeout_s: float = _in("Limits", 5.0, gt=0)
     """Longest time to compile one, seconds."""
+    header_timeout_s: float = _in("Limits", 10.0, gt=0)
+    """Longest time for the headers of a request to arrive, and for a new connection to say anything, seconds."""
     body_timeout_s: float = _in("Limits", 60.0, gt=0)
     """Longest time for a request body to arrive, seconds."""
+    unread_timeout_s: float = _in("Limits", 60.0, gt=0)
+    """A client that has not read what was sent for that many seconds is cut off; its request ends."""
     request_timeout_s: float = _in("Limits", 0.0, ge=0)
     """Longest time for an answer, seconds; 0: no limit."""
     rate_limit_requests: int = _in("Limits", 0, ge=0)

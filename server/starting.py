@@ -83,6 +83,7 @@ class _Start:
             StartError: the tokenizer, the chat template or the keys cannot be used.
         """
         import_module("server.app")
+        import_module("server.connections")
         try:
             tokenizer = load_tokenizer(self.model)
             grammars = None if tokenizer is None else GrammarChecker(self.model, grammar_limits(self.settings))
@@ -91,9 +92,9 @@ class _Start:
             )
         except (UnsupportedTokenizerError, TemplateSyntaxFailure) as error:
             raise StartError(str(error)) from error
-        return service, tokenizer
         if tokenizer is None and self.settings.reasoning_parser == "think":
             raise StartError("reasoning_parser think has no effect: the model has no tokenizer")
+        return service, tokenizer
 
     def make_server(self, service: Service) -> DrainingServer:
         config, timeout_s = _http_config(self.settings, service), self.settings.drain_timeout_s
@@ -151,11 +152,14 @@ def _bind(settings: Settings) -> socket.socket:
 
 
 def _http_config(settings: Settings, service: Service) -> uvicorn.Config:
-    from server.app import create_app  # by now it was imported beside the engine's start
+    # By now these were imported beside the engine's start.
+    from server.app import create_app
+    from server.connections import ConnectionLimits, limited_protocol
 
+    limits = ConnectionLimits(settings.header_timeout_s, settings.unread_timeout_s)
     config = uvicorn.Config(
         create_app(service),
-        http="httptools",
+        http=limited_protocol(limits, on_cut=lambda reason: service.metrics.connections_cut.labels(reason).inc()),
         ws="none",
         lifespan="off",
         log_config=None,

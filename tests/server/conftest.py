@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from asyncio.trsock import TransportSocket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ import pytest
 import uvicorn
 
 from server.app import create_app
+from server.connections import ConnectionLimits, limited_protocol
 from server.draining import DrainingServer
 from server.logs import configure_logging
 from server.service import Service, ServiceOptions
@@ -28,6 +30,7 @@ PATIENCE_S = 10.0
 OPTIONS = ServiceOptions(
     model_name="org/tiny", version="1.2.3", max_n=8, max_prompts=8, max_choices=16, keepalive_s=5.0
 )
+LIMITS = ConnectionLimits(head_timeout_s=10.0, unread_timeout_s=60.0)
 
 
 class Loopback:
@@ -35,6 +38,7 @@ class Loopback:
 
     def __init__(self, service: Service, engine: FakeEngine, port: int, thread: threading.Thread) -> None:
         self.signal: Callable[[], None] = lambda: None
+        self.listener: TransportSocket | None = None
         self.thread = thread
         self.service = service
         self.engine = engine
@@ -62,7 +66,12 @@ class Loopback:
 
 @contextmanager
 def serve(
-    engine: FakeEngine, options: ServiceOptions, tokenizer: Tokenizer | None, *, drain_timeout_s: float | None = None
+    engine: FakeEngine,
+    options: ServiceOptions,
+    tokenizer: Tokenizer | None,
+    *,
+    drain_timeout_s: float | None = None,
+    limits: ConnectionLimits = LIMITS,
 ) -> Iterator[Loopback]:
     """Runs the application on an ephemeral port until the context is left; with a timeout: as `dijiang serve` does."""
     service = Service(engine, options, tokenizer)
@@ -72,7 +81,7 @@ def serve(
         log_config=None,
         ws="none",
         lifespan="off",
-        http="httptools",
+        http=limited_protocol(limits, on_cut=lambda reason: service.metrics.connections_cut.labels(reason).inc()),
         timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
@@ -86,6 +95,7 @@ def serve(
         time.sleep(0.005)
     port = server.servers[0].sockets[0].getsockname()[1]
     loopback = Loopback(service, engine, port, thread)
+    loopback.listener = server.servers[0].sockets[0]
     loopback.signal = lambda: server.handle_exit(signal.SIGTERM, None)
     try:
         yield loopback

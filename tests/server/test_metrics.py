@@ -48,6 +48,7 @@ def exported() -> str:
     metrics = Metrics(BusyEngine())
     metrics.watch_states(Totals())
     metrics.finished.labels("stop").inc()
+    metrics.connections_cut.labels("unread").inc()
     metrics.http_requests.labels("GET", "/health", "200").inc()
     return metrics.render().decode()
 
