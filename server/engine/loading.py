@@ -168,6 +168,7 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
         num_ranks=config.tensor_parallel,
         state_bytes_per_rank=pool.buffer.spec.bytes_per_slot,
         max_drafts=0 if speculation is None else speculation.max_drafts,
+        kv_cache_bytes_per_token=_kv_cache_bytes(network.config),
     )
     record = None
     if network.can_record and config.decode_graphs:
@@ -221,6 +222,11 @@ def state_layout(spec: StateSpec, vocab_size: int, fingerprint: str) -> StateLay
         for tensor in spec.tensors
     )
     return StateLayout(fingerprint, vocab_size, spec.bytes_per_slot, tensors)
+
+
+def _kv_cache_bytes(config: ModelConfig) -> int:
+    """Of a token's keys and values in all layers, in 16-bit numbers."""
+    return 2 * 2 * len(config.layers) * config.num_kv_heads * config.head_size
 
 
 def _snapshots(access: PoolAccess, layout: StateLayout, config: EngineConfig) -> Snapshots:

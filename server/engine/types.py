@@ -237,6 +237,8 @@ class EngineInfo:
     """Guesses of next tokens that a step verifies for one sequence at most; 0: none are made."""
     state_dtype: str = "float32"
     """Of the running sums in a state."""
+    kv_cache_bytes_per_token: int = 0
+    """For comparison: what ordinary attention of this shape keeps of each token, in 16-bit numbers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,5 +44,7 @@ class Capacity(ResponseModel):
     """Memory of one conversation's state."""
     total_state_bytes: int
     """Memory of all of them."""
+    kv_cache_bytes_per_token: int
+    """For comparison: what ordinary attention of this shape would keep of each token, in 16-bit numbers."""
     max_prompt_tokens: int | None
     """Most prompt tokens that the operator allows; null: as many as you like."""

@@ -41,6 +41,7 @@ async def capacity(service: ServiceDependency) -> Response:
             waiting=0 if stats is None else stats.num_waiting,
             state_bytes=info.state_bytes_per_slot,
             total_state_bytes=info.num_slots * info.state_bytes_per_slot,
+            kv_cache_bytes_per_token=info.kv_cache_bytes_per_token,
             max_prompt_tokens=service.options.max_prompt_tokens if service.options.max_prompt_tokens > 0 else None,
         )
     )

@@ -69,6 +69,7 @@ class FakeEngine:
             weights_dtype="float32",
             num_parameters=1,
             load_s=0.1,
+            kv_cache_bytes_per_token=96,
         )
 
     @property

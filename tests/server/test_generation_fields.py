@@ -136,6 +136,7 @@ def test_capacity_tells_how_many_conversations_there_is_room_for(server: Loopbac
         "waiting": 0,
         "state_bytes": 4096,
         "total_state_bytes": 8 * 4096,
+        "kv_cache_bytes_per_token": 96,
         "max_prompt_tokens": None,
     }
 
