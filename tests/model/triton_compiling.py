@@ -1,10 +1,11 @@
-"""Compiles the Triton kernels for an H100 without having one: what the interpreter cannot show.
+"""Compiles the Triton kernels for GPUs without having one: what the interpreter cannot show.
 
     python -m tests.model.triton_compiling [SHAPE ...]
 
 Runs layers of real shapes on CPU tensors with every launch recorded in place of being run, then compiles each
-recorded launch for compute capability 9.0. Prints one JSON line per launch: kernel, shape, registers, spills and
-shared memory. Needs triton's own assembler and no driver. Not in Triton's interpreter.
+recorded launch for compute capabilities 8.0 and 9.0. Prints one JSON line per launch: kernel, shape, registers, spills
+and shared memory; at last one line for each kernel that would be compiled anew for some steps of one model, with the
+number of its variants. Needs triton's own assembler and no driver. Not in Triton's interpreter.
 """
 
 import json
@@ -30,7 +31,7 @@ from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
 from dijiang_model.ops.triton import TritonAttention, decode, prefill, read_out
 
-TARGET = GPUTarget("cuda", 90, 32)
+CAPABILITIES = (80, 90)
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 TYPES = {
     torch.float32: "*fp32",
@@ -49,8 +50,22 @@ class Launch:
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
 
-    def compiled(self) -> Any:
-        """For `TARGET`, with the specialisations that a launch of these arguments would get."""
+    @property
+    def variant(self) -> tuple[object, ...]:
+        """What Triton compiles anew for when it changes."""
+        parameters = dict(zip(self.kernel.arg_names, self.kernel.params, strict=True))
+        values = dict(zip(self.kernel.arg_names, self.arguments, strict=False))
+        key: list[object] = [(name, value) for name, value in sorted(self.keywords.items())]
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                is_free = parameters[name].do_not_specialize_on_alignment
+                key.append((name, value.dtype, is_free or value.data_ptr() % 16 == 0))
+            elif isinstance(value, int):
+                key.append((name, _type(value), value == 1, value % 16 == 0))
+        return tuple(key)
+
+    def compiled(self, capability: int) -> Any:
+        """With the specialisations that a launch of these arguments would get."""
         names, signature, constants, attributes = self.kernel.arg_names, {}, {}, {}
         values = dict(zip(names, self.arguments, strict=False)) | {
             name: value for name, value in self.keywords.items() if name not in OPTIONS
@@ -61,11 +76,11 @@ class Launch:
             signature[name] = "constexpr" if is_constant else _type(value)
             if is_constant:
                 constants[(index,)] = value
-            elif _is_divisible(value):
+            elif _is_divisible(value) and not self.kernel.params[index].do_not_specialize_on_alignment:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
         options = {name: value for name, value in self.keywords.items() if name in OPTIONS}
-        return triton.compile(source, target=TARGET, options=options)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def _type(value: Any) -> str:
@@ -119,7 +134,12 @@ SHAPES: dict[str, tuple[int, int, int, AttentionConfig]] = {
 
 
 def launches_of(
-    shape: str, *, dtype: torch.dtype = torch.bfloat16, state_dtype: torch.dtype = torch.float32
+    shape: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    state_dtype: torch.dtype = torch.float32,
+    num_decode: int = 1,
+    lengths: tuple[int, ...] = (69,),
 ) -> list[Launch]:
     """All launches of a step of one layer with decode rows and prefill segments."""
     num_heads, num_groups, size, attention = SHAPES[shape]
@@ -131,20 +151,22 @@ def launches_of(
     for parameter in kernel.parameters():
         parameter.data.fill_(0.5)
     kernel.prepare()
-    num_tokens, num_features, near = 70, kernel.num_features, attention.window + attention.sinks
+    num_tokens, num_slots = num_decode + sum(lengths), num_decode + len(lengths) + 1
+    num_features, near = kernel.num_features, attention.window + attention.sinks
     q = torch.zeros(num_tokens, num_heads, size, dtype=dtype)
     k, v = torch.zeros(2, num_tokens, num_groups, size, dtype=dtype)
-    near_rows = torch.zeros(2, 3, num_groups, near, size, dtype=dtype) if near else (None, None)
+    near_rows = torch.zeros(2, num_slots, num_groups, near, size, dtype=dtype) if near else (None, None)
     has_normaliser = attention.read_out == "denominator"
     state = LayerState(
-        torch.zeros(3, num_groups, num_features, size, dtype=state_dtype),
-        torch.zeros(3, num_groups, num_features) if has_normaliser else None,
+        torch.zeros(num_slots, num_groups, num_features, size, dtype=state_dtype),
+        torch.zeros(num_slots, num_groups, num_features) if has_normaliser else None,
         *near_rows,
     )
-    positions, slots = torch.arange(num_tokens), torch.tensor([1, 2])
+    positions, slots = torch.arange(num_tokens), torch.arange(1, num_slots)
     rotary = Rotary.at(positions, dims=size, theta=1e4, dtype=torch.float32)
     with recorded() as launches:
-        layout = StepLayout(1, positions, slots[:1], rotary, rotary, PrefillLayout(positions[1:], slots[1:], (69,)))
+        prefill = PrefillLayout(positions[num_decode:], slots[num_decode:], lengths)
+        layout = StepLayout(num_decode, positions, slots[:num_decode], rotary, rotary, prefill)
         attended = TritonAttention()(q, k, v, kernel=kernel, layout=layout, state=state)
         read_out.angles(positions, dims=size, theta=1e4, last_sink=2047)
         if not has_normaliser:
@@ -169,15 +191,43 @@ def resources(compiled: Any) -> dict[str, int]:
     }
 
 
+STEPS = ((1, (69,)), (2, (64, 1)), (3, (130,)), (4, (64, 64)), (6, (65, 64, 1)))
+"""Decode rows and segments: what lies where in the step's one copy is different in each."""
+
+
+def num_variants(shape: str) -> dict[str, int]:
+    """How often each kernel is compiled for steps of one model; angles and read-out included."""
+    found: dict[str, set[tuple[object, ...]]] = {}
+    for num_decode, lengths in STEPS:
+        for launch in launches_of(shape, num_decode=num_decode, lengths=lengths):
+            found.setdefault(launch.kernel.__name__, set()).add(launch.variant)
+    return {name: len(variants) for name, variants in found.items()}
+
+
 def main() -> None:
-    """Compiles everything for `SHAPES`, or for those named on the command line; and states in bf16."""
+    """Compiles everything for `SHAPES`, or for those named on the command line; in bf16, fp32, with states in bf16."""
     for shape in sys.argv[1:] or SHAPES:
         narrow = launches_of(shape, state_dtype=torch.bfloat16)
-        moving = [launch for launch in narrow if launch.kernel.__name__ in ("decode_kernel", "states_kernel")]
-        for launch in launches_of(shape) + moving:
-            used = resources(launch.compiled())
-            sys.stdout.write(json.dumps({"shape": shape, "kernel": launch.kernel.__name__, **used}) + "\n")
-            sys.stdout.flush()
+        kinds = {
+            "bf16": launches_of(shape),
+            "fp32": launches_of(shape, dtype=torch.float32),
+            "bf16, states in bf16": [
+                one for one in narrow if one.kernel.__name__ in ("decode_kernel", "states_kernel")
+            ],
+        }
+        for capability in CAPABILITIES:
+            for kind, launches in kinds.items():
+                for launch in launches:
+                    about = {"shape": shape, "capability": capability, "kind": kind, "kernel": launch.kernel.__name__}
+                    _say({**about, **resources(launch.compiled(capability))})
+        for name, number in num_variants(shape).items():
+            if number > 1:
+                _say({"shape": shape, "kernel": name, "variants": number})
+
+
+def _say(line: dict[str, object]) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import Rotary, StepLayout
 from dijiang_model.ops.triton.decode import decode
+from dijiang_model.ops.triton.device import on_device_of
 from dijiang_model.ops.triton.prefill import prefill
 
 
@@ -20,6 +21,13 @@ class TritonAttention:
         self._late: dict[tuple[torch.device, float, int, int], tuple[Tensor, Tensor]] = {}
 
     def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
+    ) -> Tensor:
+        assert not (torch.is_grad_enabled() and q.requires_grad), "the kernels know no gradients"
+        with on_device_of(q):  # Triton launches on the current device, wherever its arguments are
+            return self._answer(q, k, v, kernel=kernel, layout=layout, state=state)
+
+    def _answer(
         self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
     ) -> Tensor:
         split = layout.num_decode

@@ -67,20 +67,14 @@ def decode(
         blocks: None: `DecodeBlocks.of` the shape.
     """
     config, (num_rows, num_heads, head_size) = kernel.attention, q.shape
-    num_groups, num_features, rank = kernel.num_kv_heads, kernel.num_features, config.features.far_rank
     if blocks is None:
-        blocks = DecodeBlocks.of(head_size=head_size, num_features=num_features)
-    low = kernel.far_query_low(q) if rank > 0 else out
-    absent = out  # stands for tensors that this layer does not have: never read
-    near_keys = absent if state.near_keys is None else state.near_keys
-    near_values = absent if state.near_values is None else state.near_values
-    normaliser = absent if state.normaliser is None else state.normaliser
-    has_table, has_window = config.decay == "table", config.window > 0
-    decode_kernel[(num_rows, num_groups)](
+        blocks = DecodeBlocks.of(head_size=head_size, num_features=kernel.num_features)
+    rank = config.features.far_rank
+    decode_kernel[(num_rows, kernel.num_kv_heads)](
         q,
         k,
         v,
-        low,
+        kernel.far_query_low(q) if rank > 0 else out,
         out,
         layout.decode_slots,
         layout.positions,
@@ -89,39 +83,17 @@ def decode(
         layout.sink_rotary.cos,
         layout.sink_rotary.sin,
         *late,
-        kernel.basis,
-        kernel.ones if kernel.is_whole_projection else kernel.nodes,
-        kernel.zeros if kernel.is_whole_projection else kernel.log_weights,
-        kernel.log_decay,
-        kernel.table_log_decay if has_table else absent,
-        kernel.table_write if has_table else absent,
-        kernel.table_read if has_table else absent,
-        kernel.far_query_up if rank > 0 else absent,
-        kernel.mix_bias if has_window else absent,
-        kernel.mix_weight if has_window else absent,
-        state.linear_state,
-        normaliser,
-        near_keys,
-        near_values,
+        *_parameters(kernel, absent=out),
+        *_states(state, absent=out),
         *q.stride()[:2],
         *k.stride()[:2],
         *v.stride()[:2],
-        state.linear_state.stride(0),
-        normaliser.stride(0),
-        near_keys.stride(0),
-        kernel.table_write.shape[0] if has_table else 0,
+        *(one.stride(0) for one in _states(state, absent=out)[:3]),
+        kernel.table_write.shape[0] if config.decay == "table" else 0,
         config.features.scale,
-        R=num_heads // num_groups,
+        R=num_heads // kernel.num_kv_heads,
         D=head_size,
-        K=num_features,
         HALF=layout.rotary.cos.shape[-1],
-        ROTATED=config.features.rotated,
-        WINDOW=config.window,
-        SINKS=config.sinks,
-        RANK=rank,
-        EXP=config.features.normalisation == "exp",
-        TABLE=has_table,
-        DENOMINATOR=config.read_out == "denominator",
         BLOCK_RANK=triton.next_power_of_2(max(rank, 1)),
         BLOCK_C=blocks.channels,
         BLOCK_D=triton.next_power_of_2(head_size),
@@ -129,5 +101,52 @@ def decode(
         BLOCK_V=blocks.values,
         BLOCK_J=blocks.near,
         num_warps=blocks.warps,
+        **_kind(kernel),
         **OPTIONS,
     )
+
+
+def _parameters(kernel: LinearKernel, *, absent: Tensor) -> tuple[Tensor, ...]:
+    """Basis, nodes, log weights, decay, three tables, far queries' second factor, bias and weight of the mixing weight.
+
+    `absent` stands for those that this layer does not have: never read.
+    """
+    config = kernel.attention
+    has_table, has_window = config.decay == "table", config.window > 0
+    return (
+        kernel.basis,
+        kernel.ones if kernel.is_whole_projection else kernel.nodes,
+        kernel.zeros if kernel.is_whole_projection else kernel.log_weights,
+        kernel.log_decay,
+        kernel.table_log_decay if has_table else absent,
+        kernel.table_write if has_table else absent,
+        kernel.table_read if has_table else absent,
+        kernel.far_query_up if config.features.far_rank > 0 else absent,
+        kernel.mix_bias if has_window else absent,
+        kernel.mix_weight if has_window else absent,
+    )
+
+
+def _states(state: LayerState, *, absent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """S, z, near keys and near values."""
+    return (
+        state.linear_state,
+        absent if state.normaliser is None else state.normaliser,
+        absent if state.near_keys is None else state.near_keys,
+        absent if state.near_values is None else state.near_values,
+    )
+
+
+def _kind(kernel: LinearKernel) -> dict[str, int]:
+    """What the kernel is compiled for."""
+    config = kernel.attention
+    return {
+        "K": kernel.num_features,
+        "ROTATED": config.features.rotated,
+        "WINDOW": config.window,
+        "SINKS": config.sinks,
+        "RANK": config.features.far_rank,
+        "EXP": config.features.normalisation == "exp",
+        "TABLE": config.decay == "table",
+        "DENOMINATOR": config.read_out == "denominator",
+    }

@@ -44,6 +44,13 @@ class Products:
             return cls(torch.float32, "tf32", "tf32x3")
         return cls(torch.float32, "ieee", "ieee")
 
+    @property
+    def are_exact(self) -> bool:
+        """Whether attention's are exact in fp32: multiply-adds without matrix units, which keep whole rows and columns
+        of their operands in registers and spill kilobytes a thread unless blocks are narrow.
+        """
+        return self.attention == "ieee"
+
 
 class PrefillStep:
     """One layer's prefill: its tensors, and the arguments that several kernels share."""
@@ -58,9 +65,15 @@ class PrefillStep:
         self.products = Products.of(q.dtype)
         self.num_tokens, self.num_heads, self.head_size = q.shape
         self.num_groups, self.num_features = kernel.num_kv_heads, kernel.num_features
-        self.block_d = triton.next_power_of_2(self.head_size)
-        self.block_k = triton.next_power_of_2(self.num_features)
-        self.block_v = self.block_d if self.block_d <= 128 else 64
+        # Matrix units take 16 numbers at least; smaller heads are filled up with zeros.
+        self.block_d = max(16, triton.next_power_of_2(self.head_size))
+        self.block_k = max(16, triton.next_power_of_2(self.num_features))
+        self.tile = 32 if self.products.are_exact else 64  # of a state, rows and columns at most
+        is_cut = self.products.are_exact or self.block_d > 128
+        self.block_v = min(self.tile, self.block_d) if is_cut else self.block_d
+        # Of those that compute features: two tiles of the basis under way, for two programs to fit.
+        has_much = self.block_k >= 128 or self.has_window
+        self.feature_options = {"num_warps": 8 if has_much else 4, "num_stages": 2}
 
     @property
     def has_window(self) -> bool:
@@ -168,7 +181,7 @@ def query_features(x: PrefillStep) -> Tensor:
         BLOCK_C=min(32, x.block_d),
         BLOCK_K=x.block_k,
         PRECISION=x.products.features,
-        num_warps=8 if x.block_k > 128 else 4,
+        **x.feature_options,
         **x.shape,
     )
     return phi_q
@@ -213,7 +226,7 @@ def entering(x: PrefillStep, rotated: Tensor, late: tuple[Tensor, Tensor]) -> tu
         BLOCK_D=x.block_d,
         BLOCK_K=x.block_k,
         PRECISION=x.products.features,
-        num_warps=8 if x.block_k > 128 else 4,
+        **x.feature_options,
         **x.shape,
     )
     return phi_in, v_in
@@ -222,7 +235,7 @@ def entering(x: PrefillStep, rotated: Tensor, late: tuple[Tensor, Tensor]) -> tu
 def states_before_chunks(x: PrefillStep, phi_in: Tensor, v_in: Tensor) -> tuple[Tensor, Tensor]:
     """[M, G, K, d] and [M, G, K], the state before each chunk; moves the slots on."""
     kernel, state = x.kernel, x.state.linear_state
-    num_chunks, block_k, block_v = x.layout.num_chunks, min(64, x.block_k), min(64, x.block_d)
+    num_chunks, block_k, block_v = x.layout.num_chunks, min(x.tile, x.block_k), min(x.tile, x.block_d)
     chunk_states = x.scratch(num_chunks, x.num_groups, x.num_features, x.head_size, dtype=x.products.dtype)
     chunk_normalisers = x.scratch(num_chunks, x.num_groups, x.num_features, dtype=torch.float32)
     normaliser = chunk_normalisers if x.state.normaliser is None else x.state.normaliser
@@ -304,9 +317,9 @@ def chunk_outputs(
         TABLE=x.has_table,
         DENOMINATOR=config.read_out == "denominator",
         BLOCK_D=x.block_d,
-        BLOCK_K=min(64, x.block_k),
+        BLOCK_K=min(x.tile, x.block_k),
         BLOCK_V=x.block_v,
-        BLOCK_J=64 if x.block_d <= 64 else 32,
+        BLOCK_J=16 if x.products.are_exact else 64 if x.block_d <= 64 else 32,
         PRECISION=x.products.attention,
         EMULATED=knobs.runtime.interpret,
         num_warps=8 if x.block_d > 64 or x.has_window else 4,

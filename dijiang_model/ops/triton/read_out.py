@@ -1,11 +1,14 @@
 """Launches the small kernels around the attention; see `kernels.small`."""
 
+from functools import cache
+
 import torch
 import triton
 from torch import Tensor, nn
 
 from dijiang_model.ops.layout import Rotary
 from dijiang_model.ops.triton.decode import OPTIONS
+from dijiang_model.ops.triton.device import on_device_of
 from dijiang_model.ops.triton.kernels.small import angles_kernel, gated_norm_kernel
 
 
@@ -22,41 +25,52 @@ def gated_norm(attended: Tensor, gate: Tensor, norm: nn.GroupNorm) -> Tensor:
     num_tokens, width = gate.shape
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     members = width // norm.num_groups
-    gated_norm_kernel[(num_tokens,)](
-        attended.contiguous(),
-        gate.contiguous(),
-        norm.weight,
-        norm.bias,
-        out,
-        norm.eps,
-        GROUPS=norm.num_groups,
-        WIDTH=members,
-        BLOCK_GROUPS=triton.next_power_of_2(norm.num_groups),
-        BLOCK_WIDTH=triton.next_power_of_2(members),
-        num_warps=8 if width > 2048 else 4,
-        **OPTIONS,
-    )
+    with on_device_of(gate):
+        gated_norm_kernel[(num_tokens,)](
+            attended.contiguous(),
+            gate.contiguous(),
+            norm.weight,
+            norm.bias,
+            out,
+            norm.eps,
+            GROUPS=norm.num_groups,
+            WIDTH=members,
+            BLOCK_GROUPS=triton.next_power_of_2(norm.num_groups),
+            BLOCK_WIDTH=triton.next_power_of_2(members),
+            num_warps=8 if width > 2048 else 4,
+            **OPTIONS,
+        )
     return out
 
 
 def angles(positions: Tensor, *, dims: int, theta: float, last_sink: int) -> tuple[Rotary, Rotary]:
     """`Rotary.at` of positions [T], and of positions capped to `last_sink`, in one launch; fp32."""
     half = dims // 2
-    frequencies = theta ** -(torch.arange(0, dims, 2, dtype=torch.float64, device=positions.device) / max(dims, 1))
     tables = torch.empty((4, len(positions), half), dtype=torch.float32, device=positions.device)
     cos, sin, cos_sink, sin_sink = tables.unbind(0)
     if half > 0 and len(positions) > 0:
-        angles_kernel[(len(positions),)](
-            positions,
-            frequencies,
-            cos,
-            sin,
-            cos_sink,
-            sin_sink,
-            last_sink,
-            HALF=half,
-            BLOCK_HALF=triton.next_power_of_2(half),
-            num_warps=1,
-            **OPTIONS,
-        )
+        with on_device_of(positions):
+            angles_kernel[(len(positions),)](
+                positions,
+                _frequencies(dims, theta, positions.device),
+                cos,
+                sin,
+                cos_sink,
+                sin_sink,
+                last_sink,
+                HALF=half,
+                BLOCK_HALF=triton.next_power_of_2(half),
+                num_warps=1,
+                **OPTIONS,
+            )
     return Rotary(cos, sin, theta), Rotary(cos_sink, sin_sink, theta)
+
+
+@cache
+def _frequencies(dims: int, theta: float, device: torch.device) -> Tensor:
+    """[dims / 2] fp64, made once: five small launches of every step otherwise.
+
+    No step may ask for them first while it is recorded, for they would lie in the recording's memory; `CudaCapture`
+    does its work once before it records.
+    """
+    return theta ** -(torch.arange(0, dims, 2, dtype=torch.float64, device=device) / dims)

@@ -7,7 +7,7 @@ its query heads while it is in registers.
 import triton
 import triton.language as tl
 
-from dijiang_model.ops.triton.kernels.parts import features, kept, stored, turned
+from dijiang_model.ops.triton.kernels.parts import INDICES, features, kept, stored, turned
 
 
 @triton.jit
@@ -161,7 +161,7 @@ def remember(rows, row, new, at, width, sink_width, position, D: tl.constexpr, S
         tl.store(rows + position * D + at, narrow, mask=at < sink_width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=INDICES)
 def decode_kernel(
     q, k, v, low, out, slots, positions, cos, sin, cos_sink, sin_sink, late_cos, late_sin, basis, nodes, log_weights,
     log_decay, table_decay, table_write, table_read, far_up, mix_bias, mix_weight, state, normaliser, near_keys,

@@ -3,6 +3,12 @@
 import triton
 import triton.language as tl
 
+INDICES = ("slots", "positions", "chunk_sequence", "chunk_offset", "starts", "first_chunks")
+"""Arguments that are views into a step's one copy, 8 bytes a number: they begin on 16 bytes or between, as it happens.
+
+Triton compiles a kernel anew for each pattern of aligned arguments: 2^5 of them in the middle of serving.
+"""
+
 
 @triton.jit
 def channels(x, c, mask, up, low, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr):

@@ -6,7 +6,7 @@ Programs work on chunks: C tokens of one segment, packed rows `row` on, `count` 
 import triton
 import triton.language as tl
 
-from dijiang_model.ops.triton.kernels.parts import positive, turned, turned_back
+from dijiang_model.ops.triton.kernels.parts import INDICES, positive, turned, turned_back
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def table_factors(table, positions, rows, count, num_entries, h, num_heads, C: t
     return tl.load(table + tl.minimum(position, num_entries - 1) * num_heads + h, mask=has_row, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=INDICES)
 def queries_kernel(
     q, phi_q, positions, cos, sin, basis, nodes, log_weights, table_read, chunk_sequence, chunk_offset, starts, q_row,
     q_head, num_entries, scale,
@@ -79,7 +79,7 @@ def queries_kernel(
     tl.store(here, phi.to(phi_q.dtype.element_ty), mask=(i[:, None] < count) & (f < K))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=INDICES)
 def keys_kernel(
     k, rotated, cos, sin, chunk_sequence, chunk_offset, starts, k_row, k_head,
     D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -96,7 +96,7 @@ def keys_kernel(
     tl.store(rotated + (rows * num_groups + g) * D + c, key.to(rotated.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=INDICES)
 def entering_kernel(
     k, rotated, v, phi_in, v_in, slots, positions, cos, sin, late_cos, late_sin, basis, nodes, log_weights, log_decay,
     table_write, near_keys, near_values, chunk_sequence, chunk_offset, starts, k_row, k_head, v_row, v_head, near_slot,

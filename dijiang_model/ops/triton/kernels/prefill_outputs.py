@@ -3,18 +3,21 @@
 import triton
 import triton.language as tl
 
-from dijiang_model.ops.triton.kernels.parts import operand, rounded, turned
+from dijiang_model.ops.triton.kernels.parts import INDICES, operand, rounded, turned
 from dijiang_model.ops.triton.kernels.prefill_features import chunk_at
 from dijiang_model.ops.triton.kernels.prefill_states import chunk_totals
 
 
 @triton.jit
 def softmax_step(
-    queries, keys, values, seen, root, largest, total, sums, like, PRECISION: tl.constexpr, EMULATED: tl.constexpr
-):
-    """One block of keys [J, D] and values [J, V] into a running softmax; `seen` [C, J]."""
+    queries, key_at, value_at, exists, seen, c, col, root, largest, total, sums, like,
+    D: tl.constexpr, PRECISION: tl.constexpr, EMULATED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys and values at the pointers [J], those that exist, into a running softmax; `seen` [C, J]."""
+    keys = operand(tl.load(key_at[:, None] + c, mask=exists[:, None] & (c < D), other=0.0), like, EMULATED)
+    values = operand(tl.load(value_at[:, None] + col, mask=exists[:, None] & (col < D), other=0.0), like, EMULATED)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * root
-    scores = tl.where(seen, scores, float("-inf"))
+    scores = tl.where(exists[None, :] & seen, scores, float("-inf"))
     now = tl.maximum(largest, tl.max(scores, 1))
     base = tl.where(now == float("-inf"), 0.0, now)  # nothing seen yet: all weights are 0, none is NaN
     weights = tl.exp(scores - base[:, None])
@@ -66,13 +69,10 @@ def near_tokens(
         from_ring = ring + (SINKS + held % WINDOW) * D
         key_at = tl.where(is_here, rotated + ((start + token) * num_groups + g) * D, near_keys + from_ring)
         value_at = tl.where(is_here, v + (start + token) * v_row, near_values + from_ring)
-        keys = tl.load(key_at[:, None] + c, mask=exists[:, None] & (c < D), other=0.0)
-        values = tl.load(value_at[:, None] + col, mask=exists[:, None] & (col < D), other=0.0)
-        seen = exists[None, :] & (behind[None, :] <= i) & (behind[None, :] > i - WINDOW)
+        seen = (behind[None, :] <= i) & (behind[None, :] > i - WINDOW)
         largest, total, sums = softmax_step(
-            queries, operand(keys, like, EMULATED), operand(values, like, EMULATED), seen, root,
-            largest, total, sums, like, PRECISION, EMULATED,
-        )  # fmt: skip
+            queries, key_at, value_at, exists, seen, c, col, root, largest, total, sums, like, D, PRECISION, EMULATED
+        )
     if SINKS > 0:
         sink_query = turned(here, c, mask, cos_sink + angles, sin_sink + angles, q, q, HALF, 0, 1)
         queries = rounded(sink_query, like, EMULATED)
@@ -83,12 +83,10 @@ def near_tokens(
             exists = (sink < SINKS) & (token < offset + count)
             key_at = tl.where(is_here, rotated + ((start + token) * num_groups + g) * D, near_keys + ring + sink * D)
             value_at = tl.where(is_here, v + (start + token) * v_row, near_values + ring + sink * D)
-            keys = tl.load(key_at[:, None] + c, mask=exists[:, None] & (c < D), other=0.0)
-            values = tl.load(value_at[:, None] + col, mask=exists[:, None] & (col < D), other=0.0)
-            seen = exists[None, :] & (token[None, :] <= offset + i)
+            seen = token[None, :] <= offset + i
             largest, total, sums = softmax_step(
-                queries, operand(keys, like, EMULATED), operand(values, like, EMULATED), seen, root,
-                largest, total, sums, like, PRECISION, EMULATED,
+                queries, key_at, value_at, exists, seen, c, col, root, largest, total, sums, like,
+                D, PRECISION, EMULATED,
             )  # fmt: skip
     return sums, total, mixed
 
@@ -135,7 +133,7 @@ def far_tokens(
     return sums, tl.sum(scores, 1) + before_total * since
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=INDICES)
 def outputs_kernel(
     q, rotated, v, phi_q, phi_in, v_in, chunk_states, chunk_normalisers, out, slots, positions, cos, sin, cos_sink,
     sin_sink, log_decay, table_decay, mix_bias, mix_weight, near_keys, near_values, chunk_sequence, chunk_offset,

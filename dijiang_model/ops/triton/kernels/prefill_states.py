@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dijiang_model.ops.triton.kernels.parts import operand, rounded, stored
+from dijiang_model.ops.triton.kernels.parts import INDICES, operand, rounded, stored
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def chunk_totals(
     return (i + 1) * step, count * step
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=INDICES)
 def states_kernel(
     phi_in, v_in, chunk_states, chunk_normalisers, state, normaliser, slots, positions, log_decay, table_decay, starts,
     first_chunks, v_row, v_head, state_slot, normaliser_slot, num_entries,
@@ -81,7 +81,7 @@ def states_kernel(
         tl.store(z_here, z, mask=own_f < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=INDICES)
 def near_rows_kernel(
     rotated, v, near_keys, near_values, slots, positions, starts, v_row, v_head, near_slot,
     D: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -3,8 +3,10 @@
 import triton
 import triton.language as tl
 
+from dijiang_model.ops.triton.kernels.parts import INDICES
 
-@triton.jit
+
+@triton.jit(do_not_specialize_on_alignment=INDICES)
 def angles_kernel(
     positions, frequencies, cos, sin, cos_sink, sin_sink, last_sink, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr
 ):
