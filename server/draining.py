@@ -1,13 +1,23 @@
-"""The HTTP server that finishes its answers before it stops."""
+"""The HTTP server that finishes its answers before it stops, and saves the states of those that it cannot finish."""
 
+import asyncio
+import logging
 import socket
+import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Protocol
 
 import uvicorn
 
 from server.service import Service
+
+SAVE_S = 15.0
+"""How long saving what still runs after the drain limit may take."""
+FORCED_S, MARGIN_S = 5.0, 15.0
+"""When the process is ended at the latest: so long after a second signal, or after all other limits."""
+_log = logging.getLogger(__name__)
 
 
 class ClosableEngine(Protocol):
@@ -19,27 +29,51 @@ class ClosableEngine(Protocol):
 
 
 class DrainingServer(uvicorn.Server):
-    """Uvicorn that finishes its answers: the first signal drains, the second one ends at once."""
+    """Uvicorn that finishes its answers.
+
+    The first signal drains: no new work is taken, what runs is finished. At the drain limit the states of what still
+    runs are saved, and each client is told which. The second signal ends at once; what was being saved then is whole
+    or not there.
+    """
 
     def __init__(
-        self, config: uvicorn.Config, service: Service, engine: ClosableEngine, *, drain_timeout_s: float
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        engine: ClosableEngine,
+        *,
+        drain_timeout_s: float,
+        give_up: Callable[[], None] | None = None,
     ) -> None:
+        """
+        Args:
+            drain_timeout_s: how long answers may take after the first signal.
+            give_up: called on a thread of its own if the process is still there long after it should have ended: a disk
+                or a store that does not answer must not keep it.
+        """
         super().__init__(config)
         self._service = service
         self._engine = engine
         self._drain_timeout_s = drain_timeout_s
+        self._give_up = give_up
         self._drain_until: float | None = None
+        self._saving: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by uvicorn for SIGTERM and SIGINT."""
         if self._service.draining:
             self.should_exit = self.force_exit = True
+            self._limit(FORCED_S)
         self._service.draining = True
         if self._drain_until is None:
             self._drain_until = time.monotonic() + self._drain_timeout_s
+            self._limit(self._drain_timeout_s + SAVE_S + (self.config.timeout_graceful_shutdown or 0) + MARGIN_S)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Called by uvicorn at the end, when no answer is given any more."""
+        if self._saving is not None:
+            self._saving.cancel()
+            await asyncio.gather(self._saving, return_exceptions=True)
         await super().shutdown(sockets)
         await self._service.close()
 
@@ -47,9 +81,27 @@ class DrainingServer(uvicorn.Server):
         """Ten times a second: whether it is time to stop."""
         if self._engine.status == "failed":
             self.should_exit = True
-        if self._drain_until is not None and self._service.num_active == 0:
+        if self._drain_until is not None and self._is_saved and self._service.num_active == 0:
             self.should_exit = True
-        elif self._drain_until is not None and time.monotonic() > self._drain_until:
-            await self._engine.close()  # what still runs gets a clean error
-            self.should_exit = True
+        elif self._drain_until is not None and self._saving is None and time.monotonic() > self._drain_until:
+            self._saving = asyncio.create_task(self._save())
         return await super().on_tick(counter)
+
+    @property
+    def _is_saved(self) -> bool:
+        return self._saving is None or self._saving.done()
+
+    async def _save(self) -> None:
+        _log.info("the drain limit is reached: saving the states of %d requests", self._service.num_active)
+        try:
+            await self._service.suspend(timeout_s=SAVE_S)
+        except Exception:
+            _log.exception("the states of what still ran could not be saved")
+        await self._engine.close()  # what runs even now gets a clean error
+        self.should_exit = True
+
+    def _limit(self, seconds: float) -> None:
+        if self._give_up is not None:
+            timer = threading.Timer(seconds, self._give_up)
+            timer.daemon = True
+            timer.start()

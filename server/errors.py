@@ -9,12 +9,16 @@ ApiError                      -> {"error": {"message", "type", "param", "code"}}
 ├── DeadlineError             504 timeout (never worth a retry: the deadline was the request's own)
 ├── UnavailableError          503 + Retry-After
 │   ├── OverloadedError       503 overloaded (the queue is full)
+│   ├── ShutdownError         503 server_shutdown (the answer was cut off; names the state to go on from)
 │   └── EngineUnavailableError 503 (loading, restarting, draining)
 └── InternalError             500 internal_error
 """
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
+
+SHUTDOWN_RETRY_S = 5
 
 
 @dataclass(slots=True, eq=False)
@@ -27,13 +31,16 @@ class ApiError(Exception):
     status: int = 500
     type: str = "server_error"
     headers: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    """Further keys of the error body, for the few errors that have any."""
 
     def __str__(self) -> str:
         return self.message
 
-    def body(self) -> dict[str, dict[str, str | None]]:
+    def body(self) -> dict[str, dict[str, Any]]:
         """The error envelope; all four keys are always there."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        known = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": known | self.details}
 
     def to_json(self) -> bytes:
         """The envelope as UTF-8 JSON."""
@@ -112,6 +119,26 @@ class OverloadedError(UnavailableError):
 
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message, code="overloaded", retry_after_s=retry_after_s)
+
+
+class ShutdownError(UnavailableError):
+    """The server stopped before the answer was complete.
+
+    `choices` has an entry for each answer: `index`, `state_id` (null if there is nothing to go on from) and
+    `completion_tokens`, and the `text` so far where the client has not had it.
+    """
+
+    def __init__(self, choices: list[dict[str, Any]]) -> None:
+        ids = [choice["state_id"] for choice in choices if choice["state_id"] is not None]
+        what = f"go on from its state, {ids[0]}" if len(choices) == len(ids) == 1 else "send the request again"
+        if len(choices) > 1 and ids:
+            what = "go on from the states in `choices`"
+        super().__init__(
+            f"the server was stopped before the answer was complete; {what}",
+            code="server_shutdown",
+            retry_after_s=SHUTDOWN_RETRY_S,
+        )
+        self.details |= {"state_id": ids[0] if len(choices) == len(ids) == 1 else None, "choices": choices}
 
 
 class EngineUnavailableError(UnavailableError):

@@ -5,6 +5,7 @@
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
@@ -24,6 +25,8 @@ from server.text.template import ChatTemplate, TemplateSyntaxFailure
 from server.text.tokenizer import Tokenizer
 from server.text.vocabulary import UnsupportedTokenizerError
 
+_log = logging.getLogger(__name__)
+
 
 class Engine(Protocol):
     """The service's side of the engine; `server.engine_client.EngineClient` is one."""
@@ -37,6 +40,7 @@ class Engine(Protocol):
     @property
     def num_restarts(self) -> int: ...
     def submit(self, request: GenerationRequest) -> AbstractAsyncContextManager[AsyncIterator[TokenEvent]]: ...
+    def suspend(self, request_id: str, *, save_to: str | None, note: str, in_prompt: bool) -> None: ...
     def reset_cache(self) -> None: ...
     async def reload(self) -> EngineInfo: ...
 
@@ -89,6 +93,14 @@ class ServiceOptions:
     reasoning_parser: str = "auto"
 
 
+class Suspendable(Protocol):
+    """Something that generates and can be cut off."""
+
+    async def suspend(self) -> None:
+        """Lets it end with its state kept; returns when that is done."""
+        ...
+
+
 ReadAgain = Callable[[], tuple[ServiceOptions, Tokenizer | None]]
 
 
@@ -100,6 +112,7 @@ class Service:
         draining: the server is about to stop: no new work is taken; what runs is finished.
         paused: the same, because an operator wants it for a while.
         num_active: requests that generate right now.
+        running: what they are.
         background: responses that are made while nobody waits, by id.
         event_logs: their events so far, by id.
         rate_limits: what each key has used of its minute.
@@ -140,6 +153,7 @@ class Service:
         self.created = int(time.time())
         self.draining = self.paused = False
         self.num_active = 0
+        self.running: set[Suspendable] = set()
         self.background: dict[str, asyncio.Task[None]] = {}
         self.event_logs: dict[str, EventLog] = {}
         self.checking = asyncio.Lock()
@@ -153,6 +167,19 @@ class Service:
             await self.grammars.close()
         if self.states is not None:
             await self.states.close()
+
+    async def suspend(self, *, timeout_s: float) -> None:
+        """Cuts off what still runs and keeps its states, as far as that can be done in so many seconds."""
+        running = [*self.running]
+        try:
+            async with asyncio.timeout(timeout_s):
+                results = await asyncio.gather(*(item.suspend() for item in running), return_exceptions=True)
+        except TimeoutError:
+            _log.error("the states of what still ran could not all be saved within %g s", timeout_s)
+            return
+        for problem in results:
+            if problem is not None:
+                _log.error("the states of a request that still ran could not be saved", exc_info=problem)
 
     def end_background(self, response_id: str) -> None:
         """Ends a response that is made in the background; nothing happens if there is none."""

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import logging
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ from server.text.tokenizer import Tokenizer, load_tokenizer
 from server.text.vocabulary import UnsupportedTokenizerError
 
 LAST_ANSWERS_S = 5
+EXIT_OVERDUE = 1
 
 
 def run(settings: Settings, console: Console) -> None:
@@ -98,7 +101,7 @@ class _Start:
 
     def make_server(self, service: Service) -> DrainingServer:
         config, timeout_s = _http_config(self.settings, service), self.settings.drain_timeout_s
-        return DrainingServer(config, service, self.engine, drain_timeout_s=timeout_s)
+        return DrainingServer(config, service, self.engine, drain_timeout_s=timeout_s, give_up=_end_at_once)
 
     def _options(self) -> ServiceOptions:
         return service_options(self.settings, self.model, self.default_name)
@@ -136,6 +139,12 @@ async def _serve(start: _Start, console: Console) -> None:
 async def _announce(engine: EngineClient, summary: Summary, console: Console) -> None:
     with contextlib.suppress(EngineUnavailableError):
         console.print(summary.table(await engine.wait_ready()))
+
+
+def _end_at_once() -> None:
+    """Nothing is lost by it that a `kill -9` would not lose: files and rows are whole or not there."""
+    logging.getLogger(__name__).error("something does not let the server end in time; ending it")
+    os._exit(EXIT_OVERDUE)
 
 
 def _bind(settings: Settings) -> socket.socket:

@@ -97,8 +97,10 @@ class EngineLoop:
         if isinstance(command, ResetCache):
             self._engine.reset_cache()
             return []
-        is_abort = isinstance(command, AbortRequest)
-        event = self._engine.abort(command.request_id) if is_abort else self._engine.add(command.request)
+        if isinstance(command, AbortRequest):
+            event = self._engine.abort(command.request_id)
+        else:
+            event = self._engine.add(command.request)
         return [] if event is None else [event]
 
     def _report(self, events: list[TokenEvent], *, with_stats: bool) -> None:

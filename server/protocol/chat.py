@@ -148,8 +148,8 @@ def _template_variables(values: dict[str, Any] | None) -> dict[str, Any] | None:
 class ConversationFields(RequestModel):
     """Messages, and how they become a prompt."""
 
-    messages: Annotated[list[MessageIn], FailFast()] = Field(min_length=1, max_length=MAX_MESSAGES)
-    """The conversation so far."""
+    messages: Annotated[list[MessageIn], FailFast()] = Field(max_length=MAX_MESSAGES)
+    """The conversation so far; with `state_id`: what is new, and nothing to go on with an answer that was cut off."""
     add_generation_prompt: bool | None = None
     """Open the assistant's turn after the last message (default true)."""
     continue_final_message: bool | None = None
@@ -161,6 +161,8 @@ class ConversationFields(RequestModel):
 
     @model_validator(mode="after")
     def _turns(self) -> Self:
+        if not self.messages and (getattr(self, "state_id", None) is None or self.continue_final_message):
+            raise InvalidRequestError("at least one message is needed", param="messages", code="invalid_value")
         if self.continue_final_message:
             if self.add_generation_prompt:
                 raise InvalidRequestError(

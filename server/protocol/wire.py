@@ -38,6 +38,10 @@ class ErrorDetails(ResponseModel):
     """The field concerned, such as `messages[0].role`."""
     code: str | None
     """Stable name for programs, such as `context_length_exceeded`."""
+    state_id: str | None = None
+    """Only with the code `server_shutdown`: the state to go on from, if there is one answer and it has one."""
+    choices: list[dict[str, Any]] = []
+    """Only with the code `server_shutdown`: how far each answer had come, and its `state_id`."""
 
 
 class ErrorEnvelope(ResponseModel):

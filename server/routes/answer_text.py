@@ -86,6 +86,10 @@ class AnswerText:
             more += self._stream.finish()
         return Taken(text + more, num_taken, prompt, output)
 
+    def held_back(self) -> str:
+        """What might have become a stop string, and will not: nothing follows."""
+        return "" if self._stream is None or self.stopped else self._stream.finish()
+
     def _push_prompt(self, num_tokens: int) -> tuple[str, tuple[int, ...]]:
         """Text (if the prompt is echoed) and offsets of its next tokens."""
         begin = self._num_prompt_done

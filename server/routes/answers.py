@@ -9,11 +9,12 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import structlog
 
 from server.engine.types import FinishReason, GenerationRequest, TokenEvent
-from server.errors import ApiError, DeadlineError, InternalError
+from server.errors import ApiError, DeadlineError, InternalError, ShutdownError
 from server.metrics import Metrics
 from server.protocol.sampling import FinishReasonText
 from server.protocol.usage import Usage
@@ -158,6 +159,11 @@ class Choice:
             for follower in self.followers
         ]
 
+    def cut_off(self) -> str:
+        """The text that was held back for what might have come."""
+        self._reason = str(FinishReason.SUSPENDED)
+        return self.text.held_back()
+
     def close(self) -> None:
         """Counts the end, whatever it was."""
         self._metrics.finished.labels(self._reason if self._reason is not None else "abort").inc()
@@ -212,6 +218,8 @@ class Generation:
         self._pumps: list[asyncio.Task[None]] = []
         self._pieces: asyncio.Queue[Piece | ApiError] = asyncio.Queue()
         self._deadline: float | None = None
+        self._ends: dict[int, dict[str, Any]] = {}
+        self._is_cut_off = False
 
     @property
     def usage(self) -> Usage:
@@ -246,6 +254,8 @@ class Generation:
         """
         try:
             self._admitted.enter_context(self._service.generating())
+            self._service.running.add(self)
+            self._admitted.callback(self._service.running.discard, self)
             await self._admitted.enter_async_context(self._session.opened(len(self._plans)))
             for choice in self._choices:
                 stack = await self._admitted.enter_async_context(AsyncExitStack())
@@ -265,6 +275,33 @@ class Generation:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
         await self._admitted.aclose()
+
+    async def suspend(self) -> None:
+        """Cuts off the choices that still run, their states kept; `pieces` ends with a `ShutdownError` that tells them.
+
+        Returns when all of that is done. Choices that are just ending end as they would have.
+        """
+        running = [choice for choice, pump in zip(self._choices, self._pumps, strict=False) if not pump.done()]
+        saved = [choice for choice in running if self._is_worth_saving(choice)]
+        for choice in running:
+            if choice not in saved:  # at once, or it would get the place of one that is saved
+                self._suspend(choice, save_to=None)
+        async with self._session.room_to_stop(len(saved)) as files:
+            for choice, file in zip(saved, files, strict=True):
+                self._suspend(choice, save_to=file)
+            await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    def _is_worth_saving(self, choice: Choice) -> bool:
+        """Whether somebody can go on from where it is."""
+        rescue = self._session.rescue
+        if rescue is None or rescue.is_own:
+            return rescue is not None
+        return choice.num_received > 0 and (rescue.in_any_form or self._plans[choice.index].request.grammar is None)
+
+    def _suspend(self, choice: Choice, *, save_to: str | None) -> None:
+        rescue, request_id = self._session.rescue, self._plans[choice.index].request.request_id
+        in_prompt = rescue is not None and rescue.is_own
+        self._service.engine.suspend(request_id, save_to=save_to, note=self._session.note, in_prompt=in_prompt)
 
     async def pieces(self, *, idle_s: float | None = None) -> AsyncIterator[Piece | None]:
         """Pieces of all choices as they come, until every choice has ended.
@@ -288,9 +325,20 @@ class Generation:
         Raises:
             ApiError: a choice failed, the deadline has passed, or more log-probabilities came than are kept.
         """
-        num_entries = 0
         answers = [Answer() for _ in self._plans]
         texts: list[list[str]] = [[] for _ in self._plans]
+        try:
+            await self._collect_into(answers, texts)
+        except ShutdownError as error:
+            for choice in error.details["choices"]:
+                choice["text"] = "".join(texts[choice["index"]])
+            raise
+        for answer, parts in zip(answers, texts, strict=True):
+            answer.text = "".join(parts)
+        return answers
+
+    async def _collect_into(self, answers: list[Answer], texts: list[list[str]]) -> None:
+        num_entries = 0
         async for piece in self.pieces():
             if piece is None:
                 continue
@@ -304,9 +352,6 @@ class Generation:
             if piece.finish_reason is not None:
                 answer.finish_reason = piece.finish_reason
                 answer.state_id = piece.state_id
-        for answer, parts in zip(answers, texts, strict=True):
-            answer.text = "".join(parts)
-        return answers
 
     async def _next(self, idle_s: float | None) -> Piece | None:
         now = asyncio.get_running_loop().time()
@@ -333,6 +378,9 @@ class Generation:
             try:
                 await self._prepared(choice)
                 async for event in events:
+                    if event.finish_reason is FinishReason.SUSPENDED:
+                        await self._cut_off(choice, event)
+                        return
                     piece = choice.take(event)
                     for other in choice.shared(event):
                         self._pieces.put_nowait(other)
@@ -344,6 +392,7 @@ class Generation:
                     if self._pieces.qsize() > MAX_UNREAD_PIECES:
                         raise DeadlineError("the answer is not read as fast as it is written")
                     if piece.finish_reason is not None:
+                        self._note_end(choice, piece.state_id)
                         return
             except ApiError as error:
                 self._pieces.put_nowait(error)
@@ -351,6 +400,28 @@ class Generation:
             except Exception:
                 logger.exception("an answer failed")
             self._pieces.put_nowait(InternalError())
+
+    async def _cut_off(self, choice: Choice, event: TokenEvent) -> None:
+        """Keeps the state of a choice that the engine has suspended."""
+        self._pieces.put_nowait(Piece(choice.index, choice.cut_off(), (), None))
+        state_id: str | None = None
+        if event.saved is not None:
+            try:
+                state_id = await self._session.keep_rescued(event.saved)
+            except ApiError as error:
+                logger.error("the state of an answer that was cut off could not be kept", problem=str(error))
+        self._is_cut_off = True
+        self._note_end(choice, state_id)
+
+    def _note_end(self, choice: Choice, state_id: str | None) -> None:
+        """After the last choice's end: if any was cut off, the whole is."""
+        self._ends[choice.index] = {
+            "index": choice.index,
+            "state_id": state_id,
+            "completion_tokens": choice.num_tokens,
+        }
+        if self._is_cut_off and len(self._ends) == len(self._choices):
+            self._pieces.put_nowait(ShutdownError([self._ends[index] for index in sorted(self._ends)]))
 
     async def _prepared(self, choice: Choice) -> None:
         """Reads an echoed prompt beforehand, or waits until all of it has come from where it is scored."""

@@ -36,6 +36,9 @@ async def encode_messages(
         InvalidRequestError: no chat template, or one that refuses these messages.
     """
     template = require_chat_template(service)
+    if not messages and base is not None:
+        _check_cut_off(service, base, param)
+        return ()
     conversation = [chat_message(message) for message in messages]
 
     def encode() -> tuple[int, ...]:
@@ -65,6 +68,17 @@ async def encode_messages(
         return await run_if_long(_size(conversation), encode)
     except TemplateFailure as error:
         raise InvalidRequestError(str(error), param=param, code="chat_template_error") from error
+
+
+def _check_cut_off(service: Service, base: SnapshotRecord, param: str) -> None:
+    """Raises a 400 unless the state ends in the middle of an answer."""
+    ends = () if service.engine.info is None else service.engine.info.eos_token_ids
+    if base.turn is not Turn.OPEN or base.last_token in ends:
+        raise InvalidRequestError(
+            "there is no answer to go on with: the state does not end inside one, so at least one message is needed",
+            param=param,
+            code="invalid_value",
+        )
 
 
 def chat_message(message: MessageIn) -> ChatMessage:

@@ -14,10 +14,11 @@ from server.protocol.chat import MessageIn
 from server.protocol.states import ReturnState, StateFields
 from server.service import Service
 from server.states.errors import name_taken
-from server.states.session import CacheUse, Keep, StateSession
+from server.states.session import CacheUse, Keep, Rescue, StateSession
 from server.states.store import NewState, SnapshotRecord, StateRecord, StateStore, Turn
 from server.text.template import ChatMessage, TemplateFailure
 
+SHUTDOWN_TTL_S = 86_400.0
 EVERYBODY = "everybody"
 """The owner where no keys are asked for."""
 
@@ -80,7 +81,9 @@ def state_session(
 ) -> StateSession:
     """The session of a generating request."""
     owner = owner_of(request, service)
-    keep = None
+    keep, rescue = None, None
+    if service.states is not None:
+        rescue = Rescue(keeper(service, owner, ReturnState(ttl_s=_shutdown_ttl(service)), base))
     if fields.return_state is not None:
         keep = keeper(service, owner, fields.return_state, base)
     return StateSession(
@@ -91,7 +94,14 @@ def state_session(
         keep=keep,
         turn=turn,
         cache=cache_use(owner, fields, points=cache_points),
+        rescue=rescue,
     )
+
+
+def _shutdown_ttl(service: Service) -> float:
+    """Of the state of an answer that was cut off, seconds: nobody has asked for it."""
+    ttl_s = time_to_live(service, None)
+    return SHUTDOWN_TTL_S if ttl_s is None else min(ttl_s, SHUTDOWN_TTL_S)
 
 
 def cache_use(owner: str, fields: StateFields, *, points: Sequence[int] = ()) -> CacheUse | None:

@@ -6,9 +6,10 @@ is held, and room is kept for the files that its answers will write.
 
 import hashlib
 import json
+import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -26,9 +27,26 @@ from server.states.store import SnapshotRecord, StateStore, Turn
 
 HEADER_BYTES = 64 << 10
 """What a state's file is larger than its tensors, at most; room for it is kept."""
+_log = logging.getLogger(__name__)
 _PREFILL = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
 Keep = Callable[[SnapshotRecord], Awaitable[str]]
 """Puts a written snapshot where it is to be found again; the id of that place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rescue:
+    """What becomes of the state of an answer that is cut off because the server stops.
+
+    Attributes:
+        keep: as at the end of an answer.
+        is_own: the server itself goes on with the answer, and knows all of its tokens: then it may be cut off while its
+            prompt is read, too.
+        in_any_form: whether a state is of use though the answer is bound to a grammar, which begins anew with a client.
+    """
+
+    keep: Keep
+    is_own: bool = False
+    in_any_form: bool = False
 
 
 class SubmittingEngine(Protocol):
@@ -74,6 +92,7 @@ class StateSession:
         keep: Keep | None = None,
         turn: Turn = Turn.TEXT,
         cache: CacheUse | None = None,
+        rescue: Rescue | None = None,
     ) -> None:
         """
         Args:
@@ -84,6 +103,7 @@ class StateSession:
             keep: what becomes of the state at the end of each answer; None: it is not saved.
             turn: where the saved states end.
             cache: None: neither used nor filled.
+            rescue: for when the server stops; None: nothing is kept then.
         """
         self.base = base
         self._engine = engine
@@ -92,6 +112,7 @@ class StateSession:
         self._keep = keep
         self._turn = turn
         self._cache = cache
+        self.rescue = rescue
         self._files: tuple[str, ...] = ()
 
     @property
@@ -131,7 +152,7 @@ class StateSession:
         states = StateOptions(
             load_from=None if self.base is None else self.base.file,
             save_to=self._files[number] if self.keeps else None,
-            note=json.dumps({"turn": self._turn}) if self.keeps else "",
+            note=self.note if self.keeps else "",
             cache_namespace=None if self._cache is None else self._cache.namespace(self.base),
             cache_points=() if self._cache is None else self._cache.points,
         )
@@ -140,17 +161,42 @@ class StateSession:
     async def keep(self, saved: SavedState) -> str:
         """Keeps what the engine has saved; the id."""
         assert self._keep is not None
+        return await self._keep(self._record_of(saved))
+
+    async def keep_rescued(self, saved: SavedState) -> str:
+        """Keeps what the engine has saved of an answer that is cut off; the id."""
+        assert self.rescue is not None
+        return await self.rescue.keep(self._record_of(saved))
+
+    @asynccontextmanager
+    async def room_to_stop(self, num_answers: int) -> AsyncIterator[tuple[str | None, ...]]:
+        """Files for the states of answers that are cut off; None for each where there is no room for them."""
+        async with AsyncExitStack() as stack:
+            files: tuple[str | None, ...] = (None,) * num_answers
+            if self._store is not None and self._layout is not None and self.rescue is not None:
+                try:
+                    bytes_each = self._layout.num_data_bytes + HEADER_BYTES
+                    room = await stack.enter_async_context(self._store.room(num_answers, bytes_each=bytes_each))
+                    files = room.files
+                except ApiError as error:
+                    _log.error("no room for the states of answers that are cut off: %s", error)
+            yield files
+
+    @property
+    def note(self) -> str:
+        """What is noted in files, for those who go on from them."""
+        return json.dumps({"turn": self._turn})
+
+    def _record_of(self, saved: SavedState) -> SnapshotRecord:
         assert self._layout is not None
-        return await self._keep(
-            SnapshotRecord(
-                file=saved.file,
-                position=saved.position,
-                pending=saved.pending,
-                last_token=saved.last_token,
-                turn=self._turn,
-                num_bytes=saved.num_bytes,
-                fingerprint=self._layout.fingerprint,
-            )
+        return SnapshotRecord(
+            file=saved.file,
+            position=saved.position,
+            pending=saved.pending,
+            last_token=saved.last_token,
+            turn=self._turn,
+            num_bytes=saved.num_bytes,
+            fingerprint=self._layout.fingerprint,
         )
 
     async def feed(self, prompt: tuple[int, ...], number: int) -> tuple[SavedState, int]:

@@ -40,6 +40,7 @@ class FakeEngine:
         closed: set by `close`.
         submitted / ended: request ids, and why each one ended.
         orders: `reset_cache` and `reload`, as they came.
+        suspended: request ids that were; they end without a state.
     """
 
     script: Script = answer_tokens
@@ -56,6 +57,7 @@ class FakeEngine:
     gate: threading.Event | None = None
     closed: threading.Event = field(default_factory=threading.Event)
     orders: list[str] = field(default_factory=list)
+    suspended: set[str] = field(default_factory=set)
 
     @property
     def info(self) -> EngineInfo:
@@ -81,6 +83,9 @@ class FakeEngine:
         self.status = "stopped"
         self.closed.set()
 
+    def suspend(self, request_id: str, *, save_to: str | None, note: str, in_prompt: bool) -> None:
+        self.suspended.add(request_id)
+
     def reset_cache(self) -> None:
         self.orders.append("reset_cache")
 
@@ -105,7 +110,11 @@ class FakeEngine:
     async def _events(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         for number, event in enumerate(self._plan(request)):
             if number == self.hold_after:
-                await self._released()
+                await self._released(request.request_id)
+            if request.request_id in self.suspended:
+                self.ended[request.request_id] = FinishReason.SUSPENDED
+                yield TokenEvent(request.request_id, finish_reason=FinishReason.SUSPENDED)
+                return
             if self.closed.is_set():
                 self.ended[request.request_id] = FinishReason.ABORT
                 yield TokenEvent(request.request_id, finish_reason=FinishReason.ABORT)
@@ -115,9 +124,11 @@ class FakeEngine:
                 self.ended[request.request_id] = event.finish_reason
             yield event
 
-    async def _released(self) -> None:
-        """Until the gate opens or the engine is closed."""
+    async def _released(self, request_id: str) -> None:
+        """Until the gate opens, the request is suspended, or the engine is closed."""
         while not (self.closed.is_set() or (self.gate is not None and self.gate.is_set())):  # noqa: ASYNC110 (threads')
+            if request_id in self.suspended:
+                return
             await asyncio.sleep(0.01)
 
     def _plan(self, request: GenerationRequest) -> list[TokenEvent]:

@@ -72,7 +72,11 @@ def test_after_the_deadline_what_runs_ends_with_a_clean_error(
         reader.join(10)
         wait_for_end(server)
     error, done = reader.lines[-2:]
-    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_stopped"
+    told = json.loads(error.removeprefix("data: "))["error"]
+    assert (told["code"], told["type"], told["param"]) == ("server_shutdown", "server_error", None)
+    assert told["state_id"] is None  # this server keeps none
+    assert told["choices"] == [{"index": 0, "state_id": None, "completion_tokens": 1}]
+    assert "send the request again" in told["message"]
     assert done == "data: [DONE]"
 
 

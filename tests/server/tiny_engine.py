@@ -46,6 +46,10 @@ class TinyEngine:
     async def close(self) -> None:
         """Nothing to end."""
 
+    def suspend(self, request_id: str, *, save_to: str | None, note: str, in_prompt: bool) -> None:
+        for event in self.engine.suspend(request_id, save_to=save_to, note=note, in_prompt=in_prompt):
+            self._queues[event.request_id].put_nowait(event)
+
     def reset_cache(self) -> None:
         self.engine.reset_cache()
 
