@@ -8,6 +8,7 @@ from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequestError
 from server.protocol.logprobs import MAX_TOP_LOGPROBS, ChatLogprobs, PromptLogprobs
+from server.protocol.prediction import Prediction
 from server.protocol.sampling import FinishReasonText, GenerationFields
 from server.protocol.tools import MAX_TOOLS, ToolCallIn, ToolCallOut, ToolFields
 from server.protocol.unsupported import CHAT_FIELDS, refuse_unsupported
@@ -188,6 +189,9 @@ class ChatRequest(GenerationFields, ConversationFields, ToolFields):
     """How much to think before answering: `none`, or what the model's chat template understands."""
     include_reasoning: bool | None = None
     """Tell what was thought before the answer, of models that think (default true)."""
+    prediction: Prediction | None = None
+    """What the answer is expected to be, in large part: makes it faster where the server speculates, and changes
+    nothing else. With any other field, `n` and `stream` included."""
 
     @model_validator(mode="before")
     @classmethod

@@ -25,6 +25,7 @@ _SHARED: Mapping[str, tuple[Any, ...]] = {
 }
 COMPLETION_FIELDS: Mapping[str, tuple[Any, ...]] = {
     **_SHARED,
+    "prediction": (),
     "suffix": ("",),
 }
 CHAT_FIELDS: Mapping[str, tuple[Any, ...]] = {
@@ -33,7 +34,6 @@ CHAT_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
-    "prediction": (),
     "verbosity": ("medium",),
     "web_search_options": (),
 }

@@ -11,10 +11,14 @@ class PromptTokensDetails(ResponseModel):
 
 
 class CompletionTokensDetails(ResponseModel):
-    """What generated tokens were for."""
+    """What generated tokens were for, and where they came from."""
 
     reasoning_tokens: int
     """Tokens of what was thought before the answers, the marks around it included."""
+    accepted_prediction_tokens: int = 0
+    """With `prediction`: tokens of the answers that were guessed from it."""
+    rejected_prediction_tokens: int = 0
+    """With `prediction`: guesses from it that were wrong; they are in no other count."""
 
 
 class Usage(ResponseModel):
@@ -29,7 +33,7 @@ class Usage(ResponseModel):
     prompt_tokens_details: PromptTokensDetails
     """Details of the prompt tokens."""
     completion_tokens_details: CompletionTokensDetails | None = None
-    """Details of the generated tokens, of models that think before they answer."""
+    """Details of the generated tokens, of models that think before they answer and of answers with a `prediction`."""
 
     @classmethod
     def of(
@@ -39,11 +43,21 @@ class Usage(ResponseModel):
         completion_tokens: int,
         cached_tokens: int = 0,
         reasoning_tokens: int | None = None,
+        predicted: tuple[int, int] | None = None,
     ) -> "Usage":
-        """Counts of one request; `reasoning_tokens`: None where nothing is thought."""
+        """Counts of one request.
+
+        Args:
+            reasoning_tokens: None where nothing is thought.
+            predicted: guesses from the prediction that were right, and wrong; None where nothing is predicted.
+        """
+        counts: dict[str, int] = {}
+        if predicted is not None:
+            counts["accepted_prediction_tokens"], counts["rejected_prediction_tokens"] = predicted
         details = {}
-        if reasoning_tokens is not None:
-            details["completion_tokens_details"] = CompletionTokensDetails(reasoning_tokens=reasoning_tokens)
+        if reasoning_tokens is not None or counts:
+            thought = 0 if reasoning_tokens is None else reasoning_tokens
+            details["completion_tokens_details"] = CompletionTokensDetails(reasoning_tokens=thought, **counts)
         return cls(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,

@@ -114,6 +114,8 @@ class Choice:
         self.num_tokens = 0
         self.num_received = 0
         self.num_cached_tokens = 0
+        self.num_predicted_right = 0
+        self.num_predicted_wrong = 0
         self.token_ids: list[int] | None = [] if keeps_tokens else None
 
     def take(self, event: TokenEvent) -> Piece:
@@ -134,6 +136,9 @@ class Choice:
             reason = "stop"
         self._measure(num_taken)
         self.num_received += len(event.token_ids)
+        num_right = min(event.num_accepted, num_taken)
+        self.num_predicted_right += num_right
+        self.num_predicted_wrong += event.num_rejected + event.num_accepted - num_right
         self.num_cached_tokens += event.num_cached_tokens
         if self.thought is not None:
             self.thought.take(event.token_ids[:num_taken])
@@ -195,6 +200,7 @@ class Generation:
         session: StateSession,
         num_prompts: int,
         timeout_s: float | None,
+        counts_predicted: bool = False,
     ) -> None:
         """
         Args:
@@ -202,12 +208,14 @@ class Generation:
             session: the states that they begin from and leave behind.
             num_prompts: how many prompts the choices belong to.
             timeout_s: after which the whole request ends with an error; None: never.
+            counts_predicted: whether the usage says what became of guesses from a prediction.
         """
         self._service = service
         self._plans = plans
         self._session = session
         self._num_prompts = num_prompts
         self._timeout_s = timeout_s
+        self._counts_predicted = counts_predicted
         self._choices = [
             Choice(index, plan, service.metrics, keeps_tokens=session.keeps) for index, plan in enumerate(plans)
         ]
@@ -231,7 +239,14 @@ class Generation:
             completion_tokens=sum(choice.num_tokens for choice in self._choices),
             cached_tokens=self._num_prompts * session.num_fed_tokens + sum(c.num_cached_tokens for c in firsts),
             reasoning_tokens=sum(thoughts) if thoughts else None,
+            predicted=self._predicted if self._counts_predicted else None,
         )
+
+    @property
+    def _predicted(self) -> tuple[int, int]:
+        """Guesses from the prediction that were right, and wrong."""
+        choices = self._choices
+        return sum(c.num_predicted_right for c in choices), sum(c.num_predicted_wrong for c in choices)
 
     @property
     def _num_per_prompt(self) -> int:

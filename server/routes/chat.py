@@ -22,6 +22,7 @@ from server.routes.chat_answers import ChatAnswer
 from server.routes.conversations import encode_messages, template_variables
 from server.routes.json_body import JsonRoute, ServiceDependency
 from server.routes.logprobs import Places, logprob_format
+from server.routes.predictions import predicted_tokens
 from server.routes.prompting import check_counts, plan_generation
 from server.routes.sessions import admit, find_base, state_session, system_prefix
 from server.routes.streaming import (
@@ -79,6 +80,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, service: S
         grammar=await checked_form(service, info, body.wanted_grammar, body.tool_use, thinking),
         shown_token_ids=shown_token_ids(service, thinking, body.tool_use),
         thinking=thinking,
+        predicted=await predicted_tokens(service, body.prediction),
     )
     await generation.start()
     writer = _Writer(service, body, generation, thinking)

@@ -102,6 +102,7 @@ def plan_generation(
     grammar: GrammarSpec | None = None,
     shown_token_ids: frozenset[int] = frozenset(),
     thinking: Thinking | None = None,
+    predicted: tuple[int, ...] | None = None,
 ) -> Generation:
     """The engine requests for every prompt and choice.
 
@@ -112,6 +113,7 @@ def plan_generation(
         grammar: the language of the answers; None: any text.
         shown_token_ids: special tokens that are part of the text.
         thinking: how the answers begin; None: nothing is thought.
+        predicted: what the answers may well be; None: nothing is predicted.
 
     Raises:
         InvalidRequestError: token ids outside the vocabulary, prompts too long or empty.
@@ -136,6 +138,7 @@ def plan_generation(
                 logprobs=logprobs if scored_by is None else replace(logprobs, num_prompt=None),
                 group=f"{name}-{number}" if fields.num_choices > 1 else None,
                 priority=_given(fields.priority, 0),
+                predicted_token_ids=_given(predicted, ()),
             )
             is_start = session.base is None
             text = _text_stream(service.tokenizer, fields, prompt, is_start=is_start, shown=shown_token_ids)
@@ -144,6 +147,7 @@ def plan_generation(
     return Generation(
         service,
         plans,
+        counts_predicted=predicted is not None,
         session=session,
         num_prompts=len(prompts),
         timeout_s=_timeout(fields, service.options),
