@@ -29,7 +29,7 @@ setup(
             f"dijiang_model.native._kernels_{variant}",
             # One source for every variant: setuptools wants distinct object files, hence one-line wrappers.
             sources=[f"{SOURCE}/kernels_{variant}.cpp"],
-            depends=[f"{SOURCE}/step.cpp", *(f"{SOURCE}/{header}" for header in HEADERS)],
+            depends=[f"{SOURCE}/choose.cpp", f"{SOURCE}/step.cpp", *(f"{SOURCE}/{header}" for header in HEADERS)],
             define_macros=[("DIJIANG_SOURCE", f'"{DIGEST}"')],
             extra_compile_args=[*COMMON, *options],
             extra_link_args=["-pthread"],

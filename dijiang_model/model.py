@@ -219,7 +219,8 @@ class DiJiangForCausalLM(nn.Module):
 
     def _runs_natively(self, decoder: NativeDecoder) -> bool:
         """The kernels know neither gradients nor other attention, nor what was put in after `prepare()`."""
-        if self.training or type(self.attention_op) is not TorchAttention:
+        own = self._attention_op  # None: the processor's, for kernels are made for models on it alone
+        if self.training or (own is not None and type(own) is not TorchAttention):
             return False
         if not (self._is_sealed or decoder.is_current):
             return False

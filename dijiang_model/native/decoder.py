@@ -59,6 +59,7 @@ class NativeDecoder:
         self._step = library.dijiang_step
         self._advance = library.dijiang_advance
         self._held: _Held | None = None
+        self._ones = torch.ones(1, dtype=torch.int64)
         self._weights = network_weights(model)
         self._vocab_size = model.config.vocab_size
         self._num_layers = model.config.num_layers
@@ -99,7 +100,7 @@ class NativeDecoder:
         """
         num_rows, storage = len(hidden), state.storage
         positions, slots, wanted = positions.contiguous(), slots.contiguous(), wanted.contiguous()
-        rows_of = torch.tensor(lengths, dtype=torch.int64)
+        rows_of = self._lengths(lengths)
         assert storage.is_contiguous()
         assert hidden.is_contiguous()
         assert hidden.dtype == torch.float32
@@ -164,6 +165,15 @@ class NativeDecoder:
         if failed:
             raise MemoryError(f"no memory to move {len(counts)} states on")
 
+    def _lengths(self, lengths: Sequence[int]) -> Tensor:
+        """[N] int64; those of a step in which every sequence has one row are kept."""
+        count = len(lengths)
+        if sum(lengths) != count:
+            return torch.tensor(lengths, dtype=torch.int64)
+        if len(self._ones) < count:
+            self._ones = torch.ones(count, dtype=torch.int64)
+        return self._ones
+
     def _hold(
         self, positions: Tensor, slots: Tensor, lengths: Sequence[int], storage: Tensor, held: slice
     ) -> _Held | None:
@@ -181,6 +191,7 @@ def _check_indices(indices: Tensor, *, limit: int, count: int) -> None:
     assert indices.dtype == torch.int64
     assert len(indices) == count
     if count > 0:
-        low, high = torch.aminmax(indices)
+        values = indices.tolist()  # few: cheaper than operations on tensors
+        low, high = min(values), max(values)
         if low < 0 or high >= limit:
-            raise IndexError(f"indices {int(low)} to {int(high)} are not all in 0 to {limit - 1}")
+            raise IndexError(f"indices {low} to {high} are not all in 0 to {limit - 1}")

@@ -205,3 +205,5 @@ def _declare(library: ctypes.CDLL) -> None:
         ctypes.c_int,  # threads
     )
     library.dijiang_linear.argtypes = (Pointer, Pointer, Integer, Pointer, ctypes.c_int)
+    library.dijiang_likeliest.argtypes = (Pointer, Integer, Integer, Pointer, ctypes.c_int)
+    library.dijiang_likeliest.restype = None

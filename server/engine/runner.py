@@ -22,6 +22,7 @@ from dijiang_model.model import PackedBatch
 from dijiang_model.state import StateBuffer
 from server.engine import graph_sampling
 from server.engine.cuda_graphs import DecodeGraphs
+from server.engine.decode_rows import DecodeRows
 from server.engine.engine import StepResult
 from server.engine.logprob_types import NO_STEP_LOGPROBS
 from server.engine.logprobs import LogprobPlan, scored_rows
@@ -46,21 +47,13 @@ _NOBODY = Sequence(GenerationRequest("", (0,), SamplingParams(temperature=0.0)),
 
 @dataclass(frozen=True, slots=True)
 class _Open:
-    """A step whose logits are on their way, and which was not sampled yet; `is_recorded`: by a recorded model."""
+    """A step whose logits are on their way, and which was not sampled yet; `slots`: [S] of the sampled rows."""
 
     batch: Batch
-    is_recorded: bool
-    fields: "_StepFields"
     scoring: LogprobPlan | None
     arrived: Arrived
     logits: Tensor
-
-    @property
-    def slots(self) -> Tensor:
-        """[S] of the sampled rows."""
-        if self.is_recorded:
-            return self.arrived[self.fields.slots][: self.batch.num_decode]
-        return self.arrived[self.fields.sampled_slots]
+    slots: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +63,7 @@ class _InFlight:
     batch: Batch
     num_sampled: int
     logprobs: LogprobPlan | None
-    numbers: Tensor  # int32 on the host: num_sampled tokens, then what the plan computed
+    numbers: Tensor  # integers on the host: num_sampled tokens, then what the plan computed
     arrived: torch.cuda.Event | None
 
 
@@ -100,6 +93,7 @@ class ModelRunner:
         # Filled with 0, not left as it is: a token id read from the scratch slot must be a valid one.
         self._last_token_ids = torch.zeros(pool.num_slots + 1, dtype=torch.int64, device=device)
         self._graphs = None if record is None else record(self._last_token_ids)
+        self._decode_rows = DecodeRows() if device.type == "cpu" and record is None else None
         self._in_flight: deque[_InFlight] = deque()
         self._open: _Open | None = None
 
@@ -107,29 +101,38 @@ class ModelRunner:
     def launch(self, batch: Batch) -> None:
         """Starts a step; on a CPU it is done on return, unless it waits for `complete`."""
         self.complete()
-        for chunk in batch.chunks:
+        for chunk in batch.chunks[batch.num_decode :]:
             if chunk.is_first:
                 self._begin(chunk)
         bucket = self._bucket(batch)
         transfer = Transfer()
-        fields = _StepFields.prepare(batch, transfer, bucket=bucket)
+        kept = None if self._decode_rows is None else self._decode_rows.of(batch)
+        fields = _StepFields.prepare(batch, transfer, bucket=bucket) if kept is None else None
         if bucket is not None and self._launch_recorded(batch, bucket, transfer):
             return
         scoring = LogprobPlan.prepare(batch, transfer)
         plan = None if _depends_on_tokens_in_flight(batch) else self._sampler.prepare(batch.sampled, transfer)
         arrived = transfer.send(self._device)
-        step = _Open(batch, bucket is not None, fields, scoring, arrived, self._logits(batch, bucket, fields, arrived))
+        if kept is not None:
+            packed = kept.packed(self._last_token_ids)
+            step = _Open(batch, scoring, arrived, self._model(packed, self._pool.buffer), kept.slots)
+        else:
+            assert fields is not None
+            logits = self._logits(batch, bucket, fields, arrived)
+            step = _Open(batch, scoring, arrived, logits, fields.sampled(batch, arrived))
         if plan is None:
             self._open = step
         else:
             self._finish(step, plan, arrived)
 
-    @torch.inference_mode()
     def complete(self) -> None:
         """Samples a step that waited for the one before it to be committed; nothing happens if none did."""
-        step, self._open = self._open, None
-        if step is None:
-            return
+        if self._open is not None:
+            self._complete(self._open)
+
+    @torch.inference_mode()
+    def _complete(self, step: _Open) -> None:
+        self._open = None
         transfer = Transfer()
         plan = self._sampler.prepare([_unless_ended(chunk) for chunk in step.batch.sampled], transfer)
         self._finish(step, plan, transfer.send(self._device))
@@ -200,10 +203,10 @@ class ModelRunner:
         token_ids = self._sample(step.logits[:num_sampled], plan, planned, step.slots)
         if step.batch.num_verified > 0:
             self._confirm(step.batch, token_ids)
-        numbers = token_ids.int()
+        numbers = token_ids
         if scoring is not None and kept is not None:
             computed = scoring.compute(kept, step.logits[num_sampled:], token_ids, step.arrived)
-            numbers = torch.cat((numbers, computed.flatten()))
+            numbers = torch.cat((token_ids.int(), computed.flatten()))
         self._to_host(step.batch, scoring, numbers)
 
     def _sample(self, logits: Tensor, plan: SamplingPlan, arrived: Arrived, slots: Tensor) -> Tensor:
@@ -211,7 +214,7 @@ class ModelRunner:
         if len(logits) == 0:
             return torch.empty(0, dtype=torch.int64, device=self._device)
         token_ids = self._sampler.sample(logits, plan, arrived)
-        self._last_token_ids[slots] = token_ids.clamp(min=0)
+        self._last_token_ids.index_copy_(0, slots, token_ids.clamp(min=0))
         return token_ids
 
     def _confirm(self, batch: Batch, token_ids: Tensor) -> None:
@@ -239,11 +242,12 @@ class ModelRunner:
         )
 
     def _to_host(self, batch: Batch, scoring: LogprobPlan | None, numbers: Tensor) -> None:
-        """Sends int32 numbers back, not waited for; the step is in flight."""
+        """Sends integers back, not waited for; the step is in flight."""
         num_sampled = len(batch.sampled)
         if self._device.type != "cuda" or len(numbers) == 0:
-            # A copy, for a recorded step writes into the same memory again.
-            self._in_flight.append(_InFlight(batch, num_sampled, scoring, numbers.to("cpu", copy=True), None))
+            # A recorded step writes into the same memory again.
+            on_host = numbers.to("cpu", copy=self._graphs is not None)
+            self._in_flight.append(_InFlight(batch, num_sampled, scoring, on_host, None))
             return
         on_host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
         on_host.copy_(numbers, non_blocking=True)
@@ -261,6 +265,11 @@ class _StepFields:
     positions: Field
     logit_rows: Field
     sampled_slots: Field
+    is_recorded: bool
+
+    def sampled(self, batch: Batch, arrived: Arrived) -> Tensor:
+        """[S] slots of the sampled rows."""
+        return arrived[self.slots][: batch.num_decode] if self.is_recorded else arrived[self.sampled_slots]
 
     @classmethod
     def prepare(cls, batch: Batch, transfer: Transfer, *, bucket: int | None = None) -> "_StepFields":
@@ -283,6 +292,7 @@ class _StepFields:
             token_ids=transfer.integers(token_ids),
             logit_rows=transfer.integers(logit_rows if bucket is None else ()),
             sampled_slots=transfer.integers(_slots(batch.sampled) if bucket is None else ()),
+            is_recorded=bucket is not None,
         )
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dijiang_model.native.choose import NOT_FINITE, likeliest_tokens
+from dijiang_model.native.library import load_library
 from server.engine.forbidden import bad_continuations
 from server.engine.grammar_masks import MaskPlan, apply_masks, prepare_masks
 from server.engine.penalties import PenaltyPlan, PenaltyTables
@@ -23,7 +25,7 @@ from server.engine.sequence import Chunk, Sequence
 from server.engine.transfer import Arrived, Field, Transfer
 from server.engine.types import SamplingParams
 
-FAULTY = -1
+FAULTY = NOT_FINITE
 """In the place of a token: the row's logits were not finite."""
 
 # Any temperature is exact within these; beyond, fp32 has the same limits: greedy, and uniform.
@@ -83,6 +85,12 @@ class SamplingPlan:
     masks: MaskPlan | None
     draw: DrawPlan | None
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every row wants its likeliest token and nothing else."""
+        changes = (self.penalties, self.bias, self.suppression, self.masks, self.draw)
+        return all(plan is None for plan in changes)
+
 
 class Sampler:
     """Samples steps; remembers between them only the tokens of penalised sequences."""
@@ -91,6 +99,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._penalties = PenaltyTables(vocab_size, device)
+        self._library = load_library() if device.type == "cpu" else None
 
     def prepare(self, chunks: Items[Chunk], transfer: Transfer) -> SamplingPlan:
         """Host side: plans the sampling of a step's chunks, in the order of its logits, into a transfer."""
@@ -113,6 +122,8 @@ class Sampler:
         Returns:
             [R] int64 token ids; `FAULTY` where a row's logits are not all finite.
         """
+        if plan.is_greedy and self._library is not None and logits.dtype == torch.float32:
+            return likeliest_tokens(logits, self._library)
         is_finite = torch.isfinite(logits.sum(dim=-1))  # one pass; NaN and infinities carry through a sum
         if plan.penalties is not None:
             self._penalties.apply(logits, plan.penalties, arrived)

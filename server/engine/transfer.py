@@ -30,12 +30,14 @@ class Arrived:
 
     def __init__(self, words: Tensor, num_integers: int) -> None:
         self.words = words
-        self._integers = words[:num_integers]
-        self._reals = words[num_integers:].view(torch.float64)
+        self._num_integers = num_integers
 
     def __getitem__(self, field: Field) -> Tensor:
         """The list as a tensor [n]: int64, or float64 for reals."""
-        return (self._reals if field.is_real else self._integers)[field.start : field.stop]
+        if not field.is_real:
+            return self.words[field.start : field.stop]
+        first = self._num_integers
+        return self.words[first + field.start : first + field.stop].view(torch.float64)
 
 
 class Transfer:
@@ -59,8 +61,10 @@ class Transfer:
 
     def send(self, device: torch.device) -> Arrived:
         """One copy to the device; not waited for where the device is CUDA."""
+        if not (self._integers or self._reals):
+            return Arrived(torch.empty(0, dtype=torch.int64, device=device), 0)
         content = bytearray(self._integers.tobytes() + self._reals.tobytes())
-        words = torch.frombuffer(content, dtype=torch.int64) if content else torch.empty(0, dtype=torch.int64)
+        words = torch.frombuffer(content, dtype=torch.int64)
         if device.type == "cuda":
             words = words.pin_memory().to(device, non_blocking=True)
         return Arrived(words, len(self._integers))

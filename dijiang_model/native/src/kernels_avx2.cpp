@@ -1,1 +1,2 @@
+#include "choose.cpp"
 #include "step.cpp"
