@@ -7,8 +7,11 @@ bytes as `server.text.vocabulary` gives them, so what a grammar permits is exact
 
 import json
 import re
+import time
 from array import array
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from pathlib import Path
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -23,6 +26,9 @@ _MAX_LEXER_STATES = 50_000
 _MAX_GRAMMAR_SIZE = 200_000
 _STEP_LEXER_FUEL = 200_000
 _STEP_MAX_ITEMS = 50_000
+_ALLOWED_S, _ALLOWED_S_PER_TOKEN = 1.0, 0.005
+"""Processor time of one answer. A grammar with many ways to read a text costs more with every token, within all the
+limits above: `start: "a"* start | "a"` takes half a second for one token after 400, and everybody waits for it."""
 
 
 class GrammarError(ValueError):
@@ -108,18 +114,25 @@ class GrammarConstraint:
         self._matcher = matcher
         self._eos_token_ids = eos_token_ids
         self._num_mask_bytes = num_mask_bytes
+        self._left_s = _ALLOWED_S
         self.has_ended = False
 
     def accept(self, token_id: int) -> str | None:
-        """Takes a sampled token in; says what is wrong if the grammar cannot go on with it."""
-        if not self._matcher.consume_token(token_id):
+        """Takes a sampled token in; says what is wrong if the grammar cannot go on with it, or has cost too much."""
+        with self._paid():
+            is_accepted = self._matcher.consume_token(token_id)
+        if not is_accepted:
             return _readable(self._matcher.get_error())
         self.has_ended = token_id in self._eos_token_ids
+        self._left_s += _ALLOWED_S_PER_TOKEN
+        if self._left_s < 0 and not self.has_ended:
+            return "it is too complex: its steps take too long"
         return None
 
     def num_permitted(self, token_ids: tuple[int, ...]) -> int:
         """How many of these tokens may come next, one after the other; accepts none of them."""
-        return 0 if self._matcher.is_error() else self._matcher.validate_tokens([*token_ids])
+        with self._paid():
+            return 0 if self._matcher.is_error() else self._matcher.validate_tokens([*token_ids])
 
     def write_mask(self, words: "array[int]", start: int, *, after: tuple[int, ...] = ()) -> None:
         """Writes the bits of the permitted tokens, lowest first, into 8-byte words from words[start] on.
@@ -134,12 +147,22 @@ class GrammarConstraint:
         assert words.itemsize == 8
         assert 8 * start + self._num_mask_bytes <= 8 * len(words)
         matcher = self._matcher
-        if after and not matcher.is_error():
-            matcher = matcher.deep_copy()  # not rolled back: too complex a step would stay an error
-            matcher.consume_tokens([*after])
-        if not matcher.is_error():
-            address, _ = words.buffer_info()
-            matcher.unsafe_compute_mask_ptr(address + 8 * start, self._num_mask_bytes)
+        with self._paid():
+            if after and not matcher.is_error():
+                matcher = matcher.deep_copy()  # not rolled back: too complex a step would stay an error
+                matcher.consume_tokens([*after])
+            if not matcher.is_error():
+                address, _ = words.buffer_info()
+                matcher.unsafe_compute_mask_ptr(address + 8 * start, self._num_mask_bytes)
+
+    @contextmanager
+    def _paid(self) -> Iterator[None]:
+        """Takes the processor time of what is done within off what this answer has left."""
+        begin = time.thread_time()  # of this thread alone: nobody pays for a machine that is busy
+        try:
+            yield
+        finally:
+            self._left_s -= time.thread_time() - begin
 
 
 def read_vocabulary(tokenizer_json: Path) -> Vocabulary:

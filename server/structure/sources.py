@@ -102,11 +102,18 @@ def _translated(source: GrammarSource) -> str:
         case GrammarKind.REGEX:
             return f"start: /{_delimited(source.text)}/"
         case GrammarKind.CHOICE:
-            return "start: " + " | ".join(json.dumps(choice) for choice in json.loads(source.text))
+            return _any_of(json.loads(source.text))
         case GrammarKind.GRAMMAR:
             return _from_client(source.text)
         case GrammarKind.LARK:
             return source.text
+
+
+def _any_of(choices: list[str]) -> str:
+    """One of these texts, as a single pattern: thousands of rules would be too many ways to read a text."""
+    texts = [json.dumps(choice) for choice in choices if choice]
+    start = " | ".join(["CHOICE"] * bool(texts) + ['""'] * ("" in choices))
+    return f"start: {start}" + (f"\nCHOICE: {' | '.join(texts)}" if texts else "")
 
 
 def _delimited(regex: str) -> str:

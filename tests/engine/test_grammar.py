@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.grammar import HEADER, GrammarCompiler, GrammarConstraint, GrammarError, read_vocabulary
+from server.structure.sources import GrammarKind, GrammarSource, translate
 from server.text.tokenizer import load_tokenizer
 from server.text.vocabulary import UnsupportedTokenizerError, Vocabulary
 from tests.byte_tokenizer import write_byte_tokenizer
@@ -189,3 +190,57 @@ def test_a_tokenizer_that_is_not_understood_is_refused(tmp_path: Path, content: 
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UnsupportedTokenizerError):
         read_vocabulary(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("chosen", ["number 2999 of many", "number 2", ""])
+def test_thousands_of_choices_are_no_more_than_one_pattern(compiler: GrammarCompiler, chosen: str) -> None:
+    choices = ["", "number 2", *(f"number {number} of many" for number in range(3_000))]
+    lark = translate(GrammarSource(GrammarKind.CHOICE, json.dumps(choices)))
+    assert accepts(constraint(compiler, lark), chosen)
+    assert not accepts(constraint(compiler, lark), "number 3")
+
+
+LEFT_RECURSIVE = {
+    "direct": 'start: start "a" | "a"',
+    "through other rules": 'start: mid "a" | "a"\nmid: other\nother: start "a" | start',
+    "behind nothing": 'start: nothing start "a" | "a"\nnothing: "" | "b"',
+}
+
+
+@pytest.mark.parametrize("lark", LEFT_RECURSIVE.values(), ids=LEFT_RECURSIVE)
+def test_left_recursion_goes_on_as_long_as_the_text_does(compiler: GrammarCompiler, lark: str) -> None:
+    words = constraint(compiler, lark)
+    for _ in range(1_000):
+        assert ord("a") in permitted(words)
+        assert words.accept(ord("a")) is None
+    assert EOS in permitted(words)
+    assert words.accept(EOS) is None
+
+
+def test_a_grammar_whose_steps_take_too_long_ends_its_answer(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr("server.engine.grammar.time.thread_time", lambda: next(clock) * 0.0625)
+    monkeypatch.setattr("server.engine.grammar._ALLOWED_S", 1.0)
+    monkeypatch.setattr("server.engine.grammar._ALLOWED_S_PER_TOKEN", 0.025)
+    words = constraint(compiler, 'start: "a"*')
+    for _ in range(10):  # each takes 0.125 s, for mask and token
+        assert ord("a") in permitted(words)
+        assert words.accept(ord("a")) is None, "1.25 s were allowed"
+    permitted(words)
+    assert words.accept(ord("a")) == "it is too complex: its steps take too long"
+
+
+def test_what_many_ways_to_read_a_text_cost_is_bounded(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.engine.grammar._ALLOWED_S", 0.05)
+    monkeypatch.setattr("server.engine.grammar._ALLOWED_S_PER_TOKEN", 0.001)
+    words = constraint(compiler, 'start: "a"* start | "a"')
+    for _ in range(5_000):
+        permitted(words)
+        if (problem := words.accept(ord("a"))) is not None:
+            break
+    assert problem is not None
+    assert len(problem) < 200

@@ -58,7 +58,11 @@ GOOD = [
     source("regex", "a/b\nc"),
     source("regex", ""),
     source("choice", json.dumps(["a", "", 'quote"', "back\\slash", "日本", "line\nbreak", "<|im_end|>"])),
+    source("choice", json.dumps([f"number {number} of many" for number in range(3_000)])),
+    source("choice", json.dumps([""])),
     source("grammar", 'start: start "a" | "a"'),
+    source("grammar", 'start: mid "a" | "a"\nmid: other\nother: start "a" | start'),
+    source("grammar", 'start: nothing start "a" | "a"\nnothing: "" | "b"'),
     source("grammar", 'root ::= "yes" | "no" root'),
 ]
 BAD = [
