@@ -3,13 +3,16 @@
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from server.middleware import hash_key
+from server.service import ServiceOptions
 from server.text.tokenizer import Tokenizer
 from tests.server.conftest import OPTIONS, Loopback, raw_exchange, serve
-from tests.server.fake_engine import EOS_TOKEN_ID
+from tests.server.fake_engine import EOS_TOKEN_ID, FakeEngine
 from tests.server.test_bad_requests import assert_still_right
 from tests.server.tiny_engine import TinyEngine
 from tests.tiny_models import tiny_model
@@ -130,3 +133,55 @@ def test_names_with_line_breaks_come_back_harmless(server: Loopback) -> None:
         server, b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx-request-id: a\x0bb\r\n\r\n"
     )
     assert b"a\x0bb" not in answer
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty"])
+def test_a_negative_zero_is_a_zero(server: Loopback, field: str) -> None:
+    for zero in ("-0.0", "0"):
+        body = f'{{"prompt": "x", "max_tokens": 1, "seed": 1, "{field}": {zero}}}'
+        headers = {"content-type": "application/json"}
+        assert server.http.post("/v1/completions", content=body, headers=headers).status_code == 200
+    first, second = (request.sampling for request in server.engine.submitted)
+    assert first == second
+
+
+@pytest.mark.parametrize("bias", ["1e308", "-1e308", "1e999", "NaN", "Infinity"])
+def test_a_bias_without_bounds_is_a_400(server: Loopback, bias: str) -> None:
+    body = f'{{"prompt": "x", "logit_bias": {{"1": {bias}}}}}'
+    answer = server.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert not server.engine.submitted
+
+
+def test_every_key_is_compared_whichever_is_right(
+    byte_tokenizer: Tokenizer, options: ServiceOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [f"sk-{number}" for number in range(5)]
+    compared: list[bytes] = []
+
+    def compare(given: bytes, known: bytes) -> bool:
+        compared.append(known)
+        return given == known
+
+    hashes = frozenset(hash_key(key.encode()) for key in keys)
+    with serve(FakeEngine(), replace(options, key_hashes=hashes), byte_tokenizer) as server:
+        monkeypatch.setattr("server.middleware.hmac.compare_digest", compare)
+        for key in [*keys, "wrong"]:
+            compared.clear()
+            server.http.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+            assert set(compared) == hashes
+
+
+@pytest.mark.parametrize("last", [b'"finish_reason":"stop"', b"[DONE]"])
+def test_a_client_that_leaves_at_the_last_chunk_leaves_nothing(server: Loopback, last: bytes) -> None:
+    body = b'{"prompt": "x", "max_tokens": 1000, "stream": true}'
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            connection.sendall(head % len(body) + body)
+            received = b""
+            while last not in received:
+                received += connection.recv(4096)
+    server.wait_until(lambda: not server.engine.running and server.service.num_active == 0)
+    assert len(server.engine.submitted) == 5
+    assert_still_right(server)
