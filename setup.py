@@ -12,14 +12,26 @@ from setuptools import Extension, setup
 
 SOURCE = "dijiang_model/native/src"
 DIGEST = runpy.run_path("dijiang_model/native/digest.py")["source_digest"](Path(SOURCE))
-HEADERS = ("attention.h", "int4.h", "matrix.h", "narrow.h", "operands.h", "rows.h", "threads.h", "vector.h")
+HEADERS = (
+    "attention.h",
+    "forms.h",
+    "int4.h",
+    "matrix.h",
+    "narrow.h",
+    "operands.h",
+    "round_rows.h",
+    "rows.h",
+    "threads.h",
+    "vector.h",
+)
 # Neither -ffast-math nor contraction: a row's sums must come in the same order and rounding in every batch.
 # GCC 12 warns of its own headers.
 QUIET = ("-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
 COMMON = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-g0", "-pthread", *QUIET)
 VARIANTS = {"base": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    VARIANTS |= {"avx2": ("-march=x86-64-v3",), "avx512": ("-march=x86-64-v4", "-mavx512vnni")}
+    AVX512 = ("-march=x86-64-v4", "-mavx512vnni")
+    VARIANTS |= {"avx2": ("-march=x86-64-v3",), "avx512": AVX512, "avx512bf16": (*AVX512, "-mavx512bf16")}
 
 setup(
     ext_modules=[]

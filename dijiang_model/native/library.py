@@ -13,8 +13,10 @@ from pathlib import Path
 
 from dijiang_model.native.digest import source_digest
 
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "fma", "bmi2"})
 VARIANTS: dict[str, frozenset[str]] = {
-    "avx512": frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "fma", "bmi2"}),
+    "avx512bf16": _AVX512 | {"avx512_bf16"},
+    "avx512": _AVX512,
     "avx2": frozenset({"avx2", "fma", "bmi2", "f16c"}),
     "base": frozenset(),
 }
@@ -29,13 +31,13 @@ Integer = ctypes.c_int64
 
 
 class Matrix(ctypes.Structure):
-    """A projection: fp32 weights, int8 codes with a scale and a sum per output, or int4 codes with scales of groups."""
+    """A projection: fp32 or bf16 weights, int8 codes with a scale per output, or int4 codes with scales of groups."""
 
     _fields_ = (
         ("weight", Pointer),
+        ("halves", Pointer),
         ("codes", Pointer),
         ("scales", Pointer),
-        ("totals", Pointer),
         ("pairs", Pointer),
         ("group_scales", Pointer),
         ("group_minimums", Pointer),

@@ -23,7 +23,6 @@ from dijiang_model.quantization.rounding import (
     unpack_pairs,
 )
 
-SUMMED_ROWS = 64
 COLUMN_BLOCK = 64
 """The kernels read codes in whole blocks of this, the width of the widest instruction; zeros behind the columns."""
 
@@ -97,7 +96,6 @@ class Int8Weight(QuantizedWeight):
         self.register_buffer("codes", torch.empty((rows, columns), dtype=torch.int8))
         self.register_buffer("scales", torch.empty(rows, dtype=torch.float32))
         self._padded: Tensor | None = None
-        self._totals: Tensor | None = None
 
     @classmethod
     def of(cls, weight: Tensor) -> "Int8Weight":
@@ -117,17 +115,13 @@ class Int8Weight(QuantizedWeight):
     def prepare(self) -> "Int8Weight":
         if self.codes.device.type == "cpu":
             self._padded = _padded(self.codes)
-            # The kernels' activations are shifted to be positive; [rows] int32 takes the shift off again.
-            self._totals = _row_sums(self.codes)
         return self
 
     def matrix(self, bias: int | None = None) -> Matrix:
         assert self._padded is not None
-        assert self._totals is not None
         return Matrix(
             codes=self._padded.data_ptr(),
             scales=self.scales.data_ptr(),
-            totals=self._totals.data_ptr(),
             bias=bias,
             rows=self.rows,
             columns=self.columns,
@@ -212,11 +206,6 @@ def _padded(codes: Tensor) -> Tensor:
     """The codes themselves where their width is a whole number of blocks, as in real models; else a wider copy."""
     missing = -codes.shape[1] % COLUMN_BLOCK
     return functional.pad(codes, (0, missing)) if missing > 0 else codes.contiguous()
-
-
-def _row_sums(codes: Tensor) -> Tensor:
-    """[rows] int32. Few rows at a time: torch widens what it sums, and the memory for that stays with the process."""
-    return torch.cat([rows.sum(dim=1, dtype=torch.int32) for rows in codes.split(SUMMED_ROWS)])
 
 
 def _bad_scales(scales: Tensor, name: str) -> list[str]:

@@ -166,6 +166,12 @@ def test_every_kind_of_kernel_agrees_with_the_naive_twin(variant: str, form: Qua
     assert_close_in_norm(weight.product(x).double(), product_naive(weight, x), tolerance=1e-6)
 
 
+def test_sums_of_rows_too_long_for_32_bits_are_right(variant: str) -> None:
+    """The largest codes and activations of all, of one sign: 20,000 products of 127 and 32,767."""
+    weight, x = Int8Weight.of(torch.ones(5, 20_000)), torch.ones(6, 20_000)
+    assert torch.allclose(weight.product(x), torch.full((6, 5), 20_000.0), rtol=1e-6)
+
+
 def test_a_row_of_a_product_is_the_same_in_any_company(variant: str, form: Quantization) -> None:
     weight, x = rounded(torch.randn(37, 130), form), torch.randn(11, 130)
     together = weight.product(x)

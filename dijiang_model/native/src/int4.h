@@ -165,7 +165,7 @@ static inline void dot_pairs(const Matrix& m, const Activations& x, int64_t row,
         total[o][i] = fma(minimums, load(x.sums + (n + i) * stride + first), total[o][i]);
       });
     });
-    add_range<O, N, kFetch>(m, pairs, behind, size, x.planes + n * 2 * size, range, total);
+    add_range<O, N, kFetch>(m, pairs, behind, size, x.rounded + n * 2 * size, range, total);
   }
   each<O>([&](auto o) DIJIANG_INLINE { each<N>([&](auto i) DIJIANG_INLINE { totals[o][i] = total[o][i]; }); });
 }

@@ -16,10 +16,10 @@ constexpr int64_t kSmallestGroup = 32;
 static inline int64_t padded(int64_t columns) { return (columns + kCodeBlock - 1) / kCodeBlock * kCodeBlock; }
 
 struct Matrix {
-  const float* weight;             // [rows, columns]; null with codes
+  const float* weight;             // fp32: [rows, columns]; else null
+  const uint16_t* halves;          // bf16: [rows, columns]; else null
   const int8_t* codes;             // int8: [rows, padded(columns)], zeros behind the columns; else null
   const float* scales;             // [rows]
-  const int32_t* totals;           // [rows] sum of the row's codes
   const uint8_t* pairs;            // int4: [(rows + 1) / 2, padded(columns)], a row in each half of a byte; else null
   const uint16_t* group_scales;    // [rows, num_groups] fp16
   const uint16_t* group_minimums;  // [rows, num_groups] fp16; null: a code stands for code - 8
@@ -28,23 +28,21 @@ struct Matrix {
   int64_t columns;
   int64_t group_size;              // int4: columns under one scale, 32 or 64
 
-  bool is_quantized() const { return codes != nullptr || pairs != nullptr; }
-  // Of weights or codes, without the scales.
-  int64_t bytes_per_output() const {
-    if (is_quantized()) return codes != nullptr ? padded(columns) : padded(columns) / 2;
-    return columns * static_cast<int64_t>(sizeof(float));
-  }
+  // Whether the rows that it is multiplied with are rounded before (`round_row`).
+  bool reads_rounded() const { return weight == nullptr && rows > 0; }
   int64_t num_groups() const { return (columns + group_size - 1) / group_size; }
 };
 
 // Sums of groups of a row, padded to whole vectors of any kind.
 static inline int64_t padded_sums(int64_t columns) { return (columns / kSmallestGroup + 1 + 15) / 16 * 16; }
 
-// The right-hand sides of one product: N rows in fp32, and the same in 16 bits for codes.
+// The right-hand sides of one product: N rows in fp32, and the same in 16 bits for weights that are not.
 struct Activations {
   const float* values;    // [N, stride]
   int64_t stride;
-  const uint8_t* planes;  // [N, 2 * padded(columns)]: high bytes, low bytes of value / scale + 32768
+  // [N, 2 * padded(columns)] bytes, zeros behind the columns. For int8: int16 of value / scale; for bf16: bf16;
+  // for int4: planes, high bytes and low bytes of value / scale + 32768.
+  const uint8_t* rounded;
   const float* scales;    // [N]
   const float* sums;      // [N, padded_sums(columns)] sums of value / scale over int4 groups, zeros behind them
 };
@@ -52,7 +50,14 @@ struct Activations {
 // Weights come from memory once a step. A block of outputs reads several rows side by side, which the processor's own
 // prefetching does not follow well, least of all in short rows: so the blocks behind are asked for line by line.
 constexpr int64_t kAheadBytes = 32768;
-static inline void fetch(const void* at) { __builtin_prefetch(at, 0, 2); }
+static inline DIJIANG_INLINE void fetch(const void* at) {
+#if defined(__x86_64__) || defined(__i386__)
+  // Not the builtin: the compiler takes a function of nothing else for one without effect, and leaves calls of it out.
+  asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(at)));
+#else
+  __builtin_prefetch(at, 0, 2);
+#endif
+}
 
 // Weights that are read in the order of memory are followed well, at a third more bytes a second than can be asked for,
 // but only to the end of a page: the first lines of the page behind each one that ends within `bytes` are asked for.

@@ -53,21 +53,21 @@ class Scratch {
   std::vector<std::vector<float>> buffers_;
 };
 
-// Rows that products read: fp32 and, where a matrix has codes, 16-bit planes.
+// Rows that products read: fp32 and, where weights are not fp32, rounded to 16 bits.
 struct RowBuffer {
   float* values;
-  uint8_t* planes;
+  uint8_t* rounded;
   float* scales;
   float* sums;
   int64_t width;
 
-  Activations activations() const { return {values, width, planes, scales, sums}; }
+  Activations activations() const { return {values, width, rounded, scales, sums}; }
 
   // Makes a row ready for a matrix that is going to read it.
   void prepare_row(int64_t n, const Matrix& reader) const {
-    if (!reader.is_quantized()) return;
-    scales[n] = quantize(values + n * width, width, planes + n * 2 * padded(width), reader.group_size,
-                         sums + n * padded_sums(width));
+    if (!reader.reads_rounded()) return;
+    scales[n] = round_row(reader, values + n * width, width, rounded + n * 2 * padded(width),
+                          sums + n * padded_sums(width));
   }
 };
 
@@ -142,7 +142,7 @@ class Step {
     add_product(layer.output, attended_);
     if (!is_parallel) norm(layer.mlp_norm, mlp_normed_, layer.mlp_up);
     mlp(layer);
-    if (layer.mlp_down.is_quantized()) for_rows([&](int64_t n) { inner_.prepare_row(n, layer.mlp_down); });
+    if (layer.mlp_down.reads_rounded()) for_rows([&](int64_t n) { inner_.prepare_row(n, layer.mlp_down); });
     add_product(layer.mlp_down, inner_);
   }
 
@@ -181,9 +181,9 @@ class Step {
  private:
   RowBuffer rows(Scratch& scratch, size_t which, int64_t width) const {
     float* values = scratch.floats(which, num_rows_ * width);
-    float* planes = scratch.floats(which + 1, num_rows_ * padded(width) / 2 + 1);
+    float* rounded = scratch.floats(which + 1, num_rows_ * padded(width) / 2 + 1);
     float* scales = scratch.floats(which + 2, num_rows_ * (padded_sums(width) + 1));
-    return {values, reinterpret_cast<uint8_t*>(planes), scales, scales + num_rows_, width};
+    return {values, reinterpret_cast<uint8_t*>(rounded), scales, scales + num_rows_, width};
   }
 
   // Angles in fp64: in fp32 a position of 10^6 is off by 0.06 rad.
@@ -283,7 +283,7 @@ class Step {
       if (is_narrow && !segment.is_held) put_back(state, part);
     });
     const bool is_gated = layer.gate.rows > 0;
-    if (!is_gated && !layer.output.is_quantized()) return;
+    if (!is_gated && !layer.output.reads_rounded()) return;
     for_rows([&](int64_t n) {
       float* row = attended_.values + n * attended_.width;
       if (is_gated)
@@ -429,15 +429,15 @@ int dijiang_linear(const dijiang::Matrix* matrix, const float* x, int64_t num_ro
     static Scratch* scratch = new Scratch();
     const int64_t columns = matrix->columns;
     Activations rows{x, columns, nullptr, nullptr, nullptr};
-    if (matrix->is_quantized()) {
-      auto* planes = reinterpret_cast<uint8_t*>(scratch->floats(0, num_rows * padded(columns) / 2 + 1));
+    if (matrix->reads_rounded()) {
+      auto* rounded = reinterpret_cast<uint8_t*>(scratch->floats(0, num_rows * padded(columns) / 2 + 1));
       float* scales = scratch->floats(1, num_rows);
       float* sums = scratch->floats(2, num_rows * padded_sums(columns));
       pool.run(num_rows, num_rows >= 8 ? num_threads : 1, [&](int64_t n, int) {
-        scales[n] = quantize(x + n * columns, columns, planes + n * 2 * padded(columns), matrix->group_size,
-                             sums + n * padded_sums(columns));
+        scales[n] = round_row(*matrix, x + n * columns, columns, rounded + n * 2 * padded(columns),
+                              sums + n * padded_sums(columns));
       });
-      rows.planes = planes;
+      rows.rounded = rounded;
       rows.scales = scales;
       rows.sums = sums;
     }

@@ -1,0 +1,2 @@
+#include "choose.cpp"
+#include "step.cpp"
