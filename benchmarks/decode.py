@@ -2,15 +2,14 @@
 
     dijiang bench decode --cases 1:128,16:2048 --threads 2
 
-Every round times one step of each contender in turn: ours by kind of weights; HF with its dynamic and its static
-key-value cache (sdpa, filled with random keys and values up to the context); llama.cpp from the GGUF file that the
-model was made from (one conversation). The largest logit is looked for in all but llama.cpp's. Ratios are medians over
-rounds, so that other work on the machine cancels out.
+Every round takes two steps of each contender in turn and times the second: ours by kind of weights, and the rivals (see
+`benchmarks.rivals`): HF's caches are filled with random keys and values up to the context. The largest logit is looked
+for in all but llama.cpp's. Ratios are medians over rounds, so that other work on the machine cancels out.
 """
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,8 +22,9 @@ from rich.table import Table
 from benchmarks import llama_cpp, plots, report
 from benchmarks.contenders import DTYPES, WEIGHTS, awake, has_transformers_twin, load_models, our_step
 from benchmarks.costs import step_costs
-from benchmarks.machine import Machine, best_ms, interleaved, is_cuda, median_ms, ratio, synchronised
-from benchmarks.transformers_twin import CacheKind, decode_step, transformers_twin
+from benchmarks.machine import Machine, best_ms, interleaved, is_cuda, median_ms, ratio
+from benchmarks.rivals import HF, LLAMA_CPP, NAMES, Rivals, cache_bytes_per_token
+from benchmarks.transformers_twin import transformers_twin
 from dijiang_model.errors import ModelError
 from dijiang_model.model import DiJiangForCausalLM
 
@@ -32,8 +32,8 @@ __all__ = ["Line", "awake", "decode_command", "our_step"]
 
 DEFAULT_CASES = "1:128,1:4096,16:2048"
 NEAR, FAR = 1_000, 100_000
-HF, LLAMA_CPP = "hf", "llama.cpp"
-CACHES: tuple[CacheKind, ...] = ("dynamic", "static")
+OWN_LEAD_IN = 1
+WARM_UP = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Line:
 
     Attributes:
         num_rows, context: conversations in the step, tokens in each so far.
-        times_hf: speed over HF's better cache in the same rounds; None for rivals and without HF.
+        times_hf: speed over HF's fastest way in the same rounds; None for rivals and without HF.
         times_llama_cpp: over llama.cpp in the same class of weights.
         num_bytes, operations: what the step must do; None for rivals.
         floor_ms: the least time for that at the measured rates.
@@ -71,15 +71,11 @@ class Bench:
 
     Attributes:
         models: ours, by kind of weights.
-        twin: HF's model; None: without it.
-        files: llama.cpp's, by type; empty: without it.
     """
 
     machine: Machine
     models: Mapping[str, DiJiangForCausalLM]
-    twin: Any
-    files: Mapping[str, Path]
-    device: str
+    rivals: Rivals
     clock: str
     num_rounds: int
 
@@ -88,8 +84,16 @@ class Bench:
         steps = {
             f"ours {kind}": our_step(model, num_rows=num_rows, position=context) for kind, model in self.models.items()
         }
-        theirs = self._rivals(num_rows, context)
-        times = interleaved({**steps, **theirs}, num_rounds=self.num_rounds, clock=self.clock)
+        room = (OWN_LEAD_IN + 1) * (self.num_rounds + WARM_UP) + 1
+        theirs = self.rivals.steps(num_rows, context, room=room)
+        times = interleaved(
+            {**steps, **theirs},
+            num_rounds=self.num_rounds,
+            warm_up=WARM_UP,
+            clock=self.clock,
+            num_before=OWN_LEAD_IN,
+        )
+        times |= self.rivals.token_times(num_rows, context, num_rounds=self.num_rounds)
         return [self._line(name, times, num_rows, context) for name in times]
 
     def flatness(self) -> dict[str, float]:
@@ -101,28 +105,15 @@ class Bench:
             found[kind] = ratio(times[str(FAR)], times[str(NEAR)])
         return found
 
-    def _rivals(self, num_rows: int, context: int) -> dict[str, Callable[[], object]]:
-        room = self.num_rounds + 8
-        steps: dict[str, Callable[[], object]] = {}
-        if self.twin is not None:
-            for kind in CACHES:
-                step = decode_step(self.twin, num_rows=num_rows, num_tokens=context, kind=kind, num_steps=room)
-                steps[f"HF {kind}"] = synchronised(step, self.device)
-        if num_rows == 1:
-            for name, file in self.files.items():
-                steps[f"llama.cpp {name}"] = llama_cpp.decode_step(
-                    file, context=context, num_threads=self.machine.num_threads, room=room
-                )
-        return steps
-
     def _line(self, name: str, times: Mapping[str, list[float]], num_rows: int, context: int) -> Line:
         measured = times[name]
         took = median_ms(measured)
         line = Line(name, num_rows, context, took, best_ms(measured), tokens_per_s=num_rows / took * 1e3)
-        config = next(iter(self.models.values())).config
         if not name.startswith("ours "):
-            cache = 8 * config.num_layers * config.num_kv_heads * config.head_size * context
-            return replace(line, conversation_mib=cache / 2**20 if name.startswith("HF") else None)
+            # llama.cpp keeps halves.
+            per_token = cache_bytes_per_token(next(iter(self.models.values())).config)
+            share = 0.5 if name.startswith("llama.cpp") else 1.0
+            return replace(line, conversation_mib=share * per_token * context / 2**20)
         kind = name.removeprefix("ours ")
         model = self.models[kind]
         costs = step_costs(model, num_rows=num_rows)
@@ -201,8 +192,10 @@ def decode_command(
     weights: Annotated[
         str | None, typer.Option(help=f"Kinds of ours: {', '.join(WEIGHTS)}. Default: fp32,int8; bf16 on CUDA.")
     ] = None,
-    rivals: Annotated[str, typer.Option(help="hf, llama.cpp, both with a comma, or nothing.")] = HF,
+    rivals: Annotated[str, typer.Option(help=f"Of {', '.join(NAMES)}, with commas; or nothing.")] = HF,
     gguf: Annotated[Path | None, typer.Option(help="llama.cpp's file; the default model's if absent.")] = None,
+    most_read: Annotated[int, typer.Option(min=1, help="Longest context that llama.cpp is made to read.")] = 8192,
+    rival_limit_s: Annotated[float, typer.Option(min=1, help="For compiling, and for continuous batching.")] = 120,
     device: report.Device = "cpu",
     threads: report.Threads = None,
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each contender in each case.")] = 7,
@@ -217,7 +210,7 @@ def decode_command(
     report.prepare(threads, clock, device)
     parsed = parse_cases(cases)
     kinds = report.kinds_of_weights(weights, device)
-    wanted = report.words(rivals, "--rivals", (HF, LLAMA_CPP))
+    wanted = report.words(rivals, "--rivals", NAMES)
     folder = report.model_folder(model)
     machine = report.measured_machine(clock, device, DTYPES.get(kinds[0], torch.float32))
     told.introduce(machine)
@@ -227,9 +220,20 @@ def decode_command(
         except ModelError as error:
             raise report.failed(error) from error
         path = next(iter(models.values())).decode_path
-        twin = _twin(folder, models, told) if HF in wanted else None
+        twin = _twin(folder, models, told) if set(wanted) - {LLAMA_CPP} else None
         files = _files(gguf, model, kinds, machine, device, told, stack) if LLAMA_CPP in wanted else {}
-        bench = Bench(machine, models, twin, files, device, clock, rounds)
+        others = Rivals(
+            names=tuple(wanted),
+            twin=twin,
+            files=files,
+            cache_bytes=cache_bytes_per_token(next(iter(models.values())).config),
+            device=device,
+            num_threads=machine.num_threads,
+            limit_s=rival_limit_s,
+            max_read_tokens=most_read,
+            note=told.note,
+        )
+        bench = Bench(machine, models, others, clock, rounds)
         lines = [line for case in parsed for line in bench.case(*case)]
         flatness = bench.flatness() if flat else None
     result = {

@@ -89,9 +89,18 @@ def synchronised(run: Callable[[], object], device: str) -> Callable[[], object]
 
 @torch.inference_mode()
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], *, num_rounds: int, warm_up: int = 2, clock: str = "wall"
+    runs: Mapping[str, Callable[[], object]],
+    *,
+    num_rounds: int,
+    warm_up: int = 2,
+    clock: str = "wall",
+    num_before: int = 0,
 ) -> dict[str, list[float]]:
     """Times each of `runs` once in every round, so that a busy neighbour disturbs all of them alike.
+
+    Args:
+        num_before: runs of the same, not timed, before each one that is: threads of the one before it may go on
+            waiting for work for some milliseconds, on a processor that this one needs.
 
     Returns:
         Seconds of each round, by name.
@@ -100,6 +109,8 @@ def interleaved(
     read = CLOCKS[clock]
     for round_ in range(warm_up + num_rounds):
         for name, run in runs.items():
+            for _ in range(num_before):
+                run()
             start = read()
             run()
             elapsed = read() - start

@@ -2,17 +2,27 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+)
 from transformers.utils import logging
 
 from dijiang_model.model import DiJiangForCausalLM
 
 CacheKind = Literal["dynamic", "static"]
+PAGE_TOKENS = 256
+READ_TOKENS = 2048
 
 
 def transformers_twin(folder: Path, model: DiJiangForCausalLM) -> Any:
@@ -68,3 +78,62 @@ def decode_step(twin: Any, *, num_rows: int, num_tokens: int, kind: CacheKind, n
         return largest
 
     return step
+
+
+class Compiled:
+    """HF's model with its forward pass compiled for the shapes that come."""
+
+    def __init__(self, twin: Any) -> None:
+        compiled: Any = torch.compile
+        self._forward = compiled(twin, dynamic=False)
+        self.config, self.device, self.dtype = twin.config, twin.device, twin.dtype
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        return self._forward(*inputs, **options)
+
+
+def token_times(twin: Any, *, num_rows: int, num_tokens: int, num_times: int) -> list[float]:
+    """Seconds between tokens of `num_rows` requests in HF's continuous batching, behind `num_tokens` each.
+
+    The requests' prompts are equal, so that one is read and its pages are shared; a token's keys and values are looked
+    up page by page for each request all the same.
+
+    Raises:
+        RuntimeError: it stopped without an answer.
+    """
+    prompt = [500 + place % 1000 for place in range(num_tokens)]
+    prompt = [token % twin.config.vocab_size for token in prompt]
+    pages = num_rows * (-(-(num_tokens + num_times + num_rows + 8) // PAGE_TOKENS) + 1)
+    settings = ContinuousBatchingConfig(
+        page_size=PAGE_TOKENS,
+        num_blocks=pages,
+        max_batch_tokens=max(num_rows, min(num_tokens, READ_TOKENS)),
+        max_requests_per_batch=num_rows,
+    )
+    config = GenerationConfig(do_sample=False, max_new_tokens=num_times + num_rows + 4, eos_token_id=-1, pad_token_id=0)
+    options = {"generation_config": config, "continuous_batching_config": settings, "warmup": False}
+    with twin.continuous_batching_context_manager(timeout=5, **options) as manager:
+        first = manager.add_request(prompt, max_new_tokens=1)
+        _result(manager, {first})
+        names = {manager.add_request(prompt, record_timestamps=True) for _ in range(num_rows)}
+        answers = [_result(manager, names) for _ in range(num_rows)]
+    # When the last one has begun, all of them are in every step until the first one ends.
+    begun = max(answer.timestamps[0] for answer in answers)
+    first_one = min(answers, key=lambda answer: answer.timestamps[0])
+    together = [moment for moment in first_one.timestamps if moment >= begun]
+    gaps = [later - earlier for earlier, later in pairwise(together)][-num_times:]
+    if len(gaps) < num_times:
+        raise RuntimeError(f"its requests were together in {len(gaps)} steps only")
+    return gaps
+
+
+def _result(manager: Any, names: set[str]) -> Any:
+    """The next finished one of these requests."""
+    while True:
+        answer = manager.get_result(timeout=1)
+        if answer is not None and answer.request_id in names and answer.is_finished():
+            if answer.error is not None:
+                raise RuntimeError(answer.error)
+            return answer
+        if answer is None and not manager.is_running():
+            raise RuntimeError("its generation thread has ended")

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from benchmarks import machine
+from benchmarks import machine, rivals
 from server.cli import app
 from tests.tiny_models import write_tiny_model
 
@@ -53,6 +54,43 @@ def test_decode_measures_ours_and_hf_in_every_case_and_says_how_far_from_the_flo
             assert line["times_floor"] == pytest.approx(line["best_ms"] / line["floor_ms"])
     assert plot.read_bytes().startswith(PNG)
     assert "x floor" in result.stdout
+
+
+def test_continuous_batching_of_hf_is_timed_by_its_own_account(model: Path) -> None:
+    arguments = ("--cases", "3:20", "--rounds", 2, "--threads", 1, "--weights", "fp32", "--rivals", "hf-continuous")
+    ours, theirs = found(bench("decode", model, *arguments))["lines"]
+    assert (theirs["name"], theirs["num_rows"], theirs["context"]) == ("HF continuous", 3, 20)
+    assert theirs["median_ms"] > 0
+    assert ours["times_hf"] > 0
+
+
+def test_a_rival_that_cannot_be_measured_is_left_out_in_words(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoCompiler:
+        def __init__(self, twin: Any) -> None:
+            self.config, self.device, self.dtype = twin.config, twin.device, twin.dtype
+
+        def __call__(self, *inputs: Any, **options: Any) -> Any:
+            raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(rivals, "Compiled", NoCompiler)
+    arguments = ("--cases", "1:8", "--rounds", 1, "--threads", 1, "--weights", "fp32", "--rivals", "hf-compiled,hf")
+    document = found(bench("decode", model, *arguments))
+    assert [line["name"] for line in document["lines"]] == ["ours fp32", "HF dynamic", "HF static"]
+    assert document["notes"] == ["Without HF's compiled static cache at 1 x 8: RuntimeError: no compiler"]
+
+
+def test_caches_that_do_not_fit_in_memory_are_left_out_in_words(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "SHARE_OF_MEMORY", 0.0)
+    document = found(bench("decode", model, "--cases", "1:8", "--rounds", 1, "--threads", 1))
+    assert [line["name"] for line in document["lines"]] == ["ours fp32", "ours int8"]
+    assert "Without HF at 1 x 8" in document["notes"][0]
+
+
+def test_what_takes_too_long_is_given_up() -> None:
+    with pytest.raises(rivals.TooLongError, match=r"after 0\.01 s"), rivals.time_limit(0.01):
+        Event().wait()
+    with rivals.time_limit(60):
+        pass
 
 
 def test_prefill_measures_prompts_alone_and_together(model: Path, tmp_path: Path) -> None:
@@ -111,7 +149,7 @@ def test_only_the_line_of_json_is_printed_and_kept_on_request(model: Path, tmp_p
     ("arguments", "complaint"),
     [
         (("decode", "--cases", "1x128"), "ROWS:CONTEXT"),
-        (("decode", "--rivals", "vllm"), "none of hf, llama.cpp"),
+        (("decode", "--rivals", "vllm"), "none of hf, hf-compiled, hf-continuous, llama.cpp"),
         (("decode", "--weights", "fp31"), "none of fp32"),
         (("prefill", "--weights", ""), "at least one of fp32"),
         (("train", "--stages", ""), "at least one stage"),
