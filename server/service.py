@@ -113,6 +113,7 @@ class Service:
         paused: the same, because an operator wants it for a while.
         num_active: requests that generate right now.
         running: what they are.
+        is_closing: what the service has started itself is being ended.
         background: responses that are made while nobody waits, by id.
         event_logs: their events so far, by id.
         rate_limits: what each key has used of its minute.
@@ -154,12 +155,14 @@ class Service:
         self.draining = self.paused = False
         self.num_active = 0
         self.running: set[Suspendable] = set()
+        self.is_closing = False
         self.background: dict[str, asyncio.Task[None]] = {}
         self.event_logs: dict[str, EventLog] = {}
         self.checking = asyncio.Lock()
 
     async def close(self) -> None:
         """Ends what the service itself has started. May be called twice."""
+        self.is_closing = True
         for task in [*self.background.values()]:
             task.cancel()
         await asyncio.gather(*self.background.values(), return_exceptions=True)
@@ -174,6 +177,7 @@ class Service:
         try:
             async with asyncio.timeout(timeout_s):
                 results = await asyncio.gather(*(item.suspend() for item in running), return_exceptions=True)
+                await asyncio.gather(*self.background.values(), return_exceptions=True)  # which are put off
         except TimeoutError:
             _log.error("the states of what still ran could not all be saved within %g s", timeout_s)
             return

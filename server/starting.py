@@ -119,6 +119,7 @@ async def _serve(start: _Start, console: Console) -> None:
         service, tokenizer = await asyncio.to_thread(start.make_service)
         stack.push_async_callback(service.close)
         server = start.make_server(service)
+        taking_up = asyncio.create_task(_take_up(service))
         if service.states is not None:
             await service.states.start(service.end_background)
         recipe = recipe_of(start.model)
@@ -129,11 +130,18 @@ async def _serve(start: _Start, console: Console) -> None:
             await server.serve(sockets=[start.listener])
         finally:
             waiting.cancel()
-            await asyncio.gather(waiting, return_exceptions=True)
+            taking_up.cancel()
+            await asyncio.gather(waiting, taking_up, return_exceptions=True)
             failure = engine.failure
             await engine.close()  # before the service, which keeps what the engine still writes
     if failure is not None:
         raise StartError(f"the engine cannot run: {failure}")
+
+
+async def _take_up(service: Service) -> None:
+    from server.routes.response_background import take_up_forever  # by now the application was imported
+
+    await take_up_forever(service)
 
 
 async def _announce(engine: EngineClient, summary: Summary, console: Console) -> None:

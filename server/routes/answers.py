@@ -164,6 +164,17 @@ class Choice:
             for follower in self.followers
         ]
 
+    def go_on_behind(self, token_ids: tuple[int, ...], *, num_cached_tokens: int) -> str:
+        """The text of tokens that came before it was cut off; they were measured then."""
+        taken = self.text.take(TokenEvent("", token_ids))
+        self.num_tokens = self.num_received = len(token_ids)
+        self.num_cached_tokens = num_cached_tokens
+        if self.thought is not None:
+            self.thought.take(token_ids)
+        if self.token_ids is not None:
+            self.token_ids += token_ids
+        return taken.text
+
     def cut_off(self) -> str:
         """The text that was held back for what might have come."""
         self._reason = str(FinishReason.SUSPENDED)
@@ -228,6 +239,7 @@ class Generation:
         self._deadline: float | None = None
         self._ends: dict[int, dict[str, Any]] = {}
         self._is_cut_off = False
+        self._outputs_before: tuple[int, ...] | None = None
 
     @property
     def usage(self) -> Usage:
@@ -261,6 +273,27 @@ class Generation:
         """The prompt of a choice."""
         return self._plans[index].request.prompt_token_ids
 
+    def resume(self, token_ids: Sequence[int], *, num_cached_tokens: int) -> str:
+        """To be called before `start`: its one choice goes on behind tokens that it had before it was cut off.
+
+        Args:
+            token_ids: so far.
+            num_cached_tokens: of its prompt, as was told then.
+
+        Returns:
+            The text of them.
+        """
+        (choice,) = self._choices
+        self._outputs_before = tuple(token_ids)
+        return choice.go_on_behind(self._outputs_before, num_cached_tokens=num_cached_tokens)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Of its one choice, which keeps them."""
+        (choice,) = self._choices
+        assert choice.token_ids is not None
+        return choice.token_ids
+
     async def start(self) -> None:
         """Submits every choice, or none.
 
@@ -280,7 +313,8 @@ class Generation:
         except BaseException:
             await self.close()
             raise
-        self._service.metrics.prompt_tokens.inc(self._num_new_tokens)
+        if self._outputs_before is None:
+            self._service.metrics.prompt_tokens.inc(self._num_new_tokens)
         if self._timeout_s is not None:
             self._deadline = asyncio.get_running_loop().time() + self._timeout_s
 
@@ -447,7 +481,8 @@ class Generation:
             await asyncio.to_thread(choice.text.read_prompt)
 
     def _request(self, choice: Choice) -> GenerationRequest:
-        return self._session.attach(self._plans[choice.index].request, choice.index)
+        request = self._session.attach(self._plans[choice.index].request, choice.index)
+        return request if self._outputs_before is None else self._session.resumed(request, self._outputs_before)
 
     async def _keep_state(self, choice: Choice, event: TokenEvent, stack: AsyncExitStack) -> str:
         """Keeps the state after the tokens that were taken; its id."""

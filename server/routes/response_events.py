@@ -1,11 +1,11 @@
 """The stream of a response: numbered events, followed while they are made or told again from what is stored."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
 
-from server.routes.response_output import Event, Pieces, replayed
+from server.routes.response_output import Event, Item, Pieces, replayed
 from server.sse import KEEP_ALIVE, event
 from server.states.store import UNFINISHED
 
@@ -38,6 +38,24 @@ def begun(response: Mapping[str, Any]) -> list[Event]:
 def ended(response: Mapping[str, Any]) -> Event:
     """The last event."""
     return (f"response.{response['status']}", {"response": dict(response)})
+
+
+def begun_again(response: Mapping[str, Any], items: Sequence[Item], pieces: Pieces) -> list[Event]:
+    """The events that there were of a response when it was put off."""
+    return [*begun(response), *replayed(items, pieces, was_broken_off=True)]
+
+
+def put_off(num_events: int) -> tuple[int, Event]:
+    """Number and content of the event that ends the streams of a response that goes on later.
+
+    It is no event of the response's own, so it has the number of the last one of these: whoever asks for the events
+    after what was read last misses none.
+    """
+    message = (
+        "the server was stopped; the response goes on by itself as soon as a server takes it up. Read on with "
+        "GET /v1/responses/{id}?stream=true&starting_after=N, N being the last sequence number"
+    )
+    return num_events - 1, ("error", {"code": "server_shutdown", "message": message, "param": None})
 
 
 def public(body: Mapping[str, Any]) -> dict[str, Any]:

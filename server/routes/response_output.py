@@ -85,6 +85,16 @@ class ResponseOutput:
             self.items[-1]["content"][0]["logprobs"] += self._pending  # of the token that ended it
         return events + self._close(COMPLETED if reason == "stop" else INCOMPLETE)
 
+    def put_off(self) -> dict[str, Any]:
+        """What `go_on` needs, fit for JSON: it is cut off here and goes on later."""
+        return {"items": self.items, "pending": self._pending}
+
+    def go_on(self, text: str, before: Mapping[str, Any], pieces: Pieces) -> None:
+        """Goes on where it was put off; `text` is all that was pushed until then."""
+        self.begin()
+        self.push(text, [], is_last=False)
+        self.items, self._pending, self.pieces = before["items"], before["pending"], pieces
+
     def break_off(self) -> None:
         """Instead of `finish`, where the answer fails: the last item stays as it is."""
         if self._is_open:
@@ -132,7 +142,7 @@ def replayed(items: Sequence[Item], pieces: Pieces, *, was_broken_off: bool) -> 
     Args:
         items: of a response.
         pieces: in which they came.
-        was_broken_off: whether the response failed or was cancelled, so that an incomplete item was never closed.
+        was_broken_off: whether the response failed, was cancelled or goes on: an item that is not whole was not closed.
     """
     lengths, counts = iter(pieces.characters), iter(pieces.logprobs)
     for index, item in enumerate(items):
@@ -143,7 +153,7 @@ def replayed(items: Sequence[Item], pieces: Pieces, *, was_broken_off: bool) -> 
             length, count = next(lengths, len(text)), next(counts, 0)
             yield _delta(item, index, text[:length], logprobs[:count])
             text, logprobs = text[length:], logprobs[count:]
-        if not (was_broken_off and item["status"] == INCOMPLETE):
+        if not (was_broken_off and item["status"] in (INCOMPLETE, IN_PROGRESS)):
             yield from _closed(item, index)
 
 

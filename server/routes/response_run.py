@@ -1,23 +1,26 @@
 """One response of the Responses API while it is made: its object, its events, and how it is kept."""
 
 import asyncio
+import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import structlog
 
-from server.errors import ApiError, InternalError
+from server.errors import ApiError, InternalError, ShutdownError
 from server.event_log import EventLog
 from server.protocol.logprobs import ChatLogprobs
 from server.protocol.response_items import stored_item
 from server.protocol.responses import ResponseRequest, response_usage
 from server.routes.answers import Generation, Piece
 from server.routes.logprobs import LogprobFormat, check_num_entries
-from server.routes.response_events import begun, encoded, ended, with_pieces
+from server.routes.response_events import begun, begun_again, encoded, ended, put_off, with_pieces
 from server.routes.response_output import Event, Item, Logprobs, ResponseOutput
+from server.routes.response_unfinished import Unfinished
 from server.service import Service
 from server.sse import KEEP_ALIVE
 from server.states.store import ResponseRecord, SnapshotRecord, StateStore
@@ -35,6 +38,8 @@ class ResponseRun:
         output: its items; likewise.
         logprobs: how log-probabilities are written; None: they are not wanted.
         log: of its events, while it is made in the background.
+        unfinished: what is known of it beside its output, and what it was when it was put off, if it was.
+        snapshot: its conversation, where it was saved last.
     """
 
     generation: Generation
@@ -42,31 +47,64 @@ class ResponseRun:
     logprobs: LogprobFormat | None = None
 
     def __init__(
-        self, service: Service, body: ResponseRequest, *, owner: str, store: StateStore | None, ttl_s: float | None
+        self,
+        service: Service,
+        body: ResponseRequest,
+        *,
+        owner: str,
+        store: StateStore | None,
+        ttl_s: float | None,
+        source: str,
+        before: ResponseRecord | None = None,
     ) -> None:
         """
         Args:
             store: where it is kept; None: it is not.
             ttl_s: how long, without use.
+            source: the request as it came, JSON.
+            before: what was stored of it when it was put off; None: it begins here.
         """
-        self.id = f"resp_{uuid.uuid4().hex}"
+        self.id = f"resp_{uuid.uuid4().hex}" if before is None else before.id
         self.owner = owner
         self.log = EventLog()
+        self.unfinished = Unfinished(source, secrets.randbits(63)) if before is None else Unfinished.of(before.body)
         self._service = service
         self._body = body
         self._store = store
         self._ttl_s = ttl_s
-        self._created = time.time()
-        self._snapshot: SnapshotRecord | None = None
+        self._created = time.time() if before is None else before.created
+        self._goes_on = before is not None
+        self.snapshot: SnapshotRecord | None = None if before is None else before.snapshot
         self._num_entries = 0
         self._status = "incomplete"
+        self._incomplete_for = "max_output_tokens"
         self._response: dict[str, Any] = {}
 
     async def keep_state(self, snapshot: SnapshotRecord) -> str:
         """Keeps the conversation at the answer's end, at once, so that nobody removes it."""
-        self._snapshot = snapshot
+        self.snapshot = snapshot
         await self.put(self.object("in_progress"))
         return self.id
+
+    def go_on(self) -> None:
+        """Brings a response that was put off to where it was then; its generation is planned, and not started yet."""
+        before = self.unfinished
+        text = self.generation.resume(before.token_ids, num_cached_tokens=before.num_cached_tokens)
+        self.output.go_on(text, before.output, before.pieces)
+        for told in begun_again(self.object("in_progress"), self.output.items, self.output.pieces):
+            self.log.append(encoded(self.log.num_events, told))
+
+    async def put_off(self) -> None:
+        """Keeps all that is needed to go on with it, at whatever server takes it up."""
+        usage = self.generation.usage.prompt_tokens_details.cached_tokens - self.unfinished.num_past_cached_tokens
+        unfinished = replace(
+            self.unfinished,
+            prompt_token_ids=self.generation.prompt_token_ids(0),
+            token_ids=tuple(self.generation.token_ids),
+            num_cached_tokens=usage,
+            output=self.output.put_off(),
+        )
+        await self.put({**self.object("queued"), **unfinished.stored()})
 
     async def put(self, response: Mapping[str, Any]) -> None:
         """Keeps the response as it is now, if it is to be kept."""
@@ -76,7 +114,7 @@ class ResponseRun:
         items = [stored_item(item, number, suffix) for number, item in enumerate(self._body.input)]
         body = with_pieces(response, self.output.pieces)
         await self._store.put_response(
-            ResponseRecord(self.id, self.owner, self._created, self._ttl_s, body, tuple(items), self._snapshot)
+            ResponseRecord(self.id, self.owner, self._created, self._ttl_s, body, tuple(items), self.snapshot)
         )
 
     async def whole(self) -> dict[str, Any]:
@@ -105,7 +143,11 @@ class ResponseRun:
                 async for told in events:
                     if told is not None:
                         self.log.append(encoded(self.log.num_events, told))
+        except ShutdownError:
+            self.log.append(encoded(*put_off(self.log.num_events)))
         except asyncio.CancelledError:
+            if self._service.is_closing:
+                raise  # nobody has asked for that: it has failed
             self.output.break_off()
             response = self.object("cancelled", with_output=True)
             self.log.append(encoded(self.log.num_events, ended(response)))
@@ -140,7 +182,7 @@ class ResponseRun:
             "background": body.background is True,
             "completed_at": int(time.time()) if status == "completed" else None,
             "error": error,
-            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "incomplete_details": {"reason": self._incomplete_for} if status == "incomplete" else None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "max_tool_calls": body.max_tool_calls,
@@ -169,6 +211,9 @@ class ResponseRun:
                 async for told in events:
                     yield told
         except ApiError as error:
+            if isinstance(error, ShutdownError) and self._body.background:
+                await self._put_off_if_possible()
+                raise
             yield ended(await self._failed(error))
         except Exception:
             logger.exception("a response failed")
@@ -176,13 +221,21 @@ class ResponseRun:
 
     async def _told(self) -> AsyncGenerator[Event | None, None]:
         """The events of a response that goes well, which is kept before the last one; None: nothing new for a while."""
-        for told in (*begun(self.object("in_progress")), *self.output.begin()):
-            yield told
-        async for piece in self.generation.pieces(idle_s=self._service.options.keepalive_s):
-            if piece is None:
-                yield None
-                continue
-            for told in self._take(piece):
+        if not self._goes_on:
+            for told in (*begun(self.object("in_progress")), *self.output.begin()):
+                yield told
+        try:
+            async for piece in self.generation.pieces(idle_s=self._service.options.keepalive_s):
+                if piece is None:
+                    yield None
+                    continue
+                for told in self._take(piece):
+                    yield told
+        except ShutdownError:
+            if self._body.background or self.generation.usage.completion_tokens == 0:
+                raise
+            self._incomplete_for = "server_shutdown"
+            for told in self.output.finish("length"):
                 yield told
         self._response = self.object(self._status, with_output=True)
         await self.put(self._response)
@@ -203,6 +256,12 @@ class ResponseRun:
         num_top = 0 if self._body.top_logprobs is None else self._body.top_logprobs
         written: ChatLogprobs = self.logprobs.chat([piece.output], num_top=num_top)
         return [entry.model_dump() for entry in written.content]
+
+    async def _put_off_if_possible(self) -> None:
+        try:
+            await self.put_off()
+        except ApiError as error:
+            logger.error("a response in the background is lost: it could not be kept", problem=str(error))
 
     async def _failed(self, error: ApiError) -> dict[str, Any]:
         """The response that could not be made, kept."""

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -12,22 +13,18 @@ from server.errors import InvalidRequestError, NotFoundError
 from server.event_log import EventLog
 from server.protocol.chat import MessageIn
 from server.protocol.responses import ResponseRequest
-from server.routes.answers import Generation
 from server.routes.conversations import encode_messages, template_variables
 from server.routes.json_body import JsonRoute, ServiceDependency
-from server.routes.logprobs import logprob_format
-from server.routes.prompting import plan_generation
+from server.routes.response_background import make_in_background
 from server.routes.response_events import public, told_later
-from server.routes.response_output import ResponseOutput
+from server.routes.response_plan import plan_response
 from server.routes.response_run import ResponseRun
 from server.routes.sessions import admit, check_fingerprint, owner_of, require_store, system_prefix, time_to_live
-from server.routes.streaming import ClientGoneResponse, charged_tokens, note_usage
-from server.routes.thinking import answer_parser, shown_token_ids, thinking_of
-from server.routes.tools import checked_form, form_of, told_tools
+from server.routes.streaming import ClientGoneResponse, note_usage
+from server.routes.tools import form_of, told_tools
 from server.service import Service
 from server.sse import ClientDisconnectedError, EventStreamResponse, unless_disconnected
-from server.states.session import CacheUse, StateSession
-from server.states.store import ResponseRecord, Turn
+from server.states.store import ResponseRecord
 
 POLL_S = 0.5
 router = APIRouter(route_class=JsonRoute, prefix="/v1/responses", tags=["responses"])
@@ -40,8 +37,8 @@ async def create_response(body: ResponseRequest, request: Request, service: Serv
     info = service.require_open()
     admit(request, service)
     owner = owner_of(request, service)
-    run = _run(service, body, owner)
-    run.generation = await _plan(service, info, body, run, owner)
+    run = _run(service, body, owner, source=(await request.body()).decode())
+    await _plan(service, info, body, run, owner)
     await run.generation.start()
     if body.background:
         response = await _in_background(service, run)
@@ -126,47 +123,22 @@ async def cancel_response(response_id: str, request: Request, service: ServiceDe
     return JSONResponse(public(record.body))
 
 
-def _run(service: Service, body: ResponseRequest, owner: str) -> ResponseRun:
+def _run(service: Service, body: ResponseRequest, owner: str, *, source: str) -> ResponseRun:
     if body.store or body.background:
         require_store(service, param="store")
     store = None if body.store is False else service.states
-    return ResponseRun(service, body, owner=owner, store=store, ttl_s=time_to_live(service, None))
+    return ResponseRun(service, body, owner=owner, store=store, ttl_s=time_to_live(service, None), source=source)
 
 
-async def _plan(service: Service, info: EngineInfo, body: ResponseRequest, run: ResponseRun, owner: str) -> Generation:
+async def _plan(service: Service, info: EngineInfo, body: ResponseRequest, run: ResponseRun, owner: str) -> None:
     previous = await _previous(service, info, body, owner)
     base = None if previous is None else previous.snapshot
-    use, fields = body.tool_use, body.generation
     messages, tools = _told(service, body, previous)
     variables = template_variables(service, None, body.reasoning_effort, param="reasoning")
     prompt = await encode_messages(service, messages, base=base, tools=tools, variables=variables, param="input")
-    thinking = thinking_of(service, prompt)
     points = system_prefix(service, messages, prompt, tools=tools) if base is None else ()
-    salt = "" if body.cache_salt is None else body.cache_salt
-    session = StateSession(
-        service.engine,
-        store=service.states,
-        layout=info.state_layout,
-        base=base,
-        keep=run.keep_state if body.store is not False and service.states is not None else None,
-        turn=Turn.OPEN,
-        cache=None if body.cache_prompt is False else CacheUse(owner, salt, points),
-    )
-    shows_logprobs = fields.num_top_logprobs is not None
-    run.output = ResponseOutput(answer_parser(service, thinking, use), with_logprobs=shows_logprobs)
-    run.logprobs = logprob_format(service, fields) if shows_logprobs else None
-    return plan_generation(
-        service,
-        info,
-        fields,
-        [prompt],
-        param="input",
-        max_tokens=None,
-        session=session,
-        grammar=await checked_form(service, info, body.wanted_grammar, use, thinking),
-        shown_token_ids=shown_token_ids(service, thinking, use),
-        thinking=thinking,
-    )
+    run.unfinished = replace(run.unfinished, base=base)
+    await plan_response(service, info, body, run, prompt=prompt, base=base, cache_points=points)
 
 
 def _told(
@@ -211,24 +183,8 @@ async def _in_background(service: Service, run: ResponseRun) -> Response:
         await run.generation.close()
         await run.ended()
         raise
-    task = asyncio.create_task(_made(service, run))
-    service.background[run.id] = task
-    service.event_logs[run.id] = run.log
-    task.add_done_callback(lambda _: _forget(service, run))
+    make_in_background(service, run)
     return JSONResponse(response)
-
-
-async def _made(service: Service, run: ResponseRun) -> None:
-    try:
-        await run.in_background()
-    finally:
-        service.rate_limits.charge(run.owner, charged_tokens(run.generation.usage))
-
-
-def _forget(service: Service, run: ResponseRun) -> None:
-    """The response has ended: from now on it is told from the store."""
-    service.background.pop(run.id, None)
-    service.event_logs.pop(run.id, None)
 
 
 def _follow(service: Service, log: EventLog, begin: int) -> Response:

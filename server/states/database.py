@@ -179,10 +179,22 @@ class StateDatabase:
                 self._replace_response(response.cancelled(), now)
             return self.get_response(owner, response_id, now=now)
 
+    def take_up_responses(self, limit: int, *, now: float) -> list[ResponseRecord]:
+        """Those that were put off, and are not any more."""
+        with self._transaction():
+            rows = self._connection.execute(
+                "SELECT * FROM responses WHERE json_extract(body, '$.status') = 'queued' ORDER BY created LIMIT ?",
+                (limit,),
+            ).fetchall()
+            responses = [self._response_of(row).taken_up() for row in rows]
+            for response in responses:
+                self._replace_response(response, now)
+            return responses
+
     def break_off(self, response_id: str | None, *, now: float) -> None:
-        """The response (None: every one) has failed if it has not ended."""
+        """The response (None: every one) has failed if it has not ended, unless it is put off."""
         rows = self._connection.execute(
-            "SELECT * FROM responses WHERE json_extract(body, '$.status') IN ('queued', 'in_progress') "
+            "SELECT * FROM responses WHERE json_extract(body, '$.status') = 'in_progress' "
             "AND coalesce(id = ?, TRUE)",
             (response_id,),
         ).fetchall()

@@ -65,6 +65,7 @@ class EmbeddedStore:
         self._is_closed = False
         self._held: Counter[str] = Counter()
         self._making: set[str] = set()
+        self._may_have_put_off = True
         try:
             self.files_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = _lock(folder)
@@ -164,8 +165,18 @@ class EmbeddedStore:
         if not response.has_ended:
             self._making.add(response.id)
         await self._changed(lambda: self._database.put_response(response, is_new=is_new, now=self._clock()))
-        if response.has_ended:
+        if response.has_ended or response.is_put_off:
             self._making.discard(response.id)
+        self._may_have_put_off |= response.is_put_off
+
+    async def take_up_responses(self, limit: int) -> list[ResponseRecord]:
+        """See `StateStore.take_up_responses`."""
+        if not self._may_have_put_off:
+            return []
+        taken = await self._run(lambda: self._database.take_up_responses(limit, now=self._clock()))
+        self._making.update(response.id for response in taken)
+        self._may_have_put_off = len(taken) == limit
+        return taken
 
     async def get_response(self, owner: str, response_id: str) -> ResponseRecord:
         """See `StateStore.get_response`."""

@@ -8,12 +8,12 @@ import hashlib
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from server.engine.state_types import SavedState, StateLayout, StateOptions
+from server.engine.state_types import Resumption, SavedState, StateLayout, StateOptions
 from server.engine.types import EngineError, FinishReason, GenerationRequest, SamplingParams, TokenEvent
 from server.errors import (
     ApiError,
@@ -93,6 +93,7 @@ class StateSession:
         turn: Turn = Turn.TEXT,
         cache: CacheUse | None = None,
         rescue: Rescue | None = None,
+        cut_off_at: SnapshotRecord | None = None,
     ) -> None:
         """
         Args:
@@ -104,6 +105,7 @@ class StateSession:
             turn: where the saved states end.
             cache: None: neither used nor filled.
             rescue: for when the server stops; None: nothing is kept then.
+            cut_off_at: of an answer that was cut off and is gone on with: its state then; None: it had none.
         """
         self.base = base
         self._engine = engine
@@ -113,6 +115,7 @@ class StateSession:
         self._turn = turn
         self._cache = cache
         self.rescue = rescue
+        self._cut_off_at = cut_off_at
         self._files: tuple[str, ...] = ()
 
     @property
@@ -137,14 +140,15 @@ class StateSession:
         Raises:
             StorageFullError: there is no room for the states of that many answers.
         """
-        if self._store is None or (self.base is None and self._keep is None):
+        begin = self.base if self._cut_off_at is None else self._cut_off_at
+        if self._store is None or (begin is None and self._keep is None):
             yield
             return
-        if self.base is None:
+        if begin is None:
             async with self._room(num_answers):
                 yield
             return
-        async with self._store.hold(self.base), self._room(num_answers):
+        async with self._store.hold(begin), self._room(num_answers):
             yield
 
     def attach(self, request: GenerationRequest, number: int) -> GenerationRequest:
@@ -157,6 +161,16 @@ class StateSession:
             cache_points=() if self._cache is None else self._cache.points,
         )
         return replace(request, states=states)
+
+    def resumed(self, request: GenerationRequest, outputs: Sequence[int]) -> GenerationRequest:
+        """The engine's request for an answer that was cut off behind these tokens."""
+        prompt, num_fed, states = request.prompt_token_ids, 0, request.states
+        if self._cut_off_at is not None:
+            prompt = prompt if self.base is None else (*self.base.pending, *prompt)
+            num_fed = self._cut_off_at.position - self.num_fed_tokens
+            states = replace(states, load_from=self._cut_off_at.file)
+        resumption = Resumption(len(outputs), num_fed)
+        return replace(request, prompt_token_ids=(*prompt, *outputs), states=states, resumed=resumption)
 
     async def keep(self, saved: SavedState) -> str:
         """Keeps what the engine has saved; the id."""

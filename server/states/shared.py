@@ -9,7 +9,7 @@ was making has failed, what it used is free.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -196,17 +196,26 @@ class SharedStore:
     async def put_response(self, response: ResponseRecord) -> None:
         """See `StateStore.put_response`."""
         is_new = response.id not in self._stored
-        if response.has_ended:
+        if response.has_ended or response.is_put_off:
             self._stored.discard(response.id)
         else:
             self._making.add(response.id)
         if response.snapshot is not None:
             await self._upload(response.snapshot)
         await self._keep(lambda: self._database.put_response(response, is_new=is_new), response.snapshot)
-        if response.has_ended:
+        if response.has_ended or response.is_put_off:
             self._making.discard(response.id)
         else:
             self._stored.add(response.id)
+
+    async def take_up_responses(self, limit: int) -> list[ResponseRecord]:
+        """See `StateStore.take_up_responses`."""
+        return await self._run(lambda: self._database.take_up_responses(limit, on_taken=self._take_up))
+
+    def _take_up(self, response_ids: Collection[str]) -> None:
+        """Called on a thread of the database's, before anybody else, a beat say, can see that they are ours."""
+        self._making.update(response_ids)
+        self._stored.update(response_ids)
 
     async def get_response(self, owner: str, response_id: str) -> ResponseRecord:
         """See `StateStore.get_response`."""

@@ -16,6 +16,7 @@ from server.states.shared_rows import (
     delete_states,
     drop_unused,
     find_response,
+    find_responses,
     find_state,
     insert_snapshot,
     insert_state,
@@ -26,6 +27,9 @@ from server.states.shared_rows import (
 from server.states.shared_schema import CHUNK_BYTES, ensure_tables
 from server.states.shared_upkeep import break_off, bury, dead_replicas, drop_expired, drop_oldest, totals, wanted_bytes
 from server.states.store import NewState, ResponseRecord, SnapshotRecord, StateRecord
+
+NOBODY = ""
+"""The maker of a response that was put off: whoever takes it up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,9 +238,24 @@ class SharedDatabase:
             row = transaction.row("SELECT snapshot, maker FROM responses WHERE id = %s", response.id)
             if (not is_new) if row is None else row["maker"] is None:
                 return
-            write_response(transaction, response, maker=None if response.has_ended else self._replica)
+            maker = NOBODY if response.is_put_off else self._replica
+            write_response(transaction, response, maker=None if response.has_ended else maker)
             self._end_uses(transaction, [] if response.snapshot is None else [response.snapshot.file])
             drop_unused(transaction, [] if row is None or row["snapshot"] is None else [row["snapshot"]])
+
+    def take_up_responses(self, limit: int, *, on_taken: Callable[[Collection[str]], None]) -> list[ResponseRecord]:
+        """Those that were put off, and that this replica makes from now on."""
+        with self._postgres.reading() as transaction:
+            if transaction.row("SELECT 1 FROM responses WHERE maker = %s", NOBODY) is None:
+                return []
+        with self._postgres.changing() as transaction:
+            self._register(transaction)
+            waiting = "id IN (SELECT id FROM responses WHERE maker = %s ORDER BY created LIMIT %s)"
+            taken = [response.taken_up() for response in find_responses(transaction, waiting, NOBODY, limit)]
+            for response in taken:
+                write_response(transaction, response, maker=self._replica)
+            on_taken([response.id for response in taken])
+            return taken
 
     def get_response(self, owner: str, response_id: str) -> ResponseRecord:
         """Raises `NotFoundError`."""

@@ -28,7 +28,7 @@ TABLES = (
     "CREATE TABLE points (state TEXT NOT NULL REFERENCES states (id) ON DELETE CASCADE, "
     'name TEXT COLLATE "C" NOT NULL, '
     "created DOUBLE PRECISION NOT NULL, snapshot TEXT NOT NULL REFERENCES snapshots (file), PRIMARY KEY (state, name))",
-    # `maker`: the server that makes a response; null: it has ended.
+    # `maker`: the server that makes a response; null: it has ended; empty: it was put off, and any may take it up.
     'CREATE TABLE responses (id TEXT COLLATE "C" PRIMARY KEY, owner TEXT COLLATE "C" NOT NULL, '
     "created DOUBLE PRECISION NOT NULL, used DOUBLE PRECISION NOT NULL, ttl_s DOUBLE PRECISION, body TEXT NOT NULL, "
     "input_items TEXT NOT NULL, snapshot TEXT REFERENCES snapshots (file), maker TEXT)",

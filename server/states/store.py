@@ -19,8 +19,10 @@ from typing import Any, Protocol
 
 from server.states.errors import point_not_found
 
-UNFINISHED = frozenset(("queued", "in_progress"))
-"""Statuses of a stored response that is still being made."""
+PUT_OFF = "queued"
+"""Status of a stored response that nobody makes just now: its server was stopped, and it goes on at any."""
+UNFINISHED = frozenset((PUT_OFF, "in_progress"))
+"""Statuses of a stored response that is still being made, or will be."""
 
 
 class Turn(StrEnum):
@@ -144,13 +146,28 @@ class ResponseRecord:
         """Whether it will not change any more."""
         return self.body["status"] not in UNFINISHED
 
+    @property
+    def is_put_off(self) -> bool:
+        """Whether it waits for a server to go on with it."""
+        return bool(self.body["status"] == PUT_OFF)
+
+    def taken_up(self) -> "ResponseRecord":
+        """The same response, being made again."""
+        return replace(self, body={**self.body, "status": "in_progress"})
+
+    def put_off(self) -> "ResponseRecord":
+        """The same response, waiting."""
+        return replace(self, body={**self.body, "status": PUT_OFF})
+
+    def failed(self, *, code: str | None, message: str) -> "ResponseRecord":
+        """The same response, failed."""
+        error = {"code": "server_error" if code is None else code, "message": message}
+        return replace(self, body={**self.body, "status": "failed", "error": error})
+
     def broken_off(self) -> "ResponseRecord":
         """The same response, failed: nobody makes it any more."""
-        error = {
-            "code": "server_error",
-            "message": "the response was broken off: its server was stopped, or its client left",
-        }
-        return replace(self, body={**self.body, "status": "failed", "error": error})
+        message = "the response was broken off: its server was stopped, or its client left"
+        return self.failed(code=None, message=message)
 
     def cancelled(self) -> "ResponseRecord":
         """The same response, cancelled."""
@@ -291,8 +308,13 @@ class StateStore(Protocol):
     async def put_response(self, response: ResponseRecord) -> None:
         """Keeps a response, or what has become of one that is being made here.
 
-        One that has ended stays as it is, and one that was deleted meanwhile stays deleted.
+        One that has ended stays as it is, and one that was deleted meanwhile stays deleted. One that is put off is not
+        made here any more.
         """
+        ...
+
+    async def take_up_responses(self, limit: int) -> list[ResponseRecord]:
+        """Responses that were put off and are made here from now on, the oldest first; cheap if there are none."""
         ...
 
     async def end_response(self, response_id: str) -> None:

@@ -296,3 +296,26 @@ async def test_a_response_in_progress_when_its_server_stops_has_failed(kind: Kin
     second = kind.open()
     assert (await second.get_response("ann", "resp_1")).body["status"] == "failed"
     await second.close()
+
+
+async def test_a_response_that_was_put_off_is_taken_up_once(kind: Kind) -> None:
+    store = kind.open(max_bytes=1000)
+    for number in range(3):
+        response = await put_response(store, f"r{number}", "in_progress")
+        if number == 0:
+            assert await store.take_up_responses(2) == []
+        await store.put_response(response.put_off())
+        await store.end_response(f"r{number}")
+    assert (await store.get_response("ann", "r0")).body["status"] == "queued"
+    await store.close()
+    store = kind.open(max_bytes=1000)  # as after a restart
+    taken = [*await store.take_up_responses(2), *await store.take_up_responses(2)]
+    assert sorted(response.id for response in taken) == ["r0", "r1", "r2"]
+    assert {response.body["status"] for response in taken} == {"in_progress"}
+    assert await store.take_up_responses(2) == []
+    await kind.settle(store)
+    assert (await store.get_response("ann", "r1")).body["status"] == "in_progress"
+    await store.put_response(replace(taken[0], body={**taken[0].body, "status": "completed"}))
+    assert (await store.get_response("ann", taken[0].id)).body["status"] == "completed"
+    assert (await store.cancel_response("ann", taken[1].id)).body["status"] == "cancelled"
+    await store.close()
