@@ -4,52 +4,61 @@
 
 True shapes, bf16, one process, contenders in turn. Our step is the engine's: slots and positions brought by one pinned
 copy, model and greedy sampling replayed, tokens sent back by another. HF's is a forward pass of one token a row and an
-argmax, with a dynamic and a static cache full of random keys and values. `floor` is the longer of bytes (weights once,
-states in and out) over the measured copy bandwidth and operations over the measured matrix rate. Out of memory is a
-result: the line says so. `--tiny` runs everything on a CPU, with TRITON_INTERPRET=1 in Triton's interpreter.
-Needs torch, transformers and, for plots, matplotlib; no HTTP package. The last line is JSON.
+argmax, with a dynamic and a static cache full of random keys and values; with `--compile` also compiled. `floor` is the
+longer of bytes (weights once, states in and out) over the measured copy bandwidth and operations over the measured
+matrix rate. A case that fails is a result: its line says why. `--tiny` runs everything on a CPU, with
+TRITON_INTERPRET=1 in Triton's interpreter. Needs torch, transformers and, for plots, matplotlib; no HTTP package. The
+last line is JSON.
 """
 
 import argparse
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import plots
 from benchmarks.costs import step_costs
-from benchmarks.gpu_models import ATTENTION, SHAPES, config_of, filled_state, random_model, softmax_twin
+from benchmarks.gpu_command import (
+    Journal,
+    Line,
+    attempt,
+    draw,
+    dtype_of,
+    finish,
+    introduce,
+    numbers,
+    parsed,
+    parser_of,
+)
+from benchmarks.gpu_models import config_of, filled_state, random_model, softmax_twin
 from benchmarks.gpu_timing import Ceilings, ceilings, host_ms, interleaved_ms
-from benchmarks.transformers_twin import CacheKind, decode_step
+from benchmarks.transformers_twin import decode_step
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.state import StateBuffer
 from server.engine import graph_sampling
 from server.engine.cuda_graphs import CudaCapture, DecodeGraphs, eager
 
-CACHES: tuple[CacheKind, ...] = ("dynamic", "static")
+CACHES = ("dynamic", "static")
+COMPILED = "static, compiled"
 Run = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """One contender in one case.
+class StepLine(Line):
+    """A decode step.
 
     Attributes:
         num_rows, context: conversations in the step, tokens in each so far (ours does not depend on it).
-        ms: median; None: out of memory.
+        ms: median; None: it failed.
         floor_ms, of_floor: of ours: the least time, and its share of the time taken (1 is the roofline).
         host_ms: of ours: until the host is free again.
         conversation_mib: state, or key-value cache, of one conversation.
+        failure: why there is no time.
     """
 
-    shape: str
-    name: str
     num_rows: int
     context: int
     ms: float | None
@@ -58,6 +67,16 @@ class Line:
     of_floor: float | None = None
     host_ms: float | None = None
     conversation_mib: float | None = None
+    failure: str | None = None
+
+    def told(self) -> list[str]:
+        told = [f"{self.num_rows:4} rows", f"context {self.context:>7,}"]
+        if self.ms is None:
+            return [*told, str(self.failure)]
+        told += [f"{self.ms:9.3f} ms", f"{self.tokens_per_s:10,.0f} tokens/s"]
+        if self.floor_ms is not None and self.of_floor is not None and self.host_ms is not None:
+            told += [f"floor {self.floor_ms:8.3f} ms", f"{self.of_floor:5.0%} of it", f"host {self.host_ms:7.3f} ms"]
+        return told
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,33 +88,36 @@ class Bench:
     most: Ceilings
     num_rounds: int
 
-    def ours(self, shape: str, attention: str, num_rows: int, context: int, model: DiJiangForCausalLM) -> list[Line]:
+    def ours(
+        self, shape: str, attention: str, num_rows: int, context: int, model: DiJiangForCausalLM
+    ) -> list[StepLine]:
         """Recorded and fresh steps."""
-        name, lines = f"ours {attention}", []
-        with out_of_memory_is_a_result():
-            state = filled_state(model, num_rows)
-            runs = {f"{name}, recorded": self.recorded_step(model, state, num_rows, context)}
-            runs |= {f"{name}, fresh": self.fresh_step(model, state, num_rows, context)}
-            times = interleaved_ms(runs, device=self.device, num_rounds=self.num_rounds)
-            costs = step_costs(model, num_rows=num_rows)
-            floor = self.most.floor_ms(num_bytes=costs.num_bytes, operations=costs.operations)
-            for one, run in runs.items():
-                line = Line(
-                    shape,
-                    one,
-                    num_rows,
-                    context,
-                    times[one],
-                    num_rows / times[one] * 1e3,
-                    floor,
-                    floor / times[one],
-                    host_ms(run, device=self.device, num_rounds=self.num_rounds),
-                    model.state_spec.bytes_per_slot / 2**20,
-                )
-                lines.append(line)
-            runs.clear()
-            del state
-        return lines or [Line(shape, name, num_rows, context, None)]
+        name = f"ours {attention}"
+        lines, failure = attempt(partial(self._ours, shape, name, num_rows, context, model))
+        return lines if lines is not None else [StepLine(shape, name, num_rows, context, None, failure=failure)]
+
+    def _ours(self, shape: str, name: str, num_rows: int, context: int, model: DiJiangForCausalLM) -> list[StepLine]:
+        state = filled_state(model, num_rows)
+        runs = {f"{name}, recorded": self.recorded_step(model, state, num_rows, context)}
+        runs |= {f"{name}, fresh": self.fresh_step(model, state, num_rows, context)}
+        times = interleaved_ms(runs, device=self.device, num_rounds=self.num_rounds)
+        costs = step_costs(model, num_rows=num_rows)
+        floor = self.most.floor_ms(num_bytes=costs.num_bytes, operations=costs.operations)
+        return [
+            StepLine(
+                shape,
+                one,
+                num_rows,
+                context,
+                times[one],
+                num_rows / times[one] * 1e3,
+                floor,
+                floor / times[one],
+                host_ms(run, device=self.device, num_rounds=self.num_rounds),
+                model.state_spec.bytes_per_slot / 2**20,
+            )
+            for one, run in runs.items()
+        ]
 
     def recorded_step(self, model: DiJiangForCausalLM, state: StateBuffer, num_rows: int, context: int) -> Run:
         """As the engine runs it: one copy each way, model and sampling replayed."""
@@ -131,59 +153,73 @@ class Bench:
 
         return step
 
-    def theirs(self, shape: str, num_rows: int, context: int, twin: Any) -> list[Line]:
-        """HF's steps with each kind of cache; the cache grows by the measured steps, as it does for a user."""
-        config, lines = twin.config, []
+    def theirs(self, shape: str, num_rows: int, context: int, twin: Any, kind: str) -> StepLine:
+        """HF's step with a kind of cache; the cache grows by the measured steps, as it does for a user."""
+        config = twin.config
         size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.dtype.itemsize
-        for kind in CACHES:
-            took = None
-            with out_of_memory_is_a_result():
-                step = decode_step(
-                    twin, num_rows=num_rows, num_tokens=context, kind=kind, num_steps=self.num_rounds + 8
-                )
-                took = interleaved_ms({kind: step}, device=self.device, num_rounds=self.num_rounds)[kind]
-                del step
-            speed = None if took is None else num_rows / took * 1e3
-            lines.append(
-                Line(shape, f"HF {kind}", num_rows, context, took, speed, conversation_mib=size * context / 2**20)
-            )
-        return lines
+        took, failure = attempt(partial(self._theirs, num_rows, context, twin, kind))
+        return StepLine(
+            shape,
+            f"HF {kind}",
+            num_rows,
+            context,
+            took,
+            None if took is None else num_rows / took * 1e3,
+            conversation_mib=size * context / 2**20,
+            failure=failure,
+        )
+
+    def _theirs(self, num_rows: int, context: int, twin: Any, kind: str) -> float:
+        step = decode_step(
+            Compiled(twin) if kind == COMPILED else twin,
+            num_rows=num_rows,
+            num_tokens=context,
+            kind="dynamic" if kind == "dynamic" else "static",
+            num_steps=self.num_rounds + 8,
+        )
+        return interleaved_ms({kind: step}, device=self.device, num_rounds=self.num_rounds)[kind]
 
 
-@contextmanager
-def out_of_memory_is_a_result() -> Iterator[None]:
-    """Lets a case run out of memory without ending the others, and gives its memory back."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:
-        pass
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+class Compiled:
+    """A model of HF whose forward pass is compiled, as its `generate` does with a static cache on a GPU."""
+
+    def __init__(self, twin: Any) -> None:
+        torch.compiler.reset()  # each number of rows is a case of its own
+        self.config, self.device, self.dtype = twin.config, twin.device, twin.dtype
+        self._forward: Any = torch.compile(twin.forward, mode="reduce-overhead" if twin.device.type == "cuda" else None)
+
+    def __call__(self, *arguments: object, **keywords: object) -> Any:
+        return self._forward(*arguments, **keywords)
 
 
-def measure(bench: Bench, arguments: argparse.Namespace) -> list[Line]:
+def measure(bench: Bench, arguments: argparse.Namespace, journal: Journal[StepLine]) -> None:
     """All cases, a model at a time."""
-    lines: list[Line] = []
     for shape in arguments.shapes:
         for number, attention in enumerate(arguments.attention):
+            if not journal.may_begin():
+                continue
             model = random_model(config_of(shape, attention), device=bench.device, dtype=bench.dtype)
             for num_rows in arguments.batches:
-                lines += bench.ours(shape, attention, num_rows, arguments.contexts[0], model)
-                _say(lines[-2:])
+                if journal.may_begin():
+                    for line in bench.ours(shape, attention, num_rows, arguments.contexts[0], model):
+                        journal.add(line)
             if arguments.hf and number == 0:
-                twin = softmax_twin(model)
-                for context in arguments.contexts:
-                    for num_rows in arguments.batches:
-                        lines += bench.theirs(shape, num_rows, context, twin)
-                        _say(lines[-len(CACHES) :])
-                del twin
+                _measure_theirs(bench, arguments, journal, shape, softmax_twin(model))
             del model
-    return lines
 
 
-def best_of(lines: Sequence[Line]) -> list[dict[str, object]]:
+def _measure_theirs(
+    bench: Bench, arguments: argparse.Namespace, journal: Journal[StepLine], shape: str, twin: Any
+) -> None:
+    kinds = [*CACHES, COMPILED] if arguments.compile else CACHES
+    for context in arguments.contexts:
+        for num_rows in arguments.batches:
+            for kind in kinds:
+                if journal.may_begin():
+                    journal.add(bench.theirs(shape, num_rows, context, twin, kind))
+
+
+def best_of(lines: Sequence[StepLine]) -> list[dict[str, object]]:
     """For each shape and context: the best throughput of ours and of HF, each at the batch that is best for it."""
     found = []
     for shape in dict.fromkeys(line.shape for line in lines):
@@ -211,22 +247,8 @@ def best_of(lines: Sequence[Line]) -> list[dict[str, object]]:
     return found
 
 
-def _say(lines: Sequence[Line]) -> None:
-    for line in lines:
-        told = [f"{line.shape:14}", f"{line.name:26}", f"{line.num_rows:4} rows", f"context {line.context:>7,}"]
-        if line.ms is None:
-            told.append("out of memory")
-        else:
-            told += [f"{line.ms:9.3f} ms", f"{line.tokens_per_s:10,.0f} tokens/s"]
-        if line.floor_ms is not None and line.of_floor is not None and line.host_ms is not None:
-            told += [f"floor {line.floor_ms:8.3f} ms", f"{line.of_floor:5.0%} of it", f"host {line.host_ms:7.3f} ms"]
-        print("  ".join(told), flush=True)
-
-
-def draw(folder: Path, lines: Sequence[Line]) -> list[str]:
-    """A PNG for each shape: throughput by batch. Empty without matplotlib."""
-    if not plots.is_available():
-        return []
+def plotted(arguments: argparse.Namespace, lines: Sequence[StepLine]) -> list[str]:
+    """A PNG for each shape: throughput by batch."""
     files = []
     for shape in dict.fromkeys(line.shape for line in lines):
         own = [line for line in lines if line.shape == shape]
@@ -237,57 +259,31 @@ def draw(folder: Path, lines: Sequence[Line]) -> list[str]:
             f"{name}, {context:,}" if name.startswith("HF") else name: [speeds.get((name, context, n)) for n in rows]
             for name, context in sorted(names)
         }
-        path = folder / f"gpu-decode-{shape}.png"
-        plots.lines(path, title=f"Decode, {shape}", x_label="conversations", x=rows, panels={"tokens/s": series})
-        files.append(path.name)
+        title = f"Decode, {shape}"
+        files += draw(arguments, f"gpu-decode-{shape}.png", title=title, x_label="conversations", x=rows, series=series)
     return files
 
 
-def numbers(text: str) -> list[int]:
-    """1,2,3 -> [1, 2, 3]."""
-    return [int(one) for one in text.split(",")]
-
-
 def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Decode steps on a GPU.")
-    parser.add_argument("--shapes", type=lambda text: text.split(","), default=["smollm2-135m", "pythia-2.8b"])
-    parser.add_argument("--attention", type=lambda text: text.split(","), default=["pure", "hybrid"])
+    parser = parser_of("Decode steps on a GPU.", num_rounds=30)
     parser.add_argument("--batches", type=numbers, default=[1, 16, 64, 256])
     parser.add_argument("--contexts", type=numbers, default=[2048, 8192])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--no-hf", dest="hf", action="store_false")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model on a CPU: whether everything runs")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    arguments = parser.parse_args(argv)
-    if arguments.tiny:
-        arguments.shapes, arguments.device, arguments.rounds = ["tiny"], "cpu", 1
-        arguments.batches, arguments.contexts = [1, 2], [8]
-    unknown = [name for name in arguments.shapes if name not in SHAPES]
-    unknown += [name for name in arguments.attention if name not in ATTENTION]
-    if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; shapes are {', '.join(SHAPES)}, attention {', '.join(ATTENTION)}")
-    return arguments
+    parser.add_argument("--compile", action="store_true", help="HF's step with a static cache compiled, too")
+    return parsed(parser, argv, tiny={"batches": [1, 2], "contexts": [8]})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints a table, writes plots and results."""
     arguments = arguments_of(argv)
-    dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
+    dtype = dtype_of(arguments.device)
     most = ceilings(arguments.device, dtype)
-    print(f"{most.name}: copy {most.copy_gb_s:,.0f} GB/s, products {most.matrix_tflop_s:,.1f} TFLOP/s")
-    lines = measure(Bench(arguments.device, dtype, most, arguments.rounds), arguments)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    result = {
-        "benchmark": "gpu-decode",
-        "ceilings": asdict(most),
-        "lines": [asdict(line) for line in lines],
-        "best": best_of(lines),
-        "plots": draw(arguments.out, lines),
-    }
-    name = most.name.lower().replace(" ", "-")
-    (arguments.out / f"gpu-decode-{name}-{'-'.join(arguments.shapes)}.json").write_text(json.dumps(result, indent=1))
-    print(json.dumps(result))
+    introduce(most)
+    journal = Journal[StepLine].of("gpu-decode", arguments)
+    measure(Bench(arguments.device, dtype, most, arguments.rounds), arguments, journal)
+    best = best_of(journal.lines)
+    for one in best:
+        journal.note(one)
+    finish(journal, arguments, most, {"best": best}, plotted(arguments, journal.lines))
 
 
 if __name__ == "__main__":

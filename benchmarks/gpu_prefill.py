@@ -11,20 +11,28 @@ interpreter. No HTTP package is needed. The last line is JSON.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import plots
 from benchmarks.costs import step_costs
-from benchmarks.gpu_decode import numbers, out_of_memory_is_a_result
-from benchmarks.gpu_models import ATTENTION, SHAPES, config_of, random_model, softmax_twin
+from benchmarks.gpu_command import (
+    Journal,
+    Line,
+    attempt,
+    draw,
+    dtype_of,
+    finish,
+    introduce,
+    numbers,
+    parsed,
+    parser_of,
+)
+from benchmarks.gpu_models import config_of, random_model, softmax_twin
 from benchmarks.gpu_timing import Ceilings, ceilings, interleaved_ms, median_ms
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.model import DiJiangForCausalLM, PackedBatch
@@ -38,16 +46,26 @@ RAGGED = (0.5, 0.25, 0.13, 0.07, 0.05)
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """One contender and one number of tokens; `ms` None: out of memory; `of_peak` of ours alone."""
+class PromptLine(Line):
+    """Prompts of so many tokens in all; `ms` None: `failure` says why; `of_peak` of ours alone."""
 
-    shape: str
-    name: str
     num_tokens: int
     ms: float | None
     tokens_per_s: float | None = None
     tflop_s: float | None = None
     of_peak: float | None = None
+    failure: str | None = None
+
+    def told(self) -> list[str]:
+        told = [f"{self.num_tokens:>7,} tokens"]
+        if self.ms is None:
+            return [*told, str(self.failure)]
+        told.append(f"{self.ms:10.3f} ms")
+        if self.tflop_s is not None:
+            told += [f"{self.tokens_per_s:11,.0f} tokens/s", f"{self.tflop_s:7.1f} TFLOP/s"]
+        if self.of_peak is not None:
+            told.append(f"{self.of_peak:5.0%} of the matrix rate")
+        return told
 
 
 def ragged(num_tokens: int) -> list[int]:
@@ -78,12 +96,13 @@ def their_prompt(twin: Any, num_tokens: int, device: str) -> Run:
     return lambda: twin(token_ids, use_cache=True, logits_to_keep=1).logits
 
 
-def prompts(shape: str, arguments: argparse.Namespace, most: Ceilings, dtype: torch.dtype) -> list[Line]:
+def prompts(shape: str, arguments: argparse.Namespace, most: Ceilings, journal: Journal[PromptLine]) -> None:
     """Whole networks."""
-    lines: list[Line] = []
     device = arguments.device
     for number, attention in enumerate(arguments.attention):
-        model = random_model(config_of(shape, attention), device=device, dtype=dtype)
+        if not journal.may_begin():
+            continue
+        model = random_model(config_of(shape, attention), device=device, dtype=dtype_of(device))
         twin = softmax_twin(model) if arguments.hf and number == 0 else None
         for num_tokens in arguments.lengths:
             operations = step_costs(model, num_rows=1, num_tokens=num_tokens).operations
@@ -94,17 +113,35 @@ def prompts(shape: str, arguments: argparse.Namespace, most: Ceilings, dtype: to
             if twin is not None:
                 runs["HF sdpa"] = partial(their_prompt, twin, num_tokens, device)
             for name, make in runs.items():
-                took = None
-                with out_of_memory_is_a_result():
-                    took = median_ms(make(), device=device, num_rounds=arguments.rounds)
-                line = Line(shape, name, num_tokens, took)
-                if took is not None:
-                    rate = operations / took / 1e9
-                    share = rate / most.matrix_tflop_s if name.startswith("ours") else None
-                    line = Line(shape, name, num_tokens, took, num_tokens / took * 1e3, rate, share)
-                lines.append(line)
-                _say(line)
-    return lines
+                if journal.may_begin():
+                    took, failure = attempt(partial(_time, make, device, arguments.rounds))
+                    journal.add(_line(shape, name, num_tokens, took, failure, operations, most))
+
+
+def _time(make: Callable[[], Run], device: str, num_rounds: int) -> float:
+    return median_ms(make(), device=device, num_rounds=num_rounds)
+
+
+def _line(
+    shape: str, name: str, num_tokens: int, took: float | None, failure: str | None, operations: int, most: Ceilings
+) -> PromptLine:
+    if took is None:
+        return PromptLine(shape, name, num_tokens, None, failure=failure)
+    rate = operations / took / 1e9
+    share = rate / most.matrix_tflop_s if name.startswith("ours") else None
+    return PromptLine(shape, name, num_tokens, took, num_tokens / took * 1e3, rate, share)
+
+
+def alone(shape: str, arguments: argparse.Namespace, journal: Journal[PromptLine]) -> None:
+    """One layer's linear attention, by contender."""
+    for num_tokens in arguments.lengths:
+        if not journal.may_begin():
+            continue
+        work = partial(kernels, shape, num_tokens, arguments.device, dtype_of(arguments.device), arguments.rounds)
+        times, failure = attempt(work)
+        found = {"one layer": None} if times is None else times
+        for name, took in found.items():
+            journal.add(PromptLine(shape, f"kernels: {name}", num_tokens, took, failure=failure))
 
 
 def kernels(shape: str, num_tokens: int, device: str, dtype: torch.dtype, num_rounds: int) -> dict[str, float]:
@@ -148,80 +185,37 @@ def _flash_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n
     return lambda: chunk_simple_gla(q[None], keys, values, g=decay, scale=1.0, output_final_state=True)
 
 
-def draw(folder: Path, lines: Sequence[Line]) -> list[str]:
-    """A PNG for each shape. Empty without matplotlib."""
-    if not plots.is_available():
-        return []
+def plotted(arguments: argparse.Namespace, lines: Sequence[PromptLine]) -> list[str]:
+    """A PNG for each shape."""
     files = []
     for shape in dict.fromkeys(line.shape for line in lines):
-        own = [line for line in lines if line.shape == shape]
+        own = [line for line in lines if line.shape == shape and line.tokens_per_s is not None]
         lengths = sorted({line.num_tokens for line in own})
         speeds = {(line.name, line.num_tokens): line.tokens_per_s for line in own}
         names = dict.fromkeys(line.name for line in own)
         series = {name: [speeds.get((name, length)) for length in lengths] for name in names}
-        path = folder / f"gpu-prefill-{shape}.png"
-        plots.lines(path, title=f"Prefill, {shape}", x_label="tokens", x=lengths, panels={"tokens/s": series})
-        files.append(path.name)
+        title = f"Prefill, {shape}"
+        files += draw(arguments, f"gpu-prefill-{shape}.png", title=title, x_label="tokens", x=lengths, series=series)
     return files
 
 
-def _say(line: Line) -> None:
-    told = [f"{line.shape:14}", f"{line.name:26}", f"{line.num_tokens:>7,} tokens"]
-    if line.ms is None or line.tflop_s is None:
-        told.append("out of memory")
-    else:
-        told += [f"{line.ms:10.2f} ms", f"{line.tokens_per_s:11,.0f} tokens/s", f"{line.tflop_s:7.1f} TFLOP/s"]
-    if line.of_peak is not None:
-        told.append(f"{line.of_peak:5.0%} of the matrix rate")
-    print("  ".join(told), flush=True)
-
-
 def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Prompts on a GPU.")
-    parser.add_argument("--shapes", type=lambda text: text.split(","), default=["smollm2-135m", "pythia-2.8b"])
-    parser.add_argument("--attention", type=lambda text: text.split(","), default=["pure", "hybrid"])
+    parser = parser_of("Prompts on a GPU.", num_rounds=10)
     parser.add_argument("--lengths", type=numbers, default=[512, 2048, 8192])
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--no-hf", dest="hf", action="store_false")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model on a CPU: whether everything runs")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    arguments = parser.parse_args(argv)
-    if arguments.tiny:
-        arguments.shapes, arguments.device, arguments.rounds, arguments.lengths = ["tiny"], "cpu", 1, [9]
-    unknown = [name for name in arguments.shapes if name not in SHAPES]
-    unknown += [name for name in arguments.attention if name not in ATTENTION]
-    if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; shapes are {', '.join(SHAPES)}, attention {', '.join(ATTENTION)}")
-    return arguments
+    return parsed(parser, argv, tiny={"lengths": [9]})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints tables, writes plots and results."""
     arguments = arguments_of(argv)
-    dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
-    most = ceilings(arguments.device, dtype)
-    print(f"{most.name}: copy {most.copy_gb_s:,.0f} GB/s, products {most.matrix_tflop_s:,.1f} TFLOP/s")
-    lines = [line for shape in arguments.shapes for line in prompts(shape, arguments, most, dtype)]
-    alone = []
-    if find_spec("triton") is not None:
-        for shape in arguments.shapes:
-            for num_tokens in arguments.lengths:
-                found = kernels(shape, num_tokens, arguments.device, dtype, arguments.rounds)
-                alone.append({"shape": shape, "num_tokens": num_tokens, "ms": found})
-                told = ", ".join(f"{name} {took:.3f} ms" for name, took in found.items())
-                print(f"{shape:14}  one layer's linear attention  {num_tokens:>7,} tokens  {told}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    result = {
-        "benchmark": "gpu-prefill",
-        "ceilings": asdict(most),
-        "lines": [asdict(line) for line in lines],
-        "kernels": alone,
-        "plots": draw(arguments.out, lines),
-    }
-    name = most.name.lower().replace(" ", "-")
-    (arguments.out / f"gpu-prefill-{name}-{'-'.join(arguments.shapes)}.json").write_text(json.dumps(result, indent=1))
-    print(json.dumps(result))
+    most = ceilings(arguments.device, dtype_of(arguments.device))
+    introduce(most)
+    journal = Journal[PromptLine].of("gpu-prefill", arguments)
+    for shape in arguments.shapes:
+        prompts(shape, arguments, most, journal)
+        if find_spec("triton") is not None:
+            alone(shape, arguments, journal)
+    finish(journal, arguments, most, {}, plotted(arguments, journal.lines))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+pytest.importorskip("llguidance", reason="the whole engine needs it")
+pytest.importorskip("msgspec", reason="the whole engine needs it")
+
 from server.engine.loading import build_engine
 from server.engine.logprob_types import LogprobOptions
 from server.engine.types import EngineConfig, GenerationRequest

@@ -28,7 +28,8 @@ def test_decode_tells_every_contender_and_its_floor(tmp_path: Path, capsys: pyte
 def test_prefill_tells_every_contender(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gpu_prefill.main(["--tiny", "--attention", "pure", "--out", str(tmp_path)])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [line["name"] for line in result["lines"]] == ["ours pure", "ours pure, ragged", "HF sdpa"]
+    names = [line["name"] for line in result["lines"] if not line["name"].startswith("kernels")]
+    assert names == ["ours pure", "ours pure, ragged", "HF sdpa"]
     assert all(line["ms"] > 0 for line in result["lines"])
 
 

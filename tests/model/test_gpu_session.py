@@ -1,0 +1,77 @@
+"""The one command of a GPU session: stages in order, each by itself, and nothing lost when time is up."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_all
+from benchmarks.gpu_all import Session, Stage
+
+KEEPS_A_LINE = """
+import sys
+path = sys.argv[sys.argv.index("--lines") + 1]
+open(path, "a").write('{"ms": 1.5}' + chr(10))
+print("measured")
+"""
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules that stand for benchmarks: one measures, one goes on for ever, one breaks."""
+    (tmp_path / "measures.py").write_text(KEEPS_A_LINE)
+    (tmp_path / "goes_on.py").write_text(KEEPS_A_LINE + "import signal, sys\nsys.stdout.flush()\nsignal.pause()\n")
+    (tmp_path / "breaks.py").write_text("raise SystemExit('CUDA error: an illegal memory access')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def kept(out: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (out / "gpu-session.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("modules")
+def test_a_stage_that_breaks_or_is_cut_off_loses_no_line_and_holds_up_no_other(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stages = [Stage("b", "breaks", (), 0.3), Stage("g", "goes_on", (), 0.05), Stage("m", "measures", (), 0.3)]
+    outcomes = Session(out, 1.0, is_tiny=False).run(stages)
+    assert [(one.stage, one.status) for one in outcomes] == [("b", "failed"), ("g", "out of time"), ("m", "passed")]
+    assert outcomes[0].said == ("CUDA error: an illegal memory access",)
+    found = [line.get("stage", line.get("ms")) for line in kept(out)]
+    assert found == ["b", 1.5, "g", 1.5, "m"], "in the order in which it happened"
+    assert "measured" in (out / "gpu-session.log").read_text()
+
+
+@pytest.mark.usefixtures("modules")
+def test_without_time_stages_are_left_out_and_a_later_call_goes_on_in_the_same_files(tmp_path: Path) -> None:
+    out, stage = tmp_path / "out", Stage("m", "measures", (), 0.3)
+    assert [one.status for one in Session(out, 0.1, is_tiny=False).run([stage])] == ["left out"]
+    assert [one.status for one in Session(out, 1.0, is_tiny=False).run([stage])] == ["passed"]
+    assert [line.get("status") for line in kept(out)] == ["left out", None, "passed"]
+
+
+def test_every_benchmark_is_told_to_end_before_it_is_killed(tmp_path: Path) -> None:
+    session = Session(tmp_path, 9, is_tiny=False)
+    for stage in gpu_all.STAGES:
+        command = session.command(stage, 120.0)
+        if stage.keeps_lines:
+            assert command[command.index("--minutes") + 1] == "1.750"
+            assert command[command.index("--lines") + 1] == str(session.lines)
+        else:
+            assert command[1:3] == ["-m", "pytest"]
+            assert [Path(one).is_file() for one in command if one.startswith("tests/")]
+
+
+def test_unknown_stages_and_a_missing_device_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_all.main(["--stages", "kernels,decoding"])
+    assert "unknown: decoding; stages are kernels, graphs" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_whole_runs_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = ["decode-pythia", "prefill-llama"]
+    assert gpu_all.main(["--tiny", "--minutes", "3", "--stages", ",".join(stages), "--out", str(tmp_path)]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(one["stage"], one["status"]) for one in result["stages"]] == [(name, "passed") for name in stages]
+    names = {str(line.get("name")) for line in kept(tmp_path)}
+    assert {"ours released, recorded", "ours pure", "HF dynamic", "HF sdpa"} <= names
