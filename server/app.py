@@ -16,8 +16,10 @@ from server.middleware import (
     error_response,
     printable,
 )
+from server.playground import load_assets
 from server.protocol.wire import ErrorEnvelope, validation_error
 from server.routes import admin, chat, completions, models, operations, responses, states, tokenization
+from server.routes.playground import playground_router
 from server.service import Service
 
 DESCRIPTION = "OpenAI-compatible inference for DiJiang models: linear attention with a constant-size state."
@@ -25,6 +27,7 @@ DESCRIPTION = "OpenAI-compatible inference for DiJiang models: linear attention 
 
 def create_app(service: Service) -> FastAPI:
     """The application around a service; the caller starts and ends the engine."""
+    assets = load_assets() if service.options.playground else {}
     app = FastAPI(
         title="dijiang",
         version=service.options.version,
@@ -33,7 +36,7 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         responses={"default": {"model": ErrorEnvelope, "description": "Every error has this body."}},
-        middleware=_middleware(service),
+        middleware=_middleware(service, frozenset(assets)),
         exception_handlers={
             ApiError: _api_error,
             RequestValidationError: _validation_error,
@@ -43,13 +46,14 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     for module in (completions, chat, responses, states, models, tokenization, operations, admin):
         app.include_router(module.router)
+    app.include_router(playground_router(assets))
     return app
 
 
-def _middleware(service: Service) -> list[Middleware]:
+def _middleware(service: Service, open_paths: frozenset[str]) -> list[Middleware]:
     layers = [
         Middleware(RequestContextMiddleware, service=service),
-        Middleware(AuthenticationMiddleware, service=service),
+        Middleware(AuthenticationMiddleware, service=service, open_paths=open_paths),
         Middleware(BodyMiddleware, service=service),
     ]
     if service.options.cors_origins:

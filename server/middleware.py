@@ -89,17 +89,18 @@ class RequestContextMiddleware:
 
 
 class AuthenticationMiddleware:
-    """Lets in who knows a key, on every route but `/health` and `/ready` (and `/metrics` by setting).
+    """Lets in who knows a key, on every route but `/health`, `/ready` and the playground's (and `/metrics` by setting).
 
     `/admin/` has keys of its own: without any, nobody goes there, and the other keys are of no use there.
     """
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Service, open_paths: frozenset[str] = frozenset()) -> None:
+        """`open_paths`: further ones that need no key."""
         self._app = app
         options = service.options
         self._key_hashes = options.key_hashes
         self._admin_key_hashes = options.admin_key_hashes
-        self._open_paths = OPEN_PATHS if options.metrics_need_key else OPEN_PATHS | {"/metrics"}
+        self._open_paths = OPEN_PATHS | open_paths | (frozenset() if options.metrics_need_key else {"/metrics"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":

@@ -164,6 +164,7 @@ def service_options(settings: Settings, model: Path, default_name: str) -> Servi
         rate_limit_requests=settings.rate_limit_requests,
         rate_limit_tokens=settings.rate_limit_tokens,
         reasoning_parser=settings.reasoning_parser,
+        playground=settings.playground,
     )
 
 

@@ -69,6 +69,7 @@ class ServiceOptions:
         state_ttl_s: how long states and responses live without being used, unless a request says; 0: for ever.
         rate_limit_requests / rate_limit_tokens: most of one key in a minute; 0: no limit.
         reasoning_parser: `think`: answers may begin with a thought; `none`; `auto`: as the tokenizer says.
+        playground: whether the playground is served at `/`.
     """
 
     model_name: str
@@ -91,6 +92,7 @@ class ServiceOptions:
     rate_limit_requests: int = 0
     rate_limit_tokens: int = 0
     reasoning_parser: str = "auto"
+    playground: bool = True
 
 
 class Suspendable(Protocol):

@@ -177,6 +177,8 @@ class Settings(BaseSettings):
     rate_limit_tokens: int = _in("Limits", 0, ge=0)
     """Most tokens a minute of one key, prompts and answers together; 0: no limit."""
 
+    playground: bool = _in("Operation", True)
+    """Serve a page at / to talk to the model, to look at probabilities, and to save, fork and rewind conversations."""
     drain_timeout_s: float = _in("Operation", 30.0, ge=0)
     """After SIGTERM: longest time to finish what runs, seconds."""
     keepalive_s: float = _in("Operation", 15.0, gt=0)

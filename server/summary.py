@@ -29,6 +29,7 @@ class Summary:
         shown = "127.0.0.1" if host in {"0.0.0.0", "::"} else host  # noqa: S104 (only shown)
         authority = f"[{shown}]" if ":" in shown else shown
         self.base_url = f"{'http' if settings.tls_cert is None else 'https'}://{authority}:{port}/v1"
+        self._playground = self.base_url.removesuffix("v1") if settings.playground else "off"
         self.model = options.model_name
         self._address = f"{host} port {port}"
         self._config = config
@@ -60,6 +61,7 @@ class Summary:
             "keys": f"{self._keys} let in" if self._keys else "none: everybody is let in",
             "address": self._address,
             "base_url": self.base_url,
+            "playground": self._playground,
         }
         table = Table(title="DiJiang is ready", show_header=False, title_justify="left", title_style="bold")
         for name, value in rows.items():
