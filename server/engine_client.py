@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import logging
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -24,6 +24,7 @@ from server.engine.messages import (
     Command,
     EngineReady,
     LoadFailed,
+    Report,
     ResetCache,
     StepDone,
     SuspendRequest,
@@ -37,6 +38,7 @@ from server.engine.types import (
     GenerationRequest,
     TokenEvent,
 )
+from server.engine_candidate import Candidate
 from server.errors import EngineUnavailableError, InvalidRequestError, OverloadedError
 
 MAX_LOAD_FAILURES = 3
@@ -120,6 +122,7 @@ class EngineClient:
         self._stats: EngineStats | None = None
         self._num_restarts = 0
         self._is_reloading = False
+        self._candidate: Candidate | None = None
         self._link: EngineLink | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._streams: dict[str, EventStream] = {}
@@ -202,18 +205,33 @@ class EngineClient:
         self._require_ready()
         self._send(ResetCache())
 
-    async def reload(self) -> EngineInfo:
-        """Ends the process and loads the model again, as it is on the disk now; what still runs ends with an error.
+    async def reload(self, until_idle: Callable[[], Awaitable[None]], *, beside: bool = True) -> EngineInfo:
+        """Loads the model again, as it is on the disk now, in a process that takes the place of the one there is.
+
+        Args:
+            until_idle: awaited before the change; what still runs after it ends with an error.
+            beside: load first, and change nothing if that fails; else the old process ends before the load begins.
 
         Raises:
-            EngineUnavailableError: not loaded now, or it cannot be loaded again.
+            EngineUnavailableError: not loaded now, or (not `beside`) it cannot be loaded again.
+            EngineLoadError: it cannot be loaded; the one that serves is as it was.
         """
         self._require_ready()
-        assert self._link is not None
-        self._is_reloading = True
-        self._set_status(EngineStatus.RESTARTING)
-        self._link.kill()
-        return await self.wait_ready()
+        candidate = None
+        if beside:
+            candidate = await Candidate.load(self._config, module=self._module, beside=self.pid)
+        try:
+            await until_idle()
+            self._require_ready()
+            assert self._link is not None
+            self._candidate, candidate = candidate, None
+            self._is_reloading = True
+            self._set_status(EngineStatus.RESTARTING)
+            self._link.kill()
+            return await self.wait_ready()
+        finally:
+            if candidate is not None:
+                await candidate.link.close()
 
     @asynccontextmanager
     async def submit(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[TokenEvent]]:
@@ -296,20 +314,28 @@ class EngineClient:
 
     async def _run_process(self) -> _End:
         """One process from start to end."""
+        candidate, self._candidate = self._candidate, None
         try:
-            self._link = await EngineLink.open(self._config, module=self._module)
+            self._link = await self._open() if candidate is None else candidate.link
         except Exception as error:
             return _End(was_ready=False, reason=f"the engine process cannot be started: {error}")
         try:
-            return await self._follow(self._link)
+            if candidate is None:
+                return await self._follow(self._link, self._link.reports())
+            self._info = candidate.info
+            self._set_status(EngineStatus.READY)
+            return await self._follow(self._link, candidate.reports)
         finally:
             link, self._link = self._link, None
             self._stats = None
             await link.close()
 
-    async def _follow(self, link: EngineLink) -> _End:
+    async def _open(self) -> EngineLink:
+        return await EngineLink.open(self._config, module=self._module)
+
+    async def _follow(self, link: EngineLink, reports: AsyncIterator[Report]) -> _End:
         failure: LoadFailed | None = None
-        async for report in link.reports():
+        async for report in reports:
             if isinstance(report, StepDone):
                 self._take(report)
             elif isinstance(report, EngineReady):

@@ -7,13 +7,14 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from server.engine.snapshot_files import MAX_HEADER_BYTES
 from server.engine.types import EngineInfo, EngineStats, GenerationRequest, TokenEvent
+from server.engine_candidate import EngineLoadError
 from server.errors import EngineUnavailableError, InvalidRequestError, NotFoundError
 from server.event_log import EventLog
 from server.metrics import Metrics
@@ -42,7 +43,7 @@ class Engine(Protocol):
     def submit(self, request: GenerationRequest) -> AbstractAsyncContextManager[AsyncIterator[TokenEvent]]: ...
     def suspend(self, request_id: str, *, save_to: str | None, note: str, in_prompt: bool) -> None: ...
     def reset_cache(self) -> None: ...
-    async def reload(self) -> EngineInfo: ...
+    async def reload(self, until_idle: Callable[[], Awaitable[None]], *, beside: bool = True) -> EngineInfo: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ class Service:
         self.draining = self.paused = False
         self.num_active = 0
         self.running: set[Suspendable] = set()
-        self.is_closing = False
+        self.is_closing = self._is_reloading = False
         self.background: dict[str, asyncio.Task[None]] = {}
         self.event_logs: dict[str, EventLog] = {}
         self.checking = asyncio.Lock()
@@ -231,15 +232,26 @@ class Service:
             return self.options.max_body_bytes
         return info.state_layout.num_data_bytes + MAX_HEADER_BYTES
 
-    async def reload(self) -> None:
+    async def reload(self, until_idle: Callable[[], Awaitable[None]], *, beside: bool = True) -> None:
         """Loads the model, its tokenizer and its chat template again, as they are on the disk now.
 
-        What still runs ends with an error. Nothing happens if the text side cannot be read.
+        Args:
+            until_idle: awaited before the change; what still runs after it ends with an error.
+            beside: load beside the model that serves, which goes on serving if this one cannot be loaded.
 
         Raises:
-            InvalidRequestError: 409, the model's text files cannot be used.
-            EngineUnavailableError: the engine cannot be loaded.
+            InvalidRequestError: 409, the model cannot be used; nothing has changed.
+            EngineUnavailableError: the engine is not loaded, or (not `beside`) cannot be loaded any more.
         """
+        if self._is_reloading:
+            raise InvalidRequestError("the model is being loaded already", code="reload_failed", status=409)
+        self._is_reloading = True
+        try:
+            await self._reload(until_idle, beside=beside)
+        finally:
+            self._is_reloading = False
+
+    async def _reload(self, until_idle: Callable[[], Awaitable[None]], *, beside: bool) -> None:
         if self._read_again is None:
             raise InvalidRequestError("this server cannot load its model again", code="reload_failed", status=409)
         try:
@@ -253,7 +265,12 @@ class Service:
                 code="reload_failed",
                 status=409,
             )
-        await self.engine.reload()
+        try:
+            await self.engine.reload(until_idle, beside=beside)
+        except EngineLoadError as error:
+            _log.error("the model could not be loaded again: %s", error)
+            message = f"the model cannot be loaded, and the one that was loaded goes on: {error}"
+            raise InvalidRequestError(message, code="reload_failed", status=409) from error
         self.options, self.tokenizer, self.chat_template = options, tokenizer, template
         self.thoughts = thought_form(options.reasoning_parser, tokenizer)
         if self.grammars is not None:

@@ -24,7 +24,10 @@ class ReloadRequest(RequestModel):
     """How to load the model again."""
 
     timeout_s: float = Field(30.0, ge=0, le=86400)
-    """How long running answers may take before they are ended with an error."""
+    """How long running answers may take, once the new model is loaded, before they are ended with an error."""
+    beside: bool = True
+    """Load the model beside the one that serves, which goes on if it cannot be loaded. false, for want of memory for
+    two: the old one is ended first, and a model that cannot be loaded then ends the server, as at its start."""
 
 
 class SelfCheckRequest(RequestModel):

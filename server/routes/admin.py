@@ -52,11 +52,20 @@ async def reset_cache(service: ServiceDependency) -> Response:
 
 @router.post("/reload", responses={200: {"model": AdminStatus}}, response_class=Response)
 async def reload(service: ServiceDependency, body: ReloadRequest | None = None) -> Response:
-    """Loads the model again, as its folder is now; answers when it is ready. New work is refused meanwhile."""
-    was_paused, service.paused = service.paused, True
+    """Loads the model again, as its folder is now, beside the one that serves, and lets it take over; answers then.
+
+    A model that cannot be loaded is a 409, and the old one goes on serving.
+    """
+    wish = ReloadRequest() if body is None else body
+    _require_loaded(service)
+    was_paused = service.paused
+
+    async def until_idle() -> None:
+        service.paused = True
+        await _idle(service, timeout_s=wish.timeout_s)
+
     try:
-        await _idle(service, timeout_s=(ReloadRequest() if body is None else body).timeout_s)
-        await service.reload()
+        await service.reload(until_idle, beside=wish.beside)
     finally:
         service.paused = was_paused
     return _status(service)
@@ -100,16 +109,16 @@ async def _checked(service: Service, wish: SelfCheckRequest) -> SelfCheckReport:
         )
 
 
-async def _idle(service: Service, *, timeout_s: float) -> None:
-    """Waits until nothing is generated any more, at most that long.
-
-    Raises:
-        EngineUnavailableError: the engine is not loaded, so there is nothing to load again.
-    """
+def _require_loaded(service: Service) -> None:
+    """Raises `EngineUnavailableError` where there is nothing to load again."""
     if str(service.engine.status) != "ready":
         raise EngineUnavailableError(
             f"the engine is not ready: {service.engine.status}", code=f"engine_{service.engine.status}"
         )
+
+
+async def _idle(service: Service, *, timeout_s: float) -> None:
+    """Waits until nothing is generated any more, at most that long."""
     deadline = asyncio.get_running_loop().time() + timeout_s
     while service.num_active > 0 and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 (a plain number)
         await asyncio.sleep(POLL_S)

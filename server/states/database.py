@@ -194,8 +194,7 @@ class StateDatabase:
     def break_off(self, response_id: str | None, *, now: float) -> None:
         """The response (None: every one) has failed if it has not ended, unless it is put off."""
         rows = self._connection.execute(
-            "SELECT * FROM responses WHERE json_extract(body, '$.status') = 'in_progress' "
-            "AND coalesce(id = ?, TRUE)",
+            "SELECT * FROM responses WHERE json_extract(body, '$.status') = 'in_progress' AND coalesce(id = ?, TRUE)",
             (response_id,),
         ).fetchall()
         with self._transaction():

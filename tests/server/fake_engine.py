@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -89,7 +89,8 @@ class FakeEngine:
     def reset_cache(self) -> None:
         self.orders.append("reset_cache")
 
-    async def reload(self) -> EngineInfo:
+    async def reload(self, until_idle: Callable[[], Awaitable[None]], *, beside: bool = True) -> EngineInfo:
+        await until_idle()
         self.orders.append("reload")
         return self.info
 
@@ -126,7 +127,7 @@ class FakeEngine:
 
     async def _released(self, request_id: str) -> None:
         """Until the gate opens, the request is suspended, or the engine is closed."""
-        while not (self.closed.is_set() or (self.gate is not None and self.gate.is_set())):  # noqa: ASYNC110 (threads')
+        while not (self.closed.is_set() or (self.gate is not None and self.gate.is_set())):
             if request_id in self.suspended:
                 return
             await asyncio.sleep(0.01)

@@ -221,3 +221,28 @@ def test_a_real_server_checks_itself_forgets_and_loads_again(tmp_path: Path) -> 
         changed, num_cached = ask()
         assert num_cached == 0
         assert changed != text
+
+        def refused(**body: Any) -> str:
+            answer = http.post(f"{server.base_url}/admin/reload", json=body, headers=ADMIN)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (409, "reload_failed"), answer.text
+            assert ask()[0] == changed  # the old one goes on
+            return str(answer.json()["error"]["message"])
+
+        pid = server.engine.pid
+        whole = (folder / "model.safetensors").read_bytes()
+        # Files that are in use are replaced, not written to: they are mapped into the memory of the engine.
+        for number, damaged in enumerate((whole[:-1000], b"\xff" * 64, b"")):
+            (folder / f"{number}").write_bytes(damaged)
+            (folder / f"{number}").rename(folder / "model.safetensors")
+            assert "goes on" in refused()
+        (folder / "model.safetensors").unlink()
+        assert "goes on" in refused()
+        (folder / "config.json").rename(folder / "config.gone")
+        assert "cannot be used" in refused()
+        (folder / "config.gone").rename(folder / "config.json")
+        (folder / "whole").write_bytes(whole)
+        (folder / "whole").rename(folder / "model.safetensors")
+        assert server.engine.pid == pid
+        assert post("/admin/reload", beside=False)["status"] == "ok"
+        assert server.engine.pid != pid
+        assert ask()[0] == changed

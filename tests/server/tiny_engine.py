@@ -1,7 +1,7 @@
 """The service's side of a real engine on a tiny model, stepped on the event loop instead of in a process of its own."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from dijiang_model.model import DiJiangForCausalLM
@@ -53,8 +53,9 @@ class TinyEngine:
     def reset_cache(self) -> None:
         self.engine.reset_cache()
 
-    async def reload(self) -> EngineInfo:
+    async def reload(self, until_idle: Callable[[], Awaitable[None]], *, beside: bool = True) -> EngineInfo:
         """The model is in memory."""
+        await until_idle()
         return self.info
 
     @asynccontextmanager
