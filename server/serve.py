@@ -164,6 +164,7 @@ def service_options(settings: Settings, model: Path, default_name: str) -> Servi
         rate_limit_requests=settings.rate_limit_requests,
         rate_limit_tokens=settings.rate_limit_tokens,
         reasoning_parser=settings.reasoning_parser,
+        retry_after_s=settings.retry_after_s,
         playground=settings.playground,
     )
 

@@ -6,6 +6,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
@@ -26,6 +27,7 @@ from server.text.template import ChatTemplate, TemplateSyntaxFailure
 from server.text.tokenizer import Tokenizer
 from server.text.vocabulary import UnsupportedTokenizerError
 
+MAX_RETRY_AFTER_S = 30
 _log = logging.getLogger(__name__)
 
 
@@ -69,8 +71,9 @@ class ServiceOptions:
         cors_origins: web origins that may call; empty: none.
         state_ttl_s: how long states and responses live without being used, unless a request says; 0: for ever.
         rate_limit_requests / rate_limit_tokens: most of one key in a minute; 0: no limit.
-        reasoning_parser: `think`: answers may begin with a thought; `none`; `auto`: as the tokenizer says.
         playground: whether the playground is served at `/`.
+        reasoning_parser: `think`: answers may begin with a thought; `none`; `auto`: as the tokenizer says.
+        retry_after_s: when clients are told to try again while no requests are taken; see `Service.retry_after_s`.
     """
 
     model_name: str
@@ -92,8 +95,9 @@ class ServiceOptions:
     state_ttl_s: float = 0.0
     rate_limit_requests: int = 0
     rate_limit_tokens: int = 0
-    reasoning_parser: str = "auto"
     playground: bool = True
+    reasoning_parser: str = "auto"
+    retry_after_s: int = 2
 
 
 class Suspendable(Protocol):
@@ -201,6 +205,14 @@ class Service:
             return engine_status
         return "draining" if self.draining or self.paused else "ok"
 
+    @property
+    def retry_after_s(self) -> int:
+        """When to try again while no requests are taken: as set, and not before the engine can be there again."""
+        wanted, info = self.options.retry_after_s, self.engine.info
+        if info is None or self.engine.status == "ready":
+            return wanted
+        return max(wanted, min(math.ceil(info.load_s), MAX_RETRY_AFTER_S))
+
     def require_open(self) -> EngineInfo:
         """The loaded engine's facts.
 
@@ -210,9 +222,11 @@ class Service:
         status = self.status
         if self.draining or self.paused:
             reason = "the server is shutting down" if self.draining else "the server takes no requests for a while"
-            raise EngineUnavailableError(reason, code="draining", retry_after_s=5)
+            raise EngineUnavailableError(reason, code="draining", retry_after_s=self.retry_after_s)
         if status != "ok" or self.engine.info is None:
-            raise EngineUnavailableError(f"the engine is not ready: {status}", code=f"engine_{status}")
+            raise EngineUnavailableError(
+                f"the engine is not ready: {status}", code=f"engine_{status}", retry_after_s=self.retry_after_s
+            )
         return self.engine.info
 
     def require_model(self, name: str | None) -> None:

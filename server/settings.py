@@ -179,6 +179,9 @@ class Settings(BaseSettings):
 
     playground: bool = _in("Operation", True)
     """Serve a page at / to talk to the model, to look at probabilities, and to save, fork and rewind conversations."""
+    retry_after_s: int = _in("Operation", 2, ge=1, le=3600)
+    """When clients are told to try again while the server starts or takes no requests, seconds; while its engine starts
+    again, not before it can be there."""
     drain_timeout_s: float = _in("Operation", 30.0, ge=0)
     """After SIGTERM: longest time to finish what runs, seconds."""
     keepalive_s: float = _in("Operation", 15.0, gt=0)

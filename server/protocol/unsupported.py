@@ -15,14 +15,67 @@ _SHARED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "chat_template": (),
+    "custom_logit_processor": (),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "ebnf": (),
+    "grammar": ("",),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
+    "guided_whitespace_pattern": (),
+    "id_slot": (-1,),
+    "json_schema": ({},),
+    "kv_transfer_params": (),
     "length_penalty": (1,),
+    "logits_processors": ([],),
+    "lora": ([],),
+    "lora_path": (),
+    "max_new_tokens": (),
+    "min_new_tokens": (),
+    "mirostat": (0,),
+    "mm_processor_kwargs": ({},),
+    "n_predict": (),
+    "n_probs": (0,),
     "prompt_embeds": (),
+    "regex": (),
+    "repeat_penalty": (1,),
+    "repetition_detection": (),
+    "return_hidden_states": (False,),
+    "samplers": ([],),
+    "spaces_between_special_tokens": (True,),
+    "stop_regex": ([], ""),
+    "structural_tag": (),
+    "t_max_predict_ms": (0, -1),
+    "tfs_z": (1,),
+    "thinking_token_budget": (),
+    "top_a": (0,),
+    "top_n_sigma": (0, -1),
     "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "watermark": (False,),
+    "xtc_probability": (0,),
 }
+_INSTEAD: Mapping[str, str] = {
+    "ebnf": "structured_outputs",
+    "grammar": "structured_outputs",
+    "guided_choice": "structured_outputs",
+    "guided_grammar": "structured_outputs",
+    "guided_json": "structured_outputs",
+    "guided_regex": "structured_outputs",
+    "json_schema": "response_format",
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "n_predict": "max_tokens",
+    "n_probs": "logprobs",
+    "regex": "structured_outputs",
+    "repeat_penalty": "repetition_penalty",
+    "t_max_predict_ms": "timeout",
+    "functions": "tools",
+    "function_call": "tool_choice",
+}
+"""Field -> the one that does the same here."""
 COMPLETION_FIELDS: Mapping[str, tuple[Any, ...]] = {
     **_SHARED,
     "prediction": (),
@@ -46,9 +99,9 @@ def refuse_unsupported(body: object, fields: Mapping[str, tuple[Any, ...]]) -> N
     for name, neutral_values in fields.items():
         value = body.get(name)
         if value is not None and not any(_same(value, neutral) for neutral in neutral_values):
-            raise InvalidRequestError(
-                f"`{name}` is not supported by this server", param=name, code="unsupported_parameter"
-            )
+            hint = f": use `{_INSTEAD[name]}`" if name in _INSTEAD else ""
+            message = f"`{name}` is not supported by this server{hint}"
+            raise InvalidRequestError(message, param=name, code="unsupported_parameter")
 
 
 def _same(value: object, neutral: object) -> bool:

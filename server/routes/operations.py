@@ -7,26 +7,31 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from server.protocol.models import Capacity
 from server.routes.json_body import ServiceDependency
 from server.routes.streaming import json_response
+from server.service import Service
 
 router = APIRouter(tags=["operations"])
-RETRY_LATER = {"Retry-After": "2"}
 
 
+def _state(service: Service, content: dict[str, object], *, is_good: bool) -> JSONResponse:
+    headers = None if is_good else {"Retry-After": str(service.retry_after_s)}
+    return JSONResponse(content, 200 if is_good else 503, headers)
+
+
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(service: ServiceDependency) -> JSONResponse:
     """200 while the engine works (also while draining); else 503 with the engine's state."""
     status = service.status
     is_well = status in {"ok", "draining"}
-    content = {"status": status, "engine_restarts": service.engine.num_restarts}
-    return JSONResponse(content, 200 if is_well else 503, headers=None if is_well else RETRY_LATER)
+    return _state(service, {"status": status, "engine_restarts": service.engine.num_restarts}, is_good=is_well)
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(service: ServiceDependency) -> JSONResponse:
     """200 when new requests are taken; 503 while loading, restarting or draining."""
     status = "draining" if service.draining or service.paused else service.status
-    is_ready = status == "ok"
-    return JSONResponse({"status": status}, 200 if is_ready else 503, headers=None if is_ready else RETRY_LATER)
+    return _state(service, {"status": status}, is_good=status == "ok")
 
 
 @router.get("/v1/capacity", responses={200: {"model": Capacity}}, response_class=Response)

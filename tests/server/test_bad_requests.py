@@ -123,6 +123,14 @@ COMPLETION_ERRORS = [
     ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ({"state_id": "../x"}, "state_id"),
     ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
+    ({"grammar": 'root ::= "a"'}, "grammar"),
+    ({"regex": "a"}, "regex"),
+    ({"mirostat": 2}, "mirostat"),
+    ({"repeat_penalty": 1.1}, "repeat_penalty"),
+    ({"n_predict": 5}, "n_predict"),
+    ({"xtc_probability": 0.5}, "xtc_probability"),
+    ({"spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
+    ({"vllm_xargs": {"a": 1}}, "vllm_xargs"),
 ]
 
 
@@ -218,12 +226,22 @@ def test_a_bad_chat_request_is_a_400_that_names_the_field(server: Loopback, fiel
     [
         {"logprobs": None, "echo": False, "best_of": 1, "suffix": None, "response_format": {"type": "text"}},
         {"user": "x\ny", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "no_such_field": [1]},
+        {"mirostat": 0, "xtc_probability": 0.0, "grammar": "", "repeat_penalty": 1.0, "tfs_z": 1, "vllm_xargs": {}},
         {"temperature": None, "top_p": None, "n": None, "seed": None, "stop": None, "logit_bias": None, "stream": None},
     ],
 )
 def test_fields_that_ask_for_nothing_are_accepted(server: Loopback, fields: dict[str, Any]) -> None:
     answer = server.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1, **fields})
     assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("field", "instead"), [("n_predict", "max_tokens"), ("regex", "structured_outputs"), ("n_probs", "logprobs")]
+)
+def test_a_field_of_another_server_is_refused_with_its_name_here(server: Loopback, field: str, instead: str) -> None:
+    error = error_of(server, "/chat/completions", {"messages": [{"role": "user", "content": "x"}], field: 5})
+    assert (error.code, error.param) == ("unsupported_parameter", field)
+    assert f"use `{instead}`" in error.message
 
 
 def test_an_unknown_model_is_a_404(server: Loopback) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import openai
 import pytest
 
+from server.engine.types import EngineInfo
 from server.logs import configure_logging
 from server.service import ServiceOptions
 from server.text.tokenizer import Tokenizer
@@ -35,6 +36,42 @@ def test_health_and_readiness_tell_the_engines_state(server: Loopback, status: s
     server.engine.status = "ready"
     assert server.http.get("/health").json() == {"status": "ok", "engine_restarts": 0}
     assert server.http.get("/ready").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_health_can_be_asked_for_without_a_body(server: Loopback, path: str) -> None:
+    for status in ("ready", "loading"):
+        server.engine.status = status
+        answer = server.http.head(path)
+        assert (answer.status_code, answer.content) == (server.http.get(path).status_code, b"")
+
+
+@pytest.mark.parametrize("status", ["loading", "restarting", "draining"])
+def test_every_answer_says_alike_when_to_try_again(
+    byte_tokenizer: Tokenizer, options: ServiceOptions, status: str
+) -> None:
+    with serve(FakeEngine(), replace(options, retry_after_s=7), byte_tokenizer) as server:
+        server.service.draining = status == "draining"
+        server.engine.status = "ready" if status == "draining" else status
+        answers = [
+            server.http.get("/ready"),
+            server.http.post("/v1/completions", json={"prompt": "x"}),
+            server.http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]}),
+            server.http.get("/v1/capacity"),
+        ]
+        assert [answer.status_code for answer in answers] == [503] * 4
+        assert {answer.headers["retry-after"] for answer in answers} == {"7"}
+        assert server.http.get("/health").headers.get("retry-after") == (None if status == "draining" else "7")
+
+
+def test_a_restart_that_takes_long_says_so(byte_tokenizer: Tokenizer, options: ServiceOptions) -> None:
+    class SlowEngine(FakeEngine):
+        @property
+        def info(self) -> EngineInfo:
+            return replace(super().info, load_s=11.2)
+
+    with serve(SlowEngine(status="restarting"), options, byte_tokenizer) as server:
+        assert server.http.get("/ready").headers["retry-after"] == "12"
 
 
 def test_while_draining_new_work_is_refused_but_health_is_good(server: Loopback) -> None:
