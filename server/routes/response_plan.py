@@ -13,7 +13,7 @@ from server.routes.thinking import answer_parser, shown_token_ids, thinking_of
 from server.routes.tools import checked_form
 from server.service import Service
 from server.states.session import CacheUse, Rescue, StateSession
-from server.states.store import SnapshotRecord, Turn
+from server.states.store import ResponseRecord, SnapshotRecord, Turn
 
 
 async def plan_response(
@@ -24,6 +24,7 @@ async def plan_response(
     *,
     prompt: tuple[int, ...],
     base: SnapshotRecord | None,
+    base_of: ResponseRecord | None = None,
     cache_points: Sequence[int] = (),
     goes_on: bool = False,
 ) -> Generation:
@@ -32,6 +33,7 @@ async def plan_response(
     Args:
         prompt: what comes after `base`.
         base: the conversation that it goes on from; None: it begins one.
+        base_of: the response that this is of.
         cache_points: lengths of prefixes of the prompt that others are likely to share.
         goes_on: it was put off, at `run.snapshot`.
 
@@ -48,6 +50,7 @@ async def plan_response(
         store=service.states,
         layout=info.state_layout,
         base=base,
+        base_of=base_of,
         keep=run.keep_state if is_kept else None,
         turn=Turn.OPEN,
         # The cache is for prompts, and what goes on has an answer behind its own.

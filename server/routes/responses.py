@@ -138,7 +138,7 @@ async def _plan(service: Service, info: EngineInfo, body: ResponseRequest, run: 
     prompt = await encode_messages(service, messages, base=base, tools=tools, variables=variables, param="input")
     points = system_prefix(service, messages, prompt, tools=tools) if base is None else ()
     run.unfinished = replace(run.unfinished, base=base)
-    await plan_response(service, info, body, run, prompt=prompt, base=base, cache_points=points)
+    await plan_response(service, info, body, run, prompt=prompt, base=base, base_of=previous, cache_points=points)
 
 
 def _told(

@@ -91,6 +91,7 @@ def state_session(
         store=service.states,
         layout=info.state_layout,
         base=None if base is None else base.head,
+        base_of=base,
         keep=keep,
         turn=turn,
         cache=cache_use(owner, fields, points=cache_points),

@@ -71,6 +71,7 @@ async def create_state(body: CreateStateRequest, request: Request, service: Serv
         store=service.states,
         layout=info.state_layout,
         base=None if base is None else base.head,
+        base_of=base,
         keep=keeper(service, owner, wish, base),
         turn=body.turn,
         cache=cache_use(owner, fields, points=points),

@@ -6,7 +6,7 @@ nothing here reads a clock.
 
 import json
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,18 @@ _OLDEST = """
 SELECT 'states' AS kind, id, head AS file, used FROM states
 UNION ALL SELECT 'responses', id, snapshot, used FROM responses WHERE snapshot IS NOT NULL ORDER BY used
 """
-_ALIVE = "(ttl_s IS NULL OR used + ttl_s > ?)"
+_ALIVE = "(ttl_s IS NULL OR used + ttl_s > ? OR id IN (SELECT value FROM json_each(?)))"
+_DEAD = "used + ttl_s <= ? AND id NOT IN (SELECT value FROM json_each(?))"
 
 
 class StateDatabase:
-    """See the module."""
+    """See the module.
+
+    Attributes:
+        in_use: ids of states and responses that do not expire for now.
+    """
+
+    in_use: Callable[[], Iterable[str]] = staticmethod(lambda: ())
 
     def __init__(self, path: Path) -> None:
         """Opens or makes the file.
@@ -119,7 +126,7 @@ class StateDatabase:
         self, owner: str, *, limit: int, after: str | None, name: str | None, now: float
     ) -> list[StateRecord]:
         """Newest first."""
-        clauses, values = ["owner = ?", _ALIVE], [owner, now]
+        clauses, values = ["owner = ?", _ALIVE], [owner, *self._until(now)]
         if after is not None:
             self._state(owner, after, now)
             clauses.append("number < (SELECT number FROM states WHERE id = ?)")
@@ -205,7 +212,7 @@ class StateDatabase:
         """Raises `NotFoundError`."""
         row = self._connection.execute(
             f"SELECT * FROM responses WHERE id = ? AND owner = ? AND {_ALIVE}",  # noqa: S608 (constants)
-            (response_id, owner, now),
+            (response_id, owner, *self._until(now)),
         ).fetchone()
         if row is None:
             raise response_not_found(response_id)
@@ -247,10 +254,20 @@ class StateDatabase:
         """Deletes what has outlived its time; how many."""
         with self._transaction():
             gone = [
-                self._connection.execute(f"DELETE FROM {table} WHERE used + ttl_s <= ?", (now,))  # noqa: S608 (constants)
+                self._connection.execute(f"DELETE FROM {table} WHERE {_DEAD}", self._until(now))  # noqa: S608 (constants)
                 for table in ("states", "responses")
             ]
             return sum(cursor.rowcount for cursor in gone)
+
+    def end_use(self, record_id: str, *, now: float) -> None:
+        """The time to live of a state or response begins again."""
+        with self._transaction():
+            for table in ("states", "responses"):
+                self._connection.execute(f"UPDATE {table} SET used = ? WHERE id = ?", (now, record_id))  # noqa: S608
+
+    def _until(self, now: float) -> tuple[float, str]:
+        """The values of `_ALIVE` and `_DEAD`."""
+        return now, json.dumps([*self.in_use()])
 
     def drop_oldest(self, held: Collection[str]) -> bool:
         """Deletes the state or response that was not used for longest; false if there is none but held ones."""
@@ -273,7 +290,7 @@ class StateDatabase:
     def _state(self, owner: str, state_id: str, now: float) -> StateRecord:
         row = self._connection.execute(
             f"SELECT * FROM states WHERE id = ? AND owner = ? AND {_ALIVE}",  # noqa: S608 (constants)
-            (state_id, owner, now),
+            (state_id, owner, *self._until(now)),
         ).fetchone()
         if row is None:
             raise state_not_found(state_id)
@@ -358,7 +375,7 @@ class StateDatabase:
         if name is None:
             return
         # A state that has expired and was not swept yet does not hold on to its name.
-        self._connection.execute("DELETE FROM states WHERE used + ttl_s <= ?", (now,))
+        self._connection.execute(f"DELETE FROM states WHERE {_DEAD}", self._until(now))  # noqa: S608 (constants)
         if self._connection.execute("SELECT 1 FROM states WHERE owner = ? AND name = ?", (owner, name)).fetchone():
             raise name_taken(name)
 

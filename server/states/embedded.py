@@ -65,11 +65,13 @@ class EmbeddedStore:
         self._is_closed = False
         self._held: Counter[str] = Counter()
         self._making: set[str] = set()
+        self._in_use: Counter[str] = Counter()
         self._may_have_put_off = True
         try:
             self.files_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = _lock(folder)
             self._database = StateDatabase(folder / INDEX_FILE)
+            self._database.in_use = lambda: (*self._in_use, *self._making)
             self._sweep()
         except StoreError:
             raise
@@ -105,13 +107,27 @@ class EmbeddedStore:
             await self._release(files)
 
     @asynccontextmanager
-    async def hold(self, snapshot: SnapshotRecord) -> AsyncIterator[Path]:
+    async def hold(
+        self, snapshot: SnapshotRecord, *, of: StateRecord | ResponseRecord | None = None
+    ) -> AsyncIterator[Path]:
         """See `StateStore.hold`."""
         self._held[snapshot.file] += 1
+        if of is not None:
+            self._in_use[of.id] += 1
         try:
             yield self.files_folder / snapshot.file
         finally:
-            await self._release((snapshot.file,))
+            try:
+                if of is not None:
+                    await asyncio.shield(self._end_use(of.id))
+            finally:
+                await self._release((snapshot.file,))
+
+    async def _end_use(self, record_id: str) -> None:
+        await self._run(lambda: self._database.end_use(record_id, now=self._clock()))
+        self._in_use[record_id] -= 1
+        if self._in_use[record_id] == 0:
+            del self._in_use[record_id]
 
     async def add(self, new: NewState) -> StateRecord:
         """See `StateStore.add`."""

@@ -23,7 +23,7 @@ from server.errors import (
     NotFoundError,
     OverloadedError,
 )
-from server.states.store import SnapshotRecord, StateStore, Turn
+from server.states.store import ResponseRecord, SnapshotRecord, StateRecord, StateStore, Turn
 
 HEADER_BYTES = 64 << 10
 """What a state's file is larger than its tensors, at most; room for it is kept."""
@@ -89,6 +89,7 @@ class StateSession:
         store: StateStore | None = None,
         layout: StateLayout | None = None,
         base: SnapshotRecord | None = None,
+        base_of: StateRecord | ResponseRecord | None = None,
         keep: Keep | None = None,
         turn: Turn = Turn.TEXT,
         cache: CacheUse | None = None,
@@ -101,6 +102,7 @@ class StateSession:
             store: of the states; needed with `base` or `keep`.
             layout: what states of the model look like; likewise.
             base: a snapshot to begin from.
+            base_of: the state or response that it is of, which does not expire while it is used.
             keep: what becomes of the state at the end of each answer; None: it is not saved.
             turn: where the saved states end.
             cache: None: neither used nor filled.
@@ -115,6 +117,7 @@ class StateSession:
         self._turn = turn
         self._cache = cache
         self.rescue = rescue
+        self._base_of = base_of
         self._cut_off_at = cut_off_at
         self._files: tuple[str, ...] = ()
 
@@ -148,7 +151,7 @@ class StateSession:
             async with self._room(num_answers):
                 yield
             return
-        async with self._store.hold(begin), self._room(num_answers):
+        async with self._store.hold(begin, of=self._base_of), self._room(num_answers):
             yield
 
     def attach(self, request: GenerationRequest, number: int) -> GenerationRequest:

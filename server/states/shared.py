@@ -9,6 +9,7 @@ was making has failed, what it used is free.
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -24,6 +25,7 @@ from server.states.copies import WorkingCopies
 from server.states.errors import StoreError, StoreUnavailableError
 from server.states.postgres import Postgres
 from server.states.shared_database import Beat, InUse, SharedDatabase
+from server.states.shared_rows import use_of
 from server.states.store import (
     NewState,
     ResponseRecord,
@@ -35,6 +37,7 @@ from server.states.store import (
     new_state_id,
 )
 
+SHORT_TTL_S = 30.0
 BEAT_S, LEASE_S, PATIENCE_S, RETRY_S = 2.0, 20.0, 10.0, 0.25
 _NUM_THREADS = 8
 _log = logging.getLogger(__name__)
@@ -82,6 +85,7 @@ class SharedStore:
         self._reserved: dict[str, int] = {}
         self._making: set[str] = set()
         self._stored: set[str] = set()
+        self._users: Counter[str] = Counter()
         self._bringing: dict[str, asyncio.Task[None]] = {}
         self._beating: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -139,15 +143,37 @@ class SharedStore:
                     await asyncio.shield(self._run(lambda: self._database.release(unused)))
 
     @asynccontextmanager
-    async def hold(self, snapshot: SnapshotRecord) -> AsyncIterator[Path]:
+    async def hold(
+        self, snapshot: SnapshotRecord, *, of: StateRecord | ResponseRecord | None = None
+    ) -> AsyncIterator[Path]:
         """See `StateStore.hold`."""
         self._copies.hold(snapshot.file)
         try:
-            if not self._copies.has(snapshot.file):
-                await self._brought(snapshot)
-            yield self._copies.path(snapshot.file)
+            async with self._in_use_of(of):
+                if not self._copies.has(snapshot.file):
+                    await self._brought(snapshot)
+                yield self._copies.path(snapshot.file)
         finally:
             self._copies.release(snapshot.file)
+
+    @asynccontextmanager
+    async def _in_use_of(self, record: StateRecord | ResponseRecord | None) -> AsyncIterator[None]:
+        """Keeps what has a time to live from expiring; beats tell that it is used, and the first one may be late."""
+        if record is None or record.ttl_s is None:
+            yield
+            return
+        self._users[record.id] += 1
+        try:
+            if record.ttl_s < SHORT_TTL_S:
+                await self._run(lambda: self._database.begin_use(record.id))
+            yield
+        finally:
+            self._users[record.id] -= 1
+            is_last = self._users[record.id] == 0
+            if is_last:
+                del self._users[record.id]
+            with suppress(StoreUnavailableError):  # the next beat tells that it is not used any more
+                await asyncio.shield(self._run(lambda: self._database.end_use(record.id, is_last=is_last)))
 
     async def add(self, new: NewState) -> StateRecord:
         """See `StateStore.add`."""
@@ -302,7 +328,8 @@ class SharedStore:
 
     def _in_use(self) -> InUse:
         """Called on a thread of the database's; each copy is made in one step."""
-        files = {**dict.fromkeys(self._copies.held, 0), **self._reserved}
+        users = (use_of(record_id) for record_id in [*self._users])
+        files = {**dict.fromkeys([*self._copies.held, *users], 0), **self._reserved}
         return InUse(files, [*self._making], [*self._stored], self._copies.unused)
 
     async def _upload(self, snapshot: SnapshotRecord) -> None:

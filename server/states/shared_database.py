@@ -22,6 +22,7 @@ from server.states.shared_rows import (
     insert_state,
     list_states,
     require_snapshot,
+    use_of,
     write_response,
 )
 from server.states.shared_schema import CHUNK_BYTES, ensure_tables
@@ -242,6 +243,22 @@ class SharedDatabase:
             write_response(transaction, response, maker=None if response.has_ended else maker)
             self._end_uses(transaction, [] if response.snapshot is None else [response.snapshot.file])
             drop_unused(transaction, [] if row is None or row["snapshot"] is None else [row["snapshot"]])
+
+    def begin_use(self, record_id: str) -> None:
+        """A state or response does not expire, for this replica goes on from it."""
+        with self._postgres.changing() as transaction:
+            self._register(transaction)
+            transaction.run(
+                "INSERT INTO uses VALUES (%s,%s,0) ON CONFLICT DO NOTHING", use_of(record_id), self._replica
+            )
+
+    def end_use(self, record_id: str, *, is_last: bool) -> None:
+        """Its time to live begins again, as soon as nobody goes on from it."""
+        with self._postgres.changing() as transaction:
+            for table in ("states", "responses"):
+                transaction.run(f"UPDATE {table} SET used = %s WHERE id = %s", transaction.now, record_id)  # noqa: S608
+            if is_last:
+                self._end_uses(transaction, [use_of(record_id)])
 
     def take_up_responses(self, limit: int, *, on_taken: Callable[[Collection[str]], None]) -> list[ResponseRecord]:
         """Those that were put off, and that this replica makes from now on."""

@@ -7,11 +7,20 @@ from server.states.errors import response_not_found, snapshot_gone, state_not_fo
 from server.states.postgres import Row, Transaction
 from server.states.store import NewState, PointRecord, ResponseRecord, SnapshotRecord, StateRecord, Turn
 
-ALIVE = "(ttl_s IS NULL OR used + ttl_s > %s)"
-DEAD = "used + ttl_s <= %s"
+_IS_USED = "EXISTS (SELECT 1 FROM uses u WHERE u.file = 'use of ' || id)"
+_IS_MADE = "(maker IS NOT NULL AND maker <> '')"
+ALIVE = f"(ttl_s IS NULL OR used + ttl_s > %s OR {_IS_USED})"
+ALIVE_RESPONSE = f"({ALIVE} OR {_IS_MADE})"
+DEAD = f"used + ttl_s <= %s AND NOT {_IS_USED}"
+DEAD_RESPONSE = f"{DEAD} AND NOT {_IS_MADE}"
 _STATES = "SELECT s.*, n.* FROM states s JOIN snapshots n ON n.file = s.head"
 _POINTS = "SELECT p.*, n.* FROM points p JOIN snapshots n ON n.file = p.snapshot"
 _RESPONSES = "SELECT r.*, n.* FROM responses r LEFT JOIN snapshots n ON n.file = r.snapshot"
+
+
+def use_of(record_id: str) -> str:
+    """What stands for a state or response among the files in `uses` while somebody goes on from it."""
+    return f"use of {record_id}"
 
 
 def find_state(transaction: Transaction, owner: str, state_id: str) -> StateRecord:
@@ -64,7 +73,8 @@ def find_response(transaction: Transaction, owner: str, response_id: str) -> Res
     """Raises `NotFoundError`."""
     if not _is_text(response_id):
         raise response_not_found(response_id)
-    found = find_responses(transaction, f"id = %s AND owner = %s AND {ALIVE}", response_id, owner, transaction.now)
+    condition = f"id = %s AND owner = %s AND {ALIVE_RESPONSE}"
+    found = find_responses(transaction, condition, response_id, owner, transaction.now)
     if not found:
         raise response_not_found(response_id)
     return found[0]

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from server.states.postgres import Transaction
 from server.states.shared_rows import (
     DEAD,
+    DEAD_RESPONSE,
     delete_responses,
     delete_states,
     drop_unused,
@@ -55,7 +56,7 @@ def break_off(transaction: Transaction, condition: str, *values: object) -> None
 def drop_expired(transaction: Transaction) -> None:
     """Deletes what was not used for its time to live."""
     files = delete_states(transaction, DEAD, transaction.now)
-    drop_unused(transaction, [*files, *delete_responses(transaction, DEAD, transaction.now)])
+    drop_unused(transaction, [*files, *delete_responses(transaction, DEAD_RESPONSE, transaction.now)])
 
 
 def drop_oldest(transaction: Transaction, held: Collection[str]) -> bool:

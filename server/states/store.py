@@ -245,8 +245,14 @@ class StateStore(Protocol):
         """
         ...
 
-    def hold(self, snapshot: SnapshotRecord) -> AbstractAsyncContextManager[Path]:
+    def hold(
+        self, snapshot: SnapshotRecord, *, of: "StateRecord | ResponseRecord | None" = None
+    ) -> AbstractAsyncContextManager[Path]:
         """The snapshot's file, here and not removed for as long as the context is open.
+
+        Args:
+            of: the state or response that is gone on from: it does not expire meanwhile, and its time to live begins
+                again at the end.
 
         Raises:
             NotFoundError: it was deleted since it was looked up.

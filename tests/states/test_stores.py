@@ -319,3 +319,31 @@ async def test_a_response_that_was_put_off_is_taken_up_once(kind: Kind) -> None:
     assert (await store.get_response("ann", taken[0].id)).body["status"] == "completed"
     assert (await store.cancel_response("ann", taken[1].id)).body["status"] == "cancelled"
     await store.close()
+
+
+@pytest.mark.parametrize("ttl_s", [10.0, 100.0])
+async def test_what_is_in_use_does_not_expire_and_its_time_begins_again_afterwards(kind: Kind, ttl_s: float) -> None:
+    clock = Clock()
+    store = kind.open(clock=clock)
+    state, idle = await make(store, name="talk", ttl_s=ttl_s), await make(store, ttl_s=ttl_s)
+    answer = replace(await put_response(store, "r", "in_progress"), ttl_s=ttl_s)
+    await store.put_response(answer)
+    async with store.hold(state.head, of=state), store.hold(state.head, of=state):
+        await kind.settle(store)
+        clock.now += 3 * ttl_s
+        await make(store)  # making room is when what has expired is removed
+        await kind.settle(store)
+        assert (await store.get("ann", state.id)).id == state.id
+        assert len(await store.list_states("ann", limit=9, after=None, name="talk")) == 1
+        with pytest.raises(StateConflictError):
+            await make(store, name="talk")
+        with pytest.raises(NotFoundError):
+            await store.get("ann", idle.id)
+        assert (await store.get_response("ann", "r")).body["status"] == "in_progress"
+        state = await advance(store, state)
+    clock.now += 0.9 * ttl_s
+    assert (await store.get("ann", state.id)).head == state.head
+    clock.now += 0.2 * ttl_s
+    with pytest.raises(NotFoundError):
+        await store.get("ann", state.id)
+    await store.close()
