@@ -4,7 +4,7 @@
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)/;
 const HEADING = /^ {0,3}(#{1,6})\s+(.+?)\s*#*$/;
 const ITEM = /^(\s*)(?:[-*+]|(\d{1,9})[.)])\s+(.*)$/;
-const INLINE = /(`+)([\s\S]*?[^`])\1(?!`)|(\*\*|__)(?=\S)([\s\S]*?\S)\3|(\*|(?<!\w)_)(?=\S)([^*_]*?\S)\5(?!\w)/;
+const KINDS = { "*": "em", _: "em", "**": "strong", __: "strong" };
 
 /** Blocks: `{kind: "code" | "heading" | "list" | "paragraph", ...}`. */
 export function parse(text) {
@@ -21,19 +21,62 @@ export function parse(text) {
   return blocks;
 }
 
-/** Pieces of a line: `{kind: "text" | "code" | "strong" | "em", text}`. */
+/** Pieces of a line: `{kind: "text" | "code" | "strong" | "em", text}`. Takes time in proportion to the text. */
 export function parseInline(text) {
   const pieces = [];
-  let rest = text;
-  for (let match; (match = INLINE.exec(rest)) !== null; ) {
-    if (match.index > 0) pieces.push({ kind: "text", text: rest.slice(0, match.index) });
-    if (match[1]) pieces.push({ kind: "code", text: match[2].replace(/^ (.*) $/s, "$1") });
-    else if (match[3]) pieces.push({ kind: "strong", text: match[4] });
-    else pieces.push({ kind: "em", text: match[6] });
-    rest = rest.slice(match.index + match[0].length);
+  const closer = closers(text);
+  let begin = 0; // of text that is nothing else
+  for (let at = 0; at < text.length; ) {
+    if (!"`*_".includes(text[at])) {
+      at++;
+      continue;
+    }
+    const mark = text.slice(at, at + runLength(text, at));
+    const end = opens(text, at, mark) ? closer(mark, at + mark.length + 1) : -1;
+    if (end >= 0) {
+      if (at > begin) pieces.push({ kind: "text", text: text.slice(begin, at) });
+      pieces.push(piece(mark, text.slice(at + mark.length, end)));
+      begin = end + mark.length;
+    }
+    at = end < 0 ? at + mark.length : begin;
   }
-  if (rest !== "") pieces.push({ kind: "text", text: rest });
+  if (begin < text.length) pieces.push({ kind: "text", text: text.slice(begin) });
   return pieces;
+}
+
+function piece(mark, text) {
+  return mark[0] === "`" ? { kind: "code", text: text.replace(/^ (.*) $/s, "$1") } : { kind: KINDS[mark], text };
+}
+
+function runLength(text, at) {
+  let end = at;
+  while (text[end] === text[at]) end++;
+  return end - at;
+}
+
+function opens(text, at, mark) {
+  if (mark[0] === "`") return true;
+  return mark in KINDS && /\S/.test(text[at + mark.length] ?? " ") && !/\w/.test(text[at - 1] ?? " ");
+}
+
+function closes(text, at, mark) {
+  const [before, behind] = [text[at - 1], text[at + mark.length] ?? " "];
+  if (before === mark[0] || behind === mark[0]) return false;
+  return mark[0] === "`" || (/\S/.test(before) && !/\w/.test(behind));
+}
+
+/** Finds the next closing mark; asked from left to right, it looks at each place once for each mark. */
+function closers(text) {
+  const found = new Map();
+  return (mark, from) => {
+    let at = found.get(mark) ?? 0;
+    if (at < from && at >= 0) {
+      at = text.indexOf(mark, from);
+      while (at >= 0 && !closes(text, at, mark)) at = text.indexOf(mark, at + 1);
+      found.set(mark, at);
+    }
+    return at;
+  };
 }
 
 /** The text as elements of a document. */
