@@ -17,8 +17,9 @@ from server.protocol.chat import (
     ChatRequest,
 )
 from server.protocol.logprobs import ChatLogprobs
-from server.routes.answers import Answer, Generation, Piece
+from server.routes.answers import Generation
 from server.routes.chat_answers import ChatAnswer
+from server.routes.choices import Answer, Piece
 from server.routes.conversations import encode_messages, template_variables
 from server.routes.json_body import JsonRoute, ServiceDependency
 from server.routes.logprobs import Places, logprob_format

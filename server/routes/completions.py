@@ -9,7 +9,8 @@ from fastapi import APIRouter, Request, Response
 
 from server.protocol.completions import DEFAULT_MAX_TOKENS, Completion, CompletionChoice, CompletionRequest
 from server.protocol.logprobs import CompletionLogprobs
-from server.routes.answers import Answer, Generation, Piece
+from server.routes.answers import Generation
+from server.routes.choices import Answer, Piece
 from server.routes.json_body import JsonRoute, ServiceDependency
 from server.routes.logprobs import Places, logprob_format
 from server.routes.prompting import check_counts, encode_prompts, plan_generation

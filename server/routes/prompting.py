@@ -14,8 +14,9 @@ from server.engine.types import EngineInfo, GenerationRequest, GrammarSpec, Samp
 from server.errors import ContextLengthError, InvalidRequestError
 from server.protocol.prompts import Prompt
 from server.protocol.sampling import GenerationFields
-from server.routes.answers import Generation, Plan
+from server.routes.answers import Generation
 from server.routes.bad_words import bad_word_tokens
+from server.routes.choices import Plan
 from server.routes.score_checks import check_known_prompt, check_no_tokens, check_scored
 from server.service import Service, ServiceOptions
 from server.states.session import StateSession

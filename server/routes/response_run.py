@@ -16,7 +16,8 @@ from server.event_log import EventLog
 from server.protocol.logprobs import ChatLogprobs
 from server.protocol.response_items import stored_item
 from server.protocol.responses import ResponseRequest, response_usage
-from server.routes.answers import Generation, Piece
+from server.routes.answers import Generation
+from server.routes.choices import Piece
 from server.routes.logprobs import LogprobFormat, check_num_entries
 from server.routes.response_events import begun, begun_again, encoded, ended, put_off, with_pieces
 from server.routes.response_output import Event, Item, Logprobs, ResponseOutput

@@ -11,7 +11,8 @@ from fastapi import Request, Response
 from server.errors import ApiError, InternalError
 from server.protocol.usage import Usage
 from server.protocol.wire import ResponseModel
-from server.routes.answers import Answer, Generation
+from server.routes.answers import Generation
+from server.routes.choices import Answer
 from server.routes.sessions import owner_of
 from server.service import Service
 from server.sse import DONE, EventStreamResponse, event, unless_disconnected
