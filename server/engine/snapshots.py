@@ -329,14 +329,21 @@ def _slot(sequence: Sequence) -> int:
 def _saved(event: TokenEvent, writing: Future[SavedState]) -> TokenEvent:
     try:
         return replace(event, saved=writing.result())
-    except SnapshotError as error:
+    except (SnapshotError, OSError) as error:
+        if event.finish_reason is FinishReason.SUSPENDED:
+            _log.error("the state of a suspended request could not be saved: %s", error)
+            return event  # it ends as it would have, without a state
+        return _not_saved(event, error)
+
+
+def _not_saved(event: TokenEvent, error: SnapshotError | OSError) -> TokenEvent:
+    if isinstance(error, SnapshotError):
         code = "numerical_error" if error.code == "state_invalid" else error.code
         return _failed(event.request_id, SnapshotError(str(error), code=code))
-    except OSError as error:
-        _log.error("a state could not be saved: %s", error.strerror)
-        return _failed(
-            event.request_id, SnapshotError(f"the state could not be saved: {error.strerror}", code="state_not_saved")
-        )
+    _log.error("a state could not be saved: %s", error.strerror)
+    return _failed(
+        event.request_id, SnapshotError(f"the state could not be saved: {error.strerror}", code="state_not_saved")
+    )
 
 
 def _failed(request_id: str, error: SnapshotError) -> TokenEvent:

@@ -165,3 +165,12 @@ def test_the_slot_of_a_suspended_request_is_clear(model: DiJiangForCausalLM, tmp
     suspended(bench, ask("one", *PROMPT), 8)
     assert bench.engine.stats.num_free_slots == 4
     assert not any(tensor.any() for slot in range(1, 5) for tensor in (bench.pool.take(slot),))
+
+
+def test_a_disk_that_takes_nothing_ends_a_suspended_request_without_a_state(
+    model: DiJiangForCausalLM, tmp_path: Path
+) -> None:
+    bench = bench_of(model, tmp_path / "gone", 0)
+    result = suspended(bench, ask("one", *PROMPT, max_tokens=20), 9)
+    assert (result.reason, result.error, result.saved) == (FinishReason.SUSPENDED, None, None)
+    assert 0 < len(result.tokens) < 20

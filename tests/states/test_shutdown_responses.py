@@ -194,3 +194,30 @@ def test_another_replica_takes_it_up_and_tells_it_from_its_beginning(
         with running(tiny, tmp_path / "three", *shared) as three:  # it has never seen the response
             assert events_at(three, response_id) == told
             assert events_at(three, response_id, starting_after=5) == told[6:]
+
+
+def test_a_store_that_is_away_when_the_server_stops_does_not_keep_it(
+    tiny: Path, postgres: PostgresServer, tmp_path: Path
+) -> None:
+    shared = ("--state-store", postgres.url, "--state-store-schema", f"test_{secrets.token_hex(8)}")
+    server = start(tiny, tmp_path / "one", *shared, *OPTIONS)
+    try:
+        streamed = Asking(
+            server, "/v1/completions", {"prompt": "x", "max_tokens": 100_000, "ignore_eos": True, "stream": True}
+        )
+        made = server.post("/v1/responses", **KINDS["form"], background=True)
+        until(lambda: len(streamed.lines) > 20)
+        postgres.stop()
+        try:
+            stop(server)
+        finally:
+            postgres.start()
+        streamed.join(PATIENCE_S)
+        error = json.loads(streamed.lines[-2].removeprefix("data: "))["error"]
+        assert (error["code"], error["state_id"]) == ("server_shutdown", None)
+    finally:
+        server.kill()
+        server.close()
+    with running(tiny, tmp_path / "one", *shared) as again:  # it knows that the one before is gone
+        assert again.get(f"/v1/responses/{made['id']}")["status"] == "failed"
+        assert again.get("/v1/states")["data"] == []
