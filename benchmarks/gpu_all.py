@@ -75,7 +75,10 @@ def _prefill(name: str, share: float, *arguments: str) -> Stage:
 
 
 STAGES = (
-    _tests("kernels", 0.4, "tests/model/test_triton_gpu.py", "tests/model/test_triton_attention.py"),
+    _tests(
+        "kernels", 0.4, "tests/model/test_triton_gpu.py", "tests/model/test_triton_around.py",
+        "tests/model/test_triton_attention.py",
+    ),
     _tests("graphs", 0.2, "tests/engine/test_graphs_cuda.py"),
     _decode(
         "decode-pythia", 0.5, "--shapes", "pythia-2.8b", "--attention", "released", "--contexts", "2048,8192",

@@ -9,6 +9,7 @@ from dijiang_model.families.parts import ACTIVATIONS, empty_embedding
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
+from dijiang_model.ops.selection import residual_norm, two_norms
 from dijiang_model.quantization.weight import QuantizedWeight
 
 
@@ -59,9 +60,13 @@ class GPTNeoXBlock(nn.Module):
         return self.attention
 
     def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
-        attended = self.attention(self.input_layernorm(x), op=op, layout=layout, state=state)
-        mlp_input = x if self.is_parallel else x + attended
-        output: Tensor = x + attended + self.mlp(self.post_attention_layernorm(mlp_input))
+        if self.is_parallel:
+            normed, mlp_input = two_norms(x, self.input_layernorm, self.post_attention_layernorm)
+            x = x + self.attention(normed, op=op, layout=layout, state=state)
+        else:
+            attended = self.attention(self.input_layernorm(x), op=op, layout=layout, state=state)
+            x, mlp_input = residual_norm(x, attended, self.post_attention_layernorm)
+        output: Tensor = x + self.mlp(mlp_input)
         return output
 
 

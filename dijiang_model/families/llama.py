@@ -10,6 +10,7 @@ from dijiang_model.families.parts import ACTIVATIONS, empty_embedding
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
+from dijiang_model.ops.selection import gated_product, residual_norm
 from dijiang_model.quantization.weight import QuantizedWeight
 
 
@@ -46,7 +47,7 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=bias, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        output: Tensor = self.down_proj(gated_product(self.gate_proj(x), self.up_proj(x), self.activation))
         return output
 
 
@@ -77,8 +78,9 @@ class LlamaBlock(nn.Module):
         return self.self_attn
 
     def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), op=op, layout=layout, state=state)
-        output: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), op=op, layout=layout, state=state)
+        x, normed = residual_norm(x, attended, self.post_attention_layernorm)
+        output: Tensor = x + self.mlp(normed)
         return output
 
 

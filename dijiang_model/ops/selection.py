@@ -1,5 +1,6 @@
 """Which operators a device gets: Triton kernels on CUDA devices that have matrix units for bf16, else torch's."""
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
@@ -51,10 +52,50 @@ def step_angles(
 
 def gated_norm(attended: Tensor, gate: Tensor, norm: nn.GroupNorm) -> Tensor:
     """The released read-out: raw sums [T, H, d] and a gate [T, H * d] before its activation -> [T, H * d]."""
-    needs_gradient = torch.is_grad_enabled() and (attended.requires_grad or gate.requires_grad)
-    if has_kernels(gate.device, gate.dtype) and not needs_gradient:
+    if _is_fused(gate, norm=norm) and not (torch.is_grad_enabled() and attended.requires_grad):
         from dijiang_model.ops.triton import read_out
 
         return read_out.gated_norm(attended, gate, norm)
     normed: Tensor = norm(attended.flatten(1).to(gate.dtype))
     return functional.silu(gate) * normed
+
+
+def residual_norm(x: Tensor, delta: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """x + delta and the norm of that sum; [T, width] each.
+
+    Args:
+        norm: an `nn.LayerNorm` or a family's RMSNorm.
+    """
+    if _is_fused(x, delta, norm=norm):
+        from dijiang_model.ops.triton import around
+
+        return around.residual_norm(x, delta, norm)
+    total = x + delta
+    return total, norm(total)
+
+
+def two_norms(x: Tensor, first: nn.Module, second: nn.Module) -> tuple[Tensor, Tensor]:
+    """Two norms of the same kind of x [T, width]."""
+    if _is_fused(x, norm=first):
+        from dijiang_model.ops.triton import around
+
+        return around.two_norms(x, first, second)
+    return first(x), second(x)
+
+
+def gated_product(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """activation(gate) * up; equal shapes. On a GPU in one pass where the activation is SiLU."""
+    if activation is functional.silu and _is_fused(gate, up):
+        from dijiang_model.ops.triton import around
+
+        return around.gated_product(gate, up)
+    return activation(gate) * up
+
+
+def _is_fused(*inputs: Tensor, norm: nn.Module | None = None) -> bool:
+    """Whether kernels do this: they know no gradients and no mixed dtypes (autocast)."""
+    dtype = inputs[0].dtype
+    if not has_kernels(inputs[0].device, dtype) or any(one.dtype != dtype for one in inputs):
+        return False
+    parameters = () if norm is None else tuple(norm.parameters())
+    return not (torch.is_grad_enabled() and any(one.requires_grad for one in (*inputs, *parameters)))

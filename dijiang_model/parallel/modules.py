@@ -12,6 +12,7 @@ from dijiang_model.families.gpt_neox import GPTNeoXBlock
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
+from dijiang_model.ops.selection import two_norms
 from dijiang_model.parallel.group import TensorGroup
 from dijiang_model.parallel.shards import Shard
 from dijiang_model.quantization.modules import QuantizedEmbedding, QuantizedLinear
@@ -61,8 +62,9 @@ class ParallelResidualBlock(GPTNeoXBlock):
         self._group = group
 
     def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
-        attended = self.attention(self.input_layernorm(x), op=op, layout=layout, state=state)
-        total = self._group.sum_(attended + self.mlp(self.post_attention_layernorm(x)))
+        normed, mlp_input = two_norms(x, self.input_layernorm, self.post_attention_layernorm)
+        attended = self.attention(normed, op=op, layout=layout, state=state)
+        total = self._group.sum_(attended + self.mlp(mlp_input))
         for path in ("attention.dense", "mlp.dense_4h_to_h"):
             projection = self.get_submodule(path)
             assert isinstance(projection, PartialLinear)

@@ -29,7 +29,7 @@ from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
-from dijiang_model.ops.triton import TritonAttention, decode, prefill, read_out
+from dijiang_model.ops.triton import TritonAttention, around, decode, prefill, read_out
 
 CAPABILITIES = (80, 90)
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
@@ -107,7 +107,7 @@ class _Recorder:
 def recorded() -> Iterator[list[Launch]]:
     """Every launch of the operator's kernels goes into the list, and nothing runs."""
     launches: list[Launch] = []
-    hosts = (decode, prefill, read_out)
+    hosts = (decode, prefill, read_out, around)
     kernels = [(host, name) for host in hosts for name in vars(host) if name.endswith("_kernel")]
     originals = [(host, name, getattr(host, name)) for host, name in kernels]
     try:
@@ -169,6 +169,10 @@ def launches_of(
         layout = StepLayout(num_decode, positions, slots[:num_decode], rotary, rotary, prefill)
         attended = TritonAttention()(q, k, v, kernel=kernel, layout=layout, state=state)
         read_out.angles(positions, dims=size, theta=1e4, last_sink=2047)
+        x, norm = torch.zeros(num_tokens, num_heads * size, dtype=dtype), torch.nn.LayerNorm(num_heads * size)
+        around.residual_norm(x, x, norm.to(dtype))
+        around.two_norms(x, norm, norm)
+        around.gated_product(x, x)
         if not has_normaliser:
             norm = torch.nn.GroupNorm(size, num_heads * size, dtype=dtype)
             read_out.gated_norm(attended, torch.zeros(num_tokens, num_heads * size, dtype=dtype), norm)

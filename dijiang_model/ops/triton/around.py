@@ -1,0 +1,70 @@
+"""Launches the kernels around the attention; see `kernels.around`."""
+
+import torch
+import triton
+from torch import Tensor, nn
+
+from dijiang_model.ops.triton.decode import OPTIONS
+from dijiang_model.ops.triton.device import on_device_of
+from dijiang_model.ops.triton.kernels.around import gated_product_kernel, residual_norm_kernel, two_norms_kernel
+
+PRODUCT_BLOCK = 1024
+
+
+def residual_norm(x: Tensor, delta: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """x + delta and its norm, in one pass; [T, width] of one dtype each.
+
+    Args:
+        norm: an `nn.LayerNorm` over the width, or an RMSNorm with `weight` and `eps`.
+    """
+    x, delta = x.contiguous(), delta.contiguous()
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    weight, bias, eps = _parameters(norm)
+    if len(x) > 0:
+        with on_device_of(x):
+            residual_norm_kernel[(len(x),)](x, delta, weight, bias, total, normed, eps, **_kind(x, norm))
+    return total, normed
+
+
+def two_norms(x: Tensor, first: nn.Module, second: nn.Module) -> tuple[Tensor, Tensor]:
+    """Two norms of the same kind of x [T, width], which is read once."""
+    x = x.contiguous()
+    normed = torch.empty_like(x), torch.empty_like(x)
+    weight_a, bias_a, eps_a = _parameters(first)
+    weight_b, bias_b, eps_b = _parameters(second)
+    if len(x) > 0:
+        with on_device_of(x):
+            two_norms_kernel[(len(x),)](x, weight_a, bias_a, weight_b, bias_b, *normed, eps_a, eps_b, **_kind(x, first))
+    return normed
+
+
+def gated_product(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) * up in one pass; equal shapes."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    if gate.numel() > 0:
+        with on_device_of(gate):
+            gated_product_kernel[(triton.cdiv(gate.numel(), PRODUCT_BLOCK),)](
+                gate, up, out, gate.numel(), BLOCK=PRODUCT_BLOCK, num_warps=4, **OPTIONS
+            )
+    return out
+
+
+def _parameters(norm: nn.Module) -> tuple[Tensor, Tensor, float]:
+    """Weight, bias (the weight stands for none: never read), epsilon."""
+    weight, bias, eps = norm.weight, getattr(norm, "bias", None), norm.eps
+    assert isinstance(weight, Tensor)
+    assert isinstance(eps, float)
+    return weight, bias if isinstance(bias, Tensor) else weight, eps
+
+
+def _kind(x: Tensor, norm: nn.Module) -> dict[str, int]:
+    width = x.shape[1]
+    return {
+        "WIDTH": width,
+        "BLOCK": triton.next_power_of_2(width),
+        "RMS": not isinstance(norm, nn.LayerNorm),
+        "HAS_BIAS": getattr(norm, "bias", None) is not None,
+        "num_warps": 8 if width > 2048 else 4,
+        **OPTIONS,
+    }

@@ -1,0 +1,59 @@
+"""What lies around the attention and reads and writes each number once: residual and norm, the gated product."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def normed_row(value, mask, weight, bias, c, eps, WIDTH: tl.constexpr, RMS: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """RMSNorm or LayerNorm of one token [BLOCK] fp32, 0 behind its WIDTH."""
+    if not RMS:
+        value = tl.where(mask, value - tl.sum(value, 0) / WIDTH, 0.0)
+    answer = value / tl.sqrt(tl.sum(value * value, 0) / WIDTH + eps)
+    answer *= tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        answer += tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+    return answer
+
+
+@triton.jit
+def residual_norm_kernel(
+    x, delta, weight, bias, total, normed, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, RMS: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Grid (T,): total = x + delta and its norm, [T, WIDTH] each; the norm reads the sum as it is stored."""
+    t = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    mask, row = c < WIDTH, t * WIDTH
+    value = tl.load(x + row + c, mask=mask, other=0.0).to(tl.float32)
+    value += tl.load(delta + row + c, mask=mask, other=0.0).to(tl.float32)
+    stored = value.to(total.dtype.element_ty)
+    tl.store(total + row + c, stored, mask=mask)
+    answer = normed_row(stored.to(tl.float32), mask, weight, bias, c, eps, WIDTH, RMS, HAS_BIAS)
+    tl.store(normed + row + c, answer.to(normed.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def two_norms_kernel(
+    x, weight_a, bias_a, weight_b, bias_b, normed_a, normed_b, eps_a, eps_b,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, RMS: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Grid (T,): two norms of the same [T, WIDTH]."""
+    t = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    mask, row = c < WIDTH, t * WIDTH
+    value = tl.load(x + row + c, mask=mask, other=0.0).to(tl.float32)
+    answer = normed_row(value, mask, weight_a, bias_a, c, eps_a, WIDTH, RMS, HAS_BIAS)
+    tl.store(normed_a + row + c, answer.to(normed_a.dtype.element_ty), mask=mask)
+    answer = normed_row(value, mask, weight_b, bias_b, c, eps_b, WIDTH, RMS, HAS_BIAS)
+    tl.store(normed_b + row + c, answer.to(normed_b.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gated_product_kernel(gate, up, out, num, BLOCK: tl.constexpr):
+    """Grid (blocks): SiLU(gate) * up of `num` numbers, not rounded in between."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < num
+    opening = tl.load(gate + place, mask=mask, other=0.0).to(tl.float32)
+    answer = opening / (1.0 + tl.exp(-opening)) * tl.load(up + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + place, answer.to(out.dtype.element_ty), mask=mask)
