@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from itertools import pairwise
+from logging import CRITICAL, getLogger
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ READ_TOKENS = 2048
 def transformers_twin(folder: Path, model: DiJiangForCausalLM) -> Any:
     """HF's model with scaled-dot-product attention; its tensors are those of `model`, not copies."""
     logging.set_verbosity_error()
+    getLogger("ContinuousBatchingLogger").setLevel(CRITICAL)  # what goes wrong there is told by the error
     base = json.loads((folder / "config.json").read_text())["base"]
     config = AutoConfig.for_model(base.pop("model_type"), **base)
     with torch.device("meta"):
