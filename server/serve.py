@@ -226,12 +226,20 @@ def find_model(settings: Settings, console: Console) -> tuple[Path, str]:
         return _default_model(settings.cache_dir, console)
     folder = settings.model.expanduser().resolve()
     if not (folder / "config.json").is_file():
-        raise StartError(f"{settings.model} is not the folder of a model: it has no config.json")
+        raise StartError(f"{settings.model} is not the folder of a model: {_why_no_model(folder)}")
     try:
         json.loads((folder / "config.json").read_bytes())
     except ValueError as error:
         raise StartError(f"{settings.model}: config.json is not valid JSON: {error}") from error
     return folder, folder.name
+
+
+def _why_no_model(path: Path) -> str:
+    if path.suffix == ".gguf" and path.is_file():
+        return f"make one of it with `dijiang convert {path.name} OUT`"
+    if path.is_file():
+        return "it is a file"
+    return "it has no config.json" if path.is_dir() else "it does not exist, and nothing is downloaded"
 
 
 def _default_model(home: Path | None, console: Console) -> tuple[Path, str]:

@@ -288,5 +288,7 @@ def _describe(error: Mapping[str, Any]) -> list[str]:
     message = error["msg"].removeprefix("Value error, ")
     if not error["loc"]:
         return list(message.split("\n"))
+    if error["type"].startswith("byte_size"):
+        message = "must be a size, such as 512MiB or 2GiB"
     name = str(error["loc"][0])
     return [f"{flag_of(name)} ({variable_of(name)}): {message}"]

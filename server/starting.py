@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -163,7 +164,8 @@ def _bind(settings: Settings) -> socket.socket:
         listener.bind((settings.host, settings.port))
     except OSError as error:
         listener.close()
-        raise StartError(f"{settings.host} port {settings.port} cannot be used: {error.strerror}") from error
+        hint = "; --port names another one, and --port 0 takes a free one" if error.errno == errno.EADDRINUSE else ""
+        raise StartError(f"{settings.host} port {settings.port} cannot be used: {error.strerror}{hint}") from error
     listener.set_inheritable(False)
     return listener
 

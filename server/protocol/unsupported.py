@@ -84,6 +84,7 @@ COMPLETION_FIELDS: Mapping[str, tuple[Any, ...]] = {
 CHAT_FIELDS: Mapping[str, tuple[Any, ...]] = {
     **_SHARED,
     "documents": ([],),
+    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),

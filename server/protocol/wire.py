@@ -61,7 +61,9 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestError
         shown.append(f"and {len(errors) - MAX_ERRORS} more")
     first = errors[0]
     code = None if first["type"] in {"json_invalid", "missing"} else "invalid_value"
-    return InvalidRequestError("; ".join(shown), param=field_path(first["loc"]), code=code)
+    # Of a body that is no JSON the location is a place in its text, and no field.
+    param = None if first["type"] == "json_invalid" else field_path(first["loc"])
+    return InvalidRequestError("; ".join(shown), param=param, code=code)
 
 
 def field_path(location: Sequence[str | int]) -> str | None:
@@ -74,7 +76,8 @@ def field_path(location: Sequence[str | int]) -> str | None:
 
 def _describe(error: Mapping[str, Any]) -> str:
     if error["type"] == "json_invalid":
-        return f"the body is not valid JSON: {error.get('ctx', {}).get('error', 'syntax error')}"
+        place = f" (at character {error['loc'][-1]})" if isinstance(error["loc"][-1], int) else ""
+        return f"the body is not valid JSON: {error.get('ctx', {}).get('error', 'syntax error')}{place}"
     path = field_path(error["loc"])
     message = error["msg"].removeprefix("Value error, ")
     return f"{path}: {message}" if path is not None else f"the body: {message}"

@@ -195,6 +195,7 @@ CHAT_ERRORS = [
     ({"tools": [TOOL], "structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"functions": [{"name": "f"}]}, "functions"),
+    ({"echo": True}, "echo"),
     ({"logprobs": 1}, "logprobs"),
     ({"top_logprobs": 10**6}, "top_logprobs"),
     ({"top_logprobs": 1}, "top_logprobs"),
@@ -281,6 +282,14 @@ def test_a_body_that_is_no_json_object_is_a_400(server: Loopback, body: bytes) -
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
         assert len(answer.content) < 3000
     assert_still_right(server)
+
+
+def test_broken_json_is_told_with_its_place_and_no_field(server: Loopback) -> None:
+    headers = {"content-type": "application/json"}
+    error = server.http.post("/v1/completions", content=b'{"prompt": "x",}', headers=headers).json()["error"]
+    assert (error["param"], error["code"]) == (None, None)
+    assert "not valid JSON" in error["message"]
+    assert "(at character 14)" in error["message"]
 
 
 def test_a_small_body_cannot_provoke_a_huge_error(server: Loopback) -> None:

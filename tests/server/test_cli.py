@@ -1,5 +1,6 @@
 """The `dijiang` program: quick help, every setting as a flag, errors as sentences."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,8 @@ def test_serve_help_explains_every_setting() -> None:
         (["--no-such-flag"], {}, "No such option"),
         (["--port", "x"], {}, "--port (DIJIANG_PORT)"),
         ([], {"DIJIANG_PROT": "1"}, "did you mean DIJIANG_PORT?"),
-        (["nowhere"], {}, "nowhere is not the folder of a model"),
+        (["nowhere"], {}, "nowhere is not the folder of a model: it does not exist"),
+        (["--state-memory", "lots"], {}, "--state-memory (DIJIANG_STATE_MEMORY): must be a size, such as 512MiB"),
         (["nowhere"], {"DIJIANG_MODEL": "elsewhere"}, "nowhere is not the folder"),
         ([], {"DIJIANG_MODEL": "elsewhere"}, "elsewhere is not the folder"),
     ],
@@ -66,6 +68,22 @@ def test_mistakes_are_sentences_and_end_with_a_status(
     assert answer.returncode != 0
     assert message in " ".join(answer.stderr.split())
     assert "Traceback" not in answer.stderr
+
+
+def test_a_file_is_not_a_folder_and_a_gguf_file_can_become_one(tmp_path: Path) -> None:
+    for name, message in (("model.gguf", "dijiang convert model.gguf OUT"), ("notes.txt", "it is a file")):
+        (tmp_path / name).write_text("x")
+        assert message in " ".join(dijiang("serve", str(tmp_path / name)).stderr.split())
+
+
+def test_a_port_in_use_is_told_with_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        answer = dijiang("serve", str(tmp_path), "--port", port, "--no-states")
+    assert answer.returncode == 1
+    assert f"127.0.0.1 port {port} cannot be used" in " ".join(answer.stderr.split())
+    assert "--port 0 takes a free one" in " ".join(answer.stderr.split())
 
 
 def test_a_folder_with_a_damaged_model_is_refused(tmp_path: Path) -> None:
