@@ -86,7 +86,7 @@ def choose(logits: Tensor, words: Tensor, *, kind: Kind) -> Tensor:
         plan, arrived = _plan(num_rows, vocab_size, is_filtered=kind == "filtered"), _arrived(words)
         drawn = draw(logits, plan, arrived)
         token_ids = torch.where(words[_NUM_PLACES] > 0, drawn, token_ids)
-    return torch.where(is_finite, token_ids, FAULTY)
+    return token_ids.masked_fill(~is_finite, FAULTY)  # a number of the host, which no recording may wait for
 
 
 def _uniform(chunk: Chunk) -> float:

@@ -290,3 +290,15 @@ def test_fp32_models_with_states_in_bf16_keep_their_near_rows_as_torch_does() ->
     assert_close_in_norm(output, expected, tolerance=BF16_TOLERANCE)
     for name, tensor in ours.buffer.tensors.items():
         assert_close_in_norm(tensor[2].cpu(), torchs.buffer.tensors[name][2], tolerance=BF16_TOLERANCE, what=name)
+
+
+def test_states_that_the_kernels_do_not_know_are_refused() -> None:
+    layer = Layer(Shape(1, 1, 64, 64, PURE), (2,), dtype=torch.float32, op=TritonAttention())
+    tensors = {name: tensor.to(torch.int8) for name, tensor in layer.buffer.tensors.items()}
+    layer.buffer.tensors = tensors
+    with pytest.raises(ValueError, match=r"float32 or bfloat16, not torch\.int8"):
+        layer.step([0], {})
+
+
+def test_heads_of_8_are_filled_up_to_what_matrix_units_take() -> None:
+    check(Shape(2, 1, 8, 8, replace(HYBRID, window=5)), (35, 67), BOTH)

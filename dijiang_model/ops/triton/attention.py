@@ -10,6 +10,8 @@ from dijiang_model.ops.triton.decode import decode
 from dijiang_model.ops.triton.device import on_device_of
 from dijiang_model.ops.triton.prefill import prefill
 
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+
 
 class TritonAttention:
     """Decode rows in one launch, prefill segments in five; sums and decays in fp32, products in the weights' dtype.
@@ -23,6 +25,8 @@ class TritonAttention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
     ) -> Tensor:
+        if state.linear_state.dtype not in STATE_DTYPES:
+            raise ValueError(f"on CUDA states are kept in float32 or bfloat16, not {state.linear_state.dtype}")
         assert not (torch.is_grad_enabled() and q.requires_grad), "the kernels know no gradients"
         with on_device_of(q):  # Triton launches on the current device, wherever its arguments are
             return self._answer(q, k, v, kernel=kernel, layout=layout, state=state)
