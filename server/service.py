@@ -184,7 +184,8 @@ class Service:
         try:
             async with asyncio.timeout(timeout_s):
                 results = await asyncio.gather(*(item.suspend() for item in running), return_exceptions=True)
-                await asyncio.gather(*self.background.values(), return_exceptions=True)  # which are put off
+                if self.background:
+                    await asyncio.wait(self.background.values())  # which are put off
         except TimeoutError:
             _log.error("the states of what still ran could not all be saved within %g s", timeout_s)
             return

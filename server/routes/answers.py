@@ -164,7 +164,8 @@ class Generation:
         async with self._session.room_to_stop(len(saved)) as files:
             for choice, file in zip(saved, files, strict=True):
                 self._suspend(choice, save_to=file)
-            await asyncio.gather(*self._pumps, return_exceptions=True)
+            if self._pumps:
+                await asyncio.wait(self._pumps)  # which whoever gives up waiting does not end
 
     def _is_worth_saving(self, choice: Choice) -> bool:
         """Whether somebody can go on from where it is."""

@@ -1,11 +1,15 @@
 """SIGTERM: new work is refused, what runs is finished, and a deadline ends even that cleanly."""
 
 import json
+import signal
 import threading
 
 import httpx
+import pytest
+import uvicorn
 
-from server.service import ServiceOptions
+from server.draining import DrainingServer
+from server.service import Service, ServiceOptions
 from server.text.tokenizer import Tokenizer
 from tests.server.conftest import Loopback, serve
 from tests.server.fake_engine import ANSWER, FakeEngine
@@ -78,6 +82,43 @@ def test_after_the_deadline_what_runs_ends_with_a_clean_error(
     assert told["choices"] == [{"index": 0, "state_id": None, "completion_tokens": 1}]
     assert "send the request again" in told["message"]
     assert done == "data: [DONE]"
+
+
+@pytest.mark.parametrize("num_signals", [1, 2])
+def test_a_process_that_something_keeps_is_ended_all_the_same(
+    byte_tokenizer: Tokenizer, options: ServiceOptions, monkeypatch: pytest.MonkeyPatch, num_signals: int
+) -> None:
+    limits = {"SAVE_S": 0.01, "MARGIN_S": 0.01, "FORCED_S": 3600.0} if num_signals == 1 else {"FORCED_S": 0.01}
+    for name, value in limits.items():
+        monkeypatch.setattr(f"server.draining.{name}", value)
+    gave_up = threading.Event()
+    server = DrainingServer(
+        uvicorn.Config(app="nobody"),
+        Service(FakeEngine(), options, byte_tokenizer),
+        FakeEngine(),
+        drain_timeout_s=0.01,
+        give_up=gave_up.set,
+    )
+    for _ in range(num_signals):  # and nobody ever looks at what they ask for
+        server.handle_exit(signal.SIGTERM, None)
+    assert gave_up.wait(10)
+    assert server.force_exit is (num_signals == 2)
+
+
+def test_what_takes_too_long_to_save_does_not_hold_up_the_end(
+    byte_tokenizer: Tokenizer, options: ServiceOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.draining.SAVE_S", 0.05)
+    engine = FakeEngine(hold_after=1)
+    monkeypatch.setattr(engine, "suspend", lambda *_, **__: None)  # as if a disk did not answer
+    with serve(engine, options, byte_tokenizer, drain_timeout_s=0.05) as server:
+        reader = Reader(server)
+        reader.start()
+        server.wait_until(lambda: server.service.num_active == 1)
+        server.signal()
+        reader.join(10)
+        wait_for_end(server)
+    assert json.loads(reader.lines[-2].removeprefix("data: "))["error"]["code"] == "engine_stopped"
 
 
 def test_an_engine_that_cannot_be_loaded_ends_the_server(byte_tokenizer: Tokenizer, options: ServiceOptions) -> None:
