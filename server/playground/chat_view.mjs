@@ -97,6 +97,9 @@ export class ChatView {
     this.#busy(false);
     cancelAnimationFrame(this.#frame);
     this.draw();
+    // A state knows best how long it is: what was stopped is no part of it.
+    if (this.#conversation.state !== null) this.#numTokens = this.#conversation.state.num_tokens;
+    this.showMemory();
     question.focus();
     await this.#onChange();
   }
@@ -236,6 +239,7 @@ function thought(turn, isOpen) {
 
 function notes(turn) {
   const found = [];
+  if (turn.role === "user") return found;
   if (turn.unsaved) found.push("Stopped: the saved conversation has not seen this.");
   else if (turn.stopped) found.push("Stopped.");
   if (turn.finish === "length") found.push("Cut off at the limit of tokens.");
