@@ -53,8 +53,7 @@ class DiJiangAttention(nn.Module):
         config, attention = self.config, self.config.layers[self.layer]
         groups, head, features = config.num_kv_heads, config.head_size, config.num_features(self.layer)
         dtype = state_dtype(self.weights_dtype)
-        is_wide_window = self.weights_dtype == torch.float32
-        near_dtype = torch.bfloat16 if self.is_narrow and is_wide_window else self.weights_dtype
+        near_dtype = self._near_dtype()
         linear_dtype = torch.bfloat16 if self.is_narrow else dtype
         tensors = [StateTensor(self._name("linear_state"), (groups, features, head), linear_dtype)]
         if attention.read_out == "denominator":
@@ -74,6 +73,13 @@ class DiJiangAttention(nn.Module):
             near_keys=get(self._name("near_keys")),
             near_values=get(self._name("near_values")),
         )
+
+    def _near_dtype(self) -> torch.dtype:
+        """Of the window: the weights' own, but fp32 beside bf16 weights on a CPU, whose kernels compute in fp32."""
+        is_half = self.weights_dtype == torch.bfloat16 and self.linear.log_decay.device.type == "cpu"
+        if self.weights_dtype == torch.float32 or is_half:
+            return torch.bfloat16 if self.is_narrow else torch.float32
+        return self.weights_dtype
 
     def _name(self, tensor: str) -> str:
         return f"layers.{self.layer}.{tensor}"

@@ -199,7 +199,7 @@ class DiJiangForCausalLM(nn.Module):
         """
         if self._decoder is not None and self._runs_natively(self._decoder):
             return self._decoder.step(
-                self.embed(batch.token_ids, batch.positions),
+                self.embed(batch.token_ids, batch.positions).float(),
                 positions=batch.positions,
                 slots=batch.slots,
                 lengths=batch.lengths,

@@ -51,8 +51,8 @@ def why_unsupported(model: "DiJiangForCausalLM") -> str | None:
     """Why the kernels cannot run a model, in words; None if they can."""
     if model.device.type != "cpu":
         return f"the model is on {model.device.type}, not on a CPU"
-    if model.dtype != torch.float32:
-        return f"weights are {model.dtype}, not float32"
+    if model.dtype not in (torch.float32, torch.bfloat16):
+        return f"weights are {model.dtype}, not float32 or bfloat16"
     if model.config.head_size % HEAD_SIZE_MULTIPLE != 0:
         return f"head size {model.config.head_size} is no multiple of {HEAD_SIZE_MULTIPLE}"
     if not model.config.pre_norm or model.config.embedding_width != model.config.hidden_size:
@@ -67,9 +67,12 @@ def why_unsupported(model: "DiJiangForCausalLM") -> str | None:
             return f"the kernels do not know {', '.join(sorted(unknown))}"
     for block in model.blocks:
         for path in _NAMES[model.config.family].projections:
-            kind = type(block.get_submodule(path))
-            if kind not in (nn.Linear, QuantizedLinear):
-                return f"{path} is a {kind.__name__}"
+            module = block.get_submodule(path)
+            if type(module) not in (nn.Linear, QuantizedLinear):
+                return f"{path} is a {type(module).__name__}"
+            dtype = cast("Tensor | QuantizedWeight", module.weight).dtype
+            if dtype != model.dtype:
+                return f"{path} is {dtype}, and the output head {model.dtype}"
     if library.load_library() is None:
         return "there are no compiled kernels: see native.library"
     return None
@@ -128,6 +131,13 @@ class NetworkWeights:
         self.kept.append(tensor)
         return tensor.data_ptr()
 
+    def floats(self, tensor: Tensor) -> int:
+        """Address of a tensor's values in fp32: its own, or those of a copy."""
+        if tensor.dtype == torch.float32:
+            return self.pointer(tensor)
+        self.derived_from.append((tensor, tensor._version))
+        return self.derived(tensor)
+
     def derived(self, tensor: Tensor) -> int:
         """Address of a fp32 copy of a value just computed."""
         tensor = tensor.detach().to(torch.float32).clone()
@@ -143,10 +153,11 @@ class NetworkWeights:
         return self.matrix(cast(Tensor, module.weight), cast("Tensor | None", module.bias))
 
     def matrix(self, weight: Tensor, bias: Tensor | None = None) -> library.Matrix:
-        """fp32 weights [rows, columns]."""
+        """fp32 or bf16 weights [rows, columns]."""
         return library.Matrix(
-            weight=self.pointer(weight),
-            bias=None if bias is None else self.pointer(bias),
+            weight=self.pointer(weight) if weight.dtype == torch.float32 else None,
+            halves=self.pointer(weight) if weight.dtype == torch.bfloat16 else None,
+            bias=None if bias is None else self.floats(bias),
             rows=weight.shape[0],
             columns=weight.shape[1],
         )
@@ -154,14 +165,14 @@ class NetworkWeights:
     def codes(self, weight: QuantizedWeight, bias: Tensor | None = None) -> library.Matrix:
         """Quantized weights."""
         self.kept.append(weight)
-        return weight.matrix(None if bias is None else self.pointer(bias))
+        return weight.matrix(None if bias is None else self.floats(bias))
 
     def norm(self, module: nn.Module) -> library.Norm:
         """Layer norm, group norm, or RMS norm (which has no bias)."""
         bias = getattr(module, "bias", None)
         return library.Norm(
-            weight=self.pointer(cast(Tensor, module.weight)),
-            bias=None if bias is None else self.pointer(bias),
+            weight=self.floats(cast(Tensor, module.weight)),
+            bias=None if bias is None else self.floats(bias),
             eps=cast(float, module.eps),
         )
 
