@@ -12,18 +12,7 @@ from setuptools import Extension, setup
 
 SOURCE = "dijiang_model/native/src"
 DIGEST = runpy.run_path("dijiang_model/native/digest.py")["source_digest"](Path(SOURCE))
-HEADERS = (
-    "attention.h",
-    "forms.h",
-    "int4.h",
-    "matrix.h",
-    "narrow.h",
-    "operands.h",
-    "round_rows.h",
-    "rows.h",
-    "threads.h",
-    "vector.h",
-)
+HEADERS = sorted(str(path) for path in Path(SOURCE).glob("*.h"))
 # Neither -ffast-math nor contraction: a row's sums must come in the same order and rounding in every batch.
 # GCC 12 warns of its own headers.
 QUIET = ("-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
@@ -41,7 +30,7 @@ setup(
             f"dijiang_model.native._kernels_{variant}",
             # One source for every variant: setuptools wants distinct object files, hence one-line wrappers.
             sources=[f"{SOURCE}/kernels_{variant}.cpp"],
-            depends=[f"{SOURCE}/choose.cpp", f"{SOURCE}/step.cpp", *(f"{SOURCE}/{header}" for header in HEADERS)],
+            depends=[f"{SOURCE}/choose.cpp", f"{SOURCE}/step.cpp", *HEADERS],
             define_macros=[("DIJIANG_SOURCE", f'"{DIGEST}"')],
             extra_compile_args=[*COMMON, *options],
             extra_link_args=["-pthread"],

@@ -1,18 +1,26 @@
 """The parameters of one layer's linear attention, and what is derived from them once after loading."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dijiang_model.config import AttentionConfig, ModelConfig
+from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
 from dijiang_model.features import basis_matrix, feature_map
 
 
 def released_log_decay(num_heads: int) -> Tensor:
     """log gamma_h of the released code, gamma_h = 1 - exp(linspace(log 1/32, log 1/512, H)); [H] fp64."""
     return torch.log1p(-torch.exp(torch.linspace(math.log(1 / 32), math.log(1 / 512), num_heads, dtype=torch.float64)))
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(mode=False)
+def _shared_basis(features: FeatureConfig, head_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One tensor for all layers that have the same: a step then finds it in a cache. Nobody writes it."""
+    return basis_matrix(features, head_size).to(device=device, dtype=dtype)
 
 
 class LinearKernel(nn.Module):
@@ -78,8 +86,8 @@ class LinearKernel(nn.Module):
             self.register_buffer("ones", ones, persistent=False)
             self.register_buffer("zeros", torch.zeros_like(ones), persistent=False)
         else:
-            basis = basis_matrix(self.attention.features, self.head_size)
-            self.register_buffer("basis", basis.to(device=device, dtype=dtype), persistent=False)
+            basis = _shared_basis(self.attention.features, self.head_size, device, dtype)
+            self.register_buffer("basis", basis, persistent=False)
         if self.attention.decay == "table":
             derived = position_factors(self.read_table, self.write_table, self.log_decay)
             for name, table in zip(("table_log_decay", "table_write", "table_read"), derived, strict=True):

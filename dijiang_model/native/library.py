@@ -69,17 +69,22 @@ class Attention(ctypes.Structure):
         ("mix_weight", Pointer),
         ("late_cos", Pointer),
         ("late_sin", Pointer),
+        ("far_up", Pointer),
+        ("far_rank", Integer),
         ("table_entries", Integer),
         ("num_features", Integer),
         ("window", Integer),
         ("sinks", Integer),
         ("is_softmax", Integer),
         ("has_denominator", Integer),
+        ("near_numbers", Integer),
+        ("linear_numbers", Integer),
         ("state_offset", Integer),
         ("normaliser_offset", Integer),
         ("keys_offset", Integer),
         ("values_offset", Integer),
-        ("is_narrow", Integer),
+        ("key_scales_offset", Integer),
+        ("value_scales_offset", Integer),
     )
 
 
@@ -117,7 +122,6 @@ class Layer(ctypes.Structure):
         ("mlp_down", Matrix),
         ("attention", Attention),
         ("far_down", Matrix),
-        ("far_up", Matrix),
     )
 
 

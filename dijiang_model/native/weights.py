@@ -29,6 +29,8 @@ ACTIVATIONS: Mapping[str, int] = {
     "gelu_pytorch_tanh": 2,
     "relu": 3,
 }
+NUMBERS: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""How the kernels know the dtypes of a state's tensors."""
 KERNEL_PARAMETERS = frozenset(
     {
         *("nodes", "log_weights", "projection", "log_decay", "read_table", "write_table"),
@@ -289,7 +291,6 @@ def _layer(weights: NetworkWeights, block: nn.Module, names: _Names, offsets: Ma
     )
     if attention.linear.attention.features.far_rank > 0:
         layer.far_down = weights.matrix(attention.linear.far_query_down)
-        layer.far_up = weights.matrix(attention.linear.far_query_up)
     if attention.read_out == "group_norm":
         layer.gate = weights.linear(attention.gate)
         layer.group_norm = weights.norm(attention.group_norm)
@@ -299,8 +300,8 @@ def _layer(weights: NetworkWeights, block: nn.Module, names: _Names, offsets: Ma
 def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mapping[str, int]) -> library.Attention:
     kernel = module.linear
     config = kernel.attention
-    names = [tensor.name for tensor in module.state_tensors()]
-    place = {name.rsplit(".", 1)[-1]: offsets[name] for name in names}
+    kept = {tensor.name.rsplit(".", 1)[-1]: tensor for tensor in module.state_tensors()}
+    place = {name: offsets[tensor.name] for name, tensor in kept.items()}
     if kernel.is_whole_projection:
         nodes, log_weights = kernel.ones, kernel.zeros
     else:
@@ -316,12 +317,19 @@ def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mappi
         sinks=config.sinks,
         is_softmax=int(config.features.normalisation == "softmax"),
         has_denominator=int(config.read_out == "denominator"),
+        near_numbers=NUMBERS[kept["near_keys"].dtype] if config.window > 0 else 0,
+        linear_numbers=NUMBERS[kept["linear_state"].dtype],
         state_offset=place["linear_state"],
         normaliser_offset=place.get("normaliser", -1),
         keys_offset=place.get("near_keys", -1),
         values_offset=place.get("near_values", -1),
-        is_narrow=int(module.is_narrow),
+        key_scales_offset=place.get("near_key_scales", -1),
+        value_scales_offset=place.get("near_value_scales", -1),
     )
+    if config.features.far_rank > 0:
+        up = kernel.far_query_up
+        weights.derived_from.append((up, up._version))
+        attention.far_up, attention.far_rank = weights.derived(up.T.contiguous()), up.shape[1]
     if config.window > 0:
         attention.late = weights.derived((kernel.log_decay * config.window).exp())
         attention.mix_bias = weights.pointer(kernel.mix_bias)

@@ -1,4 +1,5 @@
-// States kept in bf16: half the memory of a conversation. Steps compute in fp32 as ever, on a widened copy.
+// How the numbers of a state are kept: fp32, bf16 (half the memory) or, for the window, int8 with a scale per row.
+// Steps compute in fp32 as ever; rows are widened on their way from memory.
 //
 // A key or a value is rounded once, when it enters the window. S is rounded after every token, for thousands of tokens:
 // to the nearest number, whatever is less than half a unit in the last place would never be added or never decay.
@@ -6,51 +7,113 @@
 // and place alone: a state is the same bit for bit in any company and however its prompt was cut.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
+#include "vector.h"
 
 namespace dijiang {
 
-typedef uint32_t Bits __attribute__((may_alias));
-typedef uint16_t HalfBits __attribute__((may_alias));
+enum class Numbers : int64_t { kFloat = 0, kHalf = 1, kInt8 = 2 };
+
+struct Half {
+  uint16_t bits;  // of a bf16
+};
+
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HalfBits __attribute__((vector_size(kLanes * 2)));
+typedef uint16_t HalfBitsAt __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+typedef int8_t Codes __attribute__((vector_size(kLanes)));
+typedef int8_t CodesAt __attribute__((vector_size(kLanes), aligned(1), may_alias));
+
 constexpr uint32_t kExponent = 0x7f800000u;
 
-static inline void widen(const uint8_t* from, int64_t count, float* to) {
-  const auto* narrow = reinterpret_cast<const HalfBits*>(from);
-  auto* wide = reinterpret_cast<Bits*>(to);
-  for (int64_t i = 0; i < count; ++i) wide[i] = static_cast<uint32_t>(narrow[i]) << 16;
+static inline Bits bits_of(Vec x) { return reinterpret_cast<Bits>(x); }
+static inline Bits all(uint32_t x) { return x - Bits{}; }
+
+// A vector of a row, in fp32; int8 without its row's scale.
+static inline Vec load(const Half* from) {
+  const Bits wide = __builtin_convertvector(*reinterpret_cast<const HalfBitsAt*>(from), Bits);
+  return reinterpret_cast<Vec>(wide << 16);
+}
+
+static inline Vec load(const int8_t* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const CodesAt*>(from), IntVec), Vec);
+#endif
 }
 
 // Of numbers that are in bf16 already; a NaN stays one.
-static inline void narrow(const float* from, int64_t count, uint8_t* to) {
-  const auto* wide = reinterpret_cast<const Bits*>(from);
-  auto* narrow = reinterpret_cast<HalfBits*>(to);
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t quiet = (wide[i] & ~(1u << 31)) > kExponent ? 1u << 22 : 0u;
-    narrow[i] = static_cast<uint16_t>((wide[i] | quiet) >> 16);
-  }
+static inline void store(Half* to, Vec x) {
+  const Bits bits = bits_of(x);
+  const Bits quiet = (bits & all(~(1u << 31))) > all(kExponent) ? all(1u << 22) : all(0);
+  *reinterpret_cast<HalfBitsAt*>(to) = __builtin_convertvector((bits | quiet) >> 16, HalfBits);
 }
 
-// To the nearest number in bf16, ties to even.
-static inline void round_to_nearest(float* x, int64_t count) {
-  auto* bits = reinterpret_cast<Bits*>(x);
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t rounded = (bits[i] + 0x7fffu + ((bits[i] >> 16) & 1u)) & 0xffff0000u;
-    bits[i] = (bits[i] & kExponent) == kExponent ? bits[i] : rounded;
-  }
+// To the nearest number in bf16, ties to even; what is not finite stays what it is.
+static inline Vec to_nearest(Vec x) {
+  const Bits bits = bits_of(x), rounded = (bits + all(0x7fffu) + ((bits >> 16) & all(1u))) & all(0xffff0000u);
+  return reinterpret_cast<Vec>((bits & all(kExponent)) == all(kExponent) ? bits : rounded);
 }
 
-// Up or down to a neighbour in bf16, with chances that keep the mean: see `ops/narrow.py`.
-static inline void round_by_chance(float* x, int64_t count, int64_t position) {
-  auto* bits = reinterpret_cast<Bits*>(x);
-  const uint32_t salt = static_cast<uint32_t>(position) * 0x85ebca6bu;
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t chance = static_cast<uint32_t>(i) * 0x9e3779b1u + salt;
-    chance = (chance ^ (chance >> 16)) * 0x7feb352du;
-    chance = (chance ^ (chance >> 15)) * 0x846ca68bu;
-    const uint32_t rounded = (bits[i] + (chance >> 16)) & 0xffff0000u;
-    bits[i] = (bits[i] & kExponent) == kExponent ? bits[i] : rounded;
+// Up or down to a neighbour in bf16, with chances that keep the mean: see `ops/narrow.py`. `place` of the first lane.
+static inline Vec by_chance(Vec x, uint32_t place, uint32_t salt) {
+  Bits chance;
+  for (int i = 0; i < kLanes; ++i) chance[i] = static_cast<uint32_t>(i);
+  chance = (chance + all(place)) * all(0x9e3779b1u) + all(salt);
+  chance = (chance ^ (chance >> 16)) * all(0x7feb352du);
+  chance = (chance ^ (chance >> 15)) * all(0x846ca68bu);
+  const Bits bits = bits_of(x), rounded = (bits + (chance >> 16)) & all(0xffff0000u);
+  return reinterpret_cast<Vec>((bits & all(kExponent)) == all(kExponent) ? bits : rounded);
+}
+
+static inline uint32_t chance_salt(int64_t position) { return static_cast<uint32_t>(position) * 0x85ebca6bu; }
+
+// The largest magnitude, and NaN if anything is not finite.
+static inline float magnitude(const float* x, int64_t size) {
+  Bits most = all(0);  // magnitudes are in the order of their bits
+  auto take = [&most](Vec values) DIJIANG_INLINE {
+    const Bits next = bits_of(values) & all(~(1u << 31));
+    most = next > most ? next : most;
+  };
+  int64_t j = 0;
+  for (; j + kLanes <= size; j += kLanes) take(load(x + j));
+  if (j < size) take(load_first(x + j, size - j));
+  uint32_t lanes[kLanes], largest = 0;
+  std::memcpy(lanes, &most, sizeof(lanes));
+  for (uint32_t lane : lanes) largest = lane > largest ? lane : largest;
+  float result;
+  std::memcpy(&result, &largest, sizeof(result));
+  return largest < kExponent ? result : std::numeric_limits<float>::quiet_NaN();
+}
+
+// A row of keys or values comes in. Returns its scale: 1, or for int8 the largest magnitude over 127; a row that is not
+// finite has the scale NaN.
+static inline float put_row(const float* x, int64_t size, float* to) {
+  std::memcpy(to, x, static_cast<size_t>(size) * sizeof(float));
+  return 1.0f;
+}
+
+static inline float put_row(const float* x, int64_t size, Half* to) {
+  for (int64_t j = 0; j < size; j += kLanes) store(to + j, to_nearest(load(x + j)));
+  return 1.0f;
+}
+
+static inline float put_row(const float* x, int64_t size, int8_t* to) {
+  const float most = magnitude(x, size);
+  const Vec inverse = splat(most > 0.0f ? 127.0f / most : 0.0f), shift = splat(12582912.0f);
+  for (int64_t j = 0; j < size; j += kLanes) {
+    Vec code = (load(x + j) * inverse + shift) - shift;  // rounded to an integer, ties to even
+    if (!(most > 0.0f)) code = splat(0.0f);
+    *reinterpret_cast<CodesAt*>(to + j) = __builtin_convertvector(__builtin_convertvector(code, IntVec), Codes);
   }
+  return most / 127.0f;
+}
+
+template <class T>
+static inline void take_row(const T* from, int64_t size, float scale, float* to) {
+  for (int64_t j = 0; j < size; j += kLanes) store(to + j, load(from + j) * splat(scale));
 }
 
 }  // namespace dijiang

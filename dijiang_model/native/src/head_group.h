@@ -1,0 +1,242 @@
+// The work of a token in one key-value head: see `attention.h`.
+#pragma once
+
+#include "attention.h"
+
+namespace dijiang {
+
+// Feeds tokens of one sequence to one group, in order, moving its state on.
+class HeadGroup {
+ public:
+  // Floats of scratch that one needs.
+  static int64_t scratch_size(const Attention& a, const Heads& heads) {
+    const int64_t shared = heads.num_heads / heads.num_groups, d = heads.head_size;
+    return (6 * shared + 4) * d + (shared + 1) * a.num_features + shared * padded_near(a.window + a.sinks) +
+           2 * shared + 16 * 16;
+  }
+
+  // `next`: keys that this thread is likely to read next, or null.
+  HeadGroup(const Attention& a, const Heads& heads, int64_t group, const GroupState& state, float* scratch,
+            const uint8_t* next)
+      : a_(a), heads_(heads), at_(state), next_(next), group_(group), shared_(heads.num_heads / heads.num_groups),
+        d_(heads.head_size), near_(a.window + a.sinks), first_head_(group * shared_) {
+    auto take = [&scratch](int64_t count) {
+      float* taken = scratch;
+      scratch += (count + 15) / 16 * 16;
+      return taken;
+    };
+    far_rows_ = take((shared_ + 1) * d_);
+    new_key_ = take(d_);
+    far_value_ = take(d_);
+    near_query_ = take(shared_ * d_);
+    sink_query_ = take(shared_ * d_);
+    rotated_ = take(shared_ * d_);
+    far_ = take(shared_ * d_);
+    close_ = take(shared_ * d_);
+    phi_ = take((shared_ + 1) * a.num_features);
+    weights_ = take(shared_ * padded_near(near_));
+    sums_ = take(shared_);
+    mix_ = take(shared_);
+    far_key_ = far_rows_ + shared_ * d_;
+    phi_key_ = phi_ + shared_ * a.num_features;
+  }
+
+  // One token: reads the projected row, moves the state on, writes the group's heads of `out`.
+  // `far_low` [far_rank]: what the far branch's update of the queries is made of; null without one.
+  // Without `out` nothing is asked of the state; it is moved on to the same bits.
+  void feed(const Token& token, const float* projected, const float* far_low, float* out) {
+    const bool is_asked = out != nullptr;
+    bool leaves = true;
+    reads_ = is_asked;
+    rotate(key(projected), d_, heads_.rotary_half, token.cos, token.sin, new_key_);
+    if (is_asked) turn_queries(token, projected, far_low);
+    if (a_.window > 0) {
+      with_kept(a_.near_numbers, [&](auto* kept) {
+        using Kept = std::remove_pointer_t<decltype(kept)>;
+        leaves = move_window<Kept>(token, value(projected));
+        if (is_asked) read_window<Kept>(token);
+      });
+      if (is_asked) weigh(projected);
+    } else {
+      std::memcpy(far_key_, is_rotated() ? new_key_ : key(projected), row_bytes());
+      std::memcpy(far_value_, value(projected), row_bytes());
+    }
+    make_features(leaves);
+    move_linear(token, is_asked, leaves);
+    if (is_asked) join(out + first_head_ * d_);
+    is_warm_ = true;
+  }
+
+ private:
+  bool is_rotated() const { return a_.late_cos == nullptr; }
+  size_t row_bytes() const { return static_cast<size_t>(d_) * sizeof(float); }
+  const float* query(const float* projected, int64_t r) const {
+    return projected + heads_.query_start + (first_head_ + r) * heads_.query_step;
+  }
+  const float* key(const float* projected) const { return projected + heads_.key_start + group_ * heads_.key_step; }
+  const float* value(const float* projected) const {
+    return projected + heads_.value_start + group_ * heads_.value_step;
+  }
+
+  // What the state's other parts are asked for with; those of a sequence's later tokens are in the cache.
+  const uint8_t* ahead(const uint8_t* at) const { return is_warm_ ? nullptr : at; }
+
+  void turn_queries(const Token& token, const float* projected, const float* far_low) {
+    const int64_t half = heads_.rotary_half;
+    const Vec scale = splat(1.0f / std::sqrt(static_cast<float>(d_)));
+    auto scaled = [&](const float* x, float* to) {
+      for (int64_t i = 0; i < d_; i += kLanes) store(to + i, load(x + i) * scale);
+    };
+    for (int64_t r = 0; r < shared_; ++r) {
+      const float* own = query(projected, r);
+      float *far = far_rows_ + r * d_, *rotated = rotated_ + r * d_, *sink = sink_query_ + r * d_;
+      rotate(own, d_, half, token.cos, token.sin, rotated);
+      far_query(own, far_low, r, far);
+      if (is_rotated() && far_low == nullptr) std::memcpy(far, rotated, row_bytes());
+      if (is_rotated() && far_low != nullptr) {
+        std::memcpy(close_, far, row_bytes());
+        rotate(close_, d_, half, token.cos, token.sin, far);
+      }
+      if (a_.window == 0) continue;
+      scaled(rotated, near_query_ + r * d_);
+      if (a_.sinks == 0) continue;
+      rotate(own, d_, half, token.sink_cos, token.sink_sin, sink);
+      scaled(sink, sink);
+    }
+  }
+
+  // q + U D q of one head, before the rotary embedding.
+  void far_query(const float* own, const float* far_low, int64_t r, float* to) const {
+    const float* up = a_.far_up + (first_head_ + r) * d_;
+    const int64_t stride = heads_.num_heads * d_;
+    for (int64_t i = 0; i < d_; i += kLanes) {
+      Vec update = splat(0.0f);
+      for (int64_t j = 0; far_low != nullptr && j < a_.far_rank; ++j)
+        update = fma(splat(far_low[j]), load(up + j * stride + i), update);
+      store(to + i, far_low == nullptr ? load(own + i) : load(own + i) + update);
+    }
+  }
+
+  // The token in the new one's row of the ring is taken out, and may go over into the linear state: then true.
+  template <class Kept>
+  bool move_window(const Token& token, const float* value) {
+    Kept *keys = reinterpret_cast<Kept*>(at_.keys), *values = reinterpret_cast<Kept*>(at_.values);
+    constexpr bool kIsScaled = std::is_same_v<Kept, int8_t>;
+    const int64_t row = a_.sinks + modulo(token.position, a_.window);
+    const int64_t sink_row = token.position < a_.sinks ? token.position : row;
+    const bool leaves = token.position - a_.window >= a_.sinks;
+    take_row(keys + row * d_, d_, kIsScaled ? at_.key_scales[row] : 1.0f, far_key_);
+    take_row(values + row * d_, d_, kIsScaled ? at_.value_scales[row] : 1.0f, far_value_);
+    if (!is_rotated() && leaves)
+      rotate_back(far_key_, heads_.rotary_half, token.cos, token.sin, a_.late_cos, a_.late_sin);
+    for (int64_t written : {row, sink_row}) {
+      const float key_scale = put_row(new_key_, d_, keys + written * d_);
+      const float value_scale = put_row(value, d_, values + written * d_);
+      if (!kIsScaled) continue;
+      at_.key_scales[written] = key_scale;
+      at_.value_scales[written] = value_scale;
+    }
+    return leaves;
+  }
+
+  // close[r] = sum_j w[r][j] v_j and sums[r] = sum_j w[r][j], w[r][j] = exp(q[r] . k[j] - max) over visible near rows.
+  template <class Kept>
+  void read_window(const Token& token) {
+    const int64_t stride = padded_near(near_);
+    const auto *keys = reinterpret_cast<const Kept*>(at_.keys), *values = reinterpret_cast<const Kept*>(at_.values);
+    scores(shared_, sink_query_, d_, keys, at_.key_scales, 0, a_.sinks, weights_, stride, ahead(at_.values));
+    scores(shared_, near_query_, d_, keys, at_.key_scales, a_.sinks, near_, weights_, stride, ahead(at_.values));
+    for (int64_t r = 0; r < shared_; ++r) {
+      float* w = weights_ + r * stride;
+      hide(token.position, a_.window, a_.sinks, w);
+      sums_[r] = exponentials(w, stride);
+      if (std::is_same_v<Kept, int8_t>)
+        for (int64_t j = 0; j < near_; ++j) w[j] *= at_.value_scales[j];
+    }
+    weighted(shared_, weights_, stride, values, d_, near_, close_, d_, ahead(at_.linear));
+  }
+
+  // How much the linear part counts beside the window.
+  void weigh(const float* projected) {
+    reads_ = false;
+    for (int64_t r = 0; r < shared_; ++r) {
+      const float bias = a_.mix_bias[first_head_ + r];
+      const float* read = is_rotated() ? rotated_ + r * d_ : query(projected, r);
+      mix_[r] = bias + dot(read, a_.mix_weight + (first_head_ + r) * d_, d_);
+      // A silent head (bias -inf) needs nothing of the state: its features and its read-out are left out.
+      reads_ = reads_ || bias != -std::numeric_limits<float>::infinity();
+    }
+    for (int64_t r = 0; r < shared_; ++r) mix_[r] = static_cast<float>(a_.num_features) * exponential(mix_[r]);
+  }
+
+  void make_features(bool leaves) {
+    const int64_t features = a_.num_features, first = reads_ ? 0 : shared_, last = leaves ? shared_ + 1 : shared_;
+    const float *nodes = a_.nodes + group_ * features, *log_weights = a_.log_weights + group_ * features;
+    weighted(last - first, far_rows_ + first * d_, d_, a_.basis, features, d_, phi_ + first * features, features);
+    for (int64_t i = first; i < last; ++i) {
+      float* row = phi_ + i * features;
+      for (int64_t j = 0; j < features; j += kLanes)
+        store(row + j, load(row + j) * load(nodes + j) + load(log_weights + j));
+      normalise(row, features, a_.is_softmax != 0);
+    }
+  }
+
+  void move_linear(const Token& token, bool is_asked, bool leaves) {
+    const int64_t features = a_.num_features;
+    float decay = 0.0f, write = 1.0f;
+    if (a_.table_write != nullptr) {
+      const int64_t entry = token.position < a_.table_entries ? token.position : a_.table_entries - 1;
+      const int64_t entry_at = entry * heads_.num_heads + group_;
+      decay = a_.decay[entry_at];
+      write = a_.table_write[entry_at];
+      for (int64_t j = 0; is_asked && j < features; ++j) phi_[j] *= a_.table_read[entry_at];
+    } else {
+      decay = a_.decay[group_];
+      if (a_.late != nullptr) write = a_.late[group_];
+    }
+    for (int64_t j = 0; j < features; ++j) phi_key_[j] = leaves ? phi_key_[j] * write : 0.0f;
+    const int64_t next_bytes = (GroupBytes(a_, heads_).near / features + 63) / 64 * 64;
+    const Update update{decay, phi_key_, far_value_, chance_salt(token.position), ahead(next_), next_bytes};
+    const int64_t num_read = reads_ ? shared_ : 0;
+    if (a_.linear_numbers == Numbers::kFloat) {
+      update_and_read(num_read, phi_, features, reinterpret_cast<float*>(at_.linear), d_, features, far_, d_, update);
+    } else {
+      update_and_read(num_read, phi_, features, reinterpret_cast<Half*>(at_.linear), d_, features, far_, d_, update);
+    }
+    for (int64_t j = 0; a_.has_denominator != 0 && j < features; ++j)
+      at_.normaliser[j] = phi_key_[j] + at_.normaliser[j] * decay;
+  }
+
+  // The window and the linear part under one denominator; without one, the linear part alone.
+  void join(float* target) const {
+    for (int64_t r = 0; r < shared_; ++r, target += d_) {
+      const float *far = far_ + r * d_, *close = close_ + r * d_;
+      if (a_.has_denominator == 0) {
+        std::memcpy(target, far, row_bytes());
+        continue;
+      }
+      const float below = reads_ ? dot(phi_ + r * a_.num_features, at_.normaliser, a_.num_features) : 0.0f;
+      if (a_.window == 0) {
+        for (int64_t i = 0; i < d_; ++i) target[i] = far[i] / below;
+        continue;
+      }
+      const Vec mix = splat(mix_[r]), all = splat(sums_[r] + mix_[r] * below);
+      for (int64_t i = 0; i < d_; i += kLanes) {
+        const Vec above = reads_ ? load(far + i) : splat(0.0f);
+        store(target + i, (load(close + i) + mix * above) / all);
+      }
+    }
+  }
+
+  const Attention& a_;
+  const Heads& heads_;
+  const GroupState at_;
+  const uint8_t* next_;
+  const int64_t group_, shared_, d_, near_, first_head_;
+  bool reads_ = true, is_warm_ = false;
+  float *far_rows_;                                // the far queries, then the key that enters the state
+  float *new_key_, *far_value_, *near_query_, *sink_query_, *rotated_, *far_, *close_, *phi_, *weights_, *sums_, *mix_;
+  float *far_key_, *phi_key_;
+};
+
+}  // namespace dijiang

@@ -1,0 +1,69 @@
+// A network's weights and the memory of its steps.
+#pragma once
+
+#include <vector>
+
+#include "attention.h"
+#include "matrix.h"
+#include "rows.h"
+
+namespace dijiang {
+
+struct Layer {
+  Norm input_norm, mlp_norm;
+  Matrix query, key, value;       // a fused projection: all of it is `query`
+  Matrix gate;                    // of the released read-out; rows = 0 without
+  Norm group_norm;
+  Matrix output;
+  Matrix mlp_gate, mlp_up, mlp_down;  // an ungated MLP has mlp_gate.rows = 0
+  Attention attention;
+  Matrix far_down;                // [far_rank, H * d], the first half of the far branch's update; rows = 0 without
+};
+
+struct Model {
+  const Layer* layers;
+  int64_t num_layers;
+  Norm final_norm;
+  Matrix head;
+  Heads heads;
+  const double* frequencies;      // [rotary_half]
+  int64_t hidden_size, inner_size;
+  int64_t last_sink_position;     // sinks are seen from no further away
+  int64_t activation;
+  int64_t is_parallel;            // attention and MLP both read the layer's input
+};
+
+// Memory of steps, grown to the largest one so far.
+class Scratch {
+ public:
+  float* floats(size_t which, int64_t count) {
+    if (buffers_.size() <= which) buffers_.resize(which + 1);
+    if (buffers_[which].size() < static_cast<size_t>(count) + kAlign) buffers_[which].resize(static_cast<size_t>(count) + kAlign);
+    const auto address = reinterpret_cast<uintptr_t>(buffers_[which].data());
+    return reinterpret_cast<float*>((address + 63) / 64 * 64);
+  }
+
+ private:
+  static constexpr size_t kAlign = 16;
+  std::vector<std::vector<float>> buffers_;
+};
+
+// Rows that products read: fp32 and, where weights are not fp32, rounded to 16 bits.
+struct RowBuffer {
+  float* values;
+  uint8_t* rounded;
+  float* scales;
+  float* sums;
+  int64_t width;
+
+  Activations activations() const { return {values, width, rounded, scales, sums}; }
+
+  // Makes a row ready for a matrix that is going to read it.
+  void prepare_row(int64_t n, const Matrix& reader) const {
+    if (!reader.reads_rounded()) return;
+    scales[n] = round_row(reader, values + n * width, width, rounded + n * 2 * padded(width),
+                          sums + n * padded_sums(width));
+  }
+};
+
+}  // namespace dijiang

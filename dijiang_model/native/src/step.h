@@ -1,0 +1,284 @@
+// One step of a whole network: packed segments of N sequences, states moved on in place.
+//
+// A segment's attention goes token by token, as in decoding: the state of a head stays in the cache meanwhile, and a
+// prompt leaves the same state and logits, bit for bit, however it is cut into segments.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "head_group.h"
+#include "network.h"
+#include "threads.h"
+
+namespace dijiang {
+
+class Step {
+ public:
+  // Rows first ... last - 1 belong to one sequence, in order. A held one leaves its slot as it is.
+  struct Segment {
+    int64_t first, last;
+    bool is_held;
+  };
+
+  Step(const Model& model, Scratch& scratch, float* hidden, int64_t num_rows, int num_threads)
+      : model_(model), num_rows_(num_rows), threads_(num_threads), hidden_(hidden) {
+    const Heads& heads = model.heads;
+    const Layer& layer = model.layers[0];
+    projected_width_ = layer.query.rows + layer.key.rows + layer.value.rows;
+    const int64_t width = heads.num_heads * heads.head_size;
+    normed_ = rows(scratch, 1, model.hidden_size);
+    mlp_normed_ = rows(scratch, 4, model.hidden_size);
+    attended_ = rows(scratch, 7, width);
+    inner_ = rows(scratch, 10, model.inner_size);
+    gate_ = scratch.floats(13, num_rows * width);
+    inner_gate_ = scratch.floats(14, num_rows * model.inner_size);
+    projected_ = scratch.floats(15, num_rows * projected_width_);
+    far_queries_ = scratch.floats(18, num_rows * width);
+    angles_ = scratch.floats(16, num_rows * 4 * heads.rotary_half + 1);
+    int64_t rank = 0;
+    for (int64_t i = 0; i < model.num_layers; ++i) {
+      const Attention& attention = model.layers[i].attention;
+      rank = std::max(rank, attention.far_rank);
+      arena_size_ = std::max(arena_size_, HeadGroup::scratch_size(attention, heads));
+      held_bytes_ = std::max(held_bytes_, (GroupBytes(attention, heads).most() + 63) / 64 * 64);
+    }
+    far_low_ = scratch.floats(19, num_rows * rank);
+    arenas_ = scratch.floats(17, arena_size_ * kMaxThreads);
+  }
+
+  void start(Scratch& scratch, std::vector<Segment> segments, const int64_t* positions, uint8_t* const* slots) {
+    const int64_t half = model_.heads.rotary_half;
+    segments_ = std::move(segments);
+    const bool holds = std::any_of(segments_.begin(), segments_.end(), [](const Segment& s) { return s.is_held; });
+    if (holds) held_ = reinterpret_cast<uint8_t*>(scratch.floats(20, held_bytes_ / 4 * kMaxThreads));
+    tokens_.resize(static_cast<size_t>(num_rows_));
+    for_rows([&](int64_t n) {
+      float* angles = angles_ + n * 4 * half;
+      const int64_t position = positions[n];
+      const int64_t sink_position = position < model_.last_sink_position ? position : model_.last_sink_position;
+      fill_angles(position, angles);
+      if (sink_position == position) {
+        std::memcpy(angles + 2 * half, angles, static_cast<size_t>(2 * half) * sizeof(float));
+      } else {
+        fill_angles(sink_position, angles + 2 * half);
+      }
+      tokens_[static_cast<size_t>(n)] = {position,          slots[n],         angles, angles + half,
+                                         angles + 2 * half, angles + 3 * half};
+    });
+  }
+
+  // Projected rows of held segments go to `kept` [held rows, projected width] too: `advance` reads them.
+  void layer(const Layer& layer, float* kept) {
+    const bool is_parallel = model_.is_parallel != 0;
+    norm(layer.input_norm, normed_, layer.query);
+    if (is_parallel) norm(layer.mlp_norm, mlp_normed_, layer.mlp_up);
+    project(layer);
+    for (const Segment& segment : segments_) {
+      if (!segment.is_held) continue;
+      const int64_t count = (segment.last - segment.first) * projected_width_;
+      std::memcpy(kept, projected_ + segment.first * projected_width_, static_cast<size_t>(count) * sizeof(float));
+      kept += count;
+    }
+    attend_all(layer);
+    add_product(layer.output, attended_);
+    if (!is_parallel) norm(layer.mlp_norm, mlp_normed_, layer.mlp_up);
+    mlp(layer);
+    if (layer.mlp_down.reads_rounded()) for_rows([&](int64_t n) { inner_.prepare_row(n, layer.mlp_down); });
+    add_product(layer.mlp_down, inner_);
+  }
+
+  // Moves the slot of the one segment on by its rows, from what `layer` kept: [L, row_stride, projected width].
+  void advance(const float* kept, int64_t row_stride) const {
+    const int64_t num_groups = model_.heads.num_groups;
+    Pool::instance().run(model_.num_layers * num_groups, threads_, [&](int64_t index, int thread) {
+      const int64_t layer = index / num_groups, group = index % num_groups;
+      const Attention& attention = model_.layers[layer].attention;
+      const float* rows = kept + layer * row_stride * projected_width_;
+      HeadGroup head(attention, model_.heads, group, group_state(attention, model_.heads, tokens_[0].slot, group),
+                     arenas_ + thread * arena_size_, nullptr);
+      for (int64_t n = 0; n < num_rows_; ++n)
+        head.feed(tokens_[static_cast<size_t>(n)], rows + n * projected_width_, nullptr, nullptr);
+    });
+  }
+
+  int64_t projected_width() const { return projected_width_; }
+
+  void logits(const int64_t* wanted, int64_t num_wanted, float* out) {
+    const int64_t size = model_.hidden_size;
+    for (int64_t i = 0; i < num_wanted; ++i) {
+      apply(model_.final_norm, hidden_ + wanted[i] * size, size, normed_.values + i * size);
+      normed_.prepare_row(i, model_.head);
+    }
+    const Activations x = normed_.activations();
+    for_outputs(model_.head.rows, num_wanted, [&](int64_t first, int64_t last) {
+      product(model_.head, x, num_wanted, first, last, out, model_.head.rows, false);
+    });
+  }
+
+ private:
+  RowBuffer rows(Scratch& scratch, size_t which, int64_t width) const {
+    float* values = scratch.floats(which, num_rows_ * width);
+    float* rounded = scratch.floats(which + 1, num_rows_ * padded(width) / 2 + 1);
+    float* scales = scratch.floats(which + 2, num_rows_ * (padded_sums(width) + 1));
+    return {values, reinterpret_cast<uint8_t*>(rounded), scales, scales + num_rows_, width};
+  }
+
+  // Angles in fp64: in fp32 a position of 10^6 is off by 0.06 rad.
+  void fill_angles(int64_t position, float* out) const {
+    const int64_t half = model_.heads.rotary_half;
+    for (int64_t i = 0; i < half; ++i) {
+      const double angle = static_cast<double>(position) * model_.frequencies[i];
+      out[i] = static_cast<float>(std::cos(angle));
+      out[half + i] = static_cast<float>(std::sin(angle));
+    }
+  }
+
+  // Work too small to share is done at once: handing it over takes about a microsecond.
+  template <class Task>
+  void for_rows(const Task& task) const {
+    Pool::instance().run(num_rows_, num_rows_ >= 8 ? threads_ : 1, [&](int64_t n, int) { task(n); });
+  }
+
+  // Rows in blocks, for products with small matrices.
+  template <class Task>
+  void for_blocks(const Task& task) const {
+    constexpr int64_t kRows = 4;
+    const int64_t num_blocks = (num_rows_ + kRows - 1) / kRows;
+    Pool::instance().run(num_blocks, num_rows_ >= 8 ? threads_ : 1, [&](int64_t block, int) {
+      task(block * kRows, std::min(num_rows_, (block + 1) * kRows));
+    });
+  }
+
+  template <class Task>
+  void for_outputs(int64_t count, int64_t num_rows, const Task& task) const {
+    if (num_rows == 0) return;
+    const int64_t share = outputs_per_task(count, threads_);
+    Pool::instance().run((count + share - 1) / share, threads_, [&](int64_t index, int) {
+      const int64_t first = index * share, last = first + share < count ? first + share : count;
+      task(first, last);
+    });
+  }
+
+  void norm(const Norm& norm, const RowBuffer& out, const Matrix& reader) const {
+    for_rows([&](int64_t n) {
+      apply(norm, hidden_ + n * model_.hidden_size, model_.hidden_size, out.values + n * out.width);
+      out.prepare_row(n, reader);
+    });
+  }
+
+  // q, k, v and the read-out's gate side by side, as if they were one matrix.
+  void project(const Layer& layer) const {
+    const Matrix* parts[] = {&layer.query, &layer.key, &layer.value, &layer.gate};
+    const Activations x = normed_.activations();
+    for_outputs(projected_width_ + layer.gate.rows, num_rows_, [&](int64_t first, int64_t last) {
+      int64_t start = 0;
+      for (const Matrix* part : parts) {
+        const int64_t from = first > start ? first - start : 0;
+        const int64_t to = last - start < part->rows ? last - start : part->rows;
+        const bool is_gate = part == &layer.gate;
+        float* target = is_gate ? gate_ : projected_ + start;
+        if (from < to)
+          product(*part, x, num_rows_, from, to, target, is_gate ? layer.gate.rows : projected_width_, false);
+        start += part->rows;
+      }
+    });
+  }
+
+  // D q over all heads, by rows.
+  void lower_queries(const Layer& layer) const {
+    const Heads& heads = model_.heads;
+    const int64_t width = attended_.width, rank = layer.far_down.rows, d = heads.head_size;
+    const bool is_packed = heads.query_step == d;
+    for_blocks([&](int64_t first, int64_t last) {
+      for (int64_t n = first; n < last && !is_packed; ++n)
+        for (int64_t h = 0; h < heads.num_heads; ++h)
+          std::memcpy(far_queries_ + n * width + h * d,
+                      projected_ + n * projected_width_ + heads.query_start + h * heads.query_step,
+                      static_cast<size_t>(d) * sizeof(float));
+      const float* packed = far_queries_ + first * width;
+      const float* queries = is_packed ? projected_ + first * projected_width_ + heads.query_start : packed;
+      const Activations x{queries, is_packed ? projected_width_ : width, nullptr, nullptr, nullptr};
+      product(layer.far_down, x, last - first, 0, rank, far_low_ + first * rank, rank, false);
+    });
+  }
+
+  // The state that a segment's group works on: its slot's, or a copy.
+  GroupState state_of(const Attention& attention, const Segment& segment, int64_t group, int thread) const {
+    uint8_t* slot = tokens_[static_cast<size_t>(segment.first)].slot;
+    const GroupState state = group_state(attention, model_.heads, slot, group);
+    return segment.is_held ? copied(attention, model_.heads, state, held_ + thread * held_bytes_) : state;
+  }
+
+  // The keys that are read `ahead` tasks after this one.
+  const uint8_t* keys_of(const Attention& attention, int64_t task) const {
+    const int64_t num_groups = model_.heads.num_groups;
+    if (task / num_groups >= static_cast<int64_t>(segments_.size())) return nullptr;
+    const Segment& segment = segments_[static_cast<size_t>(task / num_groups)];
+    uint8_t* slot = tokens_[static_cast<size_t>(segment.first)].slot;
+    return group_state(attention, model_.heads, slot, task % num_groups).keys;
+  }
+
+  void attend_all(const Layer& layer) const {
+    const Heads& heads = model_.heads;
+    const Attention& attention = layer.attention;
+    const int64_t rank = attention.far_rank, num_segments = static_cast<int64_t>(segments_.size());
+    if (rank > 0) lower_queries(layer);
+    Pool::instance().run(num_segments * heads.num_groups, threads_, [&](int64_t index, int thread) {
+      const Segment segment = segments_[static_cast<size_t>(index / heads.num_groups)];
+      const int64_t group = index % heads.num_groups;
+      HeadGroup head(attention, heads, group, state_of(attention, segment, group, thread),
+                     arenas_ + thread * arena_size_, keys_of(attention, index + threads_));
+      for (int64_t n = segment.first; n < segment.last; ++n)
+        head.feed(tokens_[static_cast<size_t>(n)], projected_ + n * projected_width_,
+                  rank > 0 ? far_low_ + n * rank : nullptr, attended_.values + n * attended_.width);
+    });
+    finish_attention(layer);
+  }
+
+  void finish_attention(const Layer& layer) const {
+    const bool is_gated = layer.gate.rows > 0;
+    if (!is_gated && !layer.output.reads_rounded()) return;
+    for_rows([&](int64_t n) {
+      float* row = attended_.values + n * attended_.width;
+      if (is_gated)
+        gated_group_norm(layer.group_norm, model_.heads.head_size, attended_.width, gate_ + n * attended_.width, row);
+      attended_.prepare_row(n, layer.output);
+    });
+  }
+
+  void mlp(const Layer& layer) const {
+    const Activations x = mlp_normed_.activations();
+    const int64_t width = inner_.width;
+    const auto kind = static_cast<ActivationKind>(model_.activation);
+    const bool is_gated = layer.mlp_gate.rows > 0;
+    for_outputs(width, num_rows_, [&](int64_t first, int64_t last) {
+      product(layer.mlp_up, x, num_rows_, first, last, inner_.values, width, false);
+      if (is_gated) product(layer.mlp_gate, x, num_rows_, first, last, inner_gate_, width, false);
+      for (int64_t n = 0; n < num_rows_; ++n) {
+        float *up = inner_.values + n * width, *gate = inner_gate_ + n * width;
+        activate(kind, (is_gated ? gate : up) + first, last - first);
+        for (int64_t j = first; is_gated && j < last; ++j) up[j] *= gate[j];
+      }
+    });
+  }
+
+  void add_product(const Matrix& matrix, const RowBuffer& x) const {
+    for_outputs(matrix.rows, num_rows_, [&](int64_t first, int64_t last) {
+      product(matrix, x.activations(), num_rows_, first, last, hidden_, model_.hidden_size, true);
+    });
+  }
+
+  const Model& model_;
+  int64_t num_rows_;
+  int threads_;
+  float* hidden_;  // [N, D], each layer adds to it
+  int64_t projected_width_ = 0, arena_size_ = 0, held_bytes_ = 0;
+  uint8_t* held_ = nullptr;  // by thread: a copy of a group's state
+  float *gate_, *inner_gate_, *projected_, *far_queries_, *far_low_, *angles_, *arenas_;
+  RowBuffer normed_, mlp_normed_, attended_, inner_;
+  std::vector<Token> tokens_;
+  std::vector<Segment> segments_;
+};
+
+}  // namespace dijiang
