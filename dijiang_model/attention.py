@@ -29,6 +29,8 @@ class DiJiangAttention(nn.Module):
         self.weights_dtype = dtype
         self.is_narrow = False
         """Whether states are kept in bf16, all but the normaliser (`DiJiangForCausalLM.keep_states_in`)."""
+        self.has_coded_window = False
+        """Whether keys and values of the window are kept in int8, with a scale for each token and head."""
         self.linear = LinearKernel(config, layer, state_dtype(dtype))
         width = config.num_heads * config.head_size
         if self.read_out == "group_norm":
@@ -59,9 +61,14 @@ class DiJiangAttention(nn.Module):
         if attention.read_out == "denominator":
             tensors.append(StateTensor(self._name("normaliser"), (groups, features), dtype))
         if attention.window > 0:
-            near = (groups, attention.sinks + attention.window, head)
-            tensors.append(StateTensor(self._name("near_keys"), near, near_dtype))
-            tensors.append(StateTensor(self._name("near_values"), near, near_dtype))
+            rows = (groups, attention.sinks + attention.window)
+            near_dtype = torch.int8 if self.has_coded_window else near_dtype
+            tensors += [
+                StateTensor(self._name(name), (*rows, head), near_dtype) for name in ("near_keys", "near_values")
+            ]
+            if self.has_coded_window:
+                scales = ("near_key_scales", "near_value_scales")
+                tensors += [StateTensor(self._name(name), rows, torch.float32) for name in scales]
         return tuple(tensors)
 
     def layer_state(self, buffer: StateBuffer) -> LayerState:
@@ -72,6 +79,8 @@ class DiJiangAttention(nn.Module):
             normaliser=get(self._name("normaliser")),
             near_keys=get(self._name("near_keys")),
             near_values=get(self._name("near_values")),
+            near_key_scales=get(self._name("near_key_scales")),
+            near_value_scales=get(self._name("near_value_scales")),
         )
 
     def _near_dtype(self) -> torch.dtype:

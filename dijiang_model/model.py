@@ -142,23 +142,27 @@ class DiJiangForCausalLM(nn.Module):
 
     @property
     def has_narrow_states(self) -> bool:
-        """Whether states are kept in bf16."""
+        """Whether states are kept in bf16, or in bf16 and int8."""
         return self._has_narrow_states
 
     def keep_states_in(self, dtype: torch.dtype) -> "DiJiangForCausalLM":
-        """Chooses the dtype of new states, float32 or bfloat16, and prepares; returns itself.
+        """Chooses the dtype of new states, float32, bfloat16 or int8, and prepares; returns itself.
 
         In bfloat16 all of a state but the normaliser is; sums stay fp32 and are rounded by chance when they are stored
-        (`ops.narrow`), keys and values once.
+        (`ops.narrow`), keys and values once. In int8 the window's keys and values have a scale for each token and head,
+        and the rest is as in bfloat16 (`docs/decisions/0014-int8-states.md`).
 
         Raises:
-            ValueError: another dtype, or a fp64 model.
+            ValueError: another dtype, a fp64 model, or int8 where Triton's kernels run.
         """
-        if dtype not in (torch.float32, torch.bfloat16) or self.dtype == torch.float64:
-            raise ValueError(f"states are kept in float32 or bfloat16, not {dtype}, of models up to float32")
-        self._has_narrow_states = dtype == torch.bfloat16
+        if dtype not in (torch.float32, torch.bfloat16, torch.int8) or self.dtype == torch.float64:
+            raise ValueError(f"states are kept in float32, bfloat16 or int8, not {dtype}, of models up to float32")
+        if dtype == torch.int8 and has_kernels(self.device, self.dtype):
+            raise ValueError(f"states in int8 are for CPUs; on {self.device} take bfloat16")
+        self._has_narrow_states = dtype != torch.float32
         for attention in self.attentions:
             attention.is_narrow = self._has_narrow_states
+            attention.has_coded_window = dtype == torch.int8
         return self.prepare()
 
     def prepare(self, *, native: bool = True) -> "DiJiangForCausalLM":

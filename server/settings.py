@@ -79,9 +79,10 @@ class Settings(BaseSettings):
     """Processes that heads, states and weights are split over, each on a CUDA device of its own (device and those that
     follow it) or with its share of the threads. Must divide the model's key-value heads."""
 
-    state_dtype: Literal["float32", "bfloat16"] = _in("Capacity", "float32")
+    state_dtype: Literal["float32", "bfloat16", "int8"] = _in("Capacity", "float32")
     """Numbers of a conversation's state. bfloat16 halves its memory, so that twice as many conversations fit; sums are
-    rounded by chance so that long ones do not drift. Saved states go on in the same alone."""
+    rounded by chance so that long ones do not drift. int8 (on CPUs) keeps the window's keys and values in a quarter.
+    Saved states go on in the same alone."""
     state_memory: Annotated[ByteSize, Field(ge=1)] | Auto = _in("Capacity", "auto")
     """Memory for the states of conversations, such as 2GiB. auto: a share of what is free."""
     max_conversations: int = _in("Capacity", 512, ge=1, le=1_000_000)

@@ -81,7 +81,7 @@ def evaluate_command(
     ] = None,
     rounded: Annotated[
         list[str] | None,
-        typer.Option(help="Also in fewer bits: weights in int8 or int4, or bfloat16-state. Again for more."),
+        typer.Option(help="Also in fewer bits: int8 or int4 weights, bfloat16-state, int8-state. Again for more."),
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each file, spread over it.")] = 8,
     length: Annotated[int, typer.Option(min=66, help="Tokens of a window.")] = 2048,

@@ -1,6 +1,6 @@
 """The model as it is served, with weights and states in fewer bits: what `dijiang evaluate --rounded` compares."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -15,7 +15,8 @@ from dijiang_model.quantization.modules import choose, quantize_
 from dijiang_model.quantization.tensors import InMemory
 from dijiang_model.state import StateBuffer
 
-Rounding = Literal["int8", "int4", "bfloat16-state"]
+Rounding = Literal["int8", "int4", "bfloat16-state", "int8-state"]
+_STATES: Mapping[Rounding, torch.dtype] = {"bfloat16-state": torch.bfloat16, "int8-state": torch.int8}
 SEGMENT_TOKENS = 512
 
 
@@ -41,9 +42,9 @@ def served_losses(model: DiJiangForCausalLM, window: Tensor) -> Tensor:
 def _rounded(model: DiJiangForCausalLM, kind: Rounding) -> Variant:
     twin = build_model(model.config, device="meta", dtype=model.dtype)
     twin.load_state_dict(model.state_dict(), strict=True, assign=True)
-    if kind == "bfloat16-state":
-        name = "ours, state in bfloat16"
-        twin.keep_states_in(torch.bfloat16)
+    if kind in _STATES:
+        name = f"ours, state in {kind.removesuffix('-state')}"
+        twin.keep_states_in(_STATES[kind])
     else:
         name = f"ours, weights in {kind}"
         quantize_(twin, choose(kind, InMemory(model.state_dict()), twin))

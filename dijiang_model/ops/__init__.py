@@ -21,12 +21,15 @@ class LayerState:
         normaliser: [P, G, K], z; None for a read-out without denominator.
         near_keys, near_values: [P, G, Z + W, d], sinks first, then the ring (position t in ring row t mod W);
             keys are rotated. None without a window.
+        near_key_scales, near_value_scales: [P, G, Z + W] fp32, of near rows in int8; else None.
     """
 
     linear_state: Tensor
     normaliser: Tensor | None
     near_keys: Tensor | None
     near_values: Tensor | None
+    near_key_scales: Tensor | None = None
+    near_value_scales: Tensor | None = None
 
 
 class AttentionOp(Protocol):

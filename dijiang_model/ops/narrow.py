@@ -1,4 +1,8 @@
-"""States in bf16: rounding by chance, so that a sum that is rounded after every token keeps its mean.
+"""States in fewer bits.
+
+Keys and values of the window in int8: to the nearest of 255 codes, once, with a scale for each row.
+
+Running sums in bf16: rounding by chance, so that a sum that is rounded after every token keeps its mean.
 
 To the nearest number, what a token adds below half a unit in the last place is lost, and so is a decay that takes off
 less: where the half-life is long the error grows without end (`docs/log.md`). Here the 16 bits that bf16 drops are the
@@ -6,9 +10,13 @@ chance of going up. The dice are a hash of position and place, so that a state d
 The compiled kernels do the same (`native/src/narrow.h`); the naive twin is `reference.narrow`.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
+_LARGEST_CODE = 127
 _DROPPED = 0xFFFF
 _EXPONENT = 0x7F80_0000
 _WORD = 0xFFFF_FFFF
@@ -33,3 +41,49 @@ def chances(places: Tensor, positions: Tensor) -> Tensor:
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
     return x >> 16
+
+
+@dataclass(frozen=True, slots=True)
+class NearRows:
+    """Keys or values of the window over all slots, in whatever they are kept; read and written by index.
+
+    Attributes:
+        rows: [P, G, Z + W, d].
+        scales: [P, G, Z + W] fp32 of rows in int8; None: a row is what it says.
+    """
+
+    rows: Tensor
+    scales: Tensor | None
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Rows at an index of the first three dimensions, int8 widened to fp32."""
+        return self.rows[index] if self.scales is None else widened_rows(self.rows[index], self.scales[index])
+
+    def __setitem__(self, index: Any, new: Tensor) -> None:
+        if self.scales is None:
+            self.rows[index] = new.to(self.rows.dtype)
+        else:
+            self.rows[index], self.scales[index] = round_rows(new)
+
+    def rounded(self, new: Tensor) -> Tensor:
+        """What a later step is going to find of [..., d], in its dtype."""
+        kept = new.to(self.rows.dtype) if self.scales is None else widened_rows(*round_rows(new))
+        return kept.to(new.dtype)
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., d] -> int8 codes [..., d] and scales [...] fp32, the largest magnitude over 127.
+
+    A row that is not finite becomes zeros with the scale NaN.
+    """
+    x = x.float()
+    largest = x.abs().amax(-1)
+    largest = torch.where(x.isfinite().all(-1), largest, torch.nan)
+    inverse = torch.where(largest > 0, _LARGEST_CODE / largest, 0.0)
+    codes = torch.where((largest > 0)[..., None], (x * inverse[..., None]).round(), 0.0)
+    return codes.to(torch.int8), largest / _LARGEST_CODE
+
+
+def widened_rows(codes: Tensor, scales: Tensor) -> Tensor:
+    """The same back in fp32."""
+    return codes.float() * scales[..., None]

@@ -9,7 +9,7 @@ from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import PrefillLayout, StepLayout
 from dijiang_model.ops.linear import LinearResult, chunked, recurrent_step
-from dijiang_model.ops.narrow import round_by_chance
+from dijiang_model.ops.narrow import NearRows, round_by_chance
 from dijiang_model.ops.window import decode_window, prefill_window
 
 
@@ -43,8 +43,9 @@ class TorchAttention:
         queries = _queries(q, kernel=kernel, layout=layout)
         if kernel.attention.window > 0 or kernel.attention.features.rotated:
             k = layout.rotary.apply(k)
-        if state.near_keys is not None:  # keys are kept in the storage's dtype: use what a later step will find
-            k, v = k.to(state.near_keys.dtype), v.to(state.near_keys.dtype)
+        near = near_rows(state)
+        if near is not None:  # use what a later step is going to find
+            k, v = near[0].rounded(k), near[1].rounded(v)
         k, v = k.to(dtype), v.to(dtype)
         split = layout.num_decode
         parts: list[Tensor] = []
@@ -55,6 +56,13 @@ class TorchAttention:
             rows = queries.rows(split, None)
             parts.append(_prefill(rows, k[split:], v[split:], kernel=kernel, step=layout, state=state))
         return torch.cat(parts).flatten(1, 2)
+
+
+def near_rows(state: LayerState) -> tuple[NearRows, NearRows] | None:
+    """Keys and values of the window; None without one."""
+    if state.near_keys is None or state.near_values is None:
+        return None
+    return NearRows(state.near_keys, state.near_key_scales), NearRows(state.near_values, state.near_value_scales)
 
 
 def _queries(q: Tensor, *, kernel: LinearKernel, layout: StepLayout) -> _Queries:
@@ -118,23 +126,25 @@ def _decode(
 ) -> Tensor:
     slots, config = layout.decode_slots, kernel.attention
     near, leaves, far_k, far_v = None, None, k, v
-    if state.near_keys is not None and state.near_values is not None:
+    kept = near_rows(state)
+    if kept is not None:
+        near_keys, near_values = kept
         rows = layout.decode_window(window=config.window, sinks=config.sinks)
         leaves = rows.leaves
-        far_k = state.near_keys[slots, :, rows.ring_row].to(k.dtype)
-        far_v = state.near_values[slots, :, rows.ring_row].to(v.dtype)
+        far_k = near_keys[slots, :, rows.ring_row].to(k.dtype)
+        far_v = near_values[slots, :, rows.ring_row].to(v.dtype)
         if not config.features.rotated:
             far_k = layout.rotary.rows(0, layout.num_decode).undo(far_k, earlier=config.window)
-        for near_rows, new in ((state.near_keys, k), (state.near_values, v)):
-            near_rows[slots, :, rows.ring_row] = new.to(near_rows.dtype)
+        for written, new in ((near_keys, k), (near_values, v)):
+            written[slots, :, rows.ring_row] = new
             if config.sinks > 0:
-                near_rows[slots, :, rows.sink_row] = new.to(near_rows.dtype)
+                written[slots, :, rows.sink_row] = new
         scale = kernel.head_size**-0.5
         near = decode_window(
             q.near * scale,
             q.for_sinks * scale,
-            keys=state.near_keys[slots].to(k.dtype),
-            values=state.near_values[slots].to(v.dtype),
+            keys=near_keys[slots].to(k.dtype),
+            values=near_values[slots].to(v.dtype),
             num_sinks=config.sinks,
             visible=rows.visible,
         )
@@ -159,11 +169,13 @@ def _prefill(
     near, leaves, far_k, far_v = None, None, k, v
     layout = step.prefill
     assert layout is not None
-    if state.near_keys is not None and state.near_values is not None:
+    kept = near_rows(state)
+    if kept is not None:
+        near_keys, near_values = kept
         window = layout.window(window=kernel.attention.window, sinks=kernel.attention.sinks)
         leaves = window.leaves
-        stream_keys = _extend_and_store(k, state.near_keys, layout, kernel)
-        stream_values = _extend_and_store(v, state.near_values, layout, kernel)
+        stream_keys = _extend_and_store(k, near_keys, layout, kernel)
+        stream_values = _extend_and_store(v, near_values, layout, kernel)
         far_k, far_v = stream_keys[window.leaving], stream_values[window.leaving]
         if not kernel.attention.features.rotated:
             rotary = step.rotary.rows(step.num_decode, len(step.positions))
@@ -174,8 +186,8 @@ def _prefill(
             q.for_sinks * scale,
             stream_keys=stream_keys,
             stream_values=stream_values,
-            sink_keys=state.near_keys[layout.slots, :, :num_sinks].to(k.dtype),
-            sink_values=state.near_values[layout.slots, :, :num_sinks].to(v.dtype),
+            sink_keys=near_keys[layout.slots, :, :num_sinks].to(k.dtype),
+            sink_values=near_values[layout.slots, :, :num_sinks].to(v.dtype),
             layout=layout,
             window=window,
         )
@@ -194,13 +206,12 @@ def _prefill(
     return _read_out(far, near, q.mix, kernel)
 
 
-def _extend_and_store(new: Tensor, rows: Tensor, layout: PrefillLayout, kernel: LinearKernel) -> Tensor:
+def _extend_and_store(new: Tensor, rows: NearRows, layout: PrefillLayout, kernel: LinearKernel) -> Tensor:
     """The extended streams [N * W + T, G, d]; then writes the segment's sinks and last W tokens into `rows`."""
     window = layout.window(window=kernel.attention.window, sinks=kernel.attention.sinks)
     ring = rows[layout.slots[:, None], :, window.ring_rows].flatten(0, 1).to(new.dtype)
-    stored = new.to(rows.dtype)
-    rows[layout.slots[window.sink_sequences], :, window.sink_rows] = stored[window.sink_tokens]
-    rows[layout.slots[window.write_sequences], :, window.write_rows] = stored[window.write_tokens]
+    rows[layout.slots[window.sink_sequences], :, window.sink_rows] = new[window.sink_tokens]
+    rows[layout.slots[window.write_sequences], :, window.write_rows] = new[window.write_tokens]
     return torch.cat([ring, new])
 
 

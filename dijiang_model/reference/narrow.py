@@ -1,5 +1,6 @@
-"""Rounding by chance, number by number: the ground truth for `ops.narrow` and the kernels."""
+"""Rounding of states, number by number: the ground truth for `ops.narrow` and the kernels."""
 
+import math
 import struct
 
 import torch
@@ -24,3 +25,15 @@ def _chance(place: int, position: int) -> int:
     x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
     x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
     return x >> 16
+
+
+def round_row_naive(row: list[float]) -> tuple[list[int], float]:
+    """A key or a value of one head -> codes from -127 to 127 and their scale; both are rounded to fp32 on the way."""
+    values = torch.tensor(row)
+    if not bool(values.isfinite().all()):
+        return [0] * len(row), math.nan
+    largest = values.abs().max()
+    if largest == 0:
+        return [0] * len(row), 0.0
+    inverse = torch.tensor(127.0) / largest
+    return [round(float(value * inverse)) for value in values], float(largest / 127)

@@ -15,7 +15,12 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 QUANTIZED: Mapping[str, WeightKind] = {"int8": "int8", "int4": "int4"}
 """Of a model's weights; the rest of it computes in float32 on a CPU and in bfloat16 on CUDA."""
-STATE_DTYPES = ("float32", "bfloat16")
+STATE_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
+"""Names of `DiJiangForCausalLM.keep_states_in`."""
 
 
 def weights_dtype(config: EngineConfig) -> torch.dtype:
@@ -38,14 +43,14 @@ def weights_kind(config: EngineConfig) -> WeightKind | None:
 
 
 def state_dtype(config: EngineConfig) -> torch.dtype:
-    """The dtype of the running sums in a state.
+    """What states are kept in.
 
     Raises:
         ValueError: an unknown one.
     """
     if config.state_dtype not in STATE_DTYPES:
         raise ValueError(f"state_dtype is {config.state_dtype!r}, and must be one of {', '.join(STATE_DTYPES)}")
-    return DTYPES[config.state_dtype]
+    return STATE_DTYPES[config.state_dtype]
 
 
 def numbers_of(config: EngineConfig) -> str:

@@ -190,7 +190,8 @@ class EngineConfig:
         prefix_cache_min_tokens: shorter prefixes are computed again.
         prefix_cache_spacing: a cached state after every so many tokens of a prompt; 0: only at its ends.
         tensor_parallel: processes that the network is split over; on CUDA each takes a device, from `device` on.
-        state_dtype: of the running sums, and of windows that are not narrower by the weights: `float32` or `bfloat16`.
+        state_dtype: of the running sums, and of windows that are not narrower by the weights: `float32` or `bfloat16`;
+            `int8`: windows in int8, sums in bfloat16.
     """
 
     model_path: str

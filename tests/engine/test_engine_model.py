@@ -349,16 +349,17 @@ def test_rounded_weights_answer_and_are_told(tmp_path: Path, kind: WeightKind) -
     assert answers[0] == answers[1]
 
 
-def test_states_in_bfloat16_halve_a_slot_and_are_told_apart(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "kept"), [("bfloat16", {"BF16", "F32"}), ("int8", {"I8", "BF16", "F32"})])
+def test_narrow_states_halve_a_slot_and_are_told_apart(tmp_path: Path, dtype: str, kept: set[str]) -> None:
     folder = write_tiny_model(tmp_path / "model", with_tokenizer=False)
-    wide, narrow = (Engine.load(engine_config(folder, state_dtype=dtype)) for dtype in ("float32", "bfloat16"))
-    assert narrow.info.state_dtype == "bfloat16"
+    wide, narrow = (Engine.load(engine_config(folder, state_dtype=one)) for one in ("float32", dtype))
+    assert narrow.info.state_dtype == dtype
     assert narrow.info.state_bytes_per_slot < 0.6 * wide.info.state_bytes_per_slot
     assert narrow.info.num_slots >= wide.info.num_slots
     assert narrow.info.state_layout is not None
     assert wide.info.state_layout is not None
     assert narrow.info.state_layout.fingerprint != wide.info.state_layout.fingerprint
-    assert {tensor.dtype for tensor in narrow.info.state_layout.tensors} == {"BF16", "F32"}
+    assert {tensor.dtype for tensor in narrow.info.state_layout.tensors} == kept
     assert narrow.add(GenerationRequest("r", (1, 2, 3), SamplingParams(max_tokens=4, temperature=0))) is None
     tokens = []
     while narrow.has_work:
@@ -368,5 +369,5 @@ def test_states_in_bfloat16_halve_a_slot_and_are_told_apart(tmp_path: Path) -> N
 
 def test_other_states_are_refused(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model", with_tokenizer=False)
-    with pytest.raises(ValueError, match="state_dtype is 'int8', and must be one of float32, bfloat16"):
-        Engine.load(engine_config(folder, state_dtype="int8"))
+    with pytest.raises(ValueError, match="state_dtype is 'float16', and must be one of float32, bfloat16, int8"):
+        Engine.load(engine_config(folder, state_dtype="float16"))

@@ -140,7 +140,7 @@ def test_a_nan_in_a_state_stays_a_nan(config: ModelConfig) -> None:
 
 
 def test_other_dtypes_are_refused() -> None:
-    with pytest.raises(ValueError, match="states are kept in float32 or bfloat16"):
+    with pytest.raises(ValueError, match="states are kept in float32, bfloat16 or int8"):
         tiny_model().keep_states_in(torch.float16)
     with pytest.raises(ValueError, match="models up to float32"):
         tiny_model(dtype=torch.float64).keep_states_in(torch.bfloat16)
