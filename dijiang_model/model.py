@@ -150,7 +150,7 @@ class DiJiangForCausalLM(nn.Module):
 
         In bfloat16 all of a state but the normaliser is; sums stay fp32 and are rounded by chance when they are stored
         (`ops.narrow`), keys and values once. In int8 the window's keys and values have a scale for each token and head,
-        and the rest is as in bfloat16 (`docs/decisions/0014-int8-states.md`).
+        and the rest is as in bfloat16 (`docs/decisions/0015-int8-states.md`).
 
         Raises:
             ValueError: another dtype, a fp64 model, or int8 where Triton's kernels run.
