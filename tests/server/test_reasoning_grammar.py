@@ -1,7 +1,10 @@
 """Thoughts before structured output, with a real grammar in a real engine: a random model, steered by the masks."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -60,3 +63,11 @@ def test_a_forced_call_comes_behind_a_thought(server: Server) -> None:
     assert all(
         json.loads(call["function"]["arguments"]).keys() == {"size", "ok"} for call in choice["message"]["tool_calls"]
     )
+
+
+def test_thoughts_are_not_to_be_found_without_a_tokenizer(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "tiny", with_tokenizer=False)
+    command = [sys.executable, "-m", "server", "serve", str(folder), "--port", "0", "--no-states"]
+    done = subprocess.run([*command, "--reasoning-parser", "think"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "reasoning_parser think has no effect: the model has no tokenizer" in " ".join(done.stderr.split())
