@@ -4,6 +4,8 @@
 // holds up nobody unless it is in the middle of a task, for the others take what it would have taken; with fixed
 // shares and a spinning barrier, one busy neighbour process makes every phase wait for a time slice.
 // Idle threads spin for a few dozen microseconds, the time between two phases, and sleep after that.
+// A thread that finds itself on the core of the one that hands out the tasks moves away: systems put a thread that is
+// woken onto its waker's core and may leave the two there for seconds, taking turns, with another core idle.
 #pragma once
 
 #include <pthread.h>
@@ -19,12 +21,34 @@ namespace dijiang {
 
 constexpr int kMaxThreads = 64;
 constexpr int64_t kMaxTasks = 0xffff;
+constexpr int kPhasesBetweenMoves = 256;  // about a step: where all cores are busy, moving more often is of no use
 
 static inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   asm volatile("yield");
+#endif
+}
+
+static inline int current_core() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Makes this thread go on elsewhere, if it may; it may come back later.
+static inline void leave_core(int core) {
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0 || CPU_COUNT(&allowed) < 2) return;
+  cpu_set_t others = allowed;
+  CPU_CLR(core, &others);
+  if (sched_setaffinity(0, sizeof(others), &others) == 0) sched_setaffinity(0, sizeof(allowed), &allowed);
+#else
+  (void)core;
 #endif
 }
 
@@ -68,6 +92,7 @@ class Pool {
     call_ = call;
     task_ = task;
     limit_.store(num_threads, std::memory_order_relaxed);
+    core_.store(current_core(), std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
     epoch_ += 1;
     ticket_.store((static_cast<uint64_t>(epoch_) << 32) | (static_cast<uint64_t>(num_tasks) << 16));
@@ -100,7 +125,7 @@ class Pool {
   static bool is_open(uint64_t ticket) { return (ticket & 0xffff) < ((ticket >> 16) & 0xffff); }
 
   void serve(int thread) {
-    while (true) {
+    for (int phases = 0;; ++phases) {
       int spins = 0;
       while (!is_mine(thread)) {
         if (++spins < 3000) {
@@ -111,6 +136,11 @@ class Pool {
         sleepers_.fetch_add(1);
         wake_.wait(lock, [&] { return is_mine(thread); });
         sleepers_.fetch_sub(1);
+      }
+      const int core = current_core();
+      if (core >= 0 && core == core_.load(std::memory_order_relaxed) && phases >= kPhasesBetweenMoves) {
+        leave_core(core);
+        phases = 0;
       }
       work(thread);
     }
@@ -141,6 +171,7 @@ class Pool {
   alignas(64) std::atomic<uint64_t> ticket_{0};  // epoch | number of tasks | next task
   alignas(64) std::atomic<int64_t> done_{0};
   alignas(64) std::atomic<int> limit_{0};
+  std::atomic<int> core_{-1};  // where the thread that hands out the tasks runs
   Call call_ = nullptr;
   const void* task_ = nullptr;
   uint32_t epoch_ = 0;
