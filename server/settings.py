@@ -65,8 +65,8 @@ class Settings(BaseSettings):
     """auto, cpu, cuda or cuda:N. auto takes the first CUDA device if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = _in("Model", "auto")
     """Numbers of the weights: auto is what they are stored in if that is int8 or int4, else float32 on a CPU and
-    bfloat16 on CUDA; int8 and int4 round them while loading, for memory, and on a CPU for speed. The state is always
-    float32."""
+    bfloat16 on CUDA; int8 and int4 round them while loading, for memory, and on a CPU for speed, as bfloat16 there.
+    Running sums are float32 (`state_dtype`)."""
     threads: Annotated[int, Field(ge=1, le=1024)] | Auto = _in("Model", "auto")
     """CPU threads for tensor work. auto leaves one core free on small machines."""
     decode_graphs: bool = _in("Model", True)
