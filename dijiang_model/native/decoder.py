@@ -101,12 +101,8 @@ class NativeDecoder:
         num_rows, storage = len(hidden), state.storage
         positions, slots, wanted = positions.contiguous(), slots.contiguous(), wanted.contiguous()
         rows_of = self._lengths(lengths)
+        _check_rows(hidden, positions, lengths)
         assert storage.is_contiguous()
-        assert hidden.is_contiguous()
-        assert hidden.dtype == torch.float32
-        assert positions.dtype == torch.int64
-        assert len(positions) == num_rows == sum(lengths)
-        assert min(lengths) >= 1
         # The kernels do not check: an index out of range would write anywhere.
         _check_indices(slots, limit=state.num_slots, count=len(lengths))
         _check_indices(wanted, limit=num_rows, count=len(wanted))
@@ -184,6 +180,15 @@ class NativeDecoder:
         first, num_rows = sum(lengths[: held.start]), int(own.sum())
         kept = torch.empty((self._num_layers, num_rows, self._projected_width), dtype=torch.float32)
         return _Held(kept, positions[first : first + num_rows].clone(), slots[held].clone(), own, storage)
+
+
+def _check_rows(hidden: Tensor, positions: Tensor, lengths: Sequence[int]) -> None:
+    """Asserts that a step's rows are laid out as the kernels read them."""
+    assert hidden.is_contiguous()
+    assert hidden.dtype == torch.float32
+    assert positions.dtype == torch.int64
+    assert len(positions) == len(hidden) == sum(lengths)
+    assert min(lengths) >= 1
 
 
 def _check_indices(indices: Tensor, *, limit: int, count: int) -> None:
