@@ -17,10 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import CLOCKS, interleaved, median_ms, ratio, this_machine, write_result
+from benchmarks.report import words
 from dijiang_model.checkpoints import load_model
 from dijiang_model.conversion.default_model import ensure_default_model
 from server.engine.engine import Engine
 from server.engine.loading import build_engine
+from server.engine.speculation import DEFAULT_MAX_DRAFTS
 from server.engine.types import EngineConfig, GenerationRequest, SamplingParams
 from server.text.template import ChatMessage, ChatTemplate
 from server.text.tokenizer import Tokenizer, load_tokenizer
@@ -35,6 +37,7 @@ _CODE = (
     "Rename the variable x to total in this code and print it again:\n```python\n"
     "def add(values):\n    x = 0\n    for value in values:\n        x = x + value\n    return x\n```"
 )
+_EMAIL = "Write an email that invites a colleague named {} to a meeting on {} about the budget."
 _TABLE = "Write a CSV table of ten countries with columns name, capital, continent."
 _STORY = "Tell a story about a fox who wants to learn to fly."
 
@@ -45,20 +48,27 @@ class Task:
 
     Attributes:
         num_requests: how many ask for it at once, each in a conversation of its own.
+        predicted_by: its answer without drafts is what this one's is expected to be; None: nothing is expected.
     """
 
     name: str
     prompt: str
     temperature: float = 0.0
     num_requests: int = 1
+    predicted_by: str | None = None
 
 
 TASKS = (
     Task("quote a text", _QUOTE),
     Task("edit JSON", _JSON),
     Task("edit code", _CODE),
+    Task("email", _EMAIL.format("Peter", "Friday")),
+    Task(
+        "email, another one predicted", _EMAIL.format("Peter", "Friday"), predicted_by=_EMAIL.format("Anna", "Monday")
+    ),
     Task("table", _TABLE),
     Task("story", _STORY),
+    Task("story, predicted word for word", _STORY, predicted_by=_STORY),
     Task("story, temperature 1", _STORY, temperature=1.0),
     Task("table, 8 at once", _TABLE, num_requests=8),
     Task("story, 8 at once", _STORY, num_requests=8),
@@ -112,11 +122,16 @@ class Answers:
             self.tokens[int(event.request_id.partition("/")[2])] += event.token_ids
 
 
-def requests_of(task: Task, tokenizer: Tokenizer, num_tokens: int) -> list[GenerationRequest]:
+def requests_of(
+    task: Task, tokenizer: Tokenizer, num_tokens: int, *, predicted: tuple[int, ...] = ()
+) -> list[GenerationRequest]:
     prompt = ChatTemplate(tokenizer).encode([ChatMessage(role="user", content=task.prompt)])
     return [
         GenerationRequest(
-            str(seed), tuple(prompt), SamplingParams(max_tokens=num_tokens, temperature=task.temperature, seed=seed)
+            str(seed),
+            tuple(prompt),
+            SamplingParams(max_tokens=num_tokens, temperature=task.temperature, seed=seed),
+            predicted_token_ids=predicted,
         )
         for seed in range(task.num_requests)
     ]
@@ -126,12 +141,18 @@ def measure(
     task: Task, engines: dict[str, Engine], tokenizer: Tokenizer, *, weights: str, tokens: int, rounds: int, clock: str
 ) -> Line:
     """Both engines in turn."""
-    requests = requests_of(task, tokenizer, tokens)
+    predicted: tuple[int, ...] = ()
+    if task.predicted_by is not None:
+        before = Answers(engines["plain"], requests_of(Task("", task.predicted_by), tokenizer, tokens))
+        before.read_prompts()
+        before.answer()
+        predicted = tuple(before.tokens[0])
+    requests = requests_of(task, tokenizer, tokens, predicted=predicted)
     answers = {name: Answers(engine, requests) for name, engine in engines.items()}
     times: dict[str, list[float]] = {name: [] for name in engines}
     speculating = engines["speculating"]
     for _ in range(rounds):
-        before = speculating.stats
+        stats = speculating.stats
         for name, run in answers.items():
             run.read_prompts()
             times[name] += interleaved({name: run.answer}, num_rounds=1, warm_up=0, clock=clock)[name]
@@ -145,8 +166,8 @@ def measure(
         plain_ms=median_ms(times["plain"]) / num_tokens,
         speculating_ms=median_ms(times["speculating"]) / num_tokens,
         speed_up=ratio(times["plain"], times["speculating"]),
-        drafted=after.num_drafted_tokens - before.num_drafted_tokens,
-        accepted=after.num_accepted_tokens - before.num_accepted_tokens,
+        drafted=after.num_drafted_tokens - stats.num_drafted_tokens,
+        accepted=after.num_accepted_tokens - stats.num_accepted_tokens,
     )
 
 
@@ -192,8 +213,9 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = 1,
     tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 128,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    drafts: Annotated[int, typer.Option(min=1, max=64, help="Most drafts in a step.")] = 8,
+    drafts: Annotated[int, typer.Option(min=1, max=64, help="Most drafts in a step.")] = DEFAULT_MAX_DRAFTS,
     clock: Annotated[str, typer.Option(help="wall, or cpu: this process alone (one thread, busy machine).")] = "wall",
+    kinds: Annotated[str, typer.Option(help="float32, int8, or both with a comma.")] = "float32,int8",
 ) -> None:
     """Measures answers with and without speculation and writes them to benchmarks/results/."""
     if clock not in CLOCKS or (clock == "cpu" and threads != 1):
@@ -205,7 +227,7 @@ def main(
     torch.set_num_threads(threads)
     machine = this_machine(clock)
     lines = []
-    for weights in ("float32", "int8"):
+    for weights in words(kinds, "--kinds", ("float32", "int8")):
         engines = engines_of(folder, weights, threads=threads, max_drafts=drafts)
         lines += [
             measure(task, engines, tokenizer, weights=weights, tokens=tokens, rounds=rounds, clock=clock)
