@@ -42,10 +42,10 @@ def served_losses(model: DiJiangForCausalLM, window: Tensor) -> Tensor:
 def _rounded(model: DiJiangForCausalLM, kind: Rounding) -> Variant:
     twin = build_model(model.config, device="meta", dtype=model.dtype)
     twin.load_state_dict(model.state_dict(), strict=True, assign=True)
-    if kind in _STATES:
-        name = f"ours, state in {kind.removesuffix('-state')}"
-        twin.keep_states_in(_STATES[kind])
-    else:
+    if kind == "int8" or kind == "int4":
         name = f"ours, weights in {kind}"
         quantize_(twin, choose(kind, InMemory(model.state_dict()), twin))
+    else:
+        name = f"ours, state in {kind.removesuffix('-state')}"
+        twin.keep_states_in(_STATES[kind])
     return Variant(name, twin, TorchAttention(), twin.state_spec.bytes_per_slot, is_served=True)
