@@ -11,6 +11,8 @@ from torch import Tensor
 from benchmarks.machine import synchronised
 from dijiang_model.checkpoints import load_model
 from dijiang_model.model import DiJiangForCausalLM, PackedBatch
+from dijiang_model.native.choose import likeliest_tokens
+from dijiang_model.native.library import load_library
 from dijiang_model.quantization.config import WeightKind
 from dijiang_model.state import StateBuffer
 
@@ -20,11 +22,12 @@ WEIGHTS = (*DTYPES, *ROUNDED)
 
 
 def load_models(folder: Path, weights: Sequence[str], *, device: str) -> dict[str, DiJiangForCausalLM]:
-    """One model for each kind of weights, all heads of the linear part awake."""
-    return {kind: awake(_load(folder, kind, device)) for kind in weights}
+    """One model for each kind of weights, all heads of the linear part awake; sealed as an engine's are."""
+    return {kind: awake(load_weights(folder, kind, device=device)).prepare().seal() for kind in weights}
 
 
-def _load(folder: Path, kind: str, device: str) -> DiJiangForCausalLM:
+def load_weights(folder: Path, kind: str, *, device: str) -> DiJiangForCausalLM:
+    """The model as it is, with weights of one of the kinds `WEIGHTS`."""
     if kind in DTYPES:
         return load_model(folder, device=device, dtype=DTYPES[kind])
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -41,8 +44,9 @@ def awake(model: DiJiangForCausalLM) -> DiJiangForCausalLM:
 
 
 def our_step(model: DiJiangForCausalLM, *, num_rows: int, position: int) -> Callable[[], object]:
-    """One decode step of `num_rows` conversations, then the largest logit of each."""
+    """One decode step of `num_rows` conversations, then the likeliest token of each, chosen as the engine does."""
     device = model.device
+    library = load_library() if device.type == "cpu" else None
     state = StateBuffer(model.state_spec, num_rows + 1, device)
     state.storage.zero_()
     token_ids = torch.full((num_rows,), _token(model, 500), device=device)
@@ -52,7 +56,7 @@ def our_step(model: DiJiangForCausalLM, *, num_rows: int, position: int) -> Call
     def step() -> Tensor:
         logits = model.decode(token_ids, slots=slots, positions=positions, state=state)
         positions.add_(1)
-        return logits.argmax(-1)
+        return logits.argmax(-1) if library is None else likeliest_tokens(logits.float(), library)
 
     return synchronised(step, str(device))
 

@@ -3,15 +3,17 @@
     dijiang bench serve --clients 1,4,16,64 --threads 1
     dijiang bench serve --base-url http://localhost:8000
 
-Throughput, time to the first token, and time between tokens, by the number of clients. `engine` is the time of the
-engine's steps by its own account (/metrics) and `service` what a token takes beyond it. A server of our own is measured
-against its floor too: weights and states through memory, or the operations of a step, at this machine's rates. It
+Throughput, time to the first token, and time between tokens, by the number of clients. `step` is the mean time of the
+engine's steps that read no prompt, by its own account (/metrics); with one client, `engine` is what it takes beyond the
+model's step alone, and `service` what a token takes beyond the engine's. A server of our own is measured against its
+floor too: weights and states through memory, or the operations of a step, at this machine's rates. It
 drafts nothing unless `--speculate` says so: a step with drafts is none of one token.
 """
 
 import asyncio
 import contextlib
 import re
+import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +26,7 @@ import typer
 from rich.table import Table
 
 from benchmarks import plots, report
-from benchmarks.contenders import DTYPES, load_models, our_step
+from benchmarks.contenders import DTYPES, load_weights, our_step
 from benchmarks.costs import step_costs
 from benchmarks.load import PERCENTILES, Load, Seen, percentiles_ms
 from benchmarks.machine import Machine, interleaved, median_ms
@@ -33,7 +35,7 @@ from clients.client import Client
 from clients.errors import APIResponseError, ClientError
 from dijiang_model.errors import ModelError
 
-METRICS = ("dijiang_engine_steps_total", "dijiang_engine_step_seconds_total")
+METRICS = ("dijiang_decode_token_seconds_count", "dijiang_decode_token_seconds_sum")
 SERVED = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 """Kinds of weights as `dijiang serve --dtype` calls them."""
 
@@ -46,7 +48,8 @@ class Line:
         num_tokens: of all answers.
         tokens_per_s: of all clients together, prompts' time included.
         first_token_ms, between_tokens_ms: percentiles over requests and over tokens.
-        engine_step_ms: mean step of the engine, with one client mean decode step; None where it does not say.
+        engine_step_ms: mean decode step of the engine as its rows see it; None where it does not say.
+        engine_share: with one client, how much of that is not the model's step; None where that was not measured.
         service_share: with one client, how much of the mean time between tokens is not the engine's.
         floor_ms: the least time of a decode step of so many rows; None for a server that was running already.
     """
@@ -57,19 +60,22 @@ class Line:
     first_token_ms: dict[str, float]
     between_tokens_ms: dict[str, float]
     engine_step_ms: float | None
+    engine_share: float | None
     service_share: float | None
     floor_ms: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """The engine's totals: steps, and seconds in them."""
+    """The engine's totals: tokens from steps that read no prompt, and the seconds that they took."""
 
-    steps: float
+    tokens: float
     seconds: float
 
-    def __sub__(self, other: "Counters") -> "Counters":
-        return Counters(self.steps - other.steps, self.seconds - other.seconds)
+    def mean_ms_since(self, before: "Counters") -> float | None:
+        """Of a token's step; None without any."""
+        tokens = self.tokens - before.tokens
+        return 1e3 * (self.seconds - before.seconds) / tokens if tokens > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +95,10 @@ class Target:
 
     def measure(self, load: Load, num_clients: int) -> Line:
         """One run with so many clients."""
-        # What prompts take of the engine's time is measured apart, where it would be mixed with single tokens.
-        prompts = self._run(replace(load, max_tokens=1), 1)[2] if num_clients == 1 else None
-        seconds, answers, engine = self._run(load, num_clients)
-        if engine is not None and prompts is not None:
-            engine -= prompts
+        seconds, answers, step_ms = self._run(load, num_clients)
         gaps = [gap for seen in answers for gap in seen.gaps_s]
-        is_alone = num_clients == 1 and engine is not None and bool(gaps)
+        gap_ms = 1e3 * statistics.fmean(gaps) if gaps else None
+        is_alone = num_clients == 1 and step_ms is not None
         num_tokens = sum(seen.num_tokens for seen in answers)
         return Line(
             num_clients=num_clients,
@@ -103,16 +106,17 @@ class Target:
             tokens_per_s=num_tokens / seconds,
             first_token_ms=percentiles_ms([seen.first_s for seen in answers]),
             between_tokens_ms=percentiles_ms(gaps),
-            engine_step_ms=None if engine is None or engine.steps <= 0 else 1e3 * engine.seconds / engine.steps,
-            service_share=1 - engine.seconds / sum(gaps) if is_alone and engine is not None else None,
+            engine_step_ms=step_ms,
+            engine_share=_beyond(step_ms, self.model_step_ms) if is_alone else None,
+            service_share=_beyond(gap_ms, step_ms) if is_alone else None,
             floor_ms=self.floors_ms.get(num_clients),
         )
 
-    def _run(self, load: Load, num_clients: int) -> tuple[float, list[Seen], Counters | None]:
+    def _run(self, load: Load, num_clients: int) -> tuple[float, list[Seen], float | None]:
         before = self._counters()
         seconds, answers = asyncio.run(load.run(self.address, self.api_key, self.model, num_clients))
         after = self._counters()
-        return seconds, answers, None if before is None or after is None else after - before
+        return seconds, answers, None if before is None or after is None else after.mean_ms_since(before)
 
     def _counters(self) -> Counters | None:
         """From /metrics; None where another kind of server answers, or lets nobody read them."""
@@ -121,8 +125,13 @@ class Target:
             text = httpx.get(f"{self.address}/metrics", headers=headers, timeout=10).text
         except httpx.TransportError:
             return None
-        steps, seconds = (re.search(rf"^{name} (\S+)$", text, re.MULTILINE) for name in METRICS)
-        return None if steps is None or seconds is None else Counters(float(steps[1]), float(seconds[1]))
+        found = [re.findall(rf"^{name}\{{.*\}} (\S+)$", text, re.MULTILINE) for name in METRICS]
+        return Counters(*(sum(map(float, values)) for values in found)) if all(found) else None
+
+
+def _beyond(whole: float | None, part: float | None) -> float | None:
+    """The share of the whole that is not the part."""
+    return None if whole is None or part is None else 1 - part / whole
 
 
 def table(lines: list[Line]) -> Table:
@@ -132,8 +141,9 @@ def table(lines: list[Line]) -> Table:
         "tokens/s",
         *(f"first, {share}" for share in shares),
         *(f"next, {share}" for share in shares),
+        *("step ms", "engine", "service", "floor ms"),
     ]
-    shown = Table(*headings, "engine ms", "service", "floor ms", title="ms to the first token, ms between tokens")
+    shown = Table(*headings, title="ms to the first token, ms between tokens")
     for line in lines:
         shown.add_row(
             str(line.num_clients),
@@ -141,6 +151,7 @@ def table(lines: list[Line]) -> Table:
             *(f"{line.first_token_ms[share]:.0f}" for share in shares),
             *(f"{line.between_tokens_ms[share]:.1f}" if line.between_tokens_ms else "" for share in shares),
             "" if line.engine_step_ms is None else f"{line.engine_step_ms:.1f}",
+            "" if line.engine_share is None else f"{line.engine_share:.1%}",
             "" if line.service_share is None else f"{line.service_share:.1%}",
             "" if line.floor_ms is None else f"{line.floor_ms:.1f}",
         )
@@ -172,7 +183,7 @@ def serve_command(
     api_key: Annotated[str | None, typer.Option(envvar="DIJIANG_API_KEY", help="Of the running server.")] = None,
     clients: Annotated[str, typer.Option(help="Numbers of concurrent clients, with commas.")] = "1,4,16",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of every prompt.")] = 64,
-    tokens: Annotated[int, typer.Option(min=2, help="Length of every answer.")] = 32,
+    tokens: Annotated[int, typer.Option(min=2, help="Length of every answer.")] = 128,
     requests: Annotated[int, typer.Option(min=1, help="Answers for each client, one after the other.")] = 1,
     weights: Annotated[str, typer.Option(help=f"Of a server of our own: {', '.join(SERVED)}.")] = "fp32",
     speculate: Annotated[str, typer.Option(help="Of a server of our own: 0, a number, or auto as by default.")] = "0",
@@ -230,7 +241,7 @@ def own_target(
     folder: Path, kind: str, options: list[str], *, device: str, numbers: list[int], machine: Machine
 ) -> Iterator[Target]:
     """A server of our own, and what its model alone would take."""
-    network = load_models(folder, [kind], device=device)[kind]
+    network = load_weights(folder, kind, device=device).seal()
     floors = {number: step_costs(network, num_rows=number).floor_ms(machine) for number in numbers}
     step = our_step(network, num_rows=1, position=128)
     step_ms = median_ms(interleaved({"step": step}, num_rounds=20)["step"])

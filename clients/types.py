@@ -115,6 +115,8 @@ class GenerationOptions(TypedDict, total=False):
     """Chat only: `auto`, `none`, `required`, or one function by its name."""
     parallel_tool_calls: bool
     """Chat only: whether an answer may have several calls."""
+    prediction: Mapping[str, Any]
+    """Chat only: `{"type": "content", "content": ...}`, the answer as it is expected: the same answer, sooner."""
     priority: int
     """Lower numbers are begun first when the server is full."""
     request_id: str

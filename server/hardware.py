@@ -17,7 +17,7 @@ CUDA_QUESTION = (
     "import json, torch; print(json.dumps([torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]))"
 )
 QUESTION_TIMEOUT_S = 120
-SMALL_MACHINE_CORES = 8
+TINY_MACHINE_CORES, SMALL_MACHINE_CORES = 2, 8
 UNLIMITED_CORES = 1 << 20
 CPU_SHARE, CUDA_SHARE = 0.5, 0.9
 WORKSPACE_BYTES = 1 << 30
@@ -99,11 +99,14 @@ def free_host_bytes(control_groups: Path = CONTROL_GROUPS) -> int:
 def default_threads(control_groups: Path = CONTROL_GROUPS) -> int:
     """All cores but one on small machines, half of them (one for each pair of hyperthreads) on large ones.
 
-    A container that may use the time of fewer cores than it sees is as large as that: more threads would take turns.
+    Of two cores both: the service takes little of either, and one alone computes at half the rate. A container that may
+    use the time of fewer cores than it sees is as large as that: more threads would take turns.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = min(1 if cores is None else cores, allowed_cores(control_groups))
-    return max(1, cores - 1) if cores <= SMALL_MACHINE_CORES else cores // 2
+    if cores <= TINY_MACHINE_CORES:
+        return cores
+    return cores - 1 if cores <= SMALL_MACHINE_CORES else cores // 2
 
 
 def allowed_cores(control_groups: Path = CONTROL_GROUPS) -> int:

@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     bfloat16 on CUDA; int8 and int4 round them while loading, for memory, and on a CPU for speed, as bfloat16 there.
     Running sums are float32 (`state_dtype`)."""
     threads: Annotated[int, Field(ge=1, le=1024)] | Auto = _in("Model", "auto")
-    """CPU threads for tensor work. auto leaves one core free on small machines."""
+    """CPU threads for tensor work. auto: both of two cores, one less than there are up to 8, then half."""
     decode_graphs: bool = _in("Model", True)
     """On CUDA: decode steps are recorded at the start for every number of rows and replayed, which leaves the processor
     hardly anything to do per step. Off: every step runs freshly."""

@@ -182,7 +182,10 @@ def test_a_container_has_no_more_threads_than_the_time_of_its_cores(
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(64)))
     assert default_threads(tmp_path) == 32, "no control groups"
-    for quota, threads in (("max 100000", 32), ("400000 100000", 3), ("150000 100000", 1), ("50000 100000", 1)):
+    for quota, threads in (
+        *(("max 100000", 32), ("400000 100000", 3), ("200000 100000", 2)),
+        *(("150000 100000", 1), ("50000 100000", 1)),
+    ):
         (tmp_path / "cpu.max").write_text(f"{quota}\n")
         assert default_threads(tmp_path) == threads
     (tmp_path / "cpu.max").unlink()

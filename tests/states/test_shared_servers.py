@@ -152,7 +152,7 @@ def test_a_store_that_is_away_is_a_503_and_comes_back_by_itself(two: Two, postgr
 
 
 def test_a_server_that_stops_finishes_its_answers_and_a_second_signal_ends_the_rest(two: Two) -> None:
-    third = two.start("third", "--drain-timeout-s", "600")
+    third = two.start("third", "--drain-timeout-s", "600", "--speculate", "0")
     try:
         started = third.post("/v1/responses", **FOR_EVER)
         answers: list[dict[str, Any]] = []
