@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dijiang_model.checkpoints import open_readable, require_fit, write_checkpoint
-from dijiang_model.config_json import read_stored_config
+from dijiang_model.config_json import StoredConfig, read_stored_config
 from dijiang_model.conversion.model_card import model_card
 from dijiang_model.conversion.tokenizer_files import write_tokenizer
 from dijiang_model.errors import QuantizationError
 from dijiang_model.families import build_model
+from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.quantization.config import DEFAULT_GROUP_SIZE, Quantization, WeightKind
 from dijiang_model.quantization.modules import choose, weights_to_quantize
 from dijiang_model.quantization.tensors import QuantizedTensors
@@ -64,13 +65,8 @@ def quantize_folder(
 
     def fill(target: Path) -> None:
         write_tokenizer(folder, target, vocab_size=stored.config.vocab_size)
-        card = folder / CARD_FILE
-        text = (
-            card.read_text(encoding="utf-8", errors="replace")
-            if card.is_file()
-            else model_card(stored.config, stored.origin, model.state_spec, name=out.absolute().name, dtype="float32")
-        )
-        write_text(target / CARD_FILE, with_rounding(text, quantization))
+        card = _card(folder, stored, model, name=out.absolute().name)
+        write_text(target / CARD_FILE, with_rounding(card, quantization))
 
     def count(num: int) -> None:
         nonlocal written
@@ -89,6 +85,14 @@ def quantize_folder(
     )
     before = sum(num_bytes(info) for name, info in checkpoint.tensors.infos().items() if name in known)
     return QuantizedFolder(quantization, before, total)
+
+
+def _card(folder: Path, stored: StoredConfig, model: DiJiangForCausalLM, *, name: str) -> str:
+    """The folder's model card; a new one where it has none."""
+    card = folder / CARD_FILE
+    if card.is_file():
+        return card.read_text(encoding="utf-8", errors="replace")
+    return model_card(stored.config, stored.origin, model.state_spec, name=name, dtype="float32")
 
 
 def with_rounding(card: str, quantization: Quantization) -> str:
