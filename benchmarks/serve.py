@@ -4,17 +4,18 @@
     dijiang bench serve --base-url http://localhost:8000
 
 Throughput, time to the first token, and time between tokens, by the number of clients. `step` is the mean time of the
-engine's steps that read no prompt, by its own account (/metrics); with one client, `engine` is what it takes beyond the
-model's step alone, and `service` what a token takes beyond the engine's. A server of our own is measured against its
-floor too: weights and states through memory, or the operations of a step, at this machine's rates. It
-drafts nothing unless `--speculate` says so: a step with drafts is none of one token.
+engine's steps that read no prompt, by its own account (/metrics). With one client, `engine` is what it takes beyond the
+model's step alone, and `service` what a token takes beyond the engine's: medians over rounds in which the model and the
+server take turns, since a machine's rates drift. A server of our own is measured against its floor too: weights and
+states through memory, or the operations of a step, at this machine's rates. It drafts nothing unless `--speculate`
+says so: a step with drafts is none of one token.
 """
 
 import asyncio
 import contextlib
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,6 +39,9 @@ from dijiang_model.errors import ModelError
 METRICS = ("dijiang_decode_token_seconds_count", "dijiang_decode_token_seconds_sum")
 SERVED = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 """Kinds of weights as `dijiang serve --dtype` calls them."""
+NUM_TURNS = 8
+"""How often steps of the model and answers of the server take turns, with one client."""
+STEPS_A_TURN = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,26 +83,53 @@ class Counters:
 
 
 @dataclass(frozen=True, slots=True)
+class Shares:
+    """With one client, medians over turns.
+
+    Attributes:
+        model_step_ms: a decode step without engine and service.
+        engine: how much of the engine's step is not the model's.
+        service: how much of the mean time between tokens is not the engine's step.
+    """
+
+    model_step_ms: float
+    engine: float
+    service: float
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """The server under load.
 
     Attributes:
-        model_step_ms: a decode step of one conversation without engine and service; None where it was not measured.
+        model_step: a decode step of one conversation without engine and service; None for a server of somebody else.
         floors_ms: by number of clients.
     """
 
     address: str
     api_key: str | None
     model: str
-    model_step_ms: float | None
+    model_step: Callable[[], object] | None
     floors_ms: dict[int, float]
 
-    def measure(self, load: Load, num_clients: int) -> Line:
+    def shares(self, load: Load) -> "Shares | None":
+        """What engine and service add to a step, one client; None where one of the three cannot be measured."""
+        if self.model_step is None:
+            return None
+        turns = []
+        for _ in range(NUM_TURNS):
+            model_ms = median_ms(interleaved({"step": self.model_step}, num_rounds=STEPS_A_TURN)["step"])
+            _, answers, step_ms = self._run(replace(load, num_requests=1), 1)
+            gaps = [gap for seen in answers for gap in seen.gaps_s]
+            if step_ms is None or not gaps:
+                return None
+            turns.append((model_ms, 1 - model_ms / step_ms, 1 - step_ms / (1e3 * statistics.fmean(gaps))))
+        return Shares(*(statistics.median(values) for values in zip(*turns, strict=True)))
+
+    def measure(self, load: Load, num_clients: int, shares: "Shares | None") -> Line:
         """One run with so many clients."""
         seconds, answers, step_ms = self._run(load, num_clients)
         gaps = [gap for seen in answers for gap in seen.gaps_s]
-        gap_ms = 1e3 * statistics.fmean(gaps) if gaps else None
-        is_alone = num_clients == 1 and step_ms is not None
         num_tokens = sum(seen.num_tokens for seen in answers)
         return Line(
             num_clients=num_clients,
@@ -107,8 +138,8 @@ class Target:
             first_token_ms=percentiles_ms([seen.first_s for seen in answers]),
             between_tokens_ms=percentiles_ms(gaps),
             engine_step_ms=step_ms,
-            engine_share=_beyond(step_ms, self.model_step_ms) if is_alone else None,
-            service_share=_beyond(gap_ms, step_ms) if is_alone else None,
+            engine_share=None if shares is None else shares.engine,
+            service_share=None if shares is None else shares.service,
             floor_ms=self.floors_ms.get(num_clients),
         )
 
@@ -127,11 +158,6 @@ class Target:
             return None
         found = [re.findall(rf"^{name}\{{.*\}} (\S+)$", text, re.MULTILINE) for name in METRICS]
         return Counters(*(sum(map(float, values)) for values in found)) if all(found) else None
-
-
-def _beyond(whole: float | None, part: float | None) -> float | None:
-    """The share of the whole that is not the part."""
-    return None if whole is None or part is None else 1 - part / whole
 
 
 def table(lines: list[Line]) -> Table:
@@ -214,10 +240,11 @@ def serve_command(
                 target = stack.enter_context(
                     own_target(folder, kind, options, device=device, numbers=numbers, machine=machine)
                 )
-            target.measure(replace(load, num_requests=1), 1)  # the first steps are slower: memory, threads, caches
+            target.measure(replace(load, num_requests=1), 1, None)  # the first are slower: memory, threads, caches
+            shares = target.shares(load) if 1 in numbers else None
             lines = []
             for number in numbers:
-                lines.append(target.measure(load, number))
+                lines.append(target.measure(load, number, shares if number == 1 else None))
                 told.console.print(f"{number} clients: {lines[-1].tokens_per_s:.1f} tokens/s", highlight=False)
     except (ServerStartError, ClientError, ModelError) as error:
         raise report.failed(error) from error
@@ -228,11 +255,11 @@ def serve_command(
         "server": "own" if base_url is None else "running",
         "speculate": speculate if base_url is None else None,
         **asdict(load),
-        "model_step_ms": target.model_step_ms,
+        "model_step_ms": None if shares is None else shares.model_step_ms,
         "lines": [asdict(line) for line in lines],
     }
-    if target.model_step_ms is not None:
-        told.note(f"One decode step without engine and service takes {target.model_step_ms:.1f} ms.")
+    if shares is not None:
+        told.note(f"One decode step without engine and service takes {shares.model_step_ms:.1f} ms.")
     told.finish(machine, result, table(lines), lambda file: draw(lines, file))
 
 
@@ -240,15 +267,13 @@ def serve_command(
 def own_target(
     folder: Path, kind: str, options: list[str], *, device: str, numbers: list[int], machine: Machine
 ) -> Iterator[Target]:
-    """A server of our own, and what its model alone would take."""
+    """A server of our own, and its model alone."""
     network = load_weights(folder, kind, device=device).seal()
     floors = {number: step_costs(network, num_rows=number).floor_ms(machine) for number in numbers}
-    step = our_step(network, num_rows=1, position=128)
-    step_ms = median_ms(interleaved({"step": step}, num_rounds=20)["step"])
-    del network, step
+    step = our_step(network, num_rows=1, position=128) if 1 in numbers else None
     own = ["--device", device, "--dtype", SERVED[kind], "--max-conversations", str(max(numbers))]
     with serving(folder, *own, *options) as address:
-        yield Target(address, None, first_model(address, None), step_ms, floors)
+        yield Target(address, None, first_model(address, None), step, floors)
 
 
 def first_model(address: str, api_key: str | None) -> str:
