@@ -153,12 +153,10 @@ class DiJiangForCausalLM(nn.Module):
         and the rest is as in bfloat16 (`docs/decisions/0015-int8-states.md`).
 
         Raises:
-            ValueError: another dtype, a fp64 model, or int8 where Triton's kernels run.
+            ValueError: another dtype, or a fp64 model.
         """
         if dtype not in (torch.float32, torch.bfloat16, torch.int8) or self.dtype == torch.float64:
             raise ValueError(f"states are kept in float32, bfloat16 or int8, not {dtype}, of models up to float32")
-        if dtype == torch.int8 and has_kernels(self.device, self.dtype):
-            raise ValueError(f"states in int8 are for CPUs; on {self.device} take bfloat16")
         self._has_narrow_states = dtype != torch.float32
         for attention in self.attentions:
             attention.is_narrow = self._has_narrow_states

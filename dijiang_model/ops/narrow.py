@@ -79,9 +79,10 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     largest = x.abs().amax(-1)
     largest = torch.where(x.isfinite().all(-1), largest, torch.nan)
-    inverse = torch.where(largest > 0, _LARGEST_CODE / largest, 0.0)
+    bound = torch.full_like(largest, _LARGEST_CODE)  # a number in its place would be multiplied with a reciprocal
+    inverse = torch.where(largest > 0, bound / largest, 0.0)
     codes = torch.where((largest > 0)[..., None], (x * inverse[..., None]).round(), 0.0)
-    return codes.to(torch.int8), largest / _LARGEST_CODE
+    return codes.to(torch.int8), largest / bound
 
 
 def widened_rows(codes: Tensor, scales: Tensor) -> Tensor:

@@ -43,6 +43,14 @@ def test_rounding_agrees_with_the_naive_twin() -> None:
         assert bool(scale.isnan()) == (not bool(row.isfinite().all()))
 
 
+def test_halves_of_a_rows_largest_number_which_lie_at_ties_are_rounded_as_the_naive_twin_rounds_them() -> None:
+    largest = torch.randn(200).bfloat16().float().abs()
+    rows = torch.stack([largest, largest / 2, -largest / 2, largest / 254], 1)
+    codes, scales = round_rows(rows)
+    for row, found, scale in zip(rows, codes, scales, strict=True):
+        assert (found.tolist(), float(scale)) == round_row_naive(row.tolist())
+
+
 def test_a_row_is_off_by_half_a_code_at_most_and_rounding_it_again_changes_nothing() -> None:
     rows = torch.randn(50, 64)
     once = widened_rows(*round_rows(rows))

@@ -22,6 +22,7 @@ from dijiang_model.ops.narrow import round_by_chance
 from dijiang_model.ops.selection import step_angles
 from dijiang_model.ops.torch_attention import TorchAttention
 from dijiang_model.ops.triton import TritonAttention, read_out
+from dijiang_model.reference.narrow import round_row_naive
 from dijiang_model.reference.network import Form, _attention
 from dijiang_model.state import StateBuffer, StateSpec
 from tests.model.stepping import POISON, assert_close_in_norm
@@ -69,12 +70,19 @@ class Layer:
     """Random queries, keys and values of some sequences, fed to an operator step by step."""
 
     def __init__(
-        self, shape: Shape, lengths: Sequence[int], *, dtype: torch.dtype, op: AttentionOp, is_narrow: bool = False
+        self,
+        shape: Shape,
+        lengths: Sequence[int],
+        *,
+        dtype: torch.dtype,
+        op: AttentionOp,
+        is_narrow: bool = False,
+        is_coded: bool = False,
     ) -> None:
         self.shape, self.dtype, self.op = shape, dtype, op
         self.device = DEVICE if isinstance(op, TritonAttention) else torch.device("cpu")
         self.attention = random_attention(shape, dtype).to(self.device)
-        self.attention.is_narrow = is_narrow
+        self.attention.is_narrow, self.attention.has_coded_window = is_narrow, is_coded
         self.buffer = StateBuffer(StateSpec(self.attention.state_tensors()), len(lengths) + 2, self.device)
         self.buffer.storage.fill_(POISON)
         self.buffer.storage[2:] = 0
@@ -157,9 +165,15 @@ def random_inputs(shape: Shape, n: int, length: int) -> tuple[Tensor, Tensor, Te
     return tuple(x.bfloat16().float() for x in (q, k, v))  # type: ignore[return-value]  # the same in every dtype
 
 
-def reference_output(shape: Shape, n: int, length: int) -> Tensor:
-    """[T, H * d] in fp64; with the `group_norm` read-out after the norm and an open gate."""
+def reference_output(shape: Shape, n: int, length: int, *, is_coded: bool = False) -> Tensor:
+    """[T, H * d] in fp64; with the `group_norm` read-out after the norm and an open gate.
+
+    `is_coded`: of keys and values that went through int8; of shapes without rotation.
+    """
     q, k, v = (x.double() for x in random_inputs(shape, n, length))
+    if is_coded:
+        assert shape.rotary_dims == 0
+        k, v = widened_naive(k), widened_naive(v)
     own = random_attention(shape, torch.float64).state_dict()
     width, norm = shape.num_heads * shape.head_size, torch.linspace(0.5, 1.5, shape.num_heads * shape.head_size)
     part = {**own, "gate.weight": torch.zeros(width, width, dtype=torch.float64)}
@@ -169,6 +183,12 @@ def reference_output(shape: Shape, n: int, length: int) -> Tensor:
         part["gate.weight"], normed = torch.eye(width, dtype=torch.float64), gates(length, width).double()
     form: Form = "recurrent" if shape.attention.window else "parallel"
     return _attention(shape.config, shape.attention, part, q, k, v, normed=normed, form=form)
+
+
+def widened_naive(rows: Tensor) -> Tensor:
+    """[..., d] as it is after int8, by the naive twin."""
+    coded = [round_row_naive(row) for row in rows.flatten(0, -2).tolist()]
+    return torch.stack([torch.tensor(codes) * scale for codes, scale in coded]).view_as(rows).to(rows.dtype)
 
 
 def gates(length: int, width: int) -> Tensor:

@@ -39,6 +39,7 @@ TYPES = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.float64: "*fp64",
+    torch.int8: "*i8",
 }
 
 
@@ -63,6 +64,10 @@ class Launch:
             elif isinstance(value, int):
                 key.append((name, _type(value), value == 1, value % 16 == 0))
         return tuple(key)
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether an argument is a tensor of this dtype."""
+        return any(isinstance(value, Tensor) and value.dtype == dtype for value in self.arguments)
 
     def compiled(self, capability: int) -> Any:
         """With the specialisations that a launch of these arguments would get."""
@@ -138,10 +143,11 @@ def launches_of(
     *,
     dtype: torch.dtype = torch.bfloat16,
     state_dtype: torch.dtype = torch.float32,
+    is_coded: bool = False,
     num_decode: int = 1,
     lengths: tuple[int, ...] = (69,),
 ) -> list[Launch]:
-    """All launches of a step of one layer with decode rows and prefill segments."""
+    """All launches of a step of one layer with decode rows and prefill segments; `is_coded`: with near rows in int8."""
     num_heads, num_groups, size, attention = SHAPES[shape]
     config = ModelConfig(
         "llama", 260, num_heads * size, 64, num_heads, num_groups, size, size, 1e4, 2048, 1e-5, "silu", False, False,
@@ -155,12 +161,15 @@ def launches_of(
     num_features, near = kernel.num_features, attention.window + attention.sinks
     q = torch.zeros(num_tokens, num_heads, size, dtype=dtype)
     k, v = torch.zeros(2, num_tokens, num_groups, size, dtype=dtype)
-    near_rows = torch.zeros(2, num_slots, num_groups, near, size, dtype=dtype) if near else (None, None)
+    near_dtype = torch.int8 if is_coded else dtype
+    near_rows = torch.zeros(2, num_slots, num_groups, near, size, dtype=near_dtype) if near else (None, None)
+    scales = torch.zeros(2, num_slots, num_groups, near) if near and is_coded else (None, None)
     has_normaliser = attention.read_out == "denominator"
     state = LayerState(
         torch.zeros(num_slots, num_groups, num_features, size, dtype=state_dtype),
         torch.zeros(num_slots, num_groups, num_features) if has_normaliser else None,
         *near_rows,
+        *scales,
     )
     positions, slots = torch.arange(num_tokens), torch.arange(1, num_slots)
     rotary = Rotary.at(positions, dims=size, theta=1e4, dtype=torch.float32)
@@ -195,21 +204,22 @@ def resources(compiled: Any) -> dict[str, int]:
     }
 
 
+INT8: dict[str, Any] = {"state_dtype": torch.bfloat16, "is_coded": True}
 STEPS = ((1, (69,)), (2, (64, 1)), (3, (130,)), (4, (64, 64)), (6, (65, 64, 1)))
 """Decode rows and segments: what lies where in the step's one copy is different in each."""
 
 
-def num_variants(shape: str) -> dict[str, int]:
+def num_variants(shape: str, **kind: Any) -> dict[str, int]:
     """How often each kernel is compiled for steps of one model; angles and read-out included."""
     found: dict[str, set[tuple[object, ...]]] = {}
     for num_decode, lengths in STEPS:
-        for launch in launches_of(shape, num_decode=num_decode, lengths=lengths):
+        for launch in launches_of(shape, num_decode=num_decode, lengths=lengths, **kind):
             found.setdefault(launch.kernel.__name__, set()).add(launch.variant)
     return {name: len(variants) for name, variants in found.items()}
 
 
 def main() -> None:
-    """Compiles everything for `SHAPES`, or for those named on the command line; in bf16, fp32, with states in bf16."""
+    """Compiles all of `SHAPES`, or of those named on the command line; in bf16, fp32, with states in bf16 and int8."""
     for shape in sys.argv[1:] or SHAPES:
         narrow = launches_of(shape, state_dtype=torch.bfloat16)
         kinds = {
@@ -219,14 +229,17 @@ def main() -> None:
                 one for one in narrow if one.kernel.__name__ in ("decode_kernel", "states_kernel")
             ],
         }
+        if SHAPES[shape][3].window > 0:
+            kinds["bf16, states in int8"] = [one for one in launches_of(shape, **INT8) if one.takes(torch.int8)]
         for capability in CAPABILITIES:
             for kind, launches in kinds.items():
                 for launch in launches:
                     about = {"shape": shape, "capability": capability, "kind": kind, "kernel": launch.kernel.__name__}
                     _say({**about, **resources(launch.compiled(capability))})
-        for name, number in num_variants(shape).items():
-            if number > 1:
-                _say({"shape": shape, "kernel": name, "variants": number})
+        for kind, options in {"bf16": {}, "bf16, states in int8": INT8}.items():
+            for name, number in num_variants(shape, **options).items():
+                if number > 1:
+                    _say({"shape": shape, "kind": kind, "kernel": name, "variants": number})
 
 
 def _say(line: dict[str, object]) -> None:

@@ -34,14 +34,15 @@ class DecodeBlocks:
     warps: int
 
     @classmethod
-    def of(cls, *, head_size: int, num_features: int) -> "DecodeBlocks":
+    def of(cls, *, head_size: int, num_features: int, is_coded: bool = False) -> "DecodeBlocks":
+        """For a layer's shape; `is_coded`: near rows are int8, which take registers for their way to fp32."""
         features, head = triton.next_power_of_2(num_features), triton.next_power_of_2(head_size)
         values = min(head, max(16, LARGEST_TILE // features))
         return cls(
             features=features,
             values=values,
             channels=min(head, max(16, 4096 // features)),
-            near=max(16, min(64, 4096 // head)),
+            near=max(16, min(64, (2048 if is_coded else 4096) // head)),
             warps=8 if features * values > 1 << 12 else 4,
         )
 
@@ -67,8 +68,10 @@ def decode(
         blocks: None: `DecodeBlocks.of` the shape.
     """
     config, (num_rows, num_heads, head_size) = kernel.attention, q.shape
+    states = _states(state, absent=out)
     if blocks is None:
-        blocks = DecodeBlocks.of(head_size=head_size, num_features=kernel.num_features)
+        is_coded = state.near_key_scales is not None
+        blocks = DecodeBlocks.of(head_size=head_size, num_features=kernel.num_features, is_coded=is_coded)
     rank = config.features.far_rank
     decode_kernel[(num_rows, kernel.num_kv_heads)](
         q,
@@ -84,11 +87,11 @@ def decode(
         layout.sink_rotary.sin,
         *late,
         *_parameters(kernel, absent=out),
-        *_states(state, absent=out),
+        *states,
         *q.stride()[:2],
         *k.stride()[:2],
         *v.stride()[:2],
-        *(one.stride(0) for one in _states(state, absent=out)[:3]),
+        *(states[n].stride(0) for n in (0, 1, 2, 4)),
         kernel.table_write.shape[0] if config.decay == "table" else 0,
         config.features.scale,
         R=num_heads // kernel.num_kv_heads,
@@ -127,13 +130,15 @@ def _parameters(kernel: LinearKernel, *, absent: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _states(state: LayerState, *, absent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """S, z, near keys and near values."""
+def _states(state: LayerState, *, absent: Tensor) -> tuple[Tensor, ...]:
+    """S, z, near keys and near values, the scales of both."""
     return (
         state.linear_state,
         absent if state.normaliser is None else state.normaliser,
         absent if state.near_keys is None else state.near_keys,
         absent if state.near_values is None else state.near_values,
+        absent if state.near_key_scales is None else state.near_key_scales,
+        absent if state.near_value_scales is None else state.near_value_scales,
     )
 
 

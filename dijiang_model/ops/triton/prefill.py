@@ -4,9 +4,6 @@ Segments of any lengths, each from the state in its slot, which is moved on in p
 grouped heads are never repeated. Scratch memory grows with the step's tokens: features, and a state for every 64.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import torch
 import triton
 from torch import Tensor
@@ -14,95 +11,12 @@ from triton import knobs
 
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
-from dijiang_model.ops.layout import CHUNK_TOKENS, PrefillLayout, StepLayout
+from dijiang_model.ops.layout import CHUNK_TOKENS, StepLayout
 from dijiang_model.ops.triton.decode import OPTIONS
 from dijiang_model.ops.triton.kernels.prefill_features import entering_kernel, keys_kernel, queries_kernel
 from dijiang_model.ops.triton.kernels.prefill_outputs import outputs_kernel
 from dijiang_model.ops.triton.kernels.prefill_states import near_rows_kernel, states_kernel
-
-
-@dataclass(frozen=True, slots=True)
-class Products:
-    """How matrix products are computed.
-
-    Attributes:
-        dtype: of the operands of attention: bf16 for bf16 models, else fp32.
-        attention: input precision of products of fp32 operands.
-        features: the same where queries and keys meet the basis; an error there goes through an exponential.
-    """
-
-    dtype: torch.dtype
-    attention: str
-    features: str
-
-    @classmethod
-    def of(cls, dtype: torch.dtype) -> "Products":
-        """For a model's dtype: fp32 models are computed in fp32, narrower ones by the matrix units."""
-        if dtype == torch.bfloat16:
-            return cls(torch.bfloat16, "tf32", "tf32x3")
-        if dtype == torch.float16:  # features of the `exp` kind pass its range
-            return cls(torch.float32, "tf32", "tf32x3")
-        return cls(torch.float32, "ieee", "ieee")
-
-    @property
-    def are_exact(self) -> bool:
-        """Whether attention's are exact in fp32: multiply-adds without matrix units, which keep whole rows and columns
-        of their operands in registers and spill kilobytes a thread unless blocks are narrow.
-        """
-        return self.attention == "ieee"
-
-
-class PrefillStep:
-    """One layer's prefill: its tensors, and the arguments that several kernels share."""
-
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, step: StepLayout, state: LayerState):
-        assert step.prefill is not None
-        assert state.near_values is None or state.near_values.dtype == v.dtype
-        self.q, self.k, self.v, self.kernel, self.state = q, k, v, kernel, state
-        self.layout: PrefillLayout = step.prefill
-        self.rotary = step.rotary.rows(step.num_decode, len(step.positions))
-        self.sink_rotary = step.sink_rotary.rows(step.num_decode, len(step.positions))
-        self.products = Products.of(q.dtype)
-        self.num_tokens, self.num_heads, self.head_size = q.shape
-        self.num_groups, self.num_features = kernel.num_kv_heads, kernel.num_features
-        # Matrix units take 16 numbers at least; smaller heads are filled up with zeros.
-        self.block_d = max(16, triton.next_power_of_2(self.head_size))
-        self.block_k = max(16, triton.next_power_of_2(self.num_features))
-        self.tile = 32 if self.products.are_exact else 64  # of a state, rows and columns at most
-        is_cut = self.products.are_exact or self.block_d > 128
-        self.block_v = min(self.tile, self.block_d) if is_cut else self.block_d
-        # Of those that compute features: two tiles of the basis under way, for two programs to fit.
-        has_much = self.block_k >= 128 or self.has_window
-        self.feature_options = {"num_warps": 8 if has_much else 4, "num_stages": 2}
-
-    @property
-    def has_window(self) -> bool:
-        return self.kernel.attention.window > 0
-
-    @property
-    def has_table(self) -> bool:
-        return self.kernel.attention.decay == "table"
-
-    @cached_property
-    def num_entries(self) -> int:
-        return self.kernel.table_write.shape[0] if self.has_table else 0
-
-    def scratch(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.q.device)
-
-    @property
-    def radii(self) -> tuple[Tensor, Tensor]:
-        """Nodes and log weights."""
-        kernel = self.kernel
-        return (kernel.ones, kernel.zeros) if kernel.is_whole_projection else (kernel.nodes, kernel.log_weights)
-
-    @property
-    def chunks(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.layout.chunk_sequence, self.layout.chunk_offset, self.layout.cu_seqlens
-
-    @property
-    def shape(self) -> dict[str, int]:
-        return {"D": self.head_size, "K": self.num_features, "C": CHUNK_TOKENS, **OPTIONS}
+from dijiang_model.ops.triton.prefill_step import NearTokens, PrefillStep
 
 
 def prefill(
@@ -123,37 +37,48 @@ def prefill(
         out: [T, H, d], contiguous; written.
         late: cosines and sines of as many positions as the window has; read where features see no rotation.
     """
-    if state.near_values is not None:  # as a later step will find them
-        v = v.to(state.near_values.dtype)
     x = PrefillStep(q, k, v, kernel=kernel, step=step, state=state)
-    rotated = rotated_keys(x)
+    near = near_tokens(x)
     phi_q = query_features(x)
-    phi_in, v_in = entering(x, rotated, late)
+    phi_in, v_in = entering(x, near, late)
     chunk_states, chunk_normalisers = states_before_chunks(x, phi_in, v_in)
-    chunk_outputs(x, rotated, phi_q, phi_in, v_in, chunk_states, chunk_normalisers, out)
+    chunk_outputs(x, near, phi_q, phi_in, v_in, chunk_states, chunk_normalisers, out)
     if x.has_window:
-        write_near_rows(x, rotated)
+        write_near_rows(x, near)
 
 
-def rotated_keys(x: PrefillStep) -> Tensor:
-    """[T, G, d] as the ring will hold them; without a window nobody asks for them."""
-    if x.state.near_keys is None:
-        return x.k
-    rotated = x.scratch(x.num_tokens, x.num_groups, x.head_size, dtype=x.state.near_keys.dtype)
+def near_tokens(x: PrefillStep) -> NearTokens:
+    """Keys and values as a later step will find them."""
+    near_keys, near_values = x.state.near_keys, x.state.near_values
+    if near_keys is None or near_values is None:
+        return NearTokens(x.k, x.v, x.absent, x.absent)
+    shape = (x.num_tokens, x.num_groups, x.head_size)
+    rotated = x.scratch(*shape, dtype=near_keys.dtype)
+    if x.is_coded:
+        scales = (x.scratch(*shape[:2], dtype=torch.float32) for _ in range(2))
+        near = NearTokens(rotated, x.scratch(*shape, dtype=torch.int8), *scales)
+    else:
+        near = NearTokens(rotated, x.v.to(near_values.dtype), x.absent, x.absent)
     keys_kernel[(x.layout.num_chunks, x.num_groups)](
         x.k,
-        rotated,
+        x.v,
+        near.keys,
+        near.values,
+        near.key_scales,
+        near.value_scales,
         x.rotary.cos,
         x.rotary.sin,
         *x.chunks,
         *x.k.stride()[:2],
+        *x.v.stride()[:2],
         D=x.head_size,
         HALF=x.rotary.cos.shape[-1],
         C=CHUNK_TOKENS,
         BLOCK_D=x.block_d,
+        num_warps=8 if x.is_coded and x.block_d > 128 else 4,
         **OPTIONS,
     )
-    return rotated
+    return near
 
 
 def query_features(x: PrefillStep) -> Tensor:
@@ -187,16 +112,19 @@ def query_features(x: PrefillStep) -> Tensor:
     return phi_q
 
 
-def entering(x: PrefillStep, rotated: Tensor, late: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def entering(x: PrefillStep, near: NearTokens, late: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """[T, G, K] and [T, G, d], what each token adds to the state; values keep their place without a window."""
     kernel, config = x.kernel, x.kernel.attention
     phi_in = x.scratch(x.num_tokens, x.num_groups, x.num_features, dtype=x.products.dtype)
-    v_in = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device) if x.has_window else x.v
-    near_keys = phi_in if x.state.near_keys is None else x.state.near_keys
+    v_in = near.values
+    if x.has_window:
+        v_in = x.scratch(*x.v.shape, dtype=x.products.dtype if x.is_coded else near.values.dtype)
     entering_kernel[(x.layout.num_chunks, x.num_groups)](
         x.k,
-        rotated,
-        x.v,
+        near.keys,
+        near.values,
+        near.key_scales,
+        near.value_scales,
         phi_in,
         v_in,
         x.layout.slots,
@@ -208,12 +136,11 @@ def entering(x: PrefillStep, rotated: Tensor, late: tuple[Tensor, Tensor]) -> tu
         *x.radii,
         kernel.log_decay,
         kernel.table_write if x.has_table else phi_in,
-        near_keys,
-        phi_in if x.state.near_values is None else x.state.near_values,
+        *x.ring,
         *x.chunks,
         *x.k.stride()[:2],
-        *x.v.stride()[:2],
-        near_keys.stride(0),
+        *near.values.stride()[:2],
+        *x.ring_strides,
         x.num_entries,
         config.features.scale,
         HALF=x.rotary.cos.shape[-1],
@@ -271,7 +198,7 @@ def states_before_chunks(x: PrefillStep, phi_in: Tensor, v_in: Tensor) -> tuple[
 
 def chunk_outputs(
     x: PrefillStep,
-    rotated: Tensor,
+    near: NearTokens,
     phi_q: Tensor,
     phi_in: Tensor,
     v_in: Tensor,
@@ -280,11 +207,12 @@ def chunk_outputs(
     out: Tensor,
 ) -> None:
     kernel, config = x.kernel, x.kernel.attention
-    near_keys = phi_in if x.state.near_keys is None else x.state.near_keys
     outputs_kernel[(x.layout.num_chunks, x.num_heads, triton.cdiv(x.head_size, x.block_v))](
         x.q,
-        rotated,
-        x.v,
+        near.keys,
+        near.values,
+        near.key_scales,
+        near.value_scales,
         phi_q,
         phi_in,
         v_in,
@@ -301,13 +229,12 @@ def chunk_outputs(
         kernel.table_log_decay if x.has_table else phi_in,
         kernel.mix_bias if x.has_window else phi_in,
         kernel.mix_weight if x.has_window else phi_in,
-        near_keys,
-        phi_in if x.state.near_values is None else x.state.near_values,
+        *x.ring,
         *x.chunks,
         *x.q.stride()[:2],
-        *x.v.stride()[:2],
+        *near.values.stride()[:2],
         *v_in.stride()[:2],
-        near_keys.stride(0),
+        *x.ring_strides,
         x.num_entries,
         R=x.num_heads // x.num_groups,
         HALF=x.rotary.cos.shape[-1],
@@ -327,19 +254,18 @@ def chunk_outputs(
     )
 
 
-def write_near_rows(x: PrefillStep, rotated: Tensor) -> None:
-    near_keys, near_values = x.state.near_keys, x.state.near_values
-    assert near_keys is not None
+def write_near_rows(x: PrefillStep, near: NearTokens) -> None:
     near_rows_kernel[(x.layout.num_sequences, x.num_groups)](
-        rotated,
-        x.v,
-        near_keys,
-        near_values,
+        near.keys,
+        near.values,
+        near.key_scales,
+        near.value_scales,
+        *x.ring,
         x.layout.slots,
         x.layout.positions,
         x.layout.cu_seqlens,
-        *x.v.stride()[:2],
-        near_keys.stride(0),
+        *near.values.stride()[:2],
+        *x.ring_strides,
         D=x.head_size,
         WINDOW=x.kernel.attention.window,
         SINKS=x.kernel.attention.sinks,

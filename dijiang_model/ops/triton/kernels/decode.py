@@ -7,16 +7,19 @@ its query heads while it is in registers.
 import triton
 import triton.language as tl
 
-from dijiang_model.ops.triton.kernels.parts import INDICES, features, kept, stored, turned
+from dijiang_model.ops.triton.kernels.parts import INDICES, features, narrowed, row_factors, scale_at, stored, turned
 
 
 @triton.jit
 def near_part(
-    q, k_new, v, keys, values, cos, sin, cos_sink, sin_sink, mix_weight, position, num_near, v0,
+    q, k_new, v, v_factor, v_scale, keys, values, key_scales, value_scales, cos, sin, cos_sink, sin_sink, mix_weight,
+    position, num_near, v0,
     D: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Exact softmax of one query over the first `num_near` near rows and the new token, which is not written yet.
+
+    `v_factor` and `v_scale` are the `row_factors` of the new value.
 
     Returns:
         [BLOCK_V] weighted values, their weights' sum, and w_h . q of the mixing weight.
@@ -37,7 +40,7 @@ def near_part(
     in_v = col < D
     largest = tl.sum(tl.where(position < SINKS, sink_query, query) * k_new)
     total = largest * 0 + 1.0
-    sums = kept(tl.load(v + col, mask=in_v, other=0.0), values)
+    sums = narrowed(tl.load(v + col, mask=in_v, other=0.0).to(tl.float32), values, v_factor) * v_scale
     ring = position % WINDOW
     for start in range(0, SINKS + WINDOW, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
@@ -47,12 +50,14 @@ def near_part(
         seen = (j < num_near) & (((j < SINKS) & (j < position)) | in_ring)
         key = tl.load(keys + j[:, None] * D + c[None, :], mask=seen[:, None] & in_d[None, :], other=0.0).to(tl.float32)
         scores = tl.sum(tl.where(j[:, None] < SINKS, sink_query[None, :], query[None, :]) * key, 1)
+        scores *= scale_at(key_scales + j, seen, keys)
         scores = tl.where(seen, scores, float("-inf"))
         now = tl.maximum(largest, tl.max(scores, 0))
         weights = tl.exp(scores - now)
         shrink = tl.exp(largest - now)
         value = tl.load(values + j[:, None] * D + col[None, :], mask=seen[:, None] & in_v[None, :], other=0.0)
-        sums = sums * shrink + tl.sum(weights[:, None] * value.to(tl.float32), 0)
+        scaled = weights * scale_at(value_scales + j, seen, values)
+        sums = sums * shrink + tl.sum(scaled[:, None] * value.to(tl.float32), 0)
         total = total * shrink + tl.sum(weights, 0)
         largest = now
     return sums, total, mixed
@@ -95,13 +100,15 @@ def factors(table_decay, table_write, table_read, log_decay, position, num_entri
 
 @triton.jit
 def entering(
-    k, leaving, cos, sin, late_cos, late_sin, basis, nodes, log_weights, scale, leaving_width, log_step, write,
+    k, leaving, leaving_scale, cos, sin, late_cos, late_sin, basis, nodes, log_weights, scale, leaving_width, log_step,
+    write,
     D: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, WINDOW: tl.constexpr,
     EXP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_K] features of what enters the state: of the token itself, or of the one that leaves the window.
 
-    `leaving` points to the ring's row of that key, `leaving_width` is D, or 0 where none leaves.
+    `leaving` points to the ring's row of that key, `leaving_scale` is what its numbers are multiplied with,
+    `leaving_width` is D, or 0 where none leaves.
     """
     if WINDOW == 0:
         HALF_FAR: tl.constexpr = HALF if ROTATED else 0
@@ -112,7 +119,7 @@ def entering(
         return phi * write
     HALF_BACK: tl.constexpr = 0 if ROTATED else HALF
     phi = features(
-        leaving, cos, sin, k, k, late_cos, late_sin, basis, nodes, log_weights, scale, leaving_width,
+        leaving, cos, sin, k, k, late_cos, late_sin, basis, nodes, log_weights, scale * leaving_scale, leaving_width,
         D, K, HALF_BACK, True, 0, 1, EXP, BLOCK_C, BLOCK_K,
     )  # fmt: skip
     return phi * tl.where(leaving_width > 0, tl.exp(log_step * WINDOW), 0.0)
@@ -121,7 +128,7 @@ def entering(
 @triton.jit
 def answer_heads(
     q, low, out, cos, sin, cos_sink, sin_sink, far_up, mix_bias, mix_weight, basis, nodes, log_weights, scale,
-    tile, z, read, k_new, v, keys, values, position, num_near, v0, q_head,
+    tile, z, read, k_new, v, v_factor, v_scale, keys, values, key_scales, value_scales, position, num_near, v0, q_head,
     R: tl.constexpr, D: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, RANK: tl.constexpr, EXP: tl.constexpr, DENOMINATOR: tl.constexpr,
     BLOCK_RANK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -142,8 +149,9 @@ def answer_heads(
         sums, total, mixed = phi, 0.0, 0.0
         if WINDOW > 0:
             sums, total, mixed = near_part(
-                q_here, k_new, v, keys, values, cos, sin, cos_sink, sin_sink, mix_weight + r * D,
-                position, num_near, v0, D, HALF, ROTATED, WINDOW, SINKS, BLOCK_D, BLOCK_V, BLOCK_J,
+                q_here, k_new, v, v_factor, v_scale, keys, values, key_scales, value_scales, cos, sin, cos_sink,
+                sin_sink, mix_weight + r * D, position, num_near, v0,
+                D, HALF, ROTATED, WINDOW, SINKS, BLOCK_D, BLOCK_V, BLOCK_J,
             )  # fmt: skip
         answer = joined(phi * read, tile, z, sums, total, mixed, mix_bias + r, K, WINDOW, DENOMINATOR)
         tl.store(out + r * D + col, answer.to(out.dtype.element_ty), mask=col < D)
@@ -161,12 +169,21 @@ def remember(rows, row, new, at, width, sink_width, position, D: tl.constexpr, S
         tl.store(rows + position * D + at, narrow, mask=at < sink_width)
 
 
+@triton.jit
+def remember_scale(scales, row, scale, near, width, sink_width, position, SINKS: tl.constexpr):
+    """The same for the scale of a row in int8."""
+    if near.dtype.element_ty == tl.int8:
+        tl.store(scales + row, scale, mask=width > 0)
+        if SINKS > 0:
+            tl.store(scales + position, scale, mask=sink_width > 0)
+
+
 @triton.jit(do_not_specialize_on_alignment=INDICES)
 def decode_kernel(
     q, k, v, low, out, slots, positions, cos, sin, cos_sink, sin_sink, late_cos, late_sin, basis, nodes, log_weights,
     log_decay, table_decay, table_write, table_read, far_up, mix_bias, mix_weight, state, normaliser, near_keys,
-    near_values, q_row, q_head, k_row, k_head, v_row, v_head, state_slot, normaliser_slot, near_slot, num_entries,
-    scale,
+    near_values, near_key_scales, near_value_scales, q_row, q_head, k_row, k_head, v_row, v_head, state_slot,
+    normaliser_slot, near_slot, scales_slot, num_entries, scale,
     R: tl.constexpr, D: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, WINDOW: tl.constexpr,
     SINKS: tl.constexpr, RANK: tl.constexpr, EXP: tl.constexpr, TABLE: tl.constexpr, DENOMINATOR: tl.constexpr,
     BLOCK_RANK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -176,8 +193,8 @@ def decode_kernel(
 
     q [N, H, D], k and v [N, G, D] with any strides of rows and heads; low [N, RANK]; out [N, H, D].
     cos, sin and those of sinks [N, HALF]; late ones [HALF], the angles of WINDOW positions. state [P, G, K, D],
-    normaliser [P, G, K], near rows [P, G, SINKS + WINDOW, D], each slot contiguous, `*_slot` elements from one to
-    the next.
+    normaliser [P, G, K], near rows [P, G, SINKS + WINDOW, D] and, where they are int8, scales [P, G, SINKS + WINDOW],
+    each slot contiguous, `*_slot` elements from one to the next.
     """
     n, g, num_groups = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     slot, position = tl.load(slots + n), tl.load(positions + n)
@@ -200,14 +217,22 @@ def decode_kernel(
     cos_here, sin_here = cos + n * HALF, sin + n * HALF
     near = slot * near_slot + g * (SINKS + WINDOW) * D
     keys, values = near_keys + near, near_values + near
+    near_scale = slot * scales_slot + g * (SINKS + WINDOW)
+    key_scales, value_scales = near_key_scales + near_scale, near_value_scales + near_scale
     ring_row = SINKS + position % WINDOW if WINDOW > 0 else 0
+    leaving_scale = scale_at(key_scales + ring_row, leaving_width > 0, near_keys)
     phi_in = entering(
-        k_here, keys + ring_row * D, cos_here, sin_here, late_cos, late_sin, basis, nodes + g * K, log_weights + g * K,
-        scale, leaving_width, log_step, write, D, K, HALF, ROTATED, WINDOW, EXP, BLOCK_C, BLOCK_K,
+        k_here, keys + ring_row * D, leaving_scale, cos_here, sin_here, late_cos, late_sin, basis, nodes + g * K,
+        log_weights + g * K, scale, leaving_width, log_step, write, D, K, HALF, ROTATED, WINDOW, EXP, BLOCK_C, BLOCK_K,
     )  # fmt: skip
-    k_new = phi_in  # stands for what nobody asks for without a window
+    # Without a window nobody asks for these.
+    k_kept, k_scale, v_factor, v_scale, v_in_scale = phi_in, 1.0, 1.0, 1.0, 1.0
     if WINDOW > 0:
-        k_new = kept(turned(k_here, c, c < D, cos_here, sin_here, k, k, HALF, 0, 1), near_keys)
+        k_new = turned(k_here, c, c < D, cos_here, sin_here, k, k, HALF, 0, 1)
+        k_factor, k_scale = row_factors(k_new, near_keys, 0)
+        k_kept = narrowed(k_new, near_keys, k_factor)
+        v_factor, v_scale = row_factors(tl.load(v_here + c, mask=c < D, other=0.0).to(tl.float32), near_values, 0)
+        v_in_scale = scale_at(value_scales + ring_row, leaving_width > 0, near_values)
     z = phi_in
     z_here = normaliser + slot * normaliser_slot + g * K + f
     if DENOMINATOR:
@@ -217,15 +242,17 @@ def decode_kernel(
         col = v0 + tl.arange(0, BLOCK_V)
         if WINDOW > 0:
             v_in = tl.load(values + ring_row * D + col, mask=col < leaving_width, other=0.0).to(tl.float32)
+            v_in *= v_in_scale
         else:
             v_in = tl.load(v_here + col, mask=col < D, other=0.0).to(tl.float32)
         tile = tile * decay + phi_in[:, None] * v_in[None, :]
         answer_heads(
             q + n * q_row + g * R * q_head, low + n * RANK, out + (n * num_groups + g) * R * D,
             cos_here, sin_here, cos_sink + n * HALF, sin_sink + n * HALF, far_up + g * R * D * RANK, mix_bias + g * R,
-            mix_weight + g * R * D, basis, nodes + g * K, log_weights + g * K, scale, tile, z, read, k_new,
-            v_here, keys, values, position, num_near, v0, q_head, R, D, K, HALF, ROTATED, WINDOW, SINKS, RANK, EXP,
-            DENOMINATOR, BLOCK_RANK, BLOCK_C, BLOCK_D, BLOCK_K, BLOCK_V, BLOCK_J,
+            mix_weight + g * R * D, basis, nodes + g * K, log_weights + g * K, scale, tile, z, read, k_kept * k_scale,
+            v_here, v_factor, v_scale, keys, values, key_scales, value_scales, position, num_near, v0, q_head,
+            R, D, K, HALF, ROTATED, WINDOW, SINKS, RANK, EXP, DENOMINATOR, BLOCK_RANK, BLOCK_C, BLOCK_D, BLOCK_K,
+            BLOCK_V, BLOCK_J,
         )  # fmt: skip
         tl.debug_barrier()
         kept_tile = stored(tile, state, f[:, None] * D + col[None, :], position)
@@ -233,10 +260,13 @@ def decode_kernel(
         tl.store(tile_rows[:, None] + col[None, :], kept_tile, mask=in_tile, eviction_policy="evict_first")
         tile = load_tile(tile_rows, in_state, v0 + BLOCK_V, D, BLOCK_V)  # nothing behind the last turn
         if WINDOW > 0:
-            v_new = tl.load(v_here + col, mask=col < D, other=0.0)
-            remember(values, ring_row, v_new, col, width, sink_width, position, D, SINKS)
+            v_new = tl.load(v_here + col, mask=col < D, other=0.0).to(tl.float32)
+            v_kept = narrowed(v_new, near_values, v_factor)
+            remember(values, ring_row, v_kept, col, width, sink_width, position, D, SINKS)
     tl.debug_barrier()
     if DENOMINATOR:
         tl.store(z_here, z, mask=in_state)
     if WINDOW > 0:
-        remember(keys, ring_row, k_new, c, width, sink_width, position, D, SINKS)
+        remember(keys, ring_row, k_kept, c, width, sink_width, position, D, SINKS)
+        remember_scale(key_scales, ring_row, k_scale, near_keys, width, sink_width, position, SINKS)
+        remember_scale(value_scales, ring_row, v_scale, near_values, width, sink_width, position, SINKS)

@@ -122,9 +122,45 @@ def rounded(x, like, EMULATED: tl.constexpr):
 
 
 @triton.jit
-def kept(value, near):
-    """fp32 values as the near rows will hold them: rounded to their dtype, in fp32 again."""
+def row_factors(value, near, AXIS: tl.constexpr):
+    """Of whole rows of fp32 values along AXIS: the factor that `narrowed` takes, and the scale that goes with codes.
+
+    For near rows in int8 127 over the largest magnitude, and the inverse; a row that is not finite has the scale NaN,
+    one of zeros the scale 0 (`ops.narrow.round_rows`). 1 and 1 for others.
+    """
+    factor, scale = 1.0, 1.0
+    if near.dtype.element_ty == tl.int8:
+        # Magnitudes are in the order of their bits, and NaN is the largest.
+        most = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS)
+        is_finite = most < 0x7F800000
+        is_plain = is_finite & (most > 0)
+        largest = tl.where(is_plain, most.to(tl.float32, bitcast=True), 1.0)
+        # Divided exactly, as everywhere: `/` may be off by two units in the last place.
+        factor = tl.where(is_plain, tl.div_rn(127.0, largest), 0.0)
+        scale = tl.where(is_plain, tl.div_rn(largest, 127.0), tl.where(is_finite, 0.0, float("nan")))
+    return factor, scale
+
+
+@triton.jit
+def narrowed(value, near, factor):
+    """fp32 values as the near rows hold them, in fp32 again: rounded to their dtype; in int8 codes without their scale.
+
+    `factor`: the first of `row_factors`.
+    """
+    if near.dtype.element_ty == tl.int8:
+        # The bounds also keep product and sum apart: fused, a number beside a tie would go to the other side.
+        bounded = tl.minimum(tl.maximum(tl.where(factor > 0, value, 0.0) * factor, -127.0), 127.0)
+        value = (bounded + 12582912.0) - 12582912.0  # to an integer, ties to even
     return value.to(near.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def scale_at(scales, mask, near):
+    """Scales of near rows at pointers; 1 for rows that have none. 0 where masked."""
+    scale = 1.0
+    if near.dtype.element_ty == tl.int8:
+        scale = tl.load(scales, mask=mask, other=0.0)
+    return scale
 
 
 @triton.jit

@@ -6,7 +6,15 @@ Programs work on chunks: C tokens of one segment, packed rows `row` on, `count` 
 import triton
 import triton.language as tl
 
-from dijiang_model.ops.triton.kernels.parts import INDICES, positive, turned, turned_back
+from dijiang_model.ops.triton.kernels.parts import (
+    INDICES,
+    narrowed,
+    positive,
+    row_factors,
+    scale_at,
+    turned,
+    turned_back,
+)
 
 
 @triton.jit
@@ -21,11 +29,14 @@ def chunk_at(m, chunk_sequence, chunk_offset, starts, C: tl.constexpr):
 
 @triton.jit
 def block_features(
-    x, rows, count, cos, sin, late_cos, late_sin, basis, nodes, log_weights, scale,
+    x, rows, count, row_scales, cos, sin, late_cos, late_sin, basis, nodes, log_weights, scale,
     D: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr, EXP: tl.constexpr, C: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """phi of C vectors at the pointers x [C, 1], whose angles lie in `rows` [C, 1]: [C, BLOCK_K] fp32."""
+    """phi of C vectors at the pointers x [C, 1], whose angles lie in `rows` [C, 1]: [C, BLOCK_K] fp32.
+
+    `row_scales` [C, 1] or a number: what the vectors are multiplied with.
+    """
     f = tl.arange(0, BLOCK_K)
     in_k = f < K
     has_row = tl.arange(0, C)[:, None] < count
@@ -41,7 +52,7 @@ def block_features(
         tile = tl.load(basis + b * K + f[None, :], mask=(b < D) & in_k[None, :], other=0.0)
         sums = tl.dot(value, tile, sums, input_precision=PRECISION)
     radii = tl.load(nodes + f, mask=in_k, other=0.0) * scale
-    logits = sums * radii[None, :] + tl.load(log_weights + f, mask=in_k, other=0.0)[None, :]
+    logits = sums * row_scales * radii[None, :] + tl.load(log_weights + f, mask=in_k, other=0.0)[None, :]
     return positive(logits, in_k[None, :], EXP, 1)
 
 
@@ -68,7 +79,7 @@ def queries_kernel(
     rows = row + i
     g = h // R
     phi = block_features(
-        q + rows[:, None] * q_row + h * q_head, rows[:, None], count, cos, sin, cos, sin,
+        q + rows[:, None] * q_row + h * q_head, rows[:, None], count, 1.0, cos, sin, cos, sin,
         basis, nodes + g * K, log_weights + g * K, scale,
         D, K, HALF, False, EXP, C, BLOCK_C, BLOCK_K, PRECISION,
     )  # fmt: skip
@@ -81,10 +92,14 @@ def queries_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=INDICES)
 def keys_kernel(
-    k, rotated, cos, sin, chunk_sequence, chunk_offset, starts, k_row, k_head,
+    k, v, rotated, coded, key_scales, value_scales, cos, sin, chunk_sequence, chunk_offset, starts, k_row, k_head,
+    v_row, v_head,
     D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (M, G): the rotated keys [T, G, D], in the near rows' dtype."""
+    """Grid (M, G): the rotated keys [T, G, D], in the near rows' dtype.
+
+    Where that is int8 also the values, `coded` [T, G, D], and the scales of both [T, G].
+    """
     g = tl.program_id(1)
     num_groups = tl.num_programs(1)
     _, _, row, count = chunk_at(tl.program_id(0), chunk_sequence, chunk_offset, starts, C)
@@ -93,14 +108,24 @@ def keys_kernel(
     c = tl.arange(0, BLOCK_D)[None, :]
     mask = (i < count) & (c < D)
     key = turned(k + rows * k_row + g * k_head, c, mask, cos + rows * HALF, sin + rows * HALF, k, k, HALF, 0, 1)
-    tl.store(rotated + (rows * num_groups + g) * D + c, key.to(rotated.dtype.element_ty), mask=mask)
+    here = (rows * num_groups + g) * D + c
+    if rotated.dtype.element_ty == tl.int8:
+        token = rows * num_groups + g
+        factor, key_scale = row_factors(key, rotated, 1)
+        key = narrowed(key, rotated, factor[:, None])
+        value = tl.load(v + rows * v_row + g * v_head + c, mask=mask, other=0.0).to(tl.float32)
+        factor, value_scale = row_factors(value, coded, 1)
+        tl.store(coded + here, narrowed(value, coded, factor[:, None]).to(coded.dtype.element_ty), mask=mask)
+        tl.store(key_scales + token, key_scale[:, None], mask=i < count)
+        tl.store(value_scales + token, value_scale[:, None], mask=i < count)
+    tl.store(rotated + here, key.to(rotated.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize_on_alignment=INDICES)
 def entering_kernel(
-    k, rotated, v, phi_in, v_in, slots, positions, cos, sin, late_cos, late_sin, basis, nodes, log_weights, log_decay,
-    table_write, near_keys, near_values, chunk_sequence, chunk_offset, starts, k_row, k_head, v_row, v_head, near_slot,
-    num_entries, scale,
+    k, rotated, v, key_scales, value_scales, phi_in, v_in, slots, positions, cos, sin, late_cos, late_sin, basis, nodes,
+    log_weights, log_decay, table_write, near_keys, near_values, near_key_scales, near_value_scales, chunk_sequence,
+    chunk_offset, starts, k_row, k_head, v_row, v_head, near_slot, scales_slot, num_entries, scale,
     D: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, WINDOW: tl.constexpr,
     SINKS: tl.constexpr, EXP: tl.constexpr, TABLE: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -108,7 +133,8 @@ def entering_kernel(
     """Grid (M, G): what enters the state at each token, phi_in [T, G, K] and, with a window, v_in [T, G, D].
 
     Without a window that is the token itself. With one it is the token that leaves it: of the same segment, or of
-    the ring as the step before left it. Write factors and the decay of the window's steps are folded in.
+    the ring as the step before left it. Write factors and the decay of the window's steps are folded in, and the
+    scales of near rows in int8: `key_scales` and `value_scales` [T, G] of `rotated` and v, and those of the ring.
     """
     g = tl.program_id(1)
     num_groups = tl.num_programs(1)
@@ -120,16 +146,23 @@ def entering_kernel(
     if WINDOW > 0:
         source = offset + i - WINDOW
         position = tl.load(positions + tl.load(starts + n)) + source
-        ring = tl.load(slots + n) * near_slot + (g * (SINKS + WINDOW) + SINKS + position % WINDOW) * D
+        slot = tl.load(slots + n)
+        ring_row = g * (SINKS + WINDOW) + SINKS + position % WINDOW
+        ring = slot * near_slot + ring_row * D
+        ring_scale = slot * scales_slot + ring_row
+        own_scale = (rows - WINDOW) * num_groups + g
         is_here = source >= 0
         leaves = (i < count) & (position >= SINKS)
         key = tl.where(is_here, rotated + ((rows - WINDOW) * num_groups + g) * D, near_keys + ring)
         value = tl.where(is_here, v + (rows - WINDOW) * v_row + g * v_head, near_values + ring)
         # Rows that nothing leaves for are read as the ring's row 0, which is there, and come to nothing below.
-        key = tl.where(leaves, key, near_keys + tl.load(slots + n) * near_slot)
+        key = tl.where(leaves, key, near_keys + slot * near_slot)
+        key_scale = tl.where(is_here, key_scales + own_scale, near_key_scales + ring_scale)
+        value_scale = tl.where(is_here, value_scales + own_scale, near_value_scales + ring_scale)
         HALF_BACK: tl.constexpr = 0 if ROTATED else HALF
         phi = block_features(
-            key[:, None], rows[:, None], count, cos, sin, late_cos, late_sin,
+            key[:, None], rows[:, None], count, scale_at(key_scale[:, None], leaves[:, None], near_keys),
+            cos, sin, late_cos, late_sin,
             basis, group_nodes, group_weights, scale,
             D, K, HALF_BACK, True, EXP, C, BLOCK_C, BLOCK_K, PRECISION,
         )  # fmt: skip
@@ -138,11 +171,14 @@ def entering_kernel(
         c = tl.arange(0, BLOCK_D)[None, :]
         values = tl.load(value[:, None] + c, mask=leaves[:, None] & (c < D), other=0.0)
         v_here = v_in + (rows[:, None] * num_groups + g) * D + c
+        if near_values.dtype.element_ty == tl.int8:
+            scales = scale_at(value_scale[:, None], leaves[:, None], near_values)
+            values = (values.to(tl.float32) * scales).to(v_in.dtype.element_ty)
         tl.store(v_here, values, mask=(i[:, None] < count) & (c < D))
     else:
         HALF_FAR: tl.constexpr = HALF if ROTATED else 0
         phi = block_features(
-            k + rows[:, None] * k_row + g * k_head, rows[:, None], count, cos, sin, cos, sin,
+            k + rows[:, None] * k_row + g * k_head, rows[:, None], count, 1.0, cos, sin, cos, sin,
             basis, group_nodes, group_weights, scale,
             D, K, HALF_FAR, False, EXP, C, BLOCK_C, BLOCK_K, PRECISION,
         )  # fmt: skip

@@ -3,41 +3,50 @@
 import triton
 import triton.language as tl
 
-from dijiang_model.ops.triton.kernels.parts import INDICES, operand, rounded, turned
+from dijiang_model.ops.triton.kernels.parts import INDICES, operand, rounded, scale_at, turned
 from dijiang_model.ops.triton.kernels.prefill_features import chunk_at
 from dijiang_model.ops.triton.kernels.prefill_states import chunk_totals
 
 
 @triton.jit
 def softmax_step(
-    queries, key_at, value_at, exists, seen, c, col, root, largest, total, sums, like,
+    queries, key_at, value_at, key_scale_at, value_scale_at, exists, seen, c, col, root, largest, total, sums, like,
     D: tl.constexpr, PRECISION: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys and values at the pointers [J], those that exist, into a running softmax; `seen` [C, J]."""
+    """One block of keys and values at the pointers [J], those that exist, into a running softmax; `seen` [C, J].
+
+    Codes are multiplied as they are, exact in bf16; their scales [J] go to the scores and to the weights.
+    """
     keys = operand(tl.load(key_at[:, None] + c, mask=exists[:, None] & (c < D), other=0.0), like, EMULATED)
     values = operand(tl.load(value_at[:, None] + col, mask=exists[:, None] & (col < D), other=0.0), like, EMULATED)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * root
+    if key_at.dtype.element_ty == tl.int8:
+        scores *= scale_at(key_scale_at, exists, key_at)[None, :]
     scores = tl.where(exists[None, :] & seen, scores, float("-inf"))
     now = tl.maximum(largest, tl.max(scores, 1))
     base = tl.where(now == float("-inf"), 0.0, now)  # nothing seen yet: all weights are 0, none is NaN
     weights = tl.exp(scores - base[:, None])
     shrink = tl.exp(largest - base)
     total = total * shrink + tl.sum(weights, 1)
+    if value_at.dtype.element_ty == tl.int8:
+        weights *= scale_at(value_scale_at, exists, value_at)[None, :]
     sums = tl.dot(rounded(weights, like, EMULATED), values, sums * shrink[:, None], input_precision=PRECISION)
     return now, total, sums
 
 
 @triton.jit
 def near_tokens(
-    q, rotated, v, near_keys, near_values, cos, sin, cos_sink, sin_sink, mix_weight, rows, row, count, offset, position,
-    ring, q_row, v_row, g, v0, num_groups, like,
+    q, rotated, v, key_scales, value_scales, near_keys, near_values, near_key_scales, near_value_scales, cos, sin,
+    cos_sink, sin_sink, mix_weight, rows, row, count, offset, position, ring, ring_scales, q_row, v_row, g, v0,
+    num_groups, like,
     D: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
     EMULATED: tl.constexpr,
 ):  # fmt: skip
     """Softmax of C queries over their windows and sinks.
 
-    q and v point to the head, `ring` is the offset of the near rows, `position` that of the segment's first token.
+    q and v point to the head, `ring` and `ring_scales` are the offsets of the near rows and their scales, `position` is
+    that of the segment's first token.
 
     Returns:
         [C, BLOCK_V] weighted values, [C] sums of weights, [C] w_h . q of the mixing weight.
@@ -66,13 +75,18 @@ def near_tokens(
         held = position + token
         exists = (held >= SINKS) & (behind < count)
         is_here = token >= 0
-        from_ring = ring + (SINKS + held % WINDOW) * D
-        key_at = tl.where(is_here, rotated + ((start + token) * num_groups + g) * D, near_keys + from_ring)
+        ring_row = SINKS + held % WINDOW
+        from_ring, scale_from_ring = ring + ring_row * D, ring_scales + ring_row
+        own = (start + token) * num_groups + g
+        key_at = tl.where(is_here, rotated + own * D, near_keys + from_ring)
         value_at = tl.where(is_here, v + (start + token) * v_row, near_values + from_ring)
+        key_scale_at = tl.where(is_here, key_scales + own, near_key_scales + scale_from_ring)
+        value_scale_at = tl.where(is_here, value_scales + own, near_value_scales + scale_from_ring)
         seen = (behind[None, :] <= i) & (behind[None, :] > i - WINDOW)
         largest, total, sums = softmax_step(
-            queries, key_at, value_at, exists, seen, c, col, root, largest, total, sums, like, D, PRECISION, EMULATED
-        )
+            queries, key_at, value_at, key_scale_at, value_scale_at, exists, seen, c, col, root, largest, total, sums,
+            like, D, PRECISION, EMULATED,
+        )  # fmt: skip
     if SINKS > 0:
         sink_query = turned(here, c, mask, cos_sink + angles, sin_sink + angles, q, q, HALF, 0, 1)
         queries = rounded(sink_query, like, EMULATED)
@@ -81,12 +95,15 @@ def near_tokens(
             token = sink - position
             is_here = token >= 0
             exists = (sink < SINKS) & (token < offset + count)
-            key_at = tl.where(is_here, rotated + ((start + token) * num_groups + g) * D, near_keys + ring + sink * D)
+            own = (start + token) * num_groups + g
+            key_at = tl.where(is_here, rotated + own * D, near_keys + ring + sink * D)
             value_at = tl.where(is_here, v + (start + token) * v_row, near_values + ring + sink * D)
+            key_scale_at = tl.where(is_here, key_scales + own, near_key_scales + ring_scales + sink)
+            value_scale_at = tl.where(is_here, value_scales + own, near_value_scales + ring_scales + sink)
             seen = token[None, :] <= offset + i
             largest, total, sums = softmax_step(
-                queries, key_at, value_at, exists, seen, c, col, root, largest, total, sums, like,
-                D, PRECISION, EMULATED,
+                queries, key_at, value_at, key_scale_at, value_scale_at, exists, seen, c, col, root, largest, total,
+                sums, like, D, PRECISION, EMULATED,
             )  # fmt: skip
     return sums, total, mixed
 
@@ -135,9 +152,10 @@ def far_tokens(
 
 @triton.jit(do_not_specialize_on_alignment=INDICES)
 def outputs_kernel(
-    q, rotated, v, phi_q, phi_in, v_in, chunk_states, chunk_normalisers, out, slots, positions, cos, sin, cos_sink,
-    sin_sink, log_decay, table_decay, mix_bias, mix_weight, near_keys, near_values, chunk_sequence, chunk_offset,
-    starts, q_row, q_head, v_row, v_head, v_in_row, v_in_head, near_slot, num_entries,
+    q, rotated, v, key_scales, value_scales, phi_q, phi_in, v_in, chunk_states, chunk_normalisers, out, slots,
+    positions, cos, sin, cos_sink, sin_sink, log_decay, table_decay, mix_bias, mix_weight, near_keys, near_values,
+    near_key_scales, near_value_scales, chunk_sequence, chunk_offset, starts, q_row, q_head, v_row, v_head, v_in_row,
+    v_in_head, near_slot, scales_slot, num_entries,
     R: tl.constexpr, D: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, WINDOW: tl.constexpr,
     SINKS: tl.constexpr, TABLE: tl.constexpr, DENOMINATOR: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
@@ -160,10 +178,12 @@ def outputs_kernel(
         D, K, DENOMINATOR, C, BLOCK_K, BLOCK_V, PRECISION, EMULATED,
     )  # fmt: skip
     if WINDOW > 0:
+        slot, near_row = tl.load(slots + n), g * (SINKS + WINDOW)
         near, near_weights, mixed = near_tokens(
-            q + h * q_head, rotated, v + g * v_head, near_keys, near_values, cos, sin, cos_sink, sin_sink,
-            mix_weight + h * D, rows, row, count, offset, tl.load(positions + row - offset),
-            tl.load(slots + n) * near_slot + g * (SINKS + WINDOW) * D, q_row, v_row, g, v0, num_groups, phi_in,
+            q + h * q_head, rotated, v + g * v_head, key_scales, value_scales, near_keys, near_values, near_key_scales,
+            near_value_scales, cos, sin, cos_sink, sin_sink, mix_weight + h * D, rows, row, count, offset,
+            tl.load(positions + row - offset), slot * near_slot + near_row * D, slot * scales_slot + near_row,
+            q_row, v_row, g, v0, num_groups, phi_in,
             D, HALF, ROTATED, WINDOW, SINKS, C, BLOCK_D, BLOCK_V, BLOCK_J, PRECISION, EMULATED,
         )  # fmt: skip
         mix = K * tl.exp(tl.load(mix_bias + h) + mixed)

@@ -81,9 +81,24 @@ def states_kernel(
         tl.store(z_here, z, mask=own_f < K)
 
 
+@triton.jit
+def copy_rows(
+    rotated, v, key_scales, value_scales, near_keys, near_values, near_key_scales, near_value_scales, token, v_from, to,
+    to_scale, c, is_row, D: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of tokens [J, 1] to the near rows at the offsets `to` [J, 1], with their scales if in int8."""
+    mask = is_row & (c < D)
+    tl.store(near_keys + to + c, tl.load(rotated + token * D + c, mask=mask), mask=mask)
+    tl.store(near_values + to + c, tl.load(v + v_from + c, mask=mask), mask=mask)
+    if near_keys.dtype.element_ty == tl.int8:
+        tl.store(near_key_scales + to_scale, tl.load(key_scales + token, mask=is_row), mask=is_row)
+        tl.store(near_value_scales + to_scale, tl.load(value_scales + token, mask=is_row), mask=is_row)
+
+
 @triton.jit(do_not_specialize_on_alignment=INDICES)
 def near_rows_kernel(
-    rotated, v, near_keys, near_values, slots, positions, starts, v_row, v_head, near_slot,
+    rotated, v, key_scales, value_scales, near_keys, near_values, near_key_scales, near_value_scales, slots, positions,
+    starts, v_row, v_head, near_slot, scales_slot,
     D: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (N, G): writes each segment's last WINDOW tokens into the ring, and its sinks. Runs after all who read."""
@@ -93,21 +108,27 @@ def near_rows_kernel(
     start = tl.load(starts + n)
     length = tl.load(starts + n + 1) - start
     position = tl.load(positions + start)
-    to = tl.load(slots + n) * near_slot + g * (SINKS + WINDOW) * D
+    slot, near_row = tl.load(slots + n), g * (SINKS + WINDOW)
     c = tl.arange(0, BLOCK_D)[None, :]
     j = tl.arange(0, BLOCK_J)[:, None]
     oldest = tl.maximum(length - WINDOW, 0)
     for begin in range(0, WINDOW, BLOCK_J):
         offset = oldest + begin + j
-        mask = (begin + j < WINDOW) & (offset < length) & (c < D)
+        is_row = (begin + j < WINDOW) & (offset < length)
         rows = start + offset
-        there = to + (SINKS + (position + offset) % WINDOW) * D + c
-        tl.store(near_keys + there, tl.load(rotated + (rows * num_groups + g) * D + c, mask=mask), mask=mask)
-        tl.store(near_values + there, tl.load(v + rows * v_row + g * v_head + c, mask=mask), mask=mask)
+        to_row = near_row + SINKS + (position + offset) % WINDOW
+        copy_rows(
+            rotated, v, key_scales, value_scales, near_keys, near_values, near_key_scales, near_value_scales,
+            rows * num_groups + g, rows * v_row + g * v_head, slot * near_slot + to_row * D,
+            slot * scales_slot + to_row, c, is_row, D,
+        )  # fmt: skip
     for begin in range(0, SINKS, BLOCK_J):
         offset = begin + j
-        mask = (offset < length) & (position + offset < SINKS) & (c < D)
+        is_row = (offset < length) & (position + offset < SINKS)
         rows = start + offset
-        there = to + (position + offset) * D + c
-        tl.store(near_keys + there, tl.load(rotated + (rows * num_groups + g) * D + c, mask=mask), mask=mask)
-        tl.store(near_values + there, tl.load(v + rows * v_row + g * v_head + c, mask=mask), mask=mask)
+        to_row = near_row + position + offset
+        copy_rows(
+            rotated, v, key_scales, value_scales, near_keys, near_values, near_key_scales, near_value_scales,
+            rows * num_groups + g, rows * v_row + g * v_head, slot * near_slot + to_row * D,
+            slot * scales_slot + to_row, c, is_row, D,
+        )  # fmt: skip
