@@ -9,7 +9,7 @@ from dijiang_model.config import ModelConfig
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.quantization.weight import QuantizedWeight
 
-NEAR = ("near_keys", "near_values")
+NEAR = ("near_keys", "near_values", "near_key_scales", "near_value_scales")
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,7 @@ def _prefill(name: str, share: float, *arguments: str) -> Stage:
 STAGES = (
     _tests(
         "kernels", 0.4, "tests/model/test_triton_gpu.py", "tests/model/test_triton_around.py",
-        "tests/model/test_triton_attention.py",
+        "tests/model/test_triton_attention.py", "tests/model/test_triton_coded_windows.py",
     ),
     _tests("graphs", 0.2, "tests/engine/test_graphs_cuda.py"),
     _decode(
@@ -88,6 +88,8 @@ STAGES = (
     _decode("decode-llama", 0.5, "--shapes", "llama-2-7b", "--attention", "pure,hybrid", "--no-hf",
             "--batches", "1,16,64,256"),
     _decode("decode-smollm2", 0.5, "--shapes", "smollm2-135m", "--attention", "hybrid", "--contexts", "2048,8192"),
+    _decode("decode-states", 0.5, "--shapes", "smollm2-135m,llama-2-7b", "--attention", "hybrid", "--no-hf",
+            "--states", "float32,int8,bfloat16", "--batches", "256,16"),
     _prefill("prefill-small", 0.5, "--shapes", "pythia-2.8b,smollm2-135m", "--attention", "hybrid"),
     _decode("compiled", 0.6, "--shapes", "pythia-2.8b", "--attention", "released", "--batches", "1,16",
             "--contexts", "2048", "--compile"),

@@ -4,17 +4,18 @@
 
 True shapes, bf16, one process, contenders in turn. Our step is the engine's: slots and positions brought by one pinned
 copy, model and greedy sampling replayed, tokens sent back by another. HF's is a forward pass of one token a row and an
-argmax, with a dynamic and a static cache full of random keys and values; with `--compile` also compiled. `floor` is the
-longer of bytes (weights once, states in and out) over the measured copy bandwidth and operations over the measured
-matrix rate. A case that fails is a result: its line says why. `--tiny` runs everything on a CPU, with
-TRITON_INTERPRET=1 in Triton's interpreter. Needs torch, transformers and, for plots, matplotlib; no HTTP package. The
-last line is JSON.
+argmax, with a dynamic and a static cache full of random keys and values; with `--compile` also compiled. With
+`--states float32,int8` ours runs with states in int8, too. `floor` is the longer of bytes (weights once, states in and
+out) over the measured copy bandwidth and operations over the measured matrix rate. A case that fails is a result: its
+line says why. `--tiny` runs everything on a CPU, with TRITON_INTERPRET=1 in Triton's interpreter. Needs torch,
+transformers and, for plots, matplotlib; no HTTP package. The last line is JSON.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from benchmarks.gpu_command import (
     dtype_of,
     finish,
     introduce,
+    names,
     numbers,
     parsed,
     parser_of,
@@ -41,6 +43,7 @@ from dijiang_model.state import StateBuffer
 from server.engine import graph_sampling
 from server.engine.cuda_graphs import CudaCapture, DecodeGraphs, eager
 
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 CACHES = ("dynamic", "static")
 COMPILED = "static, compiled"
 Run = Callable[[], object]
@@ -89,10 +92,10 @@ class Bench:
     num_rounds: int
 
     def ours(
-        self, shape: str, attention: str, num_rows: int, context: int, model: DiJiangForCausalLM
+        self, shape: str, attention: str, states: str, num_rows: int, context: int, model: DiJiangForCausalLM
     ) -> list[StepLine]:
         """Recorded and fresh steps."""
-        name = f"ours {attention}"
+        name = f"ours {attention}" + ("" if states == "float32" else f"/{states}")
         lines, failure = attempt(partial(self._ours, shape, name, num_rows, context, model))
         return lines if lines is not None else [StepLine(shape, name, num_rows, context, None, failure=failure)]
 
@@ -199,9 +202,10 @@ def measure(bench: Bench, arguments: argparse.Namespace, journal: Journal[StepLi
             if not journal.may_begin():
                 continue
             model = random_model(config_of(shape, attention), device=bench.device, dtype=bench.dtype)
-            for num_rows in arguments.batches:
+            for states, num_rows in product(arguments.states, arguments.batches):
                 if journal.may_begin():
-                    for line in bench.ours(shape, attention, num_rows, arguments.contexts[0], model):
+                    model.keep_states_in(STATE_DTYPES[states])
+                    for line in bench.ours(shape, attention, states, num_rows, arguments.contexts[0], model):
                         journal.add(line)
             if arguments.hf and number == 0:
                 _measure_theirs(bench, arguments, journal, shape, softmax_twin(model))
@@ -268,8 +272,15 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("Decode steps on a GPU.", num_rounds=30)
     parser.add_argument("--batches", type=numbers, default=[1, 16, 64, 256])
     parser.add_argument("--contexts", type=numbers, default=[2048, 8192])
+    parser.add_argument(
+        "--states", type=names, default=["float32"], help=f"what ours are in: {', '.join(STATE_DTYPES)}"
+    )
     parser.add_argument("--compile", action="store_true", help="HF's step with a static cache compiled, too")
-    return parsed(parser, argv, tiny={"batches": [1, 2], "contexts": [8]})
+    arguments = parsed(parser, argv, tiny={"batches": [1, 2], "contexts": [8]})
+    unknown = [name for name in arguments.states if name not in STATE_DTYPES]
+    if unknown:
+        parser.error(f"unknown states: {', '.join(unknown)}; they are in {', '.join(STATE_DTYPES)}")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:

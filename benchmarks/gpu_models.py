@@ -100,9 +100,18 @@ def filled_state(model: DiJiangForCausalLM, num_slots: int) -> StateBuffer:
     buffer.storage.zero_()
     for name, tensor in buffer.tensors.items():
         for slot in range(1, num_slots + 1):  # slot by slot: random numbers of all at once would need as much again
-            random = torch.randn(tensor.shape[1:], device=model.device)
-            tensor[slot].copy_(random.abs() + 1 if name.endswith("normaliser") else random * 0.1)
+            tensor[slot].copy_(_noise(name, tensor[slot]))
     return buffer
+
+
+def _noise(name: str, tensor: Tensor) -> Tensor:
+    """Of a size as a state has it: codes and their scales, normalisers, sums."""
+    random = torch.randn(tensor.shape, device=tensor.device)
+    if tensor.dtype == torch.int8:
+        return (random * 40).clamp(-127, 127)
+    if name.endswith("_scales"):
+        return random.abs() * 1e-3
+    return random.abs() + 1 if name.endswith("normaliser") else random * 0.1
 
 
 def softmax_twin(model: DiJiangForCausalLM) -> Any:

@@ -22,12 +22,21 @@ NUM_SLOTS = 6
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("shape", "attention"), [("tiny", "pure"), ("tiny", "hybrid"), ("tiny-neox", "released"), ("tiny-neox", "hybrid")]
+    ("shape", "attention", "state_dtype"),
+    [
+        ("tiny", "pure", torch.float32),
+        ("tiny", "hybrid", torch.float32),
+        ("tiny", "hybrid", torch.int8),
+        ("tiny-neox", "released", torch.float32),
+        ("tiny-neox", "hybrid", torch.float32),
+    ],
 )
-def test_recorded_steps_say_what_fresh_ones_say(shape: str, attention: str, dtype: torch.dtype) -> None:
+def test_recorded_steps_say_what_fresh_ones_say(
+    shape: str, attention: str, state_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
     """Greedy, over buckets and slots in turn, padding included; fresh steps have as many rows, padding too."""
     torch.manual_seed(0)
-    model = random_model(config_of(shape, attention), device="cuda", dtype=dtype)
+    model = random_model(config_of(shape, attention), device="cuda", dtype=dtype).keep_states_in(state_dtype)
     recorded, fresh = (StateBuffer(model.state_spec, NUM_SLOTS + 1, "cuda", cleared=True) for _ in range(2))
     last = torch.arange(NUM_SLOTS + 1, device="cuda") * 7 % model.config.vocab_size
     last[0] = 0

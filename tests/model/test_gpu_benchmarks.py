@@ -25,6 +25,17 @@ def test_decode_tells_every_contender_and_its_floor(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.slow
+def test_states_in_fewer_bits_are_contenders_and_move_fewer_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu_decode.main(["--tiny", "--attention", "hybrid", "--states", "float32,int8", "--no-hf", "--out", str(tmp_path)])
+    lines = json.loads(capsys.readouterr().out.splitlines()[-1])["lines"]
+    sizes = {line["name"]: line["conversation_mib"] for line in lines if line["num_rows"] == 2}
+    assert set(sizes) == {f"ours {kind}, {way}" for kind in ("hybrid", "hybrid/int8") for way in ("recorded", "fresh")}
+    assert 2.2 * sizes["ours hybrid/int8, fresh"] < sizes["ours hybrid, fresh"]
+
+
+@pytest.mark.slow
 def test_prefill_tells_every_contender(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gpu_prefill.main(["--tiny", "--attention", "pure", "--out", str(tmp_path)])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

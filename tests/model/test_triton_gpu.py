@@ -14,6 +14,7 @@ from dijiang_model.ops.triton import TritonAttention
 from dijiang_model.state import StateBuffer, StateSpec
 from tests.model.stepping import assert_close_in_norm
 from tests.model.test_triton_attention import BF16_TOLERANCE, FEATURES, HYBRID, PURE, RELEASED, Shape, random_attention
+from tests.model.test_triton_coded_windows import TIE_TOLERANCE
 
 pytestmark = [
     pytest.mark.cuda,
@@ -31,14 +32,29 @@ SHAPES = {
 class Step:
     """One step of decode rows and prefill segments on random states; runs as often as one likes from the same start."""
 
-    def __init__(self, shape: Shape, *, num_decode: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        num_decode: int,
+        lengths: tuple[int, ...],
+        dtype: torch.dtype,
+        is_coded: bool = False,
+        is_narrow: bool = False,
+    ) -> None:
         self.attention = random_attention(shape, dtype).to(DEVICE)
+        self.attention.has_coded_window, self.attention.is_narrow = is_coded, is_narrow
         self.num_slots = num_decode + len(lengths) + 1
         self.start = StateBuffer(StateSpec(self.attention.state_tensors()), self.num_slots, DEVICE)
         random = torch.Generator(DEVICE).manual_seed(1)
         for name, tensor in self.start.tensors.items():
             noise = torch.randn(tensor.shape, generator=random, device=DEVICE)
-            tensor.copy_(noise.abs() + 1 if name.endswith("normaliser") else noise * 0.1)
+            if tensor.dtype == torch.int8:
+                tensor.copy_((noise * 40).clamp(-127, 127))
+            elif name.endswith("_scales"):
+                tensor.copy_(noise.abs() * 1e-3)
+            else:
+                tensor.copy_(noise.abs() + 1 if name.endswith("normaliser") else noise * 0.1)
         num_tokens = num_decode + sum(lengths)
         firsts = [
             torch.randint(0, 3000, (1,), generator=torch.Generator().manual_seed(n)) for n in range(self.num_slots)
@@ -89,10 +105,34 @@ def test_many_rows_and_long_segments_equal_torchs_operator(name: str, dtype: tor
         assert_close_in_norm(tensor[1:], expected_states[tensor_name][1:], tolerance=tolerance, what=tensor_name)
 
 
+@pytest.mark.parametrize("name", ["SmolLM2", "Pythia-1B"])
+def test_windows_in_int8_equal_torchs_operator(name: str) -> None:
+    """But for numbers at ties, whose rotations differ in their last bit."""
+    step = Step(SHAPES[name], num_decode=97, lengths=(1, 700, 64, 65, 1500), dtype=torch.float32, is_coded=True)
+    out, states = step.run(TritonAttention())
+    expected, expected_states = step.run(TorchAttention())
+    assert_close_in_norm(out, expected, tolerance=TIE_TOLERANCE)
+    for tensor_name, tensor in states.items():
+        found, wanted = (one[tensor_name][1:].float() for one in (states, expected_states))
+        assert_close_in_norm(found, wanted, tolerance=10 * TIE_TOLERANCE, what=tensor_name)
+        if tensor.dtype == torch.int8:
+            assert ((found - wanted).abs() <= 1).all()
+
+
+@pytest.mark.parametrize("is_coded", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_step_gives_the_same_bits_every_time(name: str) -> None:
+def test_a_step_gives_the_same_bits_every_time(name: str, is_coded: bool) -> None:
     """A race would show here sooner or later."""
-    step = Step(SHAPES[name], num_decode=200, lengths=(130, 515), dtype=torch.bfloat16)
+    if is_coded and SHAPES[name].attention.window == 0:
+        pytest.skip("without a window there is nothing in int8")
+    step = Step(
+        SHAPES[name],
+        num_decode=200,
+        lengths=(130, 515),
+        dtype=torch.bfloat16,
+        is_coded=is_coded,
+        is_narrow=is_coded,
+    )
     out, states = step.run(TritonAttention())
     for _ in range(20):
         again, states_again = step.run(TritonAttention())
