@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.layout import Rotary
+from dijiang_model.ops.rounded import RoundedMatrix
 from dijiang_model.ops.torch_attention import TorchAttention
 
 _LEAST_CAPABILITY = (8, 0)
@@ -90,6 +91,30 @@ def gated_product(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tenso
 
         return around.gated_product(gate, up)
     return activation(gate) * up
+
+
+def rounded_product(
+    x: Tensor, matrix: RoundedMatrix, bias: Tensor | None, *, widened: Callable[[torch.dtype], Tensor]
+) -> Tensor:
+    """x W^T + bias, [..., columns] -> [..., outputs] in x's dtype.
+
+    Args:
+        widened: W in a dtype, where no kernel reads its codes.
+    """
+    if _is_fused(x):
+        from dijiang_model.ops.triton import rounded
+
+        return rounded.product(x, matrix, bias)
+    return functional.linear(x, widened(x.dtype), bias)
+
+
+def rounded_rows(ids: Tensor, matrix: RoundedMatrix, dtype: torch.dtype) -> Tensor:
+    """Rows [...] int64 of an int8 matrix -> [..., columns] of `dtype`."""
+    if has_kernels(ids.device, dtype):
+        from dijiang_model.ops.triton import rounded
+
+        return rounded.looked_up(ids, matrix, dtype)
+    return matrix.codes[ids].to(dtype) * matrix.scales[ids].to(dtype)[..., None]
 
 
 def _is_fused(*inputs: Tensor, norm: nn.Module | None = None) -> bool:

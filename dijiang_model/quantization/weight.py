@@ -1,7 +1,8 @@
 """A matrix of codes as a part of a network, which saves and loads like any other.
 
 The compiled kernels multiply codes with 16-bit activations in exact integer sums, so that only the weights'
-rounding is felt. Without them, and on other devices, the codes are widened on the fly: the same answer.
+rounding is felt. On CUDA Triton's kernels read the codes (`ops.triton.rounded`). Without either the codes are widened
+on the fly: the same answer.
 """
 
 import ctypes
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dijiang_model.native.library import Matrix, load_library
+from dijiang_model.ops.rounded import RoundedMatrix
+from dijiang_model.ops.selection import rounded_product, rounded_rows
 from dijiang_model.quantization.config import Quantization
 from dijiang_model.quantization.rounding import (
     Int4Groups,
@@ -65,6 +68,11 @@ class QuantizedWeight(nn.Module):
     def matrix(self, bias: int | None = None) -> Matrix:
         """As the kernels want it, after `prepare()`, on the CPU; it points into this object."""
 
+    @property
+    @abstractmethod
+    def rounded(self) -> RoundedMatrix:
+        """As the operators want it."""
+
     @abstractmethod
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[rows, columns] on the codes' device."""
@@ -73,7 +81,7 @@ class QuantizedWeight(nn.Module):
         """x W^T + bias: [..., columns] -> [..., rows], in x's dtype and on its device."""
         library = load_library() if x.device.type == "cpu" and x.dtype == torch.float32 else None
         if library is None:
-            return functional.linear(x, self.dequantized(x.dtype), bias)
+            return rounded_product(x, self.rounded, bias, widened=self.dequantized)
         x = x.contiguous()
         y = torch.empty((*x.shape[:-1], self.rows), dtype=torch.float32)
         matrix = self.matrix(None if bias is None else bias.data_ptr())
@@ -115,7 +123,13 @@ class Int8Weight(QuantizedWeight):
     def prepare(self) -> "Int8Weight":
         if self.codes.device.type == "cpu":
             self._padded = _padded(self.codes)
+        else:
+            self.codes, self.scales = self.codes.contiguous(), self.scales.contiguous()
         return self
+
+    @property
+    def rounded(self) -> RoundedMatrix:
+        return RoundedMatrix(self.codes, self.scales, None, self.rows, 0)
 
     def matrix(self, bias: int | None = None) -> Matrix:
         assert self._padded is not None
@@ -132,7 +146,7 @@ class Int8Weight(QuantizedWeight):
 
     def looked_up(self, rows: Tensor) -> Tensor:
         """Rows [...] int64 -> [..., columns] of this weight's dtype."""
-        return self.codes[rows].to(self.dtype) * self.scales[rows].to(self.dtype)[..., None]
+        return rounded_rows(rows, self.rounded, self.dtype)
 
 
 class Int4Weight(QuantizedWeight):
@@ -176,7 +190,14 @@ class Int4Weight(QuantizedWeight):
     def prepare(self) -> "Int4Weight":
         if self.codes.device.type == "cpu":
             self._padded = _padded(self.codes)
+        else:
+            self.codes, self.scales = self.codes.contiguous(), self.scales.contiguous()
+            self.minimums = None if self.minimums is None else self.minimums.contiguous()
         return self
+
+    @property
+    def rounded(self) -> RoundedMatrix:
+        return RoundedMatrix(self.codes, self.scales, self.minimums, self.rows, self.group_size)
 
     def matrix(self, bias: int | None = None) -> Matrix:
         assert self._padded is not None

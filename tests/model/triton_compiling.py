@@ -29,13 +29,15 @@ from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
-from dijiang_model.ops.triton import TritonAttention, around, decode, prefill, read_out
+from dijiang_model.ops.triton import TritonAttention, around, decode, prefill, read_out, rounded
 
 CAPABILITIES = (80, 90)
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.float64: "*fp64",
@@ -61,7 +63,7 @@ class Launch:
             if isinstance(value, Tensor):
                 is_free = parameters[name].do_not_specialize_on_alignment
                 key.append((name, value.dtype, is_free or value.data_ptr() % 16 == 0))
-            elif isinstance(value, int):
+            elif isinstance(value, int) and not parameters[name].do_not_specialize:
                 key.append((name, _type(value), value == 1, value % 16 == 0))
         return tuple(key)
 
@@ -76,12 +78,13 @@ class Launch:
             name: value for name, value in self.keywords.items() if name not in OPTIONS
         }
         for index, name in enumerate(names):
-            value = values[name]
-            is_constant = name in self.keywords or (value == 1 if isinstance(value, int) else False)
+            value, is_free = values[name], self.kernel.params[index].do_not_specialize
+            is_one = isinstance(value, int) and value == 1 and not is_free
+            is_constant = name in self.keywords or is_one
             signature[name] = "constexpr" if is_constant else _type(value)
             if is_constant:
                 constants[(index,)] = value
-            elif _is_divisible(value) and not self.kernel.params[index].do_not_specialize_on_alignment:
+            elif not is_free and _is_divisible(value) and not self.kernel.params[index].do_not_specialize_on_alignment:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
         options = {name: value for name, value in self.keywords.items() if name in OPTIONS}
@@ -112,7 +115,7 @@ class _Recorder:
 def recorded() -> Iterator[list[Launch]]:
     """Every launch of the operator's kernels goes into the list, and nothing runs."""
     launches: list[Launch] = []
-    hosts = (decode, prefill, read_out, around)
+    hosts = (decode, prefill, read_out, around, rounded)
     kernels = [(host, name) for host in hosts for name in vars(host) if name.endswith("_kernel")]
     originals = [(host, name, getattr(host, name)) for host, name in kernels]
     try:
