@@ -81,7 +81,7 @@ class Settings(BaseSettings):
 
     state_dtype: Literal["float32", "bfloat16", "int8"] = _in("Capacity", "float32")
     """Numbers of a conversation's state. bfloat16 halves its memory, so that twice as many conversations fit; sums are
-    rounded by chance so that long ones do not drift. int8 (on CPUs) keeps the window's keys and values in a quarter.
+    rounded by chance so that long ones do not drift. int8 keeps the window's keys and values in a quarter.
     Saved states go on in the same alone."""
     state_memory: Annotated[ByteSize, Field(ge=1)] | Auto = _in("Capacity", "auto")
     """Memory for the states of conversations, such as 2GiB. auto: a share of what is free."""

@@ -32,4 +32,4 @@ def test_every_launch_of_a_step_compiles_and_fits(shape: str) -> None:
             assert launch["shared_bytes"] <= most, launch
             if "hybrid" not in shape or launch["kernel"] != "outputs_kernel":
                 assert launch["stack_bytes"] <= 96, launch
-        assert sum(launch["kernel"] == "decode_kernel" for launch in launches) == 3
+        assert sum(launch["kernel"] == "decode_kernel" for launch in launches) == 3 + ("hybrid" in shape)
