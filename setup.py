@@ -3,12 +3,15 @@
 The extension is optional: without a C++ compiler the installation goes on, and everything runs in torch.
 """
 
+import os
 import platform
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 SOURCE = "dijiang_model/native/src"
 DIGEST = runpy.run_path("dijiang_model/native/digest.py")["source_digest"](Path(SOURCE))
@@ -22,7 +25,26 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     AVX512 = ("-march=x86-64-v4", "-mavx512vnni")
     VARIANTS |= {"avx2": ("-march=x86-64-v3",), "avx512": AVX512, "avx512bf16": (*AVX512, "-mavx512bf16")}
 
+
+class BuildKernels(build_ext):
+    """Builds what is not of the sources at hand, whatever the files' times say; changes no library that is in use."""
+
+    def build_extension(self, ext: Extension) -> None:
+        built = Path(self.get_ext_fullpath(ext.name))
+        if built.exists() and DIGEST.encode() not in built.read_bytes():
+            built.unlink()
+        super().build_extension(ext)
+
+    def copy_file(self, infile: Any, outfile: Any, *arguments: Any, **options: Any) -> Any:
+        """Into place by renaming: whoever opens the library meanwhile finds the old one or the new one, whole."""
+        beside = f"{outfile}.{os.getpid()}"
+        super().copy_file(infile, beside, *arguments, **options)
+        os.replace(beside, outfile)
+        return str(outfile), True
+
+
 setup(
+    cmdclass={"build_ext": BuildKernels},
     ext_modules=[]
     if sys.platform == "win32"
     else [
@@ -30,13 +52,18 @@ setup(
             f"dijiang_model.native._kernels_{variant}",
             # One source for every variant: setuptools wants distinct object files, hence one-line wrappers.
             sources=[f"{SOURCE}/kernels_{variant}.cpp"],
-            depends=[f"{SOURCE}/choose.cpp", f"{SOURCE}/step.cpp", *HEADERS],
-            define_macros=[("DIJIANG_SOURCE", f'"{DIGEST}"')],
+            depends=["setup.py", f"{SOURCE}/choose.cpp", f"{SOURCE}/step.cpp", *HEADERS],
+            define_macros=[
+                ("DIJIANG_SOURCE", f'"{DIGEST}"'),
+                # A namespace of its own for each build: the linker would share a function's static objects among all
+                # libraries of a process, and a library that was built again may lay them out differently.
+                ("dijiang", f"dijiang_{variant}_{DIGEST[:12]}"),
+            ],
             extra_compile_args=[*COMMON, *options],
             extra_link_args=["-pthread"],
             language="c++",
             optional=True,
         )
         for variant, options in VARIANTS.items()
-    ]
+    ],
 )
