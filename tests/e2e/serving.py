@@ -3,7 +3,6 @@
 import contextlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 import httpx
 import openai
 import psutil
+
+from tests.ports import free_port
 
 START_TIMEOUT_S = 60.0
 POLL_S = 0.05
@@ -61,9 +62,7 @@ def until(condition: Callable[[], bool], *, timeout_s: float = 20.0) -> None:
 @contextlib.contextmanager
 def serving(model: Path, *options: str, timeout_s: float = START_TIMEOUT_S) -> Iterator[Server]:
     """Starts the real command on a free port, waits until it is ready, ends it and checks that it ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "server", "serve", str(model), "--port", str(port), "--threads", "1", *options]
     if not any(option.startswith("--states") for option in options):
         command.append("--no-states")  # their default place is the user's

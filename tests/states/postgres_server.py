@@ -10,7 +10,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+
+from tests.ports import free_port
 
 USER = "dijiang"
 START_TIMEOUT_S, POLL_S = 60.0, 0.02
@@ -47,9 +48,7 @@ class PostgresServer:
             os.chown(folder, user.pw_uid, user.pw_gid)
         if not self._can_run():
             self._programs = _copied(programs, folder)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         initdb = [self._programs / "initdb", "-D", folder / "data", "-U", USER, "-A", "trust", "-E", "UTF8"]
         self._run([*initdb, "--locale=C", "--no-sync"])
         self.start()

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from typing import Any
 import httpx
 import openai
 import psutil
+
+from tests.ports import free_port
 
 START_TIMEOUT_S, POLL_S, PATIENCE_S = 60.0, 0.05, 60.0
 ANN, BOB = "key-of-ann", "key-of-bob"
@@ -118,9 +119,7 @@ def running(model: Path, states: Path, *options: str) -> Iterator[Running]:
 
 def start(model: Path, states: Path, *options: str) -> Running:
     """A started and ready server; the caller closes or kills it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "server", "serve", str(model), "--port", str(port), "--threads", "1"]
     command += ["--max-conversations", "16", "--states-folder", str(states), "--api-keys", f"{ANN},{BOB}", *options]
     log = states.parent / f"{states.name}.{port}.log"
