@@ -113,7 +113,7 @@ class Target:
     floors_ms: dict[int, float]
 
     def shares(self, load: Load) -> "Shares | None":
-        """What engine and service add to a step, one client; None where one of the three cannot be measured."""
+        """What engine and service add to a step, one client; None where one of the three cannot be measured in any turn."""
         if self.model_step is None:
             return None
         turns = []
@@ -121,10 +121,10 @@ class Target:
             model_ms = median_ms(interleaved({"step": self.model_step}, num_rounds=STEPS_A_TURN)["step"])
             _, answers, step_ms = self._run(replace(load, num_requests=1), 1)
             gaps = [gap for seen in answers for gap in seen.gaps_s]
-            if step_ms is None or not gaps:
-                return None
+            if step_ms is None or not gaps:  # on a busy machine all tokens of a short answer may arrive at once
+                continue
             turns.append((model_ms, 1 - model_ms / step_ms, 1 - step_ms / (1e3 * statistics.fmean(gaps))))
-        return Shares(*(statistics.median(values) for values in zip(*turns, strict=True)))
+        return Shares(*(statistics.median(values) for values in zip(*turns, strict=True))) if turns else None
 
     def measure(self, load: Load, num_clients: int, shares: "Shares | None") -> Line:
         """One run with so many clients."""
