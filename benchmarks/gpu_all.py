@@ -90,6 +90,8 @@ STAGES = (
     _decode("decode-smollm2", 0.5, "--shapes", "smollm2-135m", "--attention", "hybrid", "--contexts", "2048,8192"),
     _decode("decode-states", 0.5, "--shapes", "smollm2-135m,llama-2-7b", "--attention", "hybrid", "--no-hf",
             "--states", "float32,int8,bfloat16", "--batches", "256,16"),
+    _decode("decode-rounded", 0.5, "--shapes", "llama-2-7b,smollm2-135m", "--attention", "pure", "--no-hf",
+            "--weights", "plain,int8,int4,int4-minimums", "--batches", "1,16,64"),
     _prefill("prefill-small", 0.5, "--shapes", "pythia-2.8b,smollm2-135m", "--attention", "hybrid"),
     _decode("compiled", 0.6, "--shapes", "pythia-2.8b", "--attention", "released", "--batches", "1,16",
             "--contexts", "2048", "--compile"),

@@ -5,6 +5,7 @@
 True shapes, bf16, one process, contenders in turn. Our step is the engine's: slots and positions brought by one pinned
 copy, model and greedy sampling replayed, tokens sent back by another. HF's is a forward pass of one token a row and an
 argmax, with a dynamic and a static cache full of random keys and values; with `--compile` also compiled. With
+`--weights plain,int8,int4` ours have rounded weights, too, beside the floor of their codes' bytes; with
 `--states float32,int8` ours runs with states in int8, too. `floor` is the longer of bytes (weights once, states in and
 out) over the measured copy bandwidth and operations over the measured matrix rate. A case that fails is a result: its
 line says why. `--tiny` runs everything on a CPU, with TRITON_INTERPRET=1 in Triton's interpreter. Needs torch,
@@ -35,7 +36,7 @@ from benchmarks.gpu_command import (
     parsed,
     parser_of,
 )
-from benchmarks.gpu_models import config_of, filled_state, random_model, softmax_twin
+from benchmarks.gpu_models import WEIGHTS, config_of, filled_state, random_model, softmax_twin
 from benchmarks.gpu_timing import Ceilings, ceilings, host_ms, interleaved_ms
 from benchmarks.transformers_twin import decode_step
 from dijiang_model.model import DiJiangForCausalLM
@@ -91,11 +92,8 @@ class Bench:
     most: Ceilings
     num_rounds: int
 
-    def ours(
-        self, shape: str, attention: str, states: str, num_rows: int, context: int, model: DiJiangForCausalLM
-    ) -> list[StepLine]:
+    def ours(self, shape: str, name: str, num_rows: int, context: int, model: DiJiangForCausalLM) -> list[StepLine]:
         """Recorded and fresh steps."""
-        name = f"ours {attention}" + ("" if states == "float32" else f"/{states}")
         lines, failure = attempt(partial(self._ours, shape, name, num_rows, context, model))
         return lines if lines is not None else [StepLine(shape, name, num_rows, context, None, failure=failure)]
 
@@ -198,18 +196,28 @@ class Compiled:
 def measure(bench: Bench, arguments: argparse.Namespace, journal: Journal[StepLine]) -> None:
     """All cases, a model at a time."""
     for shape in arguments.shapes:
-        for number, attention in enumerate(arguments.attention):
+        for number, (attention, weights) in enumerate(product(arguments.attention, arguments.weights)):
             if not journal.may_begin():
                 continue
-            model = random_model(config_of(shape, attention), device=bench.device, dtype=bench.dtype)
+            rounding = WEIGHTS[weights]
+            model = random_model(
+                config_of(shape, attention), device=bench.device, dtype=bench.dtype, quantization=rounding
+            )
             for states, num_rows in product(arguments.states, arguments.batches):
                 if journal.may_begin():
                     model.keep_states_in(STATE_DTYPES[states])
-                    for line in bench.ours(shape, attention, states, num_rows, arguments.contexts[0], model):
+                    name = our_name(attention, weights, states)
+                    for line in bench.ours(shape, name, num_rows, arguments.contexts[0], model):
                         journal.add(line)
             if arguments.hf and number == 0:
                 _measure_theirs(bench, arguments, journal, shape, softmax_twin(model))
             del model
+
+
+def our_name(attention: str, weights: str, states: str) -> str:
+    """`ours pure`, with weights or states in fewer bits `ours pure, int8 weights/int8`."""
+    rounded = "" if weights == "plain" else f", {weights} weights"
+    return f"ours {attention}{rounded}" + ("" if states == "float32" else f"/{states}")
 
 
 def _measure_theirs(
@@ -275,11 +283,19 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--states", type=names, default=["float32"], help=f"what ours are in: {', '.join(STATE_DTYPES)}"
     )
+    parser.add_argument(
+        "--weights", type=names, default=["plain"], help=f"how ours are rounded: {', '.join(WEIGHTS)}; HF's need plain"
+    )
     parser.add_argument("--compile", action="store_true", help="HF's step with a static cache compiled, too")
     arguments = parsed(parser, argv, tiny={"batches": [1, 2], "contexts": [8]})
     unknown = [name for name in arguments.states if name not in STATE_DTYPES]
     if unknown:
         parser.error(f"unknown states: {', '.join(unknown)}; they are in {', '.join(STATE_DTYPES)}")
+    unknown = [name for name in arguments.weights if name not in WEIGHTS]
+    if unknown:
+        parser.error(f"unknown weights: {', '.join(unknown)}; they are {', '.join(WEIGHTS)}")
+    if arguments.hf and arguments.weights[0] != "plain":
+        parser.error("HF's model takes the first of --weights, which must be plain; or say --no-hf")
     return arguments
 
 

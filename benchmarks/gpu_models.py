@@ -17,6 +17,9 @@ from dijiang_model.families import build_model
 from dijiang_model.features import node_radii
 from dijiang_model.kernel import released_log_decay
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.quantization.config import INT8, Quantization
+from dijiang_model.quantization.modules import install, quantized_weights
+from dijiang_model.quantization.weight import Int4Weight, QuantizedWeight
 from dijiang_model.state import StateBuffer
 
 LLAMA = ModelConfig(
@@ -57,6 +60,17 @@ ATTENTION: Mapping[str, Callable[[int], AttentionConfig]] = {
 """In softmax attention's place: features alone, beside a window of 60 + 4, or as the paper's authors released it."""
 
 
+WEIGHTS: Mapping[str, Quantization | None] = {
+    "plain": None,
+    "int8": INT8,
+    "int4": Quantization("int4", group_size=32),
+    "int4-minimums": Quantization("int4", group_size=32, has_minimums=True),
+}
+"""How weights are rounded; embedding and head are int8 where any are."""
+SPREAD = 0.02
+"""Standard deviation of a weight."""
+
+
 def config_of(shape: str, attention: str) -> ModelConfig:
     """A shape with the same attention in every layer."""
     config = SHAPES[shape]
@@ -64,9 +78,18 @@ def config_of(shape: str, attention: str) -> ModelConfig:
 
 
 @torch.no_grad()
-def random_model(config: ModelConfig, *, device: str, dtype: torch.dtype) -> DiJiangForCausalLM:
-    """Made on the device; every part of the attention is awake. With TRITON_INTERPRET=1 its attention is Triton's."""
+def random_model(
+    config: ModelConfig, *, device: str, dtype: torch.dtype, quantization: Quantization | None = None
+) -> DiJiangForCausalLM:
+    """Made on the device; every part of the attention is awake. With TRITON_INTERPRET=1 its attention is Triton's.
+
+    With a quantization codes are drawn as they are, and nothing is rounded.
+    """
     model = build_model(config, device=device, dtype=dtype)
+    if quantization is not None:
+        install(model, quantization)
+    for _, weight in quantized_weights(model):
+        _draw(weight)
     for name, parameter in model.named_parameters():
         _fill(name.rsplit(".", 1)[-1], name, parameter, config)
     if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
@@ -74,6 +97,18 @@ def random_model(config: ModelConfig, *, device: str, dtype: torch.dtype) -> DiJ
 
         model.attention_op = TritonAttention()
     return model.prepare()
+
+
+def _draw(weight: QuantizedWeight) -> None:
+    """Codes that are all as likely, and scales that give them the spread of other weights."""
+    if not isinstance(weight, Int4Weight):
+        weight.codes.random_(-127, 128)
+        weight.scales.fill_(SPREAD / 73.3)
+        return
+    weight.codes.random_(0, 256)
+    weight.scales.fill_(SPREAD / 4.61)
+    if weight.minimums is not None:
+        weight.minimums.fill_(-7.5 * SPREAD / 4.61)
 
 
 def _fill(kind: str, name: str, parameter: Tensor, config: ModelConfig) -> None:
@@ -91,7 +126,7 @@ def _fill(kind: str, name: str, parameter: Tensor, config: ModelConfig) -> None:
     elif "norm" in name:
         parameter.fill_(1.0 if kind == "weight" else 0.0)
     else:
-        parameter.normal_(0.0, 0.02)
+        parameter.normal_(0.0, SPREAD)
 
 
 def filled_state(model: DiJiangForCausalLM, num_slots: int) -> StateBuffer:

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from benchmarks import gpu_decode, gpu_prefill
-from benchmarks.gpu_models import config_of, random_model, softmax_twin
+from benchmarks.costs import weight_bytes
+from benchmarks.gpu_models import WEIGHTS, config_of, random_model, softmax_twin
 from benchmarks.transformers_twin import decode_step
 from dijiang_model.ops.training import SoftmaxAttention, run_segments
+from dijiang_model.quantization.modules import quantized_weights
 
 
 @pytest.mark.slow
@@ -33,6 +35,39 @@ def test_states_in_fewer_bits_are_contenders_and_move_fewer_bytes(
     sizes = {line["name"]: line["conversation_mib"] for line in lines if line["num_rows"] == 2}
     assert set(sizes) == {f"ours {kind}, {way}" for kind in ("hybrid", "hybrid/int8") for way in ("recorded", "fresh")}
     assert 2.2 * sizes["ours hybrid/int8, fresh"] < sizes["ours hybrid, fresh"]
+
+
+@pytest.mark.slow
+def test_rounded_weights_are_contenders_with_a_floor_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = ["plain", "int8", "int4", "int4-minimums"]
+    arguments = ["--tiny", "--attention", "pure", "--no-hf", "--out", str(tmp_path), "--weights", ",".join(kinds)]
+    gpu_decode.main(arguments)
+    lines = json.loads(capsys.readouterr().out.splitlines()[-1])["lines"]
+    assert [line["failure"] for line in lines] == [None] * len(lines)
+    names = [gpu_decode.our_name("pure", kind, "float32") for kind in kinds]
+    assert {line["name"] for line in lines} == {f"{name}, {way}" for name in names for way in ("recorded", "fresh")}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in WEIGHTS if kind != "plain"])
+def test_drawn_codes_are_a_model_and_spread_like_other_weights(kind: str) -> None:
+    torch.manual_seed(0)
+    models = [
+        random_model(config_of("tiny", "pure"), device="cpu", dtype=torch.float32, quantization=WEIGHTS[one])
+        for one in ("plain", kind)
+    ]
+    assert 2 * weight_bytes(models[1]) < weight_bytes(models[0])
+    for _, weight in quantized_weights(models[1]):
+        assert weight.problems() == []
+        assert 0.018 < weight.dequantized().std() < 0.022
+        assert weight.dequantized().mean().abs() < 0.005, "codes from -8 to 7 have half a step below 0"
+
+
+def test_hf_has_no_rounded_weights_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_decode.main(["--tiny", "--weights", "int8"])
+    assert "which must be plain" in capsys.readouterr().err
 
 
 @pytest.mark.slow
