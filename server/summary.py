@@ -1,6 +1,7 @@
 """What an operator sees when the server is ready."""
 
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -11,6 +12,12 @@ from server.engine.types import EngineConfig, EngineInfo
 from server.service import ServiceOptions
 from server.settings import Settings
 from server.text.tokenizer import Tokenizer
+
+_STEPS: Mapping[str, str] = {
+    "native": "compiled kernels",
+    "triton": "Triton kernels",
+    "torch": "torch operations",
+}
 
 
 class Summary:
@@ -52,6 +59,7 @@ class Summary:
             "device": f"{info.device} ({info.device_name}){self._ranks_text(info)}",
             "dtype": f"{info.weights_dtype} weights, {info.state_dtype} state",
             "threads": str(self._config.num_threads),
+            "steps": _STEPS[info.steps],
             "capacity": f"{info.num_slots} conversations of {each}, whatever their length",
             "state": f"{size_text(total)} ({total:,} bytes)",
             "speculation": f"up to {info.max_drafts} drafts a step" if info.max_drafts else "off",
@@ -66,6 +74,10 @@ class Summary:
         table = Table(title="DiJiang is ready", show_header=False, title_justify="left", title_style="bold")
         for name, value in rows.items():
             table.add_row(name, Text(value))
+        if info.slow_because is not None:
+            table.add_row(
+                "warning", Text(f"several times slower than it could be: {info.slow_because}"), style="yellow"
+            )
         return table
 
     def _ranks_text(self, info: EngineInfo) -> str:

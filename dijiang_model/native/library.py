@@ -153,17 +153,32 @@ def load_library() -> ctypes.CDLL | None:
     return None
 
 
+def why_missing() -> str | None:
+    """Why `load_library` finds nothing, and what to do about it, in words for operators; None: it finds something."""
+    if load_library() is not None:
+        return None
+    if any(_path(variant).exists() for variant in VARIANTS):
+        reason = "the compiled kernels were built from other sources than those at hand"
+    else:
+        reason = "the kernels were not compiled when this was installed, or not for this interpreter and processor"
+    return f"{reason}; `make kernels` (or `python setup.py build_ext --inplace`), which needs a C++ compiler, mends it"
+
+
+def _path(variant: str) -> Path:
+    """A name with the interpreter's tag, so that a library which another Python built is left alone."""
+    return Path(__file__).parent / f"_kernels_{variant}{EXTENSION_SUFFIXES[0]}"
+
+
 def load_variant(variant: str) -> ctypes.CDLL | None:
     """The kernels of one key of `VARIANTS`; None if they were not built or this processor lacks something."""
     if not VARIANTS[variant] <= _processor_flags():
         return None
-    # A name with the interpreter's tag, so that a library which another Python built is left alone.
-    path = Path(__file__).parent / f"_kernels_{variant}{EXTENSION_SUFFIXES[0]}"
+    path = _path(variant)
     if not path.exists():
         return None
     library = ctypes.CDLL(str(path))
     if not _is_of_these_sources(library):
-        _log.warning("%s was built from other sources and is not used; install again to build it", path.name)
+        _log.warning("%s was built from other sources and is not used; `make kernels` builds it again", path.name)
         return None
     _declare(library)
     return library

@@ -75,9 +75,7 @@ def why_unsupported(model: "DiJiangForCausalLM") -> str | None:
             dtype = cast("Tensor | QuantizedWeight", module.weight).dtype
             if dtype != model.dtype:
                 return f"{path} is {dtype}, and the output head {model.dtype}"
-    if library.load_library() is None:
-        return "there are no compiled kernels: see native.library"
-    return None
+    return library.why_missing()
 
 
 def _unknown_settings(config: AttentionConfig | FeatureConfig) -> set[str]:

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from dijiang_model.checkpoints import load_model
 from dijiang_model.config import ModelConfig
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.native.weights import why_unsupported
 from dijiang_model.quantization.config import Quantization
 from dijiang_model.state import StateSpec
 from dijiang_model.tensor_files import SAFETENSORS_DTYPES
@@ -52,6 +53,7 @@ class Network:
         advance: moves on slots that a step has held; None: it can hold none.
         is_quantized: whether its weights are codes.
         can_record: whether its steps run in this process alone, so that they can be recorded on a CUDA device.
+        steps, slow_because: for `EngineInfo`.
     """
 
     run: Model
@@ -61,6 +63,8 @@ class Network:
     advance: Advance | None = None
     is_quantized: bool = False
     can_record: bool = False
+    steps: Literal["native", "triton", "torch"] = "torch"
+    slow_because: str | None = None
 
 
 def load_engine(config: EngineConfig) -> Engine:
@@ -110,6 +114,8 @@ def build_engine(model: DiJiangForCausalLM, config: EngineConfig, *, started: fl
         advance=model.advance if model.can_hold else None,
         is_quantized=model.quantization is not None,
         can_record=True,
+        steps=model.decode_path,
+        slow_because=why_unsupported(model) if pool.buffer.storage.device.type == "cpu" else None,
     )
     return assemble_engine(network, config, started=started)
 
@@ -168,6 +174,8 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
         num_ranks=config.tensor_parallel,
         state_bytes_per_rank=pool.buffer.spec.bytes_per_slot,
         max_drafts=0 if speculation is None else speculation.max_drafts,
+        steps=network.steps,
+        slow_because=network.slow_because,
         kv_cache_bytes_per_token=_kv_cache_bytes(network.config),
     )
     record = None

@@ -6,6 +6,7 @@ with events, and nothing else (no tensor, no pickle) passes between them.
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Literal
 
 from server.engine.logprob_types import NO_LOGPROBS, LogprobOptions, LogprobTable
 from server.engine.position_stats import NOTHING_OBSERVED, PositionHistogram
@@ -238,6 +239,10 @@ class EngineInfo:
     """Guesses of next tokens that a step verifies for one sequence at most; 0: none are made."""
     state_dtype: str = "float32"
     """Of the running sums in a state."""
+    steps: Literal["native", "triton", "torch"] = "torch"
+    """What computes: the compiled kernels, Triton's, or torch operations."""
+    slow_because: str | None = None
+    """Why the compiled kernels do not, where they could be expected to (one process, a CPU), in a sentence."""
     kv_cache_bytes_per_token: int = 0
     """For comparison: what ordinary attention of this shape keeps of each token, in 16-bit numbers."""
 

@@ -20,10 +20,15 @@ def _state(service: Service, content: dict[str, object], *, is_good: bool) -> JS
 @router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(service: ServiceDependency) -> JSONResponse:
-    """200 while the engine works (also while draining); else 503 with the engine's state."""
-    status = service.status
-    is_well = status in {"ok", "draining"}
-    return _state(service, {"status": status, "engine_restarts": service.engine.num_restarts}, is_good=is_well)
+    """200 while the engine works (also while draining); else 503 with the engine's state.
+
+    `steps` is what computes (`native`, `triton` or `torch`), `slow_because` why it is not the compiled kernels.
+    """
+    status, info = service.status, service.engine.info
+    content: dict[str, object] = {"status": status, "engine_restarts": service.engine.num_restarts}
+    if info is not None:
+        content |= {"steps": info.steps, "slow_because": info.slow_because}
+    return _state(service, content, is_good=status in {"ok", "draining"})
 
 
 @router.head("/ready", include_in_schema=False)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dijiang_model.native.library import load_library
+from dijiang_model.ops.narrow import round_rows, widened_rows
 from dijiang_model.state import StateBuffer, StateSpec, StateTensor
 from server.engine.engine import Engine
 from server.engine.loading import Network, assemble_engine
@@ -102,6 +103,28 @@ def test_times_of_tokens_are_counted_where_no_prompt_was_read() -> None:
     assert times.positions == (0,)
     assert 0 < sum(times.counts[0]) <= 8  # of each answer the first token belongs to its prompt
     assert 0 < times.sums[0] <= 2 * subject.stats.step_time_s
+
+
+def test_rows_in_int8_count_by_what_they_stand_for() -> None:
+    model = tiny_model().keep_states_in(torch.int8)
+    buffer = StateBuffer(model.state_spec, 3, cleared=True)
+    generator = torch.Generator().manual_seed(1)
+    squares = 0.0
+    for name, tensor in buffer.tensors.items():
+        if tensor.is_floating_point() and not name.endswith("_scales"):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            squares += float(tensor[1].double().square().sum())
+    for kind in ("key", "value"):
+        codes, scales = buffer.tensors[f"layers.0.near_{kind}s"], buffer.tensors[f"layers.0.near_{kind}_scales"]
+        rows = torch.randn(codes.shape, generator=generator) * 100
+        codes[:], scales[:] = round_rows(rows)
+        squares += float(widened_rows(codes[1], scales[1]).double().square().sum())
+    probe = StateNorm(buffer)
+    probe.launch(1)
+    assert probe.collect() == pytest.approx(math.sqrt(squares), rel=1e-6)
+    buffer.tensors["layers.0.near_key_scales"][2, 0, 0] = math.nan  # what a row that was not finite leaves
+    probe.launch(2)
+    assert math.isnan(probe.collect())
 
 
 def test_the_norm_is_that_of_all_floating_point_numbers() -> None:

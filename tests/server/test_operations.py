@@ -34,8 +34,21 @@ def test_health_and_readiness_tell_the_engines_state(server: Loopback, status: s
         assert (answer.status_code, answer.json()["status"]) == (503, status)
         assert answer.headers["retry-after"].isdigit()
     server.engine.status = "ready"
-    assert server.http.get("/health").json() == {"status": "ok", "engine_restarts": 0}
+    steps = {"steps": "torch", "slow_because": None}
+    assert server.http.get("/health").json() == {"status": "ok", "engine_restarts": 0, **steps}
     assert server.http.get("/ready").json() == {"status": "ok"}
+
+
+def test_health_says_why_steps_are_slow(byte_tokenizer: Tokenizer, options: ServiceOptions) -> None:
+    class StaleEngine(FakeEngine):
+        @property
+        def info(self) -> EngineInfo:
+            return replace(super().info, slow_because="the kernels are old; `make kernels` mends it")
+
+    with serve(StaleEngine(), options, byte_tokenizer) as server:
+        answer = server.http.get("/health")
+        assert answer.status_code == 200
+        assert answer.json()["slow_because"] == "the kernels are old; `make kernels` mends it"
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready"])

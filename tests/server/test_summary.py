@@ -48,3 +48,18 @@ def test_model_capacity_keys_and_the_url_to_paste_are_told(tmp_path: Path, host:
     for part in ("org/[tiny]", "hybrid", "512 conversations of 4.4 MiB", "float32", "1 let in", "token ids only"):
         assert part in text
     assert f"http://{shown}:{port}/v1" in text
+    assert "warning" not in text
+
+
+def test_slow_steps_are_told_with_what_mends_them(tmp_path: Path) -> None:
+    settings = Settings()
+    config = engine_config(settings, tmp_path, Device("cpu", 1 << 30))
+    info = replace(FakeEngine().info, slow_because="the kernels are old; `make kernels` mends it")
+    console = Console(width=160)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        summary = Summary(settings, config, ServiceOptions(model_name="tiny"), "hybrid", None, listener)
+    with console.capture() as captured:
+        console.print(summary.table(info))
+    assert "the kernels are old; `make kernels` mends it" in captured.get()
+    assert "torch operations" in captured.get()
