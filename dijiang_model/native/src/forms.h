@@ -17,6 +17,7 @@ struct FloatForm {
   using Right = float;    // of a row
   using Sum = Vec;
   static constexpr int64_t kStep = kLanes, kMostColumns = std::numeric_limits<int64_t>::max();
+  static constexpr int kChains = 1;
   static constexpr bool kIsPadded = false;  // rows of weights end with the columns
   static const Element* weights(const Matrix& m) { return m.weight; }
   static int64_t width(const Matrix& m) { return m.columns; }
@@ -36,6 +37,7 @@ struct HalfForm {
   using Right = uint16_t;
   using Sum = Vec;
   static constexpr int64_t kStep = 2 * kLanes, kMostColumns = std::numeric_limits<int64_t>::max();
+  static constexpr int kChains = 1;
   static constexpr bool kIsPadded = false;
   static const Element* weights(const Matrix& m) { return m.halves; }
   static int64_t width(const Matrix& m) { return m.columns; }
@@ -81,6 +83,7 @@ struct CodeForm {
   using Sum = IntVec;
   static constexpr int64_t kStep = 2 * kLanes;
   static constexpr int64_t kMostColumns = 255 * kStep / 64 * 64;  // 255 * 2 * 32767 * 128 < 2^31
+  static constexpr int kChains = 2;  // sums side by side, of one row: integers may be added in any order
   static constexpr bool kIsPadded = true;
   static const Element* weights(const Matrix& m) { return m.codes; }
   static int64_t width(const Matrix& m) { return padded(m.columns); }

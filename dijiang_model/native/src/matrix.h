@@ -72,15 +72,40 @@ static inline DIJIANG_INLINE void dot_columns(const typename Form::Element* w, c
   }
 }
 
+// w . x in sums side by side, where their order makes no difference: each waits for its own last addition alone.
+template <class Form>
+static inline DIJIANG_INLINE Vec dot_in_chains(const typename Form::Element* w, const typename Form::Right* x,
+                                               int64_t width) {
+  constexpr int kChains = Form::kChains;
+  constexpr int64_t kStep = Form::kStep;
+  Vec total = splat(0.0f);
+  for (int64_t j = 0; j < width;) {
+    const int64_t last = width - j > Form::kMostColumns ? j + Form::kMostColumns : width;
+    typename Form::Sum sums[kChains] = {};
+    for (; j + kChains * kStep <= last; j += kChains * kStep)
+      each<kChains>([&](auto c) DIJIANG_INLINE {
+        sums[c] = Form::add(Form::whole(w + j + c * kStep), Form::whole_right(x + j + c * kStep), sums[c]);
+      });
+    for (; j < last; j += kStep) sums[0] = Form::add(Form::whole(w + j), Form::whole_right(x + j), sums[0]);
+    each<kChains - 1>([&](auto c) DIJIANG_INLINE { sums[0] += sums[c + 1]; });
+    total += Form::finish(sums[0]);
+  }
+  return total;
+}
+
 // The same for few rows of x, output after output in the order of memory.
 template <class Form, int O, int N>
 static inline DIJIANG_INLINE void dot_in_order(const typename Form::Element* w, const typename Form::Right* x,
                                                int64_t x_stride, int64_t width, Vec (&totals)[O][N]) {
   fetch_next_pages(w, O * width * static_cast<int64_t>(sizeof(*w)));
   each<O>([&](auto o) DIJIANG_INLINE {
-    Vec total[1][N];
-    dot_columns<Form, 1, N>(w + o * width, x, x_stride, width, total);
-    each<N>([&](auto n) DIJIANG_INLINE { totals[o][n] = total[0][n]; });
+    if constexpr (Form::kChains > 1 && N == 1) {
+      totals[o][0] = dot_in_chains<Form>(w + o * width, x, width);
+    } else {
+      Vec total[1][N];
+      dot_columns<Form, 1, N>(w + o * width, x, x_stride, width, total);
+      each<N>([&](auto n) DIJIANG_INLINE { totals[o][n] = total[0][n]; });
+    }
   });
 }
 
