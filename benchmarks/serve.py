@@ -113,7 +113,7 @@ class Target:
     floors_ms: dict[int, float]
 
     def shares(self, load: Load) -> "Shares | None":
-        """What engine and service add to a step, one client; None where one of the three cannot be measured in any turn."""
+        """What engine and service add to one client's step; None where no turn could measure it."""
         if self.model_step is None:
             return None
         turns = []
