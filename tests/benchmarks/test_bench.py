@@ -118,12 +118,12 @@ def test_train_measures_both_stages(model: Path, tmp_path: Path) -> None:
 def test_serve_starts_a_server_and_measures_it_over_its_socket(model: Path, tmp_path: Path) -> None:
     plot = tmp_path / "serve.png"
     result = bench(
-        *("serve", model, "--clients", "1,3", "--prompt-tokens", 4, "--tokens", 5, "--requests", 2),
+        *("serve", model, "--clients", "1,3", "--prompt-tokens", 4, "--tokens", 40, "--requests", 2),
         *("--threads", 1, "--plot", plot),
     )
     document = found(result)
     assert document["model_step_ms"] > 0
-    assert [(line["num_clients"], line["num_tokens"]) for line in document["lines"]] == [(1, 10), (3, 30)]
+    assert [(line["num_clients"], line["num_tokens"]) for line in document["lines"]] == [(1, 80), (3, 240)]
     for line in document["lines"]:
         assert line["engine_step_ms"] > 0
         assert line["floor_ms"] > 0
