@@ -15,10 +15,12 @@ CTRL_D = "\x04"
 PATIENCE_S = 60
 _ESCAPE_SEQUENCES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
-# Only the controlling terminal of a session turns a typed Ctrl-C into a signal.
+# Only the controlling terminal of a session turns a typed Ctrl-C into a signal, which a program that was started in a
+# shell's background (tests under nohup, say) inherits as ignored.
 _PROGRAM = """\
-import fcntl, termios
+import fcntl, signal, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import typer
 from clients.cli import chat_command
 typer.run(chat_command)
