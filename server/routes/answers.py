@@ -279,6 +279,7 @@ class Generation:
 
     async def _cut_off(self, choice: Choice, event: TokenEvent) -> None:
         """Keeps the state of a choice that the engine has suspended."""
+        choice.prompt_is_scored.set()  # or not at all: those who wait are cut off too
         self._pieces.put_nowait(Piece(choice.index, choice.cut_off(), (), None))
         state_id: str | None = None
         if event.saved is not None:

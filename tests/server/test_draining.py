@@ -84,6 +84,25 @@ def test_after_the_deadline_what_runs_ends_with_a_clean_error(
     assert done == "data: [DONE]"
 
 
+def test_choices_that_wait_for_a_prompts_scores_are_ended_with_the_one_that_scores_it(
+    byte_tokenizer: Tokenizer, options: ServiceOptions
+) -> None:
+    body = {"prompt": "x", "n": 3, "temperature": 1, "prompt_logprobs": 1}
+    answers: list[httpx.Response] = []
+    with serve(FakeEngine(hold_after=0), options, byte_tokenizer, drain_timeout_s=0.2) as server:
+        sender = threading.Thread(
+            target=lambda: answers.append(server.http.post("/v1/completions", json=body, timeout=60)), daemon=True
+        )
+        sender.start()
+        server.wait_until(lambda: server.service.num_active == 1)
+        server.signal()
+        sender.join(30)
+        wait_for_end(server)
+    (answer,) = answers
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "server_shutdown")
+    assert [choice["index"] for choice in answer.json()["error"]["choices"]] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("num_signals", [1, 2])
 def test_a_process_that_something_keeps_is_ended_all_the_same(
     byte_tokenizer: Tokenizer, options: ServiceOptions, monkeypatch: pytest.MonkeyPatch, num_signals: int
