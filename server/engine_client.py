@@ -292,6 +292,9 @@ class EngineClient:
         except Exception:
             _log.exception("the engine's supervision failed")
             reason = "the engine's supervision failed; the log says more"
+        finally:
+            if self._candidate is not None:  # which nobody will take over any more
+                await self._candidate.link.close()
         self._end_all(_engine_died())
         if self._status is not EngineStatus.STOPPED:
             self._set_status(EngineStatus.FAILED, reason)

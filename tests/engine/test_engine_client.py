@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from server.engine.link import EngineLink
 from server.engine.types import EngineConfig, FinishReason, GenerationRequest, SamplingParams, TokenEvent
 from server.engine_client import MAX_LOAD_FAILURES, EngineClient, EngineStatus
 from server.errors import EngineUnavailableError, InvalidRequestError, OverloadedError
@@ -182,6 +183,32 @@ async def test_closing_ends_what_runs_with_abort_and_may_be_done_twice() -> None
         assert not psutil.pid_exists(pid)
         with pytest.raises(EngineUnavailableError):
             await client.wait_ready()
+
+
+async def test_closing_in_a_reload_ends_the_process_that_was_to_take_over_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_closing, close = asyncio.Event(), EngineLink.close
+
+    async def close_slowly(link: EngineLink) -> None:
+        is_closing.set()
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await close(link)
+
+    async def at_once() -> None:
+        monkeypatch.setattr(EngineLink, "close", close_slowly)
+
+    children = psutil.Process().children
+    before = {child.pid for child in children()}
+    async with fake_client() as client:
+        await client.wait_ready()
+        reload = asyncio.create_task(client.reload(at_once))
+        await is_closing.wait()
+        monkeypatch.setattr(EngineLink, "close", close)
+        await client.close()
+        with pytest.raises(EngineUnavailableError):
+            await reload
+        assert {child.pid for child in children()} <= before
 
 
 async def test_before_it_is_ready_requests_are_refused_with_a_time_to_come_back() -> None:
