@@ -59,7 +59,7 @@ format: $(VENV)/.dev ## Format, and mend what lint can mend
 install: $(VENV)/.dev $(VENV)/.model ## Only the set-up that the others do by themselves
 
 .PHONY: kernels
-kernels: $(VENV)/.base ## Compile the kernels again; needs a C++ compiler
+kernels: $(VENV)/.base ## Compile the kernels that are not of the sources at hand; needs a C++ compiler
 	$(PIP) install --no-deps -e .
 
 .PHONY: clean

@@ -6,6 +6,7 @@ The extension is optional: without a C++ compiler the installation goes on, and 
 import os
 import platform
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,23 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     VARIANTS |= {"avx2": ("-march=x86-64-v3",), "avx512": AVX512, "avx512bf16": (*AVX512, "-mavx512bf16")}
 
 
+def is_current(library: Path) -> bool:
+    """Whether it was built from the sources at hand, with the options below."""
+    if not library.exists() or library.stat().st_mtime < Path("setup.py").stat().st_mtime:
+        return False
+    return DIGEST.encode() in library.read_bytes()
+
+
 class BuildKernels(build_ext):
     """Builds what is not of the sources at hand, whatever the files' times say; changes no library that is in use."""
 
     def build_extension(self, ext: Extension) -> None:
-        built = Path(self.get_ext_fullpath(ext.name))
-        if built.exists() and DIGEST.encode() not in built.read_bytes():
+        built, installed = Path(self.get_ext_fullpath(ext.name)), Path(self.get_ext_filename(ext.name))
+        if is_current(installed) and installed != built:  # an editable installation begins with an empty folder
+            built.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(installed, built)
+            return
+        if built.exists() and not is_current(built):
             built.unlink()
         super().build_extension(ext)
 
