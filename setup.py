@@ -64,7 +64,7 @@ setup(
             f"dijiang_model.native._kernels_{variant}",
             # One source for every variant: setuptools wants distinct object files, hence one-line wrappers.
             sources=[f"{SOURCE}/kernels_{variant}.cpp"],
-            depends=["setup.py", f"{SOURCE}/choose.cpp", f"{SOURCE}/step.cpp", *HEADERS],
+            depends=["setup.py", *(f"{SOURCE}/{name}.cpp" for name in ("choose", "decode", "step")), *HEADERS],
             define_macros=[
                 ("DIJIANG_SOURCE", f'"{DIGEST}"'),
                 # A namespace of its own for each build: the linker would share a function's static objects among all

@@ -53,6 +53,13 @@ def our_step(model: DiJiangForCausalLM, *, num_rows: int, position: int) -> Call
     slots = torch.arange(1, num_rows + 1, device=device)
     positions = torch.full((num_rows,), position, device=device)
 
+    decoding = None
+    if library is not None:
+        last, places = torch.full((num_rows + 1,), _token(model, 500)), range(1, num_rows + 1)
+        decoding = model.decoding(slots=places, positions=[position] * num_rows, last_token_ids=last, state=state)
+    if decoding is not None:
+        return decoding.choose
+
     def step() -> Tensor:
         logits = model.decode(token_ids, slots=slots, positions=positions, state=state)
         positions.add_(1)

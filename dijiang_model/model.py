@@ -12,6 +12,7 @@ from torch.nn import functional
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import ModelConfig
 from dijiang_model.native.decoder import NativeDecoder, decoder_for
+from dijiang_model.native.decoding import Decoding
 from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.layout import PrefillLayout, StepLayout
 from dijiang_model.ops.selection import attention_for, has_kernels, step_angles
@@ -213,6 +214,19 @@ class DiJiangForCausalLM(nn.Module):
         if batch.num_held > 0:
             raise ValueError("only the compiled kernels can hold slots")
         return self.logits(self.hidden_states(batch, state)[-1][batch.logit_rows])
+
+    def decoding(
+        self, *, slots: Sequence[int], positions: Sequence[int], last_token_ids: Tensor, state: StateBuffer
+    ) -> Decoding | None:
+        """The same for sequences that feed their last token, step after step, without an operation on a tensor.
+
+        Returns:
+            See `Decoding` for it and for the arguments; None where other than the compiled kernels run steps, where a
+            token is more than looked up, or where no `seal` has promised that the weights stay.
+        """
+        if self._decoder is None or not self._is_sealed or not self._runs_natively(self._decoder):
+            return None
+        return self._decoder.decoding(slots=slots, positions=positions, last_token_ids=last_token_ids, state=state)
 
     def advance(self, counts: Sequence[int], state: StateBuffer) -> None:
         """Moves the slots that the last step has held on, each by its first `counts` tokens; once for each step."""

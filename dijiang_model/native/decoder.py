@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dijiang_model.native.decoding import Decoding
 from dijiang_model.native.library import load_library
-from dijiang_model.native.weights import network_weights, why_unsupported
+from dijiang_model.native.weights import network_weights, token_table, why_unsupported
 from dijiang_model.state import StateBuffer
 
 if TYPE_CHECKING:
@@ -56,11 +57,13 @@ class NativeDecoder:
         """Takes the best kernels of `library.load_library()` unless others are given."""
         library = load_library() if library is None else library
         assert library is not None
+        self._library = library
         self._step = library.dijiang_step
         self._advance = library.dijiang_advance
         self._held: _Held | None = None
         self._ones = torch.ones(1, dtype=torch.int64)
         self._weights = network_weights(model)
+        self._table = token_table(self._weights, model)
         self._vocab_size = model.config.vocab_size
         self._num_layers = model.config.num_layers
         layer = self._weights.network.layers[0]
@@ -131,6 +134,25 @@ class NativeDecoder:
         if failed:
             raise MemoryError(f"no memory for a step of {num_rows} rows")
         return logits
+
+    def decoding(
+        self, *, slots: Sequence[int], positions: Sequence[int], last_token_ids: Tensor, state: StateBuffer
+    ) -> Decoding | None:
+        """Sequences that feed a token each, step after step; see `Decoding`. None where tokens are more than looked up.
+
+        The weights must stay what they are, or `is_current` be asked before every step.
+        """
+        if self._table is None:
+            return None
+        return Decoding(
+            self._library,
+            self._weights.network,
+            self._table,
+            slots=slots,
+            positions=positions,
+            last_token_ids=last_token_ids,
+            state=state,
+        )
 
     def advance(self, counts: Sequence[int], state: StateBuffer) -> None:
         """Moves the slots of the last step's held sequences on, once: to the same bits as if they had not been held.

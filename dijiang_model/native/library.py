@@ -225,6 +225,13 @@ def _declare(library: ctypes.CDLL) -> None:
         *(Pointer, Integer),  # storage, bytes of a slot
         ctypes.c_int,  # threads
     )
+    library.dijiang_decode.argtypes = (
+        *(Pointer, Pointer, Pointer, Pointer),  # model, token table, last tokens by slot, positions
+        *(Pointer, Pointer, Pointer, Integer),  # slots, row numbers, ones, rows
+        *(Pointer, Integer),  # storage, bytes of a slot
+        *(Pointer, Pointer, Pointer),  # hidden, logits, chosen tokens or none
+        ctypes.c_int,  # threads
+    )
     library.dijiang_linear.argtypes = (Pointer, Pointer, Integer, Pointer, ctypes.c_int)
     library.dijiang_likeliest.argtypes = (Pointer, Integer, Integer, Pointer, ctypes.c_int)
     library.dijiang_likeliest.restype = None

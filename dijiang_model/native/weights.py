@@ -15,7 +15,7 @@ from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import AttentionConfig, Family, FeatureConfig
 from dijiang_model.native import library
 from dijiang_model.ops.layout import Rotary
-from dijiang_model.quantization.modules import QuantizedLinear
+from dijiang_model.quantization.modules import QuantizedEmbedding, QuantizedLinear
 from dijiang_model.quantization.weight import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -201,6 +201,16 @@ def network_weights(model: "DiJiangForCausalLM") -> NetworkWeights:
     network.activation = ACTIVATIONS[config.activation]
     network.is_parallel = int(config.family == "gpt_neox" and config.parallel_residual)
     return weights
+
+
+def token_table(weights: NetworkWeights, model: "DiJiangForCausalLM") -> library.Matrix | None:
+    """What the first block reads of each token; None where it is more than a row of the embedding, in fp32 or bf16."""
+    if model.config.family == "opt":  # it adds what a position has learned
+        return None
+    module = model.get_submodule(model.EMBEDDING_PATH)
+    if isinstance(module, QuantizedEmbedding):
+        return weights.codes(module.weight) if module.weight.dtype == torch.float32 else None
+    return weights.matrix(module.weight) if type(module) is nn.Embedding else None
 
 
 def _heads(model: "DiJiangForCausalLM", half: int) -> library.Heads:

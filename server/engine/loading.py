@@ -16,6 +16,7 @@ from dijiang_model.native.weights import why_unsupported
 from dijiang_model.quantization.config import Quantization
 from dijiang_model.state import StateSpec
 from dijiang_model.tensor_files import SAFETENSORS_DTYPES
+from server.engine.decode_rows import Decode
 from server.engine.engine import Engine
 from server.engine.fingerprint import model_fingerprint
 from server.engine.grammar import GrammarCompiler
@@ -51,6 +52,7 @@ class Network:
         config: of the model.
         num_parameters: numbers in it.
         advance: moves on slots that a step has held; None: it can hold none.
+        decode: prepares steps in which every sequence decodes; None: each is made anew.
         is_quantized: whether its weights are codes.
         can_record: whether its steps run in this process alone, so that they can be recorded on a CUDA device.
         steps, slow_because: for `EngineInfo`.
@@ -61,6 +63,7 @@ class Network:
     config: ModelConfig
     num_parameters: int
     advance: Advance | None = None
+    decode: Decode | None = None
     is_quantized: bool = False
     can_record: bool = False
     steps: Literal["native", "triton", "torch"] = "torch"
@@ -112,6 +115,7 @@ def build_engine(model: DiJiangForCausalLM, config: EngineConfig, *, started: fl
         model.config,
         model.num_parameters,
         advance=model.advance if model.can_hold else None,
+        decode=model.decoding if pool.buffer.storage.device.type == "cpu" else None,
         is_quantized=model.quantization is not None,
         can_record=True,
         steps=model.decode_path,
@@ -181,7 +185,15 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
     record = None
     if network.can_record and config.decode_graphs:
         record = recorder(network.run, pool=pool, vocab_size=vocab_size, device=device)
-    runner = ModelRunner(network.run, pool=pool, sampler=sampler, device=device, advance=network.advance, record=record)
+    runner = ModelRunner(
+        network.run,
+        pool=pool,
+        sampler=sampler,
+        device=device,
+        advance=network.advance,
+        decode=network.decode,
+        record=record,
+    )
     return Engine(
         scheduler=scheduler,
         runner=runner,

@@ -22,7 +22,7 @@ from dijiang_model.model import PackedBatch
 from dijiang_model.state import StateBuffer
 from server.engine import graph_sampling
 from server.engine.cuda_graphs import DecodeGraphs
-from server.engine.decode_rows import DecodeRows
+from server.engine.decode_rows import Decode, DecodeRows, DecodeStep
 from server.engine.engine import StepResult
 from server.engine.logprob_types import NO_STEP_LOGPROBS
 from server.engine.logprobs import LogprobPlan, scored_rows
@@ -63,7 +63,7 @@ class _InFlight:
     batch: Batch
     num_sampled: int
     logprobs: LogprobPlan | None
-    numbers: Tensor  # integers on the host: num_sampled tokens, then what the plan computed
+    numbers: Tensor | list[int]  # on the host: num_sampled tokens, then (in tensors) what the plan computed
     arrived: torch.cuda.Event | None
 
 
@@ -78,11 +78,13 @@ class ModelRunner:
         sampler: Sampler,
         device: torch.device,
         advance: Advance | None = None,
+        decode: Decode | None = None,
         record: Callable[[Tensor], DecodeGraphs] | None = None,
     ) -> None:
         """
         Args:
             advance: of a model that can hold slots; None: no drafts are verified.
+            decode: prepares steps of a model on the CPU in which every sequence decodes; None: every step is made anew.
             record: makes recorded decode steps around the slots' last tokens [P]; None: every step runs freshly.
         """
         self._model = model
@@ -93,20 +95,28 @@ class ModelRunner:
         # Filled with 0, not left as it is: a token id read from the scratch slot must be a valid one.
         self._last_token_ids = torch.zeros(pool.num_slots + 1, dtype=torch.int64, device=device)
         self._graphs = None if record is None else record(self._last_token_ids)
-        self._decode_rows = DecodeRows() if device.type == "cpu" and record is None else None
+        self._decode_rows = None
+        if decode is not None:
+            self._decode_rows = DecodeRows(decode, self._last_token_ids, pool.buffer, vocab_size=sampler.vocab_size)
         self._in_flight: deque[_InFlight] = deque()
         self._open: _Open | None = None
 
-    @torch.inference_mode()
     def launch(self, batch: Batch) -> None:
         """Starts a step; on a CPU it is done on return, unless it waits for `complete`."""
         self.complete()
+        kept = None if self._decode_rows is None else self._decode_rows.of(batch)
+        if kept is not None and kept.is_greedy:
+            self._in_flight.append(_InFlight(batch, len(batch.sampled), None, kept.decoding.choose(), None))
+        else:
+            self._launch(batch, kept)
+
+    @torch.inference_mode()
+    def _launch(self, batch: Batch, kept: DecodeStep | None) -> None:
         for chunk in batch.chunks[batch.num_decode :]:
             if chunk.is_first:
                 self._begin(chunk)
         bucket = self._bucket(batch)
         transfer = Transfer()
-        kept = None if self._decode_rows is None else self._decode_rows.of(batch)
         fields = _StepFields.prepare(batch, transfer, bucket=bucket) if kept is None else None
         if bucket is not None and self._launch_recorded(batch, bucket, transfer):
             return
@@ -114,8 +124,7 @@ class ModelRunner:
         plan = None if _depends_on_tokens_in_flight(batch) else self._sampler.prepare(batch.sampled, transfer)
         arrived = transfer.send(self._device)
         if kept is not None:
-            packed = kept.packed(self._last_token_ids)
-            step = _Open(batch, scoring, arrived, self._model(packed, self._pool.buffer), kept.slots)
+            step = _Open(batch, scoring, arrived, kept.decoding.step(), kept.slots)
         else:
             assert fields is not None
             logits = self._logits(batch, bucket, fields, arrived)
@@ -146,10 +155,11 @@ class ModelRunner:
         step = self._in_flight.popleft()
         if step.arrived is not None:
             step.arrived.synchronize()
-        token_ids = step.numbers[: step.num_sampled].tolist()
-        logprobs = NO_STEP_LOGPROBS
+        numbers, logprobs = step.numbers, NO_STEP_LOGPROBS
+        token_ids = numbers if isinstance(numbers, list) else numbers[: step.num_sampled].tolist()
         if step.logprobs is not None:
-            logprobs = step.logprobs.tables(step.numbers[step.num_sampled :], step.batch)
+            assert isinstance(numbers, Tensor)
+            logprobs = step.logprobs.tables(numbers[step.num_sampled :], step.batch)
         return StepResult(token_ids, [token_id == FAULTY for token_id in token_ids], logprobs)
 
     @torch.inference_mode()

@@ -1,2 +1,3 @@
 #include "choose.cpp"
 #include "step.cpp"
+#include "decode.cpp"
