@@ -20,12 +20,14 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
 import torch
 
 LAST_LINES = 6
+MAX_WORKERS = 8
 SPARE_S = 15.0
 """Of a stage's time: a case that has begun may take it up before the stage is killed."""
 LEAST_S = 20.0
@@ -61,9 +63,17 @@ class Outcome:
 
 
 def _tests(name: str, share: float, *paths: str) -> Stage:
-    # Warnings of another version of torch or Triton are no failures here; a kernel may take long to compile.
-    options = ("-q", "-rfEs", "-p", "no:cacheprovider", "-W", "default", "-o", "addopts=", "-m", "cuda")
-    return Stage(name, "pytest", (*options, *paths), share, keeps_lines=False)
+    # Warnings of another version of torch or Triton are no failures here; a kernel may take long to compile. Each test
+    # is told as it ends: of a stage that is out of time it must be known how far it came.
+    options = ("-v", "-rfEs", "-p", "no:cacheprovider", "-W", "default", "-o", "addopts=", "-m", "cuda")
+    return Stage(name, "pytest", (*options, *workers(os.cpu_count() or 1), *paths), share, keeps_lines=False)
+
+
+def workers(num_cores: int) -> tuple[str, ...]:
+    """Options for tests in several processes, where xdist is there: most of their time goes into compiling."""
+    if num_cores < 4 or find_spec("xdist") is None:
+        return ()
+    return ("-p", "tests.cuda_faults", "-n", str(min(MAX_WORKERS, num_cores // 2)))
 
 
 def _decode(name: str, share: float, *arguments: str) -> Stage:
@@ -143,7 +153,7 @@ class Session:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env=environment(stage),
             start_new_session=True,  # so that its compilers end with it
         ) as process:
             timer = threading.Timer(limit_s, _end, (process, is_late))
@@ -172,6 +182,12 @@ class Session:
         print(line, flush=True)
         with self._log.open("a") as file:
             print(line, file=file)
+
+
+def environment(stage: Stage) -> dict[str, str]:
+    """Of a stage's process; workers of tests do not each take all cores for what they compute on the processor."""
+    threads = {"OMP_NUM_THREADS": "2"} if "-n" in stage.arguments else {}
+    return {**threads, **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 def _end(process: "subprocess.Popen[str]", is_late: threading.Event) -> None:

@@ -91,11 +91,17 @@ def attempt(work: Callable[[], Found]) -> tuple[Found | None, str | None]:
         failure = OUT_OF_MEMORY
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"[:500]
-    if torch.cuda.is_available():
-        if failure is None:
-            torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+    try:
+        _clean_up()
+    except RuntimeError as error:  # after a fault of the device every later call fails too; the first says what it was
+        found, failure = None, failure or f"{type(error).__name__}: {error}"[:500]
     return found, failure
+
+
+def _clean_up() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def numbers(text: str) -> list[int]:

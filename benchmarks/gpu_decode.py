@@ -38,7 +38,6 @@ from benchmarks.gpu_command import (
 )
 from benchmarks.gpu_models import WEIGHTS, config_of, filled_state, random_model, softmax_twin
 from benchmarks.gpu_timing import Ceilings, ceilings, host_ms, interleaved_ms
-from benchmarks.transformers_twin import decode_step
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.state import StateBuffer
 from server.engine import graph_sampling
@@ -171,6 +170,8 @@ class Bench:
         )
 
     def _theirs(self, num_rows: int, context: int, twin: Any, kind: str) -> float:
+        from benchmarks.transformers_twin import decode_step  # ours are measured with any version, and without it
+
         step = decode_step(
             Compiled(twin) if kind == COMPILED else twin,
             num_rows=num_rows,
@@ -194,24 +195,37 @@ class Compiled:
 
 
 def measure(bench: Bench, arguments: argparse.Namespace, journal: Journal[StepLine]) -> None:
-    """All cases, a model at a time."""
+    """All cases, a model at a time; of each shape all of ours, then HF's on the first one's weights."""
     for shape in arguments.shapes:
-        for number, (attention, weights) in enumerate(product(arguments.attention, arguments.weights)):
-            if not journal.may_begin():
-                continue
-            rounding = WEIGHTS[weights]
-            model = random_model(
-                config_of(shape, attention), device=bench.device, dtype=bench.dtype, quantization=rounding
-            )
-            for states, num_rows in product(arguments.states, arguments.batches):
-                if journal.may_begin():
-                    model.keep_states_in(STATE_DTYPES[states])
-                    name = our_name(attention, weights, states)
-                    for line in bench.ours(shape, name, num_rows, arguments.contexts[0], model):
-                        journal.add(line)
-            if arguments.hf and number == 0:
-                _measure_theirs(bench, arguments, journal, shape, softmax_twin(model))
-            del model
+        for attention, weights in product(arguments.attention, arguments.weights):
+            if journal.may_begin():
+                case = partial(_measure_ours, bench, arguments, journal, shape, attention, weights)
+                _, failure = attempt(case)
+                if failure is not None:
+                    journal.add(failed(shape, our_name(attention, weights, arguments.states[0]), failure))
+        if arguments.hf and journal.may_begin():
+            _, failure = attempt(partial(_measure_theirs, bench, arguments, journal, shape))
+            if failure is not None:
+                journal.add(failed(shape, "HF", failure))
+
+
+def failed(shape: str, name: str, failure: str) -> StepLine:
+    """The line of a contender that could not even be made."""
+    return StepLine(shape, name, 0, 0, None, failure=failure)
+
+
+def _measure_ours(
+    bench: Bench, arguments: argparse.Namespace, journal: Journal[StepLine], shape: str, attention: str, weights: str
+) -> None:
+    model = random_model(
+        config_of(shape, attention), device=bench.device, dtype=bench.dtype, quantization=WEIGHTS[weights]
+    )
+    for states, num_rows in product(arguments.states, arguments.batches):
+        if journal.may_begin():
+            model.keep_states_in(STATE_DTYPES[states])
+            name = our_name(attention, weights, states)
+            for line in bench.ours(shape, name, num_rows, arguments.contexts[0], model):
+                journal.add(line)
 
 
 def our_name(attention: str, weights: str, states: str) -> str:
@@ -220,9 +234,9 @@ def our_name(attention: str, weights: str, states: str) -> str:
     return f"ours {attention}{rounded}" + ("" if states == "float32" else f"/{states}")
 
 
-def _measure_theirs(
-    bench: Bench, arguments: argparse.Namespace, journal: Journal[StepLine], shape: str, twin: Any
-) -> None:
+def _measure_theirs(bench: Bench, arguments: argparse.Namespace, journal: Journal[StepLine], shape: str) -> None:
+    config = config_of(shape, arguments.attention[0])
+    twin = softmax_twin(random_model(config, device=bench.device, dtype=bench.dtype))
     kinds = [*CACHES, COMPILED] if arguments.compile else CACHES
     for context in arguments.contexts:
         for num_rows in arguments.batches:

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging
 
 from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
 from dijiang_model.config_json import base_document
@@ -151,6 +149,9 @@ def _noise(name: str, tensor: Tensor) -> Tensor:
 
 def softmax_twin(model: DiJiangForCausalLM) -> Any:
     """HF's model with scaled-dot-product attention on the same tensors."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # ours are measured with any version, and without it
+    from transformers.utils import logging
+
     logging.set_verbosity_error()
     base = {name: value for name, value in base_document(model.config).items() if value is not None}
     config = AutoConfig.for_model(base.pop("model_type"), **base)

@@ -11,7 +11,7 @@ interpreter. No HTTP package is needed. The last line is JSON.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -98,24 +98,52 @@ def their_prompt(twin: Any, num_tokens: int, device: str) -> Run:
 
 def prompts(shape: str, arguments: argparse.Namespace, most: Ceilings, journal: Journal[PromptLine]) -> None:
     """Whole networks."""
-    device = arguments.device
-    for number, attention in enumerate(arguments.attention):
-        if not journal.may_begin():
-            continue
-        model = random_model(config_of(shape, attention), device=device, dtype=dtype_of(device))
-        twin = softmax_twin(model) if arguments.hf and number == 0 else None
-        for num_tokens in arguments.lengths:
-            operations = step_costs(model, num_rows=1, num_tokens=num_tokens).operations
-            runs = {
-                f"ours {attention}": partial(our_prompt, model, [num_tokens]),
-                f"ours {attention}, ragged": partial(our_prompt, model, ragged(num_tokens)),
-            }
-            if twin is not None:
-                runs["HF sdpa"] = partial(their_prompt, twin, num_tokens, device)
-            for name, make in runs.items():
-                if journal.may_begin():
-                    took, failure = attempt(partial(_time, make, device, arguments.rounds))
-                    journal.add(_line(shape, name, num_tokens, took, failure, operations, most))
+    for attention in arguments.attention:
+        if journal.may_begin():
+            _, failure = attempt(partial(_measure_ours, shape, attention, arguments, most, journal))
+            if failure is not None:
+                journal.add(PromptLine(shape, f"ours {attention}", 0, None, failure=failure))
+    if arguments.hf and journal.may_begin():
+        _, failure = attempt(partial(_measure_theirs, shape, arguments, most, journal))
+        if failure is not None:
+            journal.add(PromptLine(shape, "HF sdpa", 0, None, failure=failure))
+
+
+def _measure_ours(
+    shape: str, attention: str, arguments: argparse.Namespace, most: Ceilings, journal: Journal[PromptLine]
+) -> None:
+    model = random_model(config_of(shape, attention), device=arguments.device, dtype=dtype_of(arguments.device))
+    for num_tokens in arguments.lengths:
+        runs = {
+            f"ours {attention}": partial(our_prompt, model, [num_tokens]),
+            f"ours {attention}, ragged": partial(our_prompt, model, ragged(num_tokens)),
+        }
+        _measure(runs, shape, num_tokens, model, arguments, most, journal)
+
+
+def _measure_theirs(shape: str, arguments: argparse.Namespace, most: Ceilings, journal: Journal[PromptLine]) -> None:
+    config = config_of(shape, arguments.attention[0])
+    model = random_model(config, device=arguments.device, dtype=dtype_of(arguments.device))
+    twin = softmax_twin(model)
+    for num_tokens in arguments.lengths:
+        runs = {"HF sdpa": partial(their_prompt, twin, num_tokens, arguments.device)}
+        _measure(runs, shape, num_tokens, model, arguments, most, journal)
+
+
+def _measure(
+    runs: Mapping[str, Callable[[], Run]],
+    shape: str,
+    num_tokens: int,
+    model: DiJiangForCausalLM,
+    arguments: argparse.Namespace,
+    most: Ceilings,
+    journal: Journal[PromptLine],
+) -> None:
+    operations = step_costs(model, num_rows=1, num_tokens=num_tokens).operations
+    for name, make in runs.items():
+        if journal.may_begin():
+            took, failure = attempt(partial(_time, make, arguments.device, arguments.rounds))
+            journal.add(_line(shape, name, num_tokens, took, failure, operations, most))
 
 
 def _time(make: Callable[[], Run], device: str, num_rounds: int) -> float:

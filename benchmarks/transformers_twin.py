@@ -9,14 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    ContinuousBatchingConfig,
-    DynamicCache,
-    GenerationConfig,
-    StaticCache,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.utils import logging
 
 from dijiang_model.model import DiJiangForCausalLM
@@ -103,6 +96,8 @@ def token_times(twin: Any, *, num_rows: int, num_tokens: int, num_times: int) ->
     Raises:
         RuntimeError: it stopped without an answer.
     """
+    from transformers import ContinuousBatchingConfig, GenerationConfig  # not in every version that has the rest
+
     prompt = [500 + place % 1000 for place in range(num_tokens)]
     prompt = [token % twin.config.vocab_size for token in prompt]
     pages = num_rows * (-(-(num_tokens + num_times + num_rows + 8) // PAGE_TOKENS) + 1)

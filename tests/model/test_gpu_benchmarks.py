@@ -1,6 +1,8 @@
 """The GPU benchmarks run from end to end on a tiny model, so that the first session with a GPU only has to run them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from benchmarks import gpu_decode, gpu_prefill
 from benchmarks.costs import weight_bytes
+from benchmarks.gpu_command import attempt
 from benchmarks.gpu_models import WEIGHTS, config_of, random_model, softmax_twin
 from benchmarks.transformers_twin import decode_step
 from dijiang_model.ops.training import SoftmaxAttention, run_segments
@@ -95,3 +98,49 @@ def test_the_rival_is_the_softmax_model_of_the_same_weights(shape: str) -> None:
         torch.testing.assert_close(ours, twin(token_ids).logits[0], rtol=1e-4, atol=1e-5)
         for kind in ("dynamic", "static"):
             assert decode_step(twin, num_rows=2, num_tokens=8, kind=kind, num_steps=4)().shape == (2,)
+
+
+def refuse(model: object) -> None:
+    raise ImportError("cannot import name 'GPTNeoXForCausalLM'")
+
+
+def test_ours_are_measured_although_the_rival_cannot_be_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_decode, "softmax_twin", refuse)
+    gpu_decode.main(["--tiny", "--attention", "pure,hybrid", "--no-plots", "--out", str(tmp_path)])
+    lines = json.loads(capsys.readouterr().out.splitlines()[-1])["lines"]
+    failures = {line["name"]: line["failure"] for line in lines}
+    assert failures.pop("HF") == "ImportError: cannot import name 'GPTNeoXForCausalLM'"
+    ours = {f"ours {kind}, {way}" for kind in ("pure", "hybrid") for way in ("recorded", "fresh")}
+    assert failures == dict.fromkeys(ours)
+    monkeypatch.setattr(gpu_prefill, "softmax_twin", refuse)
+    monkeypatch.setattr(gpu_prefill, "alone", lambda *_: None)
+    gpu_prefill.main(["--tiny", "--attention", "pure", "--no-plots", "--out", str(tmp_path)])
+    lines = json.loads(capsys.readouterr().out.splitlines()[-1])["lines"]
+    assert [(line["name"], line["failure"] is None) for line in lines] == [
+        ("ours pure", True),
+        ("ours pure, ragged", True),
+        ("HF sdpa", False),
+    ]
+
+
+def test_ours_need_no_transformers() -> None:
+    code = "import sys; sys.modules['transformers'] = None; import benchmarks.gpu_decode, benchmarks.gpu_prefill"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_first_failure_is_told_where_the_device_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cleaning up fails too after a fault that a kernel left behind."""
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def work() -> None:
+        raise ValueError("what went wrong first")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    monkeypatch.setattr(torch.cuda, "empty_cache", fail)
+    assert attempt(work) == (None, "ValueError: what went wrong first")
+    assert attempt(lambda: 1) == (None, "RuntimeError: CUDA error: an illegal memory access was encountered")

@@ -1,6 +1,8 @@
 """The one command of a GPU session: stages in order, each by itself, and nothing lost when time is up."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,39 @@ def test_the_whole_runs_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFi
     assert [(one["stage"], one["status"]) for one in result["stages"]] == [(name, "passed") for name in stages]
     names = {str(line.get("name")) for line in kept(tmp_path)}
     assert {"ours released, recorded", "ours pure", "HF dynamic", "HF sdpa"} <= names
+
+
+FAULTS = """
+import torch
+
+def test_before(): pass
+
+def test_leaves_a_fault(monkeypatch):
+    def synchronize(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    torch.cuda.is_available = torch.cuda.is_initialized = lambda: True
+    torch.cuda.synchronize = synchronize
+    assert 1 == 2
+
+def test_after():
+    assert not torch.cuda.is_available(), "a process of its own"
+
+def test_fails(): assert 3 == 4
+"""
+
+
+def test_a_fault_of_the_device_costs_the_tests_behind_it_nothing(tmp_path: Path) -> None:
+    (tmp_path / "test_faults.py").write_text(FAULTS)
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "tests.cuda_faults", "-p", "no:cacheprovider", "-n", "1"]
+    command += ["-o", "addopts=", "--rootdir", str(tmp_path), str(tmp_path)]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "2 failed, 2 passed" in answer.stdout
+    assert "crashed while running 'test_faults.py::test_leaves_a_fault'" in answer.stdout
+    assert "left the device unusable: CUDA error: an illegal memory access" in answer.stderr
+    assert "assert 1 == 2" in answer.stderr, "what the test itself had to say is not lost"
+
+
+def test_tests_are_spread_over_the_cores_of_a_large_machine() -> None:
+    assert gpu_all.workers(2) == ()
+    assert gpu_all.workers(16)[-2:] == ("-n", "8")
+    spread = Stage("k", "pytest", gpu_all.workers(16), 0.3, keeps_lines=False)
+    assert "OMP_NUM_THREADS" in gpu_all.environment(spread)
