@@ -143,6 +143,18 @@ class Network(ctypes.Structure):
     )
 
 
+class DrawRules(ctypes.Structure):
+    """How one row's token is drawn."""
+
+    _fields_ = (
+        ("uniform", ctypes.c_double),
+        ("temperature", ctypes.c_float),
+        ("min_p", ctypes.c_float),
+        ("top_k", Integer),
+        ("top_p", ctypes.c_double),
+    )
+
+
 @cache
 def load_library() -> ctypes.CDLL | None:
     """The best kernels that were built and that this processor runs; None when there are none."""
@@ -204,7 +216,7 @@ def _processor_flags() -> frozenset[str]:
 
 def _declare(library: ctypes.CDLL) -> None:
     """Argument types, and a check that both sides lay the structures out alike."""
-    for name, structure in (("model", Network), ("layer", Layer)):
+    for name, structure in (("model", Network), ("layer", Layer), ("draw", DrawRules)):
         size = getattr(library, f"dijiang_sizeof_{name}")
         size.restype = Integer
         found = size()
@@ -235,3 +247,4 @@ def _declare(library: ctypes.CDLL) -> None:
     library.dijiang_linear.argtypes = (Pointer, Pointer, Integer, Pointer, ctypes.c_int)
     library.dijiang_likeliest.argtypes = (Pointer, Integer, Integer, Pointer, ctypes.c_int)
     library.dijiang_likeliest.restype = None
+    library.dijiang_draw.argtypes = (Pointer, Integer, Integer, ctypes.POINTER(DrawRules), Pointer, ctypes.c_int)

@@ -8,15 +8,20 @@ asks for is not done; a greedy step is an argmax.
 """
 
 import math
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
+from ctypes import CDLL
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dijiang_model.native.choose import NOT_FINITE, likeliest_tokens
-from dijiang_model.native.library import load_library
+from dijiang_model.native.draw import drawn_tokens
+from dijiang_model.native.library import DrawRules, load_library
 from server.engine.forbidden import bad_continuations
 from server.engine.grammar_masks import MaskPlan, apply_masks, prepare_masks
 from server.engine.penalties import PenaltyPlan, PenaltyTables
@@ -122,9 +127,14 @@ class Sampler:
         Returns:
             [R] int64 token ids; `FAULTY` where a row's logits are not all finite.
         """
-        if plan.is_greedy and self._library is not None and logits.dtype == torch.float32:
-            return likeliest_tokens(logits, self._library)
-        is_finite = torch.isfinite(logits.sum(dim=-1))  # one pass; NaN and infinities carry through a sum
+        library = self._library if logits.dtype == torch.float32 else None
+        if library is not None:
+            likeliest = likeliest_tokens(logits, library)
+            if plan.is_greedy:
+                return likeliest
+            is_finite = likeliest != FAULTY
+        else:
+            is_finite = torch.isfinite(logits.sum(dim=-1))  # one pass; NaN and infinities carry through a sum
         if plan.penalties is not None:
             self._penalties.apply(logits, plan.penalties, arrived)
         if plan.bias is not None:
@@ -136,7 +146,7 @@ class Sampler:
             logits.index_put_(index, torch.full_like(index[0], torch.finfo(logits.dtype).min, dtype=logits.dtype))
         if plan.masks is not None:
             apply_masks(logits, plan.masks, arrived)
-        token_ids = _choose(logits, plan.draw, arrived)
+        token_ids = _choose(logits, plan.draw, arrived, library)
         if plan.penalties is not None:
             self._penalties.count(token_ids, plan.penalties, arrived)
         return torch.where(is_finite, token_ids, FAULTY)
@@ -213,19 +223,46 @@ def _unless_off(values: Items[float], off: float, transfer: Transfer) -> Field |
     return None if all(value == off for value in values) else transfer.reals(values)
 
 
-def _choose(logits: Tensor, plan: DrawPlan | None, arrived: Arrived) -> Tensor:
-    """[R, vocab] fp32 -> [R] int64: the likeliest token, or a drawn one for the rows of the plan."""
-    if plan is not None and plan.rows is None:
-        return draw(logits, plan, arrived)
-    token_ids = logits.argmax(dim=-1)
-    if plan is not None and plan.rows is not None:
-        rows = arrived[plan.rows]
-        token_ids[rows] = draw(logits[rows], plan, arrived)
+def _choose(logits: Tensor, plan: DrawPlan | None, arrived: Arrived, library: CDLL | None) -> Tensor:
+    """[R, vocab] -> [R] int64: the likeliest token, or a drawn one for the rows of the plan."""
+    if plan is None:
+        return logits.argmax(dim=-1)
+    if library is None or plan.typical_p is not None:
+        drawn = partial(draw, plan=plan, arrived=arrived)
+    else:
+        rules = _draw_rules(plan, arrived, logits.shape[-1])
+        drawn = partial(drawn_tokens, rules=rules, library=library)
+    if plan.rows is None:
+        return drawn(logits)
+    token_ids, rows = logits.argmax(dim=-1), arrived[plan.rows]
+    token_ids[rows] = drawn(logits[rows])
     return token_ids
 
 
+def _draw_rules(plan: DrawPlan, arrived: Arrived, vocab_size: int) -> list[DrawRules]:
+    """Of each of the plan's rows."""
+
+    def column(field: Field | None, off: float) -> Iterable[float]:
+        return repeat(off) if field is None else arrived[field].tolist()
+
+    return [
+        DrawRules(*rules)
+        for rules in zip(
+            arrived[plan.uniforms].tolist(),
+            arrived[plan.temperatures].tolist(),
+            column(plan.min_p, 0.0),
+            column(plan.top_k, vocab_size),
+            column(plan.top_p, KEEP_ALL_MASS),
+            strict=False,
+        )
+    ]
+
+
 def draw(logits: Tensor, plan: DrawPlan, arrived: Arrived) -> Tensor:
-    """[M, vocab] fp32 -> [M] int64, by inverse CDF over the tokens that the filters leave."""
+    """[M, vocab] fp32 -> [M] int64, by inverse CDF over the tokens that the filters leave.
+
+    Anywhere; on a CPU `drawn_tokens` does the same many times faster, but for typical-p.
+    """
     scores = logits - logits.amax(dim=-1, keepdim=True)  # before the division: the best stays 0, never NaN
     weights = scores.div_(_column(plan.temperatures, arrived)).exp_()  # [M, vocab]; the best weighs 1
     if plan.min_p is not None:
