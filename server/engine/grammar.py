@@ -1,8 +1,9 @@
 """Grammars over a model's vocabulary: which tokens may come next so that the text stays in a language.
 
-The only caller of llguidance. A grammar is Lark text that the service has compiled once before, within limits
-of time and memory and in a process of its own; the limits on a single step hold here too. Tokens are their
-bytes as `server.text.vocabulary` gives them, so what a grammar permits is exactly what a client reads.
+The only caller of llguidance, which is imported with the first grammar: an engine runs without it too. A grammar
+is Lark text that the service has compiled once before, within limits of time and memory and in a process of its own;
+the limits on a single step hold here too. Tokens are their bytes as `server.text.vocabulary` gives them, so what a
+grammar permits is exactly what a client reads.
 """
 
 import json
@@ -13,10 +14,12 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from pathlib import Path
-
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from typing import TYPE_CHECKING
 
 from server.text.vocabulary import UnsupportedTokenizerError, Vocabulary, build_vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 HEADER = '%llguidance {"no_forcing": true}\n'
 """First line of every grammar. Otherwise text that leaves no choice is looked for ahead and tokenized at each step,
@@ -48,6 +51,8 @@ class GrammarCompiler:
         Raises:
             GrammarError: the model has no end-of-sequence token.
         """
+        from llguidance import LLParserLimits, LLTokenizer, TokenizerWrapper
+
         if not eos_token_ids:
             raise GrammarError("this model has no end-of-sequence token, so no structured output could ever end")
         tokens = _Tokens(vocabulary, vocab_size, eos_token_ids)
@@ -75,7 +80,7 @@ class GrammarCompiler:
             raise GrammarError("this model has no tokenizer that structured output can be built on") from error
         return cls(vocabulary, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
 
-    def compile(self, text: str) -> LLMatcher:
+    def compile(self, text: str) -> "LLMatcher":
         """A matcher at its beginning; copies of it are cheap.
 
         Args:
@@ -84,6 +89,8 @@ class GrammarCompiler:
         Raises:
             GrammarError: it is not valid, over a limit, or permits no text.
         """
+        from llguidance import LLMatcher
+
         matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(text), log_level=0, limits=self._limits)
         if not matcher.is_error():
             # The first mask is the most expensive one, and shows grammars that permit nothing.
@@ -96,7 +103,7 @@ class GrammarCompiler:
             raise GrammarError(_readable(error))
         return matcher
 
-    def constraint(self, matcher: LLMatcher) -> "GrammarConstraint":
+    def constraint(self, matcher: "LLMatcher") -> "GrammarConstraint":
         """One sequence's own, from a matcher of `compile`, which stays at its beginning."""
         return GrammarConstraint(
             matcher.deep_copy(), eos_token_ids=self._eos_token_ids, num_mask_bytes=self._num_mask_bytes
@@ -110,7 +117,7 @@ class GrammarConstraint:
         has_ended: the end-of-sequence token was accepted.
     """
 
-    def __init__(self, matcher: LLMatcher, *, eos_token_ids: frozenset[int], num_mask_bytes: int) -> None:
+    def __init__(self, matcher: "LLMatcher", *, eos_token_ids: frozenset[int], num_mask_bytes: int) -> None:
         self._matcher = matcher
         self._eos_token_ids = eos_token_ids
         self._num_mask_bytes = num_mask_bytes

@@ -10,12 +10,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-
-from llguidance import LLMatcher
+from typing import TYPE_CHECKING
 
 from server.engine.grammar import GrammarCompiler, GrammarError
 from server.engine.sequence import Sequence
 from server.engine.types import EngineError, FinishReason, GenerationRequest, GrammarSpec, TokenEvent
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 MAX_CACHED = 128
 _STACK_BYTES = 16 << 20
@@ -113,11 +115,11 @@ class GrammarQueue:
         """Ends the thread; nothing may wait any more."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _compile(self, grammar: GrammarSpec) -> LLMatcher:
+    def _compile(self, grammar: GrammarSpec) -> "LLMatcher":
         assert self._compiler is not None
         return self._compiler.result().compile(grammar.text)
 
-    def _keep(self, text: str, matcher: LLMatcher) -> None:
+    def _keep(self, text: str, matcher: "LLMatcher") -> None:
         self._compiled[text] = matcher
         self._compiled.move_to_end(text)
         if len(self._compiled) > self._max_cached:

@@ -23,7 +23,7 @@ from server.engine.state_pool import StatePool
 from server.engine.types import GenerationRequest, GrammarSpec, SamplingParams
 from tests.byte_tokenizer import write_byte_tokenizer
 from tests.engine.fakes import engine_info
-from tests.engine.test_engine_model import make_request, mixed_requests
+from tests.engine.some_requests import make_request, mixed_requests
 from tests.tiny_models import EOS_TOKEN_ID, tiny_model
 
 CPU = torch.device("cpu")

@@ -5,13 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("llguidance", reason="the whole engine needs it")
-pytest.importorskip("msgspec", reason="the whole engine needs it")
-
 from server.engine.loading import build_engine
 from server.engine.logprob_types import LogprobOptions
 from server.engine.types import EngineConfig, GenerationRequest
-from tests.engine.test_engine_model import make_request, mixed_requests
+from tests.engine.some_requests import make_request, mixed_requests
 from tests.tiny_models import gpt_neox_config, llama_config, tiny_model
 
 pytestmark = [

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from server.engine.types import FinishReason, GenerationRequest, TokenEvent
 from tests.engine.fakes import FakeRunner, engine, expected_output, request
-from tests.engine.test_engine_model import Bench, make_request
+from tests.engine.some_requests import make_request
+from tests.engine.test_engine_model import Bench
 from tests.tiny_models import tiny_model
 
 PROMPT = tuple(range(20))

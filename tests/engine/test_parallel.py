@@ -23,7 +23,7 @@ from server.engine.state_types import SavedState, StateOptions
 from server.engine.types import EngineConfig, FinishReason, GenerationRequest, SamplingParams, TokenEvent
 from server.engine_client import EngineClient
 from server.errors import EngineUnavailableError
-from tests.engine.test_engine_model import make_request, mixed_requests
+from tests.engine.some_requests import make_request, mixed_requests
 from tests.tiny_models import gpt_neox_config, llama_config, random_tensors, write_tiny_model
 
 pytestmark = pytest.mark.anyio
