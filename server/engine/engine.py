@@ -224,8 +224,7 @@ class Engine:
         num_known = batch.num_decode + batch.num_verified
         if num_known < len(batch.chunks):
             return
-        for chunk in batch.chunks[: batch.num_decode]:
-            self._token_times.observe(chunk.position, elapsed_s)
+        self._token_times.observe_all([chunk.position for chunk in batch.chunks[: batch.num_decode]], elapsed_s)
         for chunk in batch.chunks[batch.num_decode :]:
             name = chunk.sequence.request_id
             num_tokens = next((len(event.token_ids) for event in events if event.request_id == name), 0)

@@ -4,6 +4,8 @@ A model with a constant state costs the same at any position and keeps a state o
 """
 
 from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 POSITION_STARTS = (1 << 10, 8 << 10, 64 << 10, 512 << 10)
@@ -48,12 +50,20 @@ class PositionRecorder:
 
     def observe(self, position: int, value: float, *, times: int = 1) -> None:
         """Counts a value at a position in its conversation, >= 0; `times` over."""
-        number = bisect_right(POSITION_STARTS, position)
+        self._add(bisect_right(POSITION_STARTS, position), value, times)
+
+    def _add(self, number: int, value: float, times: int) -> None:
         counts = self._counts.get(number)
         if counts is None:
             counts = self._counts[number] = [0] * (len(self._bounds) + 1)
         counts[bisect_left(self._bounds, value)] += times
         self._sums[number] = self._sums.get(number, 0.0) + value * times
+
+    def observe_all(self, positions: Iterable[int], value: float) -> None:
+        """Counts the same value at each of these positions."""
+        in_range = Counter(bisect_right(POSITION_STARTS, position) for position in positions)
+        for number, times in in_range.items():
+            self._add(number, value, times)
 
     def histogram(self) -> PositionHistogram:
         """Everything so far."""

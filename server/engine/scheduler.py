@@ -54,7 +54,7 @@ class Batch:
         chunks = (*decoding, *verifying, *prompts)
         if not chunks:
             return None
-        sampled = tuple(sample for chunk in chunks for sample in chunk.samples)
+        sampled = (*decoding, *(sample for chunk in (*verifying, *prompts) for sample in chunk.samples))
         return cls(chunks, len(decoding), sampled, len(verifying))
 
     @property
@@ -202,6 +202,8 @@ class Scheduler:
     def next_batch(self) -> Batch | None:
         """Plans a step and counts its tokens as fed; None when nothing can be scheduled now."""
         decoding, verifying = self._decode()
+        if len(decoding) + len(verifying) == len(self._running) and len(self._waiting) == 0:
+            return Batch.of(decoding, verifying, [])  # nobody has a prompt
         num_tokens = self._max_step_tokens - sum(chunk.length for chunk in (*decoding, *verifying))
         budget = _Budget(num_tokens, self._max_scored_tokens)
         chunks: list[Chunk] = []

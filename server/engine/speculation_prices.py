@@ -28,16 +28,17 @@ class StepPrices:
         self._prior = [_between(known, max(1, rows)) for rows in range(MAX_ROWS + 1)]
         self._means: dict[int, float] = {}
         self._weights: dict[int, float] = {}
-        self._costs: list[float] | None = [*self._prior]
+        self._costs: dict[int, float] = dict(enumerate(self._prior))
 
     def step(self, num_rows: int) -> float:
         """Cost of a step of `num_rows` >= 1."""
-        if self._costs is None:
-            self._costs = self._estimated()
-        if num_rows <= MAX_ROWS:
-            return self._costs[num_rows]
-        rise = max(0.0, self._costs[MAX_ROWS] - self._costs[MAX_ROWS // 2])
-        return self._costs[MAX_ROWS] + (num_rows - MAX_ROWS) * rise / (MAX_ROWS - MAX_ROWS // 2)
+        if num_rows > MAX_ROWS:
+            most = self.step(MAX_ROWS)
+            rise = max(0.0, most - self.step(MAX_ROWS // 2))
+            return most + (num_rows - MAX_ROWS) * rise / (MAX_ROWS - MAX_ROWS // 2)
+        if num_rows not in self._costs:
+            self._costs[num_rows] = self._estimated(num_rows)
+        return self._costs[num_rows]
 
     def observe(self, num_rows: int, seconds: float) -> None:
         """Takes the time of a step in; one that a busy machine held up counts no more than twice what was expected."""
@@ -50,17 +51,13 @@ class StepPrices:
         weight = _MEMORY * self._weights.get(num_rows, 0.0)
         self._means[num_rows] = (weight * self._means.get(num_rows, 0.0) + seconds) / (weight + 1.0)
         self._weights[num_rows] = weight + 1.0
-        self._costs = None
+        self._costs = {}
 
-    def _estimated(self) -> list[float]:
+    def _estimated(self, rows: int) -> float:
         """What is known beforehand, times what was measured over it: of the same rows, and less so of others near."""
-        ratios = {rows: mean / self._prior[rows] for rows, mean in self._means.items()}
-        costs = []
-        for rows, known in enumerate(self._prior):
-            weights = {seen: weight / (1 + (seen - rows) ** 2) for seen, weight in self._weights.items()}
-            ratio = sum(weight * ratios[seen] for seen, weight in weights.items()) / sum(weights.values())
-            costs.append(known * ratio)
-        return costs
+        weights = {seen: weight / (1 + (seen - rows) ** 2) for seen, weight in self._weights.items()}
+        ratio = sum(weight * self._means[seen] / self._prior[seen] for seen, weight in weights.items())
+        return self._prior[rows] * ratio / sum(weights.values())
 
 
 def _between(known: Mapping[int, float], rows: int) -> float:

@@ -51,3 +51,12 @@ def test_every_value_is_in_its_range_of_positions_and_its_bucket(given_values: l
 
 def test_nothing_observed_is_an_empty_histogram() -> None:
     assert PositionRecorder(STEP_BUCKETS_S).histogram() == NOTHING_OBSERVED
+
+
+@given(st.lists(st.integers(0, 2**21), max_size=40), st.floats(0, 1))
+def test_a_value_at_many_positions_counts_as_often_as_one_by_one(positions: list[int], value: float) -> None:
+    together, apart = PositionRecorder(STEP_BUCKETS_S), PositionRecorder(STEP_BUCKETS_S)
+    together.observe_all(positions, value)
+    for position in positions:
+        apart.observe(position, value)
+    assert together.histogram().counts == apart.histogram().counts
