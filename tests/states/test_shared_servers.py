@@ -156,7 +156,7 @@ def test_a_server_that_stops_finishes_its_answers_and_a_second_signal_ends_the_r
     try:
         started = third.post("/v1/responses", **FOR_EVER)
         answers: list[dict[str, Any]] = []
-        body = {"max_tokens": 6000, "ignore_eos": True, "return_state": True}
+        body = {"max_tokens": 20_000, "ignore_eos": True, "return_state": True}  # longer than the gauge is old
         asking = threading.Thread(target=lambda: answers.append(third.complete("On", **body)))
         asking.start()
         wait_until(lambda: third.gauge("dijiang_num_requests_running") == 2)
