@@ -15,6 +15,8 @@ from server.engine.messages import COMMANDS_SOCKET, EVENTS_SOCKET, Command, Repo
 from server.engine.types import EngineConfig
 
 _DRAIN_S = 0.05
+_REPORTS_A_TURN = 8
+"""Then everybody else on the event loop has a turn: an engine with a small model may well send faster than they read."""
 _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**29),
     "MALLOC_TRIM_THRESHOLD_": str(2**29),
@@ -103,8 +105,10 @@ class EngineLink:
         try:
             while not ended.done():
                 stirred.clear()  # before looking: the descriptor tells of changes only
-                for report in self._arrived():
+                for number, report in enumerate(self._arrived(), 1):
                     yield report
+                    if number % _REPORTS_A_TURN == 0:
+                        await asyncio.sleep(0)
                 await stirred.wait()
             # Its last words, sent just before it ended, may still be on their way.
             with suppress(TimeoutError):
