@@ -16,7 +16,7 @@ from server.engine.types import EngineConfig
 
 _DRAIN_S = 0.05
 _REPORTS_A_TURN = 8
-"""Then everybody else on the event loop has a turn: an engine with a small model may well send faster than they read."""
+"""Then everybody else on the event loop has a turn: an engine with a small model may send faster than they read."""
 _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**29),
     "MALLOC_TRIM_THRESHOLD_": str(2**29),

@@ -4,7 +4,6 @@ A model with a constant state costs the same at any position and keeps a state o
 """
 
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -61,7 +60,10 @@ class PositionRecorder:
 
     def observe_all(self, positions: Iterable[int], value: float) -> None:
         """Counts the same value at each of these positions."""
-        in_range = Counter(bisect_right(POSITION_STARTS, position) for position in positions)
+        in_range: dict[int, int] = {}  # a Counter takes 20 us to be made
+        for position in positions:
+            number = bisect_right(POSITION_STARTS, position)
+            in_range[number] = in_range.get(number, 0) + 1
         for number, times in in_range.items():
             self._add(number, value, times)
 
