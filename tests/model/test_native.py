@@ -48,6 +48,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "far queries beside interleaved heads": gpt_neox_config(
         FAR_QUERIES, replace(PURE, features=replace(PURE.features, far_rank=16))
     ),
+    "long rows": replace(llama_config(), intermediate_size=700, mlp_bias=True),
 }
 # The order of fp32 sums, through a few layers. GroupNorm over three channels each divides by a spread that may be
 # small: the torch path in fp32 is as far from fp64 there.
@@ -112,11 +113,11 @@ def test_every_kind_of_processor_computes_the_same(variant: str, config: ModelCo
     assert_close_in_norm(logits, expected, tolerance=2 * tolerance_of(config))
 
 
-@pytest.mark.parametrize("num_others", [1, 2, 3, 4, 6, 11])
+@pytest.mark.parametrize("num_others", [1, 2, 3, 4, 6, 11, 18])
 def test_a_row_is_the_same_bit_for_bit_in_any_company(num_others: int, config: ModelConfig) -> None:
     model, text = tiny_model(config), random_text(12)
-    alone = Stepper(model, num_slots=16).open(5)
-    crowd = Stepper(model, num_slots=16).open(5, *range(6, 6 + num_others - 1), 1)
+    alone = Stepper(model, num_slots=32).open(5)
+    crowd = Stepper(model, num_slots=32).open(5, *range(6, 6 + num_others - 1), 1)
     for i, token in enumerate(text):
         expected = alone.step(decode={5: token})[5]
         others = {slot: (token * slot + i) % 256 for slot in crowd.positions if slot != 5}

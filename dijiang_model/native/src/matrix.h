@@ -155,10 +155,11 @@ static inline DIJIANG_INLINE void block_totals(const Matrix& m, const Activation
   }
 }
 
-// y[n ... n + N - 1][row ... row + O - 1] (+)= W x + b, O a multiple of 4.
+// y[n ... n + N - 1][row ... row + O - 1] (+)= W x + b, O even; a multiple of 4 unless all is fp32.
 template <int O, int N, Kind kKind, int kFetch>
 static inline void product_block(const Matrix& m, const Activations& x, int64_t row, int64_t n, float* y,
                                  int64_t y_stride, bool add, int64_t part = 0, int64_t ahead = kAheadBytes) {
+  static_assert(O % 4 == 0 || (O % 2 == 0 && kKind == Kind::kFloat));
   Vec totals[O][N];
   block_totals<O, N, kKind, kFetch>(m, x, row, n, part, ahead, totals);
   each<O / 4>([&](auto block) DIJIANG_INLINE {
@@ -170,6 +171,14 @@ static inline void product_block(const Matrix& m, const Activations& x, int64_t 
       if (m.bias != nullptr) value += load4(m.bias + row + o);
       float* target = y + (n + i) * y_stride + row + o;
       store4(target, add ? load4(target) + value : value);
+    });
+  });
+  each<O % 4>([&](auto rest) DIJIANG_INLINE {
+    constexpr int o = O / 4 * 4 + rest;
+    each<N>([&](auto i) DIJIANG_INLINE {
+      const float value = sum(totals[o][i]) + (m.bias != nullptr ? m.bias[row + o] : 0.0f);
+      float& target = y[(n + i) * y_stride + row + o];
+      target = add ? target + value : value;
     });
   });
 }
@@ -216,10 +225,6 @@ static inline void product_outputs(const Matrix& m, const Activations& x, int64_
   while (n < last_n) block(std::integral_constant<int, 1>{});
 }
 
-// Many rows do not fit in the first-level cache beside the weights. So some rows meet a panel of outputs, then the next
-// rows the same panel, which waits in the second-level cache; meanwhile the next panel is asked for.
-constexpr int64_t kPanelOutputs = 32, kPanelRowBytes = 20480;
-
 static inline int64_t bytes_of_columns(const Matrix& m, Kind kind) {
   switch (kind) {
     case Kind::kFloat: return m.columns * 4;
@@ -229,18 +234,46 @@ static inline int64_t bytes_of_columns(const Matrix& m, Kind kind) {
   }
 }
 
+// Many rows do not fit in the first-level cache beside the weights. So some rows meet a panel of outputs, then the next
+// rows the same panel, which waits in the second-level cache; meanwhile the next panel is asked for.
+constexpr int64_t kPanelOutputs = 32, kPanelRowBytes = 20480;
+
+// Where eight rows of fp32 do not fit either, what a block reads comes from the second-level cache: blocks are larger
+// then, hence read less, and panels smaller.
+constexpr int64_t kLongPanelOutputs = 24, kLongPanelRows = 8;
+
+static inline bool has_long_rows(const Matrix& m) {
+  return kIsWide && m.weight != nullptr && kLongPanelRows * m.columns * 4 > kPanelRowBytes;
+}
+
+// How many outputs are best computed by one task, or a multiple.
+static inline int64_t panel_outputs(const Matrix& m) { return has_long_rows(m) ? kLongPanelOutputs : kPanelOutputs; }
+
+// Panels of kOutputs outputs in blocks of O, `together` rows at a time; the first O / kFetch blocks of each output fetch.
+template <Kind kKind, int64_t kOutputs, int O, int kFetch>
+static inline int64_t product_panels(const Matrix& m, const Activations& x, int64_t num_rows, int64_t row, int64_t last,
+                                     float* y, int64_t y_stride, bool add, int64_t together) {
+  const int64_t ahead = kOutputs * bytes_of_columns(m, kKind);
+  for (; row + kOutputs <= last; row += kOutputs)
+    for (int64_t n = 0; n < num_rows; n += together)
+      for (int64_t o = 0; o < kOutputs; o += O)
+        product_outputs<O, kKind, kFetch>(m, x, n, n + together < num_rows ? n + together : num_rows, row + o, y,
+                                          y_stride, add, ahead);
+  return row;
+}
+
 template <Kind kKind>
 static inline int64_t product_panels(const Matrix& m, const Activations& x, int64_t num_rows, int64_t row, int64_t last,
                                      float* y, int64_t y_stride, bool add) {
   constexpr int kRows = kBlockRows<kKind>;
-  const int64_t bytes = bytes_of_columns(m, kKind), right_bytes = m.columns * (kKind == Kind::kFloat ? 4 : 2);
-  const int64_t fitting = kPanelRowBytes / right_bytes / kRows * kRows, together = fitting > kRows ? fitting : kRows;
-  for (; row + kPanelOutputs <= last; row += kPanelOutputs)
-    for (int64_t n = 0; n < num_rows; n += together)
-      for (int64_t o = 0; o < kPanelOutputs; o += 4)
-        product_outputs<4, kKind, 1>(m, x, n, n + together < num_rows ? n + together : num_rows, row + o, y, y_stride,
-                                     add, kPanelOutputs * bytes);
-  return row;
+  if constexpr (kKind == Kind::kFloat)
+    if (has_long_rows(m))
+      return product_panels<kKind, kLongPanelOutputs, 6, 2>(m, x, num_rows, row, last, y, y_stride, add,
+                                                            kLongPanelRows);
+  const int64_t right_bytes = m.columns * (kKind == Kind::kFloat ? 4 : 2);
+  const int64_t fitting = kPanelRowBytes / right_bytes / kRows * kRows;
+  return product_panels<kKind, kPanelOutputs, 4, 1>(m, x, num_rows, row, last, y, y_stride, add,
+                                                    fitting > kRows ? fitting : kRows);
 }
 
 template <Kind kKind>
@@ -286,12 +319,11 @@ static inline void product(const Matrix& m, const Activations& x, int64_t num_ro
   }
 }
 
-// How many outputs one task computes: a few tasks for each thread, whole blocks.
-static inline int64_t outputs_per_task(int64_t rows, int num_threads) {
-  constexpr int64_t kBlock = kPanelOutputs;
+// How many outputs one task computes: a few tasks for each thread, whole panels.
+static inline int64_t outputs_per_task(int64_t rows, int num_threads, int64_t panel = kPanelOutputs) {
   if (num_threads <= 1) return rows;
   const int64_t wanted = (rows + num_threads * 6 - 1) / (num_threads * 6);
-  return (wanted + kBlock - 1) / kBlock * kBlock;
+  return (wanted + panel - 1) / panel * panel;
 }
 
 }  // namespace dijiang

@@ -121,7 +121,7 @@ int dijiang_linear(const dijiang::Matrix* matrix, const float* x, int64_t num_ro
       rows.scales = scales;
       rows.sums = sums;
     }
-    const int64_t share = outputs_per_task(matrix->rows, num_threads);
+    const int64_t share = outputs_per_task(matrix->rows, num_threads, panel_outputs(*matrix));
     pool.run((matrix->rows + share - 1) / share, num_threads, [&](int64_t index, int) {
       const int64_t first = index * share, last = first + share < matrix->rows ? first + share : matrix->rows;
       product(*matrix, rows, num_rows, first, last, y, matrix->rows, false);

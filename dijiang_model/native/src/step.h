@@ -151,9 +151,9 @@ class Step {
   }
 
   template <class Task>
-  void for_outputs(int64_t count, int64_t num_rows, const Task& task) const {
+  void for_outputs(int64_t count, int64_t num_rows, const Task& task, int64_t panel = kPanelOutputs) const {
     if (num_rows == 0) return;
-    const int64_t share = outputs_per_task(count, threads_);
+    const int64_t share = outputs_per_task(count, threads_, panel);
     Pool::instance().run((count + share - 1) / share, threads_, [&](int64_t index, int) {
       const int64_t first = index * share, last = first + share < count ? first + share : count;
       task(first, last);
@@ -264,9 +264,10 @@ class Step {
   }
 
   void add_product(const Matrix& matrix, const RowBuffer& x) const {
-    for_outputs(matrix.rows, num_rows_, [&](int64_t first, int64_t last) {
+    auto task = [&](int64_t first, int64_t last) {
       product(matrix, x.activations(), num_rows_, first, last, hidden_, model_.hidden_size, true);
-    });
+    };
+    for_outputs(matrix.rows, num_rows_, task, panel_outputs(matrix));
   }
 
   const Model& model_;
