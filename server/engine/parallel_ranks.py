@@ -16,8 +16,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from dijiang_model.errors import ModelError
+from server.engine.failures import log_failure
 from server.engine.parallel_channel import Plan, RankFailed, StartRank, encode, next_answer
-from server.engine.process import log_failure
 from server.engine.types import EngineConfig
 
 EXIT_RANK_DIED = 72

@@ -18,6 +18,7 @@ import torch
 from dijiang_model.parallel.group import DistributedGroup
 from dijiang_model.parallel.loading import load_shard
 from dijiang_model.parallel.network import ShardedModel
+from server.engine.failures import EXIT_LOAD_FAILED, EXIT_STEP_FAILED, is_permanent, log_failure, reason_of
 from server.engine.parallel_channel import (
     CopySlot,
     JoinGroup,
@@ -35,7 +36,6 @@ from server.engine.parallel_channel import (
 from server.engine.parallel_ranks import meeting_point
 from server.engine.parallel_slots import FollowingPool, shared_batch
 from server.engine.placement import device_of, num_threads_of, select_device, weights_dtype, weights_kind
-from server.engine.process import EXIT_LOAD_FAILED, EXIT_STEP_FAILED, is_permanent, log_failure
 
 _PATIENCE_S = 1.0
 
@@ -76,7 +76,7 @@ def run(connection: "Connection[bytes, bytes]") -> int:
             model, device = _load(start)
         except Exception as error:
             log_failure("engine_rank_load_failed", error)
-            connection.send_bytes(encode(RankFailed(f"{type(error).__name__}: {error}", is_permanent(error))))
+            connection.send_bytes(encode(RankFailed(reason_of(error), is_permanent(error))))
             return EXIT_LOAD_FAILED
         connection.send_bytes(encode(RankLoaded()))
         loop = _join(connection, model, device, start)

@@ -11,13 +11,11 @@
 """
 
 import gc
-import json
 import os
 import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -25,8 +23,8 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from dijiang_model.errors import ModelError
 from server.engine.engine import Engine
+from server.engine.failures import EXIT_LOAD_FAILED, EXIT_STEP_FAILED, is_permanent, log_failure, reason_of
 from server.engine.messages import (
     COMMANDS_SOCKET,
     EVENTS_SOCKET,
@@ -42,8 +40,6 @@ from server.engine.messages import (
 )
 from server.engine.types import EngineConfig, TokenEvent
 
-EXIT_STEP_FAILED = 70
-EXIT_LOAD_FAILED = 71
 STATS_INTERVAL_S = 1.0
 _LINGER_MS = 2_000
 
@@ -124,7 +120,7 @@ def run(config: EngineConfig, folder: str, *, load: Load) -> int:
             engine = load(config)
         except Exception as error:
             log_failure("engine_load_failed", error)
-            _send(events, LoadFailed(_reason(error), is_permanent=is_permanent(error)))
+            _send(events, LoadFailed(reason_of(error), is_permanent=is_permanent(error)))
             return EXIT_LOAD_FAILED
         gc.freeze()  # what was loaded stays: full collections need not look at it again between two steps
         _send(events, EngineReady(engine.info))
@@ -137,17 +133,6 @@ def run(config: EngineConfig, folder: str, *, load: Load) -> int:
         commands.close()
         events.close()
         context.term()
-
-
-def log_failure(event: str, error: BaseException) -> None:
-    """One line of JSON on standard error: what failed and where; no value of any variable."""
-    frames = [
-        f"{os.path.basename(frame.filename)}:{frame.lineno} {frame.name}"
-        for frame in traceback.extract_tb(error.__traceback__)
-    ]
-    line = {"level": "error", "event": event, "error": type(error).__name__, "message": str(error), "frames": frames}
-    sys.stderr.write(json.dumps(line) + "\n")
-    sys.stderr.flush()
 
 
 def main(load: Load = Engine.load) -> int:
@@ -174,15 +159,6 @@ def _end_with_parent(standard_input: int, folder: str) -> None:
 
 def _send(socket: zmq.Socket[bytes], report: Report) -> None:
     socket.send(msgspec.msgpack.encode(report))
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def is_permanent(error: Exception) -> bool:
-    """Whether loading again would fail again: wrong files and settings, not lost devices or memory."""
-    return isinstance(error, ModelError | ValueError | FileNotFoundError)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from dijiang_model.errors import ModelError
 from server.engine.engine import Engine
+from server.engine.failures import EXIT_LOAD_FAILED, EXIT_STEP_FAILED
 from server.engine.loading import load_engine
 from server.engine.logprob_types import LogprobOptions
 from server.engine.parallel import load_parallel_engine
 from server.engine.parallel_ranks import EXIT_RANK_DIED
-from server.engine.process import EXIT_LOAD_FAILED, EXIT_STEP_FAILED
 from server.engine.state_types import SavedState, StateOptions
 from server.engine.types import EngineConfig, FinishReason, GenerationRequest, SamplingParams, TokenEvent
 from server.engine_client import EngineClient

@@ -9,8 +9,9 @@ import msgspec
 import pytest
 import zmq
 
+from server.engine.failures import log_failure
 from server.engine.messages import AbortRequest, AddRequest, Command, StepDone
-from server.engine.process import EngineLoop, log_failure
+from server.engine.process import EngineLoop
 from server.engine.types import FinishReason
 from tests.engine.fakes import FakeRunner, engine, expected_output, request
 

@@ -1,0 +1,32 @@
+"""How processes of the engine end when something fails: exit status, a line on standard error, word to the service."""
+
+import json
+import os
+import sys
+import traceback
+
+from dijiang_model.errors import ModelError
+
+EXIT_STEP_FAILED = 70
+EXIT_LOAD_FAILED = 71
+
+
+def log_failure(event: str, error: BaseException) -> None:
+    """One line of JSON on standard error: what failed and where; no value of any variable."""
+    frames = [
+        f"{os.path.basename(frame.filename)}:{frame.lineno} {frame.name}"
+        for frame in traceback.extract_tb(error.__traceback__)
+    ]
+    line = {"level": "error", "event": event, "error": type(error).__name__, "message": str(error), "frames": frames}
+    sys.stderr.write(json.dumps(line) + "\n")
+    sys.stderr.flush()
+
+
+def reason_of(error: Exception) -> str:
+    """What the service is told."""
+    return f"{type(error).__name__}: {error}"
+
+
+def is_permanent(error: Exception) -> bool:
+    """Whether loading again would fail again: wrong files and settings, not lost devices or memory."""
+    return isinstance(error, ModelError | ValueError | FileNotFoundError)
