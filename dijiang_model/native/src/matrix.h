@@ -176,7 +176,8 @@ static inline void product_block(const Matrix& m, const Activations& x, int64_t 
   each<O % 4>([&](auto rest) DIJIANG_INLINE {
     constexpr int o = O / 4 * 4 + rest;
     each<N>([&](auto i) DIJIANG_INLINE {
-      const float value = sum(totals[o][i]) + (m.bias != nullptr ? m.bias[row + o] : 0.0f);
+      float value = sum(totals[o][i]);
+      if (m.bias != nullptr) value += m.bias[row + o];
       float& target = y[(n + i) * y_stride + row + o];
       target = add ? target + value : value;
     });
@@ -249,7 +250,7 @@ static inline bool has_long_rows(const Matrix& m) {
 // How many outputs are best computed by one task, or a multiple.
 static inline int64_t panel_outputs(const Matrix& m) { return has_long_rows(m) ? kLongPanelOutputs : kPanelOutputs; }
 
-// Panels of kOutputs outputs in blocks of O, `together` rows at a time; the first O / kFetch blocks of each output fetch.
+// Panels of kOutputs outputs in blocks of O, `together` rows at a time; the rows' first O / kFetch blocks fetch.
 template <Kind kKind, int64_t kOutputs, int O, int kFetch>
 static inline int64_t product_panels(const Matrix& m, const Activations& x, int64_t num_rows, int64_t row, int64_t last,
                                      float* y, int64_t y_stride, bool add, int64_t together) {
