@@ -23,6 +23,7 @@ from tests.engine.fakes import engine_info
 
 CPU = torch.device("cpu")
 PATIENCE_S = 30.0
+PROMPT = tuple(range(40, 97))
 
 
 @dataclass

@@ -15,11 +15,10 @@ from server.engine.snapshots import CachePolicy
 from server.engine.state_pool import StatePool
 from server.engine.state_types import StateOptions
 from server.engine.types import FinishReason
-from tests.engine.snapshot_bench import Bench, ask
+from tests.engine.snapshot_bench import PROMPT, Bench, ask
 from tests.tiny_models import gpt_neox_config, llama_config, opt_config, tiny_model
 
 MODELS = {"hybrid llama": llama_config(), "released gpt_neox": gpt_neox_config(), "hybrid opt": opt_config()}
-PROMPT = tuple(range(40, 97))
 
 
 @pytest.fixture(scope="module", params=list(MODELS))

@@ -10,7 +10,7 @@ from dijiang_model.model import DiJiangForCausalLM
 from server.engine.snapshot_files import read_snapshot
 from server.engine.state_types import Resumption, StateOptions
 from server.engine.types import FinishReason, GenerationRequest
-from tests.engine.test_snapshots import PROMPT, Bench, Result, ask
+from tests.engine.snapshot_bench import PROMPT, Bench, Result, ask
 from tests.tiny_models import tiny_model
 
 FILE = "suspended.safetensors"
