@@ -345,7 +345,7 @@ def test_only_what_a_model_was_made_from_is_its_teacher(source: Path, tmp_path: 
     convert(fine_tuned, tmp_path / "other")
     for teacher in (fine_tuned, tmp_path / "other", write_gguf(llama_teacher(), tmp_path / "t.gguf")):
         with pytest.raises(
-            ConversionError, match="has other weights than hf, of which the model was made|is another network"
+            ConversionError, match=r"has other weights than hf, of which the model was made|is another network"
         ):
             load_subjects(model, teacher)
     smaller = save_teacher(llama_teacher(num_hidden_layers=1), tmp_path / "smaller")

@@ -18,7 +18,7 @@ from dijiang_model.reference.anchors import (
     eviction_times,
     token_scores,
 )
-from dijiang_model.reference.hybrid import HybridInputs, hybrid_recurrent
+from dijiang_model.reference.hybrid import hybrid_recurrent
 from tests.model.test_reference_hybrid import make_inputs, softmax_attention
 
 RULES = AnchorRules(sinks=2, windows=(4, 3), anchors=(3, 5), age=5e-4, span=3)
@@ -28,11 +28,6 @@ def make_scores(num_tokens: int, *, seed: int = 0, levels: int = 6) -> Tensor:
     """[T, 2] multiples of 1/4 of so few values that many are equal."""
     random = torch.Generator().manual_seed(seed)
     return torch.randint(levels, (num_tokens, 2), generator=random).double() / 4
-
-
-def rows(x: HybridInputs, start: int, stop: int) -> HybridInputs:
-    names = [name for name in HybridInputs.__slots__ if name != "log_decay"]
-    return replace(x, **{name: getattr(x, name)[start:stop] for name in names})
 
 
 def assert_same(actual: AnchoredState, expected: AnchoredState, *, tolerance: float) -> None:
@@ -75,7 +70,7 @@ def test_any_chunking_gives_the_same_sets_and_outputs(rules: AnchorRules, cuts: 
     state, parts = None, []
     for i, (start, stop) in enumerate(pairwise(bounds)):
         form = anchored_recurrent if (seed + i) % 3 == 0 else anchored_chunk
-        y, state = form(rows(x, start, stop), scores[start:stop], rules, state=state)
+        y, state = form(x.rows(start, stop), scores[start:stop], rules, state=state)
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-11, atol=1e-11)
     assert state is not None
@@ -122,10 +117,10 @@ def test_a_silent_linear_part_leaves_softmax_over_what_is_held() -> None:
 
 def test_drafts_that_are_given_up_leave_no_trace() -> None:
     x, scores = make_inputs(30), make_scores(30)
-    _, before = anchored_recurrent(rows(x, 0, 20), scores[:20], RULES)
-    drafts = replace(rows(x, 20, 28), k=rows(x, 20, 28).k + 1, v=rows(x, 20, 28).v - 1)
+    _, before = anchored_recurrent(x.rows(0, 20), scores[:20], RULES)
+    drafts = replace(x.rows(20, 28), k=x.rows(20, 28).k + 1, v=x.rows(20, 28).v - 1)
     anchored_recurrent(drafts, scores[20:28] + 9, RULES, state=before)
-    after, state = anchored_recurrent(rows(x, 20, 30), scores[20:], RULES, state=before)
+    after, state = anchored_recurrent(x.rows(20, 30), scores[20:], RULES, state=before)
     whole, end = anchored_recurrent(x, scores, RULES)
     assert torch.equal(after, whole[20:])
     assert_same(state, end, tolerance=0)
