@@ -15,6 +15,8 @@ from typing import Any
 import uvicorn
 from rich.console import Console
 
+from dijiang_model.text.folder import UnsupportedTokenizerError
+from dijiang_model.text.template import TemplateSyntaxFailure
 from server.draining import DrainingServer
 from server.engine.types import EngineConfig
 from server.engine_client import EngineClient
@@ -36,9 +38,7 @@ from server.states.errors import StoreError
 from server.states.store import StateStore
 from server.structure.checker import GrammarChecker
 from server.summary import Summary
-from server.text.template import TemplateSyntaxFailure
 from server.text.tokenizer import Tokenizer, load_tokenizer
-from server.text.vocabulary import UnsupportedTokenizerError
 
 LAST_ANSWERS_S = 5
 EXIT_OVERDUE = 1

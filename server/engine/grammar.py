@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.text.vocabulary import UnsupportedTokenizerError, Vocabulary, build_vocabulary
+from dijiang_model.text.folder import UnsupportedTokenizerError
+from dijiang_model.text.vocabulary import Vocabulary, build_vocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

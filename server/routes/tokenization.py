@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter, Response
 
+from dijiang_model.text.template import TemplateFailure
 from server.errors import InvalidRequestError
 from server.protocol.tokenization import (
     ApplyTemplateRequest,
@@ -19,7 +20,6 @@ from server.routes.streaming import json_response
 from server.routes.tools import told_tools
 from server.service import Service
 from server.text.stream import TextStream
-from server.text.template import TemplateFailure
 
 router = APIRouter(route_class=JsonRoute, tags=["tokenizer"])
 

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dijiang_model.text.folder import TokenizerFiles
 from server.engine.grammar import GrammarCompiler
 from server.service import ServiceOptions
 from server.structure.sources import GrammarKind, GrammarSource, schema_text
 from server.structure.tool_grammar import tool_grammar
 from server.text.template import ChatMessage
-from server.text.tokenizer import Tokenizer, TokenizerFiles
+from server.text.tokenizer import Tokenizer
 from server.text.tool_calls import ArgumentsPart, CallPart, Part, TextPart
 from server.text.tool_forms import HERMES, LLAMA, MISTRAL, ToolForm, tool_form
 from tests.server.conftest import Loopback, serve

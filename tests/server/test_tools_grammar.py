@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from dijiang_model.text.vocabulary import Vocabulary
 from server.engine.grammar import HEADER, GrammarCompiler
 from server.structure import worker
 from server.structure.sources import GrammarKind, GrammarSource, Lead, schema_text, translate
 from server.structure.tool_grammar import Callable, tool_grammar
-from server.text.vocabulary import Vocabulary
 
 ADD = Callable(
     "add",
