@@ -9,14 +9,13 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from server.engine.logprob_types import NO_STEP_LOGPROBS, StepLogprobs
-from server.engine.position_stats import NOTHING_OBSERVED, STEP_BUCKETS_S, PositionRecorder
 from server.engine.scheduler import NUMERICAL_ERROR, Batch, Scheduler
 from server.engine.sequence import Sequence
-from server.engine.snapshots import Snapshots
-from server.engine.state_types import NO_PREFIX_CACHE
-from server.engine.state_watch import StateWatch
-from server.engine.types import (
+from server.engine.state.snapshots import Snapshots
+from server.engine.state.watch import StateWatch
+from server.engine.types.logprobs import NO_STEP_LOGPROBS, StepLogprobs
+from server.engine.types.position_stats import NOTHING_OBSERVED, STEP_BUCKETS_S, PositionRecorder
+from server.engine.types.requests import (
     EngineConfig,
     EngineError,
     EngineInfo,
@@ -25,9 +24,10 @@ from server.engine.types import (
     GenerationRequest,
     TokenEvent,
 )
+from server.engine.types.state import NO_PREFIX_CACHE
 
 if TYPE_CHECKING:  # needs the grammar library, which an engine without grammars does without
-    from server.engine.grammar_queue import GrammarQueue
+    from server.engine.grammars.queue import GrammarQueue
 
 _IDLE_WAIT_S = 0.02
 

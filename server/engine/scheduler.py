@@ -20,12 +20,12 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
 from server.engine.groups import Groups
-from server.engine.logprob_types import NO_STEP_LOGPROBS, LogprobTable, StepLogprobs
 from server.engine.sequence import FROM_NOTHING, Chunk, Sequence, SequenceStatus, Start
 from server.engine.slots import SlotAllocator
-from server.engine.speculation import Speculation
-from server.engine.speculation_drafts import num_confirmed
-from server.engine.types import EngineError, FinishReason, GenerationRequest, TokenEvent
+from server.engine.speculation.drafts import num_confirmed
+from server.engine.speculation.rules import Speculation
+from server.engine.types.logprobs import NO_STEP_LOGPROBS, LogprobTable, StepLogprobs
+from server.engine.types.requests import EngineError, FinishReason, GenerationRequest, TokenEvent
 from server.engine.waiting import WaitingQueue
 
 NUMERICAL_ERROR = "numerical_error"

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
-from server.engine.speculation_drafts import Drafter
-from server.engine.types import FinishReason, GenerationRequest, SamplingParams
+from server.engine.speculation.drafts import Drafter
+from server.engine.types.requests import FinishReason, GenerationRequest, SamplingParams
 
 MAX_OUTPUTS_KEPT = 1 << 16
 

@@ -19,7 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.text.tokenizer import Tokenizer
-from server.text.tool_prompt import without_tools
+from server.tools.tool_prompt import without_tools
 
 MAX_RENDER_S = 2.0
 MAX_EXPANSION = 8

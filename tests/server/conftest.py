@@ -18,10 +18,10 @@ import pytest
 import uvicorn
 
 from server.app import create_app
-from server.connections import ConnectionLimits, limited_protocol
-from server.draining import DrainingServer
-from server.logs import configure_logging
+from server.http.connections import ConnectionLimits, limited_protocol
+from server.http.draining import DrainingServer
 from server.service import Service, ServiceOptions
+from server.startup.logs import configure_logging
 from server.text.tokenizer import Tokenizer, load_tokenizer
 from tests.byte_tokenizer import write_byte_tokenizer
 from tests.server.fake_engine import FakeEngine
@@ -87,7 +87,7 @@ def serve(
     server = uvicorn.Server(config)
     if drain_timeout_s is not None:
         server = DrainingServer(config, service, engine, drain_timeout_s=drain_timeout_s)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(server.startup.assemble()), daemon=True)
     thread.start()
     deadline = time.monotonic() + PATIENCE_S
     while not server.started:

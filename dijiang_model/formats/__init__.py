@@ -1,0 +1,1 @@
+"""Files: configurations, checkpoints, safetensors and GGUF; read strictly, written atomically."""
