@@ -50,7 +50,7 @@ def convert(context: typer.Context) -> None:
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def quantize(context: typer.Context) -> None:
     """Round a model's weights to int8 or int4 and save it."""
-    _call(import_module("dijiang_model.quantization.cli").quantize_command, context)
+    _call(import_module("dijiang_model.conversion.quantize_cli").quantize_command, context)
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)

@@ -17,15 +17,15 @@ from server.engine.state.snapshot_files import MAX_HEADER_BYTES
 from server.engine.types.requests import EngineInfo, EngineStats, GenerationRequest, TokenEvent
 from server.engine_client.candidate import EngineLoadError
 from server.errors import EngineUnavailableError, InvalidRequestError, NotFoundError
+from server.event_log import EventLog
 from server.grammar_check.checker import GrammarChecker
 from server.metrics import Metrics
 from server.rate_limits import RateLimits
-from server.responses.event_log import EventLog
 from server.states.store import StateStore
 from server.text.reasoning import thought_form
 from server.text.template import ChatTemplate, TemplateSyntaxFailure
 from server.text.tokenizer import Tokenizer
-from server.text.vocabulary import UnsupportedTokenizerError
+from server.vocabulary import UnsupportedTokenizerError
 
 MAX_RETRY_AFTER_S = 30
 _log = logging.getLogger(__name__)

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dijiang_model.checkpoints.config_json import Origin, StoredConfig, base_document, stored_config_text
 from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
 from dijiang_model.families import build_model
 from dijiang_model.features import node_radii
-from dijiang_model.formats.config_json import Origin, StoredConfig, base_document, stored_config_text
 from dijiang_model.kernel import released_log_decay
 from dijiang_model.model import DiJiangForCausalLM
 from tests.byte_tokenizer import write_byte_tokenizer

@@ -23,11 +23,11 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.machine import this_machine, write_result
+from dijiang_model.checkpoints.config_json import read_stored_config
+from dijiang_model.checkpoints.hf_config import base_model_config
 from dijiang_model.conversion.convert import convert
 from dijiang_model.conversion.recipes import Recipe, converted_config
 from dijiang_model.families import build_model
-from dijiang_model.formats.config_json import read_stored_config
-from dijiang_model.formats.hf_config import base_model_config
 from dijiang_model.formats.safetensors_writer import num_bytes, plan_shards, write_tensors
 from dijiang_model.formats.tensor_files import TensorInfo
 

@@ -18,8 +18,8 @@ from rich.table import Table
 
 from benchmarks.machine import CLOCKS, interleaved, median_ms, ratio, this_machine, write_result
 from benchmarks.report import words
+from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.conversion.default_model import ensure_default_model
-from dijiang_model.formats.checkpoints import load_model
 from server.engine.engine import Engine
 from server.engine.loading import build_engine
 from server.engine.speculation.rules import DEFAULT_MAX_DRAFTS

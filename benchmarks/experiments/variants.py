@@ -24,13 +24,13 @@ from torch.nn import functional
 
 from benchmarks.experiments.variant_kernels import Experiment
 from benchmarks.machine import this_machine, write_result
+from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.config import FeatureConfig
 from dijiang_model.conversion.training.calibrate import LookBack, look_back, with_windows
 from dijiang_model.conversion.training.distill import output_weight, random_offset
 from dijiang_model.conversion.training.kernel_training import MATRICES, make_trainable
 from dijiang_model.conversion.training.student import new_student, with_features
 from dijiang_model.conversion.training.text_windows import load_tokenizer, load_windows
-from dijiang_model.formats.checkpoints import load_model
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import LayerState

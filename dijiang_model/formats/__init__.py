@@ -1,1 +1,1 @@
-"""Files: configurations, checkpoints, safetensors and GGUF; read strictly, written atomically."""
+"""Files: safetensors, GGUF, JSON; read strictly, written atomically. Knows no network."""

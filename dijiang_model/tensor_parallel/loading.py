@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dijiang_model.formats.checkpoints import fill_model, open_network
+from dijiang_model.checkpoints.checkpoint import fill_model, open_network
 from dijiang_model.formats.tensor_files import TensorInfo, TensorSource
 from dijiang_model.quantization.config import WeightKind
 from dijiang_model.tensor_parallel.group import TensorGroup

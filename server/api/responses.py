@@ -11,15 +11,15 @@ from fastapi.responses import JSONResponse
 from server.api.json_body import JsonRoute, ServiceDependency
 from server.engine.types.requests import EngineInfo
 from server.errors import InvalidRequestError, NotFoundError
+from server.event_log import EventLog
 from server.generation.conversations import encode_messages, template_variables
 from server.generation.sessions import admit, check_fingerprint, owner_of, require_store, system_prefix, time_to_live
 from server.generation.streaming import ClientGoneResponse, note_usage
 from server.generation.tools import form_of, told_tools
-from server.http.sse import ClientDisconnectedError, EventStreamResponse, unless_disconnected
+from server.http.sse import KEEP_ALIVE, ClientDisconnectedError, EventStreamResponse, unless_disconnected
 from server.protocol.chat import MessageIn
 from server.protocol.responses import ResponseRequest
 from server.responses.background import make_in_background
-from server.responses.event_log import EventLog
 from server.responses.events import public, told_later
 from server.responses.plan import plan_response
 from server.responses.run import ResponseRun
@@ -189,7 +189,9 @@ async def _in_background(service: Service, run: ResponseRun) -> Response:
 
 def _follow(service: Service, log: EventLog, begin: int) -> Response:
     """The events of a response that goes on without its readers."""
-    return EventStreamResponse(log.follow(begin, keepalive_s=service.options.keepalive_s), close=_nothing)
+    return EventStreamResponse(
+        log.follow(begin, keepalive_s=service.options.keepalive_s, keepalive=KEEP_ALIVE), close=_nothing
+    )
 
 
 async def _bodies(service: Service, owner: str, response_id: str) -> AsyncIterator[Mapping[str, Any]]:

@@ -9,8 +9,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.config import ModelConfig
-from dijiang_model.formats.checkpoints import load_model
 from dijiang_model.formats.tensor_files import SAFETENSORS_DTYPES
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.native.weights import why_unsupported
@@ -71,17 +71,13 @@ class Network:
 
 
 def load_engine(config: EngineConfig) -> Engine:
-    """Loads a model and takes the memory for its states. Sets this process's number of tensor threads.
+    """Loads a model into this process and takes the memory for its states. Sets its number of tensor threads.
 
     Raises:
         dijiang_model.errors.ModelError: the model's files or configuration cannot be served.
         server.engine.state.pool.StateBudgetError: the state memory holds no conversation.
         ValueError: an unknown dtype, or a device that is not there.
     """
-    if config.tensor_parallel > 1:
-        from server.engine.tensor_parallel.assemble import load_parallel_engine  # what one process alone has no use for
-
-        return load_parallel_engine(config)
     started = time.monotonic()
     dtype = weights_dtype(config)
     torch.set_num_threads(config.num_threads)

@@ -20,13 +20,12 @@ from torch import Tensor
 
 from dijiang_model.model import PackedBatch
 from dijiang_model.state import StateBuffer
-from server.engine.engine import StepResult
+from server.engine.batch import Batch, StepResult
 from server.engine.fast_steps import graph_sampling
 from server.engine.fast_steps.decode_rows import Decode, DecodeRows, DecodeStep
 from server.engine.fast_steps.graphs import DecodeGraphs
 from server.engine.sampling.logprobs import LogprobPlan, scored_rows
 from server.engine.sampling.sampler import FAULTY, Sampler, SamplingPlan
-from server.engine.scheduler import Batch
 from server.engine.sequence import Chunk, Sequence, SequenceStatus
 from server.engine.slots import SCRATCH_SLOT
 from server.engine.speculation.drafts import num_confirmed

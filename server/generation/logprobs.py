@@ -20,7 +20,7 @@ from server.protocol.logprobs import (
 )
 from server.protocol.sampling import GenerationFields
 from server.service import Service
-from server.text.vocabulary import Vocabulary
+from server.vocabulary import Vocabulary
 
 NOT_FINITE = -9999.0
 MAX_WHOLE_ENTRIES = 1_000_000

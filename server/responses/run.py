@@ -12,6 +12,7 @@ from typing import Any
 import structlog
 
 from server.errors import ApiError, InternalError, ShutdownError
+from server.event_log import EventLog
 from server.generation.choice import Piece
 from server.generation.generation import Generation
 from server.generation.logprobs import LogprobFormat, check_num_entries
@@ -19,7 +20,6 @@ from server.http.sse import KEEP_ALIVE
 from server.protocol.logprobs import ChatLogprobs
 from server.protocol.response_items import stored_item
 from server.protocol.responses import ResponseRequest, response_usage
-from server.responses.event_log import EventLog
 from server.responses.events import begun, begun_again, encoded, ended, put_off, with_pieces
 from server.responses.output import Event, Item, Logprobs, ResponseOutput
 from server.responses.suspended import Unfinished

@@ -38,7 +38,7 @@ from server.states.errors import StoreError
 from server.states.store import StateStore
 from server.text.template import TemplateSyntaxFailure
 from server.text.tokenizer import Tokenizer, load_tokenizer
-from server.text.vocabulary import UnsupportedTokenizerError
+from server.vocabulary import UnsupportedTokenizerError
 
 LAST_ANSWERS_S = 5
 EXIT_OVERDUE = 1

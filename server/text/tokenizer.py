@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 import tokenizers
 
-from server.text.vocabulary import UnsupportedTokenizerError, Vocabulary, build_vocabulary
+from server.vocabulary import UnsupportedTokenizerError, Vocabulary, build_vocabulary
 
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 

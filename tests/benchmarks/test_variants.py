@@ -8,11 +8,11 @@ import torch
 
 from benchmarks.experiments.variant_kernels import Experiment
 from benchmarks.experiments.variants import BASE, VARIANTS, Variant, error_left, prepare
+from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.config import FeatureConfig
 from dijiang_model.conversion.training.calibrate import with_windows
 from dijiang_model.conversion.training.student import with_features
 from dijiang_model.families import build_model
-from dijiang_model.formats.checkpoints import load_model
 from dijiang_model.ops.training.attention import RecordedAttention, segments_layout
 from tests.tiny_models import HYBRID, llama_config, tiny_model, write_tiny_model
 

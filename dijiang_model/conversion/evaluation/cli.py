@@ -14,19 +14,20 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from tokenizers import Tokenizer as HfTokenizer
 from torch import Tensor
 
+from dijiang_model.checkpoints.checkpoint import load_model
+from dijiang_model.checkpoints.config_json import read_stored_config
 from dijiang_model.conversion.evaluation.evaluate import Score, Variant, gap_closed, load_teacher, score, variants
 from dijiang_model.conversion.evaluation.long_texts import LENGTH, LongScore, long_score, streams, tokens_to_read
+from dijiang_model.conversion.evaluation.measured import Evaluation
 from dijiang_model.conversion.evaluation.quantized import Rounding, rounded_variants
 from dijiang_model.conversion.evaluation.recall import Recall, distances_within, recall_probe
-from dijiang_model.conversion.evaluation.report import Evaluation, card_table, json_line, write_report
+from dijiang_model.conversion.evaluation.report import card_table, json_line, write_report
 from dijiang_model.conversion.evaluation.speed import CONTEXTS, Speed, measure_speed
 from dijiang_model.conversion.model_card import title
 from dijiang_model.conversion.training.adapters import adapted_model, load_adapter
 from dijiang_model.conversion.training.student import check_trainable
 from dijiang_model.conversion.training.text_windows import load_tokenizer, load_windows, text_files
 from dijiang_model.errors import ModelError
-from dijiang_model.formats.checkpoints import load_model
-from dijiang_model.formats.config_json import read_stored_config
 from dijiang_model.model import DiJiangForCausalLM
 
 

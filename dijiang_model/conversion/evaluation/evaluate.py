@@ -14,22 +14,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dijiang_model.checkpoints.checkpoint import load_model
+from dijiang_model.checkpoints.config_json import CONFIG_FILE, MODEL_TYPE
 from dijiang_model.conversion.recipes import Recipe, converted_config
 from dijiang_model.conversion.sources.source import open_source
 from dijiang_model.errors import ConversionError
 from dijiang_model.families import build_model
-from dijiang_model.formats.checkpoints import load_model
-from dijiang_model.formats.config_json import CONFIG_FILE, MODEL_TYPE
 from dijiang_model.formats.json_fields import read_json_object
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention, run_segments
+from dijiang_model.state import StateBuffer
 
 EDGES = (0, 64, 256, 1024, 2048)
 """Position ranges: 0-64, 64-256, 256-1024, 1024-2048, and 2048 and beyond."""
 FAR_FROM = 256
 """From here on the target of a conversion is stated."""
 HEAD_ROWS = 512
+SEGMENT_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +164,23 @@ def score(variant: Variant, windows: Sequence[Tensor], *, on_window: Callable[[]
     return Score(losses, counts)
 
 
+@torch.inference_mode()
+def served_losses(model: DiJiangForCausalLM, window: Tensor) -> Tensor:
+    """[T - 1] negative log-likelihoods of all tokens but the first, read in segments into a state as a server does."""
+    state = StateBuffer(model.state_spec, 1, window.device)
+    state.storage.zero_()
+    slots, losses = torch.zeros(1, dtype=torch.int64, device=window.device), []
+    for start in range(0, len(window) - 1, SEGMENT_TOKENS):
+        tokens = window[start : min(start + SEGMENT_TOKENS, len(window) - 1)]
+        starts = torch.tensor([start], device=window.device)
+        logits = model.prefill(tokens, lengths=[len(tokens)], slots=slots, starts=starts, state=state)
+        losses.append(functional.cross_entropy(logits, window[start + 1 : start + 1 + len(tokens)], reduction="none"))
+    return torch.cat(losses)
+
+
 def _token_losses(variant: Variant, window: Tensor) -> Tensor:
     """[T - 1] negative log-likelihoods of all tokens but the first."""
     if variant.is_served:
-        from dijiang_model.conversion.evaluation.quantized import served_losses  # reads this module
-
         return served_losses(variant.model, window)
     hidden = run_segments(variant.model, window[None], variant.op)[:-1]
     targets = window[1:]

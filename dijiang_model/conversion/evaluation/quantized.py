@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from dijiang_model.conversion.evaluation.evaluate import Variant
 from dijiang_model.families import build_model
@@ -13,30 +11,14 @@ from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops.torch.attention import TorchAttention
 from dijiang_model.quantization.modules import choose, quantize_
 from dijiang_model.quantization.tensors import InMemory
-from dijiang_model.state import StateBuffer
 
 Rounding = Literal["int8", "int4", "bfloat16-state", "int8-state"]
 _STATES: Mapping[Rounding, torch.dtype] = {"bfloat16-state": torch.bfloat16, "int8-state": torch.int8}
-SEGMENT_TOKENS = 512
 
 
 def rounded_variants(model: DiJiangForCausalLM, kinds: Sequence[Rounding]) -> list[Variant]:
     """One for each kind; weights are shared as far as they are not rounded."""
     return [_rounded(model, kind) for kind in kinds]
-
-
-@torch.inference_mode()
-def served_losses(model: DiJiangForCausalLM, window: Tensor) -> Tensor:
-    """[T - 1] negative log-likelihoods of all tokens but the first, read in segments into a state as a server does."""
-    state = StateBuffer(model.state_spec, 1, window.device)
-    state.storage.zero_()
-    slots, losses = torch.zeros(1, dtype=torch.int64, device=window.device), []
-    for start in range(0, len(window) - 1, SEGMENT_TOKENS):
-        tokens = window[start : min(start + SEGMENT_TOKENS, len(window) - 1)]
-        starts = torch.tensor([start], device=window.device)
-        logits = model.prefill(tokens, lengths=[len(tokens)], slots=slots, starts=starts, state=state)
-        losses.append(functional.cross_entropy(logits, window[start + 1 : start + 1 + len(tokens)], reduction="none"))
-    return torch.cat(losses)
 
 
 def _rounded(model: DiJiangForCausalLM, kind: Rounding) -> Variant:

@@ -1,60 +1,17 @@
 """An evaluation as Markdown, as tables for the model card, and as one line of JSON."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from dijiang_model.conversion.evaluation.evaluate import EDGES, FAR_FROM, Score
+from dijiang_model.conversion.evaluation.evaluate import FAR_FROM
 from dijiang_model.conversion.evaluation.long_texts import EDGES as LONG_EDGES
-from dijiang_model.conversion.evaluation.long_texts import LongScore
-from dijiang_model.conversion.evaluation.recall import Recall
-from dijiang_model.conversion.evaluation.speed import Speed
+from dijiang_model.conversion.evaluation.measured import LONG_RANGES, RANGES, Evaluation
+from dijiang_model.conversion.evaluation.report_plots import write_plots
 from dijiang_model.formats.atomic_file import write_atomically
 
-RANGES = (*(f"{low}-{high}" for low, high in pairwise(EDGES)), f"{EDGES[-1]}+")
-LONG_RANGES = tuple(f"{low:,}-{high:,}" for low, high in pairwise(LONG_EDGES))
 REPORT_FILE, JSON_FILE, TABLES_FILE = "report.md", "report.json", "tables.md"
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Everything that was measured.
-
-    Attributes:
-        model, teacher: names.
-        title: what the model may be called.
-        tokens_trained: 0 for a training-free conversion.
-        training: the recipe in words.
-        text: names of the held-out files.
-        window_tokens, num_windows: of the text.
-        scores: by variant, in the order of tables.
-        state_bytes: by variant; None: grows with the text.
-        gap_closed: share of the gap from `FAR_FROM` on; None where there is none.
-        recall, long_scores, speed: empty where they were not asked for.
-        control: how the control was trained; None without one.
-        num_long: texts behind `long_scores`.
-        decode_path: what ran our steps, `native` or `torch`.
-    """
-
-    model: str
-    teacher: str
-    title: str
-    tokens_trained: int
-    training: str
-    text: Sequence[str]
-    window_tokens: int
-    num_windows: int
-    scores: Mapping[str, Score]
-    state_bytes: Mapping[str, int | None]
-    gap_closed: float | None
-    recall: Sequence[Recall] = ()
-    control: str | None = None
-    long_scores: Mapping[str, LongScore] = field(default_factory=dict)
-    num_long: int = 0
-    speed: Sequence[Speed] = ()
-    decode_path: str = "torch"
 
 
 def json_line(evaluation: Evaluation) -> str:
@@ -128,8 +85,6 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    from dijiang_model.conversion.evaluation.report_plots import write_plots  # reads this module
-
     texts = {
         JSON_FILE: json_line(evaluation) + "\n",
         TABLES_FILE: tables(evaluation) + "\n",

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dijiang_model.conversion.evaluation.report import LONG_RANGES, RANGES, Evaluation
+from dijiang_model.conversion.evaluation.measured import LONG_RANGES, RANGES, Evaluation
 from dijiang_model.conversion.training.loss_plot import save_figure
 
 Lines = Mapping[str, Sequence[float | None]]

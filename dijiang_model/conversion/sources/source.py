@@ -5,16 +5,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dijiang_model.checkpoints.checkpoint import open_checkpoint
+from dijiang_model.checkpoints.config_json import CONFIG_FILE, MODEL_TYPE, read_stored_config
+from dijiang_model.checkpoints.hf_config import base_model_config, eos_ids
+from dijiang_model.checkpoints.released_format import is_released_format
 from dijiang_model.config import ModelConfig
 from dijiang_model.conversion.sources.gguf_tokenizer import write_gguf_tokenizer
 from dijiang_model.conversion.sources.tokenizer_files import write_tokenizer
 from dijiang_model.errors import ConversionError
-from dijiang_model.formats.checkpoints import open_checkpoint
-from dijiang_model.formats.config_json import CONFIG_FILE, MODEL_TYPE, read_stored_config
 from dijiang_model.formats.gguf_source import GgufSource
-from dijiang_model.formats.hf_config import base_model_config, eos_ids
 from dijiang_model.formats.json_fields import read_json_object
-from dijiang_model.formats.released_format import is_released_format
 from dijiang_model.formats.tensor_files import RenamedTensors, TensorSource, open_tensors
 
 GENERATION_CONFIG_FILE = "generation_config.json"

@@ -16,14 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from dijiang_model.checkpoints.checkpoint import write_checkpoint
+from dijiang_model.checkpoints.config_json import StoredConfig, parse_layers, read_stored_config
 from dijiang_model.config import ModelConfig
 from dijiang_model.conversion.sources.tokenizer_files import write_tokenizer
 from dijiang_model.conversion.training.lora import DOWN, UP, merged
 from dijiang_model.errors import CheckpointError
 from dijiang_model.families import build_model
 from dijiang_model.formats.atomic_file import write_atomically
-from dijiang_model.formats.checkpoints import write_checkpoint
-from dijiang_model.formats.config_json import StoredConfig, parse_layers, read_stored_config
 from dijiang_model.formats.problem_list import problem_list
 from dijiang_model.formats.tensor_files import TensorInfo, TensorSource, open_tensors
 from dijiang_model.model import DiJiangForCausalLM

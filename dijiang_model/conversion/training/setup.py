@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from dijiang_model.checkpoints.checkpoint import load_model
+from dijiang_model.checkpoints.config_json import parse_layers
 from dijiang_model.config import FeatureConfig, ModelConfig
 from dijiang_model.conversion.training import calibrate
 from dijiang_model.conversion.training.adapters import (
@@ -22,8 +24,6 @@ from dijiang_model.conversion.training.student import check_trainable, new_stude
 from dijiang_model.conversion.training.text_mixture import Mixture, TextSource, load_mixture, parse_source
 from dijiang_model.conversion.training.text_windows import load_tokenizer
 from dijiang_model.conversion.training.train import ADAPTER_FILE, Trainer, TrainingOptions
-from dijiang_model.formats.checkpoints import load_model
-from dijiang_model.formats.config_json import parse_layers
 from dijiang_model.model import DiJiangForCausalLM
 
 CALIBRATION_STEP = 1_000_000_007

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dijiang_model.native.decoding import Decoding
 from dijiang_model.state import StateBuffer
+from server.engine.batch import Batch
 from server.engine.fast_steps import graph_sampling
-from server.engine.scheduler import Batch
 from server.engine.sequence import Sequence
 
 

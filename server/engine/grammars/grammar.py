@@ -2,7 +2,7 @@
 
 The only caller of llguidance, which is imported with the first grammar: an engine runs without it too. A grammar
 is Lark text that the service has compiled once before, within limits of time and memory and in a process of its own;
-the limits on a single step hold here too. Tokens are their bytes as `server.text.vocabulary` gives them, so what a
+the limits on a single step hold here too. Tokens are their bytes as `server.vocabulary` gives them, so what a
 grammar permits is exactly what a client reads.
 """
 
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.text.vocabulary import UnsupportedTokenizerError, Vocabulary, build_vocabulary
+from server.vocabulary import UnsupportedTokenizerError, Vocabulary, build_vocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

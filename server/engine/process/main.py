@@ -24,7 +24,7 @@ import msgspec
 import zmq
 
 from server.engine.engine import Engine
-from server.engine.process.failures import EXIT_LOAD_FAILED, EXIT_STEP_FAILED, is_permanent, log_failure, reason_of
+from server.engine.failures import EXIT_LOAD_FAILED, EXIT_STEP_FAILED, is_permanent, log_failure, reason_of
 from server.engine.process.messages import (
     COMMANDS_SOCKET,
     EVENTS_SOCKET,
@@ -135,7 +135,23 @@ def run(config: EngineConfig, folder: str, *, load: Load) -> int:
         context.term()
 
 
-def main(load: Load = Engine.load) -> int:
+def load_engine(config: EngineConfig) -> Engine:
+    """Loads the engine that a configuration asks for: in this process alone, or split over several.
+
+    Raises:
+        As `server.engine.loading.load_engine` and `server.engine.tensor_parallel.assemble.load_parallel_engine`.
+    """
+    # Imported here: a process whose torch is broken can still say so.
+    if config.tensor_parallel > 1:
+        from server.engine.tensor_parallel.assemble import load_parallel_engine
+
+        return load_parallel_engine(config)
+    from server.engine import loading
+
+    return loading.load_engine(config)
+
+
+def main(load: Load = load_engine) -> int:
     """Entry point of the process; the folder of the sockets is the only argument."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from server.engine.scheduler import Batch
+from server.engine.batch import Batch
 from server.engine.sequence import Chunk
 from server.engine.transfer import Arrived, Field, Transfer
 from server.engine.types.logprobs import LogprobTable, StepLogprobs

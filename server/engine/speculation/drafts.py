@@ -13,7 +13,7 @@ A request may come with a prediction of its answer. Places in it are trusted mor
 
 from collections.abc import Sequence as Items
 
-from server.engine.speculation.cost_model import StepPrices
+from server.engine.sequence import StepCosts
 from server.engine.speculation.index import MAX_MATCH, TokenHistory
 
 _BUCKETS = tuple(max(0, length.bit_length() - 1) for length in range(MAX_MATCH + 1))
@@ -27,8 +27,8 @@ _LEAST_CHANCE = 0.02
 """Of a draft that is still thought about."""
 
 
-class Drafter:
-    """The guesses of one sequence, and how they have done.
+class OwnTextDrafter:
+    """Guesses what followed earlier occurrences of a sequence's last tokens, and counts how such guesses have done.
 
     Attributes:
         last_token_id: the token that was pushed last, or the prompt's last one.
@@ -62,7 +62,7 @@ class Drafter:
         history.push(token_id)
         self.last_token_id = token_id
 
-    def draft(self, most: int, *, prices: StepPrices, num_rows: int) -> tuple[int, ...]:
+    def draft(self, most: int, *, prices: StepCosts, num_rows: int) -> tuple[int, ...]:
         """As many tokens that may come next as bring the most for what their step costs.
 
         Args:

@@ -1,8 +1,8 @@
 """Who gets drafts of its next tokens in a step, and how many. Standard library only."""
 
-from server.engine.sequence import Sequence
+from server.engine.sequence import Drafter, Sequence
 from server.engine.speculation.cost_model import StepPrices
-from server.engine.speculation.drafts import Drafter
+from server.engine.speculation.drafts import OwnTextDrafter
 from server.engine.speculation.index import TokenHistory
 from server.engine.types.requests import GenerationRequest
 
@@ -57,7 +57,7 @@ class Speculation:
         limit = sequence.sampling.max_tokens
         if limit is None or limit > 2:
             last = sequence.request.prompt_token_ids[-1]
-            sequence.drafter = Drafter(self._history(sequence), last, end_token_ids=sequence.end_token_ids)
+            sequence.drafter = OwnTextDrafter(self._history(sequence), last, end_token_ids=sequence.end_token_ids)
 
     def observe(self, num_rows: int, seconds: float) -> None:
         """Learns what a step of so many rows took that read no prompt."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from server.engine.scheduler import Batch
+from server.engine.batch import Batch
 from server.engine.sequence import FROM_NOTHING, Sequence, Start
 from server.engine.state.prefix_cache import Fetch, PrefixCache
 from server.engine.state.snapshot_files import (

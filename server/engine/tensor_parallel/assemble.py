@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dijiang_model.formats.checkpoints import open_network
+from dijiang_model.checkpoints.checkpoint import open_network
 from dijiang_model.tensor_parallel.group import DistributedGroup
 from dijiang_model.tensor_parallel.loading import load_shard
 from dijiang_model.tensor_parallel.shards import local_config

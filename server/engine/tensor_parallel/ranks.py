@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from dijiang_model.errors import ModelError
-from server.engine.process.failures import log_failure
+from server.engine.failures import log_failure
 from server.engine.tensor_parallel.channel import Plan, RankFailed, StartRank, encode, next_answer
 from server.engine.types.requests import EngineConfig
 

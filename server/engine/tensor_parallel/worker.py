@@ -18,8 +18,8 @@ import torch
 from dijiang_model.tensor_parallel.group import DistributedGroup
 from dijiang_model.tensor_parallel.loading import load_shard
 from dijiang_model.tensor_parallel.network import ShardedModel
+from server.engine.failures import EXIT_LOAD_FAILED, EXIT_STEP_FAILED, is_permanent, log_failure, reason_of
 from server.engine.placement import device_of, num_threads_of, select_device, weights_dtype, weights_kind
-from server.engine.process.failures import EXIT_LOAD_FAILED, EXIT_STEP_FAILED, is_permanent, log_failure, reason_of
 from server.engine.tensor_parallel.channel import (
     CopySlot,
     JoinGroup,

@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dijiang_model.checkpoints.checkpoint import load_model
+from dijiang_model.checkpoints.config_json import read_stored_config
 from dijiang_model.conversion import convert as convert_module
 from dijiang_model.conversion.convert import convert
 from dijiang_model.conversion.model_card import UNTRAINED_WARNING
 from dijiang_model.conversion.recipes import Recipe
 from dijiang_model.errors import ConfigError, ConversionError, ModelError
-from dijiang_model.formats.checkpoints import load_model
-from dijiang_model.formats.config_json import read_stored_config
 from dijiang_model.formats.tensor_files import open_tensors
-from tests.dijiang_model.formats.golden_checkpoints import FOLDER
+from tests.dijiang_model.checkpoints.golden_checkpoints import FOLDER
 from tests.dijiang_model.stepping import logits_of, random_text
 from tests.dijiang_model.teachers import gpt_neox_teacher, llama_teacher, opt_teacher, save_teacher
 from tests.tiny_models import write_tiny_model

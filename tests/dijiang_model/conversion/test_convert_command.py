@@ -10,6 +10,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from dijiang_model.checkpoints.checkpoint import load_model
+from dijiang_model.checkpoints.config_json import read_stored_config
 from dijiang_model.conversion import default_model
 from dijiang_model.conversion.cli import convert_command, parse_size
 from dijiang_model.conversion.convert import convert, sha256_of
@@ -25,8 +27,6 @@ from dijiang_model.conversion.training.adapters import (
 )
 from dijiang_model.conversion.training.kernel_training import kernel_tensors
 from dijiang_model.errors import ConversionError
-from dijiang_model.formats.checkpoints import load_model
-from dijiang_model.formats.config_json import read_stored_config
 from tests.dijiang_model.teachers import llama_teacher, save_teacher, write_gguf
 
 app = typer.Typer()

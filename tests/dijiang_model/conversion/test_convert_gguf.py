@@ -8,11 +8,11 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from dijiang_model.checkpoints.checkpoint import load_model
+from dijiang_model.checkpoints.config_json import read_stored_config
 from dijiang_model.conversion.convert import convert
 from dijiang_model.conversion.sources.gguf_tokenizer import byte_level_tokenizer
 from dijiang_model.errors import ConversionError, ModelError
-from dijiang_model.formats.checkpoints import load_model
-from dijiang_model.formats.config_json import read_stored_config
 from dijiang_model.formats.gguf_source import GgufSource
 from tests.byte_tokenizer import CHAT_TEMPLATE
 from tests.dijiang_model.conversion.test_convert import TEXT, TOLERANCE, difference, teacher_logits

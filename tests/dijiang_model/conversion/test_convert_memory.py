@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.experiments.convert_7b import LLAMA_2_7B, write_source
+from dijiang_model.checkpoints.checkpoint import load_config
 from dijiang_model.conversion import convert as convert_module
 from dijiang_model.conversion.convert import convert
-from dijiang_model.formats.checkpoints import load_config
 
 DOCUMENT = LLAMA_2_7B | {
     "hidden_size": 512,

@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from dijiang_model.checkpoints.checkpoint import load_model, load_quantization, save_model
+from dijiang_model.checkpoints.config_json import Origin, read_stored_config
 from dijiang_model.config import ModelConfig
 from dijiang_model.conversion.convert import convert
 from dijiang_model.conversion.evaluation.evaluate import Variant, score
 from dijiang_model.conversion.evaluation.quantized import rounded_variants
+from dijiang_model.conversion.quantize import quantize_folder
 from dijiang_model.errors import CheckpointError, ConfigError, ConversionError, QuantizationError
-from dijiang_model.formats.checkpoints import load_model, load_quantization, save_model
-from dijiang_model.formats.config_json import Origin, read_stored_config
 from dijiang_model.ops.training.attention import HybridAttention
 from dijiang_model.quantization.config import INT8, Quantization, WeightKind
-from dijiang_model.quantization.folder import quantize_folder
 from dijiang_model.quantization.modules import quantized_weights
 from dijiang_model.quantization.weight import Int4Weight
 from server.cli import app

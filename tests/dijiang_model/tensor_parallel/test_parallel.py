@@ -9,20 +9,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.config import ModelConfig
+from dijiang_model.conversion.quantize import quantize_folder
 from dijiang_model.errors import CheckpointError, ConfigError
-from dijiang_model.formats.checkpoints import load_model
 from dijiang_model.model import PackedBatch
 from dijiang_model.quantization.config import INT8, Quantization, WeightKind
-from dijiang_model.quantization.folder import quantize_folder
 from dijiang_model.quantization.modules import quantized_weights
 from dijiang_model.state import StateBuffer
 from dijiang_model.tensor_parallel.loading import load_shard
 from dijiang_model.tensor_parallel.network import ShardedModel
 from dijiang_model.tensor_parallel.shards import local_config, working_degrees
 from dijiang_model.tensor_parallel.states import StateParts
+from tests.dijiang_model.checkpoints.golden_checkpoints import FOLDER
 from tests.dijiang_model.conversion.training.thread_ranks import ThreadGroup, on_ranks, shard_of
-from tests.dijiang_model.formats.golden_checkpoints import FOLDER
 from tests.tiny_models import (
     HYBRID,
     PURE,

@@ -4,11 +4,12 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 
-from server.engine.engine import Engine, StepResult
-from server.engine.scheduler import Batch, Scheduler
+from server.engine.batch import Batch, StepResult
+from server.engine.engine import Engine
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Chunk, Sequence
 from server.engine.speculation.cost_model import StepPrices
-from server.engine.speculation.drafts import Drafter
+from server.engine.speculation.drafts import OwnTextDrafter
 from server.engine.speculation.rules import Speculation
 from server.engine.types.requests import EngineInfo, GenerationRequest, SamplingParams
 
@@ -152,7 +153,7 @@ class GivenDrafts(Speculation):
         super().begin(sequence)
         sequence.keep_outputs()
 
-    def _guess(self, sequence: Sequence, drafter: Drafter, most: int, *, num_rows: int) -> tuple[int, ...]:
+    def _guess(self, sequence: Sequence, drafter: OwnTextDrafter, most: int, *, num_rows: int) -> tuple[int, ...]:
         history = (*sequence.request.prompt_token_ids, *sequence.outputs)
         assert drafter.last_token_id == history[-1]
         right = expected_output(history, next(self._num_right))

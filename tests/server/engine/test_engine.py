@@ -3,6 +3,7 @@
 import pytest
 
 from server.engine.engine import Engine
+from server.engine.process.main import load_engine
 from server.engine.types.requests import EngineConfig, FinishReason, TokenEvent
 from tests.server.engine.fakes import EOS_TOKEN_ID, FakeRunner, engine, expected_output, request
 
@@ -102,4 +103,4 @@ def config(**changes: object) -> EngineConfig:
 )
 def test_a_setting_that_cannot_take_effect_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Engine.load(config(**changes))
+        load_engine(config(**changes))

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dijiang_model.config import ModelConfig
+from dijiang_model.conversion.quantize import quantize_folder
 from dijiang_model.model import DiJiangForCausalLM, PackedBatch
 from dijiang_model.quantization.config import WeightKind
-from dijiang_model.quantization.folder import quantize_folder
 from dijiang_model.state import StateBuffer
 from server.engine.engine import Engine
-from server.engine.loading import build_engine
+from server.engine.loading import build_engine, load_engine
 from server.engine.runner import ModelRunner
 from server.engine.sampling.sampler import Sampler
 from server.engine.scheduler import Scheduler
@@ -280,7 +280,7 @@ def engine_config(path: Path, **changes: object) -> EngineConfig:
 
 
 def test_load_builds_an_engine_from_a_folder(tmp_path: Path, hybrid: DiJiangForCausalLM) -> None:
-    engine = Engine.load(engine_config(write_tiny_model(tmp_path / "model", with_tokenizer=False)))
+    engine = load_engine(engine_config(write_tiny_model(tmp_path / "model", with_tokenizer=False)))
     info = engine.info
     assert info.state_bytes_per_slot == hybrid.state_spec.bytes_per_slot
     assert info.num_slots == min(2**20 // info.state_bytes_per_slot - 1, 64)
@@ -307,8 +307,8 @@ def test_too_little_state_memory_is_refused_in_numbers(hybrid: DiJiangForCausalL
 def test_rounded_weights_answer_and_are_told(tmp_path: Path, kind: WeightKind) -> None:
     folder, small = write_tiny_model(tmp_path / "model", with_tokenizer=False), tmp_path / "small"
     quantize_folder(folder, small, kind=kind)
-    stored, rounded = (Engine.load(engine_config(folder, weights_dtype=dtype)) for dtype in ("float32", kind))
-    saved = Engine.load(engine_config(small, weights_dtype="float32"))
+    stored, rounded = (load_engine(engine_config(folder, weights_dtype=dtype)) for dtype in ("float32", kind))
+    saved = load_engine(engine_config(small, weights_dtype="float32"))
     assert rounded.info.num_parameters == saved.info.num_parameters == stored.info.num_parameters
     assert rounded.info.weights_dtype == saved.info.weights_dtype == kind
     # A state of one would go on differently in the other; saved, the weights are other files.
@@ -328,7 +328,7 @@ def test_rounded_weights_answer_and_are_told(tmp_path: Path, kind: WeightKind) -
 @pytest.mark.parametrize(("dtype", "kept"), [("bfloat16", {"BF16", "F32"}), ("int8", {"I8", "BF16", "F32"})])
 def test_narrow_states_halve_a_slot_and_are_told_apart(tmp_path: Path, dtype: str, kept: set[str]) -> None:
     folder = write_tiny_model(tmp_path / "model", with_tokenizer=False)
-    wide, narrow = (Engine.load(engine_config(folder, state_dtype=one)) for one in ("float32", dtype))
+    wide, narrow = (load_engine(engine_config(folder, state_dtype=one)) for one in ("float32", dtype))
     assert narrow.info.state_dtype == dtype
     assert narrow.info.state_bytes_per_slot < 0.6 * wide.info.state_bytes_per_slot
     assert narrow.info.num_slots >= wide.info.num_slots
@@ -346,4 +346,4 @@ def test_narrow_states_halve_a_slot_and_are_told_apart(tmp_path: Path, dtype: st
 def test_other_states_are_refused(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model", with_tokenizer=False)
     with pytest.raises(ValueError, match="state_dtype is 'float16', and must be one of float32, bfloat16, int8"):
-        Engine.load(engine_config(folder, state_dtype="float16"))
+        load_engine(engine_config(folder, state_dtype="float16"))

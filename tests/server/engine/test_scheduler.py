@@ -2,7 +2,8 @@
 
 import pytest
 
-from server.engine.scheduler import Batch, Scheduler
+from server.engine.batch import Batch
+from server.engine.scheduler import Scheduler
 from server.engine.types.requests import FinishReason, SamplingParams, TokenEvent
 from tests.server.engine.fakes import EOS_TOKEN_ID, VOCAB_SIZE, request, scheduler
 

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 from dijiang_model.errors import CheckpointError
+from server.engine.batch import Batch
 from server.engine.engine import Engine
 from server.engine.process.main import main
-from server.engine.scheduler import Batch
 from server.engine.types.requests import EngineConfig
 from tests.server.engine.fakes import FakeRunner, engine
 

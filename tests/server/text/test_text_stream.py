@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.text.stream import StopMatcher, TextStream
-from server.text.vocabulary import Vocabulary
+from server.vocabulary import Vocabulary
 
 SPECIAL = 256
 BYTES = Vocabulary((*(bytes([byte]) for byte in range(256)), b"<|end|>"), frozenset({SPECIAL}))

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from server.text.stream import TextStream
 from server.text.tokenizer import Tokenizer, TokenizerFiles, load_tokenizer
-from server.text.vocabulary import UnsupportedTokenizerError, build_vocabulary
+from server.vocabulary import UnsupportedTokenizerError, build_vocabulary
 
 
 def byte_level() -> RawTokenizer:

@@ -10,8 +10,8 @@ import pytest
 from server.engine.grammars.grammar import HEADER, GrammarCompiler
 from server.grammar_check import worker
 from server.grammar_check.sources import GrammarKind, GrammarSource, Lead, schema_text, translate
-from server.text.vocabulary import Vocabulary
 from server.tools.tool_grammar import Callable, tool_grammar
+from server.vocabulary import Vocabulary
 
 ADD = Callable(
     "add",

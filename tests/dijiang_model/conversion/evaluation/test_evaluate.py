@@ -12,6 +12,7 @@ from rich.console import Console
 from typer import Typer
 from typer.testing import CliRunner
 
+from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.conversion.convert import convert
 from dijiang_model.conversion.evaluation import cli as evaluate_cli
 from dijiang_model.conversion.evaluation.cli import Measurements, evaluate, evaluate_command, load_subjects
@@ -25,11 +26,11 @@ from dijiang_model.conversion.evaluation.evaluate import (
     variants,
 )
 from dijiang_model.conversion.evaluation.long_texts import long_score
+from dijiang_model.conversion.evaluation.measured import Evaluation
 from dijiang_model.conversion.evaluation.recall import recall_probe
 from dijiang_model.conversion.evaluation.report import (
     LONG_RANGES,
     RANGES,
-    Evaluation,
     json_line,
     markdown,
     write_report,
@@ -37,7 +38,6 @@ from dijiang_model.conversion.evaluation.report import (
 from dijiang_model.conversion.training.cli import train_command
 from dijiang_model.conversion.training.text_windows import load_tokenizer
 from dijiang_model.errors import ConversionError
-from dijiang_model.formats.checkpoints import load_model
 from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention, run_segments
 from tests.byte_tokenizer import write_byte_tokenizer
 from tests.dijiang_model.teachers import gpt_neox_teacher, llama_teacher

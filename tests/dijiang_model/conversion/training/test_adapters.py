@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dijiang_model.checkpoints.checkpoint import load_model
+from dijiang_model.checkpoints.config_json import read_stored_config
 from dijiang_model.config import FeatureConfig
 from dijiang_model.conversion.default_model import ADAPTER, REPORT
 from dijiang_model.conversion.training.adapters import (
@@ -19,8 +21,6 @@ from dijiang_model.conversion.training.adapters import (
 )
 from dijiang_model.errors import CheckpointError, ConfigError
 from dijiang_model.families import build_model
-from dijiang_model.formats.checkpoints import load_model
-from dijiang_model.formats.config_json import read_stored_config
 from dijiang_model.ops.training.attention import HybridAttention, run_segments
 from tests.tiny_models import HYBRID, llama_config, random_tensors, write_tiny_model
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.conversion.training import self_distill
 from dijiang_model.conversion.training.chat_prompt import load_chat_prompt
 from dijiang_model.conversion.training.self_distill import _answers, _with_window
 from dijiang_model.conversion.training.setup import OPENING_TOKENS, prepare_run
 from dijiang_model.errors import ConversionError
-from dijiang_model.formats.checkpoints import load_model
 from dijiang_model.ops.training.attention import SoftmaxAttention, run_segments
 from tests.byte_tokenizer import CHAT_TEMPLATE
 from tests.dijiang_model.conversion.training.test_train import STUDENT, options

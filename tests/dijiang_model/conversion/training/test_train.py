@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.config import FeatureConfig
 from dijiang_model.conversion.training.kernel_training import kernel_tensors
 from dijiang_model.conversion.training.log import LOG_FILE, read_log
@@ -17,7 +18,6 @@ from dijiang_model.conversion.training.text_mixture import load_mixture, parse_s
 from dijiang_model.conversion.training.text_windows import TokenWindows, load_tokenizer, load_windows
 from dijiang_model.conversion.training.train import ADAPTER_FILE, Trainer, TrainingOptions, train
 from dijiang_model.errors import CheckpointError, ConversionError
-from dijiang_model.formats.checkpoints import load_model
 from tests.tiny_models import BYTE_VOCAB_SIZE, HYBRID, PURE, RELEASED, llama_config, write_tiny_model
 
 STUDENT = StudentOptions(FeatureConfig(bases=("dct2", "dct4"), nodes="signed_sphere", far_rank=2), windows="keep")

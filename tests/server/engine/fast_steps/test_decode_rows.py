@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dijiang_model.native.decoding import Decoding
 from dijiang_model.state import StateBuffer
+from server.engine.batch import Batch
 from server.engine.fast_steps.decode_rows import DecodeRows
-from server.engine.scheduler import Batch
 from server.engine.sequence import Chunk, Sequence
 from server.engine.types.logprobs import LogprobOptions
 from tests.server.engine.fakes import request

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from server.engine.grammars.grammar import HEADER, GrammarCompiler, GrammarConstraint, GrammarError, read_vocabulary
 from server.grammar_check.sources import GrammarKind, GrammarSource, translate
 from server.text.tokenizer import load_tokenizer
-from server.text.vocabulary import UnsupportedTokenizerError, Vocabulary
+from server.vocabulary import UnsupportedTokenizerError, Vocabulary
 from tests.byte_tokenizer import write_byte_tokenizer
 
 EOS = 258

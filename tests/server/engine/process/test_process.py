@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import zmq
 
-from server.engine.process.failures import log_failure
+from server.engine.failures import log_failure
 from server.engine.process.main import EngineLoop
 from server.engine.process.messages import AbortRequest, AddRequest, Command, StepDone
 from server.engine.types.requests import FinishReason

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.engine.speculation.cost_model import MAX_ROWS, StepPrices
-from server.engine.speculation.drafts import Drafter, num_confirmed
+from server.engine.speculation.drafts import OwnTextDrafter, num_confirmed
 from server.engine.speculation.index import GAP, MAX_CANDIDATES, MAX_MATCH, TokenHistory
 from tests.server.engine.fakes import FREE
 
@@ -16,8 +16,8 @@ NO_ENDS: frozenset[int] = frozenset()
 
 def drafter_of(
     prompt: list[int], *, prediction: tuple[int, ...] = (), end_token_ids: frozenset[int] = NO_ENDS
-) -> Drafter:
-    return Drafter(TokenHistory(prompt, prediction=prediction), prompt[-1], end_token_ids=end_token_ids)
+) -> OwnTextDrafter:
+    return OwnTextDrafter(TokenHistory(prompt, prediction=prediction), prompt[-1], end_token_ids=end_token_ids)
 
 
 class NaiveHistory:

@@ -21,7 +21,7 @@ from server.engine.runner import ModelRunner
 from server.engine.sampling.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
-from server.engine.speculation.drafts import Drafter
+from server.engine.speculation.drafts import OwnTextDrafter
 from server.engine.speculation.rules import Speculation, speculation_of
 from server.engine.state.pool import StatePool
 from server.engine.types.logprobs import LogprobOptions, LogprobRow
@@ -51,7 +51,7 @@ class Prompted(Speculation):
         self._num_right = num_right
         self._number = 0
 
-    def _guess(self, sequence: Sequence, drafter: Drafter, most: int, *, num_rows: int) -> tuple[int, ...]:
+    def _guess(self, sequence: Sequence, drafter: OwnTextDrafter, most: int, *, num_rows: int) -> tuple[int, ...]:
         self._number += 1
         begin = sequence.num_outputs
         ahead = self._answers[sequence.request_id][begin : begin + most + 1]

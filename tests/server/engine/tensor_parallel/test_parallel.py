@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from dijiang_model.errors import ModelError
 from server.engine.engine import Engine
+from server.engine.failures import EXIT_LOAD_FAILED, EXIT_STEP_FAILED
 from server.engine.loading import load_engine
-from server.engine.process.failures import EXIT_LOAD_FAILED, EXIT_STEP_FAILED
 from server.engine.tensor_parallel.assemble import load_parallel_engine
 from server.engine.tensor_parallel.ranks import EXIT_RANK_DIED
 from server.engine.types.logprobs import LogprobOptions

@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 
 from dijiang_model import reference
+from dijiang_model.checkpoints.checkpoint import load_config, load_model
 from dijiang_model.config import ModelConfig
-from dijiang_model.formats.checkpoints import load_config, load_model
 from dijiang_model.model import DiJiangForCausalLM, PackedBatch
 from dijiang_model.reference import network
 from dijiang_model.state import StateBuffer
-from tests.dijiang_model.formats.golden_checkpoints import NAMES, Golden, load_golden
+from tests.dijiang_model.checkpoints.golden_checkpoints import NAMES, Golden, load_golden
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, logits_of
 
 # The released code keeps RoPE's cosines in fp32 even in a float64 run; ours come from float64 angles.

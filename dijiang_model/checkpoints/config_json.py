@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from dijiang_model.checkpoints.hf_config import base_model_config, eos_ids
 from dijiang_model.config import (
     AttentionConfig,
     Basis,
@@ -28,7 +29,6 @@ from dijiang_model.config import (
 )
 from dijiang_model.errors import ConfigError
 from dijiang_model.features import NODE_NAMES
-from dijiang_model.formats.hf_config import base_model_config, eos_ids
 from dijiang_model.formats.json_fields import Fields, read_json_object
 from dijiang_model.quantization.config import Quantization, WeightKind
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dijiang_model.checkpoints.config_json import CHECKPOINT_NODES
+from dijiang_model.checkpoints.hf_config import base_model_config
 from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
-from dijiang_model.formats.config_json import CHECKPOINT_NODES
-from dijiang_model.formats.hf_config import base_model_config
 from dijiang_model.formats.tensor_files import TensorInfo, TensorSource
 from dijiang_model.kernel import released_log_decay
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dijiang_model.checkpoints.checkpoint import load_config, load_model
 from dijiang_model.errors import CheckpointError, ConfigError, ModelError
-from dijiang_model.formats.checkpoints import load_config, load_model
-from tests.dijiang_model.formats.golden_checkpoints import FOLDER, NAMES, load_golden
+from tests.dijiang_model.checkpoints.golden_checkpoints import FOLDER, NAMES, load_golden
 from tests.dijiang_model.stepping import logits_of, random_text
 from tests.tiny_models import gpt_neox_config, llama_config, tiny_model, write_tiny_model
 

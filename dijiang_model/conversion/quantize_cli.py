@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dijiang_model.conversion.cli import parse_size
+from dijiang_model.conversion.quantize import QuantizedFolder, description, quantize_folder
 from dijiang_model.errors import ModelError
 from dijiang_model.quantization.config import DEFAULT_GROUP_SIZE, GROUP_SIZES, WeightKind
-from dijiang_model.quantization.folder import QuantizedFolder, description, quantize_folder
 
 
 def quantize_command(

@@ -1,7 +1,7 @@
 """Loading and saving models, strictly: everything that is wrong is found before anything is loaded, and listed.
 
-Two formats are read: our own (`dijiang_model.formats.config_json` beside safetensors) and the authors' released
-one (`dijiang_model.formats.released_format`). The network is built without memory and gets the files' tensors;
+Two formats are read: our own (`dijiang_model.checkpoints.config_json` beside safetensors) and the authors' released
+one (`dijiang_model.checkpoints.released_format`). The network is built without memory and gets the files' tensors;
 where the dtype fits they stay mapped files, without a copy. Loading reads each tensor once, to see that
 its values are finite: one pass at memory speed, which also brings the file into memory. No code that a
 checkpoint names or holds is ever run.
@@ -15,11 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dijiang_model.config import ModelConfig
-from dijiang_model.errors import CheckpointError, QuantizationError
-from dijiang_model.families import build_model
-from dijiang_model.formats.atomic_folder import atomic_folder
-from dijiang_model.formats.config_json import (
+from dijiang_model.checkpoints.config_json import (
     CONFIG_FILE,
     MODEL_TYPE,
     Origin,
@@ -28,9 +24,13 @@ from dijiang_model.formats.config_json import (
     parse_stored_config,
     stored_config_text,
 )
+from dijiang_model.checkpoints.released_format import ReleasedTensors, is_released_format, released_model_config
+from dijiang_model.config import ModelConfig
+from dijiang_model.errors import CheckpointError, QuantizationError
+from dijiang_model.families import build_model
+from dijiang_model.formats.atomic_folder import atomic_folder
 from dijiang_model.formats.json_fields import read_json_object
 from dijiang_model.formats.problem_list import problem_list
-from dijiang_model.formats.released_format import ReleasedTensors, is_released_format, released_model_config
 from dijiang_model.formats.safetensors_writer import DEFAULT_SHARD_BYTES, num_bytes, write_tensors, write_text
 from dijiang_model.formats.tensor_files import TensorInfo, TensorSource, open_tensors
 from dijiang_model.model import DiJiangForCausalLM

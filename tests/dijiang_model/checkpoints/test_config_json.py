@@ -9,9 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPTNeoXConfig, LlamaConfig, OPTConfig
 
-from dijiang_model.config import SINK_RANGE, AttentionConfig, FeatureConfig, ModelConfig
-from dijiang_model.errors import ConfigError
-from dijiang_model.formats.config_json import (
+from dijiang_model.checkpoints.config_json import (
     Origin,
     StoredConfig,
     base_document,
@@ -19,7 +17,9 @@ from dijiang_model.formats.config_json import (
     read_stored_config,
     stored_config_text,
 )
-from dijiang_model.formats.hf_config import base_model_config
+from dijiang_model.checkpoints.hf_config import base_model_config
+from dijiang_model.config import SINK_RANGE, AttentionConfig, FeatureConfig, ModelConfig
+from dijiang_model.errors import ConfigError
 from tests.tiny_models import HYBRID, gpt_neox_config, llama_config, opt_config
 
 PYTHIA = {

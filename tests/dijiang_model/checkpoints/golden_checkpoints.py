@@ -1,4 +1,4 @@
-"""The golden checkpoints, read by hand: independent of `dijiang_model.formats.checkpoints`, which has to agree."""
+"""The golden checkpoints, read by hand: independent of `dijiang_model.checkpoints.checkpoint`, which has to agree."""
 
 import json
 from dataclasses import dataclass
