@@ -87,7 +87,7 @@ def serve(
     server = uvicorn.Server(config)
     if drain_timeout_s is not None:
         server = DrainingServer(config, service, engine, drain_timeout_s=drain_timeout_s)
-    thread = threading.Thread(target=lambda: asyncio.run(server.startup.assemble()), daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     deadline = time.monotonic() + PATIENCE_S
     while not server.started:
