@@ -24,7 +24,11 @@ from dijiang_model.checkpoints.config_json import (
     parse_stored_config,
     stored_config_text,
 )
-from dijiang_model.checkpoints.released_format import ReleasedTensors, is_released_format, released_model_config
+from dijiang_model.checkpoints.released_format import (
+    ReleasedTensors,
+    is_released_format,
+    released_model_config,
+)
 from dijiang_model.config import ModelConfig
 from dijiang_model.errors import CheckpointError, QuantizationError
 from dijiang_model.families import build_model
@@ -251,7 +255,7 @@ def write_checkpoint(
         read: gives a tensor of just that shape and dtype.
         fill: adds further files (tokenizer, model card) to the folder before it appears.
         max_shard_bytes: data bytes of a file of weights; a larger tensor gets a file of its own.
-        overwrite: replace a non-empty `out`, which is refused otherwise.
+        overwrite: replace a model that this program saved in `out`, which is refused otherwise.
         on_written: called with the bytes of each tensor after it was written.
 
     Raises:
