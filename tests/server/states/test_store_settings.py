@@ -48,8 +48,8 @@ def test_without_the_extra_the_operator_is_told_what_to_install(
 ) -> None:
     monkeypatch.delitem(sys.modules, "server.states.postgres.shared")
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    for name in ("postgres", "shared_schema", "shared_rows", "shared_database"):
-        monkeypatch.delitem(sys.modules, f"server.states.{name}")
+    for name in ("connections", "schema", "rows", "database"):
+        monkeypatch.delitem(sys.modules, f"server.states.postgres.{name}")
     with pytest.raises(StoreError, match=r"pip install 'dijiang\[postgres\]'"):
         open_store(Settings(state_store=URL, states_folder=tmp_path), "tiny", Console(file=io.StringIO()))
 

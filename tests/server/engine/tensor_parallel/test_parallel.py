@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from dijiang_model.errors import ModelError
 from server.engine.engine import Engine
 from server.engine.failures import EXIT_LOAD_FAILED, EXIT_STEP_FAILED
-from server.engine.loading import load_engine
+from server.engine.process.main import load_engine
 from server.engine.tensor_parallel.assemble import load_parallel_engine
 from server.engine.tensor_parallel.ranks import EXIT_RANK_DIED
 from server.engine.types.logprobs import LogprobOptions
@@ -295,7 +295,8 @@ def test_what_another_rank_cannot_load_is_told_and_ends_all(tmp_path: Path, monk
         load_parallel_engine(config_of(tmp_path, tensor_parallel=2))
     torch.set_num_threads(threads)
     assert not rank_folders(tmp_path)
-    assert not [child for child in psutil.Process().children() if "parallel_worker" in " ".join(child.cmdline())]
+    commands = [" ".join(child.cmdline()) for child in psutil.Process().children()]
+    assert not [command for command in commands if "tensor_parallel.worker" in command]
 
 
 def test_the_exit_status_is_one_of_its_own() -> None:
