@@ -15,9 +15,9 @@ from tokenizers import Tokenizer as HfTokenizer
 from torch import Tensor
 
 from dijiang_model.checkpoints import load_model
-from dijiang_model.config_json import read_stored_config
+from dijiang_model.config_json import CONFIG_FILE, read_stored_config
 from dijiang_model.conversion.adapters import adapted_model, load_adapter
-from dijiang_model.conversion.evaluate import Score, Variant, gap_closed, load_teacher, score, variants
+from dijiang_model.conversion.evaluate import Score, Variant, gap_closed, score, variants
 from dijiang_model.conversion.evaluate_long import LENGTH, LongScore, long_score, streams, tokens_to_read
 from dijiang_model.conversion.evaluate_rounded import Rounding, rounded_variants
 from dijiang_model.conversion.evaluate_speed import CONTEXTS, Speed, measure_speed
@@ -25,6 +25,7 @@ from dijiang_model.conversion.model_card import title
 from dijiang_model.conversion.recall import Recall, distances_within, recall_probe
 from dijiang_model.conversion.report import Evaluation, card_table, check_report_folder, json_line, write_report
 from dijiang_model.conversion.student import check_trainable
+from dijiang_model.conversion.teacher import check_teacher, load_teacher
 from dijiang_model.conversion.text_windows import load_tokenizer, load_windows, text_files
 from dijiang_model.errors import ModelError
 from dijiang_model.model import DiJiangForCausalLM
@@ -135,7 +136,9 @@ def load_subjects(
     Raises:
         ModelError: anything wrong with the models or the adapters.
     """
-    model, origin = load_model(folder, device=device), read_stored_config(folder).origin
+    stored = read_stored_config(folder)
+    check_teacher(stored, teacher_path)
+    model, origin = load_model(folder, device=device), stored.origin
     tokens_trained, training = origin.tokens_trained, origin.recipe
     if adapter is not None:
         loaded = load_adapter(adapter)
@@ -194,7 +197,7 @@ def evaluate(
 
 
 def _load_control(path: Path, teacher: DiJiangForCausalLM) -> tuple[DiJiangForCausalLM, str]:
-    if path.is_dir():
+    if (path / CONFIG_FILE).is_file():
         origin = read_stored_config(path).origin
         return load_model(path, device=teacher.device), f"{origin.tokens_trained:,} tokens, {origin.recipe}"
     adapter = load_adapter(path)

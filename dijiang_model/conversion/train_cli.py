@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from dijiang_model.config import Basis, FeatureConfig
+from dijiang_model.conversion.adapters import ADAPTER_FILE
 from dijiang_model.conversion.distill import Precision
 from dijiang_model.conversion.loss_plot import plot_losses
 from dijiang_model.conversion.peers import joined
-from dijiang_model.conversion.train import ADAPTER_FILE, Trainer, TrainingOptions
+from dijiang_model.conversion.train import Trainer, TrainingOptions
 from dijiang_model.conversion.train_progress import replay, run
 from dijiang_model.conversion.train_setup import PLOT_FILE, StudentOptions, prepare_run
 from dijiang_model.conversion.training_log import LOG_FILE, read_log

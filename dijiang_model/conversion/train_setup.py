@@ -10,14 +10,21 @@ from dijiang_model.checkpoints import load_model
 from dijiang_model.config import FeatureConfig, ModelConfig
 from dijiang_model.config_json import parse_layers
 from dijiang_model.conversion import calibrate
-from dijiang_model.conversion.adapters import Adapter, AdapterInfo, adapted_model, load_adapter, model_fingerprint
+from dijiang_model.conversion.adapters import (
+    ADAPTER_FILE,
+    Adapter,
+    AdapterInfo,
+    adapted_model,
+    load_adapter,
+    model_fingerprint,
+)
 from dijiang_model.conversion.chat_prompt import load_chat_prompt
 from dijiang_model.conversion.peers import ALONE, Peers
 from dijiang_model.conversion.self_distill import write_answers
 from dijiang_model.conversion.student import check_trainable, new_student, with_features
 from dijiang_model.conversion.text_mixture import Mixture, TextSource, load_mixture, parse_source
 from dijiang_model.conversion.text_windows import load_tokenizer
-from dijiang_model.conversion.train import ADAPTER_FILE, CHECKPOINT_FILE, Trainer, TrainingOptions
+from dijiang_model.conversion.train import CHECKPOINT_FILE, Trainer, TrainingOptions
 from dijiang_model.conversion.training_log import LOG_FILE
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.outputs import check_new_run, output_folder

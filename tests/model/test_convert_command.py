@@ -15,11 +15,12 @@ from dijiang_model.config_json import read_stored_config
 from dijiang_model.conversion import default_model
 from dijiang_model.conversion.adapters import Adapter, AdapterInfo, load_adapter, model_fingerprint, save_adapter
 from dijiang_model.conversion.cli import convert_command, parse_size
-from dijiang_model.conversion.convert import convert, sha256_of
+from dijiang_model.conversion.convert import convert
 from dijiang_model.conversion.default_folder import MODEL_NAME
 from dijiang_model.conversion.default_model import ensure_default_model
 from dijiang_model.conversion.kernel_training import kernel_tensors
 from dijiang_model.conversion.recipes import Recipe
+from dijiang_model.conversion.sources import sha256_of
 from dijiang_model.errors import ConversionError
 from tests.model.teachers import llama_teacher, save_teacher, write_gguf
 

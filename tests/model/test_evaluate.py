@@ -20,7 +20,6 @@ from dijiang_model.conversion.evaluate import (
     Variant,
     equal_window,
     gap_closed,
-    load_teacher,
     score,
     variants,
 )
@@ -28,6 +27,7 @@ from dijiang_model.conversion.evaluate_cli import Measurements, evaluate, evalua
 from dijiang_model.conversion.evaluate_long import long_score
 from dijiang_model.conversion.recall import recall_probe
 from dijiang_model.conversion.report import LONG_RANGES, RANGES, Evaluation, json_line, markdown, write_report
+from dijiang_model.conversion.teacher import load_teacher
 from dijiang_model.conversion.text_windows import load_tokenizer
 from dijiang_model.conversion.train_cli import train_command
 from dijiang_model.errors import ConversionError

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from dijiang_model.checkpoints import load_model
 from dijiang_model.conversion.convert import convert
-from dijiang_model.conversion.evaluate import load_teacher
+from dijiang_model.conversion.teacher import load_teacher
 from dijiang_model.hf_config import base_model_config
 from dijiang_model.ops.training import HybridAttention, SoftmaxAttention, run_segments
 from tests.model.published_configs import PUBLISHED, save, tiny_teacher

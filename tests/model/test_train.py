@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 from dijiang_model.checkpoints import load_model
 from dijiang_model.config import FeatureConfig
+from dijiang_model.conversion.adapters import ADAPTER_FILE
 from dijiang_model.conversion.kernel_training import kernel_tensors
 from dijiang_model.conversion.text_mixture import load_mixture, parse_source
 from dijiang_model.conversion.text_windows import TokenWindows, load_tokenizer, load_windows
-from dijiang_model.conversion.train import ADAPTER_FILE, Trainer, TrainingOptions, train
+from dijiang_model.conversion.train import Trainer, TrainingOptions, train
 from dijiang_model.conversion.train_setup import StudentOptions, prepare_run
 from dijiang_model.conversion.training_log import LOG_FILE, read_log
 from dijiang_model.errors import CheckpointError, ConversionError

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dijiang_model.conversion.train import ADAPTER_FILE, train
+from dijiang_model.conversion.adapters import ADAPTER_FILE
+from dijiang_model.conversion.train import train
 from dijiang_model.conversion.train_setup import prepare_run
 from tests.model.test_train import STUDENT, options
 from tests.model.test_train_peers import launched

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from typer import Typer
 from typer.testing import CliRunner
 
-from dijiang_model.conversion.adapters import load_adapter
-from dijiang_model.conversion.train import ADAPTER_FILE, CHECKPOINT_FILE, train
+from dijiang_model.conversion.adapters import ADAPTER_FILE, load_adapter
+from dijiang_model.conversion.train import CHECKPOINT_FILE, train
 from dijiang_model.conversion.train_cli import train_command
 from dijiang_model.conversion.train_setup import prepare_run
 from dijiang_model.conversion.training_log import LOG_FILE, read_log

@@ -14,11 +14,12 @@ from torch import Tensor
 from typer import Typer
 from typer.testing import CliRunner
 
+from dijiang_model.conversion.adapters import ADAPTER_FILE
 from dijiang_model.conversion.distill import imitation_loss, layer_losses
 from dijiang_model.conversion.kernel_training import make_trainable
 from dijiang_model.conversion.lora import attach_lora
 from dijiang_model.conversion.peers import ALONE, Peers, joined
-from dijiang_model.conversion.train import ADAPTER_FILE, train
+from dijiang_model.conversion.train import train
 from dijiang_model.conversion.train_cli import train_command
 from dijiang_model.conversion.train_setup import prepare_run
 from dijiang_model.errors import CheckpointError, ConversionError
