@@ -61,6 +61,7 @@ class Origin:
         converter_version: of the code that wrote the model (`conversion.convert.CONVERTER_VERSION`); 0: none.
         source_sha256: of a source that is one file; None otherwise.
         adapter_sha256: of the adapter file that was merged last; None: none was.
+        teacher_fingerprint: of a source that is a folder (`conversion.teacher.source_fingerprint`); None otherwise.
     """
 
     recipe: str
@@ -72,6 +73,7 @@ class Origin:
     converter_version: int = 0
     source_sha256: str | None = None
     adapter_sha256: str | None = None
+    teacher_fingerprint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,9 @@ def read_stored_config(path: Path) -> StoredConfig:
 def parse_stored_config(document: Mapping[str, object]) -> StoredConfig:
     """As `read_stored_config`, from the parsed JSON object."""
     if document.get("model_type") != MODEL_TYPE:
-        raise ConfigError(f"model_type is {document.get('model_type')!r}, must be {MODEL_TYPE!r}")
+        raise ConfigError(
+            f"model_type is {document.get('model_type')!r}, must be {MODEL_TYPE!r}; `dijiang convert` makes such models"
+        )
     version = document.get("format_version")
     if version != FORMAT_VERSION:
         raise ConfigError(f"format_version is {version!r}, this code reads {FORMAT_VERSION}")
@@ -143,7 +147,7 @@ def stored_config_text(stored: StoredConfig) -> str:
             "eos_token_ids": list(config.eos_token_ids),
             "pad_token_id": config.pad_token_id,
             **({} if quantization is None else {"quantization": asdict(quantization)}),
-            "origin": asdict(stored.origin),
+            "origin": _origin_document(stored.origin),
         },
     }
     if parse_stored_config(document).config != config:
@@ -319,6 +323,13 @@ def _quantization(section: Fields) -> Quantization:
     return quantization
 
 
+def _origin_document(origin: Origin) -> dict[str, object]:
+    document = asdict(origin)
+    if origin.teacher_fingerprint is None:
+        del document["teacher_fingerprint"]
+    return document
+
+
 def _origin(section: Fields) -> Origin:
     section.only([field.name for field in fields(Origin)])
     return Origin(
@@ -331,6 +342,7 @@ def _origin(section: Fields) -> Origin:
         converter_version=section.integer("converter_version", 0, minimum=0),
         source_sha256=section.optional_text("source_sha256"),
         adapter_sha256=section.optional_text("adapter_sha256"),
+        teacher_fingerprint=section.optional_text("teacher_fingerprint"),
     )
 
 

@@ -16,6 +16,7 @@ from dijiang_model.formats.json_fields import Fields
 MAX_LAYERS = 1024
 DEFAULT_THETA = 10_000.0
 
+_WINDOW_SWITCH = "use_sliding_window"
 _REFUSED = {
     "sliding_window": "a sliding window",
     "quantization_config": "quantized weights",
@@ -202,6 +203,8 @@ def _rope(fields: Fields, *, theta_name: str, factor_name: str, default_factor: 
     for name in ("rope_parameters", "rope_scaling"):
         kinds = fields.nested(name)
         kind = kinds.value("rope_type") if "rope_type" in kinds else kinds.value("type")
+        if kind == "linear" and kinds.number("factor", 1.0) == 1:
+            continue
         if kind not in (None, "default"):
             fields.report(f"{name} of type {kind!r} is not supported, only unscaled rotary embeddings are")
         elif any(isinstance(kinds.value(member), dict) for member in kinds.names()):
@@ -246,7 +249,8 @@ def _token_id(fields: Fields, name: str, default: int | None, vocab_size: int) -
 
 def _refuse_unsupported(fields: Fields) -> None:
     for name, words in _REFUSED.items():
-        if name in fields:
+        is_off = fields.value(name) in ({}, 0) or (name == "sliding_window" and fields.value(_WINDOW_SWITCH) is False)
+        if name in fields and not is_off:
             fields.report(f"{name} is set; {words} is not supported")
     kinds = fields.value("layer_types")
     if isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds):

@@ -62,9 +62,14 @@ class GgufSource:
             self._reader = gguf.GGUFReader(path)
             self.metadata: dict[str, Any] = {key: field.contents() for key, field in self._reader.fields.items()}
         except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
-            raise ConversionError(f"{path} is not a readable GGUF file: {error}") from error
+            raise ConversionError(_unreadable(path, error)) from error
         if self._reader.byte_order == "S":
             raise ConversionError(f"{path} was written for the other byte order, which is not supported")
+        parts = self.metadata.get("split.count", 1)
+        if _is_number(parts) and parts > 1:
+            raise ConversionError(
+                f"{path} is one of {parts} parts; join them first: llama-gguf-split --merge FIRST_PART WHOLE"
+            )
         architecture = self.metadata.get("general.architecture")
         if architecture != "llama":
             raise ConversionError(f"{path} has the GGUF architecture {architecture!r}; only llama is supported")
@@ -156,7 +161,9 @@ class GgufSource:
         problems = [
             f"llama.{key} is set: {words} is not supported" for key, words in _REFUSED.items() if self._value(key)
         ]
-        if self._value("rope.scaling.type", "none") != "none" or "rope_freqs.weight" in self._infos:
+        is_linear_one = self._value("rope.scaling.type") == "linear" and self._value("rope.scaling.factor", 1.0) == 1.0
+        is_scaled = self._value("rope.scaling.type", "none") != "none" and not is_linear_one
+        if is_scaled or "rope_freqs.weight" in self._infos:
             problems.append("the rotary embedding is scaled, which is not supported")
         sizes = {key: self._value(key, self._head_size) for key in ("rope.dimension_count", "attention.value_length")}
         return problems + [
@@ -183,6 +190,17 @@ _REFUSED = {
     "attention.scale": "another attention scale",
 }
 _TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    """Why a file cannot be read as GGUF, in words that say what to do."""
+    if isinstance(error, OSError):
+        return f"{path} cannot be read: {error.strerror}"
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            return f"{path} is not a readable GGUF file: it does not begin with GGUF"
+    size = path.stat().st_size
+    return f"{path} is not a readable GGUF file: it is cut short or damaged ({size:,} bytes); fetch it again"
 
 
 def _is_number(value: object) -> bool:

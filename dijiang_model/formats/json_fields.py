@@ -12,6 +12,7 @@ from typing import cast
 
 from dijiang_model.errors import ConfigError
 from dijiang_model.formats.problem_list import problem_list
+from dijiang_model.formats.stub_files import stub_problem
 
 MAX_FILE_BYTES = 16 * 2**20
 
@@ -140,6 +141,9 @@ def read_json_object(path: Path) -> dict[str, object]:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigError(f"{path} has {path.stat().st_size:,} bytes, at most {MAX_FILE_BYTES:,} are read")
+        problem = stub_problem(path)
+        if problem is not None:
+            raise ConfigError(problem)
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None

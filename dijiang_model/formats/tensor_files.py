@@ -6,6 +6,7 @@ with torch's `weights_only` loader: anything in them but tensors is refused, no 
 """
 
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from torch import Tensor
 from dijiang_model.errors import CheckpointError, ConfigError
 from dijiang_model.formats.json_fields import read_json_object
 from dijiang_model.formats.problem_list import problem_list
+from dijiang_model.formats.stub_files import stub_problem
 
 SAFETENSORS_FILE = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -113,19 +115,53 @@ def open_tensors(folder: Path) -> TensorSource:
     Raises:
         CheckpointError: no weights, damaged files, or files that contradict their index; all of it listed.
     """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder")
     for single, index in ((SAFETENSORS_FILE, SAFETENSORS_INDEX), (TORCH_FILE, TORCH_INDEX)):
-        if (folder / index).is_file():
-            return _open_sharded(folder, index)
+        # As transformers looks: a whole file is read even where an index of other files was left beside it.
         if (folder / single).is_file():
             infos, _ = _open(folder / single)
             return _Files(dict.fromkeys(infos, folder / single), infos)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder")
-    raise CheckpointError(f"{folder} has neither {SAFETENSORS_FILE} nor {TORCH_FILE} nor an index of shards")
+        if (folder / index).is_file():
+            return _open_sharded(folder, _weight_map(folder / index), index)
+    for stem, suffix in (("model", SAFETENSORS_SUFFIX), ("pytorch_model", ".bin")):
+        shards = _shards(folder, stem, suffix)
+        if shards:
+            owners = {name: shard for shard in shards for name in _open(folder / shard)[0]}
+            return _open_sharded(folder, owners, "their names")
+    raise CheckpointError(f"{folder} has neither {SAFETENSORS_FILE} nor {TORCH_FILE} nor shards of them")
 
 
-def _open_sharded(folder: Path, index: str) -> TensorSource:
-    weight_map = _weight_map(folder / index)
+def has_weights(folder: Path) -> bool:
+    """Whether `open_tensors` would find files of weights in a folder, readable or not."""
+    names = (SAFETENSORS_FILE, SAFETENSORS_INDEX, TORCH_FILE, TORCH_INDEX)
+    patterns = (f"model-*-of-*{SAFETENSORS_SUFFIX}", "pytorch_model-*-of-*.bin")
+    return any((folder / name).is_file() for name in names) or any(any(folder.glob(name)) for name in patterns)
+
+
+def _shards(folder: Path, stem: str, suffix: str) -> list[str]:
+    """Names such as `model-00001-of-00003.safetensors` where no index lists them.
+
+    Raises:
+        CheckpointError: some of them are missing.
+    """
+    pattern = re.compile(re.escape(stem) + r"-(\d{1,6})-of-(\d{1,6})" + re.escape(suffix))
+    found = {
+        name: match for name in sorted(path.name for path in folder.iterdir()) if (match := pattern.fullmatch(name))
+    }
+    if not found:
+        return []
+    totals, numbers = {int(match[2]) for match in found.values()}, [int(match[1]) for match in found.values()]
+    if len(totals) > 1 or sorted(numbers) != list(range(1, max(totals) + 1)):
+        wanted = " or ".join(map(str, sorted(totals)))
+        raise CheckpointError(
+            f"{folder} has no index, and only {len(found)} of {wanted} shards: {', '.join(found)}"[:500]
+        )
+    return list(found)
+
+
+def _open_sharded(folder: Path, weight_map: Mapping[str, str], index: str) -> TensorSource:
+    """Args: weight_map: file by tensor; index: what says so."""
     locations: dict[str, Path] = {}
     infos: dict[str, TensorInfo] = {}
     problems: list[str] = []
@@ -162,6 +198,9 @@ def _weight_map(path: Path) -> dict[str, str]:
 def _open(path: Path) -> tuple[dict[str, TensorInfo], Callable[[str], Tensor]]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
+    problem = stub_problem(path)
+    if problem is not None:
+        raise CheckpointError(problem)
     return _open_safetensors(path) if path.suffix == SAFETENSORS_SUFFIX else _open_torch(path)
 
 

@@ -15,19 +15,15 @@ from tokenizers import Tokenizer as HfTokenizer
 from torch import Tensor
 
 from dijiang_model.checkpoints.checkpoint import load_model
-from dijiang_model.checkpoints.config_json import read_stored_config
-from dijiang_model.conversion.evaluation.evaluate import Score, Variant, gap_closed, load_teacher, score, variants
+from dijiang_model.checkpoints.config_json import CONFIG_FILE, read_stored_config
+from dijiang_model.conversion.evaluation.evaluate import Score, Variant, gap_closed, score, variants
 from dijiang_model.conversion.evaluation.long_texts import LENGTH, LongScore, long_score, streams, tokens_to_read
 from dijiang_model.conversion.evaluation.measured import Evaluation
 from dijiang_model.conversion.evaluation.quantized import Rounding, rounded_variants
 from dijiang_model.conversion.evaluation.recall import Recall, distances_within, recall_probe
-from dijiang_model.conversion.evaluation.report import (
-    card_table,
-    check_report_folder,
-    json_line,
-    write_report,
-)
+from dijiang_model.conversion.evaluation.report import card_table, check_report_folder, json_line, write_report
 from dijiang_model.conversion.evaluation.speed import CONTEXTS, Speed, measure_speed
+from dijiang_model.conversion.evaluation.teacher import check_teacher, load_teacher
 from dijiang_model.conversion.model_card import title
 from dijiang_model.conversion.training.adapters import adapted_model, load_adapter
 from dijiang_model.conversion.training.student import check_trainable
@@ -141,7 +137,9 @@ def load_subjects(
     Raises:
         ModelError: anything wrong with the models or the adapters.
     """
-    model, origin = load_model(folder, device=device), read_stored_config(folder).origin
+    stored = read_stored_config(folder)
+    check_teacher(stored, teacher_path)
+    model, origin = load_model(folder, device=device), stored.origin
     tokens_trained, training = origin.tokens_trained, origin.recipe
     if adapter is not None:
         loaded = load_adapter(adapter)
@@ -200,7 +198,7 @@ def evaluate(
 
 
 def _load_control(path: Path, teacher: DiJiangForCausalLM) -> tuple[DiJiangForCausalLM, str]:
-    if path.is_dir():
+    if (path / CONFIG_FILE).is_file():
         origin = read_stored_config(path).origin
         return load_model(path, device=teacher.device), f"{origin.tokens_trained:,} tokens, {origin.recipe}"
     adapter = load_adapter(path)

@@ -8,19 +8,12 @@ its linear part or its window switched off.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dijiang_model.checkpoints.checkpoint import load_model
-from dijiang_model.checkpoints.config_json import CONFIG_FILE, MODEL_TYPE
-from dijiang_model.conversion.recipes import Recipe, converted_config
-from dijiang_model.conversion.sources.source import open_source
 from dijiang_model.errors import ConversionError
-from dijiang_model.families import build_model
-from dijiang_model.formats.json_fields import read_json_object
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention, run_segments
@@ -74,29 +67,6 @@ class Score:
         start = EDGES.index(FAR_FROM)
         count = float(self.counts[start:].sum())
         return float(self.losses[start:].sum()) / count if count else None
-
-
-def load_teacher(path: Path, *, device: torch.device | str = "cpu") -> DiJiangForCausalLM:
-    """The unconverted weights in our blocks: of an HF folder, a GGUF file, or an untrained conversion.
-
-    Raises:
-        ModelError: see `open_source` and `load_model`.
-    """
-    if path.is_dir() and read_json_object(path / CONFIG_FILE).get("model_type") == MODEL_TYPE:
-        return load_model(path, device=device)
-    source = open_source(path)
-    if source.is_dijiang:
-        raise ConversionError(f"{path} is a DiJiang checkpoint, not the softmax model that it was made from")
-    config = converted_config(source.config, Recipe.PURE, window=0, sinks=0)
-    model = build_model(config, dtype=torch.float32)
-    tensors = {
-        name: torch.zeros(wanted.shape, device=device)
-        if ".linear." in name
-        else source.tensors.read(name).to(device=device, dtype=wanted.dtype).contiguous()
-        for name, wanted in model.state_dict().items()
-    }
-    model.load_state_dict(tensors, strict=True, assign=True)
-    return model.prepare()
 
 
 def variants(

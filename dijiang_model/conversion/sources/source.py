@@ -1,7 +1,8 @@
 """What can be converted: an HF folder, a GGUF file, or a DiJiang checkpoint to be saved anew."""
 
+import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,11 +13,19 @@ from dijiang_model.checkpoints.released_format import is_released_format
 from dijiang_model.config import ModelConfig
 from dijiang_model.conversion.sources.gguf_tokenizer import write_gguf_tokenizer
 from dijiang_model.conversion.sources.tokenizer_files import write_tokenizer
+from dijiang_model.conversion.training.adapters import fingerprint
 from dijiang_model.errors import ConversionError
+from dijiang_model.families import FAMILIES, build_model
 from dijiang_model.formats.gguf_source import GgufSource
 from dijiang_model.formats.json_fields import read_json_object
 from dijiang_model.formats.tensor_files import RenamedTensors, TensorSource, open_tensors
 
+COMPARED_ROWS = 4096
+HASH_BYTES = 2**22
+UNTIED_NOTE = (
+    "The config ties the output head to the embedding, but the stored head differs from it: the head is kept, untied."
+)
+_COMPILED, _WRAPPER = "_orig_mod.", "module."
 GENERATION_CONFIG_FILE = "generation_config.json"
 MAX_CARD_BYTES = 2**20
 
@@ -34,6 +43,9 @@ class Source:
         dequantised_from: quantized types, e.g. `Q4_1, Q8_0`.
         write_tokenizer: writes the tokenizer into a folder; False where the source has none.
         tokens_trained: seen since the swap, of a DiJiang checkpoint of our format.
+        eos_token_ids: that the source's configs name; the tokenizer may name another. Empty: none is named.
+        notes: sentences on what was found and decided, for the user.
+        source_sha256, teacher_fingerprint: of a DiJiang checkpoint of our format, as it has recorded them.
     """
 
     base: Mapping[str, object]
@@ -45,20 +57,38 @@ class Source:
     dequantised_from: str | None
     write_tokenizer: Callable[[Path], bool]
     tokens_trained: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+    source_sha256: str | None = None
+    teacher_fingerprint: str | None = None
 
 
 def open_source(path: Path) -> Source:
-    """Opens a folder or a `.gguf` file.
+    """Opens a folder or a GGUF file, as `find_source` gives it.
 
     Raises:
         ConversionError: nothing that can be converted.
         ConfigError, CheckpointError: it can, but its config or its weights are unsupported or damaged.
     """
-    if path.is_dir():
-        return _open_folder(path)
-    if path.is_file() and path.suffix.lower() == ".gguf":
-        return _open_gguf(path)
-    raise ConversionError(f"{path} is neither a model folder nor a .gguf file")
+    return _open_folder(path) if path.is_dir() else _open_gguf(path)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def source_fingerprint(source: Source) -> str | None:
+    """Of the weights in an HF folder (see `adapters.fingerprint`); of another source what it has recorded."""
+    if source.is_dijiang:
+        return source.teacher_fingerprint
+    own = build_model(source.config).state_dict()
+    infos = {name: info for name, info in source.tensors.infos().items() if name in own}
+    return fingerprint(source.config, infos, source.tensors.read)
 
 
 def _open_gguf(path: Path) -> Source:
@@ -76,6 +106,7 @@ def _open_gguf(path: Path) -> Source:
         licence=licence if isinstance(licence, str) else None,
         dequantised_from=", ".join(gguf.quantized_types) or None,
         write_tokenizer=lambda folder: write_gguf_tokenizer(path, gguf.metadata, folder, vocab_size=config.vocab_size),
+        eos_token_ids=gguf.eos_token_ids(),
     )
 
 
@@ -85,12 +116,16 @@ def _open_folder(path: Path) -> Source:
         return _open_own(path)
     base = {name: value for name, value in document.items() if name != "auto_map"}
     backbone = base_model_config(base)
-    tensors = _with_prefix(open_tensors(path), backbone)
+    tensors = with_usual_names(open_tensors(path), backbone)
     is_dijiang = is_released_format(tensors.infos())
     if is_dijiang:
         checkpoint = open_checkpoint(path)
         backbone, tensors = checkpoint.config, checkpoint.tensors
-    config = _with_generation_config(path, backbone)
+    notes: tuple[str, ...] = ()
+    if backbone.tie_word_embeddings and not has_equal_head(tensors, backbone):
+        base, notes = base | {"tie_word_embeddings": False}, (UNTIED_NOTE,)
+        backbone = replace(backbone, tie_word_embeddings=False)
+    config, eos_token_ids = backbone, _named_ends(path, document, backbone)
     return Source(
         base=base,
         config=config,
@@ -100,14 +135,46 @@ def _open_folder(path: Path) -> Source:
         licence=_licence(path),
         dequantised_from=None,
         write_tokenizer=lambda folder: write_tokenizer(path, folder, vocab_size=config.vocab_size),
+        eos_token_ids=eos_token_ids,
+        notes=notes,
     )
 
 
-def _with_prefix(tensors: TensorSource, config: ModelConfig) -> TensorSource:
-    """The first OPT checkpoints were saved without the outer module's prefix, as HF's loader knows too."""
-    if config.family != "opt" or not any(name.startswith("decoder.") for name in tensors.infos()):
-        return tensors
-    return RenamedTensors(tensors, lambda name: f"model.{name}" if name.startswith("decoder.") else name)
+def with_usual_names(tensors: TensorSource, config: ModelConfig) -> TensorSource:
+    """The tensors under the family's names, whatever wrapped the module that was saved.
+
+    `torch.compile` puts `_orig_mod.` into names, data-parallel training `module.` before them; a backbone that was
+    saved without its head lacks the outer prefix, as the first OPT checkpoints do. A tied embedding may be stored as
+    the head.
+    """
+    names = [name.replace(_COMPILED, "") for name in tensors.infos()]
+    wrapper = _WRAPPER if names and all(name.startswith(_WRAPPER) for name in names) else ""
+    names = [name.removeprefix(wrapper) for name in names]
+    model = FAMILIES[config.family]
+    head, embedding = f"{model.HEAD_PATH}.weight", f"{model.EMBEDDING_PATH}.weight"
+    outer = model.EMBEDDING_PATH.partition(".")[0] + "."
+    lacks_outer = not any(name.startswith(outer) for name in names)
+    is_stored_as_head = config.tie_word_embeddings and head in names and embedding not in names and not lacks_outer
+
+    def usual(name: str) -> str:
+        name = name.replace(_COMPILED, "").removeprefix(wrapper)
+        if name == head:
+            return embedding if is_stored_as_head else name
+        return f"{outer}{name}" if lacks_outer else name
+
+    return RenamedTensors(tensors, usual) if any(usual(name) != name for name in tensors.infos()) else tensors
+
+
+def has_equal_head(tensors: TensorSource, config: ModelConfig) -> bool:
+    """Whether the output head may be the embedding: it is not stored, or stored with the same values."""
+    model, infos = FAMILIES[config.family], tensors.infos()
+    head, embedding = f"{model.HEAD_PATH}.weight", f"{model.EMBEDDING_PATH}.weight"
+    if head not in infos or embedding not in infos:
+        return True
+    if infos[head].shape != infos[embedding].shape:
+        return False
+    pairs = zip(tensors.read(head).split(COMPARED_ROWS), tensors.read(embedding).split(COMPARED_ROWS), strict=True)
+    return all(bool((one == other).all()) for one, other in pairs)
 
 
 def _open_own(path: Path) -> Source:
@@ -126,19 +193,38 @@ def _open_own(path: Path) -> Source:
         dequantised_from=stored.origin.dequantised_from,
         write_tokenizer=lambda folder: write_tokenizer(path, folder, vocab_size=stored.config.vocab_size),
         tokens_trained=stored.origin.tokens_trained,
+        eos_token_ids=stored.config.eos_token_ids,
+        source_sha256=stored.origin.source_sha256,
+        teacher_fingerprint=stored.origin.teacher_fingerprint,
     )
 
 
-def _with_generation_config(path: Path, config: ModelConfig) -> ModelConfig:
-    """The ids that HF's `generate` would stop at: those of generation_config.json, if it names any."""
+def _named_ends(path: Path, document: Mapping[str, object], config: ModelConfig) -> tuple[int, ...]:
+    """The ends of an answer that generation_config.json and config.json name."""
     file = path / GENERATION_CONFIG_FILE
     value = read_json_object(file).get("eos_token_id") if file.is_file() else None
-    if value is None:
-        return config
     ids = eos_ids(value)
     if ids is None or any(item >= config.vocab_size for item in ids):
         raise ConversionError(f"{file} has eos_token_id {value!r}, must be ids below vocab_size {config.vocab_size}")
-    return replace(config, eos_token_ids=ids)
+    return _united(ids, config.eos_token_ids if "eos_token_id" in document else ())
+
+
+def with_ends(source: Source, tokenizer_end: int | None) -> Source:
+    """The source with every end of an answer that is named: by its configs, and by its tokenizer.
+
+    A chat model made of a base model often ends its turns with a token that only the tokenizer names. Where nothing
+    names one, the family's default stays.
+
+    Args:
+        tokenizer_end: id of the tokenizer's end of sequence; None: it names none.
+    """
+    ids = _united(source.eos_token_ids, () if tokenizer_end is None else (tokenizer_end,))
+    return replace(source, config=replace(source.config, eos_token_ids=ids)) if ids else source
+
+
+def _united(*ids: Sequence[int]) -> tuple[int, ...]:
+    """Every id once, in the order in which they are named."""
+    return tuple(dict.fromkeys(item for some in ids for item in some))
 
 
 def _name(path: Path, document: Mapping[str, object]) -> str:

@@ -4,12 +4,22 @@ A tokenizer that was built here is tried on text before it is kept: decoding mus
 """
 
 import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from dijiang_model.conversion.sources.added_tokens import MAP_FILE, SETTINGS_FILE, complete_tokenizer, token_text
 from dijiang_model.conversion.sources.sentencepiece_rules import follow_sentencepiece
 from dijiang_model.errors import ConversionError
 from dijiang_model.formats.json_fields import read_json_object
 from dijiang_model.formats.outputs import TOKENIZER_FILES
+from dijiang_model.formats.stub_files import stub_problem
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 _SENTENCEPIECE_FILE = "tokenizer.model"
@@ -19,6 +29,53 @@ _SAMPLES = (
     "In 1789, 25% of  12,345 people\n\tdidn't agree; naïve café, 北京, Ω≈3.14 🙂",
     "def f(x):\n    return x ** 2  # two spaces\n",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class StagedTokenizer:
+    """A tokenizer's files, ready before the model is written.
+
+    Attributes:
+        folder: holds them, and nothing else.
+        is_there: False: the source has none.
+    """
+
+    folder: Path
+    is_there: bool
+
+    def copy_to(self, folder: Path) -> None:
+        for file in self.folder.iterdir():
+            shutil.copyfile(file, folder / file.name)
+
+    @property
+    def end_id(self) -> int | None:
+        """Id of the token that the settings name as the end of a sequence; None: they name none that is known."""
+        settings: dict[str, object] = {}
+        for name in (MAP_FILE, SETTINGS_FILE):  # later files overrule earlier ones
+            settings |= read_json_object(self.folder / name) if (self.folder / name).is_file() else {}
+        text = token_text(settings.get("eos_token"))
+        if text is None or not self.is_there:
+            return None
+        index: int | None = _read(self.folder).token_to_id(text)
+        return index
+
+    def described(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """Tokens for people, e.g. `<|im_end|> (2)`."""
+        if not self.is_there:
+            return tuple(f"{index}" for index in ids)
+        tokenizer = _read(self.folder)
+        return tuple(f"{tokenizer.id_to_token(index)} ({index})" for index in ids)
+
+
+@contextmanager
+def staged_tokenizer(write: Callable[[Path], bool]) -> Iterator[StagedTokenizer]:
+    """Writes a tokenizer into a folder of its own, which is gone when the block ends.
+
+    Args:
+        write: as `write_tokenizer`, with its errors.
+    """
+    with tempfile.TemporaryDirectory(prefix="dijiang-tokenizer-") as folder:
+        yield StagedTokenizer(Path(folder), write(Path(folder)))
 
 
 def write_tokenizer(source: Path, folder: Path, *, vocab_size: int) -> bool:
@@ -33,7 +90,10 @@ def write_tokenizer(source: Path, folder: Path, *, vocab_size: int) -> bool:
     if (source / TOKENIZER_FILE).is_file():
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
+                _refuse_stub(source / name)
                 shutil.copyfile(source / name, folder / name)
+        check_tokenizer(folder, vocab_size=vocab_size, must_round_trip=False)
+        complete_tokenizer(folder / TOKENIZER_FILE, vocab_size=vocab_size)
         check_tokenizer(folder, vocab_size=vocab_size, must_round_trip=False)
         return True
     if any((source / name).is_file() for name in _SLOW_FILES):
@@ -43,18 +103,19 @@ def write_tokenizer(source: Path, folder: Path, *, vocab_size: int) -> bool:
     return False
 
 
+def _refuse_stub(file: Path) -> None:
+    problem = stub_problem(file)
+    if problem is not None:
+        raise ConversionError(problem)
+
+
 def check_tokenizer(folder: Path, *, vocab_size: int, must_round_trip: bool) -> None:
     """Encodes and decodes samples with the folder's `tokenizer.json`.
 
     Raises:
         ConversionError: it does not load, gives ids outside the vocabulary, or changes the text.
     """
-    from tokenizers import Tokenizer  # kept out of the engine's imports
-
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-    except Exception as error:  # tokenizers raises nothing more special
-        raise ConversionError(f"{TOKENIZER_FILE} of the source cannot be read: {error}") from error
+    tokenizer = _read(folder)
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= vocab_size:
         raise ConversionError(f"the tokenizer has ids up to {largest}, the model's vocabulary only {vocab_size} tokens")
@@ -67,9 +128,21 @@ def check_tokenizer(folder: Path, *, vocab_size: int, must_round_trip: bool) -> 
             raise ConversionError(f"the tokenizer built from the source turns {text!r} into {decoded!r}")
 
 
+def _read(folder: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer  # kept out of the engine's imports
+
+    try:
+        return Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ConversionError(f"{TOKENIZER_FILE} of the source cannot be read: {error}") from error
+
+
 def _build(source: Path, folder: Path) -> None:
     from transformers import AutoTokenizer  # seconds to import, and rarely needed
 
+    for name in _SLOW_FILES:
+        if (source / name).is_file():
+            _refuse_stub(source / name)
     config = source / "tokenizer_config.json"
     settings = read_json_object(config) if config.is_file() else {}
     # SentencePiece models of the LLaMA family were trained with a first token, whether the source says so or not.

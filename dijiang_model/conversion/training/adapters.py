@@ -25,10 +25,13 @@ from dijiang_model.errors import CheckpointError
 from dijiang_model.families import build_model
 from dijiang_model.formats.atomic_file import write_atomically
 from dijiang_model.formats.problem_list import problem_list
+from dijiang_model.formats.stub_files import stub_problem
 from dijiang_model.formats.tensor_files import TensorInfo, TensorSource, open_tensors
 from dijiang_model.model import DiJiangForCausalLM
 
 FORMAT = "dijiang-adapter-1"
+ADAPTER_FILE = "adapter.safetensors"
+"""In the folder of a training run."""
 SAMPLED_VALUES = 256
 
 
@@ -101,11 +104,16 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
 
 
 def load_adapter(path: Path) -> Adapter:
-    """Reads an adapter file.
+    """Reads an adapter file, or the one in a run's folder.
 
     Raises:
         CheckpointError: unreadable, or no adapter of this format.
     """
+    if path.is_dir():
+        path = path / ADAPTER_FILE
+    problem = stub_problem(path) if path.is_file() else None
+    if problem is not None:
+        raise CheckpointError(problem)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -113,7 +121,9 @@ def load_adapter(path: Path) -> Adapter:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable adapter: {error}") from error
     if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no adapter of the format {FORMAT}")
+        is_peft = any(".lora_A." in name for name in tensors)
+        hint = "; it is one of the library PEFT: merge it into its base, and convert the result" if is_peft else ""
+        raise CheckpointError(f"{path} is no adapter of the format {FORMAT}{hint}")
     try:
         stated = json.loads(metadata["info"])
         info = AdapterInfo(**{field.name: stated[field.name] for field in fields(AdapterInfo)})

@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from dijiang_model.config import Basis, FeatureConfig
+from dijiang_model.conversion.training.adapters import ADAPTER_FILE
 from dijiang_model.conversion.training.distill import Precision
 from dijiang_model.conversion.training.log import LOG_FILE, read_log
 from dijiang_model.conversion.training.loss_plot import plot_losses
 from dijiang_model.conversion.training.process_group import joined
 from dijiang_model.conversion.training.progress import replay, run
 from dijiang_model.conversion.training.setup import PLOT_FILE, StudentOptions, prepare_run
-from dijiang_model.conversion.training.train import ADAPTER_FILE, Trainer, TrainingOptions
+from dijiang_model.conversion.training.train import Trainer, TrainingOptions
 from dijiang_model.errors import ConversionError, ModelError
 
 Model = Annotated[Path, typer.Argument(help="Folder of a converted model, recipe hybrid or pure, not trained yet.")]

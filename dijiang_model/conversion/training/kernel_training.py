@@ -11,6 +11,8 @@ from dijiang_model.model import DiJiangForCausalLM
 
 VECTORS = ("nodes", "log_weights", "log_decay", "mix_bias", "mix_weight")
 MATRICES = ("far_query_down", "far_query_up")
+PRIORITIES = ("priority_weight", "priority_bias")
+"""Of layers with anchors: chosen by calibration, no gradient reaches them."""
 
 
 class NegativeExponential(nn.Module):
@@ -29,8 +31,8 @@ def make_trainable(model: DiJiangForCausalLM) -> None:
     for attention in model.attentions:
         kernel = attention.linear
         parametrize.register_parametrization(kernel, "log_decay", NegativeExponential())
-        for parameter in kernel.parameters():
-            parameter.requires_grad_(True)
+        for name, parameter in kernel.named_parameters():
+            parameter.requires_grad_(name not in PRIORITIES)
 
 
 def silence(model: DiJiangForCausalLM) -> None:
@@ -51,7 +53,7 @@ def kernel_tensors(model: DiJiangForCausalLM) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for layer, attention in enumerate(model.attentions):
         prefix = f"{model.ATTENTION_PATH.format(layer=layer)}.linear"
-        for name in (*VECTORS, *MATRICES):
+        for name in (*VECTORS, *MATRICES, *PRIORITIES):
             value = getattr(attention.linear, name, None)
             if isinstance(value, Tensor):
                 tensors[f"{prefix}.{name}"] = value.detach().clone()
@@ -73,7 +75,7 @@ def fill_kernels(model: DiJiangForCausalLM, tensors: Mapping[str, Tensor]) -> No
     with torch.no_grad():
         for layer, attention in enumerate(model.attentions):
             prefix = f"{model.ATTENTION_PATH.format(layer=layer)}.linear"
-            for name in (*VECTORS, *MATRICES):
+            for name in (*VECTORS, *MATRICES, *PRIORITIES):
                 value = tensors.get(f"{prefix}.{name}")
                 if value is None:
                     continue

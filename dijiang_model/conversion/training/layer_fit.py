@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.conversion.training.distill import output_weight, random_offset
-from dijiang_model.conversion.training.kernel_training import MATRICES
+from dijiang_model.conversion.training.kernel_training import MATRICES, PRIORITIES
 from dijiang_model.errors import ConversionError
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.model import DiJiangForCausalLM
@@ -26,8 +26,8 @@ from dijiang_model.ops.training.attention import RecordedAttention, SoftmaxAtten
 WARM_UP_STEPS = 8
 LAST_RATE = 0.02
 
-Projected = tuple[Tensor, Tensor, Tensor]
-"""q [T, H, d], k and v [T, G, d] in half precision."""
+Projected = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""q [T, H, d], k and v [T, G, d] in half precision; token scores [T, G] of a layer with anchors."""
 
 
 @dataclass(slots=True)
@@ -51,7 +51,7 @@ class Record:
         self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
     ) -> Tensor:
         """See `ops.AttentionOp`."""
-        self.projected[self.layers[id(kernel)]].append((q.half(), k.half(), v.half()))
+        self.projected[self.layers[id(kernel)]].append((q.half(), k.half(), v.half(), state.token_scores))
         return SoftmaxAttention()(q, k, v, kernel=kernel, layout=layout, state=state)
 
 
@@ -125,7 +125,10 @@ def _fit(
     with torch.no_grad():
         dtype = weight.dtype
         segments = [
-            RecordedAttention.of(*(x.to(dtype) for x in inputs), kernel=kernel, layout=layout) for inputs in projected
+            RecordedAttention.of(
+                *(x.to(dtype) for x in (q, k, v)), kernel=kernel, layout=layout, token_scores=token_scores
+            )
+            for q, k, v, token_scores in projected
         ]
         errors = [_error(segment.window_answer - segment.target, weight) for segment in segments]
     scale = float(torch.stack(errors).mean())
@@ -153,6 +156,7 @@ def _error(difference: Tensor, weight: Tensor) -> Tensor:
 
 def _optimizer(kernel: LinearKernel, rate: float) -> tuple[torch.optim.Optimizer, list[float]]:
     named: list[tuple[str, nn.Parameter]] = list(kernel.named_parameters())
+    named = [(name, parameter) for name, parameter in named if name not in PRIORITIES]
     matrices = [parameter for name, parameter in named if name in MATRICES]
     vectors = [parameter for name, parameter in named if name not in MATRICES]
     groups = [(vectors, rate), (matrices, rate / 10)]

@@ -11,6 +11,7 @@ from dijiang_model.checkpoints.config_json import parse_layers
 from dijiang_model.config import FeatureConfig, ModelConfig
 from dijiang_model.conversion.training import calibrate
 from dijiang_model.conversion.training.adapters import (
+    ADAPTER_FILE,
     Adapter,
     AdapterInfo,
     adapted_model,
@@ -24,7 +25,7 @@ from dijiang_model.conversion.training.self_distill import write_answers
 from dijiang_model.conversion.training.student import check_trainable, new_student, with_features
 from dijiang_model.conversion.training.text_mixture import Mixture, TextSource, load_mixture, parse_source
 from dijiang_model.conversion.training.text_windows import load_tokenizer
-from dijiang_model.conversion.training.train import ADAPTER_FILE, CHECKPOINT_FILE, Trainer, TrainingOptions
+from dijiang_model.conversion.training.train import CHECKPOINT_FILE, Trainer, TrainingOptions
 from dijiang_model.formats.outputs import check_new_run, output_folder
 from dijiang_model.model import DiJiangForCausalLM
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dijiang_model.checkpoints.config_json import attention_document
-from dijiang_model.conversion.training.adapters import Adapter, AdapterInfo, save_adapter
+from dijiang_model.conversion.training.adapters import ADAPTER_FILE, Adapter, AdapterInfo, save_adapter
 from dijiang_model.conversion.training.distill import Precision, imitation_loss, layer_losses, random_offset
 from dijiang_model.conversion.training.kernel_training import (
     MATRICES,
@@ -39,7 +39,7 @@ from dijiang_model.formats.atomic_file import write_atomically
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops.training.attention import HybridAttention, WindowAttention
 
-CHECKPOINT_FILE, ADAPTER_FILE = "checkpoint.pt", "adapter.safetensors"
+CHECKPOINT_FILE = "checkpoint.pt"
 WARM_UP_STEPS = 8
 LAST_RATE = 0.05
 STAGE_ONE_FACTOR = 3.0

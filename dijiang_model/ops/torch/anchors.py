@@ -179,21 +179,19 @@ def far_features(
         rotary: of any positions, for its frequencies.
     """
     keys = loser.wide_keys(kernel.log_decay.dtype)
-    return decayed_features(keys, loser.positions, is_evicted, positions, kernel=kernel, rotary=rotary)
-
-
-def decayed_features(
-    keys: Tensor, key_positions: Tensor, is_evicted: Tensor, positions: Tensor, *, kernel: LinearKernel, rotary: Rotary
-) -> Tensor:
-    """As `far_features`, of rotated keys [T, G, d] and their positions [T, G]."""
     if not kernel.attention.features.rotated:
-        at = Rotary.at(key_positions.flatten(), dims=2 * rotary.cos.shape[-1], theta=rotary.theta, dtype=keys.dtype)
-        keys = Rotary(at.cos, -at.sin, rotary.theta).apply(keys.flatten(0, 1)[:, None]).view_as(keys)
-    distance = torch.where(is_evicted, positions[:, None] - key_positions, 0)
-    weight = (kernel.log_decay * distance).exp() * is_evicted
-    features: Tensor = kernel.phi(keys[:, :, None, :]).squeeze(2)
+        dims = 2 * rotary.cos.shape[-1]
+        at = Rotary.at(loser.positions.flatten(), dims=dims, theta=rotary.theta, dtype=keys.dtype)
+        keys = at.undo(keys.flatten(0, 1)[:, None]).view_as(keys)
+    return decayed_features(keys, is_evicted, positions[:, None] - loser.positions, kernel=kernel)
+
+
+def decayed_features(keys: Tensor, is_evicted: Tensor, distance: Tensor, *, kernel: LinearKernel) -> Tensor:
+    """As `far_features`, of keys [T, G, d] as the features read them, so many tokens [T, G] ago."""
+    weight = (kernel.log_decay * torch.where(is_evicted, distance, 0)).exp()
+    features = kernel.phi(keys[:, :, None, :]).squeeze(2) * weight[..., None]
     # A place that holds nothing yet may hold anything: nothing of it may come through.
-    return torch.where(is_evicted[..., None], features * weight[..., None], 0.0)
+    return torch.where(is_evicted[..., None], features, 0.0)
 
 
 def _prefill(q: Queries, new: PlaceRows, *, kernel: LinearKernel, step: StepLayout, state: LayerState) -> Tensor:

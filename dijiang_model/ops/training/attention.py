@@ -16,8 +16,10 @@ from dijiang_model.kernel import LinearKernel
 from dijiang_model.model import DiJiangForCausalLM, PackedBatch
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
+from dijiang_model.ops.torch.branches import Queries
 from dijiang_model.ops.torch.linear import LinearResult, chunked
 from dijiang_model.ops.torch.window import prefill_window
+from dijiang_model.ops.training.anchors import SegmentPlaces, far_places, near_places, rounded
 
 NO_STATE = LayerState(torch.empty(0), None, None, None)
 """Stands for a layer's state where there is none to read or write."""
@@ -68,7 +70,7 @@ class HybridAttention:
 
     Attributes:
         window: replaces the window of layers that have one; 1 leaves everything but the token itself and the
-            sinks to the linear part. None: the layer's own.
+            sinks to the linear part. None: the layer's own, or its places where it has anchors.
     """
 
     window: int | None = None
@@ -80,10 +82,17 @@ class HybridAttention:
         assert kernel.attention.read_out == "denominator"
         assert kernel.attention.decay == "static"
         with torch.autocast(q.device.type, enabled=False):
-            return self._answer(q, k, v, kernel=kernel, layout=layout)
+            return self._answer(q, k, v, kernel=kernel, layout=layout, token_scores=state.token_scores)
 
-    def _answer(self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout) -> Tensor:
+    def _answer(
+        self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, token_scores: Tensor | None
+    ) -> Tensor:
         rotated = _Rotated.of(q, k, v, kernel=kernel, layout=layout)
+        if kernel.attention.anchors is not None and self.window is None:
+            places = _places(token_scores, layout, kernel)
+            rotated = rotated.in_places(layout, kernel)
+            near = _held(rotated, layout, kernel=kernel, places=places)
+            return _joined(rotated, near, layout, kernel=kernel, window=0, places=places)
         if kernel.attention.window == 0:
             far = _far(rotated, layout, kernel=kernel, window=0)
             assert far.denominator is not None
@@ -103,6 +112,7 @@ class RecordedAttention:
         q: [T, H, d] and k, v: [T, G, d], as projected.
         near, near_denominator: [T, G, R, d] and [T, G, R].
         target: [T, H, d], what full softmax attention answers.
+        places: who is held, of a layer with anchors.
     """
 
     q: Tensor
@@ -111,12 +121,27 @@ class RecordedAttention:
     near: Tensor
     near_denominator: Tensor
     target: Tensor
+    places: SegmentPlaces | None = None
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout) -> "RecordedAttention":
-        """Records a layer whose own window is >= 1."""
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        kernel: LinearKernel,
+        layout: StepLayout,
+        token_scores: Tensor | None = None,
+    ) -> "RecordedAttention":
+        """Records a layer whose own window is >= 1; one with anchors needs the scores of its tokens."""
         rotated = _Rotated.of(q, k, v, kernel=kernel, layout=layout)
-        near = _near(rotated, layout, window=kernel.attention.window, sinks=kernel.attention.sinks)
+        places = None
+        if kernel.attention.anchors is None:
+            near = _near(rotated, layout, window=kernel.attention.window, sinks=kernel.attention.sinks)
+        else:
+            places = _places(token_scores, layout, kernel)
+            near = _held(rotated.in_places(layout, kernel), layout, kernel=kernel, places=places)
         target = SoftmaxAttention()(q, k, v, kernel=kernel, layout=layout, state=NO_STATE)
         return cls(q, k, v, *near, target)
 
@@ -128,8 +153,10 @@ class RecordedAttention:
     def answer(self, *, kernel: LinearKernel, layout: StepLayout) -> Tensor:
         """[T, H, d], as `HybridAttention` answers; with gradients."""
         rotated = _Rotated.of(self.q, self.k, self.v, kernel=kernel, layout=layout)
-        near = (self.near, self.near_denominator)
-        return _joined(rotated, near, layout, kernel=kernel, window=kernel.attention.window)
+        if self.places is not None:
+            rotated = rotated.in_places(layout, kernel)
+        near, window = (self.near, self.near_denominator), kernel.attention.window
+        return _joined(rotated, near, layout, kernel=kernel, window=window, places=self.places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,17 +187,44 @@ class _Rotated:
             far = layout.rotary.apply(kernel.far_query(q)).unflatten(1, groups)
         return cls(rotated, far, rotated, capped, rotated_k, rotated_k, v)
 
+    def in_places(self, layout: StepLayout, kernel: LinearKernel) -> "_Rotated":
+        """With keys and values as places hold them, and as the features read those."""
+        k, v = rounded(self.k), rounded(self.v)
+        return replace(self, k=k, far_k=k if kernel.attention.features.rotated else layout.rotary.undo(k), v=v)
+
 
 def _joined(
-    x: _Rotated, near: tuple[Tensor, Tensor], layout: StepLayout, *, kernel: LinearKernel, window: int
+    x: _Rotated,
+    near: tuple[Tensor, Tensor],
+    layout: StepLayout,
+    *,
+    kernel: LinearKernel,
+    window: int,
+    places: SegmentPlaces | None = None,
 ) -> Tensor:
-    """Window and linear part under one denominator; [T, H, d]."""
-    far = _far(x, layout, kernel=kernel, window=window)
+    """What is held and the linear part under one denominator; [T, H, d]."""
+    if places is None:
+        far = _far(x, layout, kernel=kernel, window=window)
+    else:
+        prefill = _from_scratch(layout)
+        far = far_places(kernel.phi(x.far_q), x.far_k, x.v, places=places, kernel=kernel, layout=prefill)
     assert far.denominator is not None
     mix = kernel.mix(x.mix_q)
     numerator = torch.addcmul(near[0], mix[..., None], far.numerator)
     denominator = torch.addcmul(near[1], mix, far.denominator)
     return (numerator / denominator[..., None]).flatten(1, 2)
+
+
+def _places(token_scores: Tensor | None, layout: StepLayout, kernel: LinearKernel) -> SegmentPlaces:
+    assert token_scores is not None, "a layer with anchors scores its tokens"
+    return SegmentPlaces.of(token_scores, _from_scratch(layout), kernel)
+
+
+def _held(x: _Rotated, layout: StepLayout, *, kernel: LinearKernel, places: SegmentPlaces) -> tuple[Tensor, Tensor]:
+    """Numerator [T, G, R, d] and denominator [T, G, R] of what the places hold."""
+    queries = Queries(near=x.q, far=x.far_q, mix=x.mix_q, sink=x.q_sink)
+    prefill, sinks, scale = _from_scratch(layout), kernel.attention.sinks, kernel.head_size**-0.5
+    return near_places(queries, x.k, x.v, places=places, layout=prefill, sinks=sinks, scale=scale)
 
 
 def _from_scratch(layout: StepLayout) -> PrefillLayout:

@@ -58,7 +58,7 @@ def other_index(path: Path) -> None:
     [
         (cut_short, "is not a readable safetensors file"),
         (lambda path: path.write_bytes(b"\xff" * 64 + path.read_bytes()[64:]), "is not a readable safetensors file"),
-        (lambda path: path.write_bytes(b""), "is not a readable safetensors file"),
+        (lambda path: path.write_bytes(b""), "is empty"),
         (lambda path: path.unlink(), "does not exist"),
         (other_index, "model-00009-of-00009.safetensors does not exist"),
     ],

@@ -14,10 +14,11 @@ from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import read_stored_config
 from dijiang_model.conversion import default_model
 from dijiang_model.conversion.cli import convert_command, parse_size
-from dijiang_model.conversion.convert import convert, sha256_of
+from dijiang_model.conversion.convert import convert
 from dijiang_model.conversion.default_folder import MODEL_NAME
 from dijiang_model.conversion.default_model import ensure_default_model
 from dijiang_model.conversion.recipes import Recipe
+from dijiang_model.conversion.sources.source import sha256_of
 from dijiang_model.conversion.training.adapters import (
     Adapter,
     AdapterInfo,

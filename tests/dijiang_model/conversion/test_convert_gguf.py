@@ -182,7 +182,7 @@ def test_missing_metadata_is_listed(tmp_path: Path) -> None:
 def test_damaged_files_are_clear_errors(tmp_path: Path, keep_bytes: int) -> None:
     path = write_gguf(llama_teacher(), tmp_path / "t.gguf")
     path.write_bytes(path.read_bytes()[:keep_bytes])
-    with pytest.raises(ModelError, match="GGUF"):
+    with pytest.raises(ModelError, match=r"does not begin with GGUF|is cut short or damaged|is empty"):
         convert(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -21,20 +21,20 @@ from dijiang_model.conversion.evaluation.evaluate import (
     Variant,
     equal_window,
     gap_closed,
-    load_teacher,
     score,
     variants,
 )
 from dijiang_model.conversion.evaluation.long_texts import long_score
-from dijiang_model.conversion.evaluation.measured import Evaluation
 from dijiang_model.conversion.evaluation.recall import recall_probe
 from dijiang_model.conversion.evaluation.report import (
     LONG_RANGES,
     RANGES,
+    Evaluation,
     json_line,
     markdown,
     write_report,
 )
+from dijiang_model.conversion.evaluation.teacher import load_teacher
 from dijiang_model.conversion.training.cli import train_command
 from dijiang_model.conversion.training.text_windows import load_tokenizer
 from dijiang_model.errors import ConversionError
@@ -132,7 +132,7 @@ def test_the_probe_asks_at_every_distance_that_fits(tmp_path: Path) -> None:
 
 def test_a_dijiang_checkpoint_of_the_authors_is_no_teacher() -> None:
     with pytest.raises(ConversionError, match="not the softmax model"):
-        load_teacher(Path(__file__).parents[3] / "golden" / "aligned")
+        load_teacher(Path(__file__).parents[1] / "golden" / "aligned")
 
 
 def test_reports_hold_every_number(tmp_path: Path, text: Path) -> None:

@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.config import FeatureConfig
+from dijiang_model.conversion.training.adapters import ADAPTER_FILE
 from dijiang_model.conversion.training.kernel_training import kernel_tensors
 from dijiang_model.conversion.training.log import LOG_FILE, read_log
 from dijiang_model.conversion.training.setup import StudentOptions, prepare_run
 from dijiang_model.conversion.training.text_mixture import load_mixture, parse_source
 from dijiang_model.conversion.training.text_windows import TokenWindows, load_tokenizer, load_windows
-from dijiang_model.conversion.training.train import ADAPTER_FILE, Trainer, TrainingOptions, train
+from dijiang_model.conversion.training.train import Trainer, TrainingOptions, train
 from dijiang_model.errors import CheckpointError, ConversionError
 from tests.tiny_models import BYTE_VOCAB_SIZE, HYBRID, PURE, RELEASED, llama_config, write_tiny_model
 

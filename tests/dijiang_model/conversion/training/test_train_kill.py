@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from typer import Typer
 from typer.testing import CliRunner
 
-from dijiang_model.conversion.training.adapters import load_adapter
+from dijiang_model.conversion.training.adapters import ADAPTER_FILE, load_adapter
 from dijiang_model.conversion.training.cli import train_command
 from dijiang_model.conversion.training.log import LOG_FILE, read_log
 from dijiang_model.conversion.training.setup import prepare_run
-from dijiang_model.conversion.training.train import ADAPTER_FILE, CHECKPOINT_FILE, train
+from dijiang_model.conversion.training.train import CHECKPOINT_FILE, train
 from tests.dijiang_model.conversion.training.test_train import STUDENT, options
 from tests.tiny_models import HYBRID, llama_config, write_tiny_model
 

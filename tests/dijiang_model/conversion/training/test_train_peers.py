@@ -14,13 +14,14 @@ from torch import Tensor
 from typer import Typer
 from typer.testing import CliRunner
 
+from dijiang_model.conversion.training.adapters import ADAPTER_FILE
 from dijiang_model.conversion.training.cli import train_command
 from dijiang_model.conversion.training.distill import imitation_loss, layer_losses
 from dijiang_model.conversion.training.kernel_training import make_trainable
 from dijiang_model.conversion.training.lora import attach_lora
 from dijiang_model.conversion.training.process_group import ALONE, Peers, joined
 from dijiang_model.conversion.training.setup import prepare_run
-from dijiang_model.conversion.training.train import ADAPTER_FILE, train
+from dijiang_model.conversion.training.train import train
 from dijiang_model.errors import CheckpointError, ConversionError
 from dijiang_model.model import DiJiangForCausalLM
 from tests.dijiang_model.conversion.training.test_train import STUDENT, options
