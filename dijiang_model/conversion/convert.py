@@ -7,24 +7,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dijiang_model.checkpoints import has_valid, tensor_problems, write_checkpoint
+from dijiang_model.checkpoints.checkpoint import has_valid, tensor_problems, write_checkpoint
+from dijiang_model.checkpoints.config_json import Origin, StoredConfig
 from dijiang_model.config import ModelConfig
-from dijiang_model.config_json import Origin, StoredConfig
-from dijiang_model.conversion.find_source import find_source
 from dijiang_model.conversion.model_card import UNTRAINED_WARNING, model_card, needs_training, title
+from dijiang_model.conversion.quantize import with_rounding
 from dijiang_model.conversion.recipes import Recipe, converted_config, fresh_tensor, is_fresh
-from dijiang_model.conversion.sources import Source, open_source, sha256_of, source_fingerprint, with_ends
-from dijiang_model.conversion.tokenizer_files import staged_tokenizer
+from dijiang_model.conversion.sources.find_source import find_source
+from dijiang_model.conversion.sources.source import Source, open_source, sha256_of, source_fingerprint, with_ends
+from dijiang_model.conversion.sources.tokenizer_files import staged_tokenizer
 from dijiang_model.errors import ConversionError
 from dijiang_model.families import FAMILIES, build_model
-from dijiang_model.outputs import CARD_FILE, check_replaceable, output_folder
-from dijiang_model.problem_list import problem_list
+from dijiang_model.formats.outputs import CARD_FILE, check_replaceable, output_folder
+from dijiang_model.formats.problem_list import problem_list
+from dijiang_model.formats.safetensors_writer import DEFAULT_SHARD_BYTES, num_bytes, write_text
+from dijiang_model.formats.tensor_files import TensorInfo, TensorSource
 from dijiang_model.quantization.config import WeightKind
-from dijiang_model.quantization.folder import with_rounding
 from dijiang_model.quantization.modules import choose, weights_to_quantize
 from dijiang_model.quantization.tensors import QuantizedTensors
-from dijiang_model.safetensors_writer import DEFAULT_SHARD_BYTES, num_bytes, write_text
-from dijiang_model.tensor_files import TensorInfo, TensorSource
 
 CONVERTER_VERSION = 1
 """Raised whenever the same source and options would give another model."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from dijiang_model.text.vocabulary import Vocabulary
-from server.text.call_heads import WHITESPACE
 from server.text.stream import TextStream
 from server.text.tokenizer import Tokenizer
-from server.text.tool_calls import CallParser, Part, TextPart, num_held
+from server.tools.call_heads import WHITESPACE
+from server.tools.tool_calls import CallParser, Part, TextPart, num_held
 
 OPEN, CLOSE = "<think>", "</think>"
 _MAX_TAIL_TOKENS = 64

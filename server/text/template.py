@@ -10,7 +10,7 @@ from typing import Any
 
 from dijiang_model.text.template import Template, TemplateFailure
 from server.text.tokenizer import Tokenizer
-from server.text.tool_prompt import without_tools
+from server.tools.tool_prompt import without_tools
 
 MAX_EXPANSION = 8
 MIN_OUTPUT_CHARACTERS = 1 << 20
