@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dijiang_model.config import ModelConfig
 from dijiang_model.formats.json_fields import Fields
@@ -22,6 +22,7 @@ class Paths:
         attention: from a block; the following ones too.
         query: with keys and values in it, interleaved by head ([H, 3, d]), where `key` is None.
         mlp_gate: None: the MLP has no gate.
+        query_norm, key_norm: of each head, before the rotary embedding; None: there are none.
     """
 
     embedding: str
@@ -38,6 +39,8 @@ class Paths:
     key: str | None = None
     value: str | None = None
     mlp_gate: str | None = None
+    query_norm: str | None = None
+    key_norm: str | None = None
 
     @property
     def attention_projections(self) -> list[str]:
@@ -60,10 +63,13 @@ class Paths:
         """The first part of all names but the head's, with its dot."""
         return self.embedding.partition(".")[0] + "."
 
-    def scaled_by_rotary(self, config: ModelConfig) -> list[str]:
-        """From a block: what gives queries and keys their length, where all of their channels rotate."""
+    @property
+    def query_and_key_scales(self) -> tuple[str, str]:
+        """From a block: the last modules that give queries and keys their length."""
+        if self.query_norm is not None and self.key_norm is not None:
+            return self.query_norm, self.key_norm
         assert self.key is not None, "a fused projection has values in it"
-        return [self.query, self.key]
+        return self.query, self.key
 
     def attention_of(self, layer: int) -> str:
         """From the model."""
@@ -80,6 +86,8 @@ class Family:
         read_config: the network of an HF config; problems are reported to the fields, and raised.
         write_config: what an HF config says beside what all families' say.
         buffers: names of constants that HF checkpoints carry beside the weights; they are derived from the config here.
+        sliding_window: what the config's field of that name means: nothing that is known; a window that the field
+            `use_sliding_window` switches on, which is refused; or one that `read_config` reads.
     """
 
     name: str
@@ -88,3 +96,4 @@ class Family:
     read_config: Callable[[Fields], ModelConfig]
     write_config: Callable[[ModelConfig], Mapping[str, object]]
     buffers: re.Pattern[str]
+    sliding_window: Literal["unknown", "switched", "read"] = "unknown"

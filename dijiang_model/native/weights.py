@@ -60,6 +60,8 @@ def why_unsupported(model: "DiJiangForCausalLM") -> str | None:
         return f"head size {model.config.head_size} is no multiple of {HEAD_SIZE_MULTIPLE}"
     if not model.config.pre_norm or model.config.embedding_width != model.config.hidden_size:
         return "norms after the residuals and projected embeddings are not among the kernels"
+    if model.config.qk_norm:
+        return "norms of queries and keys are not among the kernels"
     for layer in model.config.layers:
         unknown = _unknown_settings(layer) | _unknown_settings(layer.features)
         if unknown:

@@ -42,6 +42,12 @@ EXPECTED = {
     "llama-3.2-1b": (16, 32, 8, 64, 64, True, 2048, True),
     "vicuna-16k": (32, 32, 32, 128, 128, True, 4096, False),
     "yarn-llama-2-7b": (32, 32, 32, 128, 128, True, 4096, False),
+    "mistral-7b-v0.1": (32, 32, 8, 128, 128, True, 4096, False),
+    "mistral-7b-v0.3": (32, 32, 8, 128, 128, True, 4096, False),
+    "qwen2.5-0.5b": (24, 14, 2, 64, 64, True, 896, True),
+    "qwen2.5-7b-1m": (28, 28, 4, 128, 128, True, 3584, False),
+    "qwen3-0.6b": (28, 16, 8, 128, 128, True, 1024, True),
+    "qwen3-8b": (36, 32, 8, 128, 128, True, 4096, False),
 }
 
 
@@ -78,7 +84,10 @@ def test_full_softmax_through_our_blocks_gives_the_logits_of_hf(name: str, tmp_p
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_conversion_with_a_window_over_the_whole_text_gives_them_too(name: str, tmp_path: Path) -> None:
     teacher = tiny_teacher(name)
-    convert(save(teacher, tmp_path / "hf"), tmp_path / "out", window=len(TEXT) - 4, sinks=4)
+    # A teacher with a sliding window is met by a window that is just as long.
+    seen = base_model_config(teacher.config.to_dict()).teacher_window
+    window, sinks = (seen, 0) if seen else (len(TEXT) - 4, 4)
+    convert(save(teacher, tmp_path / "hf"), tmp_path / "out", window=window, sinks=sinks)
     model, expected = load_model(tmp_path / "out"), logits(teacher)
     assert_close_in_norm(logits_of(model, TEXT), expected, tolerance=TOLERANCE)
     with torch.no_grad():
