@@ -77,6 +77,20 @@ class Paths:
 
 
 @dataclass(frozen=True, slots=True)
+class Gguf:
+    """How llama.cpp stores a family.
+
+    Attributes:
+        architecture: its name in the file, and of the keys of its metadata.
+        pairs_neighbours: whether rows of q and k are stored in the order of a rotary embedding that pairs neighbouring
+            channels; HF's pairs the halves of a head.
+    """
+
+    architecture: str
+    pairs_neighbours: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """A family: its network, where its parts are, and how its configs are read and written.
 
@@ -88,6 +102,7 @@ class Family:
         buffers: names of constants that HF checkpoints carry beside the weights; they are derived from the config here.
         sliding_window: what the config's field of that name means: nothing that is known; a window that the field
             `use_sliding_window` switches on, which is refused; or one that `read_config` reads.
+        gguf: None: not read from GGUF files.
     """
 
     name: str
@@ -97,3 +112,4 @@ class Family:
     write_config: Callable[[ModelConfig], Mapping[str, object]]
     buffers: re.Pattern[str]
     sliding_window: Literal["unknown", "switched", "read"] = "unknown"
+    gguf: Gguf | None = None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import ModelConfig
 from dijiang_model.families.config_fields import common_config, head_size_of, read_rope, rope_document
-from dijiang_model.families.family import Family, Paths
+from dijiang_model.families.family import Family, Gguf, Paths
 from dijiang_model.families.parts import ACTIVATIONS, RMSNorm, empty_embedding
 from dijiang_model.formats.json_fields import Fields
 from dijiang_model.model import DiJiangForCausalLM
@@ -213,4 +213,5 @@ LLAMA = Family(
     read_config=_llama,
     write_config=lambda config: {**llama_document(config), "mlp_bias": config.mlp_bias},
     buffers=BUFFERS,
+    gguf=Gguf("llama", pairs_neighbours=True),
 )

@@ -1,4 +1,4 @@
-"""Mistral: LLaMA's network, of which some releases see a sliding window only."""
+"""Mistral: LLaMA's network, of which some releases see a sliding window only; its GGUF files are of LLaMA's kind."""
 
 from dataclasses import replace
 
@@ -25,4 +25,5 @@ MISTRAL = replace(
     read_config=_mistral,
     write_config=lambda config: {**llama_document(config), "sliding_window": config.teacher_window or None},
     sliding_window="read",
+    gguf=None,
 )

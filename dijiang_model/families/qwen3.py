@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from dijiang_model.config import ModelConfig
+from dijiang_model.families.family import Gguf
 from dijiang_model.families.llama import LLAMA, PATHS, LlamaForCausalLM, llama_document, read_llama_like
 from dijiang_model.formats.json_fields import Fields
 
@@ -33,4 +34,5 @@ QWEN3 = replace(
     read_config=_qwen3,
     write_config=llama_document,
     sliding_window="switched",
+    gguf=Gguf("qwen3"),
 )

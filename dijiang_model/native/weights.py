@@ -60,8 +60,6 @@ def why_unsupported(model: "DiJiangForCausalLM") -> str | None:
         return f"head size {model.config.head_size} is no multiple of {HEAD_SIZE_MULTIPLE}"
     if not model.config.pre_norm or model.config.embedding_width != model.config.hidden_size:
         return "norms after the residuals and projected embeddings are not among the kernels"
-    if model.config.qk_norm:
-        return "norms of queries and keys are not among the kernels"
     for layer in model.config.layers:
         unknown = _unknown_settings(layer) | _unknown_settings(layer.features)
         if unknown:
@@ -243,6 +241,9 @@ def _layer(weights: NetworkWeights, block: nn.Module, names: "Paths", offsets: M
         mlp_down=linear(names.mlp_down),
         attention=_attention(weights, attention, offsets),
     )
+    if names.query_norm is not None and names.key_norm is not None:
+        layer.query_norm = weights.norm(block.get_submodule(names.query_norm))
+        layer.key_norm = weights.norm(block.get_submodule(names.key_norm))
     if attention.linear.attention.features.far_rank > 0:
         layer.far_down = weights.matrix(attention.linear.far_query_down)
     if attention.read_out == "group_norm":

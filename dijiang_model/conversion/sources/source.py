@@ -94,7 +94,7 @@ def source_fingerprint(source: Source) -> str | None:
 
 
 def _open_gguf(path: Path) -> Source:
-    gguf = GgufSource(path)
+    gguf = GgufSource(path, FAMILIES.values())
     base = gguf.hf_config()
     config = replace(base_model_config(base), eos_token_ids=gguf.eos_token_ids())
     name = gguf.metadata.get("general.name")
@@ -103,7 +103,7 @@ def _open_gguf(path: Path) -> Source:
         base=base,
         config=config,
         is_dijiang=False,
-        tensors=gguf,
+        tensors=with_folded_scale(gguf, config),
         teacher=f"{name} ({path.name})" if isinstance(name, str) else path.name,
         licence=licence if isinstance(licence, str) else None,
         dequantised_from=", ".join(gguf.quantized_types) or None,

@@ -14,7 +14,18 @@ from dijiang_model.native.decoder import NativeDecoder
 from dijiang_model.native.library import VARIANTS, load_library, load_variant
 from dijiang_model.native.weights import NetworkWeights, why_unsupported
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, assert_states_close, logits_of, random_text
-from tests.tiny_models import HYBRID, PURE, RELEASED, TABLES, gpt_neox_config, llama_config, opt_config, tiny_model
+from tests.tiny_models import (
+    HYBRID,
+    PURE,
+    RELEASED,
+    TABLES,
+    gpt_neox_config,
+    llama_config,
+    opt_config,
+    qwen2_config,
+    qwen3_config,
+    tiny_model,
+)
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the kernels were not built: no compiler at install")
 
@@ -48,6 +59,8 @@ CONFIGS: dict[str, ModelConfig] = {
     "far queries beside interleaved heads": gpt_neox_config(
         FAR_QUERIES, replace(PURE, features=replace(PURE.features, far_rank=16))
     ),
+    "biases of queries, keys and values": qwen2_config(),
+    "normed queries and keys": qwen3_config(HYBRID, UNROTATED),
     "long rows": replace(llama_config(), intermediate_size=700, mlp_bias=True),
 }
 # The order of fp32 sums, through a few layers. GroupNorm over three channels each divides by a spread that may be
