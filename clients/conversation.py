@@ -1,5 +1,6 @@
 """A conversation with a chat model: its history, and what of an answer is kept."""
 
+import errno
 import json
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -74,7 +75,13 @@ class Conversation:
         self.messages.clear()
 
     def save(self, path: Path) -> None:
-        """Writes the conversation as JSON, in the form of a request's `messages`. Raises OSError."""
+        """Writes the conversation as JSON, in the form of a request's `messages`.
+
+        Raises:
+            OSError: the file cannot be written, or is there and holds something else than a conversation.
+        """
+        if path.exists() and not _is_transcript(path):
+            raise FileExistsError(errno.EEXIST, "it exists and holds no saved conversation", str(path))
         path.write_text(json.dumps(self.transcript(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
     def transcript(self) -> list[Message]:
@@ -85,3 +92,12 @@ class Conversation:
 
     def _keep(self, question: Message, answer: str) -> None:
         self.messages += [question, Message(role="assistant", content=answer)]
+
+
+def _is_transcript(path: Path) -> bool:
+    """Whether a file holds what `Conversation.save` writes."""
+    try:
+        turns = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(turns, list) and all(isinstance(turn, dict) and "role" in turn for turn in turns)

@@ -1,5 +1,6 @@
 """`dijiang state`: saved conversations at the command line."""
 
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -45,16 +46,21 @@ def list_command(base_url: BaseUrl = DEFAULT_BASE_URL, api_key: ApiKey = None) -
 def export_command(
     reference: Reference,
     file: Annotated[Path, typer.Argument(help="Safetensors file to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
     base_url: BaseUrl = DEFAULT_BASE_URL,
     api_key: ApiKey = None,
 ) -> None:
     """Write a state to a file that another server of the same model can import."""
     notices = Console(stderr=True)
+    if file.exists() and not overwrite:
+        _fail(notices, f"{file} exists; --overwrite replaces it")
     with connected(base_url, api_key, NO_MODEL, notices) as (client, _):
         state = _find(client, reference, notices)
         content = States(client).export(state.id)
     try:
-        file.write_bytes(content)
+        _write(file, content, overwrite=overwrite)
+    except FileExistsError:
+        _fail(notices, f"{file} exists; --overwrite replaces it")
     except OSError as error:
         _fail(notices, f"cannot write {file}: {error.strerror}")
     notices.print(f"{state.num_tokens:,} tokens, {len(content):,} bytes", highlight=False)
@@ -126,6 +132,19 @@ def delete_command(reference: Reference, base_url: BaseUrl = DEFAULT_BASE_URL, a
     notices = Console(stderr=True)
     with connected(base_url, api_key, NO_MODEL, notices) as (client, _):
         States(client).delete(_find(client, reference, notices).id)
+
+
+def _write(file: Path, content: bytes, *, overwrite: bool) -> None:
+    """Writes a whole file or none; raises OSError, of which FileExistsError says that it is there already."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("xb") as opened:
+            opened.write(content)
+        if not overwrite:
+            file.open("xb").close()  # takes the place, for as long as the next line needs
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _find(client: Client, reference: str, notices: Console) -> State:

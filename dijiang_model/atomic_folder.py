@@ -15,7 +15,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dijiang_model.errors import CheckpointError
+from dijiang_model.outputs import check_replaceable, holds_only_model_files, output_folder
 
+REPLACED = "old"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -24,16 +26,16 @@ def atomic_folder(out: Path, *, overwrite: bool = False, needed_bytes: int = 0) 
     """Yields an empty folder that becomes `out` when the block ends without an exception.
 
     Args:
-        out: the place; its parent is created.
-        overwrite: replace what is there; otherwise an existing non-empty `out` is refused.
+        out: the place, or a link to it; its parent is created.
+        overwrite: replace a model that this program saved there (`outputs.check_replaceable`).
         needed_bytes: refused at once where the disk has fewer bytes free.
 
     Raises:
         CheckpointError: `out` is in the way, another process writes it, or the disk is full or not writable.
     """
-    out = out.absolute()
-    _refuse_existing(out, overwrite=overwrite)
+    out = output_folder(out, inputs=())
     try:
+        check_replaceable(out, overwrite=overwrite)
         out.parent.mkdir(parents=True, exist_ok=True)
         with _only_writer(out):
             _remove_leftovers(out)
@@ -42,7 +44,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False, needed_bytes: int = 0) 
             try:
                 yield partial
                 _sync_folder(partial)
-                _refuse_existing(out, overwrite=overwrite)
+                check_replaceable(out, overwrite=overwrite)
                 _move_into_place(partial, out)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -52,7 +54,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False, needed_bytes: int = 0) 
 
 @contextmanager
 def _only_writer(out: Path) -> Iterator[None]:
-    path = out.parent / f".{out.name}.lock"
+    path = out.parent / f".{out.name}.dijiang-lock"
     try:
         with FileLock(path, timeout=0):
             try:
@@ -73,18 +75,21 @@ def _prefix(out: Path) -> str:
     return f".{out.name}.partial-"
 
 
-def _refuse_existing(out: Path, *, overwrite: bool) -> None:
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise CheckpointError(f"{out} exists and is not a folder")
-    if out.is_dir() and not overwrite and any(out.iterdir()):
-        raise CheckpointError(f"{out} exists and is not empty; --overwrite replaces it")
-
-
 def _remove_leftovers(out: Path) -> None:
     """Removes what killed writers of the same place left; only the holder of the lock may call it."""
     for leftover in out.parent.iterdir():
-        if leftover.name.startswith(_prefix(out)):
+        if leftover.name.startswith(_prefix(out)) and _is_own(leftover):
+            if (leftover / REPLACED).is_dir() and not out.exists():  # killed between two renames
+                (leftover / REPLACED).rename(out)
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_own(leftover: Path) -> bool:
+    """Whether it holds a model, or the model that was about to be replaced."""
+    if leftover.is_symlink() or not leftover.is_dir():
+        return False
+    replaced = leftover / REPLACED
+    return holds_only_model_files(replaced if replaced.is_dir() else leftover)
 
 
 def _check_space(folder: Path, needed_bytes: int) -> None:
@@ -98,7 +103,7 @@ def _move_into_place(partial: Path, out: Path) -> None:
         partial.rename(out)
     else:
         replaced = _new_folder(out)
-        out.rename(replaced / "old")
+        out.rename(replaced / REPLACED)
         partial.rename(out)
         shutil.rmtree(replaced, ignore_errors=True)
     _sync_folder(out.parent)

@@ -1,9 +1,11 @@
 """What both families' attention modules share: the kernel's parameters, the read-out, the state's shape."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from dijiang_model.config import ModelConfig
+from dijiang_model.config import AnchorConfig, ModelConfig
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
@@ -41,10 +43,16 @@ class DiJiangAttention(nn.Module):
     def read_out(self) -> str:
         return self.config.layers[self.layer].read_out
 
+    @property
+    def anchors(self) -> AnchorConfig | None:
+        return self.config.layers[self.layer].anchors
+
     def attend(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState
     ) -> Tensor:
         """x [T, D] (normed input), q [T, H, d], k and v [T, G, d] -> [T, H * d] in x's dtype, before the output map."""
+        if self.anchors is not None:
+            state = replace(state, token_scores=self.linear.token_scores(x))
         attended: Tensor = op(q, k, v, kernel=self.linear, layout=layout, state=state)
         if self.read_out == "group_norm":
             return gated_norm(attended, self.gate(x), self.group_norm)
@@ -60,7 +68,9 @@ class DiJiangAttention(nn.Module):
         tensors = [StateTensor(self._name("linear_state"), (groups, features, head), linear_dtype)]
         if attention.read_out == "denominator":
             tensors.append(StateTensor(self._name("normaliser"), (groups, features), dtype))
-        if attention.window > 0:
+        if attention.anchors is not None:
+            tensors += self._place_tensors(attention.anchors)
+        elif attention.window > 0:
             rows = (groups, attention.sinks + attention.window)
             near_dtype = torch.int8 if self.has_coded_window else near_dtype
             tensors += [
@@ -70,6 +80,19 @@ class DiJiangAttention(nn.Module):
                 scales = ("near_key_scales", "near_value_scales")
                 tensors += [StateTensor(self._name(name), rows, torch.float32) for name in scales]
         return tuple(tensors)
+
+    def _place_tensors(self, anchors: AnchorConfig) -> list[StateTensor]:
+        """Of the places of all heads, in int8 whatever the rest of the state is kept in."""
+        num_places, dtype = sum(anchors.places), state_dtype(self.weights_dtype)
+        rows = (num_places, self.config.head_size)
+        scales = ("near_key_scales", "near_value_scales")
+        return [
+            *(StateTensor(self._name(name), rows, torch.int8) for name in ("near_keys", "near_values")),
+            *(StateTensor(self._name(name), (num_places,), torch.float32) for name in scales),
+            StateTensor(self._name("near_positions"), (num_places,), torch.int32),
+            StateTensor(self._name("near_scores"), (num_places,), dtype),
+            StateTensor(self._name("recent_scores"), (self.config.num_kv_heads, anchors.num_scores), dtype),
+        ]
 
     def layer_state(self, buffer: StateBuffer) -> LayerState:
         """This layer's views into a buffer."""
@@ -81,6 +104,9 @@ class DiJiangAttention(nn.Module):
             near_values=get(self._name("near_values")),
             near_key_scales=get(self._name("near_key_scales")),
             near_value_scales=get(self._name("near_value_scales")),
+            near_positions=get(self._name("near_positions")),
+            near_scores=get(self._name("near_scores")),
+            recent_scores=get(self._name("recent_scores")),
         )
 
     def _near_dtype(self) -> torch.dtype:

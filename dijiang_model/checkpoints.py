@@ -251,7 +251,7 @@ def write_checkpoint(
         read: gives a tensor of just that shape and dtype.
         fill: adds further files (tokenizer, model card) to the folder before it appears.
         max_shard_bytes: data bytes of a file of weights; a larger tensor gets a file of its own.
-        overwrite: replace a non-empty `out`, which is refused otherwise.
+        overwrite: replace a model that this program saved in `out`, which is refused otherwise.
         on_written: called with the bytes of each tensor after it was written.
 
     Raises:

@@ -5,7 +5,8 @@ attention that replaced softmax (`AttentionConfig`). The JSON form is read and w
 `dijiang_model.config_json`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import frexp, isfinite
 from typing import Literal
 
 from dijiang_model.errors import ConfigError
@@ -48,6 +49,62 @@ class FeatureConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AnchorConfig:
+    """Places of one layer's key-value heads for tokens that are kept by a learned priority (README, section 7).
+
+    Attributes:
+        places: tokens that each head holds exactly: sinks, its recent window, and as many anchors as are left.
+        windows: recent tokens among them; at least `span`, so that a priority is final before it decides.
+        age: what a priority gains with each position, >= 0: old anchors fade.
+        grid: scores are rounded to multiples of it, a power of two, so that decode and prefill choose alike.
+        span: a token's priority is the largest score of the tokens up to so many away from it.
+        key_bits, value_bits: of the numbers in a place.
+    """
+
+    places: tuple[int, ...]
+    windows: tuple[int, ...]
+    age: float = 5e-4
+    grid: float = 1 / 64
+    span: int = 3
+    key_bits: int = 8
+    value_bits: int = 8
+
+    @property
+    def num_scores(self) -> int:
+        """Scores of the last tokens that a state keeps for each head."""
+        return 2 * self.span + 1
+
+    def of_heads(self, heads: range) -> "AnchorConfig":
+        """The same of some of the heads."""
+        own = slice(heads.start, heads.stop)
+        return replace(self, places=self.places[own], windows=self.windows[own])
+
+    def problems(self, *, window: int, sinks: int) -> list[str]:
+        """Contradictions in words, in itself and with the layer's window and sinks."""
+        found = []
+        if len(self.places) != len(self.windows) or not self.places:
+            return [f"anchors have {len(self.places)} places and {len(self.windows)} windows, one of each per head"]
+        for head, (places, own) in enumerate(zip(self.places, self.windows, strict=True)):
+            if own < max(1, self.span):
+                found.append(
+                    f"head {head} has a recent window of {own}, at least {max(1, self.span)} (span) are needed"
+                )
+            if places < sinks + own:
+                found.append(f"head {head} has {places} places, fewer than {sinks} sinks and a window of {own}")
+        if window < max(self.windows):
+            found.append(f"window {window} must be at least the largest of the heads' windows, {max(self.windows)}")
+        if not isfinite(self.age) or self.age < 0:
+            found.append(f"age {self.age} must be a finite number >= 0")
+        if not self.grid > 0 or frexp(self.grid)[0] != 0.5:
+            found.append(f"grid {self.grid} must be a power of two")
+        if self.span < 0:
+            found.append(f"span {self.span} must be >= 0")
+        if (self.key_bits, self.value_bits) != (8, 8):
+            found.append(f"keys of {self.key_bits} and values of {self.value_bits} bits: only 8 are supported")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionConfig:
     """What one layer computes in the place of softmax attention.
 
@@ -57,6 +114,8 @@ class AttentionConfig:
         decay: one static decay per key-value head, or the released position tables D1 and D2.
         window: w, exact-softmax tokens kept in a ring; 0: none.
         sinks: s, first tokens kept beside the ring; 0 unless `window` > 0.
+        anchors: places per key-value head, kept by priority, in the place of one ring for all heads; `window` is
+            then the largest of theirs, at least. None: a plain window.
     """
 
     features: FeatureConfig = FeatureConfig()
@@ -64,10 +123,13 @@ class AttentionConfig:
     decay: Decay = "static"
     window: int = 0
     sinks: int = 0
+    anchors: AnchorConfig | None = None
 
     def problems(self) -> list[str]:
         """Contradictions in words; empty when there are none."""
         found = []
+        if self.anchors is not None:
+            found += self.anchors.problems(window=self.window, sinks=self.sinks)
         if self.window < 0 or self.sinks < 0:
             found.append(f"window {self.window} and sinks {self.sinks} must be >= 0")
         if self.sinks > 0 and self.window == 0:
@@ -144,6 +206,9 @@ class ModelConfig:
             found.append(f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads")
         if self.rotary_dims % 2 != 0 or not 0 <= self.rotary_dims <= self.head_size:
             found.append(f"rotary_dims {self.rotary_dims} must be even and at most the head size {self.head_size}")
+        for i, layer in enumerate(self.layers):
+            if layer.anchors is not None and len(layer.anchors.places) != self.num_kv_heads:
+                found.append(f"layer {i}: places of {len(layer.anchors.places)} heads, there are {self.num_kv_heads}")
         tables = any(layer.decay == "table" for layer in self.layers)
         if tables and (self.num_kv_heads != self.num_heads or self.position_table_length < 1):
             found.append("position tables need a length and one key-value head per head")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from dijiang_model.config import (
+    AnchorConfig,
     AttentionConfig,
     Basis,
     Decay,
@@ -39,6 +40,7 @@ CHECKPOINT_NODES = "checkpoint"
 """The node set's name where the nodes came with the weights."""
 
 _ATTENTION_FIELDS = tuple(field.name for field in fields(AttentionConfig))
+_ANCHOR_FIELDS = tuple(field.name for field in fields(AnchorConfig))
 _FEATURE_FIELDS = tuple(field.name for field in fields(FeatureConfig))
 _SECTION_FIELDS = (
     *("layers", "position_table_length", "bos_token_id", "eos_token_ids", "pad_token_id", "quantization", "origin"),
@@ -191,7 +193,7 @@ def base_document(config: ModelConfig) -> dict[str, object]:
 
 
 def parse_layers(document: object, *, base: ModelConfig) -> tuple[AttentionConfig, ...]:
-    """Layers from a list of `asdict(AttentionConfig)`, as an adapter stores them.
+    """Layers from a list of `attention_document`, as an adapter stores them.
 
     Raises:
         ConfigError: unsupported or contradictory values, all of them listed.
@@ -219,6 +221,11 @@ def layers_problems(layers: tuple[AttentionConfig, ...], *, base: ModelConfig, p
         problems.append("layers with decay tables need a position_table_length above 0")
     if has_tables and base.num_kv_heads != base.num_heads:
         problems.append(f"decay tables need a key-value head per head, not {base.num_kv_heads} for {base.num_heads}")
+    problems += [
+        f"layer {index}: anchors of {len(layer.anchors.places)} heads, there are {base.num_kv_heads}"
+        for index, layer in enumerate(layers)
+        if layer.anchors is not None and len(layer.anchors.places) != base.num_kv_heads
+    ]
     if position_table_length and not has_tables:
         problems.append(f"position_table_length is {position_table_length}, but no layer has decay tables")
     return problems
@@ -233,10 +240,18 @@ def _feature_problems(features: FeatureConfig) -> list[str]:
     return problems
 
 
+def attention_document(layer: AttentionConfig) -> dict[str, object]:
+    """A layer as JSON has it; `anchors` is absent where it has none, as in files from before there were any."""
+    document = asdict(layer)
+    if layer.anchors is None:
+        del document["anchors"]
+    return document
+
+
 def _layers_document(layers: tuple[AttentionConfig, ...]) -> dict[str, object]:
     default = Counter(layers).most_common(1)[0][0]
-    overrides = {str(index): asdict(layer) for index, layer in enumerate(layers) if layer != default}
-    return {"default": asdict(default), "overrides": overrides}
+    overrides = {str(index): attention_document(layer) for index, layer in enumerate(layers) if layer != default}
+    return {"default": attention_document(default), "overrides": overrides}
 
 
 def _layers(section: Fields, num_layers: int) -> tuple[AttentionConfig, ...]:
@@ -257,6 +272,20 @@ def _attention(section: Fields) -> AttentionConfig:
         decay=cast(Decay, section.text("decay", choices=get_args(Decay))),
         window=section.integer("window", 0, minimum=0),
         sinks=section.integer("sinks", 0, minimum=0),
+        anchors=_anchors(section.nested("anchors")) if "anchors" in section else None,
+    )
+
+
+def _anchors(section: Fields) -> AnchorConfig:
+    section.only(_ANCHOR_FIELDS)
+    return AnchorConfig(
+        places=section.integers("places", minimum=1),
+        windows=section.integers("windows", minimum=1),
+        age=section.number("age", minimum=0.0),
+        grid=section.number("grid"),
+        span=section.integer("span", minimum=0),
+        key_bits=section.integer("key_bits"),
+        value_bits=section.integer("value_bits"),
     )
 
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Collection, Mapping
 from math import isfinite
 from pathlib import Path
+from typing import cast
 
 from dijiang_model.errors import ConfigError
 from dijiang_model.problem_list import problem_list
@@ -50,15 +51,31 @@ class Fields:
             return minimum
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """A finite number > 0; absent or null: `default`, a problem where that is None."""
+    def integers(self, name: str, *, minimum: int = 1) -> tuple[int, ...]:
+        """A list of whole numbers >= `minimum`; absent or null: a problem."""
+        value = self._value_or(name, None)
+        if value is None:
+            return ()
+        whole = isinstance(value, list | tuple) and all(
+            isinstance(item, int) and not isinstance(item, bool) and item >= minimum for item in value
+        )
+        if not whole:
+            self._wrong(name, value, f"a list of whole numbers of at least {minimum}")
+            return ()
+        return tuple(cast("list[int]", value))
+
+    def number(self, name: str, default: float | None = None, *, minimum: float | None = None) -> float:
+        """A finite number >= `minimum`, or > 0; absent or null: `default`, a problem where that is None."""
         value = self._value_or(name, default)
         if value is None:
             return 1.0
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or value <= 0:
-            self._wrong(name, value, "a finite number above 0")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+        if not is_number or (cast(float, value) <= 0 if minimum is None else cast(float, value) < minimum):
+            self._wrong(
+                name, value, "a finite number above 0" if minimum is None else f"a number of at least {minimum}"
+            )
             return 1.0
-        return float(value)
+        return float(cast(float, value))
 
     def boolean(self, name: str, default: bool) -> bool:
         value = self._value_or(name, default)

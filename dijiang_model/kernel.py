@@ -32,6 +32,7 @@ class LinearKernel(nn.Module):
         read_table, write_table: [H, N], the released D1 and D2; only with decay `table`.
         far_query_down [r, H * d], far_query_up [H * d, r]: only with a `far_rank`.
         mix_bias [H], mix_weight [H, d]: only with a window; a bias of -inf silences the linear part.
+        priority_weight [G, D], priority_bias [G]: only with anchors; they score the layer's normed input.
     """
 
     basis: Tensor
@@ -71,6 +72,9 @@ class LinearKernel(nn.Module):
         if self.attention.window > 0:
             self.mix_bias = parameter(config.num_heads)
             self.mix_weight = parameter(config.num_heads, config.head_size)
+        if self.attention.anchors is not None:
+            self.priority_weight = parameter(config.num_kv_heads, config.hidden_size)
+            self.priority_bias = parameter(config.num_kv_heads)
 
     @property
     def is_whole_projection(self) -> bool:
@@ -125,6 +129,13 @@ class LinearKernel(nn.Module):
         bias = self.mix_bias.view(self.num_kv_heads, -1)
         weight = self.mix_weight.view(self.num_kv_heads, -1, self.head_size)
         return self.num_features * torch.exp(bias + (q * weight).sum(-1))
+
+    def token_scores(self, x: Tensor) -> Tensor:
+        """s_g = a_g . x + b_g on the grid of the layer's anchors, of its normed input x [T, D]: [T, G]."""
+        assert self.attention.anchors is not None
+        grid = self.attention.anchors.grid
+        scores = functional.linear(x.to(self.priority_weight.dtype), self.priority_weight, self.priority_bias)
+        return (scores / grid).round() * grid
 
 
 def position_factors(read: Tensor, write: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:

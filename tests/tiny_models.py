@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
+from dijiang_model.config import AnchorConfig, AttentionConfig, FeatureConfig, ModelConfig
 from dijiang_model.config_json import Origin, StoredConfig, base_document, stored_config_text
 from dijiang_model.families import build_model
 from dijiang_model.features import node_radii
@@ -23,6 +23,13 @@ HYBRID = AttentionConfig(features=FeatureConfig(scale=16**-0.25), window=5, sink
 PURE = AttentionConfig(features=FeatureConfig(scale=16**-0.25))
 RELEASED = AttentionConfig(features=FeatureConfig(bases=("matrix",), nodes="checkpoint"), read_out="group_norm")
 TABLES = replace(RELEASED, decay="table")
+
+
+def anchored(num_kv_heads: int, *, base: AttentionConfig = HYBRID) -> AttentionConfig:
+    """A hybrid with places of unequal number in each head; one head of several has no anchors."""
+    places = tuple((13, 7, 24)[head % 3] for head in range(num_kv_heads))
+    windows = tuple((4, 5, 7)[head % 3] for head in range(num_kv_heads))
+    return replace(base, window=max(windows), anchors=AnchorConfig(places, windows, age=0.02))
 
 
 def llama_config(*layers: AttentionConfig, num_heads: int = 4, num_kv_heads: int = 2) -> ModelConfig:

@@ -58,7 +58,7 @@ class Adapter:
     """An adapter in memory.
 
     Attributes:
-        layers: the attention of each layer, a list of `asdict(AttentionConfig)`.
+        layers: the attention of each layer, a list of `config_json.attention_document`.
         tensors: by their names in the file.
         sha256: of the file that it came from; None: it came from none.
     """

@@ -47,7 +47,9 @@ def convert_command(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of fresh random tensors (recipe released).")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes in a file of weights, e.g. 500M or 2G.")] = "2G",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it is a model saved by this program.")
+    ] = False,
 ) -> None:
     """Make a DiJiang model of a pretrained transformer."""
     console = Console(stderr=True)

@@ -16,6 +16,7 @@ from dijiang_model.conversion.recipes import Recipe, converted_config, fresh_ten
 from dijiang_model.conversion.sources import Source, open_source
 from dijiang_model.errors import ConversionError
 from dijiang_model.families import FAMILIES, build_model
+from dijiang_model.outputs import CARD_FILE, check_replaceable, output_folder
 from dijiang_model.problem_list import problem_list
 from dijiang_model.quantization.config import WeightKind
 from dijiang_model.quantization.folder import with_rounding
@@ -26,7 +27,6 @@ from dijiang_model.tensor_files import TensorInfo, TensorSource
 
 CONVERTER_VERSION = 1
 """Raised whenever the same source and options would give another model."""
-CARD_FILE = "README.md"
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -85,7 +85,7 @@ def convert(
         weights: projections, embeddings and head rounded to int8 or int4 (`dijiang_model.quantization`).
         seed: of fresh random tensors, >= 0.
         max_shard_bytes: see `write_checkpoint`.
-        overwrite: replace a non-empty `out`.
+        overwrite: replace a model that this program saved in `out` (`outputs.check_replaceable`).
         on_progress: see `Progress`.
 
     Raises:
@@ -93,6 +93,8 @@ def convert(
         ConfigError, CheckpointError: the source is unsupported or damaged, or `out` cannot be written.
     """
     source, out = Path(source), Path(out)
+    place = output_folder(out, inputs=[source])
+    check_replaceable(place, overwrite=overwrite)
     opened = open_source(source)
     config, origin = _target(opened, source, recipe=recipe, window=window, sinks=sinks, seed=seed)
     weights_dtype = DTYPES[dtype] if dtype is not None else _stored_dtype(opened)
@@ -105,7 +107,7 @@ def convert(
         write_text(folder / CARD_FILE, plan.card)
 
     write_checkpoint(
-        out,
+        place,
         plan.stored,
         plan.tensors.infos(),
         plan.tensors.read,

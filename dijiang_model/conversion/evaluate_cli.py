@@ -23,11 +23,12 @@ from dijiang_model.conversion.evaluate_rounded import Rounding, rounded_variants
 from dijiang_model.conversion.evaluate_speed import CONTEXTS, Speed, measure_speed
 from dijiang_model.conversion.model_card import title
 from dijiang_model.conversion.recall import Recall, distances_within, recall_probe
-from dijiang_model.conversion.report import Evaluation, card_table, json_line, write_report
+from dijiang_model.conversion.report import Evaluation, card_table, check_report_folder, json_line, write_report
 from dijiang_model.conversion.student import check_trainable
 from dijiang_model.conversion.text_windows import load_tokenizer, load_windows, text_files
 from dijiang_model.errors import ModelError
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.outputs import output_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,8 @@ def evaluate_command(
         raise typer.BadParameter(f"{min(unknown)!r} is none of {', '.join(get_args(Rounding))}", param_hint="--rounded")
     wanted = Measurements(windows, length, facts, long, speed, kinds)
     try:
+        inputs = [model, teacher, *text, *(path for path in (adapter, control) if path is not None)]
+        check_report_folder(output_folder(out, inputs=inputs))
         evaluation = evaluate(
             load_subjects(model, teacher, adapter=adapter, control=control, device=device),
             text,

@@ -14,6 +14,7 @@ from dijiang_model.conversion.model_card import model_card, title
 from dijiang_model.conversion.report import TABLES_FILE
 from dijiang_model.errors import ConversionError, ModelError
 from dijiang_model.families import build_model
+from dijiang_model.outputs import check_replaceable, output_folder
 from dijiang_model.tensor_files import open_tensors
 
 
@@ -26,7 +27,7 @@ def merge(
         folder: the base.
         out: folder to write; it appears complete or not at all.
         evaluation: the model card's tables, as `dijiang evaluate` writes them.
-        overwrite: replace a non-empty `out`.
+        overwrite: replace a model that this program saved in `out` (`outputs.check_replaceable`).
 
     Returns:
         What the model may be called.
@@ -34,6 +35,7 @@ def merge(
     Raises:
         ModelError: the adapter is damaged or fits another base, or `out` cannot be written.
     """
+    check_replaceable(output_folder(out, inputs=[folder, adapter_file]), overwrite=overwrite)
     adapter, stored = load_adapter(adapter_file), read_stored_config(folder)
     config = adapter.config(stored.config)
     dtype = next(info.dtype for name, info in open_tensors(folder).infos().items() if ".linear." not in name)
@@ -57,12 +59,17 @@ def merge_command(
     report: Annotated[
         Path | None, typer.Option(help="Folder of `dijiang evaluate`: its tables go into the model card.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it is a model saved by this program.")
+    ] = False,
 ) -> None:
     """Merge a trained adapter into its model, ready to be served."""
     console = Console(stderr=True)
     try:
-        evaluation = None if report is None else _tables(report)
+        evaluation = None
+        if report is not None:
+            output_folder(out, inputs=[report / TABLES_FILE])
+            evaluation = _tables(report)
         name = merge(model, adapter, out, evaluation=evaluation, overwrite=overwrite)
     except ModelError as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)

@@ -12,10 +12,14 @@ from dijiang_model.conversion.evaluate_long import EDGES as LONG_EDGES
 from dijiang_model.conversion.evaluate_long import LongScore
 from dijiang_model.conversion.evaluate_speed import Speed
 from dijiang_model.conversion.recall import Recall
+from dijiang_model.errors import CheckpointError, ConfigError
+from dijiang_model.json_fields import read_json_object
 
 RANGES = (*(f"{low}-{high}" for low, high in pairwise(EDGES)), f"{EDGES[-1]}+")
 LONG_RANGES = tuple(f"{low:,}-{high:,}" for low, high in pairwise(LONG_EDGES))
 REPORT_FILE, JSON_FILE, TABLES_FILE = "report.md", "report.json", "tables.md"
+REPORT_FILES = (JSON_FILE, TABLES_FILE, REPORT_FILE, "nll.png", "long.png", "recall.png", "speed.png")
+_JSON_MEMBERS = {"model", "teacher", "title", "scores", "state_bytes"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,17 +130,35 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
     """Report, tables for the model card, JSON and, where matplotlib is installed, plots in `folder`.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder cannot be written, or holds files of these names that are not a report's.
     """
     from dijiang_model.conversion.report_plots import write_plots  # reads this module
 
-    texts = {
-        JSON_FILE: json_line(evaluation) + "\n",
-        TABLES_FILE: tables(evaluation) + "\n",
-        REPORT_FILE: markdown(evaluation, plots=write_plots(evaluation, folder)),
-    }
-    for name, text in texts.items():
-        write_atomically(folder / name, text.encode())
+    check_report_folder(folder)
+    # First what says that the folder holds a report, so that a report that was cut off can be written again.
+    write_atomically(folder / JSON_FILE, f"{json_line(evaluation)}\n".encode())
+    write_atomically(folder / TABLES_FILE, f"{tables(evaluation)}\n".encode())
+    text = markdown(evaluation, plots=write_plots(evaluation, folder))
+    write_atomically(folder / REPORT_FILE, text.encode())
+
+
+def check_report_folder(folder: Path) -> None:
+    """Returns where a report may be written: none of its files is there, or an earlier report.
+
+    Raises:
+        CheckpointError: files of these names that are not a report's.
+    """
+    found = next((name for name in REPORT_FILES if (folder / name).exists() or (folder / name).is_symlink()), None)
+    if found is None:
+        return
+    try:
+        is_report = read_json_object(folder / JSON_FILE).keys() >= _JSON_MEMBERS
+    except ConfigError:
+        is_report = False
+    if not is_report:
+        raise CheckpointError(
+            f"{folder} holds {found}, which is not of a report written here, and is not overwritten; name another --out"
+        )
 
 
 def _gap(evaluation: Evaluation) -> str:

@@ -9,20 +9,10 @@ from pathlib import Path
 from dijiang_model.conversion.sentencepiece_rules import follow_sentencepiece
 from dijiang_model.errors import ConversionError
 from dijiang_model.json_fields import read_json_object
+from dijiang_model.outputs import TOKENIZER_FILES
 
 TOKENIZER_FILE = "tokenizer.json"
 _SENTENCEPIECE_FILE = "tokenizer.model"
-TOKENIZER_FILES = (
-    TOKENIZER_FILE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    _SENTENCEPIECE_FILE,
-    "vocab.json",
-    "merges.txt",
-)
 _SLOW_FILES = (_SENTENCEPIECE_FILE, "vocab.json")
 _SAMPLES = (
     "The capital of France is Paris.",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dijiang_model.atomic_file import write_atomically
+from dijiang_model.config_json import attention_document
 from dijiang_model.conversion.adapters import Adapter, AdapterInfo, save_adapter
 from dijiang_model.conversion.distill import Precision, imitation_loss, layer_losses, random_offset
 from dijiang_model.conversion.kernel_training import (
@@ -120,7 +121,7 @@ class Trainer:
             peers: processes that train the same; each takes `options.batch_size` windows of a step.
         """
         self.model, self.text, self.options, self._info, self.peers = model, text, options, info, peers
-        self._layers = [asdict(layer) for layer in model.config.layers]
+        self._layers = [attention_document(layer) for layer in model.config.layers]
         make_trainable(model)
         if not options.linear:
             silence(model)

@@ -16,7 +16,7 @@ from dijiang_model.conversion.loss_plot import plot_losses
 from dijiang_model.conversion.peers import joined
 from dijiang_model.conversion.train import ADAPTER_FILE, Trainer, TrainingOptions
 from dijiang_model.conversion.train_progress import replay, run
-from dijiang_model.conversion.train_setup import StudentOptions, prepare_run
+from dijiang_model.conversion.train_setup import PLOT_FILE, StudentOptions, prepare_run
 from dijiang_model.conversion.training_log import LOG_FILE, read_log
 from dijiang_model.errors import ConversionError, ModelError
 
@@ -130,7 +130,7 @@ def _go(
             trainer = prepare(device=own_device, peers=peers)
             is_done = replay(trainer, out, epochs, console) if epochs > 0 else run(trainer, out, console, save_every_s)
             if peers.is_first:
-                plot_losses(read_log(out / LOG_FILE), out / "loss.png")
+                plot_losses(read_log(out / LOG_FILE), out / PLOT_FILE)
     except ModelError as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from error

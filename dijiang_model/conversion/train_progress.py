@@ -28,16 +28,19 @@ class _Stop:
 
 def run(trainer: Trainer, out: Path, console: Console, save_every_s: float) -> bool:
     """Trains with a progress bar; whether the run is done. See `train` for what it raises."""
+    if trainer.is_done:
+        console.print(f"The run is done already: {trainer.progress.tokens:,} tokens", highlight=False)
+        return True
     stop = _Stop()
     columns = (
         TextColumn("stage {task.fields[stage]}"),
         BarColumn(),
-        TextColumn("{task.fields[tokens]:,} tokens, {task.fields[rate]:,.0f}/s, loss {task.fields[loss]:.4f}"),
+        TextColumn("{task.fields[tokens]:,} tokens, {task.fields[speed]}"),
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]} left"),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("train", total=1.0, stage=1, tokens=0, rate=0.0, loss=float("nan"), left="?")
+        task = progress.add_task("train", total=1.0, stage=1, tokens=0, speed="first step", left="?")
 
         def show(line: dict[str, Any]) -> None:
             done = trainer.share_done
@@ -47,8 +50,7 @@ def run(trainer: Trainer, out: Path, console: Console, save_every_s: float) -> b
                 completed=done,
                 stage=line["stage"],
                 tokens=line["tokens"],
-                rate=line["tokens_per_s"],
-                loss=line["loss"],
+                speed=f"{line['tokens_per_s']:,.0f}/s, loss {line['loss']:.4f}",
                 left=f"{seconds / 60:.0f} min",
             )
 

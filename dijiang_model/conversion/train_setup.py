@@ -17,9 +17,13 @@ from dijiang_model.conversion.self_distill import write_answers
 from dijiang_model.conversion.student import check_trainable, new_student, with_features
 from dijiang_model.conversion.text_mixture import Mixture, TextSource, load_mixture, parse_source
 from dijiang_model.conversion.text_windows import load_tokenizer
-from dijiang_model.conversion.train import ADAPTER_FILE, Trainer, TrainingOptions
+from dijiang_model.conversion.train import ADAPTER_FILE, CHECKPOINT_FILE, Trainer, TrainingOptions
+from dijiang_model.conversion.training_log import LOG_FILE
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.outputs import check_new_run, output_folder
 
+ANSWERS_FILE, PLOT_FILE = "answers.txt", "loss.png"
+RUN_FILES = (CHECKPOINT_FILE, ADAPTER_FILE, LOG_FILE, PLOT_FILE, ANSWERS_FILE)
 CALIBRATION_STEP = 1_000_000_007
 """Calibration reads the text of this step, far from those of training."""
 MIN_CALIBRATION_SEGMENTS = 2
@@ -60,19 +64,22 @@ def prepare_run(
         data: text sources, see `parse_source`.
         out: the run's folder.
         self_distill: tokens of chat that the teacher writes first.
-        resume: go on where a run in `out` stopped.
+        resume: go on where a run in `out` stopped; without it a folder that holds a run is refused.
         start: adapter to go on from with a new schedule.
         peers: processes that call this with the same arguments but the device.
 
     Raises:
         ModelError: anything wrong with the model, the text, the options or the run's folder.
     """
+    sources = [parse_source(text) for text in data]
+    output_folder(out, inputs=[folder, *(source.path for source in sources), *([] if start is None else [start])])
+    if peers.is_first and not resume:
+        check_new_run(out, RUN_FILES)
     base = load_model(folder, device=device)
     check_trainable(base.config)
     tokenizer = load_tokenizer(folder)
-    sources = [parse_source(text) for text in data]
     if self_distill > 0:
-        written = out / "answers.txt"
+        written = out / ANSWERS_FILE
         if peers.is_first and not (resume and written.exists()):
             _write_answers(folder, base, sources, written, num_tokens=self_distill, seed=options.seed)
         peers.any(False)  # the others wait for the file
@@ -87,7 +94,7 @@ def prepare_run(
         lora_rank=options.lora_rank if 2 in options.stages else 0,
         recipe=f"stages {'+'.join(map(str, options.stages))}, {options.sequence_length} tokens a window",
     )
-    if resume:
+    if resume and not _has_only_answers(out):
         config = _with_layers(base.config, load_adapter(out / ADAPTER_FILE).layers)
         fresh = new_student(base, config, look_back=None, seed=options.seed)
         trainer = Trainer(fresh, text, options, info=info, peers=peers)
@@ -98,6 +105,13 @@ def prepare_run(
     config, seen = calibrated(base, text, student)
     fresh = new_student(base, config, look_back=seen, seed=options.seed)
     return Trainer(fresh, text, options, info=info, peers=peers)
+
+
+def _has_only_answers(out: Path) -> bool:
+    """Whether a run was killed before its first step: it begins again, with the answers that it has."""
+    found = {name for name in RUN_FILES if (out / name).exists()}
+    is_log_empty = LOG_FILE not in found or (out / LOG_FILE).stat().st_size == 0
+    return bool(found) and found <= {ANSWERS_FILE, LOG_FILE} and is_log_empty
 
 
 def _write_answers(

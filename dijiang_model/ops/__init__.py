@@ -20,8 +20,13 @@ class LayerState:
         linear_state: [P, G, K, V], S.
         normaliser: [P, G, K], z; None for a read-out without denominator.
         near_keys, near_values: [P, G, Z + W, d], sinks first, then the ring (position t in ring row t mod W);
-            keys are rotated. None without a window.
-        near_key_scales, near_value_scales: [P, G, Z + W] fp32, of near rows in int8; else None.
+            keys are rotated. None without a window. With anchors [P, B, d] int8: the places of all heads, one head
+            after another, each with its sinks, its ring and its anchors (`ops.places`).
+        near_key_scales, near_value_scales: [P, G, Z + W] ([P, B]) fp32, of near rows in int8; else None.
+        near_positions, near_scores: [P, B] int32 and fp32, position and shared score of the token in each place;
+            None without anchors.
+        recent_scores: [P, G, 2 span + 1] fp32, the last scores, that of position t in entry t mod (2 span + 1).
+        token_scores: [T, G], the scores of the step's tokens; None without anchors.
     """
 
     linear_state: Tensor
@@ -30,6 +35,10 @@ class LayerState:
     near_values: Tensor | None
     near_key_scales: Tensor | None = None
     near_value_scales: Tensor | None = None
+    near_positions: Tensor | None = None
+    near_scores: Tensor | None = None
+    recent_scores: Tensor | None = None
+    token_scores: Tensor | None = None
 
 
 class AttentionOp(Protocol):

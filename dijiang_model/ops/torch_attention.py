@@ -1,35 +1,16 @@
 """The attention of one layer in plain torch operations, on any device: see `ops.AttentionOp`."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
+from dijiang_model.ops.anchors import anchored_attention
+from dijiang_model.ops.branches import Queries, branch_queries, read_out, store_linear
 from dijiang_model.ops.layout import PrefillLayout, StepLayout
-from dijiang_model.ops.linear import LinearResult, chunked, recurrent_step
-from dijiang_model.ops.narrow import NearRows, round_by_chance
+from dijiang_model.ops.linear import chunked, recurrent_step
+from dijiang_model.ops.narrow import NearRows
 from dijiang_model.ops.window import decode_window, prefill_window
-
-
-@dataclass(frozen=True, slots=True)
-class _Queries:
-    """Queries [T, G, R, d]: for the window, for the linear part and its weight, for the sinks (None without sinks)."""
-
-    near: Tensor
-    far: Tensor
-    mix: Tensor
-    sink: Tensor | None
-
-    @property
-    def for_sinks(self) -> Tensor:
-        return self.near if self.sink is None else self.sink
-
-    def rows(self, start: int, stop: int | None) -> "_Queries":
-        part = slice(start, stop)
-        sink = None if self.sink is None else self.sink[part]
-        return _Queries(self.near[part], self.far[part], self.mix[part], sink)
 
 
 class TorchAttention:
@@ -38,9 +19,11 @@ class TorchAttention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
     ) -> Tensor:
+        if kernel.attention.anchors is not None:
+            return anchored_attention(q, k, v, kernel=kernel, layout=layout, state=state)
         dtype = kernel.log_decay.dtype
         q, k = q.to(dtype), k.to(dtype)
-        queries = _queries(q, kernel=kernel, layout=layout)
+        queries = branch_queries(q, kernel=kernel, layout=layout)
         if kernel.attention.window > 0 or kernel.attention.features.rotated:
             k = layout.rotary.apply(k)
         near = near_rows(state)
@@ -63,18 +46,6 @@ def near_rows(state: LayerState) -> tuple[NearRows, NearRows] | None:
     if state.near_keys is None or state.near_values is None:
         return None
     return NearRows(state.near_keys, state.near_key_scales), NearRows(state.near_values, state.near_value_scales)
-
-
-def _queries(q: Tensor, *, kernel: LinearKernel, layout: StepLayout) -> _Queries:
-    """From the projected q [T, H, d]."""
-    groups = (kernel.num_kv_heads, -1)
-    features = kernel.attention.features
-    near = layout.rotary.apply(q).unflatten(1, groups)
-    sink = layout.sink_rotary.apply(q).unflatten(1, groups) if kernel.attention.sinks > 0 else None
-    if not features.rotated:
-        return _Queries(near, kernel.far_query(q).unflatten(1, groups), q.unflatten(1, groups), sink)
-    far = layout.rotary.apply(kernel.far_query(q)).unflatten(1, groups) if features.far_rank > 0 else near
-    return _Queries(near, far, near, sink)
 
 
 def _write_factor(kernel: LinearKernel, positions: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -102,21 +73,8 @@ def _features(
     return phi_q, phi_k, log_decay
 
 
-def _read_out(far: LinearResult, near: tuple[Tensor, Tensor] | None, q: Tensor, kernel: LinearKernel) -> Tensor:
-    """Joins the linear part and the window under one denominator; [T, G, R, d]."""
-    if far.denominator is None:
-        return far.numerator
-    if near is None:
-        return far.numerator / far.denominator[..., None]
-    mix = kernel.mix(q)
-    near_numerator, near_denominator = near
-    numerator = torch.addcmul(near_numerator, mix[..., None], far.numerator)
-    denominator = torch.addcmul(near_denominator, mix, far.denominator)
-    return numerator / denominator[..., None]
-
-
 def _decode(
-    q: _Queries,
+    q: Queries,
     k: Tensor,
     v: Tensor,
     *,
@@ -153,12 +111,12 @@ def _decode(
     far = recurrent_step(
         phi_q, phi_k, far_v, log_decay=log_decay, state=state.linear_state[slots].to(k.dtype), normaliser=normaliser
     )
-    _store(far, slots, state, positions=layout.decode_positions)
-    return _read_out(far, near, q.mix, kernel)
+    store_linear(far, slots, state, positions=layout.decode_positions)
+    return read_out(far, near, q.mix, kernel)
 
 
 def _prefill(
-    q: _Queries,
+    q: Queries,
     k: Tensor,
     v: Tensor,
     *,
@@ -174,8 +132,8 @@ def _prefill(
         near_keys, near_values = kept
         window = layout.window(window=kernel.attention.window, sinks=kernel.attention.sinks)
         leaves = window.leaves
-        stream_keys = _extend_and_store(k, near_keys, layout, kernel)
-        stream_values = _extend_and_store(v, near_values, layout, kernel)
+        stream_keys = _extend_andstore_linear(k, near_keys, layout, kernel)
+        stream_values = _extend_andstore_linear(v, near_values, layout, kernel)
         far_k, far_v = stream_keys[window.leaving], stream_values[window.leaving]
         if not kernel.attention.features.rotated:
             rotary = step.rotary.rows(step.num_decode, len(step.positions))
@@ -202,21 +160,14 @@ def _prefill(
         layout=layout,
     )
     last = layout.sequence_start + layout.sequence_length - 1
-    _store(far, layout.slots, state, positions=layout.positions[last])
-    return _read_out(far, near, q.mix, kernel)
+    store_linear(far, layout.slots, state, positions=layout.positions[last])
+    return read_out(far, near, q.mix, kernel)
 
 
-def _extend_and_store(new: Tensor, rows: NearRows, layout: PrefillLayout, kernel: LinearKernel) -> Tensor:
+def _extend_andstore_linear(new: Tensor, rows: NearRows, layout: PrefillLayout, kernel: LinearKernel) -> Tensor:
     """The extended streams [N * W + T, G, d]; then writes the segment's sinks and last W tokens into `rows`."""
     window = layout.window(window=kernel.attention.window, sinks=kernel.attention.sinks)
     ring = rows[layout.slots[:, None], :, window.ring_rows].flatten(0, 1).to(new.dtype)
     rows[layout.slots[window.sink_sequences], :, window.sink_rows] = new[window.sink_tokens]
     rows[layout.slots[window.write_sequences], :, window.write_rows] = new[window.write_tokens]
     return torch.cat([ring, new])
-
-
-def _store(result: LinearResult, slots: Tensor, state: LayerState, *, positions: Tensor) -> None:
-    is_narrow = state.linear_state.dtype != result.state.dtype
-    state.linear_state[slots] = round_by_chance(result.state, positions) if is_narrow else result.state
-    if state.normaliser is not None and result.normaliser is not None:
-        state.normaliser[slots] = result.normaliser

@@ -61,7 +61,7 @@ def build_shard(
     Raises:
         ConfigError: the network cannot be split over so many ranks.
     """
-    model = build_model(local_config(config, group.size, quantization), device=device, dtype=dtype)
+    model = build_model(local_config(config, group.size, quantization, rank=group.rank), device=device, dtype=dtype)
     is_summed_once = config.family == "gpt_neox" and config.parallel_residual
     with torch.device(device):
         _cut_vocabulary(model, config, dtype=dtype, group=group)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from dijiang_model.config import ModelConfig
+from dijiang_model.config import AttentionConfig, ModelConfig
 from dijiang_model.errors import ConfigError
 from dijiang_model.quantization.config import Quantization
 
@@ -32,8 +32,12 @@ def working_degrees(config: ModelConfig, quantization: Quantization | None = Non
     return tuple(size for size in range(1, config.num_kv_heads + 1) if _divides(config, quantization, size))
 
 
-def local_config(config: ModelConfig, size: int, quantization: Quantization | None = None) -> ModelConfig:
-    """The config of one of `size` equal parts; its vocabulary is still the whole one.
+def local_config(
+    config: ModelConfig, size: int, quantization: Quantization | None = None, *, rank: int = 0
+) -> ModelConfig:
+    """The config of one of `size` parts; its vocabulary is still the whole one.
+
+    Parts differ in the places of their heads alone, where layers have anchors.
 
     Raises:
         ConfigError: the network cannot be split so, with the degrees that work.
@@ -49,12 +53,19 @@ def local_config(config: ModelConfig, size: int, quantization: Quantization | No
             f"a model with {config.num_heads} heads, {config.num_kv_heads} key-value heads and an MLP of "
             f"{config.intermediate_size:,}{groups} cannot be split over {size} ranks; it can over {working}"
         )
+    num_kv_heads = config.num_kv_heads // size
+    heads = range(rank * num_kv_heads, (rank + 1) * num_kv_heads)
     return replace(
         config,
+        layers=tuple(_local_layer(layer, heads) for layer in config.layers),
         num_heads=config.num_heads // size,
-        num_kv_heads=config.num_kv_heads // size,
+        num_kv_heads=num_kv_heads,
         intermediate_size=config.intermediate_size // size,
     )
+
+
+def _local_layer(layer: AttentionConfig, heads: range) -> AttentionConfig:
+    return layer if layer.anchors is None else replace(layer, anchors=layer.anchors.of_heads(heads))
 
 
 def part_of(tensor: Tensor, shape: tuple[int, ...], shard: Shard) -> Tensor:

@@ -32,7 +32,9 @@ def quantize_command(
         ),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes in a file of weights, e.g. 500M or 2G.")] = "2G",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it is a model saved by this program.")
+    ] = False,
 ) -> None:
     """Round a model's weights to int8 or int4 and save it."""
     console = Console(stderr=True)

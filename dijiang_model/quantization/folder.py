@@ -11,12 +11,11 @@ from dijiang_model.conversion.tokenizer_files import write_tokenizer
 from dijiang_model.errors import QuantizationError
 from dijiang_model.families import build_model
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.outputs import CARD_FILE, check_replaceable, output_folder
 from dijiang_model.quantization.config import DEFAULT_GROUP_SIZE, Quantization, WeightKind
 from dijiang_model.quantization.modules import choose, weights_to_quantize
 from dijiang_model.quantization.tensors import QuantizedTensors
 from dijiang_model.safetensors_writer import DEFAULT_SHARD_BYTES, num_bytes, write_text
-
-CARD_FILE = "README.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +49,8 @@ def quantize_folder(
         QuantizationError: the weights are rounded already, or cannot be.
         ModelError: `folder` is damaged or of another format, or `out` cannot be written.
     """
+    place = output_folder(out, inputs=[folder])
+    check_replaceable(place, overwrite=overwrite)
     stored, checkpoint = read_stored_config(folder), open_readable(folder)
     if stored.quantization is not None:
         raise QuantizationError(
@@ -74,7 +75,7 @@ def quantize_folder(
         on_progress(written, total)
 
     write_checkpoint(
-        out,
+        place,
         replace(stored, quantization=quantization),
         infos,
         tensors.read,

@@ -7,6 +7,7 @@ imported here. Slow on purpose; for tests and small shapes only.
     features    the frequency-domain feature maps, bases from their cosine formulas
     linear      linear attention with decay: parallel, chunked, recurrent; read-outs; position tables
     hybrid      the exact window with a joint denominator: parallel and recurrent
+    anchors     places kept by a learned priority beside the window: parallel, recurrent, chunked
     network     whole GPT-NeoX, LLaMA and OPT forward passes on top of those
 """
 

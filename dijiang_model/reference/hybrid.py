@@ -9,7 +9,7 @@ counted once; everything else is far. With c_t the largest near score s_tj = q_t
 Sinks are scored with `q_sink`, the query rotated no further than the teacher's trained range.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import torch
@@ -38,6 +38,12 @@ class HybridInputs:
     phi_k: Tensor
     beta: Tensor
     log_decay: Tensor
+
+    def rows(self, start: int, stop: int) -> "HybridInputs":
+        """Of some of the tokens."""
+        own = slice(start, stop)
+        names = ("q", "q_sink", "k", "v", "phi_q", "phi_k", "beta")
+        return replace(self, **{name: getattr(self, name)[own] for name in names})
 
 
 @dataclass(slots=True)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dijiang_model.config import AttentionConfig, Family, ModelConfig
-from dijiang_model.reference import hybrid, linear
+from dijiang_model.reference import anchors, hybrid, linear
 from dijiang_model.reference.features import feature_map
+from dijiang_model.reference.narrow import round_row_naive
 
 Form = Literal["parallel", "chunked", "recurrent"]
 Tensors = Mapping[str, Tensor]
@@ -197,6 +198,9 @@ def _attention(
     q_sink = _rotate(config, q, [min(t, config.last_sink_position) for t in positions])
     q_mix, k_far = q, k
     q, k = _rotate(config, q, positions), _rotate(config, k, positions)
+    if layer.anchors is not None:
+        k, v = _rounded(k), _rounded(v)
+        k_far = _rotate(config, k, [-t for t in positions])
     if layer.features.rotated:
         q_mix, q_far, k_far = q, _rotate(config, q_far, positions), k
     phi_q, phi_k = feature_map(q_far, layer.features, own), feature_map(k_far, layer.features, own)
@@ -204,6 +208,8 @@ def _attention(
         mix = own["mix_bias"] + torch.einsum("thd,hd->th", q_mix, own["mix_weight"])
         beta = phi_q.shape[-1] * mix.exp()
         inputs = hybrid.HybridInputs(q, q_sink, k, v, phi_q, phi_k, beta, own["log_decay"])
+        if layer.anchors is not None:
+            return _anchored(layer, own, inputs, normed, form=form)
         if form == "parallel":
             return hybrid.hybrid_parallel(inputs, window=layer.window, sinks=layer.sinks).flatten(1)
         assert form == "recurrent", "a layer with a window has no chunked reference"
@@ -213,6 +219,33 @@ def _attention(
         return attended.flatten(1)
     gate, scale, shift = normed @ part["gate.weight"].T, part["group_norm.weight"], part["group_norm.bias"]
     return linear.group_norm_gate(attended, gate, weight=scale, bias=shift, num_groups=config.head_size)
+
+
+def _anchored(
+    layer: AttentionConfig, own: Tensors, inputs: hybrid.HybridInputs, normed: Tensor, *, form: Form
+) -> Tensor:
+    """[T, H * d] of a layer with anchors."""
+    config = layer.anchors
+    assert config is not None
+    limits = tuple(p - w - layer.sinks for p, w in zip(config.places, config.windows, strict=True))
+    rules = anchors.AnchorRules(layer.sinks, config.windows, limits, config.age, config.span)
+    scores = anchors.token_scores(normed, own["priority_weight"], own["priority_bias"], grid=config.grid)
+    if form == "parallel":
+        return anchors.anchored_parallel(inputs, scores, rules).flatten(1)
+    if form == "recurrent":
+        return anchors.anchored_recurrent(inputs, scores, rules)[0].flatten(1)
+    state, parts = None, []
+    for start in range(0, len(scores), CHUNK_SIZE):
+        stop = min(start + CHUNK_SIZE, len(scores))
+        y, state = anchors.anchored_chunk(inputs.rows(start, stop), scores[start:stop], rules, state=state)
+        parts.append(y)
+    return torch.cat(parts).flatten(1)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """Rows [T, G, d] as places hold them."""
+    rows = [round_row_naive(row) for row in x.flatten(0, 1).tolist()]
+    return torch.stack([torch.tensor(codes, dtype=x.dtype) * scale for codes, scale in rows]).view_as(x)
 
 
 def _linear_attention(

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dijiang_model.config import ModelConfig
+from dijiang_model.config_json import attention_document
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 _PATTERNS = ("*.safetensors", "*.bin")
@@ -24,7 +25,8 @@ def model_fingerprint(config: ModelConfig, folder: Path, *, numbers: str) -> str
         folder: with its weight files; one without any leaves the configuration alone.
         numbers: what weights and states are rounded to: a state goes on exactly only in the same.
     """
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True, default=str).encode())
+    document = asdict(config) | {"layers": [attention_document(layer) for layer in config.layers]}
+    digest = hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode())
     digest.update(numbers.encode())
     files = sorted((path for pattern in _PATTERNS for path in folder.glob(pattern)), key=lambda path: path.name)
     for path in files:

@@ -13,7 +13,8 @@ class StateNorm:
         tensors = buffer.tensors
         scales = {name: _scales_of(name) for name in tensors if _scales_of(name) in tensors}
         self._coded = [(tensors[codes], tensors[factors]) for codes, factors in scales.items()]
-        apart = {*scales, *scales.values()}
+        scores = {name for name in tensors if name.endswith("_scores")}  # of priorities: no part of what is remembered
+        apart = {*scales, *scales.values(), *scores}
         self._tensors = [tensor for name, tensor in tensors.items() if tensor.is_floating_point() and name not in apart]
         self._is_cuda = buffer.storage.is_cuda
         self._on_host: Tensor | None = None

@@ -89,7 +89,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
     assert contents == ["one", "begun", "two"], "what was said before the stop is remembered"
 
 
-def test_failed_turn_is_told_and_forgotten_and_the_program_goes_on() -> None:
+def test_failed_turn_is_told_and_forgotten_and_the_program_goes_on(tmp_path: Path) -> None:
+    diary = tmp_path / "diary.txt"
+    diary.write_text("Dear diary")
+
     def handle(exchange: Exchange) -> None:
         if len(server.requests) == 1:
             exchange.answer(400, answers.error("prompt has 9,311 tokens", param="messages"))
@@ -111,6 +114,9 @@ def test_failed_turn_is_told_and_forgotten_and_the_program_goes_on() -> None:
         assert "needs a file name" in terminal.read_until(PROMPT)
         terminal.type("/save /nowhere/at/all\n")
         assert "cannot write" in terminal.read_until(PROMPT)
+        terminal.type(f"/save {diary}\n")
+        assert "it exists and holds no saved conversation" in terminal.read_until(PROMPT)
+    assert diary.read_text() == "Dear diary"
     assert server.requests[1].body["messages"] == [{"role": "user", "content": "short"}]
 
 

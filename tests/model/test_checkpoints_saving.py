@@ -176,7 +176,7 @@ def test_an_empty_folder_may_be_filled_and_a_file_may_not_be_replaced(tmp_path: 
 
 def test_two_writers_of_one_folder_exclude_each_other(tmp_path: Path) -> None:
     with (
-        FileLock(tmp_path / ".m.lock"),
+        FileLock(tmp_path / ".m.dijiang-lock"),
         pytest.raises(CheckpointError, match="another process"),
         atomic_folder(tmp_path / "m"),
     ):

@@ -20,7 +20,7 @@ from dijiang_model.config_json import (
 )
 from dijiang_model.errors import ConfigError
 from dijiang_model.hf_config import base_model_config
-from tests.tiny_models import HYBRID, gpt_neox_config, llama_config, opt_config
+from tests.tiny_models import HYBRID, anchored, gpt_neox_config, llama_config, opt_config
 
 PYTHIA = {
     "model_type": "gpt_neox",
@@ -191,6 +191,43 @@ layers_of_any_kind = st.builds(
 def test_any_mix_of_layers_reads_back(layers: list[AttentionConfig]) -> None:
     config = llama_config(*layers)
     assert parse_stored_config(json.loads(stored_config_text(stored(config)))).config == config
+
+
+def test_anchors_read_back_and_layers_without_are_written_as_before_there_were_any() -> None:
+    config = llama_config(anchored(2), HYBRID, anchored(2))
+    text = stored_config_text(stored(config))
+    assert parse_stored_config(json.loads(text)).config == config
+    layers = json.loads(text)["dijiang"]["layers"]
+    assert layers["default"]["anchors"]["places"] == [13, 7]
+    assert "anchors" not in layers["overrides"]["1"]
+    assert "anchors" not in stored_config_text(stored(llama_config()))
+
+
+@pytest.mark.parametrize(
+    ("anchors", "part"),
+    [
+        ({"places": [13]}, "1 places and 2 windows"),
+        ({"places": [13, 7, 9], "windows": [4, 5, 5]}, "3 heads, there are 2"),
+        ({"places": [13, 6]}, "fewer than 2 sinks and a window of 5"),
+        ({"places": "many"}, "list of whole numbers"),
+        ({"places": [13, 7.5]}, "list of whole numbers"),
+        ({"windows": [2, 5]}, "at least 3"),
+        ({"windows": [4, 6], "places": [13, 20]}, "window 5 must be at least"),
+        ({"age": -1}, "age"),
+        ({"grid": 0.3}, "power of two"),
+        ({"grid": 0}, "grid"),
+        ({"span": -1}, "span"),
+        ({"value_bits": 4}, "only 8"),
+        ({"rows": 3}, "unknown field"),
+    ],
+)
+def test_contradictions_in_anchors_are_refused(anchors: dict[str, object], part: str) -> None:
+    document: dict[str, dict[str, object]] = json.loads(stored_config_text(stored(llama_config(anchored(2)))))
+    layers = document["dijiang"]["layers"]
+    assert isinstance(layers, dict)
+    layers["default"]["anchors"] |= anchors
+    with pytest.raises(ConfigError, match=part):
+        parse_stored_config(document)
 
 
 def test_auto_map_is_not_kept() -> None:

@@ -91,6 +91,14 @@ def test_states_at_the_command_line(server: Running, client: Client, tmp_path: P
     assert "for the shell" not in command(server, "list", key=BOB).stdout
     file = tmp_path / "state.safetensors"
     assert command(server, "export", "for the shell", str(file)).exit_code == 0
+    exported = file.read_bytes()
+    file.write_bytes(b"something else")
+    refused = command(server, "export", "for the shell", str(file))
+    assert (refused.exit_code, file.read_bytes()) == (1, b"something else")
+    assert "--overwrite" in refused.stderr
+    assert command(server, "export", "for the shell", str(file), "--overwrite").exit_code == 0
+    assert file.read_bytes() == exported
+    assert list(tmp_path.iterdir()) == [file]
     imported = command(server, "import", str(file), "--name", "came back")
     assert imported.stdout.startswith("state_")
     assert command(server, "point", "came back", "now").exit_code == 0

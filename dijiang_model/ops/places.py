@@ -1,0 +1,145 @@
+"""Where a head's tokens are: sinks, a ring of recent ones, anchors, and who gives way to whom.
+
+A layer's places lie head after head in one list of B, in each head first the Z sinks, then a ring of w (position t in
+entry t mod w), then the anchors, in the order in which they first came; a new anchor takes the place of the one that it
+drives out. What holds a token follows from the position alone, so a cleared slot is an empty state.
+
+Whether a token is evicted depends on scores alone, so a whole segment's evictions are known before any attention
+(`evictions`); the naive twin is `reference.anchors`.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from heapq import heapify, heappush, heappushpop
+from math import inf
+
+import torch
+from torch import Tensor
+
+from dijiang_model.config import AnchorConfig, AttentionConfig
+
+Anchor = tuple[float, int, int, int]
+"""Priority, position, candidate and place: the order in which anchors give way."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceTable:
+    """The places of a layer's heads as a rectangle [G, J] with J the most places that a head has.
+
+    Attributes:
+        sinks: Z.
+        anchors: the layer's setting.
+        flat: [G, J] int64, index in the list of all heads' places; beyond a head's own its first one.
+        is_place: [G, J] bool.
+        window, num_anchors: [G] int64.
+        columns: [J] int64, 0 to J - 1.
+    """
+
+    sinks: int
+    anchors: AnchorConfig
+    flat: Tensor
+    is_place: Tensor
+    window: Tensor
+    num_anchors: Tensor
+    columns: Tensor
+
+    def holds(self, seen: Tensor) -> Tensor:
+        """[N, G, J] bool, which places hold a token after `seen` [N] tokens of each sequence."""
+        count = seen[:, None, None]
+        window, column = self.window[:, None], self.columns
+        newest = count - 1 - (count - 1 - column + self.sinks) % window  # of the ring's entry in this column
+        left = (count - self.sinks - window).clamp(min=0)
+        is_sink, is_anchor = column < self.sinks, column >= self.sinks + window
+        held = torch.where(is_sink, column < count, newest >= self.sinks)
+        return torch.where(is_anchor, column - self.sinks - window < left, held) & self.is_place
+
+    def of_token(self, positions: Tensor) -> Tensor:
+        """[N, G] column of the tokens at positions [N] while they are recent, or sinks."""
+        token = positions[:, None]
+        return torch.where(token < self.sinks, token, self.sinks + token % self.window)
+
+
+def place_table(attention: AttentionConfig, device: torch.device) -> PlaceTable:
+    """The table of a layer with anchors; made once for each device."""
+    assert attention.anchors is not None
+    return _place_table(attention.anchors, attention.sinks, device)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(mode=False)
+def _place_table(anchors: AnchorConfig, sinks: int, device: torch.device) -> PlaceTable:
+    places = torch.tensor(anchors.places)
+    first = places.cumsum(0) - places
+    columns = torch.arange(max(anchors.places))
+    is_place = columns < places[:, None]
+    flat = first[:, None] + torch.where(is_place, columns, 0)
+    window = torch.tensor(anchors.windows)
+    tensors = (flat, is_place, window, places - sinks - window, columns)
+    return PlaceTable(sinks, anchors, *(tensor.to(device) for tensor in tensors))
+
+
+@dataclass(frozen=True, slots=True)
+class Evictions:
+    """What a segment of T tokens from position `first` on does to one head.
+
+    The candidates are the head's J columns as the segment finds them, then the T new tokens.
+
+    Attributes:
+        times: position of the query from which on a candidate is not held, inf: of none; by candidate.
+        losers: candidate that is evicted in the step of each new token, -1: none.
+        sources: candidate in each of the J columns afterwards.
+    """
+
+    times: list[float]
+    losers: list[int]
+    sources: list[int]
+
+
+def evictions(
+    *, first: int, num_tokens: int, sinks: int, window: int, limit: int, num_columns: int, priorities: list[float],
+    positions: list[int],
+) -> Evictions:  # fmt: skip
+    """Follows one head through a segment.
+
+    Args:
+        sinks, window, limit: Z, w, and how many anchors there are places for.
+        priorities, positions: of the candidates; those of a column that holds nothing are not read.
+    """
+    times = [inf] * len(priorities)
+    losers, sources = [-1] * num_tokens, list(range(num_columns))
+    before = min(limit, max(0, first - sinks - window))
+    start = sinks + window
+    anchors: list[Anchor] = [(priorities[i], positions[i], i, i) for i in range(start, start + before)]
+    heapify(anchors)
+    for step in range(num_tokens):
+        t = first + step
+        own = num_columns + step
+        leaving = t - window
+        if leaving >= sinks:
+            ring = sinks + leaving % window
+            candidate = ring if leaving < first else num_columns + leaving - first
+            loser = _let_in(candidate, anchors, start + leaving - sinks, limit, priorities, positions, sources)
+            if loser >= 0:
+                losers[step], times[loser] = loser, t
+        sources[t if t < sinks else sinks + t % window] = own
+    return Evictions(times, losers, sources)
+
+
+def _let_in(
+    candidate: int, anchors: list[Anchor], next_place: int, limit: int, priorities: list[float],
+    positions: list[int], sources: list[int],
+) -> int:  # fmt: skip
+    """A token that leaves the window joins the anchors or drives one out; the candidate that is evicted, or -1."""
+    if limit == 0:
+        return candidate
+    priority, position = priorities[candidate], positions[candidate]
+    if len(anchors) < limit:
+        heappush(anchors, (priority, position, candidate, next_place))
+        sources[next_place] = candidate
+        return -1
+    _, _, loser, place = anchors[0]
+    if (priority, position) < anchors[0][:2]:
+        return candidate
+    heappushpop(anchors, (priority, position, candidate, place))
+    sources[place] = candidate
+    return loser
