@@ -25,10 +25,12 @@ class LayerInputs:
 
     Attributes:
         x: [T, D], the attention's input (normed where the family norms before).
+        energy: [T], squared norm of what the layer's block reads.
         q: [T, G, R, d] and k, v: [T, G, d]; q and k rotated.
     """
 
     x: Tensor
+    energy: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
@@ -79,10 +81,10 @@ def _read_layer(block: nn.Module, streams: list[Tensor], layouts: Sequence[StepL
     hook = cast(nn.Module, block.dijiang).register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     try:
         for place, layout in enumerate(layouts):
-            recorder = _Recorder()
+            recorder, energy = _Recorder(), streams[place].square().sum(1)
             streams[place] = block(streams[place], op=recorder, layout=layout, state=NO_STATE)
             assert recorder.seen is not None
-            yield LayerInputs(inputs.pop(), *recorder.seen)
+            yield LayerInputs(inputs.pop(), energy, *recorder.seen)
     finally:
         hook.remove()
 
