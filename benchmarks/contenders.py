@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import synchronised
-from dijiang_model.checkpoints import load_model
+from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.model import DiJiangForCausalLM, PackedBatch
 from dijiang_model.native.choose import likeliest_tokens
 from dijiang_model.native.library import load_library

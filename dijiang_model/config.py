@@ -2,7 +2,7 @@
 
 `ModelConfig` describes the backbone (dimensions, norms, rotary embedding) and, layer by layer, the
 attention that replaced softmax (`AttentionConfig`). The JSON form is read and written by
-`dijiang_model.config_json`.
+`dijiang_model.checkpoints.config_json`.
 """
 
 from dataclasses import dataclass, replace

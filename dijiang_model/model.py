@@ -16,7 +16,7 @@ from dijiang_model.native.decoding import Decoding
 from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.layout import PrefillLayout, StepLayout
 from dijiang_model.ops.selection import attention_for, has_kernels, step_angles
-from dijiang_model.ops.torch_attention import TorchAttention
+from dijiang_model.ops.torch.attention import TorchAttention
 from dijiang_model.quantization.config import Quantization
 from dijiang_model.quantization.modules import quantized_weights
 from dijiang_model.quantization.weight import QuantizedWeight

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dijiang_model.checkpoints.config_json import Origin, StoredConfig, base_document, stored_config_text
 from dijiang_model.config import AnchorConfig, AttentionConfig, FeatureConfig, ModelConfig
-from dijiang_model.config_json import Origin, StoredConfig, base_document, stored_config_text
 from dijiang_model.families import build_model
 from dijiang_model.features import node_radii
 from dijiang_model.kernel import released_log_decay

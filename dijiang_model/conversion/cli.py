@@ -14,6 +14,7 @@ from dijiang_model.conversion.recipes import Recipe
 from dijiang_model.errors import ModelError
 from dijiang_model.quantization.config import WeightKind
 
+DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "f32": "float32", "f16": "float16"}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -21,8 +22,9 @@ def convert_command(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Folder of an HF model (safetensors or pytorch_model.bin, whole or sharded), a GGUF file of the "
-            "llama architecture, or a DiJiang checkpoint as the paper's authors release them."
+            help="Folder of an HF model (safetensors or pytorch_model.bin, whole or sharded), its name on the hub "
+            "where the cache has it, a GGUF file of the llama architecture, or a DiJiang checkpoint as the paper's "
+            "authors release them."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Folder to write. It appears complete or not at all.")],
@@ -39,7 +41,10 @@ def convert_command(
     sinks: Annotated[int, typer.Option(min=0, help="hybrid: first tokens seen by exact softmax.")] = 4,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Stored weights: float32, bfloat16 or float16. Default: the source's; float32 if quantized."),
+        typer.Option(
+            help="Stored weights: float32, bfloat16 or float16 (fp32, bf16, fp16). Default: the source's; float32 if "
+            "quantized."
+        ),
     ] = None,
     weights: Annotated[
         str | None,
@@ -53,6 +58,7 @@ def convert_command(
 ) -> None:
     """Make a DiJiang model of a pretrained transformer."""
     console = Console(stderr=True)
+    dtype = DTYPE_ALIASES.get(dtype or "", dtype)
     _refuse_unknown(dtype, DTYPES, "--dtype")
     _refuse_unknown(weights, get_args(WeightKind), "--weights")
     max_shard_bytes = parse_size(max_shard_size)
@@ -101,6 +107,8 @@ def _summarise(made: Conversion, console: Console) -> None:
     for warning in made.warnings:
         console.print(f"[yellow]warning:[/yellow] {_escaped(warning)}", highlight=False)
     console.print(f"{made.title}: {made.state_bytes / 2**20:.2f} MiB of state per conversation", highlight=False)
+    if made.ends:
+        console.print(f"An answer ends at {_escaped(', '.join(made.ends))}", highlight=False)
     console.print(f"Serve it with `dijiang serve {_escaped(str(made.out))}`", highlight=False)
 
 

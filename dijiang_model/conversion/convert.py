@@ -1,6 +1,5 @@
 """Converts a pretrained model, tensor by tensor, into a folder that appears complete or not at all."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,22 +7,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dijiang_model.checkpoints import has_valid, tensor_problems, write_checkpoint
+from dijiang_model.checkpoints.checkpoint import has_valid, tensor_problems, write_checkpoint
+from dijiang_model.checkpoints.config_json import Origin, StoredConfig
 from dijiang_model.config import ModelConfig
-from dijiang_model.config_json import Origin, StoredConfig
 from dijiang_model.conversion.model_card import UNTRAINED_WARNING, model_card, needs_training, title
+from dijiang_model.conversion.quantize import with_rounding
 from dijiang_model.conversion.recipes import Recipe, converted_config, fresh_tensor, is_fresh
-from dijiang_model.conversion.sources import Source, open_source
+from dijiang_model.conversion.sources.find_source import find_source
+from dijiang_model.conversion.sources.source import Source, open_source, sha256_of, source_fingerprint, with_ends
+from dijiang_model.conversion.sources.tokenizer_files import staged_tokenizer
 from dijiang_model.errors import ConversionError
 from dijiang_model.families import FAMILIES, build_model
-from dijiang_model.outputs import CARD_FILE, check_replaceable, output_folder
-from dijiang_model.problem_list import problem_list
+from dijiang_model.formats.outputs import CARD_FILE, check_replaceable, output_folder
+from dijiang_model.formats.problem_list import problem_list
+from dijiang_model.formats.safetensors_writer import DEFAULT_SHARD_BYTES, num_bytes, write_text
+from dijiang_model.formats.tensor_files import TensorInfo, TensorSource
 from dijiang_model.quantization.config import WeightKind
-from dijiang_model.quantization.folder import with_rounding
 from dijiang_model.quantization.modules import choose, weights_to_quantize
 from dijiang_model.quantization.tensors import QuantizedTensors
-from dijiang_model.safetensors_writer import DEFAULT_SHARD_BYTES, num_bytes, write_text
-from dijiang_model.tensor_files import TensorInfo, TensorSource
 
 CONVERTER_VERSION = 1
 """Raised whenever the same source and options would give another model."""
@@ -32,7 +33,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-HASH_BYTES = 2**22
 
 Progress = Callable[[int, int], None]
 """Called with (bytes written, bytes in all) after each tensor."""
@@ -47,6 +47,7 @@ class Conversion:
         title: what it may be called, e.g. `DiJiang hybrid, window 60+4`.
         state_bytes: of one conversation.
         has_tokenizer: without one the model serves token ids only.
+        ends: the tokens at which an answer ends, as text with the id.
         warnings: sentences that the user should read.
     """
 
@@ -54,6 +55,7 @@ class Conversion:
     title: str
     state_bytes: int
     has_tokenizer: bool
+    ends: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
@@ -92,32 +94,38 @@ def convert(
         ConversionError: the source cannot be converted, or the options do not fit it.
         ConfigError, CheckpointError: the source is unsupported or damaged, or `out` cannot be written.
     """
-    source, out = Path(source), Path(out)
+    source, out = find_source(Path(source)), Path(out)
     place = output_folder(out, inputs=[source])
     check_replaceable(place, overwrite=overwrite)
     opened = open_source(source)
-    config, origin = _target(opened, source, recipe=recipe, window=window, sinks=sinks, seed=seed)
-    weights_dtype = DTYPES[dtype] if dtype is not None else _stored_dtype(opened)
-    plan = _plan(opened, config, origin, dtype=weights_dtype, weights=weights, name=out.absolute().name)
-    has_tokenizer = False
+    with staged_tokenizer(opened.write_tokenizer) as tokenizer:
+        opened = with_ends(opened, tokenizer.end_id)
+        config, origin = _target(opened, source, recipe=recipe, window=window, sinks=sinks, seed=seed)
+        weights_dtype = DTYPES[dtype] if dtype is not None else _stored_dtype(opened)
+        plan = _plan(opened, config, origin, dtype=weights_dtype, weights=weights, name=out.absolute().name)
 
-    def fill(folder: Path) -> None:
-        nonlocal has_tokenizer
-        has_tokenizer = opened.write_tokenizer(folder)
-        write_text(folder / CARD_FILE, plan.card)
+        def fill(folder: Path) -> None:
+            tokenizer.copy_to(folder)
+            write_text(folder / CARD_FILE, plan.card)
 
-    write_checkpoint(
-        place,
-        plan.stored,
-        plan.tensors.infos(),
-        plan.tensors.read,
-        fill=fill,
-        max_shard_bytes=max_shard_bytes,
-        overwrite=overwrite,
-        on_written=_ByteCounter(on_progress, sum(map(num_bytes, plan.tensors.infos().values()))),
-    )
-    warnings = _warnings(config, origin, has_tokenizer=has_tokenizer)
-    return Conversion(out, title(config), plan.state_bytes, has_tokenizer, warnings)
+        write_checkpoint(
+            place,
+            plan.stored,
+            plan.tensors.infos(),
+            plan.tensors.read,
+            fill=fill,
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+            on_written=_ByteCounter(on_progress, sum(map(num_bytes, plan.tensors.infos().values()))),
+        )
+        return Conversion(
+            out=out,
+            title=title(config),
+            state_bytes=plan.state_bytes,
+            has_tokenizer=tokenizer.is_there,
+            ends=tokenizer.described(config.eos_token_ids),
+            warnings=_warnings(config, origin, opened, has_tokenizer=tokenizer.is_there),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,15 +162,6 @@ def _plan(
     return _Plan(stored, tensors, with_rounding(card, quantization), spec.bytes_per_slot)
 
 
-def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(HASH_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class _Reader:
     """The target's tensors: the source's, cast, or fresh ones."""
 
@@ -196,8 +195,17 @@ class _Reader:
             value = self._source.tensors.read(name)
         value = value.to(info.dtype)
         if not has_valid(name, value):
-            raise ConversionError(f"{name} of the source has values that are not finite in {info.dtype}")
+            raise self._damage(name)
         return value
+
+    def _damage(self, first: str) -> ConversionError:
+        """Looks at all that comes after `first` too."""
+        names = [*self._infos]
+        later = [name for name in names[names.index(first) + 1 :] if name not in self._fresh]
+        read = self._source.tensors.read
+        damaged = [first, *(name for name in later if not has_valid(name, read(name).to(self._infos[name].dtype)))]
+        problems = [f"{name} has values that are not finite in {self._infos[name].dtype}" for name in damaged]
+        return ConversionError(problem_list("the source is damaged, or --dtype is too narrow for it", problems))
 
 
 def _fresh_parts(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple[int, str]]:
@@ -230,7 +238,8 @@ def _target(
         tokens_trained=opened.tokens_trained,
         seed=seed,
         converter_version=CONVERTER_VERSION,
-        source_sha256=sha256_of(source) if source.is_file() else None,
+        source_sha256=sha256_of(source) if source.is_file() else opened.source_sha256,
+        teacher_fingerprint=source_fingerprint(opened) if source.is_dir() else None,
     )
     if opened.is_dijiang:
         if recipe is not None:
@@ -254,10 +263,12 @@ def _stored_dtype(opened: Source) -> torch.dtype:
     return most if most in DTYPES.values() else torch.float32
 
 
-def _warnings(config: ModelConfig, origin: Origin, *, has_tokenizer: bool) -> tuple[str, ...]:
-    warnings = []
+def _warnings(config: ModelConfig, origin: Origin, opened: Source, *, has_tokenizer: bool) -> tuple[str, ...]:
+    warnings = [*opened.notes]
     if needs_training(config, origin):
         warnings.append(UNTRAINED_WARNING)
     if not has_tokenizer:
         warnings.append("The source has no tokenizer: the model serves prompts of token ids only.")
+    if not config.eos_token_ids:
+        warnings.append("The source names no end of sequence: answers go on to their token limit.")
     return tuple(warnings)

@@ -2,8 +2,8 @@
 
 import json
 
+from dijiang_model.checkpoints.config_json import Origin
 from dijiang_model.config import AttentionConfig, ModelConfig
-from dijiang_model.config_json import Origin
 from dijiang_model.features import SIGNED_SPHERE
 from dijiang_model.state import StateSpec
 

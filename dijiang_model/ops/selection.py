@@ -11,7 +11,7 @@ from torch.nn import functional
 from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.layout import Rotary
 from dijiang_model.ops.rounded import RoundedMatrix
-from dijiang_model.ops.torch_attention import TorchAttention
+from dijiang_model.ops.torch.attention import TorchAttention
 
 _LEAST_CAPABILITY = (8, 0)
 

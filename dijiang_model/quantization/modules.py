@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from dijiang_model.formats.tensor_files import TensorSource
 from dijiang_model.quantization.config import DEFAULT_GROUP_SIZE, EMBEDDINGS, INT8, Quantization, WeightKind
 from dijiang_model.quantization.tensors import InMemory, QuantizedTensors, minimums_pay
 from dijiang_model.quantization.weight import Int8Weight, QuantizedWeight, quantized_weight
-from dijiang_model.tensor_files import TensorSource
 
 if TYPE_CHECKING:
     from dijiang_model.model import DiJiangForCausalLM

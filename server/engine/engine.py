@@ -6,18 +6,16 @@ step is already on its way to the device when the tokens of this one are read ba
 
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from server.engine.logprob_types import NO_STEP_LOGPROBS, StepLogprobs
-from server.engine.position_stats import NOTHING_OBSERVED, STEP_BUCKETS_S, PositionRecorder
-from server.engine.scheduler import NUMERICAL_ERROR, Batch, Scheduler
+from server.engine.batch import Batch, StepResult
+from server.engine.scheduler import NUMERICAL_ERROR, Scheduler
 from server.engine.sequence import Sequence
-from server.engine.snapshots import Snapshots
-from server.engine.state_types import NO_PREFIX_CACHE
-from server.engine.state_watch import StateWatch
-from server.engine.types import (
-    EngineConfig,
+from server.engine.state.snapshots import Snapshots
+from server.engine.state.watch import StateWatch
+from server.engine.types.position_stats import NOTHING_OBSERVED, STEP_BUCKETS_S, PositionRecorder
+from server.engine.types.requests import (
     EngineError,
     EngineInfo,
     EngineStats,
@@ -25,20 +23,12 @@ from server.engine.types import (
     GenerationRequest,
     TokenEvent,
 )
+from server.engine.types.state import NO_PREFIX_CACHE
 
 if TYPE_CHECKING:  # needs the grammar library, which an engine without grammars does without
-    from server.engine.grammar_queue import GrammarQueue
+    from server.engine.grammars.queue import GrammarQueue
 
 _IDLE_WAIT_S = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a step sampled: one token and one fault flag for each of `Batch.sampled`, in order; what was scored."""
-
-    token_ids: list[int]
-    faults: list[bool]
-    logprobs: StepLogprobs = NO_STEP_LOGPROBS
 
 
 class Runner(Protocol):
@@ -95,14 +85,6 @@ class Engine:
         self._token_times = PositionRecorder(STEP_BUCKETS_S)
         self._watch = watch
         self._num_not_finite = 0
-
-    @classmethod
-    def load(cls, config: EngineConfig) -> "Engine":
-        """Loads a model and takes the memory for its states; see `server.engine.loading.load_engine`."""
-        # Imported here: the core needs no torch, and a process whose torch is broken can still say so.
-        from server.engine.loading import load_engine
-
-        return load_engine(config)
 
     @property
     def has_work(self) -> bool:

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
-from server.engine.speculation_drafts import Drafter
-from server.engine.types import FinishReason, GenerationRequest, SamplingParams
+from server.engine.types.requests import FinishReason, GenerationRequest, SamplingParams
 
 MAX_OUTPUTS_KEPT = 1 << 16
 
@@ -68,6 +67,34 @@ class Constraint(Protocol):
 
         `after` is permitted; it is not accepted by this.
         """
+        ...
+
+
+class StepCosts(Protocol):
+    """What steps cost, in units of a step of one row."""
+
+    def step(self, num_rows: int) -> float:
+        """Returns the cost of a step of `num_rows` rows, >= 1."""
+        ...
+
+
+class Drafter(Protocol):
+    """Guesses the next tokens of one sequence."""
+
+    last_token_id: int
+    """The token that was pushed last, or the prompt's last one."""
+
+    @property
+    def follows_prediction(self) -> bool:
+        """Whether what it drafts now is from the request's prediction."""
+        ...
+
+    def push(self, token_id: int) -> None:
+        """Takes a token of the output in."""
+        ...
+
+    def draft(self, most: int, *, prices: StepCosts, num_rows: int) -> tuple[int, ...]:
+        """Returns up to `most` tokens that may come next and are worth their rows in a step of `num_rows`."""
         ...
 
 

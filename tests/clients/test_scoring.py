@@ -17,7 +17,7 @@ from clients.scoring import score, summary
 from clients.selfcheck import Finding, SelfCheck, largest_difference
 from clients.states import States
 from clients.types import Completion
-from dijiang_model.checkpoints import load_model
+from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.state import StateBuffer
 from tests.e2e.serving import Server, serving
 from tests.tiny_models import write_tiny_model

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dijiang_model.checkpoints import load_model
+from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.model import DiJiangForCausalLM
 from tests.compat.conftest import Tiny
 from tests.compat.harness import Samples, greedy, likelihood, recorded

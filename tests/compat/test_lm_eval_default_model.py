@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from dijiang_model.checkpoints import load_model
+from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.conversion.default_model import ensure_default_model
 from dijiang_model.model import DiJiangForCausalLM
 from tests.compat.harness import Samples, greedy, likelihood, recorded

@@ -6,7 +6,14 @@ from contextlib import asynccontextmanager
 
 from dijiang_model.model import DiJiangForCausalLM
 from server.engine.loading import build_engine
-from server.engine.types import EngineConfig, EngineInfo, EngineStats, FinishReason, GenerationRequest, TokenEvent
+from server.engine.types.requests import (
+    EngineConfig,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    TokenEvent,
+)
 
 
 class TinyEngine:

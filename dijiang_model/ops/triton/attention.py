@@ -5,8 +5,8 @@ from torch import Tensor
 
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
-from dijiang_model.ops.anchors import anchored_attention
 from dijiang_model.ops.layout import Rotary, StepLayout
+from dijiang_model.ops.torch.anchors import anchored_attention
 from dijiang_model.ops.triton.decode import decode
 from dijiang_model.ops.triton.device import on_device_of
 from dijiang_model.ops.triton.prefill import prefill
