@@ -8,12 +8,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dijiang_model.conversion.adapters import is_kernel_tensor
+from dijiang_model.conversion.training.adapters import is_kernel_tensor
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
-from dijiang_model.ops.training import NO_STATE, SoftmaxAttention
+from dijiang_model.ops.training.attention import NO_STATE, SoftmaxAttention
 
 ReadTensor = Callable[[str], Tensor]
 """A tensor of the model by its checkpoint name."""
