@@ -1,29 +1,28 @@
-"""Contexts that the teacher reads: running text, and chats that state facts and ask for them later."""
+"""What the teacher reads: running text, and chats in which facts are told and asked for later."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from dijiang_model.conversion.calibration.facts import Fact, FactKind, draw_facts
+from dijiang_model.conversion.training.chat_prompt import Message, RenderChat
 from dijiang_model.errors import ConversionError
 
-Message = Mapping[str, str]
-"""`role` and `content`."""
-RenderChat = Callable[[Sequence[Message]], str]
-"""A conversation as the model's template writes it."""
-CHARACTERS_PER_TURN = 900
+PASSAGE_CHARACTERS = (450, 1350)
 FACTS_PER_TURN = 2
+FACTS_PER_KIND = 2
 INTRODUCTIONS = ("Here is a passage that I am reading:", "Now read this:", "The next part:", "Have a look at this text:")
 REPLIES = ("I have read it.", "Thank you, I have read the passage.", "Noted.", "All right, I will keep that in mind.")
 
 
 @dataclass(frozen=True, slots=True)
 class Recalled:
-    """A fact's value where it is told and where it is answered, as ranges of tokens [start, stop)."""
+    """The value of a fact where it is told and where it is answered, as ranges of tokens [start, stop)."""
 
     told: tuple[int, int]
     answered: tuple[int, int]
@@ -42,7 +41,7 @@ class Context:
     recalled: tuple[Recalled, ...] = ()
 
 
-def calibration_contexts(
+def text_and_chats(
     tokenizer: Tokenizer,
     text: str,
     *,
@@ -52,7 +51,9 @@ def calibration_contexts(
     length: int,
     seed: int,
 ) -> list[Context]:
-    """`num` contexts of `length` tokens: running text and chats in turn, from parts of the text that do not overlap.
+    """Contexts of at most `length` tokens, running text and chats in turn, each from a part of the text of its own.
+
+    Where a chat with facts does not fit into `length`, there is running text instead.
 
     Raises:
         ConversionError: the text is too short.
@@ -61,18 +62,24 @@ def calibration_contexts(
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     if len(ids) < num * length:
         raise ConversionError(
-            f"the calibration text has {len(ids):,} tokens, {num} contexts of {length:,} take {num * length:,}"
+            f"the text has {len(ids):,} tokens, but {num} contexts of {length:,} take {num * length:,}: give more text"
         )
-    stride = len(ids) // num
     contexts = []
     for index in range(num):
-        part = ids[index * stride : (index + 1) * stride]
-        if index % 2 == 0:
-            contexts.append(Context(torch.tensor(part[:length])))
-        else:
-            passages = _passages(tokenizer.decode(part), rng)
-            contexts.append(fact_chat(tokenizer, passages, render=render, kinds=kinds, length=length, rng=rng))
+        part = ids[index * len(ids) // num : (index + 1) * len(ids) // num]
+        context = Context(torch.tensor(part[:length]))
+        if index % 2 == 1:
+            passages = cut_passages(tokenizer.decode(part), rng)
+            chat = fact_chat(tokenizer, passages, render=render, kinds=kinds, length=length, rng=rng)
+            context = context if chat is None else chat
+        contexts.append(context)
     return contexts
+
+
+def random_contexts(*, vocab_size: int, num: int, length: int, seed: int) -> list[Context]:
+    """Random token ids, for models without a tokenizer."""
+    generator = torch.Generator().manual_seed(seed)
+    return [Context(torch.randint(vocab_size, (length,), generator=generator)) for _ in range(num)]
 
 
 def fact_chat(
@@ -83,22 +90,42 @@ def fact_chat(
     kinds: Sequence[FactKind],
     length: int,
     rng: random.Random,
-) -> Context:
-    """A chat of at most `length` tokens: passages to read with facts before them, and questions at the end."""
-    facts = draw_facts(kinds, 2 * len(kinds), rng)
-    turns, told = [], 0
-    num_tokens = _count(tokenizer, render([message for fact in facts for message in _asked(fact)]))
-    while True:
-        now = facts[told : told + FACTS_PER_TURN]
-        turn = _told(now, next(passages), rng)
-        num_tokens += _count(tokenizer, render(turn))
+    facts_per_kind: int = FACTS_PER_KIND,
+) -> Context | None:
+    """A chat of at most `length` tokens: passages to read, facts told before them, and all asked for at the end.
+
+    Returns:
+        None if no fact fits.
+    """
+    facts = draw_facts(kinds, facts_per_kind * len(kinds), rng)
+    left = iter(facts)
+    messages: list[Message] = []
+    told: list[Fact] = []
+    num_tokens = 0
+    for passage in passages:
+        now = list(islice(left, FACTS_PER_TURN))
+        turn = _told(now, passage, rng)
+        num_tokens += sum(_count(tokenizer, render(part)) for part in (turn, *map(_asked, now)))
         if num_tokens > length:
             break
-        turns += turn
-        told += len(now)
-    asked = rng.sample(facts[:told], told)
-    messages = [*turns, *(message for fact in asked for message in _asked(fact))]
-    return _located(tokenizer, render(messages), asked) if messages else Context(torch.empty(0, dtype=torch.int64))
+        messages += turn
+        told += now
+    asked = rng.sample(told, len(told))
+    if not asked:
+        return None
+    return _located(tokenizer, render([*messages, *(part for fact in asked for part in _asked(fact))]), asked)
+
+
+def cut_passages(text: str, rng: random.Random) -> Iterator[str]:
+    """Pieces of a text that end with a sentence where there is one, over and over; empty ones of an empty text."""
+    start = 0
+    while True:
+        if start >= len(text) - PASSAGE_CHARACTERS[1]:
+            start = 0
+        end = text.find(". ", start + rng.randint(*PASSAGE_CHARACTERS)) + 1
+        end = end if start < end <= start + 2 * PASSAGE_CHARACTERS[1] else start + PASSAGE_CHARACTERS[1]
+        yield text[start:end].strip()
+        start = end
 
 
 def _count(tokenizer: Tokenizer, text: str) -> int:
@@ -118,18 +145,6 @@ def _asked(fact: Fact) -> list[Message]:
         {"role": "user", "content": fact.question},
         {"role": "assistant", "content": f"{fact.answer}{fact.value}."},
     ]
-
-
-def _passages(text: str, rng: random.Random) -> Iterator[str]:
-    """Pieces of about `CHARACTERS_PER_TURN` characters, cut at sentences, over and over."""
-    while True:
-        start = 0
-        while start < len(text) - CHARACTERS_PER_TURN:
-            size = rng.randint(CHARACTERS_PER_TURN // 2, CHARACTERS_PER_TURN * 3 // 2)
-            end = text.find(". ", start + size)
-            end = len(text) if end < 0 else end + 1
-            yield text[start:end].strip()
-            start = end
 
 
 def _located(tokenizer: Tokenizer, text: str, facts: Sequence[Fact]) -> Context:

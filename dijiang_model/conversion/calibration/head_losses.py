@@ -1,4 +1,4 @@
-"""What a head's answer loses with so many places, measured on the teacher's own inputs."""
+"""What a head's answer loses with so many anchors, measured on the teacher's own inputs."""
 
 from collections.abc import Sequence
 
@@ -36,34 +36,34 @@ def answer_losses(
     rows: Tensor,
     *,
     output_weight: Tensor,
-    places: Sequence[int],
+    sizes: Sequence[int],
     window: int,
     sinks: int,
 ) -> Tensor:
-    """[P, G, len(places)]: what each head's answers lose with so many places, for each of P predictors.
+    """[P, G, len(sizes)]: what each head's answers lose with so many anchors, for each of P predictors.
 
-    The squared error after the output projection over the squared input of the layer's block, mean over the rows.
+    The squared error after the output projection over the squared input of the layer's block, summed over the rows.
 
     Args:
         priority: [P, G, T].
         rows: [N] queries, each beyond the window.
         output_weight: [D, H * d].
-        places: sinks and window included.
+        sizes: numbers of anchors.
     """
     num_kv_heads, head_size = inputs.k.shape[1:]
     token = torch.arange(len(inputs.k))
     probability = probabilities(inputs, rows, len(token))  # [G, R, N, T]
     is_near = (rows[:, None] - token < window) | (token < sinks)
     weights = output_weight.unflatten(1, (num_kv_heads, -1, head_size))  # [D, G, R, d]
-    losses = torch.empty(*priority.shape[:2], len(places))
+    losses = torch.zeros(*priority.shape[:2], len(sizes))
     for head in range(num_kv_heads):
         value = inputs.v[:, head]
         full = probability[head] @ value
         for number, own in enumerate(priority[:, head]):
             rank = ranks(own, sinks=sinks)[:, rows - window].T
-            for column, num in enumerate(places):
-                kept = probability[head] * (is_near | (rank < num - sinks - window))
+            for column, num in enumerate(sizes):
+                kept = probability[head] * (is_near | (rank < num))
                 error = kept @ value / kept.sum(-1, keepdim=True) - full  # [R, N, d]
                 after = torch.einsum("rnd,erd->ne", error, weights[:, head])
-                losses[number, head, column] = (after.square().sum(1) / inputs.energy[rows]).mean()
+                losses[number, head, column] = (after.square().sum(1) / inputs.energy[rows]).sum()
     return losses

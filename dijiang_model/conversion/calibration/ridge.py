@@ -1,6 +1,7 @@
 """Ridge regression in closed form, from sums over many contexts."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ PENALTY = 0.01
 """Of the squared weights of standardised inputs, a share of the number of tokens."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class RidgeSums:
     """Sums over tokens of inputs x [N, D] and targets y [N, O], in fp64.
 
@@ -32,10 +33,6 @@ class RidgeSums:
         wide, y = x.double(), y.double()
         return cls(len(x), wide.sum(0), y.sum(0), (x.T @ x).double(), wide.T @ y, y.square().sum(0))
 
-    def __add__(self, other: "RidgeSums") -> "RidgeSums":
-        pairs = ((getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
-        return RidgeSums(*(mine + its for mine, its in pairs))
-
     def solve(self) -> tuple[Tensor, Tensor]:
         """Weights [O, D] and biases [O] of y = W x + b, fp64."""
         mean_x, mean_y = self.x / self.count, self.y / self.count
@@ -52,3 +49,8 @@ class RidgeSums:
         shared = ((self.xy / self.count - torch.outer(mean_x, mean_y)) * weights.T).sum(0)
         spread = ((weights @ covariance) * weights).sum(1) * (self.yy / self.count - mean_y.square())
         return shared / spread.clamp(min=1e-12).sqrt()
+
+
+def total(parts: Sequence[RidgeSums]) -> RidgeSums:
+    """The sums over all the tokens of at least one part."""
+    return RidgeSums(*(sum(getattr(part, field.name) for part in parts) for field in fields(RidgeSums)))

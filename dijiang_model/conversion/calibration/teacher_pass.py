@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from dijiang_model.attention import DiJiangAttention
 from dijiang_model.conversion.training.adapters import is_kernel_tensor
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.model import DiJiangForCausalLM
@@ -53,8 +54,8 @@ class _Recorder:
 
 def teacher_layers(
     model: DiJiangForCausalLM, read: ReadTensor, contexts: Sequence[Tensor]
-) -> Iterator[tuple[int, Iterator[LayerInputs]]]:
-    """Yields each layer's number and what its attention reads, context by context; that iterator must be used up.
+) -> Iterator[tuple[DiJiangAttention, Iterator[LayerInputs]]]:
+    """Yields each layer's attention and what it reads, context by context; that iterator must be used up.
 
     Memory: one block's weights, the activations [T, D] of all contexts, and what the caller keeps.
 
@@ -72,7 +73,8 @@ def teacher_layers(
     for layer, prefix in enumerate(blocks):
         names = [name for name in model.state_dict() if name.startswith(prefix) and not is_kernel_tensor(name)]
         with _loaded(model, names, read):
-            yield layer, _read_layer(model.blocks[layer], streams, layouts)
+            block = model.blocks[layer]
+            yield cast(DiJiangAttention, block.dijiang), _read_layer(block, streams, layouts)
 
 
 def _read_layer(block: nn.Module, streams: list[Tensor], layouts: Sequence[StepLayout]) -> Iterator[LayerInputs]:
