@@ -96,4 +96,3 @@ def _state_bytes(config: ModelConfig) -> int:
 def _place_bytes(config: ModelConfig) -> int:
     """Key and value in int8, their scales, position and score."""
     return 2 * config.head_size + 4 * torch.float32.itemsize
-

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from dijiang_model.config import AnchorConfig, ModelConfig
@@ -14,7 +14,10 @@ from dijiang_model.conversion.calibration.budgets import allocate, anchored_conf
 from dijiang_model.conversion.calibration.contexts import Context
 from dijiang_model.conversion.calibration.fit import Geometry, LayerFit, fit_layers
 from dijiang_model.conversion.calibration.teacher_pass import ReadTensor
+from dijiang_model.errors import ConversionError
 from dijiang_model.families import FAMILIES, build_model
+from dijiang_model.formats.json_fields import read_json_object
+from dijiang_model.formats.outputs import CALIBRATION_FILE
 
 SIZE_SHARES = (0, 1 / 32, 1 / 16, 3 / 32, 5 / 32, 1 / 4, 11 / 32, 15 / 32, 11 / 16, 1)
 """Numbers of anchors of which losses are measured, as shares of a context."""
@@ -44,6 +47,25 @@ class Calibration:
     num_contexts: int
     num_tokens: int
 
+    @classmethod
+    def read(cls, folder: Path) -> "Calibration | None":
+        """What a model's folder keeps; None: it was not calibrated.
+
+        Raises:
+            ConversionError: the file is damaged.
+        """
+        file = folder / CALIBRATION_FILE
+        if not file.is_file():
+            return None
+        document: Mapping[str, Any] = read_json_object(file)
+        try:
+            return cls(**{field.name: document[field.name] for field in fields(cls)})
+        except KeyError as error:
+            raise ConversionError(f"{file} lacks {error}") from error
+
+    def json(self) -> str:
+        return json.dumps(asdict(self)) + "\n"
+
     def config(self, base: ModelConfig, *, state_bytes: int | None = None) -> ModelConfig:
         """The network with anchors for a budget of bytes, by default the one that was calibrated for.
 
@@ -56,28 +78,33 @@ class Calibration:
         return anchored_config(base, anchors, window=budget.window, sinks=self.sinks)
 
 
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A calibration with the priorities that go into the model, by their checkpoint names."""
+
+    calibration: Calibration
+    tensors: Mapping[str, Tensor]
+
+
 def calibrate(
     config: ModelConfig,
     read: ReadTensor,
     contexts: Sequence[Context],
     *,
     state_bytes: int,
-    sinks: int,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Calibration, dict[str, Tensor]]:
+) -> Calibrated:
     """Reads the contexts with the softmax teacher and learns which tokens each head will need.
 
     Args:
-        config: of the converted network; its windows and anchors do not count.
+        config: of the converted network: a hybrid whose windows do not count.
         read: gives the teacher's tensors under the names of the converted network.
         on_layer: called with layers done and in all.
-
-    Returns:
-        What was found, and the priorities' tensors by their checkpoint names.
 
     Raises:
         ConversionError: the budget is too small.
     """
+    sinks = config.layers[0].sinks
     budget = place_budget(config, state_bytes, sinks=sinks)
     length = max(len(context.token_ids) for context in contexts)
     window = min(budget.window, max(length // 8, 1))
@@ -88,9 +115,7 @@ def calibrate(
         sizes=tuple(sorted({round(share * length) for share in SIZE_SHARES})),
     )
     model = build_model(config, device="meta", dtype=torch.float32)
-    fits = fit_layers(
-        model, read, contexts, geometry, on_layer=lambda done: on_layer(done, config.num_layers)
-    )
+    fits = fit_layers(model, read, contexts, geometry, on_layer=lambda done: on_layer(done, config.num_layers))
     return _chosen(config, fits, geometry, contexts, state_bytes=state_bytes, num_anchors=budget.num_anchors)
 
 
@@ -102,7 +127,7 @@ def _chosen(
     *,
     state_bytes: int,
     num_anchors: int,
-) -> tuple[Calibration, dict[str, Tensor]]:
+) -> Calibrated:
     """Each head takes the predictor that loses less with the anchors that it gets."""
     losses = torch.stack([fit.losses for fit in fits])  # [L, 2, G, M]
     anchors = allocate(losses.amin(1), geometry.sizes, num_anchors=num_anchors, most=max(geometry.sizes))
@@ -131,9 +156,11 @@ def _chosen(
         num_contexts=len(contexts),
         num_tokens=sum(len(context.token_ids) for context in contexts),
     )
-    return found, tensors
+    return Calibrated(found, tensors)
 
 
-def _rounded(values: Tensor) -> list[list[list[float]]]:
-    """Four digits, as much as is meaningful, so that files stay small."""
-    return [[float(f"{value:.4g}") for value in row] if isinstance(row, list) else row for row in values.tolist()]
+def _rounded(values: Tensor) -> Any:
+    """Nested lists with four digits of each number, as much as is meaningful."""
+    if values.dim() == 0:
+        return float(f"{float(values):.4g}")
+    return [_rounded(row) for row in values]

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from tokenizers import Tokenizer
@@ -16,7 +16,12 @@ from dijiang_model.errors import ConversionError
 PASSAGE_CHARACTERS = (450, 1350)
 FACTS_PER_TURN = 2
 FACTS_PER_KIND = 2
-INTRODUCTIONS = ("Here is a passage that I am reading:", "Now read this:", "The next part:", "Have a look at this text:")
+INTRODUCTIONS = (
+    "Here is a passage that I am reading:",
+    "Now read this:",
+    "The next part:",
+    "Have a look at this text:",
+)
 REPLIES = ("I have read it.", "Thank you, I have read the passage.", "Noted.", "All right, I will keep that in mind.")
 
 
@@ -58,7 +63,7 @@ def text_and_chats(
     Raises:
         ConversionError: the text is too short.
     """
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311  reproducible, nothing secret
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     if len(ids) < num * length:
         raise ConversionError(
@@ -99,21 +104,20 @@ def fact_chat(
     """
     facts = draw_facts(kinds, facts_per_kind * len(kinds), rng)
     left = iter(facts)
-    messages: list[Message] = []
+    turns: list[Message] = []
+    questions: list[list[Message]] = []
     told: list[Fact] = []
-    num_tokens = 0
+    text = ""
     for passage in passages:
         now = list(islice(left, FACTS_PER_TURN))
-        turn = _told(now, passage, rng)
-        num_tokens += sum(_count(tokenizer, render(part)) for part in (turn, *map(_asked, now)))
-        if num_tokens > length:
+        turns += _told(now, passage, rng)
+        for fact in now:
+            questions.insert(rng.randint(0, len(questions)), _asked(fact))
+        longer = render([*turns, *chain.from_iterable(questions)])
+        if len(tokenizer.encode(longer, add_special_tokens=False).ids) > length:
             break
-        messages += turn
-        told += now
-    asked = rng.sample(told, len(told))
-    if not asked:
-        return None
-    return _located(tokenizer, render([*messages, *(part for fact in asked for part in _asked(fact))]), asked)
+        text, told = longer, told + now
+    return _located(tokenizer, text, told) if told else None
 
 
 def cut_passages(text: str, rng: random.Random) -> Iterator[str]:
@@ -126,10 +130,6 @@ def cut_passages(text: str, rng: random.Random) -> Iterator[str]:
         end = end if start < end <= start + 2 * PASSAGE_CHARACTERS[1] else start + PASSAGE_CHARACTERS[1]
         yield text[start:end].strip()
         start = end
-
-
-def _count(tokenizer: Tokenizer, text: str) -> int:
-    return len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def _told(facts: Sequence[Fact], passage: str, rng: random.Random) -> list[Message]:
@@ -148,11 +148,13 @@ def _asked(fact: Fact) -> list[Message]:
 
 
 def _located(tokenizer: Tokenizer, text: str, facts: Sequence[Fact]) -> Context:
-    """A chat with the places where its facts are told and answered."""
+    """A chat with the places where its facts are told and answered; without those that a template writes otherwise."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
     recalled = []
     for fact in facts:
-        statement, answer = text.index(fact.statement), text.rindex(fact.answer + fact.value)
+        statement, answer = text.find(fact.statement), text.rfind(fact.answer + fact.value)
+        if statement < 0 or answer < 0:
+            continue
         told = _tokens(encoding.offsets, statement + fact.statement.index(fact.value), len(fact.value))
         answered = _tokens(encoding.offsets, answer + len(fact.answer), len(fact.value))
         recalled.append(Recalled(told, answered))

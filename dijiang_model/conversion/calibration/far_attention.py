@@ -51,7 +51,9 @@ def probabilities(inputs: LayerInputs, rows: Tensor, end: int) -> Tensor:
     query = inputs.q[rows].permute(1, 2, 0, 3) * inputs.q.shape[-1] ** -0.5
     scores = query @ inputs.k[:end].permute(1, 2, 0)[:, None]
     is_future = torch.arange(end) > rows[:, None]
-    return scores.masked_fill_(is_future, -torch.inf).softmax(-1)
+    scores.masked_fill_(is_future, -torch.inf)
+    probability: Tensor = scores.softmax(-1)
+    return probability
 
 
 def recall_attention(inputs: LayerInputs, recalled: Sequence[Recalled], *, window: int) -> Tensor:

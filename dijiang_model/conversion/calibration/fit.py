@@ -1,4 +1,4 @@
-"""One pass of the teacher: who will be needed, learned by ridge regression, and what each head loses with few places."""
+"""One pass of the teacher: which tokens will be needed, by ridge regression, and what few places cost each head."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from dijiang_model.model import DiJiangForCausalLM
 
 SMALLEST_ATTENTION = 1e-6
 """Attention below it counts as it: logarithms of next to nothing say nothing."""
-MIN_QUERIES = 32
-"""Targets of tokens that fewer queries look at are not learned from."""
+TOKENS_PER_QUERY = 64
+"""Targets are not learned from where fewer queries look at a token than one for so many tokens of the context."""
 NUM_HELD_OUT = 4
 """Contexts on which a predictor fitted to the others is judged; what is used in the end is fitted to all."""
-NUM_LOSS_CONTEXTS = 8
+NUM_LOSS_CONTEXTS = 6
 """Contexts on which losses are measured."""
-LOSS_STRIDE = 8
+LOSS_STRIDE = 16
 """Every so many queries of running text count in the losses."""
 ANSWER_WEIGHT = 1.0
 """Of the loss where facts are answered beside that of running text."""
@@ -91,7 +91,9 @@ def fit_layers(
 def _fit_layer(
     inputs: Iterator[LayerInputs], contexts: Sequence[Context], geometry: Geometry, output: Tensor
 ) -> LayerFit:
-    fitted, held_out, kept = [], [], []
+    fitted: list[RidgeSums] = []
+    held_out: list[RidgeSums] = []
+    kept: list[tuple[LayerInputs, Context]] = []
     recall = torch.zeros(())
     for number, (read, context) in enumerate(zip(inputs, contexts, strict=True)):
         (held_out if number < NUM_HELD_OUT else fitted).append(_ridge_sums(read, geometry))
@@ -115,7 +117,7 @@ def _fit_layer(
 def _ridge_sums(inputs: LayerInputs, geometry: Geometry) -> RidgeSums:
     """Of the tokens that enough queries look at; targets are [2 G]: of the largest attention, then of the mean."""
     attention = far_attention(inputs, window=geometry.window)
-    counts = attention.queries >= MIN_QUERIES
+    counts = attention.queries >= max(len(inputs.x) // TOKENS_PER_QUERY, 1)
     counts[: geometry.sinks] = False
     targets = torch.cat([attention.largest, attention.mean]).clamp(min=SMALLEST_ATTENTION).log().T
     return RidgeSums.of(inputs.x[counts], targets[counts])
@@ -148,4 +150,5 @@ def _losses(
 
 def _mean(sums: Iterable[Sums]) -> Tensor:
     totals, counts = zip(*sums, strict=True)
-    return torch.stack(totals).sum(0) / max(sum(counts), 1)
+    mean: Tensor = torch.stack(totals).sum(0) / max(sum(counts), 1)
+    return mean

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dijiang_model.config import AnchorConfig
-from dijiang_model.conversion.calibration.attention_statistics import probabilities
+from dijiang_model.conversion.calibration.far_attention import probabilities
 from dijiang_model.conversion.calibration.teacher_pass import LayerInputs
 
 
