@@ -95,7 +95,7 @@ def _layout(model: DiJiangForCausalLM, length: int) -> StepLayout:
     """One segment of `length` tokens from position 0, on the CPU."""
     config, positions = model.config, torch.arange(length)
     none = torch.zeros(1, dtype=torch.int64)
-    rotary = Rotary.at(positions, dims=config.rotary_dims, theta=config.rope_theta, dtype=model.dtype)
+    rotary = Rotary.at(positions, frequencies=config.frequencies, dtype=model.dtype)
     return StepLayout(
         num_decode=0,
         positions=positions,
