@@ -141,10 +141,10 @@ def _chosen(
         return values.gather(1, index.expand(-1, 1, -1, *values.shape[3:]))[:, 0]
 
     weight, bias = pick(torch.stack([fit.weight for fit in fits])), pick(torch.stack([fit.bias for fit in fits]))
-    path = FAMILIES[config.family].ATTENTION_PATH
+    paths = FAMILIES[config.family].paths
     tensors: dict[str, Tensor] = {}
     for layer in range(config.num_layers):
-        name = f"{path.format(layer=layer)}.linear.priority"
+        name = f"{paths.attention_of(layer)}.linear.priority"
         tensors |= {f"{name}_weight": weight[layer], f"{name}_bias": bias[layer]}
     found = Calibration(
         state_bytes=state_bytes,

@@ -64,9 +64,8 @@ def teacher_layers(
         contexts: token ids, [T] int64 each.
     """
     model.requires_grad_(False)
-    block_path = model.ATTENTION_PATH.rpartition(".")[0]
-    blocks = [f"{block_path.format(layer=layer)}." for layer in range(model.config.num_layers)]
-    outside = (*blocks, f"{model.HEAD_PATH}.")
+    blocks = [f"{model.paths.layers}.{layer}." for layer in range(model.config.num_layers)]
+    outside = (*blocks, f"{model.paths.head}.")
     with _loaded(model, [name for name in model.state_dict() if not name.startswith(outside)], read):
         streams = [model.embed(ids, torch.arange(len(ids))) for ids in contexts]
     layouts = [_layout(model, len(ids)) for ids in contexts]
