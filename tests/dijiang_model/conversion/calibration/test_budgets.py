@@ -25,8 +25,8 @@ def test_a_budget_is_used_up_and_never_exceeded(num_bytes: int) -> None:
     anchors = allocate(losses, (0, 10, 100, 1000), num_anchors=budget.num_anchors, most=10_000)
     assert int(anchors.sum()) <= budget.num_anchors
     used = state_bytes(anchors, budget.window)
-    # An anchor takes 48 bytes; less than one is left for each head and one more. Aligned are 6 tensors of 3 layers: room
-    # for that is set aside, and the smallest state, which is what is counted from, may have had as much of it.
+    # An anchor takes 48 bytes; less than one is left for each head and one more. Aligned are 6 tensors of 3 layers:
+    # room for that is set aside, and the smallest state, which is what is counted from, may have had as much of it.
     assert num_bytes - 2 * 3 * 6 * 64 - 7 * 48 <= used <= num_bytes or int(anchors.sum()) == budget.num_anchors
 
 
