@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dijiang_model import reference
+from dijiang_model.batch import PackedBatch
 from dijiang_model.config import AttentionConfig, ModelConfig
-from dijiang_model.model import DiJiangForCausalLM, PackedBatch
+from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import PrefillLayout
 from dijiang_model.ops.torch.linear import chunked, recurrent_step
