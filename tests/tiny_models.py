@@ -155,7 +155,7 @@ def tiny_model(
 def tiny_network(
     config: ModelConfig | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float32, native: bool = True
 ) -> FrozenModel:
-    """The same model as `tiny_model` as an engine runs it: in the compiled kernels where they can and `native` says so."""
+    """The same model as `tiny_model`, as an engine runs it; `native`: in the compiled kernels, where they can."""
     return freeze(tiny_model(config, seed=seed, dtype=dtype), native=native)
 
 

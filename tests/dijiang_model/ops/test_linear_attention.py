@@ -156,7 +156,7 @@ class OneLayer:
             nothing, torch.arange(begin, end), torch.tensor([3]), (length,), 1 if decode else 0, nothing
         )
         q, k, v = (x[begin:end].to(self.dtype) for x in (self.q, self.k, self.v))
-        layout, state = self.model._layout(batch), self.attention.layer_state(self.buffer)
+        layout, state = self.model.step_layout(batch), self.attention.layer_state(self.buffer)
         return self.model.attention_op(q, k, v, kernel=self.attention.linear, layout=layout, state=state)
 
     def state(self) -> LayerState:

@@ -146,6 +146,6 @@ def test_other_dtypes_are_refused() -> None:
 
 
 def test_states_can_be_widened_again() -> None:
-    model = narrow_model().keep_states_in(torch.float32)
+    model = tiny_model().keep_states_in(torch.bfloat16).keep_states_in(torch.float32)
     assert not model.has_narrow_states
     assert model.state_spec == tiny_model().state_spec

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dijiang_model.config import ModelConfig
 from dijiang_model.native.library import load_library
-from dijiang_model.serving.network import FrozenModel
+from dijiang_model.serving.network import FrozenModel, freeze
 from server.engine.engine import Engine
 from server.engine.grammars.grammar import HEADER, GrammarCompiler
 from server.engine.grammars.queue import GrammarQueue
@@ -28,7 +28,7 @@ from server.engine.types.logprobs import LogprobOptions, LogprobRow
 from server.engine.types.requests import EngineConfig, FinishReason, GenerationRequest, GrammarSpec, SamplingParams
 from tests.byte_tokenizer import write_byte_tokenizer
 from tests.server.engine.fakes import FREE, engine_info
-from tests.tiny_models import EOS_TOKEN_ID, gpt_neox_config, llama_config, opt_config, tiny_network
+from tests.tiny_models import EOS_TOKEN_ID, gpt_neox_config, llama_config, opt_config, tiny_model, tiny_network
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the kernels were not built: no compiler at install")
 
@@ -244,8 +244,8 @@ def test_grammars_permit_drafts_as_they_permit_tokens(tmp_path: Path, num_right:
 
 
 def test_logits_that_become_nan_end_the_request_where_they_would_have() -> None:
-    model = tiny_network()
-    embedding = model.get_submodule("model.embed_tokens").weight
+    network = tiny_model()
+    model, embedding = freeze(network), network.get_submodule("model.embed_tokens").weight
     request = make_request("a", [1, 2, 3], max_tokens=30)
     expected, _ = run(model, [request])
     bad = next(token for token in expected["a"].tokens[5:] if token not in (1, 2, 3))
