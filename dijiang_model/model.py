@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from dijiang_model.config import ModelConfig
 from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.layout import PrefillLayout, StepLayout
 from dijiang_model.ops.selection import attention_for, step_angles
+from dijiang_model.paths import Paths
 from dijiang_model.quantization.config import Quantization
 from dijiang_model.quantization.modules import quantized_weights
 from dijiang_model.quantization.weight import QuantizedWeight
@@ -28,12 +29,10 @@ class DiJiangForCausalLM(nn.Module):
     first token (`StateBuffer.storage[slot].zero_()`).
     """
 
-    ATTENTION_PATH: str
-    """Module path of a layer's attention, with `{layer}`."""
-    EMBEDDING_PATH: str
-    """Module path of the token embedding."""
-    HEAD_PATH: str
-    """Module path of the output head where it is not the embedding."""
+    paths: ClassVar[Paths]
+    """Where the network keeps its parts."""
+    learns_positions: ClassVar[bool] = False
+    """Whether the first block reads more of a token than a row of the embedding."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -169,8 +168,7 @@ class DiJiangForCausalLM(nn.Module):
 
         rotary, sink_rotary = step_angles(
             batch.positions,
-            dims=config.rotary_dims,
-            theta=config.rope_theta,
+            frequencies=config.frequencies,
             last_sink=config.last_sink_position,
             dtype=kernel_dtype,
         )
