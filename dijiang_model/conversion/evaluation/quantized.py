@@ -29,5 +29,5 @@ def _rounded(model: DiJiangForCausalLM, kind: Rounding) -> Variant:
         quantize_(twin, choose(kind, InMemory(model.state_dict()), twin))
     else:
         name = f"ours, state in {kind.removesuffix('-state')}"
-        twin.keep_states_in(_STATES[kind])
+        twin.keep_states_in(_STATES[kind]).prepare()
     return Variant(name, twin, TorchAttention(), twin.state_spec.bytes_per_slot, is_served=True)
