@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dijiang_model.checkpoints.outputs import CALIBRATION_FILE
 from dijiang_model.config import AnchorConfig, ModelConfig
 from dijiang_model.conversion.calibration.budgets import allocate, anchored_config, place_budget
 from dijiang_model.conversion.calibration.contexts import Context
@@ -17,7 +18,6 @@ from dijiang_model.conversion.calibration.teacher_pass import ReadTensor
 from dijiang_model.errors import ConversionError
 from dijiang_model.families import FAMILIES, build_model
 from dijiang_model.formats.json_fields import read_json_object
-from dijiang_model.formats.outputs import CALIBRATION_FILE
 
 SIZE_SHARES = (0, 1 / 32, 1 / 16, 3 / 32, 5 / 32, 1 / 4, 11 / 32, 15 / 32, 11 / 16, 1)
 """Numbers of anchors of which losses are measured, as shares of a context."""

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import read_stored_config
+from dijiang_model.checkpoints.outputs import CALIBRATION_FILE
 from dijiang_model.conversion.calibration.calibrate import Calibration
 from dijiang_model.conversion.convert import convert
 from dijiang_model.conversion.recipes import Recipe
 from dijiang_model.errors import ConversionError
-from dijiang_model.formats.outputs import CALIBRATION_FILE
 from tests.dijiang_model.stepping import logits_of, random_text
 from tests.dijiang_model.teachers import gpt_neox_teacher, llama_teacher, opt_teacher, save_teacher
 

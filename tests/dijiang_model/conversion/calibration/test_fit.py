@@ -15,8 +15,9 @@ from dijiang_model.conversion.calibration.ridge import RidgeSums, total
 from dijiang_model.conversion.calibration.teacher_pass import LayerInputs, teacher_layers
 from dijiang_model.conversion.training.distill import output_weight
 from dijiang_model.families import build_model
-from dijiang_model.ops.training.attention import SoftmaxAttention, run_segments
+from dijiang_model.ops.training.attention import SoftmaxAttention
 from dijiang_model.reference.anchors import AnchorRules, eviction_times, shared_scores
+from dijiang_model.segments import run_segments
 from tests.tiny_models import HYBRID, gpt_neox_config, llama_config, opt_config, tiny_model
 
 CONFIGS: dict[str, ModelConfig] = {

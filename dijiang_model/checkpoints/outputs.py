@@ -27,7 +27,9 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-_MODEL_FILES = frozenset((CONFIG_FILE, CARD_FILE, CALIBRATION_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX, *TOKENIZER_FILES))
+_MODEL_FILES = frozenset(
+    (CONFIG_FILE, CARD_FILE, CALIBRATION_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX, *TOKENIZER_FILES)
+)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 _Identity = tuple[int, int]
