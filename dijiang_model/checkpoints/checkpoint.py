@@ -7,7 +7,6 @@ its values are finite: one pass at memory speed, which also brings the file into
 checkpoint names or holds is ever run.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dijiang_model.checkpoints.atomic_folder import atomic_folder
 from dijiang_model.checkpoints.config_json import (
     CONFIG_FILE,
     MODEL_TYPE,
@@ -24,6 +24,7 @@ from dijiang_model.checkpoints.config_json import (
     parse_stored_config,
     stored_config_text,
 )
+from dijiang_model.checkpoints.quantized import choose, install, weights_to_quantize
 from dijiang_model.checkpoints.released_format import (
     ReleasedTensors,
     is_released_format,
@@ -31,27 +32,18 @@ from dijiang_model.checkpoints.released_format import (
 )
 from dijiang_model.config import ModelConfig
 from dijiang_model.errors import CheckpointError, QuantizationError
-from dijiang_model.families import build_model
-from dijiang_model.formats.atomic_folder import atomic_folder
+from dijiang_model.families import FAMILIES, build_model
 from dijiang_model.formats.json_fields import read_json_object
 from dijiang_model.formats.problem_list import problem_list
 from dijiang_model.formats.safetensors_writer import DEFAULT_SHARD_BYTES, num_bytes, write_tensors, write_text
 from dijiang_model.formats.tensor_files import TensorInfo, TensorSource, open_tensors
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.quantization.config import Quantization, WeightKind
-from dijiang_model.quantization.modules import choose, install, quantized_weights, weights_to_quantize
+from dijiang_model.quantization.modules import quantized_weights
 from dijiang_model.quantization.tensors import QuantizedTensors
 
 CHECKED_ELEMENTS = 2**24
 MIX_BIAS = "linear.mix_bias"
-
-_BUFFERS = {
-    "gpt_neox": re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"),
-    "llama": re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
-    "opt": re.compile(r"model\.decoder\.version"),
-}
-"""Constants that HF checkpoints carry beside the weights; they are derived from the config here."""
-_TIED_HEADS = {"gpt_neox": "embed_out.weight", "llama": "lm_head.weight", "opt": "lm_head.weight"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,8 +290,9 @@ def tensor_problems(
 
 def is_tolerated(name: str, config: ModelConfig) -> bool:
     """Whether a surplus tensor is a known constant, or the copy of a tied embedding."""
-    is_tied_head = config.tie_word_embeddings and name == _TIED_HEADS[config.family]
-    return is_tied_head or _BUFFERS[config.family].fullmatch(name) is not None
+    family = FAMILIES[config.family]
+    is_tied_head = config.tie_word_embeddings and name == f"{family.paths.head}.weight"
+    return is_tied_head or family.buffers.fullmatch(name) is not None
 
 
 def has_valid(name: str, tensor: Tensor) -> bool:

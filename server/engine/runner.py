@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dijiang_model.model import PackedBatch
+from dijiang_model.batch import PackedBatch
 from dijiang_model.state import StateBuffer
 from server.engine.batch import Batch, StepResult
 from server.engine.fast_steps import graph_sampling
@@ -164,7 +164,6 @@ class ModelRunner:
     @torch.inference_mode()
     def release(self, sequence: Sequence) -> None:
         """Clears the slot and the sampler's memory of an ended sequence."""
-        assert sequence.slot is not None
         self._pool.reset(sequence.slot)
         self._sampler.release(sequence)
 

@@ -38,7 +38,8 @@ from dijiang_model.conversion.evaluation.teacher import load_teacher
 from dijiang_model.conversion.training.cli import train_command
 from dijiang_model.conversion.training.text_windows import load_tokenizer
 from dijiang_model.errors import ConversionError
-from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention, run_segments
+from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention
+from dijiang_model.segments import run_segments
 from tests.byte_tokenizer import write_byte_tokenizer
 from tests.dijiang_model.teachers import gpt_neox_teacher, llama_teacher
 from tests.tiny_models import HYBRID, PURE, llama_config, tiny_model, write_tiny_model
@@ -132,7 +133,7 @@ def test_the_probe_asks_at_every_distance_that_fits(tmp_path: Path) -> None:
 
 def test_a_dijiang_checkpoint_of_the_authors_is_no_teacher() -> None:
     with pytest.raises(ConversionError, match="not the softmax model"):
-        load_teacher(Path(__file__).parents[1] / "golden" / "aligned")
+        load_teacher(Path(__file__).parents[3] / "golden" / "aligned")
 
 
 def test_reports_hold_every_number(tmp_path: Path, text: Path) -> None:

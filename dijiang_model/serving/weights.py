@@ -6,20 +6,20 @@ Nothing large is copied: projections and embeddings are used in place, mapped fi
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from dijiang_model.attention import DiJiangAttention
-from dijiang_model.config import AttentionConfig, Family, FeatureConfig
+from dijiang_model.config import AttentionConfig, FeatureConfig
+from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.native import library
 from dijiang_model.ops.layout import Rotary
+from dijiang_model.ops.torch.attention import TorchAttention
+from dijiang_model.paths import Paths
 from dijiang_model.quantization.modules import QuantizedEmbedding, QuantizedLinear
 from dijiang_model.quantization.weight import QuantizedWeight
-
-if TYPE_CHECKING:
-    from dijiang_model.model import DiJiangForCausalLM
 
 ACTIVATIONS: Mapping[str, int] = {
     "silu": 0,
@@ -49,12 +49,14 @@ HEAD_SIZE_MULTIPLE = 16
 """Features and values are worked on in whole vectors, of up to 16 floats."""
 
 
-def why_unsupported(model: "DiJiangForCausalLM") -> str | None:
+def why_unsupported(model: DiJiangForCausalLM) -> str | None:
     """Why the kernels cannot run a model, in words; None if they can."""
     if model.device.type != "cpu":
         return f"the model is on {model.device.type}, not on a CPU"
     if model.dtype not in (torch.float32, torch.bfloat16):
         return f"weights are {model.dtype}, not float32 or bfloat16"
+    if type(model.attention_op) is not TorchAttention:
+        return f"attention is computed by {type(model.attention_op).__name__}"
     if model.config.head_size % HEAD_SIZE_MULTIPLE != 0:
         return f"head size {model.config.head_size} is no multiple of {HEAD_SIZE_MULTIPLE}"
     if not model.config.pre_norm or model.config.embedding_width != model.config.hidden_size:
@@ -68,7 +70,7 @@ def why_unsupported(model: "DiJiangForCausalLM") -> str | None:
         if unknown:
             return f"the kernels do not know {', '.join(sorted(unknown))}"
     for block in model.blocks:
-        for path in _NAMES[model.config.family].projections:
+        for path in model.paths.projections:
             module = block.get_submodule(path)
             if type(module) not in (nn.Linear, QuantizedLinear):
                 return f"{path} is a {type(module).__name__}"
@@ -91,43 +93,15 @@ class NetworkWeights:
     """A `library.Network` and everything that its pointers need alive.
 
     Attributes:
-        derived_from: parameters that vectors were derived from, and their versions then.
-        in_place: tensors whose memory is pointed at, and its address.
-        modules: where each projection hung, under which name, and what it was.
-        kept: whatever else the pointers need.
+        kept: what they point at, or a part of it.
     """
 
     network: library.Network = field(default_factory=library.Network)
-    derived_from: list[tuple[Tensor, int]] = field(default_factory=list)
-    in_place: list[tuple[Tensor, int]] = field(default_factory=list)
-    modules: list[tuple[Mapping[str, nn.Module | None], str, nn.Module]] = field(default_factory=list)
     kept: list[object] = field(default_factory=list)
-
-    @property
-    def is_current(self) -> bool:
-        """Whether nothing was trained, replaced or moved since; a few dozen microseconds."""
-        return (
-            all(tensor._version == version for tensor, version in self.derived_from)
-            and all(tensor.data_ptr() == address for tensor, address in self.in_place)
-            and all(siblings[name] is module for siblings, name, module in self.modules)
-        )
-
-    def watch(self, parent: nn.Module, path: str) -> nn.Module:
-        """The module at a path, which must stay the one there."""
-        way, _, name = path.rpartition(".")
-        siblings = parent.get_submodule(way)._modules
-        module = siblings[name]
-        assert module is not None
-        self.modules.append((siblings, name, module))
-        return module
 
     def pointer(self, tensor: Tensor) -> int:
         """Address of a tensor's values, which stay alive with this object."""
-        if tensor.is_contiguous():
-            self.in_place.append((tensor, tensor.data_ptr()))
-        else:
-            self.derived_from.append((tensor, tensor._version))
-            tensor = tensor.detach().contiguous()
+        tensor = tensor.detach().contiguous()
         self.kept.append(tensor)
         return tensor.data_ptr()
 
@@ -135,7 +109,6 @@ class NetworkWeights:
         """Address of a tensor's values in fp32: its own, or those of a copy."""
         if tensor.dtype == torch.float32:
             return self.pointer(tensor)
-        self.derived_from.append((tensor, tensor._version))
         return self.derived(tensor)
 
     def derived(self, tensor: Tensor) -> int:
@@ -164,7 +137,7 @@ class NetworkWeights:
 
     def codes(self, weight: QuantizedWeight, bias: Tensor | None = None) -> library.Matrix:
         """Quantized weights."""
-        self.kept.append(weight)
+        self.kept += [weight, *weight.buffers()]
         return weight.matrix(None if bias is None else self.floats(bias))
 
     def norm(self, module: nn.Module) -> library.Norm:
@@ -178,15 +151,14 @@ class NetworkWeights:
 
 
 @torch.no_grad()
-def network_weights(model: "DiJiangForCausalLM") -> NetworkWeights:
+def network_weights(model: DiJiangForCausalLM) -> NetworkWeights:
     """Describes a model that `why_unsupported` has nothing against."""
     config, weights = model.config, NetworkWeights()
-    names = _NAMES[config.family]
+    names = model.paths
     offsets = model.state_spec.offsets()
     layers = (library.Layer * config.num_layers)(*(_layer(weights, block, names, offsets) for block in model.blocks))
     half = config.rotary_dims // 2
-    exponents = torch.arange(0, config.rotary_dims, 2, dtype=torch.float64) / max(config.rotary_dims, 1)
-    frequencies = config.rope_theta**-exponents
+    frequencies = torch.tensor(config.frequencies, dtype=torch.float64)
     weights.kept += [layers, frequencies]
     network = weights.network
     network.layers = ctypes.cast(layers, ctypes.POINTER(library.Layer))
@@ -199,91 +171,35 @@ def network_weights(model: "DiJiangForCausalLM") -> NetworkWeights:
     network.hidden_size, network.inner_size = config.hidden_size, config.intermediate_size
     network.last_sink_position = config.last_sink_position
     network.activation = ACTIVATIONS[config.activation]
-    network.is_parallel = int(config.family == "gpt_neox" and config.parallel_residual)
+    network.is_parallel = int(config.parallel_residual)
     return weights
 
 
-def token_table(weights: NetworkWeights, model: "DiJiangForCausalLM") -> library.Matrix | None:
+def token_table(weights: NetworkWeights, model: DiJiangForCausalLM) -> library.Matrix | None:
     """What the first block reads of each token; None where it is more than a row of the embedding, in fp32 or bf16."""
-    if model.config.family == "opt":  # it adds what a position has learned
+    if model.learns_positions:
         return None
-    module = model.get_submodule(model.EMBEDDING_PATH)
+    module = model.get_submodule(model.paths.embedding)
     if isinstance(module, QuantizedEmbedding):
         return weights.codes(module.weight) if module.weight.dtype == torch.float32 else None
     return weights.matrix(module.weight) if type(module) is nn.Embedding else None
 
 
-def _heads(model: "DiJiangForCausalLM", half: int) -> library.Heads:
+def _heads(model: DiJiangForCausalLM, half: int) -> library.Heads:
     config = model.config
     heads, groups, size = config.num_heads, config.num_kv_heads, config.head_size
-    if config.family == "gpt_neox":  # [H, 3, d]
+    if model.paths.key is None:  # [H, 3, d]
         places = (0, 3 * size, size, 3 * size, 2 * size, 3 * size)
     else:  # queries, keys, values
         places = (0, size, heads * size, size, (heads + groups) * size, size)
     return library.Heads(heads, groups, size, half, *places)
 
 
-@dataclass(frozen=True, slots=True)
-class _Names:
-    """Where a family keeps its parts: module paths, from the model and from a block."""
-
-    final_norm: str
-    input_norm: str
-    mlp_norm: str
-    query: str
-    output: str
-    mlp_up: str
-    mlp_down: str
-    key: str | None = None
-    value: str | None = None
-    mlp_gate: str | None = None
-
-    @property
-    def projections(self) -> list[str]:
-        paths = (self.query, self.key, self.value, self.output, self.mlp_gate, self.mlp_up, self.mlp_down)
-        return [path for path in paths if path is not None]
-
-
-_LAYER_NORMS = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-_NAMES: Mapping[Family, _Names] = {
-    "llama": _Names(
-        final_norm="model.norm",
-        **_LAYER_NORMS,
-        query="self_attn.q_proj",
-        key="self_attn.k_proj",
-        value="self_attn.v_proj",
-        output="self_attn.o_proj",
-        mlp_gate="mlp.gate_proj",
-        mlp_up="mlp.up_proj",
-        mlp_down="mlp.down_proj",
-    ),
-    "gpt_neox": _Names(
-        final_norm="gpt_neox.final_layer_norm",
-        **_LAYER_NORMS,
-        query="attention.query_key_value",
-        output="attention.dense",
-        mlp_up="mlp.dense_h_to_4h",
-        mlp_down="mlp.dense_4h_to_h",
-    ),
-    "opt": _Names(
-        final_norm="model.decoder.final_layer_norm",
-        input_norm="self_attn_layer_norm",
-        mlp_norm="final_layer_norm",
-        query="self_attn.q_proj",
-        key="self_attn.k_proj",
-        value="self_attn.v_proj",
-        output="self_attn.out_proj",
-        mlp_up="fc1",
-        mlp_down="fc2",
-    ),
-}
-
-
-def _layer(weights: NetworkWeights, block: nn.Module, names: _Names, offsets: Mapping[str, int]) -> library.Layer:
+def _layer(weights: NetworkWeights, block: nn.Module, names: "Paths", offsets: Mapping[str, int]) -> library.Layer:
     attention = cast(DiJiangAttention, block.dijiang)
 
     def linear(path: str | None) -> library.Matrix:
-        return weights.linear(None if path is None else weights.watch(block, path))
+        return weights.linear(None if path is None else block.get_submodule(path))
 
     layer = library.Layer(
         input_norm=weights.norm(block.get_submodule(names.input_norm)),
@@ -314,7 +230,6 @@ def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mappi
         nodes, log_weights = kernel.ones, kernel.zeros
     else:
         nodes, log_weights = kernel.nodes, kernel.log_weights
-    weights.derived_from += [(tensor, tensor._version) for tensor in (nodes, log_weights, kernel.log_decay)]
     attention = library.Attention(
         basis=weights.pointer(kernel.basis),
         nodes=weights.derived(nodes * config.features.scale),
@@ -336,7 +251,6 @@ def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mappi
     )
     if config.features.far_rank > 0:
         up = kernel.far_query_up
-        weights.derived_from.append((up, up._version))
         attention.far_up, attention.far_rank = weights.derived(up.T.contiguous()), up.shape[1]
     if config.window > 0:
         attention.late = weights.derived((kernel.log_decay * config.window).exp())
@@ -344,9 +258,7 @@ def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mappi
         attention.mix_weight = weights.pointer(kernel.mix_weight)
     if not config.features.rotated:
         model = module.config
-        late = Rotary.at(
-            torch.tensor([config.window]), dims=model.rotary_dims, theta=model.rope_theta, dtype=torch.float32
-        )
+        late = Rotary.at(torch.tensor([config.window]), frequencies=model.frequencies, dtype=torch.float32)
         attention.late_cos, attention.late_sin = weights.derived(late.cos), weights.derived(late.sin)
     if config.decay == "table":
         attention.decay = weights.derived(kernel.table_log_decay.exp())
