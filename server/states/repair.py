@@ -107,7 +107,7 @@ def _copy_rows(old: Path, new: Path) -> None:
         for table in _TABLES:
             columns = [row[1] for row in target.execute(f"PRAGMA table_info({table})")]
             values = f"({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
-            statement = f"INSERT OR IGNORE INTO {table} {values}"  # noqa: S608 (constants)
+            statement = f"INSERT OR IGNORE INTO {table} {values}"
             for order in ("ASC", "DESC"):
                 for row in _readable(source, f"SELECT * FROM {table} ORDER BY 1 {order}"):  # noqa: S608 (constants)
                     found = {**_DEFAULTS, **{key: row[key] for key in row.keys()}}  # noqa: SIM118

@@ -53,7 +53,7 @@ class Sqlite:
             self._connection.execute(f"PRAGMA {pragma}")
         if (problem := self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             self._connection.close()
-            raise sqlite3.DatabaseError(problem)
+            raise sqlite3.DatabaseError(" ".join(problem.split()))
 
     def close(self) -> None:
         """See `Database.close`."""
