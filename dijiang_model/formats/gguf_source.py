@@ -22,7 +22,8 @@ from dijiang_model.formats.tensor_files import TensorInfo
 from dijiang_model.rotary import RopeScaling, rotary_frequencies
 
 if TYPE_CHECKING:
-    from dijiang_model.families.family import Family, Paths
+    from dijiang_model.families.family import Family
+    from dijiang_model.paths import Paths
 
 CHUNK_ELEMENTS = 2**20
 

@@ -20,7 +20,9 @@ from dijiang_model.conversion.convert import convert
 from dijiang_model.conversion.evaluation.teacher import load_teacher
 from dijiang_model.errors import ConfigError, ConversionError
 from dijiang_model.native.library import load_library
-from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, run_segments
+from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention
+from dijiang_model.segments import run_segments
+from dijiang_model.serving.network import freeze
 from tests.dijiang_model.checkpoints.published_configs import PUBLISHED, save, tiny_teacher
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, logits_of, random_text
 
@@ -106,7 +108,7 @@ def test_200_greedy_tokens_are_those_of_hf_in_the_compiled_kernels(name: str, tm
     teacher, prompt, num_new = tiny_teacher(name), TEXT[:20], 200
     seen = base_model_config(teacher.config.to_dict()).teacher_window
     convert(save(teacher, tmp_path / "hf"), tmp_path / "out", window=seen or len(prompt) + num_new, sinks=0)
-    model = load_model(tmp_path / "out")
+    model = freeze(load_model(tmp_path / "out"))
     assert load_library() is None or model.decode_path == "native"
     stepper = Stepper(model).open(1)
     last, found = stepper.step({1: prompt})[1][-1], []
