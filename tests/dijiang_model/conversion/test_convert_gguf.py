@@ -12,10 +12,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import read_stored_config
 from dijiang_model.conversion.convert import convert
+from dijiang_model.conversion.sources.gguf_source import GgufSource
 from dijiang_model.conversion.sources.gguf_tokenizer import byte_level_tokenizer
 from dijiang_model.errors import ConversionError, ModelError
 from dijiang_model.families import FAMILIES
-from dijiang_model.formats.gguf_source import GgufSource
 from dijiang_model.rotary import RopeScaling, rotary_frequencies
 from tests.byte_tokenizer import CHAT_TEMPLATE
 from tests.dijiang_model.checkpoints.published_configs import PUBLISHED, shrunk, tiny_teacher

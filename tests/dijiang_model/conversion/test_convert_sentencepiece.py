@@ -11,10 +11,10 @@ import sentencepiece
 from tokenizers import Tokenizer
 
 from dijiang_model.conversion.convert import convert
+from dijiang_model.conversion.sources.gguf_source import GgufSource
 from dijiang_model.conversion.sources.tokenizer_files import write_tokenizer
 from dijiang_model.errors import ConversionError
 from dijiang_model.families import FAMILIES
-from dijiang_model.formats.gguf_source import GgufSource
 from tests.dijiang_model.teachers import llama_teacher, save_teacher, write_gguf
 
 TEXT = [
