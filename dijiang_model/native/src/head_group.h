@@ -13,10 +13,10 @@ class HeadGroup {
   // Floats of scratch that one needs.
   static int64_t scratch_size(const Attention& a, const Heads& heads) {
     const int64_t shared = heads.num_heads / heads.num_groups, d = heads.head_size;
-    const int64_t codes = shared * padded_codes(d) / 2;  // two to a float
+    const int64_t planes = 2 * shared * plane_bytes(std::max(d, a.most_places(heads.num_groups))) / 4;
     return (6 * shared + 4) * d + (shared + 1) * a.num_features +
-           shared * padded_near(a.most_places(heads.num_groups)) + 2 * shared + 2 * heads.rotary_half + codes +
-           2 * shared + 22 * 16;
+           shared * padded_near(a.most_places(heads.num_groups)) + 2 * shared + 2 * heads.rotary_half +
+           (a.has_anchors() ? planes : 0) + shared * static_cast<int64_t>(sizeof(Words)) / 4 + 20 * 16;
   }
 
   // `next`: keys that this thread is likely to read next, or null.
@@ -43,8 +43,8 @@ class HeadGroup {
     sums_ = take(shared_);
     mix_ = take(shared_);
     angles_ = take(2 * heads.rotary_half);
-    code_scales_ = take(shared_);
-    codes_ = reinterpret_cast<int16_t*>(take(shared_ * padded_codes(d_) / 2));
+    words_ = reinterpret_cast<Words*>(take(shared_ * static_cast<int64_t>(sizeof(Words)) / 4));
+    planes_ = reinterpret_cast<int8_t*>(take(a.has_anchors() ? 2 * shared_ * plane_bytes(std::max(d_, near_)) / 4 : 0));
     far_key_ = far_rows_ + shared_ * d_;
     phi_key_ = phi_ + shared_ * a.num_features;
   }
@@ -190,11 +190,7 @@ class HeadGroup {
   void unrotate(float* x, int64_t position) {
     const int64_t half = heads_.rotary_half;
     float *cos = angles_, *sin = angles_ + half;
-    for (int64_t i = 0; i < half; ++i) {
-      const double angle = static_cast<double>(position) * a_.frequencies[i];
-      cos[i] = static_cast<float>(std::cos(angle));
-      sin[i] = static_cast<float>(-std::sin(angle));
-    }
+    back_angles(position, a_.frequencies, half, cos, sin);
     rotate(x, d_, half, cos, sin, close_);
     std::memcpy(x, close_, row_bytes());
   }
@@ -202,17 +198,12 @@ class HeadGroup {
   // As `read_window`, over what the places hold.
   void read_places(const Token& token) {
     const auto *keys = reinterpret_cast<const int8_t*>(at_.keys), *values = reinterpret_cast<const int8_t*>(at_.values);
-    const int64_t used = places_.used(token.position), stride = padded_near(used);
-    const int64_t sinks = std::min(a_.sinks, used);
+    const int64_t used = places_.used(token.position), stride = padded_near(used), sinks = std::min(a_.sinks, used);
     auto score = [&](const float* queries, int64_t first, int64_t last) {
-      if (!kScoresCodes) {
-        scores(shared_, queries, d_, keys, at_.key_scales, first, last, weights_, stride, ahead(at_.values));
-        return;
-      }
-      for (int64_t r = 0; r < shared_; ++r)
-        code_scales_[r] = round_query(queries + r * d_, d_, codes_ + r * padded_codes(d_));
-      score_codes(shared_, codes_, code_scales_, d_, keys, at_.key_scales, first, last, weights_, stride,
-                  ahead(at_.values));
+      if (!kReadsCodes)
+        return scores(shared_, queries, d_, keys, at_.key_scales, first, last, weights_, stride, ahead(at_.values));
+      round_rows(queries, d_, d_);
+      score_codes(shared_, words_, d_, keys, at_.key_scales, first, last, weights_, stride, ahead(at_.values));
     };
     if (sinks > 0) score(sink_query_, 0, sinks);
     score(near_query_, sinks, used);
@@ -222,7 +213,20 @@ class HeadGroup {
       sums_[r] = exponentials(w, stride);
       for (int64_t j = 0; j < used; ++j) w[j] *= at_.value_scales[j];
     }
-    weighted(shared_, weights_, stride, values, d_, used, close_, d_, ahead(at_.linear));
+    if (!kReadsCodes) return weighted(shared_, weights_, stride, values, d_, used, close_, d_, ahead(at_.linear));
+    round_rows(weights_, used, stride);
+    weigh_codes(shared_, words_, values, d_, used, close_, d_, ahead(at_.linear));
+  }
+
+  // A row of numbers of each query head in 16 bits: `words_`.
+  void round_rows(const float* rows, int64_t count, int64_t stride) {
+    const int64_t plane = plane_bytes(std::max(d_, near_));
+    for (int64_t r = 0; r < shared_; ++r) {
+      Words& words = words_[r];
+      words.high = planes_ + 2 * r * plane;
+      words.low = words.high + plane;
+      round_words(rows + r * stride, count, words);
+    }
   }
 
   // How much the linear part counts beside the window.
@@ -308,8 +312,9 @@ class HeadGroup {
   float *far_rows_;                                // the far queries, then the key that enters the state
   float *new_key_, *far_value_, *near_query_, *sink_query_, *rotated_, *far_, *close_, *phi_, *weights_, *sums_, *mix_;
   float *far_key_, *phi_key_;
-  float *angles_, *code_scales_;
-  int16_t* codes_;
+  float* angles_;
+  Words* words_;  // [R]
+  int8_t* planes_;
   float late_ = 1.0f;  // decay of whoever was evicted last
 };
 

@@ -7,9 +7,6 @@
 
 namespace dijiang {
 
-typedef double Wide __attribute__((vector_size(kLanes * 4)));  // half as many lanes
-typedef int64_t WideInt __attribute__((vector_size(kLanes * 4)));
-typedef float PartAt __attribute__((vector_size(kLanes * 2), aligned(4), may_alias));
 typedef int32_t PartIntAt __attribute__((vector_size(kLanes * 2), aligned(4), may_alias));
 
 // Who was evicted: its column, while nothing has been written there, and its position.
@@ -103,7 +100,6 @@ class Places {
   // The column of the anchor of the lowest priority, all places being taken; of equals the oldest.
   int64_t lowest_anchor() {
     if (lowest_ >= 0) return lowest_;
-    constexpr int kWide = kLanes / 2;
     const int64_t start = sinks_ + window_;
     int64_t j = 0;
     lowest_ = start;
@@ -115,7 +111,7 @@ class Places {
       }
     };
     if (limit_ >= kWide) {
-      const Wide age = age_ - Wide{};
+      const Wide age = wide(age_);
       Wide least, oldest;
       WideInt where;
       for (; j + kWide <= limit_; j += kWide) {
