@@ -77,19 +77,20 @@ def workers(num_cores: int) -> tuple[str, ...]:
 
 
 def _decode(name: str, share: float, *arguments: str) -> Stage:
-    return Stage(name, "benchmarks.gpu_decode", ("--no-plots", *arguments), share)
+    return Stage(name, "benchmarks.gpu.decode", ("--no-plots", *arguments), share)
 
 
 def _prefill(name: str, share: float, *arguments: str) -> Stage:
-    return Stage(name, "benchmarks.gpu_prefill", ("--no-plots", *arguments), share)
+    return Stage(name, "benchmarks.gpu.prefill", ("--no-plots", *arguments), share)
 
 
 STAGES = (
     _tests(
-        "kernels", 0.4, "tests/model/test_triton_gpu.py", "tests/model/test_triton_around.py",
-        "tests/model/test_triton_attention.py", "tests/model/test_triton_coded_windows.py",
+        "kernels", 0.4,
+        *(f"tests/dijiang_model/ops/triton/test_triton_{name}.py"
+          for name in ("gpu", "around", "attention", "coded_windows")),
     ),
-    _tests("graphs", 0.2, "tests/engine/test_graphs_cuda.py"),
+    _tests("graphs", 0.2, "tests/server/engine/fast_steps/test_graphs_cuda.py"),
     _decode(
         "decode-pythia", 0.5, "--shapes", "pythia-2.8b", "--attention", "released", "--contexts", "2048,8192",
         "--batches", "16,1,64,256",
@@ -105,7 +106,8 @@ STAGES = (
     _prefill("prefill-small", 0.5, "--shapes", "pythia-2.8b,smollm2-135m", "--attention", "hybrid"),
     _decode("compiled", 0.6, "--shapes", "pythia-2.8b", "--attention", "released", "--batches", "1,16",
             "--contexts", "2048", "--compile"),
-    _tests("engine", 0.9, "tests/engine/test_engine_cuda.py", "tests/model/test_train_cuda.py"),
+    _tests("engine", 0.9, "tests/server/engine/test_engine_cuda.py",
+           "tests/dijiang_model/conversion/training/test_train_cuda.py"),
 )  # fmt: skip
 """The most important first."""
 

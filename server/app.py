@@ -8,8 +8,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
+from server.api import admin, chat, completions, models, operations, responses, states, tokenization
+from server.api.playground import playground_router
 from server.errors import ApiError, InvalidRequestError
-from server.middleware import (
+from server.http.middleware import (
     AuthenticationMiddleware,
     BodyMiddleware,
     RequestContextMiddleware,
@@ -18,8 +20,6 @@ from server.middleware import (
 )
 from server.playground import load_assets
 from server.protocol.wire import ErrorEnvelope, validation_error
-from server.routes import admin, chat, completions, models, operations, responses, states, tokenization
-from server.routes.playground import playground_router
 from server.service import Service
 
 DESCRIPTION = "OpenAI-compatible inference for DiJiang models: linear attention with a constant-size state."

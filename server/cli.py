@@ -38,7 +38,7 @@ def _options(
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def serve(context: typer.Context) -> None:
     """Serve a model over HTTP; without a model: the default one."""
-    _call(import_module("server.serve_flags").serve_command(), context)
+    _call(import_module("server.startup.flags").serve_command(), context)
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
@@ -50,19 +50,19 @@ def convert(context: typer.Context) -> None:
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def quantize(context: typer.Context) -> None:
     """Round a model's weights to int8 or int4 and save it."""
-    _call(import_module("dijiang_model.quantization.cli").quantize_command, context)
+    _call(import_module("dijiang_model.conversion.quantize_cli").quantize_command, context)
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Train the linear part of a converted model to imitate its teacher."""
-    _call(import_module("dijiang_model.conversion.train_cli").train_command, context)
+    _call(import_module("dijiang_model.conversion.training.cli").train_command, context)
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def evaluate(context: typer.Context) -> None:
     """Measure what a conversion lost, and what its linear part brings."""
-    _call(import_module("dijiang_model.conversion.evaluate_cli").evaluate_command, context)
+    _call(import_module("dijiang_model.conversion.evaluation.cli").evaluate_command, context)
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
@@ -103,7 +103,11 @@ def bench(context: typer.Context) -> None:
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def state(context: typer.Context) -> None:
-    """List, export, import, fork, rewind and delete saved conversations."""
+    """List, export, import, fork, rewind and delete saved conversations; `repair FOLDER` mends a server's store."""
+    if context.args[:1] == ["repair"]:
+        program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        program.command()(import_module("server.states.repair").repair_command)
+        program(args=context.args[1:], prog_name="dijiang state repair")
     import_module("clients.state_cli").app(args=context.args, prog_name="dijiang state")
 
 

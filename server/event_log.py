@@ -3,8 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator
 
-from server.sse import KEEP_ALIVE
-
 
 class EventLog:
     """Grows until it has ended; events are numbered from 0."""
@@ -28,8 +26,8 @@ class EventLog:
         self._has_ended = True
         self._notify()
 
-    async def follow(self, begin: int, *, keepalive_s: float) -> AsyncGenerator[bytes, None]:
-        """Events from number `begin` on, as they come; comments after that much silence."""
+    async def follow(self, begin: int, *, keepalive_s: float, keepalive: bytes) -> AsyncGenerator[bytes, None]:
+        """Events from number `begin` on, as they come; `keepalive` after that much silence."""
         while True:
             while begin < len(self._events):
                 yield self._events[begin]
@@ -41,7 +39,7 @@ class EventLog:
                 async with asyncio.timeout(keepalive_s):
                     await changed.wait()
             except TimeoutError:
-                yield KEEP_ALIVE
+                yield keepalive
 
     def _notify(self) -> None:
         self._changed.set()

@@ -12,9 +12,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from server.engine.position_stats import NORM_BUCKETS, POSITION_NAMES, STEP_BUCKETS_S, PositionHistogram
-from server.engine.state_types import PrefixCacheStats
-from server.engine.types import EngineInfo, EngineStats
+from server.engine.types.position_stats import NORM_BUCKETS, POSITION_NAMES, STEP_BUCKETS_S, PositionHistogram
+from server.engine.types.requests import EngineInfo, EngineStats
+from server.engine.types.state import PrefixCacheStats
 from server.states.store import StoreTotals
 
 TTFT_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)

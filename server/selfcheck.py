@@ -13,9 +13,9 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from server.engine.logprob_types import LogprobOptions, LogprobTable
-from server.engine.state_types import NO_STATE
-from server.engine.types import FinishReason, GenerationRequest, SamplingParams, TokenEvent
+from server.engine.types.logprobs import LogprobOptions, LogprobTable
+from server.engine.types.requests import FinishReason, GenerationRequest, SamplingParams, TokenEvent
+from server.engine.types.state import NO_STATE
 from server.errors import InternalError
 from server.states.session import api_error
 

@@ -1,7 +1,7 @@
 """What all routes share: the engine's client, the text side of the model, limits, and whether we are open.
 
 `ServiceOptions` is the frozen part of the settings that the HTTP side gets; only the composition root
-(`server.serve`) makes one.
+(`server.startup.assemble`) makes one.
 """
 
 import asyncio
@@ -13,26 +13,27 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from server.engine.snapshot_files import MAX_HEADER_BYTES
-from server.engine.types import EngineInfo, EngineStats, GenerationRequest, TokenEvent
-from server.engine_candidate import EngineLoadError
+from dijiang_model.text.folder import UnsupportedTokenizerError
+from dijiang_model.text.template import TemplateSyntaxFailure
+from server.engine.state.snapshot_files import MAX_HEADER_BYTES
+from server.engine.types.requests import EngineInfo, EngineStats, GenerationRequest, TokenEvent
+from server.engine_client.candidate import EngineLoadError
 from server.errors import EngineUnavailableError, InvalidRequestError, NotFoundError
 from server.event_log import EventLog
+from server.grammar_check.checker import GrammarChecker
 from server.metrics import Metrics
 from server.rate_limits import RateLimits
 from server.states.store import StateStore
-from server.structure.checker import GrammarChecker
 from server.text.reasoning import thought_form
-from server.text.template import ChatTemplate, TemplateSyntaxFailure
+from server.text.template import ChatTemplate
 from server.text.tokenizer import Tokenizer
-from server.text.vocabulary import UnsupportedTokenizerError
 
 MAX_RETRY_AFTER_S = 30
 _log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """The service's side of the engine; `server.engine_client.EngineClient` is one."""
+    """The service's side of the engine; `server.engine_client.client.EngineClient` is one."""
 
     @property
     def status(self) -> str: ...

@@ -7,12 +7,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dijiang_model.checkpoints.config_json import Origin, StoredConfig, base_document, stored_config_text
 from dijiang_model.config import AnchorConfig, AttentionConfig, FeatureConfig, ModelConfig
-from dijiang_model.config_json import Origin, StoredConfig, base_document, stored_config_text
 from dijiang_model.families import build_model
 from dijiang_model.features import node_radii
 from dijiang_model.kernel import released_log_decay
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.serving.network import FrozenModel, freeze
 from tests.byte_tokenizer import write_byte_tokenizer
 
 BYTE_VOCAB_SIZE = 260
@@ -151,6 +152,13 @@ def tiny_model(
     tensors = {name: tensor.to(wanted[name].dtype) for name, tensor in random_tensors(config, seed=seed).items()}
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.prepare()
+
+
+def tiny_network(
+    config: ModelConfig | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float32, native: bool = True
+) -> FrozenModel:
+    """The same model as `tiny_model`, as an engine runs it; `native`: in the compiled kernels, where they can."""
+    return freeze(tiny_model(config, seed=seed, dtype=dtype), native=native)
 
 
 def write_tiny_model(

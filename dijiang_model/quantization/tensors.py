@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from dijiang_model.formats.tensor_files import TensorInfo, TensorSource
 from dijiang_model.quantization.config import Quantization
 from dijiang_model.quantization.rounding import (
     Int4Groups,
@@ -18,7 +19,6 @@ from dijiang_model.quantization.rounding import (
     row_scales,
     squared_error,
 )
-from dijiang_model.tensor_files import TensorInfo, TensorSource
 
 SAMPLED_ROWS = 128
 SAMPLED_WEIGHTS = 12

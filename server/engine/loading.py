@@ -9,34 +9,33 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from dijiang_model.checkpoints import load_model
+from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.config import ModelConfig
-from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.native.weights import why_unsupported
+from dijiang_model.formats.tensor_files import SAFETENSORS_DTYPES
 from dijiang_model.quantization.config import Quantization
+from dijiang_model.serving.network import FrozenModel, freeze
 from dijiang_model.state import StateSpec
-from dijiang_model.tensor_files import SAFETENSORS_DTYPES
-from server.engine.decode_rows import Decode
 from server.engine.engine import Engine
-from server.engine.fingerprint import model_fingerprint
-from server.engine.grammar import GrammarCompiler
-from server.engine.grammar_queue import GrammarQueue
+from server.engine.fast_steps.capture import recorder
+from server.engine.fast_steps.decode_rows import Decode
+from server.engine.grammars.grammar import GrammarCompiler
+from server.engine.grammars.queue import GrammarQueue
 from server.engine.placement import device_name, numbers_of, select_device, state_dtype, weights_dtype, weights_kind
-from server.engine.prefix_cache import PrefixCache
-from server.engine.prefix_disk import PrefixDisk
-from server.engine.recording import recorder
 from server.engine.runner import Advance, Model, ModelRunner
-from server.engine.sampler import Sampler
+from server.engine.sampling.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
-from server.engine.snapshot_files import Bytes
-from server.engine.snapshots import CachePolicy, Snapshots
-from server.engine.speculation import speculation_of
-from server.engine.state_norm import StateNorm
-from server.engine.state_pool import StatePool, num_slots_for
-from server.engine.state_types import StateLayout, StateTensorLayout
-from server.engine.state_watch import StateWatch
-from server.engine.types import EngineConfig, EngineInfo
+from server.engine.speculation.rules import speculation_of
+from server.engine.state.fingerprint import model_fingerprint
+from server.engine.state.norm import StateNorm
+from server.engine.state.pool import StatePool, num_slots_for
+from server.engine.state.prefix_cache import PrefixCache
+from server.engine.state.prefix_disk import PrefixDisk
+from server.engine.state.snapshot_files import Bytes
+from server.engine.state.snapshots import CachePolicy, Snapshots
+from server.engine.state.watch import StateWatch
+from server.engine.types.requests import EngineConfig, EngineInfo
+from server.engine.types.state import StateLayout, StateTensorLayout
 
 _SCORING_BYTES = {"cpu": 2**27, "cuda": 2**30}
 """Logits of prompt tokens in one step: as large as is still a good chunk of a prompt."""
@@ -71,17 +70,13 @@ class Network:
 
 
 def load_engine(config: EngineConfig) -> Engine:
-    """Loads a model and takes the memory for its states. Sets this process's number of tensor threads.
+    """Loads a model into this process and takes the memory for its states. Sets its number of tensor threads.
 
     Raises:
         dijiang_model.errors.ModelError: the model's files or configuration cannot be served.
-        server.engine.state_pool.StateBudgetError: the state memory holds no conversation.
+        server.engine.state.pool.StateBudgetError: the state memory holds no conversation.
         ValueError: an unknown dtype, or a device that is not there.
     """
-    if config.tensor_parallel > 1:
-        from server.engine.parallel import load_parallel_engine  # what one process alone has no use for
-
-        return load_parallel_engine(config)
     started = time.monotonic()
     dtype = weights_dtype(config)
     torch.set_num_threads(config.num_threads)
@@ -89,7 +84,7 @@ def load_engine(config: EngineConfig) -> Engine:
     model = load_model(config.model_path, device=config.device, dtype=dtype, weights=weights_kind(config))
     if config.state_dtype != "float32":
         model.keep_states_in(state_dtype(config))
-    return build_engine(model.seal(), as_stored(config, model.quantization), started=started)
+    return build_engine(freeze(model), as_stored(config, model.quantization), started=started)
 
 
 def as_stored(config: EngineConfig, quantization: Quantization | None) -> EngineConfig:
@@ -97,16 +92,16 @@ def as_stored(config: EngineConfig, quantization: Quantization | None) -> Engine
     return config if quantization is None else replace(config, weights_dtype=quantization.weights)
 
 
-def build_engine(model: DiJiangForCausalLM, config: EngineConfig, *, started: float | None = None) -> Engine:
+def build_engine(model: FrozenModel, config: EngineConfig, *, started: float | None = None) -> Engine:
     """An engine around a model that is on the configured device already.
 
     Args:
-        model: ready to compute.
+        model: on that device.
         config: its device, memory and limits count here.
         started: `time.monotonic()` before the model was loaded, for `EngineInfo.load_s`.
 
     Raises:
-        server.engine.state_pool.StateBudgetError: the state memory holds no conversation.
+        server.engine.state.pool.StateBudgetError: the state memory holds no conversation.
     """
     pool = StatePool(model.state_spec, slots_of(model.state_spec, config), torch.device(config.device))
     network = Network(
@@ -119,7 +114,7 @@ def build_engine(model: DiJiangForCausalLM, config: EngineConfig, *, started: fl
         is_quantized=model.quantization is not None,
         can_record=True,
         steps=model.decode_path,
-        slow_because=why_unsupported(model) if pool.buffer.storage.device.type == "cpu" else None,
+        slow_because=model.slow_because,
     )
     return assemble_engine(network, config, started=started)
 
@@ -128,7 +123,7 @@ def slots_of(spec: StateSpec, config: EngineConfig) -> int:
     """How many conversations an engine has memory for.
 
     Raises:
-        server.engine.state_pool.StateBudgetError: none.
+        server.engine.state.pool.StateBudgetError: none.
     """
     # No more sequences than tokens in a step, or decoding could starve (see the scheduler).
     max_num_slots = min(config.max_num_slots, config.max_step_tokens)
@@ -211,7 +206,7 @@ def _begin(sequence: Sequence, snapshots: Snapshots, grammars: GrammarQueue) -> 
 
 
 class PoolAccess:
-    """Slots of a pool as `server.engine.snapshots` takes them: tensors [bytes_per_slot] uint8."""
+    """Slots of a pool as `server.engine.state.snapshots` takes them: tensors [bytes_per_slot] uint8."""
 
     def __init__(self, pool: StatePool) -> None:
         self._pool = pool

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from dijiang_model.quantization.config import WeightKind
-from server.engine.types import EngineConfig
+from server.engine.types.requests import EngineConfig
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,

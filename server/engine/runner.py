@@ -18,22 +18,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dijiang_model.model import PackedBatch
+from dijiang_model.batch import PackedBatch
 from dijiang_model.state import StateBuffer
-from server.engine import graph_sampling
-from server.engine.cuda_graphs import DecodeGraphs
-from server.engine.decode_rows import Decode, DecodeRows, DecodeStep
-from server.engine.engine import StepResult
-from server.engine.logprob_types import NO_STEP_LOGPROBS
-from server.engine.logprobs import LogprobPlan, scored_rows
-from server.engine.sampler import FAULTY, Sampler, SamplingPlan
-from server.engine.scheduler import Batch
+from server.engine.batch import Batch, StepResult
+from server.engine.fast_steps import graph_sampling
+from server.engine.fast_steps.decode_rows import Decode, DecodeRows, DecodeStep
+from server.engine.fast_steps.graphs import DecodeGraphs
+from server.engine.sampling.logprobs import LogprobPlan, scored_rows
+from server.engine.sampling.sampler import FAULTY, Sampler, SamplingPlan
 from server.engine.sequence import Chunk, Sequence, SequenceStatus
 from server.engine.slots import SCRATCH_SLOT
-from server.engine.speculation_drafts import num_confirmed
-from server.engine.state_pool import StatePool
+from server.engine.speculation.drafts import num_confirmed
+from server.engine.state.pool import StatePool
 from server.engine.transfer import Arrived, Field, Transfer
-from server.engine.types import GenerationRequest, SamplingParams
+from server.engine.types.logprobs import NO_STEP_LOGPROBS
+from server.engine.types.requests import GenerationRequest, SamplingParams
 
 Model = Callable[[PackedBatch, StateBuffer], Tensor]
 """Logits [R, vocab] of a step; moves the slots on in place, but for held ones (`PackedBatch.num_held`)."""
@@ -165,7 +164,6 @@ class ModelRunner:
     @torch.inference_mode()
     def release(self, sequence: Sequence) -> None:
         """Clears the slot and the sampler's memory of an ended sequence."""
-        assert sequence.slot is not None
         self._pool.reset(sequence.slot)
         self._sampler.release(sequence)
 

@@ -19,48 +19,18 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
+from server.engine.batch import Batch
 from server.engine.groups import Groups
-from server.engine.logprob_types import NO_STEP_LOGPROBS, LogprobTable, StepLogprobs
 from server.engine.sequence import FROM_NOTHING, Chunk, Sequence, SequenceStatus, Start
 from server.engine.slots import SlotAllocator
-from server.engine.speculation import Speculation
-from server.engine.speculation_drafts import num_confirmed
-from server.engine.types import EngineError, FinishReason, GenerationRequest, TokenEvent
+from server.engine.speculation.drafts import num_confirmed
+from server.engine.speculation.rules import Speculation
+from server.engine.types.logprobs import NO_STEP_LOGPROBS, LogprobTable, StepLogprobs
+from server.engine.types.requests import EngineError, FinishReason, GenerationRequest, TokenEvent
 from server.engine.waiting import WaitingQueue
 
 NUMERICAL_ERROR = "numerical_error"
 """Code of a request that ended because something in its computation was not finite."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One step.
-
-    Attributes:
-        chunks: decoding sequences first, then those whose drafts are verified, then prompt chunks.
-        num_decode: how many of the chunks decode.
-        num_verified: how many chunks behind them verify drafts.
-        sampled: for each token that is sampled, in order, its chunk (of a verification the beginning up to it).
-    """
-
-    chunks: tuple[Chunk, ...]
-    num_decode: int
-    sampled: tuple[Chunk, ...]
-    num_verified: int = 0
-
-    @classmethod
-    def of(cls, decoding: list[Chunk], verifying: list[Chunk], prompts: list[Chunk]) -> "Batch | None":
-        """A step of these chunks; None without any."""
-        chunks = (*decoding, *verifying, *prompts)
-        if not chunks:
-            return None
-        sampled = (*decoding, *(sample for chunk in (*verifying, *prompts) for sample in chunk.samples))
-        return cls(chunks, len(decoding), sampled, len(verifying))
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        """Prompt tokens in this step."""
-        return sum(chunk.length for chunk in self.chunks[self.num_decode + self.num_verified :])
 
 
 @dataclass(slots=True)
@@ -361,7 +331,6 @@ class Scheduler:
     def _end(self, sequence: Sequence) -> None:
         del self._running[sequence.request_id]
         sequence.finish()
-        assert sequence.slot is not None
         self._slots.free(sequence.slot)
         self._ended.append(sequence)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.engine.logprob_types import LogprobOptions
+from server.engine.types.logprobs import LogprobOptions
 from server.errors import InvalidRequestError
 from server.protocol.logprobs import MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS
 from server.protocol.states import StateFields

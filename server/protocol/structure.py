@@ -8,9 +8,9 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequestError
+from server.grammar_check.sources import ANY_OBJECT, GrammarKind, GrammarSource, SourceError, schema_text
 from server.protocol.unsupported import refuse_unsupported
 from server.protocol.wire import RequestModel
-from server.structure.sources import ANY_OBJECT, GrammarKind, GrammarSource, SourceError, schema_text
 
 MAX_CHOICES = 4096
 _UNSUPPORTED_OPTIONS: dict[str, tuple[Any, ...]] = {

@@ -13,8 +13,8 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from server.engine.state_types import Resumption, SavedState, StateLayout, StateOptions
-from server.engine.types import EngineError, FinishReason, GenerationRequest, SamplingParams, TokenEvent
+from server.engine.types.requests import EngineError, FinishReason, GenerationRequest, SamplingParams, TokenEvent
+from server.engine.types.state import Resumption, SavedState, StateLayout, StateOptions
 from server.errors import (
     ApiError,
     EngineUnavailableError,

@@ -5,7 +5,7 @@ head is a snapshot; advancing it gives it another head, a named *point* remember
 with the same head. A stored *response* of the Responses API has a snapshot of its own. A snapshot lives as long as
 anything refers to it or is just using it.
 
-The embedded store (`server.states.embedded`) is the default. The one that replicas share (`server.states.shared`) keeps
+The embedded store (`server.states.sqlite`) is the default. The one that replicas share (`server.states.postgres`) keeps
 to the same protocol: `hold` brings a snapshot's file to this machine, whatever keeps it takes the file away.
 """
 

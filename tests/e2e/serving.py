@@ -32,7 +32,7 @@ class Server:
     @property
     def engine(self) -> psutil.Process:
         """The engine process."""
-        return next(child for child in self.process.children() if "server.engine.process" in child.cmdline())
+        return next(child for child in self.process.children() if "server.engine.process.main" in child.cmdline())
 
     def get(self, path: str) -> httpx.Response:
         return httpx.get(f"{self.base_url}{path}", timeout=30)

@@ -9,8 +9,8 @@ import pytest
 import sentencepiece
 
 from dijiang_model.conversion.convert import convert
+from tests.dijiang_model.teachers import llama_teacher
 from tests.e2e.serving import Server, serving
-from tests.model.teachers import llama_teacher
 
 VOCABULARY = Path(__file__).parents[1] / "fixtures" / "sentencepiece" / "tokenizer.model"
 FIRST_BYTE, LAST_BYTE = 3, 258

@@ -18,10 +18,10 @@ import pytest
 import uvicorn
 
 from server.app import create_app
-from server.connections import ConnectionLimits, limited_protocol
-from server.draining import DrainingServer
-from server.logs import configure_logging
+from server.http.connections import ConnectionLimits, limited_protocol
+from server.http.draining import DrainingServer
 from server.service import Service, ServiceOptions
+from server.startup.logs import configure_logging
 from server.text.tokenizer import Tokenizer, load_tokenizer
 from tests.byte_tokenizer import write_byte_tokenizer
 from tests.server.fake_engine import FakeEngine

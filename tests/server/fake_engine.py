@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from server.engine.types import (
+from server.engine.types.requests import (
     EngineError,
     EngineInfo,
     EngineStats,

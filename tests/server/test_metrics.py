@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.engine.position_stats import NORM_BUCKETS, STEP_BUCKETS_S, PositionRecorder
-from server.engine.types import EngineStats
+from server.engine.types.position_stats import NORM_BUCKETS, STEP_BUCKETS_S, PositionRecorder
+from server.engine.types.requests import EngineStats
 from server.metrics import Metrics
 from server.states.store import StoreTotals
 from tests.server.fake_engine import FakeEngine

@@ -1,0 +1,1 @@
+"""Measurements of single questions; the log has their answers."""

@@ -1,0 +1,1 @@
+"""What `benchmarks.gpu_all` runs on a CUDA device."""

@@ -1,0 +1,48 @@
+"""The backbone of a Hugging Face `config.json` as a `ModelConfig`, of the families in `dijiang_model.families`.
+
+What no family here computes (sliding windows, quantized weights, experts, ...) is a ConfigError that lists all of it.
+"""
+
+from collections.abc import Mapping
+
+from dijiang_model.config import ModelConfig
+from dijiang_model.errors import ConfigError
+from dijiang_model.families import FAMILIES
+from dijiang_model.formats.json_fields import Fields
+
+_WINDOW_SWITCH = "use_sliding_window"
+_REFUSED = {
+    "sliding_window": "a sliding window",
+    "quantization_config": "quantized weights",
+    "num_local_experts": "a mixture of experts",
+    "num_experts": "a mixture of experts",
+}
+
+
+def base_model_config(document: Mapping[str, object]) -> ModelConfig:
+    """The network that an HF config describes; its layers have a default `AttentionConfig` each.
+
+    `auto_map` is never followed.
+
+    Raises:
+        ConfigError: unsupported or contradictory values, all of them listed.
+    """
+    family = FAMILIES.get(str(document.get("model_type")))
+    if family is None:
+        *others, last = FAMILIES
+        raise ConfigError(
+            f"model_type {document.get('model_type')!r} is not supported; {', '.join(others)} and {last} are"
+        )
+    fields = Fields(document)
+    _refuse_unsupported(fields)
+    return family.read_config(fields)
+
+
+def _refuse_unsupported(fields: Fields) -> None:
+    for name, words in _REFUSED.items():
+        is_off = fields.value(name) in ({}, 0) or (name == "sliding_window" and fields.value(_WINDOW_SWITCH) is False)
+        if name in fields and not is_off:
+            fields.report(f"{name} is set; {words} is not supported")
+    kinds = fields.value("layer_types")
+    if isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds):
+        fields.report("layer_types names other kinds of layers than full_attention")

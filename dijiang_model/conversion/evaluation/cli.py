@@ -1,0 +1,255 @@
+"""`dijiang evaluate`: the command line of the evaluation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, get_args
+
+import torch
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer as HfTokenizer
+from torch import Tensor
+
+from dijiang_model.checkpoints.checkpoint import load_model
+from dijiang_model.checkpoints.config_json import CONFIG_FILE, read_stored_config
+from dijiang_model.checkpoints.outputs import output_folder
+from dijiang_model.conversion.evaluation.evaluate import Score, Variant, gap_closed, score, variants
+from dijiang_model.conversion.evaluation.long_texts import LENGTH, LongScore, long_score, streams, tokens_to_read
+from dijiang_model.conversion.evaluation.measured import Evaluation
+from dijiang_model.conversion.evaluation.quantized import Rounding, rounded_variants
+from dijiang_model.conversion.evaluation.recall import Recall, distances_within, recall_probe
+from dijiang_model.conversion.evaluation.report import card_table, check_report_folder, json_line, write_report
+from dijiang_model.conversion.evaluation.speed import CONTEXTS, Speed, measure_speed
+from dijiang_model.conversion.evaluation.teacher import check_teacher, load_teacher
+from dijiang_model.conversion.model_card import title
+from dijiang_model.conversion.training.adapters import adapted_model, load_adapter
+from dijiang_model.conversion.training.student import check_trainable
+from dijiang_model.conversion.training.text_windows import load_tokenizer, load_windows, text_files
+from dijiang_model.errors import ModelError
+from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.serving.network import freeze
+
+
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """What to measure.
+
+    Attributes:
+        num_windows, length: windows of each text, and their tokens.
+        num_facts: questions of the recall probe for each distance; 0: none.
+        num_long: texts of `evaluate_long.LENGTH` tokens to read; 0: none.
+        with_speed: time steps by context.
+        rounded: in fewer bits, as the model is served.
+    """
+
+    num_windows: int
+    length: int
+    num_facts: int = 0
+    num_long: int = 0
+    with_speed: bool = False
+    rounded: tuple[Rounding, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Subjects:
+    """What is compared, loaded.
+
+    Attributes:
+        name, teacher_name: of the model and its teacher.
+        tokens_trained, training: what the model says about its training.
+        control, control_training: the window-only control and how it was trained.
+    """
+
+    model: DiJiangForCausalLM
+    teacher: DiJiangForCausalLM
+    control: DiJiangForCausalLM | None
+    name: str
+    teacher_name: str
+    tokens_trained: int
+    training: str
+    control_training: str | None
+
+
+def evaluate_command(
+    model: Annotated[Path, typer.Argument(help="Folder of a converted model.")],
+    teacher: Annotated[Path, typer.Option(help="What it was made from: HF folder, GGUF file or untrained conversion.")],
+    text: Annotated[list[Path], typer.Option(help="Held-out UTF-8 text, file or folder. Again for more.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.md, report.json, tables.md and plots.")],
+    adapter: Annotated[Path | None, typer.Option(help="Adapter to merge into MODEL first.")] = None,
+    control: Annotated[
+        Path | None, typer.Option(help="Adapter or model trained with `train --no-linear`: the window alone.")
+    ] = None,
+    rounded: Annotated[
+        list[str] | None,
+        typer.Option(help="Also in fewer bits: int8 or int4 weights, bfloat16-state, int8-state. Again for more."),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each file, spread over it.")] = 8,
+    length: Annotated[int, typer.Option(min=66, help="Tokens of a window.")] = 2048,
+    facts: Annotated[int, typer.Option(min=0, help="Questions of the recall probe for each distance; 0: none.")] = 8,
+    long: Annotated[int, typer.Option(min=0, help=f"Texts of {LENGTH:,} tokens to read in one go; 0: none.")] = 0,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time tokens per second by context.")] = True,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's choice.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+) -> None:
+    """Measure what a conversion lost, and what its linear part brings."""
+    console = Console(stderr=True)
+    if threads > 0:
+        torch.set_num_threads(threads)
+    kinds = tuple(kind for kind in get_args(Rounding) if kind in (rounded or ()))
+    if unknown := set(rounded or ()) - set(kinds):
+        raise typer.BadParameter(f"{min(unknown)!r} is none of {', '.join(get_args(Rounding))}", param_hint="--rounded")
+    wanted = Measurements(windows, length, facts, long, speed, kinds)
+    try:
+        inputs = [model, teacher, *text, *(path for path in (adapter, control) if path is not None)]
+        check_report_folder(output_folder(out, inputs=inputs))
+        evaluation = evaluate(
+            load_subjects(model, teacher, adapter=adapter, control=control, device=device),
+            text,
+            load_tokenizer(model),
+            wanted,
+            console=console,
+        )
+        write_report(evaluation, out)
+    except ModelError as error:
+        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+        raise typer.Exit(1) from error
+    console.print(Markdown(card_table(evaluation)))
+    typer.echo(json_line(evaluation))
+
+
+def load_subjects(
+    folder: Path,
+    teacher_path: Path,
+    *,
+    adapter: Path | None = None,
+    control: Path | None = None,
+    device: str = "cpu",
+) -> Subjects:
+    """Loads the models.
+
+    Args:
+        adapter: merged into the model of `folder`.
+        control: an adapter for the teacher's weights, or a model's folder.
+
+    Raises:
+        ModelError: anything wrong with the models or the adapters.
+    """
+    stored = read_stored_config(folder)
+    check_teacher(stored, teacher_path)
+    model, origin = load_model(folder, device=device), stored.origin
+    tokens_trained, training = origin.tokens_trained, origin.recipe
+    if adapter is not None:
+        loaded = load_adapter(adapter)
+        model = adapted_model(model, loaded)
+        tokens_trained, training = loaded.info.tokens_trained, loaded.info.recipe
+    check_trainable(model.config)
+    teacher = load_teacher(teacher_path, device=device)
+    control_model, control_training = None, None
+    if control is not None:
+        control_model, control_training = _load_control(control, teacher)
+    return Subjects(
+        model=model,
+        teacher=teacher,
+        control=control_model,
+        name=folder.resolve().name,
+        teacher_name=origin.teacher,
+        tokens_trained=tokens_trained,
+        training=training,
+        control_training=control_training,
+    )
+
+
+def evaluate(
+    subjects: Subjects, text: list[Path], tokenizer: HfTokenizer, wanted: Measurements, *, console: Console
+) -> Evaluation:
+    """Measures everything; see `Evaluation`.
+
+    Raises:
+        ModelError: the text cannot be read or is too short.
+    """
+    compared = variants(subjects.model, subjects.teacher, control=subjects.control)
+    vocab_size = subjects.model.config.vocab_size
+    segments = _windows(text, tokenizer, wanted.length, wanted.num_windows, vocab_size)
+    long_texts = _windows(text, tokenizer, LENGTH, wanted.num_long, vocab_size)[: wanted.num_long]
+    scored = [*compared, *rounded_variants(subjects.model, wanted.rounded)]
+    scores = _scores(scored, segments, console)
+    return Evaluation(
+        model=subjects.name,
+        teacher=subjects.teacher_name,
+        title=title(subjects.model.config),
+        tokens_trained=subjects.tokens_trained,
+        training=subjects.training,
+        text=[file.name for file in text_files(text)],
+        window_tokens=wanted.length,
+        num_windows=len(segments),
+        scores=scores,
+        state_bytes={variant.name: variant.state_bytes for variant in scored},
+        gap_closed=gap_closed(scores, list(scores)[:3]),
+        recall=_recall(compared, torch.cat(segments), tokenizer, wanted.num_facts, console),
+        control=subjects.control_training,
+        long_scores=_long_scores(subjects, long_texts, console) if long_texts else {},
+        num_long=len(long_texts),
+        speed=_speed(subjects, console) if wanted.with_speed else [],
+        decode_path=freeze(subjects.model).decode_path,
+    )
+
+
+def _load_control(path: Path, teacher: DiJiangForCausalLM) -> tuple[DiJiangForCausalLM, str]:
+    if (path / CONFIG_FILE).is_file():
+        origin = read_stored_config(path).origin
+        return load_model(path, device=teacher.device), f"{origin.tokens_trained:,} tokens, {origin.recipe}"
+    adapter = load_adapter(path)
+    return adapted_model(teacher, adapter), f"{adapter.info.tokens_trained:,} tokens, {adapter.info.recipe}"
+
+
+def _windows(text: list[Path], tokenizer: HfTokenizer, length: int, num: int, vocab_size: int) -> list[Tensor]:
+    """`num` windows of each file, [length] int64."""
+    if num == 0:
+        return []
+    rows = load_windows(text, tokenizer, length=length, seed=0, vocab_size=vocab_size, first=num).tokens
+    return [torch.from_numpy(row.astype("int64")) for row in rows]
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)
+
+
+def _scores(compared: Sequence[Variant], segments: Sequence[Tensor], console: Console) -> dict[str, Score]:
+    with _progress(console) as progress:
+        task = progress.add_task("likelihood", total=len(compared) * len(segments))
+        return {
+            variant.name: score(variant, segments, on_window=lambda: progress.advance(task)) for variant in compared
+        }
+
+
+def _recall(
+    compared: Sequence[Variant], filler: Tensor, tokenizer: HfTokenizer, num_facts: int, console: Console
+) -> list[Recall]:
+    with _progress(console) as progress:
+        task = progress.add_task("recall", total=len(distances_within(len(filler))) * num_facts * len(compared))
+        if num_facts == 0:
+            return []
+        return recall_probe(compared, filler, tokenizer, num_facts=num_facts, on_answer=lambda: progress.advance(task))
+
+
+def _long_scores(subjects: Subjects, texts: Sequence[Tensor], console: Console) -> dict[str, LongScore]:
+    compared = streams(subjects.model, subjects.teacher)
+    # Fresh starts ask what a position does to our model; the others are there for comparison.
+    total = sum(tokens_to_read(len(texts), with_fresh=name == "ours") for name in compared)
+    with _progress(console) as progress:
+        task = progress.add_task("long texts", total=total)
+        return {
+            name: long_score(model, texts, with_fresh=name == "ours", on_tokens=lambda num: progress.advance(task, num))
+            for name, model in compared.items()
+        }
+
+
+def _speed(subjects: Subjects, console: Console) -> list[Speed]:
+    with _progress(console) as progress:
+        task = progress.add_task("speed", total=len(CONTEXTS))
+        return measure_speed(subjects.model, subjects.teacher, on_context=lambda: progress.advance(task))

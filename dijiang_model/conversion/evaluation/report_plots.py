@@ -1,0 +1,53 @@
+"""The pictures of an evaluation, where matplotlib is installed (the `train` extra)."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dijiang_model.conversion.evaluation.measured import LONG_RANGES, RANGES, Evaluation
+from dijiang_model.conversion.training.loss_plot import save_figure
+
+Lines = Mapping[str, Sequence[float | None]]
+
+
+def write_plots(evaluation: Evaluation, folder: Path) -> list[str]:
+    """Writes a PNG for each thing that was measured; answers their names, none without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    loss = "negative log-likelihood, nats per token"
+    drawn = {"nll.png": _figure({name: s.means for name, s in evaluation.scores.items()}, RANGES, "position", loss)}
+    if evaluation.long_scores:
+        lines = {name: score.means for name, score in evaluation.long_scores.items()}
+        drawn["long.png"] = _figure(lines, LONG_RANGES, "position", loss)
+    if evaluation.recall:
+        places = [f"{result.distance:,}" for result in evaluation.recall]
+        losses = {name: [result.loss[name] for result in evaluation.recall] for name in evaluation.recall[0].loss}
+        drawn["recall.png"] = _figure(losses, places, "tokens back", "loss of the number, nats per token")
+    if evaluation.speed:
+        places = [f"{result.context:,}" for result in evaluation.speed]
+        rates: Lines = {
+            "ours": [result.ours for result in evaluation.speed],
+            "teacher": [result.teacher for result in evaluation.speed],
+        }
+        drawn["speed.png"] = _figure(rates, places, "context, tokens", "tokens per second", from_zero=True)
+    for name, figure in drawn.items():
+        save_figure(figure, folder / name)
+    return list(drawn)
+
+
+def _figure(lines: Lines, places: Sequence[str], x_label: str, y_label: str, *, from_zero: bool = False) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, values in lines.items():
+        measured = [(place, value) for place, value in enumerate(values) if value is not None]
+        axes.plot([place for place, _ in measured], [value for _, value in measured], marker="o", label=name)
+    axes.set_xticks(range(len(places)), places)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure

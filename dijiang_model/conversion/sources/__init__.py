@@ -1,0 +1,1 @@
+"""Reads the models and tokenizers that a conversion starts from."""

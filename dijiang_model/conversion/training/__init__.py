@@ -1,0 +1,1 @@
+"""Trains a converted model to imitate its teacher."""

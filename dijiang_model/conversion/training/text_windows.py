@@ -1,0 +1,169 @@
+"""Text files as windows of tokens in a fixed order: every window once per epoch, none lost or repeated.
+
+Files are strict UTF-8. Their tokens are cut into consecutive windows of one length; the order of the
+windows is a permutation that depends on the seed and the epoch alone, so that a step's number says which
+windows it reads, and a training that resumes at step n goes on with just the windows that come next.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from dijiang_model.errors import ConversionError
+from dijiang_model.formats.stub_files import stub_problem
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
+_OTHER_FORMATS = {
+    ".jsonl": "JSON lines; write the texts alone: jq -r .text FILE > FILE.txt",
+    ".json": "JSON; write the texts alone: jq -r '.[].text' FILE > FILE.txt",
+    ".parquet": "Parquet; write the texts alone: pandas.read_parquet(FILE).text.to_csv(FILE.txt, index=False)",
+    ".arrow": "Arrow; write the texts alone into a .txt file",
+    **dict.fromkeys((".gz", ".zst", ".xz", ".bz2", ".zip"), "compressed; unpack it first"),
+    **dict.fromkeys((".pdf", ".docx", ".epub"), "a document; extract its text first"),
+    **dict.fromkeys((".safetensors", ".bin", ".pt", ".gguf"), "a file of tensors"),
+}
+"""Files whose bytes are not the text that somebody would train on."""
+BLOCK_CHARACTERS = 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class TokenWindows:
+    """Windows of `length` tokens.
+
+    Attributes:
+        tokens: [windows, length] int32.
+        seed: of the order.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    seed: int
+
+    def __len__(self) -> int:
+        return int(self.tokens.shape[0])
+
+    @property
+    def length(self) -> int:
+        return int(self.tokens.shape[1])
+
+    def batch(self, step: int, size: int) -> Tensor:
+        """The windows of a step, [size, length] int64; epochs follow each other without a seam."""
+        first = step * size
+        rows = [self._row(index) for index in range(first, first + size)]
+        return torch.from_numpy(self.tokens[rows].astype(np.int64))
+
+    def _row(self, index: int) -> int:
+        epoch, place = divmod(index, len(self))
+        return int(np.random.default_rng((self.seed, epoch)).permutation(len(self))[place])
+
+
+def text_files(paths: Sequence[Path]) -> list[Path]:
+    """The files themselves, and the text files under folders, in order of their names.
+
+    Raises:
+        ConversionError: a path does not exist, or a folder holds no text file.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXT_SUFFIXES and file.is_file())
+            if not inside:
+                others = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in _OTHER_FORMATS)
+                for file in others:
+                    _refuse_other_format(file)
+                raise ConversionError(f"{path} holds no text files ({', '.join(TEXT_SUFFIXES)})")
+            found += inside
+        elif path.is_file():
+            _refuse_other_format(path)
+            found.append(path)
+        else:
+            raise ConversionError(f"{path} does not exist")
+    return list(dict.fromkeys(found))
+
+
+def _refuse_other_format(file: Path) -> None:
+    form = _OTHER_FORMATS.get(file.suffix.lower())
+    problem = f"{file} is {form.replace('FILE', file.name)}" if form is not None else stub_problem(file)
+    if problem is not None:
+        raise ConversionError(problem)
+
+
+def load_windows(
+    paths: Sequence[Path], tokenizer: Tokenizer, *, length: int, seed: int, vocab_size: int, first: int | None = None
+) -> TokenWindows:
+    """Tokenises files and cuts each into windows; a file's ragged rest is left out.
+
+    Args:
+        length: tokens of a window, >= 2.
+        seed: of the windows' order.
+        vocab_size: of the model.
+        first: only so many windows of each file, evenly spread over it; None: all.
+
+    Raises:
+        ConversionError: unreadable or wrongly encoded files, a tokenizer that does not fit, or too little text.
+    """
+    parts = [_cut(_encode(file, tokenizer), length, first) for file in text_files(paths)]
+    tokens = np.concatenate(parts) if parts else np.zeros((0, length), np.int32)
+    if len(tokens) == 0:
+        raise ConversionError(f"the text has no {length:,} tokens in a row: give more, or a shorter --sequence-length")
+    if int(tokens.max()) >= vocab_size:
+        raise ConversionError(f"the tokenizer gives the id {int(tokens.max()):,}, the model has {vocab_size:,} tokens")
+    return TokenWindows(tokens, seed)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """`tokenizer.json` of a model folder.
+
+    Raises:
+        ConversionError: it is missing or unreadable.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ConversionError(f"{folder} has no tokenizer.json, which training on text needs")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ConversionError(f"{path} is not a readable tokenizer: {error}") from error
+
+
+def read_text(file: Path) -> str:
+    """A UTF-8 file.
+
+    Raises:
+        ConversionError: it cannot be read, or is encoded otherwise.
+    """
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{file} is not UTF-8: byte {error.start:,} cannot be read; convert it first") from error
+    except OSError as error:
+        raise ConversionError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _encode(file: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int32]:
+    encoded = tokenizer.encode_batch(list(_blocks(read_text(file))), add_special_tokens=False)
+    return np.array([token for block in encoded for token in block.ids], dtype=np.int32)
+
+
+def _blocks(text: str) -> Iterable[str]:
+    """Cuts at line ends near every `BLOCK_CHARACTERS`: tokenizers slow down on megabytes in one piece."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + BLOCK_CHARACTERS)
+        end = len(text) if end < 0 else end
+        yield text[start:end]
+        start = end
+
+
+def _cut(tokens: npt.NDArray[np.int32], length: int, first: int | None) -> npt.NDArray[np.int32]:
+    whole = len(tokens) // length
+    windows = tokens[: whole * length].reshape(whole, length)
+    if first is None or first >= whole:
+        return windows
+    chosen: npt.NDArray[np.int32] = windows[np.linspace(0, whole - 1, first).round().astype(int)]
+    return chosen

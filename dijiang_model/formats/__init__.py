@@ -1,0 +1,1 @@
+"""Files: safetensors, GGUF, JSON; read strictly, written atomically. Knows no network."""

@@ -1,0 +1,1 @@
+"""The attention in torch operations, for every device."""

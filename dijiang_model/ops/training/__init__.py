@@ -1,0 +1,1 @@
+"""The attention as a differentiable operation, for training."""

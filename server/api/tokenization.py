@@ -1,0 +1,118 @@
+"""`POST /tokenize`, `POST /detokenize`, `POST /apply-template`, `GET /tokenizer_info`."""
+
+from fastapi import APIRouter, Response
+
+from dijiang_model.text.template import TemplateFailure
+from server.api.json_body import JsonRoute, ServiceDependency
+from server.errors import InvalidRequestError
+from server.generation.conversations import chat_message, encode_messages, template_variables
+from server.generation.planning import require_chat_template, require_tokenizer, run_if_long
+from server.generation.streaming import json_response
+from server.generation.tools import told_tools
+from server.protocol.tokenization import (
+    ApplyTemplateRequest,
+    ApplyTemplateResponse,
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+    TokenizerInfo,
+)
+from server.service import Service
+from server.text.stream import TextStream
+
+router = APIRouter(route_class=JsonRoute, tags=["tokenizer"])
+
+
+@router.post("/tokenize", responses={200: {"model": TokenizeResponse}}, response_class=Response)
+async def tokenize(body: TokenizeRequest, service: ServiceDependency) -> Response:
+    """Token ids of a text or of a conversation."""
+    service.require_model(body.model)
+    tokenizer = require_tokenizer(service, param="prompt")
+    token_ids = await _encode(body, service)
+    limit = service.options.max_prompt_tokens
+    answer = TokenizeResponse(
+        count=len(token_ids),
+        max_model_len=limit if limit > 0 else None,
+        tokens=token_ids,
+        token_strs=[tokenizer.piece(token_id) for token_id in token_ids] if body.return_token_strs else None,
+    )
+    return json_response(answer)
+
+
+async def _encode(body: TokenizeRequest, service: Service) -> list[int]:
+    if body.messages is not None:
+        return list(
+            await encode_messages(
+                service,
+                body.messages,
+                add_generation_prompt=body.add_generation_prompt is not False,
+                add_special_tokens=body.add_special_tokens is True,
+                tools=told_tools(body.tool_use),
+            )
+        )
+    assert body.prompt is not None
+    text, add_special_tokens = body.prompt, body.add_special_tokens is not False
+    tokenizer = require_tokenizer(service, param="prompt")
+    return await run_if_long(len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+
+@router.post("/apply-template", responses={200: {"model": ApplyTemplateResponse}}, response_class=Response)
+async def apply_template(body: ApplyTemplateRequest, service: ServiceDependency) -> Response:
+    """A conversation as the text that the model gets to read."""
+    service.require_model(body.model)
+    template = require_chat_template(service)
+    conversation = [chat_message(message) for message in body.messages]
+    num_characters = sum(len(message.content) for message in conversation)
+
+    def render() -> str:
+        return template.render(
+            conversation,
+            tools=told_tools(body.tool_use),
+            variables=template_variables(service, body.chat_template_kwargs, None),
+            add_generation_prompt=body.add_generation_prompt is not False,
+            continue_final_message=body.continue_final_message is True,
+        )
+
+    try:
+        return json_response(ApplyTemplateResponse(prompt=await run_if_long(num_characters, render)))
+    except TemplateFailure as error:
+        raise InvalidRequestError(str(error), param="messages", code="chat_template_error") from error
+
+
+@router.post("/detokenize", responses={200: {"model": DetokenizeResponse}}, response_class=Response)
+async def detokenize(body: DetokenizeRequest, service: ServiceDependency) -> Response:
+    """The text of token ids."""
+    service.require_model(body.model)
+    tokenizer = require_tokenizer(service, param="tokens")
+    for token_id in body.tokens:
+        if token_id >= tokenizer.vocab_size:
+            raise InvalidRequestError(
+                f"tokens: {str(token_id)[:24]} is outside the vocabulary of {tokenizer.vocab_size:,} tokens",
+                param="tokens",
+                code="invalid_value",
+            )
+    stream = TextStream(tokenizer.vocabulary, skip_special=body.skip_special_tokens is True, at_start=True)
+
+    def decode() -> str:
+        return "".join([stream.push(token_id) for token_id in body.tokens] + [stream.finish()])
+
+    return json_response(DetokenizeResponse(prompt=await run_if_long(len(body.tokens), decode)))
+
+
+@router.get("/tokenizer_info", responses={200: {"model": TokenizerInfo}}, response_class=Response)
+async def tokenizer_info(service: ServiceDependency) -> Response:
+    """Special tokens and chat template."""
+    tokenizer = require_tokenizer(service, param=None, status=404)
+    tokens = tokenizer.special_tokens
+    return json_response(
+        TokenizerInfo(
+            tokenizer_class=tokenizer.tokenizer_class,
+            vocab_size=tokenizer.vocab_size,
+            bos_token=tokens.get("bos_token"),
+            eos_token=tokens.get("eos_token"),
+            pad_token=tokens.get("pad_token"),
+            unk_token=tokens.get("unk_token"),
+            chat_template=tokenizer.chat_template,
+        )
+    )

@@ -1,0 +1,113 @@
+"""Sampling with a form that does not depend on the requests, so that it can be recorded; the same tokens as `Sampler`.
+
+Rows that want more than this has (penalties, biases, grammars, ...) make the whole step go through `Sampler.sample`.
+"""
+
+from collections.abc import Sequence as Items
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from server.engine.fast_steps.graphs import DecodeGraphs
+from server.engine.sampling.penalties import is_penalised
+from server.engine.sampling.randomness import uniform
+from server.engine.sampling.sampler import FAULTY, KEEP_ALL_MASS, DrawPlan, clamped_temperature, draw
+from server.engine.sequence import Chunk
+from server.engine.transfer import Arrived, Field, Transfer
+
+Kind = Literal["greedy", "drawn", "filtered"]
+KINDS: tuple[Kind, ...] = ("greedy", "drawn", "filtered")
+"""argmax; with temperatures and min-p; with top-k and top-p as well, which sort."""
+MAX_TOP_K = 1024
+_NUM_PLACES = 2
+"""Integers of a row before those of sampling: slot and position."""
+
+
+def record(graphs: DecodeGraphs, vocab_size: int) -> None:
+    """Records every kind for every bucket, on rows that are all padding."""
+    for bucket in graphs.buckets:
+        transfer = Transfer()
+        transfer.integers([0] * (_NUM_PLACES * bucket))
+        prepare((), bucket, vocab_size, transfer)
+        graphs.feed(bucket, transfer.send(graphs.device).words)
+    for kind in KINDS:
+        graphs.record_sampling(kind, partial(choose, kind=kind))
+
+
+def kind_of(chunks: Items[Chunk], vocab_size: int) -> Kind | None:
+    """The simplest kind that serves all these rows; None: some row wants more."""
+    kind: Kind = "greedy"
+    for chunk in chunks:
+        if not _is_plain(chunk, vocab_size):
+            return None
+        sampling = chunk.sequence.sampling
+        if sampling.temperature > 0:
+            if sampling.top_p < 1 or 0 < sampling.top_k < vocab_size:
+                kind = "filtered"
+            elif kind == "greedy":
+                kind = "drawn"
+    return kind
+
+
+def _is_plain(chunk: Chunk, vocab_size: int) -> bool:
+    sampling, sequence = chunk.sequence.sampling, chunk.sequence
+    assert chunk.output_index is not None
+    return (
+        sequence.constraint is None
+        and not (sampling.allowed_token_ids or sampling.bad_words or sampling.logit_bias)
+        and not is_penalised(sequence)
+        and chunk.output_index >= sampling.min_tokens
+        and (sampling.temperature == 0 or sampling.typical_p >= 1)
+        and (sampling.temperature == 0 or sampling.top_k <= MAX_TOP_K or sampling.top_k >= vocab_size)
+    )
+
+
+def prepare(chunks: Items[Chunk], bucket: int, vocab_size: int, transfer: Transfer) -> None:
+    """Adds a step's fields, behind its slots and positions; rows up to the bucket's are greedy."""
+    params = [chunk.sequence.sampling for chunk in chunks]
+    rest = bucket - len(params)
+    top_k = [one.top_k if 0 < one.top_k < vocab_size else vocab_size for one in params]
+    transfer.integers([int(one.temperature > 0) for one in params] + [0] * rest)
+    transfer.integers(top_k + [vocab_size] * rest)
+    transfer.reals([_uniform(chunk) for chunk in chunks] + [0.0] * rest)
+    transfer.reals([clamped_temperature(one.temperature or 1.0) for one in params] + [1.0] * rest)
+    transfer.reals([one.min_p for one in params] + [0.0] * rest)
+    transfer.reals([one.top_p if one.top_p < 1 else KEEP_ALL_MASS for one in params] + [KEEP_ALL_MASS] * rest)
+
+
+def choose(logits: Tensor, words: Tensor, *, kind: Kind) -> Tensor:
+    """Device side: logits [R, vocab] fp32 and a step's words [F, R] int64 -> [R] int64, `FAULTY` where not finite."""
+    num_rows, vocab_size = logits.shape
+    is_finite = torch.isfinite(logits.sum(dim=-1))
+    token_ids = logits.argmax(dim=-1)
+    if kind != "greedy":
+        plan, arrived = _plan(num_rows, vocab_size, is_filtered=kind == "filtered"), _arrived(words)
+        drawn = draw(logits, plan, arrived)
+        token_ids = torch.where(words[_NUM_PLACES] > 0, drawn, token_ids)
+    return token_ids.masked_fill(~is_finite, FAULTY)  # a number of the host, which no recording may wait for
+
+
+def _uniform(chunk: Chunk) -> float:
+    assert chunk.output_index is not None
+    return uniform(chunk.sequence.sampling.seed, chunk.output_index)
+
+
+def _arrived(words: Tensor) -> Arrived:
+    return Arrived(words.view(-1), (_NUM_PLACES + 2) * words.shape[1])
+
+
+def _plan(num_rows: int, vocab_size: int, *, is_filtered: bool) -> DrawPlan:
+    """The plan of a step whose rows all draw, over the fields of `prepare`."""
+    uniforms, temperatures, min_p, top_p = (Field(True, n * num_rows, (n + 1) * num_rows) for n in range(4))
+    return DrawPlan(
+        rows=None,
+        uniforms=uniforms,
+        temperatures=temperatures,
+        min_p=min_p,
+        top_k=Field(False, 3 * num_rows, 4 * num_rows) if is_filtered else None,
+        max_top_k=min(MAX_TOP_K, vocab_size),
+        top_p=top_p if is_filtered else None,
+        typical_p=None,
+    )

@@ -1,0 +1,1 @@
+"""Grammars over token ids, and the requests that wait for one."""

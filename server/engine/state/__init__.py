@@ -1,0 +1,1 @@
+"""States of sequences: the pool on the device, snapshots in files, the prefix cache."""

@@ -1,0 +1,1 @@
+"""An engine whose network is split over several processes."""

@@ -1,0 +1,1 @@
+"""The plain, frozen types that cross the process boundary. Standard library only."""

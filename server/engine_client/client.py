@@ -1,0 +1,391 @@
+"""The service's side of the engine process: starts it, watches it, restarts it, and carries requests to it.
+
+Promises:
+    - Every submitted request's stream ends with exactly one terminal event: the engine's own, ABORT when
+      the caller leaves first or the client is closed, or ERROR `engine_restarting` when the process dies.
+    - Leaving `async with client.submit(...)`, in whichever way and phase, frees the request's slot.
+    - A process that dies is started again. After several failures in a row to load, or one that cannot
+      get better (a damaged checkpoint), the client gives up and says why.
+"""
+
+import asyncio
+import itertools
+import logging
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from server.engine.process.messages import (
+    AbortRequest,
+    AddRequest,
+    Command,
+    EngineReady,
+    LoadFailed,
+    Report,
+    ResetCache,
+    StepDone,
+    SuspendRequest,
+)
+from server.engine.types.requests import (
+    EngineConfig,
+    EngineError,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    TokenEvent,
+)
+from server.engine_client.candidate import Candidate
+from server.engine_client.link import EngineEndedError, EngineLink
+from server.errors import EngineUnavailableError, InvalidRequestError, OverloadedError
+
+MAX_LOAD_FAILURES = 3
+_ENGINE_MODULE = "server.engine.process.main"
+_FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.1, 10.0
+_DEFAULT_RETRY_AFTER_S, _MAX_RETRY_AFTER_S = 2, 30
+
+_log = logging.getLogger(__name__)
+
+
+class EngineStatus(StrEnum):
+    """What the engine can do now."""
+
+    LOADING = "loading"
+    """The first load goes on."""
+    READY = "ready"
+    """It takes requests."""
+    RESTARTING = "restarting"
+    """It was ready once, has died, and is being loaded again."""
+    FAILED = "failed"
+    """It could not be loaded, and nobody tries any more."""
+    STOPPED = "stopped"
+    """Not started, or closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How one engine process ended."""
+
+    was_ready: bool
+    reason: str
+    is_permanent: bool = False
+
+
+class EventStream:
+    """The events of one request; ends after the terminal one."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self._has_ended = False
+        self._is_read = False
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the terminal event was pushed."""
+        return self._has_ended
+
+    def push(self, event: TokenEvent) -> None:
+        """Adds an event under the caller's request id; nothing comes after a terminal one."""
+        if not self._has_ended:
+            self._has_ended = event.finish_reason is not None
+            self._events.put_nowait(replace(event, request_id=self.request_id))
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        if self._is_read:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        self._is_read = event.finish_reason is not None
+        return event
+
+
+class EngineClient:
+    """See the module. Used on one event loop, by any number of tasks."""
+
+    def __init__(self, config: EngineConfig, *, module: str = _ENGINE_MODULE) -> None:
+        """
+        Args:
+            config: what the engine gets.
+            module: the process, run with `python -m`.
+        """
+        self._config = config
+        self._module = module
+        self._status = EngineStatus.STOPPED
+        self._status_changed = asyncio.Event()
+        self._failure: str | None = None
+        self._info: EngineInfo | None = None
+        self._stats: EngineStats | None = None
+        self._num_restarts = 0
+        self._is_reloading = False
+        self._candidate: Candidate | None = None
+        self._link: EngineLink | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._streams: dict[str, EventStream] = {}
+        self._request_ids: set[str] = set()
+        self._numbers = itertools.count()
+
+    @property
+    def status(self) -> EngineStatus:
+        return self._status
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine could not be loaded, for the operator; None unless the status is failed."""
+        return self._failure
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """What the engine said about itself when it was last ready."""
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats | None:
+        """The engine's latest numbers, about a second old at most; None until it has worked."""
+        return self._stats
+
+    @property
+    def num_restarts(self) -> int:
+        """How often a process was started again after one had died."""
+        return self._num_restarts
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not had their terminal event."""
+        return len(self._streams)
+
+    @property
+    def pid(self) -> int | None:
+        """The engine process; None while there is none."""
+        return None if self._link is None else self._link.pid
+
+    async def start(self) -> None:
+        """Starts the process and returns at once; loading goes on."""
+        assert self._supervisor is None, "an engine client is started once"
+        self._set_status(EngineStatus.LOADING)
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def wait_ready(self) -> EngineInfo:
+        """Waits until requests can be submitted.
+
+        Raises:
+            EngineUnavailableError: it cannot be loaded, with the reason, or was closed.
+        """
+        while self._status in (EngineStatus.LOADING, EngineStatus.RESTARTING):
+            await self._status_changed.wait()
+        if self._status is not EngineStatus.READY or self._info is None:
+            raise self._unavailable(self._failure)
+        return self._info
+
+    async def close(self) -> None:
+        """Ends the process; what still runs ends with ABORT. May be called twice."""
+        self._set_status(EngineStatus.STOPPED)
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.wait({self._supervisor})
+        self._end_all(TokenEvent("", finish_reason=FinishReason.ABORT))
+
+    def suspend(self, request_id: str, *, save_to: str | None, note: str, in_prompt: bool) -> None:
+        """Lets a request end with `SUSPENDED`; see `SuspendRequest`. Nothing happens to one that has ended."""
+        names = [name for name, stream in self._streams.items() if stream.request_id == request_id]
+        if self._link is not None and names:
+            with suppress(EngineEndedError):  # and the request with it
+                self._link.send(SuspendRequest(names[0], save_to, note, in_prompt))
+
+    def reset_cache(self) -> None:
+        """Forgets every cached prefix.
+
+        Raises:
+            EngineUnavailableError: loading, restarting, failed or stopped.
+        """
+        self._require_ready()
+        self._send(ResetCache())
+
+    async def reload(self, until_idle: Callable[[], Awaitable[None]], *, beside: bool = True) -> EngineInfo:
+        """Loads the model again, as it is on the disk now, in a process that takes the place of the one there is.
+
+        Args:
+            until_idle: awaited before the change; what still runs after it ends with an error.
+            beside: load first, and change nothing if that fails; else the old process ends before the load begins.
+
+        Raises:
+            EngineUnavailableError: not loaded now, or (not `beside`) it cannot be loaded again.
+            EngineLoadError: it cannot be loaded; the one that serves is as it was.
+        """
+        self._require_ready()
+        candidate = None
+        if beside:
+            candidate = await Candidate.load(self._config, module=self._module, beside=self.pid)
+        try:
+            await until_idle()
+            self._require_ready()
+            assert self._link is not None
+            self._candidate, candidate = candidate, None
+            self._is_reloading = True
+            self._set_status(EngineStatus.RESTARTING)
+            self._link.kill()
+            return await self.wait_ready()
+        finally:
+            if candidate is not None:
+                await candidate.link.close()
+
+    @asynccontextmanager
+    async def submit(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[TokenEvent]]:
+        """Runs a request for as long as the context is open; gives its events.
+
+        Raises:
+            EngineUnavailableError: loading, restarting, failed or stopped.
+            OverloadedError: as many requests wait as may.
+            InvalidRequestError: another request of this id is running.
+        """
+        self._check_admission(request)
+        # The engine knows each submission by a name of its own: a late event of an earlier request
+        # that was called the same can then never reach this one.
+        name = f"{next(self._numbers)}/{request.request_id}"
+        stream = EventStream(request.request_id)
+        self._send(AddRequest(replace(request, request_id=name)))
+        self._streams[name] = stream
+        self._request_ids.add(request.request_id)
+        try:
+            yield stream
+        finally:
+            self._request_ids.discard(request.request_id)
+            if self._streams.pop(name, None) is not None:
+                self._send_abort(name)
+                stream.push(TokenEvent(name, finish_reason=FinishReason.ABORT))
+
+    def _check_admission(self, request: GenerationRequest) -> None:
+        self._require_ready()
+        if request.request_id in self._request_ids:
+            raise InvalidRequestError(f"request_id {request.request_id!r} is in use", param="request_id")
+        assert self._info is not None
+        limit = self._info.num_slots + self._config.max_waiting
+        if len(self._streams) >= limit:
+            raise OverloadedError(f"the server is full: {len(self._streams)} requests run or wait, {limit} may")
+
+    def _require_ready(self) -> None:
+        if self._status is not EngineStatus.READY or self._info is None:
+            raise self._unavailable()  # without the reason: it may name files, and goes to any client
+
+    def _send(self, command: Command) -> None:
+        assert self._link is not None
+        try:
+            self._link.send(command)
+        except EngineEndedError:
+            raise self._unavailable("the engine has just stopped and is being restarted") from None
+
+    def _send_abort(self, name: str) -> None:
+        if self._link is None:
+            return
+        try:
+            self._link.send(AbortRequest(name))
+        except EngineEndedError:
+            return  # and the request with it
+
+    async def _supervise(self) -> None:
+        try:
+            reason = await self._keep_running()
+        except Exception:
+            _log.exception("the engine's supervision failed")
+            reason = "the engine's supervision failed; the log says more"
+        finally:
+            if self._candidate is not None:  # which nobody will take over any more
+                await self._candidate.link.close()
+        self._end_all(_engine_died())
+        if self._status is not EngineStatus.STOPPED:
+            self._set_status(EngineStatus.FAILED, reason)
+
+    async def _keep_running(self) -> str:
+        """Runs one process after another; returns why it gives up."""
+        num_failures = 0
+        while True:
+            end = await self._run_process()
+            num_failures = 0 if end.was_ready else num_failures + 1
+            if end.is_permanent or num_failures >= MAX_LOAD_FAILURES:
+                _log.error("engine process ended, giving up: %s", end.reason)
+                return end.reason
+            if self._is_reloading:
+                self._is_reloading = False
+                continue
+            _log.error("engine process ended, starting another: %s", end.reason)
+            await asyncio.sleep(min(_FIRST_BACKOFF_S * 2**num_failures, _MAX_BACKOFF_S))
+            self._num_restarts += 1
+
+    async def _run_process(self) -> _End:
+        """One process from start to end."""
+        candidate, self._candidate = self._candidate, None
+        try:
+            self._link = await self._open() if candidate is None else candidate.link
+        except Exception as error:
+            return _End(was_ready=False, reason=f"the engine process cannot be started: {error}")
+        try:
+            if candidate is None:
+                return await self._follow(self._link, self._link.reports())
+            self._info = candidate.info
+            self._set_status(EngineStatus.READY)
+            return await self._follow(self._link, candidate.reports)
+        finally:
+            link, self._link = self._link, None
+            self._stats = None
+            await link.close()
+
+    async def _open(self) -> EngineLink:
+        return await EngineLink.open(self._config, module=self._module)
+
+    async def _follow(self, link: EngineLink, reports: AsyncIterator[Report]) -> _End:
+        failure: LoadFailed | None = None
+        async for report in reports:
+            if isinstance(report, StepDone):
+                self._take(report)
+            elif isinstance(report, EngineReady):
+                self._info = report.info
+                self._set_status(EngineStatus.READY)
+            else:
+                failure = report
+        was_ready = self._is_reloading or self._status is EngineStatus.READY
+        if was_ready:
+            self._set_status(EngineStatus.RESTARTING)
+        self._end_all(_engine_died())
+        if failure is not None:
+            return _End(was_ready, failure.reason, failure.is_permanent)
+        return _End(was_ready, f"exit status {link.returncode}")
+
+    def _take(self, report: StepDone) -> None:
+        for event in report.events:
+            is_last = event.finish_reason is not None
+            name = event.request_id
+            stream = self._streams.pop(name, None) if is_last else self._streams.get(name)
+            if stream is not None:
+                stream.push(event)
+        if report.stats is not None:
+            self._stats = report.stats
+
+    def _end_all(self, event: TokenEvent) -> None:
+        while self._streams:
+            _, stream = self._streams.popitem()
+            stream.push(event)
+
+    def _set_status(self, status: EngineStatus, failure: str | None = None) -> None:
+        self._status, self._failure = status, failure
+        self._status_changed.set()
+        self._status_changed = asyncio.Event()
+
+    @property
+    def _retry_after_s(self) -> int:
+        """About as long as the last load took."""
+        if self._info is None:
+            return _DEFAULT_RETRY_AFTER_S
+        return min(max(1, math.ceil(self._info.load_s)), _MAX_RETRY_AFTER_S)
+
+    def _unavailable(self, message: str | None = None) -> EngineUnavailableError:
+        message = f"the engine is not ready: {self._status}" if message is None else message
+        return EngineUnavailableError(message, code=f"engine_{self._status}", retry_after_s=self._retry_after_s)
+
+
+def _engine_died() -> TokenEvent:
+    message = "the engine failed while this request ran and is being restarted; send the request again"
+    return TokenEvent("", finish_reason=FinishReason.ERROR, error=EngineError("engine_restarting", message))

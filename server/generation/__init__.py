@@ -1,0 +1,1 @@
+"""One request from its validated fields to the text of its answers; shared by every endpoint."""

@@ -1,0 +1,1 @@
+"""What holds for every HTTP exchange: middleware, connections, draining, server-sent events."""

@@ -1,0 +1,200 @@
+"""Connections that are kept from holding anything for ever: uvicorn's protocol, with limits that it has not.
+
+- The head of a request (request line and headers) must be complete within a time after the connection was made, or
+  after its first byte on a connection that was used before, and may not be larger than a limit before that.
+- What was sent must be read: a client that leaves it lying is cut off after a time. Until then the answer waits (see
+  `HttpToolsProtocol.pause_writing`), so that no more of it than that piles up here.
+- What cannot be read as HTTP is answered in the error envelope.
+
+Bodies are limited by `server.http.middleware.BodyMiddleware`.
+"""
+
+import asyncio
+import logging
+from asyncio.events import TimerHandle
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.errors import InvalidRequestError
+
+LINGER_S = 1.0
+"""How long what still comes is thrown away after a refusal: closing at once would keep clients from reading it."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """What one connection may take.
+
+    Attributes:
+        head_timeout_s: longest time for the head of a request to arrive.
+        unread_timeout_s: longest time without what was sent being read.
+        max_head_bytes: of a head that is not complete yet; one that comes in one piece may be larger.
+    """
+
+    head_timeout_s: float
+    unread_timeout_s: float
+    max_head_bytes: int = 64 << 10
+
+
+def limited_protocol(limits: ConnectionLimits, on_cut: Callable[[str], None]) -> type[asyncio.Protocol]:
+    """A protocol for `uvicorn.Config.http`.
+
+    Args:
+        limits: of each connection.
+        on_cut: called with a word for why a connection was cut off: `slow_head`, `large_head`, `unreadable`, `unread`.
+    """
+
+    class Protocol(LimitedProtocol):
+        _limits = limits
+
+        def _cut(self, reason: str) -> None:
+            on_cut(reason)
+
+    return Protocol
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """One connection; made by `limited_protocol`."""
+
+    _limits: ClassVar[ConnectionLimits]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._awaits_head = True  # no body is being read
+        self._has_begun_head = False
+        self._num_heads = 0
+        self._num_head_bytes = 0
+        self._is_refused = False
+        self._head_timer: TimerHandle | None = None
+        self._unread_timer: TimerHandle | None = None
+        self._linger_timer: TimerHandle | None = None
+
+    def _cut(self, reason: str) -> None:
+        """Told why this connection ends."""
+        raise NotImplementedError
+
+    # What the transport calls.
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._head_timer, self._unread_timer, self._linger_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
+        num_heads, awaited_head = self._num_heads, self._awaits_head
+        super().data_received(data)
+        if self._is_refused or not self._awaits_head:
+            return
+        if awaited_head and num_heads == self._num_heads:
+            self._num_head_bytes += len(data)
+        if self._num_head_bytes > self._limits.max_head_bytes:
+            self._refuse("large_head", 431, f"more than {self._limits.max_head_bytes:,} bytes of headers")
+        elif self._head_timer is None and (self._has_begun_head or not self._is_answering):
+            self._expect_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
+
+    # What the parser calls.
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._has_begun_head = True
+
+    def on_headers_complete(self) -> None:
+        self._awaits_head = self._has_begun_head = False
+        self._num_heads += 1
+        self._num_head_bytes = 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._awaits_head = True
+        super().on_message_complete()
+
+    # What uvicorn calls.
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._expect_reader_of_the_rest()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._expect_reader_of_the_rest()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse("unreadable", 400, "the request cannot be read as HTTP")
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _expect_head(self) -> None:
+        self._head_timer = self.loop.call_later(self._limits.head_timeout_s, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self._is_answering:
+            self._expect_head()  # of a request that was sent behind another one, whose answer goes on
+        elif self._has_begun_head:
+            self._refuse("slow_head", 408, f"the headers did not arrive within {self._limits.head_timeout_s:g} s")
+        elif not self.transport.is_closing():
+            self._cut("slow_head")
+            self.transport.close()
+
+    def _expect_reader(self) -> None:
+        if self._unread_timer is None:
+            self._unread_timer = self.loop.call_later(self._limits.unread_timeout_s, self._is_unread)
+
+    def _expect_reader_of_the_rest(self) -> None:
+        """A closed connection lives on until the rest of what was sent is read."""
+        if self.transport.get_write_buffer_size() > 0:
+            self._expect_reader()
+
+    def _is_unread(self) -> None:
+        _log.info("a connection was cut off: its client did not read for %g s", self._limits.unread_timeout_s)
+        self._cut("unread")
+        self.transport.abort()
+
+    def _refuse(self, reason: str, status: int, message: str) -> None:
+        """Answers what is no whole request; the connection ends."""
+        self._is_refused = True
+        self._cut(reason)
+        if self._is_answering:
+            self.transport.close()  # an answer to an earlier request is on its way: nothing may come between
+            return
+        body = InvalidRequestError(message, code=_CODES[status], status=status).to_json()
+        head = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        if status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
+            self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
+        else:
+            self.transport.close()
+
+
+_CODES = {400: "invalid_http", 408: "headers_timeout", 431: "headers_too_large"}

@@ -1,0 +1,96 @@
+"""Responses that are made while nobody waits, and those among them that a stopped server has put off."""
+
+import asyncio
+
+import orjson
+import structlog
+
+from server.errors import ApiError, UnavailableError
+from server.generation.sessions import check_fingerprint
+from server.generation.streaming import charged_tokens
+from server.protocol.responses import ResponseRequest
+from server.responses.plan import plan_response
+from server.responses.run import ResponseRun
+from server.responses.suspended import Unfinished
+from server.service import Service
+from server.states.store import ResponseRecord
+
+POLL_S = 2.0
+MAX_AT_ONCE = 4
+"""Responses that one server takes up at a time, so that replicas share them."""
+logger = structlog.stdlib.get_logger("dijiang.responses")
+
+
+def make_in_background(service: Service, run: ResponseRun) -> None:
+    """Begins to make a response whose generation was started."""
+    task = asyncio.create_task(_made(service, run))
+    service.background[run.id] = task
+    service.event_logs[run.id] = run.log
+    task.add_done_callback(lambda _: _forget(service, run))
+
+
+async def take_up_forever(service: Service) -> None:
+    """Goes on with responses that were put off, here or at another replica, for as long as work is taken."""
+    while True:
+        try:
+            while service.status == "ok" and await _take_up_some(service) == MAX_AT_ONCE:
+                pass
+        except UnavailableError:
+            pass  # said already; the next time comes
+        except Exception:
+            logger.exception("responses that were put off could not be taken up")
+        await asyncio.sleep(POLL_S)
+
+
+async def _take_up_some(service: Service) -> int:
+    if service.states is None:
+        return 0
+    records = await service.states.take_up_responses(MAX_AT_ONCE)
+    return sum([await _take_up(service, record) for record in records])
+
+
+async def _take_up(service: Service, record: ResponseRecord) -> bool:
+    """Whether it goes on."""
+    source = Unfinished.of(record.body).source
+    body = ResponseRequest.model_validate(orjson.loads(source))
+    run = ResponseRun(
+        service, body, owner=record.owner, store=service.states, ttl_s=record.ttl_s, source=source, before=record
+    )
+    try:
+        info, before = service.require_open(), run.unfinished
+        for snapshot in (record.snapshot, before.base):
+            if snapshot is not None:
+                check_fingerprint(snapshot, info)
+        prompt = before.prompt_token_ids
+        generation = await plan_response(service, info, body, run, prompt=prompt, base=before.base, goes_on=True)
+        run.go_on()
+        await generation.start()
+    except ApiError as error:
+        await _not_taken_up(service, record, error)
+        return False
+    logger.info("a response in the background goes on", id=run.id, num_tokens=len(before.token_ids))
+    make_in_background(service, run)
+    return True
+
+
+async def _not_taken_up(service: Service, record: ResponseRecord, error: ApiError) -> None:
+    """It waits on for better times, or fails if there will be none."""
+    assert service.states is not None
+    if isinstance(error, UnavailableError):
+        await service.states.put_response(record.put_off())
+        return
+    logger.error("a response in the background cannot go on", id=record.id, problem=str(error))
+    await service.states.put_response(record.failed(code=error.code, message=error.message))
+
+
+async def _made(service: Service, run: ResponseRun) -> None:
+    try:
+        await run.in_background()
+    finally:
+        service.rate_limits.charge(run.owner, charged_tokens(run.generation.usage))
+
+
+def _forget(service: Service, run: ResponseRun) -> None:
+    """The response has ended, or goes on elsewhere: from now on it is told from the store."""
+    service.background.pop(run.id, None)
+    service.event_logs.pop(run.id, None)

@@ -1,0 +1,273 @@
+"""One response of the Responses API while it is made: its object, its events, and how it is kept."""
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+import structlog
+
+from server.errors import ApiError, InternalError, ShutdownError
+from server.event_log import EventLog
+from server.generation.choice import Piece
+from server.generation.generation import Generation
+from server.generation.logprobs import LogprobFormat, check_num_entries
+from server.http.sse import KEEP_ALIVE
+from server.protocol.logprobs import ChatLogprobs
+from server.protocol.response_items import stored_item
+from server.protocol.responses import ResponseRequest, response_usage
+from server.responses.events import begun, begun_again, encoded, ended, put_off, with_pieces
+from server.responses.output import Event, Item, Logprobs, ResponseOutput
+from server.responses.suspended import Unfinished
+from server.service import Service
+from server.states.store import ResponseRecord, SnapshotRecord, StateStore
+
+logger = structlog.stdlib.get_logger("dijiang.responses")
+_TEXT_FORMAT = {"type": "text"}
+
+
+class ResponseRun:
+    """See the module.
+
+    Attributes:
+        id: `resp_...`, not to be guessed.
+        generation: what makes it; set before anything else is asked for.
+        output: its items; likewise.
+        logprobs: how log-probabilities are written; None: they are not wanted.
+        log: of its events, while it is made in the background.
+        unfinished: what is known of it beside its output, and what it was when it was put off, if it was.
+        snapshot: its conversation, where it was saved last.
+    """
+
+    generation: Generation
+    output: ResponseOutput
+    logprobs: LogprobFormat | None = None
+
+    def __init__(
+        self,
+        service: Service,
+        body: ResponseRequest,
+        *,
+        owner: str,
+        store: StateStore | None,
+        ttl_s: float | None,
+        source: str,
+        before: ResponseRecord | None = None,
+    ) -> None:
+        """
+        Args:
+            store: where it is kept; None: it is not.
+            ttl_s: how long, without use.
+            source: the request as it came, JSON.
+            before: what was stored of it when it was put off; None: it begins here.
+        """
+        self.id = f"resp_{uuid.uuid4().hex}" if before is None else before.id
+        self.owner = owner
+        self.log = EventLog()
+        self.unfinished = Unfinished(source, secrets.randbits(63)) if before is None else Unfinished.of(before.body)
+        self._service = service
+        self._body = body
+        self._store = store
+        self._ttl_s = ttl_s
+        self._created = time.time() if before is None else before.created
+        self._goes_on = before is not None
+        self.snapshot: SnapshotRecord | None = None if before is None else before.snapshot
+        self._num_entries = 0
+        self._status = "incomplete"
+        self._incomplete_for = "max_output_tokens"
+        self._response: dict[str, Any] = {}
+
+    async def keep_state(self, snapshot: SnapshotRecord) -> str:
+        """Keeps the conversation at the answer's end, at once, so that nobody removes it."""
+        self.snapshot = snapshot
+        await self.put(self.object("in_progress"))
+        return self.id
+
+    def go_on(self) -> None:
+        """Brings a response that was put off to where it was then; its generation is planned, and not started yet."""
+        before = self.unfinished
+        text = self.generation.resume(before.token_ids, num_cached_tokens=before.num_cached_tokens)
+        self.output.go_on(text, before.output, before.pieces)
+        for told in begun_again(self.object("in_progress"), self.output.items, self.output.pieces):
+            self.log.append(encoded(self.log.num_events, told))
+
+    async def put_off(self) -> None:
+        """Keeps all that is needed to go on with it, at whatever server takes it up."""
+        usage = self.generation.usage.prompt_tokens_details.cached_tokens - self.unfinished.num_past_cached_tokens
+        unfinished = replace(
+            self.unfinished,
+            prompt_token_ids=self.generation.prompt_token_ids(0),
+            token_ids=tuple(self.generation.token_ids),
+            num_cached_tokens=usage,
+            output=self.output.put_off(),
+        )
+        await self.put({**self.object("queued"), **unfinished.stored()})
+
+    async def put(self, response: Mapping[str, Any]) -> None:
+        """Keeps the response as it is now, if it is to be kept."""
+        if self._store is None:
+            return
+        suffix = self.id.removeprefix("resp_")
+        items = [stored_item(item, number, suffix) for number, item in enumerate(self._body.input)]
+        body = with_pieces(response, self.output.pieces)
+        await self._store.put_response(
+            ResponseRecord(self.id, self.owner, self._created, self._ttl_s, body, tuple(items), self.snapshot)
+        )
+
+    async def whole(self) -> dict[str, Any]:
+        """The whole response, kept.
+
+        Raises:
+            ApiError: it could not be made.
+        """
+        async with aclosing(self._told()) as events:
+            async for _ in events:
+                pass
+        return self._response
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The typed events, from `response.created` to `response.completed`, `.incomplete` or `.failed`."""
+        number = 0
+        async with aclosing(self._told_safely()) as events:
+            async for told in events:
+                yield KEEP_ALIVE if told is None else encoded(number, told)
+                number += told is not None
+
+    async def in_background(self) -> None:
+        """Makes the response while nobody waits; its end is kept, whatever it is."""
+        try:
+            async with aclosing(self._told_safely()) as events:
+                async for told in events:
+                    if told is not None:
+                        self.log.append(encoded(self.log.num_events, told))
+        except ShutdownError:
+            self.log.append(encoded(*put_off(self.log.num_events)))
+        except asyncio.CancelledError:
+            if self._service.is_closing:
+                raise  # nobody has asked for that: it has failed
+            self.output.break_off()
+            response = self.object("cancelled", with_output=True)
+            self.log.append(encoded(self.log.num_events, ended(response)))
+            await asyncio.shield(self.put(response))
+        finally:
+            self.log.end()
+            await self.generation.close()
+            await self.ended()
+
+    async def ended(self) -> None:
+        """To be called in every case: what is kept as in progress then has failed."""
+        if self._store is not None:
+            await self._store.end_response(self.id)
+
+    def object(
+        self,
+        status: str,
+        *,
+        with_output: bool = False,
+        error: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The response object of OpenAI's API."""
+        body = self._body
+        text_format = _TEXT_FORMAT if body.text is None or body.text.format is None else body.text.format
+        output: list[Item] = self.output.items if with_output else []
+        choice = body.tool_choice
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": int(self._created),
+            "status": status,
+            "background": body.background is True,
+            "completed_at": int(time.time()) if status == "completed" else None,
+            "error": error,
+            "incomplete_details": {"reason": self._incomplete_for} if status == "incomplete" else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "max_tool_calls": body.max_tool_calls,
+            "metadata": {} if body.metadata is None else body.metadata,
+            "model": self._service.options.model_name,
+            "output": output,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": {"effort": body.reasoning_effort, "summary": None},
+            "store": self._store is not None,
+            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "text": {"format": text_format},
+            "tool_choice": "auto" if choice is None else choice if isinstance(choice, str) else choice.model_dump(),
+            "tools": body.told_tools,
+            "top_logprobs": 0 if body.top_logprobs is None else body.top_logprobs,
+            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "truncation": "disabled" if body.truncation is None else body.truncation,
+            "usage": response_usage(self.generation.usage) if status in ("completed", "incomplete") else None,
+            "user": body.user,
+        }
+
+    async def _told_safely(self) -> AsyncGenerator[Event | None, None]:
+        """Like `_told`; what goes wrong is the last event."""
+        try:
+            async with aclosing(self._told()) as events:
+                async for told in events:
+                    yield told
+        except ApiError as error:
+            if isinstance(error, ShutdownError) and self._body.background:
+                await self._put_off_if_possible()
+                raise
+            yield ended(await self._failed(error))
+        except Exception:
+            logger.exception("a response failed")
+            yield ended(await self._failed(InternalError()))
+
+    async def _told(self) -> AsyncGenerator[Event | None, None]:
+        """The events of a response that goes well, which is kept before the last one; None: nothing new for a while."""
+        if not self._goes_on:
+            for told in (*begun(self.object("in_progress")), *self.output.begin()):
+                yield told
+        try:
+            async for piece in self.generation.pieces(idle_s=self._service.options.keepalive_s):
+                if piece is None:
+                    yield None
+                    continue
+                for told in self._take(piece):
+                    yield told
+        except ShutdownError:
+            if self._body.background or self.generation.usage.completion_tokens == 0:
+                raise
+            self._incomplete_for = "server_shutdown"
+            for told in self.output.finish("length"):
+                yield told
+        self._response = self.object(self._status, with_output=True)
+        await self.put(self._response)
+        yield ended(self._response)
+
+    def _take(self, piece: Piece) -> list[Event]:
+        events = self.output.push(piece.text, self._logprobs_of(piece), is_last=piece.finish_reason is not None)
+        if piece.finish_reason is not None:
+            self._status = "completed" if piece.finish_reason == "stop" else "incomplete"
+            events += self.output.finish(piece.finish_reason)
+        return events
+
+    def _logprobs_of(self, piece: Piece) -> Logprobs:
+        if self.logprobs is None or piece.output is None:
+            return []
+        self._num_entries += piece.num_entries
+        check_num_entries(self._num_entries)
+        num_top = 0 if self._body.top_logprobs is None else self._body.top_logprobs
+        written: ChatLogprobs = self.logprobs.chat([piece.output], num_top=num_top)
+        return [entry.model_dump() for entry in written.content]
+
+    async def _put_off_if_possible(self) -> None:
+        try:
+            await self.put_off()
+        except ApiError as error:
+            logger.error("a response in the background is lost: it could not be kept", problem=str(error))
+
+    async def _failed(self, error: ApiError) -> dict[str, Any]:
+        """The response that could not be made, kept."""
+        self.output.break_off()
+        told = {"code": error.code or "server_error", "message": error.message}
+        response = self.object("failed", with_output=True, error=told)
+        await self.put(response)
+        return response

@@ -1,0 +1,252 @@
+"""What `dijiang serve` makes of its settings: the model, the store of states, the engine's part, the service's part."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from dijiang_model.conversion import default_folder
+from server.engine.types.requests import EngineConfig
+from server.grammar_check.checker import GrammarLimits
+from server.hardware import Device, HardwareError, default_state_bytes, default_threads
+from server.http.middleware import hash_key
+from server.service import ServiceOptions
+from server.startup.settings import Settings
+from server.states.embedded import open_embedded_store
+from server.states.errors import StoreError
+from server.states.indexed import StoreOptions
+from server.states.store import StateStore
+
+CPU_STEP_TOKENS, CUDA_STEP_TOKENS = 512, 2048
+HASHED_KEY = "sha256:"
+DEFAULT_HOME = Path("~/.cache/dijiang")
+MAX_AUTO_CACHE_BYTES = 1 << 30
+
+
+class StartError(Exception):
+    """The server cannot start; the text is a sentence for the operator."""
+
+
+def open_store(settings: Settings, model_name: str, console: Console) -> StateStore | None:
+    """Where states are kept; None if they are not.
+
+    Raises:
+        StoreError: the folder or the database that the operator named cannot be used.
+    """
+    if not settings.states:
+        return None
+    folder = settings.states_folder
+    if folder is None:
+        home = DEFAULT_HOME if settings.cache_dir is None else settings.cache_dir
+        folder = home / "states" / re.sub(r"[^A-Za-z0-9._-]", "_", model_name)
+    folder = folder.expanduser().resolve()
+    options = StoreOptions(max_bytes=int(settings.states_disk), eviction=settings.states_eviction)
+    if settings.state_store is not None:
+        return _open_shared_store(settings, settings.state_store.get_secret_value(), folder, options)
+    try:
+        return open_embedded_store(folder, options)
+    except StoreError as error:
+        if settings.states_folder is not None:
+            raise
+        console.print("[yellow]warning:[/yellow] no states are kept:", escape(str(error)), highlight=False)
+        return None
+
+
+def _open_shared_store(settings: Settings, url: str, folder: Path, options: StoreOptions) -> StateStore:
+    try:
+        from server.states.shared import SharedOptions, open_shared_store
+    except ImportError as error:
+        message = f"state_store needs psycopg and psycopg_pool: pip install 'dijiang[postgres]' ({error})"
+        raise StoreError(message) from error
+    shared = SharedOptions(
+        url,
+        schema=settings.state_store_schema,
+        max_copies_bytes=int(settings.state_store_copies),
+        max_connections=settings.state_store_connections,
+        timeout_s=settings.state_store_timeout_s,
+    )
+    return open_shared_store(folder, shared, options)
+
+
+def engine_config(settings: Settings, model: Path, device: Device, store: StateStore | None = None) -> EngineConfig:
+    """The frozen part of the settings that the engine gets, with every `auto` decided.
+
+    Raises:
+        HardwareError: too little memory, or weights in a form that the device does not have.
+    """
+    num_ranks = settings.tensor_parallel
+    state_bytes = (
+        default_state_bytes(device, model, num_ranks=num_ranks)
+        if settings.state_memory == "auto"
+        else int(settings.state_memory)
+    )
+    auto_cache = min(state_bytes // 4, MAX_AUTO_CACHE_BYTES)
+    auto_step = max(CUDA_STEP_TOKENS if device.is_cuda else CPU_STEP_TOKENS, settings.max_conversations)
+    step_tokens, cache_memory = settings.max_step_tokens, settings.prefix_cache_memory
+    decided = {
+        "model_path": str(model),
+        "device": device.name,
+        "weights_dtype": _weights_dtype(settings.dtype, model, device),
+        "num_threads": default_threads() if settings.threads == "auto" else settings.threads,
+        "state_memory_bytes": state_bytes,
+        "max_num_slots": settings.max_conversations,
+        "max_step_tokens": auto_step if step_tokens == "auto" else step_tokens,
+        "max_waiting": settings.max_queue,
+        "max_drafts": None if settings.speculate == "auto" else settings.speculate,
+        "states_folder": None if store is None else str(store.files_folder),
+        "prefix_cache_host_bytes": auto_cache if cache_memory == "auto" else int(cache_memory),
+        "prefix_cache_device_bytes": int(settings.prefix_cache_device_memory) if device.is_cuda else 0,
+        "prefix_cache_disk_bytes": int(settings.prefix_cache_disk),
+        "prefix_cache_folder": (
+            None if store is None or not settings.prefix_cache_disk else str(store.files_folder.parent / "prefixes")
+        ),
+    }
+    return EngineConfig(**_taken_over(settings, EngineConfig) | decided)
+
+
+def _taken_over(settings: Settings, kind: type[EngineConfig] | type[ServiceOptions]) -> dict[str, Any]:
+    """The settings that go by the same name, and mean the same, in another part of the server."""
+    return {field.name: getattr(settings, field.name) for field in fields(kind) if field.name in Settings.model_fields}
+
+
+def _weights_dtype(wanted: str, model: Path, device: Device) -> str:
+    """What the engine is told: weights that are stored rounded stay as they are.
+
+    Raises:
+        HardwareError: they are asked for in other numbers.
+    """
+    stored = _stored_rounded(model)
+    if stored is None:
+        auto = "bfloat16" if device.is_cuda else "float32"
+        return auto if wanted == "auto" else wanted
+    if wanted not in ("auto", stored):
+        raise HardwareError(f"the weights in {model} are {stored}: dtype is auto or {stored} for them")
+    return stored
+
+
+def _stored_rounded(model: Path) -> str | None:
+    """`int8` or `int4` where the model's config says so; what is wrong with a config, the engine tells."""
+    try:
+        section = json.loads((model / "config.json").read_bytes())["dijiang"]["quantization"]
+        return str(section["weights"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def service_options(settings: Settings, model: Path, default_name: str) -> ServiceOptions:
+    """The frozen part of the settings that the HTTP side gets."""
+    name = settings.served_model_name if settings.served_model_name is not None else default_name
+    number = version("dijiang")
+    digest = hashlib.sha256(f"{number}\n{name}\n".encode() + (model / "config.json").read_bytes()).hexdigest()
+    return ServiceOptions(
+        model_name=name,
+        version=number,
+        fingerprint=f"fp_{digest[:12]}",
+        key_hashes=key_hashes(settings),
+        admin_key_hashes=admin_key_hashes(settings),
+        **_taken_over(settings, ServiceOptions),
+    )
+
+
+def grammar_limits(settings: Settings) -> GrammarLimits:
+    """What the grammar of a request may cost."""
+    return GrammarLimits(max_bytes=int(settings.max_grammar_bytes), timeout_s=settings.grammar_timeout_s)
+
+
+def key_hashes(settings: Settings) -> frozenset[bytes]:
+    """SHA-256 of every key that is let in.
+
+    Raises:
+        StartError: a `sha256:` entry that is no SHA-256, or a file of keys without any.
+    """
+    return _hashes(settings.api_keys, settings.api_keys_file, name="api_keys")
+
+
+def admin_key_hashes(settings: Settings) -> frozenset[bytes]:
+    """SHA-256 of every key that is let in to `/admin/`; raises like `key_hashes`."""
+    return _hashes(settings.admin_keys, settings.admin_keys_file, name="admin_keys")
+
+
+def _hashes(given: Sequence[SecretStr], file: Path | None, *, name: str) -> frozenset[bytes]:
+    keys = [key.get_secret_value() for key in given]
+    if file is not None:
+        lines = [line.strip() for line in file.read_text().splitlines()]
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise StartError(f"{name}_file: {file} holds no key")
+        keys += found
+    return frozenset(_key_hash(key, name) for key in keys)
+
+
+def _key_hash(key: str, name: str) -> bytes:
+    if not key.startswith(HASHED_KEY):
+        return hash_key(key.encode())
+    try:
+        digest = bytes.fromhex(key.removeprefix(HASHED_KEY))
+    except ValueError:
+        digest = b""
+    if len(digest) != hashlib.sha256().digest_size:
+        raise StartError(f"{name}: an entry that begins with sha256: is not followed by 64 hexadecimal digits")
+    return digest
+
+
+def recipe_of(model: Path) -> str:
+    """How the model was made, as its `config.json` says; the authors' own format is `released`."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    try:
+        return str(config["dijiang"]["origin"]["recipe"])
+    except (KeyError, TypeError):
+        return "released"
+
+
+def find_model(settings: Settings, console: Console) -> tuple[Path, str]:
+    """The model's folder and its name."""
+    if settings.model is None:
+        return _default_model(settings.cache_dir, console)
+    folder = settings.model.expanduser().resolve()
+    if not (folder / "config.json").is_file():
+        raise StartError(f"{settings.model} is not the folder of a model: {_why_no_model(folder)}")
+    try:
+        json.loads((folder / "config.json").read_bytes())
+    except ValueError as error:
+        raise StartError(f"{settings.model}: config.json is not valid JSON: {error}") from error
+    return folder, folder.name
+
+
+def _why_no_model(path: Path) -> str:
+    if path.suffix == ".gguf" and path.is_file():
+        return f"make one of it with `dijiang convert {path.name} OUT`"
+    if path.is_file():
+        return "it is a file"
+    return "it has no config.json" if path.is_dir() else "it does not exist, and nothing is downloaded"
+
+
+def _default_model(home: Path | None, console: Console) -> tuple[Path, str]:
+    folder = default_folder.default_folder(home)
+    if default_folder.is_noted(folder):
+        return folder, default_folder.MODEL_NAME
+    # Imported here: it brings torch, which this process does not need otherwise.
+    from dijiang_model.conversion.default_model import ensure_default_model
+    from dijiang_model.errors import ModelError
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("Converting the default model, once", total=None, visible=False)
+            path = ensure_default_model(
+                home,
+                on_progress=lambda done, total: progress.update(task, completed=done, total=total, visible=True),
+            )
+    except ModelError as error:
+        raise StartError(str(error)) from error
+    default_folder.note(path)
+    return path, default_folder.MODEL_NAME

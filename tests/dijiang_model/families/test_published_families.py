@@ -1,0 +1,135 @@
+"""Every model of the paper: HF's own network of its exact structure, tiny and random, against our blocks.
+
+The chain is the user's: an HF folder is read, or converted and loaded.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dijiang_model.checkpoints.checkpoint import load_model
+from dijiang_model.checkpoints.hf_config import base_model_config
+from dijiang_model.conversion.convert import convert
+from dijiang_model.conversion.evaluation.teacher import load_teacher
+from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention
+from dijiang_model.segments import run_segments
+from tests.dijiang_model.checkpoints.published_configs import PUBLISHED, save, tiny_teacher
+from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, logits_of, random_text
+
+TEXT = random_text(70)
+TOLERANCE = 1e-5
+"""Of the logits' norm; both sides compute in fp32, in another order."""
+EXPECTED = {
+    # layers, heads, key-value heads, head size, rotary channels, pre-norm, embedding width, tied
+    "pythia-70m": (6, 8, 8, 64, 16, True, 512, False),
+    "pythia-160m": (12, 12, 12, 64, 16, True, 768, False),
+    "pythia-410m": (24, 16, 16, 64, 16, True, 1024, False),
+    "pythia-1b": (16, 8, 8, 256, 64, True, 2048, False),
+    "pythia-2.8b": (32, 32, 32, 80, 20, True, 2560, False),
+    "opt-125m": (12, 12, 12, 64, 0, True, 768, True),
+    "opt-350m": (24, 16, 16, 64, 0, False, 512, True),
+    "opt-1.3b": (24, 32, 32, 64, 0, True, 2048, True),
+    "tinyllama-1.1b": (22, 32, 4, 64, 64, True, 2048, False),
+    "llama-2-7b": (32, 32, 32, 128, 128, True, 4096, False),
+    "smollm2-135m": (30, 9, 3, 64, 64, True, 576, True),
+    "smollm2-1.7b": (24, 32, 32, 64, 64, True, 2048, True),
+    "llama-3.1-8b": (32, 32, 8, 128, 128, True, 4096, False),
+    "llama-3.2-1b": (16, 32, 8, 64, 64, True, 2048, True),
+    "vicuna-16k": (32, 32, 32, 128, 128, True, 4096, False),
+    "yarn-llama-2-7b": (32, 32, 32, 128, 128, True, 4096, False),
+}
+
+
+def logits(teacher: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = teacher(torch.tensor([TEXT])).logits[0]
+    return found
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_config_is_read_as_it_is_meant(name: str) -> None:
+    config = base_model_config(PUBLISHED[name])
+    assert (
+        config.num_layers,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_size,
+        config.rotary_dims,
+        config.pre_norm,
+        config.embedding_width,
+        config.tie_word_embeddings,
+    ) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_full_softmax_through_our_blocks_gives_the_logits_of_hf(name: str, tmp_path: Path) -> None:
+    teacher = tiny_teacher(name)
+    ours = load_teacher(save(teacher, tmp_path / "hf"))
+    with torch.no_grad():
+        found = ours.logits(run_segments(ours, torch.tensor([TEXT]), SoftmaxAttention()))
+    assert_close_in_norm(found, logits(teacher), tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_conversion_with_a_window_over_the_whole_text_gives_them_too(name: str, tmp_path: Path) -> None:
+    teacher = tiny_teacher(name)
+    convert(save(teacher, tmp_path / "hf"), tmp_path / "out", window=len(TEXT) - 4, sinks=4)
+    model, expected = load_model(tmp_path / "out"), logits(teacher)
+    assert_close_in_norm(logits_of(model, TEXT), expected, tolerance=TOLERANCE)
+    with torch.no_grad():
+        trained = model.logits(run_segments(model, torch.tensor([TEXT]), HybridAttention()))
+    assert_close_in_norm(trained, expected, tolerance=TOLERANCE)
+    stepper = Stepper(model).open(1)
+    decoded = [stepper.step({1: TEXT[:33]})[1], *(stepper.step(decode={1: token})[1] for token in TEXT[33:])]
+    assert_close_in_norm(torch.cat(decoded), expected, tolerance=TOLERANCE)
+
+
+def _sharded_safetensors(teacher: PreTrainedModel, folder: Path) -> None:
+    save(teacher, folder, max_shard_size="300KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 3
+
+
+def _sharded_bin(teacher: PreTrainedModel, folder: Path, *, is_zip: bool = True) -> None:
+    save(teacher, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    # The first releases carried the rotary frequencies of each layer as well.
+    tensors |= {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(64) for layer in range(2)}
+    weight_map = {name: f"pytorch_model-{1 + i % 3:05d}-of-00003.bin" for i, name in enumerate(tensors)}
+    for shard in set(weight_map.values()):
+        part = {name: tensors[name] for name, owner in weight_map.items() if owner == shard}
+        torch.save(part, folder / shard, _use_new_zipfile_serialization=is_zip)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+FORMS: dict[str, Callable[[PreTrainedModel, Path], None]] = {
+    "sharded safetensors": _sharded_safetensors,
+    "sharded bin": _sharded_bin,
+    "sharded bin from before torch 1.6": lambda teacher, folder: _sharded_bin(teacher, folder, is_zip=False),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_llama_2_in_half_precision_shards_of_either_format(form: str, tmp_path: Path) -> None:
+    teacher = tiny_teacher("llama-2-7b").half()
+    FORMS[form](teacher, tmp_path / "hf")
+    # A fresh network: `half` has rounded the old one's rotary frequencies as well, which no checkpoint holds.
+    rounded = tiny_teacher("llama-2-7b")
+    rounded.load_state_dict(teacher.state_dict())
+    convert(tmp_path / "hf", tmp_path / "out", window=len(TEXT), max_shard_bytes=200_000)
+    model = load_model(tmp_path / "out")
+    assert_close_in_norm(logits_of(model, TEXT), logits(rounded), tolerance=TOLERANCE)
+
+
+def test_opt_goes_on_past_its_learned_positions(tmp_path: Path) -> None:
+    """HF's network cannot: past the table the last position is used, so that a conversation has no end."""
+    convert(save(tiny_teacher("opt-350m"), tmp_path / "hf"), tmp_path / "out", window=16)
+    text = random_text(150)
+    assert bool(logits_of(load_model(tmp_path / "out"), text).isfinite().all())

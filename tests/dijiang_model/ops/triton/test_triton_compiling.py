@@ -1,0 +1,35 @@
+"""The kernels compile for GPUs and fit them, which the interpreter cannot show; nothing here needs a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="needs the extra `triton`; run by `make test` where it is installed")
+
+SHARED_MEMORY_BYTES = {80: 99 * 1024, 90: 227 * 1024}
+"""What one program may use; of the devices that run code for 8.0 the smallest (8.6, 8.9) have 99 KiB."""
+SHAPES = ("SmolLM2-135M, hybrid", "LLaMA-2-7B, pure", "Pythia-2.8B, released")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_launch_of_a_step_compiles_and_fits(shape: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.dijiang_model.ops.triton.triton_compiling", shape]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    assert run.returncode == 0, run.stderr
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [line for line in lines if "variants" in line] == [], "a kernel is compiled anew while the model is served"
+    for capability, most in SHARED_MEMORY_BYTES.items():
+        launches = [line for line in lines if line["capability"] == capability]
+        assert {"decode_kernel", "queries_kernel", "entering_kernel", "states_kernel", "outputs_kernel"} <= {
+            launch["kernel"] for launch in launches
+        }
+        for launch in launches:
+            assert launch["shared_bytes"] <= most, launch
+            if "hybrid" not in shape or launch["kernel"] != "outputs_kernel":
+                assert launch["stack_bytes"] <= 96, launch
+        assert sum(launch["kernel"] == "decode_kernel" for launch in launches) == 3 + ("hybrid" in shape)
