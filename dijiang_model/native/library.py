@@ -135,6 +135,8 @@ class Layer(ctypes.Structure):
         ("attention", Attention),
         ("far_down", Matrix),
         ("priority", Matrix),
+        ("query_norm", Norm),
+        ("key_norm", Norm),
     )
 
 
