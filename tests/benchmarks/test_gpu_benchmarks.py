@@ -16,6 +16,7 @@ from benchmarks.gpu.models import WEIGHTS, config_of, random_model, softmax_twin
 from benchmarks.transformers_twin import decode_step
 from dijiang_model.ops.training.attention import SoftmaxAttention, run_segments
 from dijiang_model.quantization.modules import quantized_weights
+from tests.waiting import PATIENCE_S
 
 
 @pytest.mark.slow
@@ -128,7 +129,7 @@ def test_ours_are_measured_although_the_rival_cannot_be_made(
 
 def test_ours_need_no_transformers() -> None:
     code = "import sys; sys.modules['transformers'] = None; import benchmarks.gpu.decode, benchmarks.gpu.prefill"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)
 
 
 def test_the_first_failure_is_told_where_the_device_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

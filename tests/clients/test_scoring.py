@@ -21,6 +21,7 @@ from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.state import StateBuffer
 from tests.e2e.serving import Server, serving
 from tests.tiny_models import write_tiny_model
+from tests.waiting import PATIENCE_S
 
 TEXT = "naïve 東京, and so on. " * 8
 
@@ -54,7 +55,7 @@ def log_probability(folder: Path, text: str) -> float:
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "server", *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def test_a_text_is_as_likely_as_the_model_finds_it(server: Server, folder: Path) -> None:

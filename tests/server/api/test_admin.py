@@ -21,6 +21,7 @@ from tests.server.conftest import Loopback, serve
 from tests.server.fake_engine import FakeEngine
 from tests.server.tiny_engine import TinyEngine
 from tests.tiny_models import tiny_model, write_tiny_model
+from tests.waiting import PATIENCE_S
 
 ADMIN = {"authorization": "Bearer root"}
 CACHE = {"prefix_cache_host_bytes": 1 << 24, "prefix_cache_min_tokens": 4}
@@ -97,7 +98,7 @@ def test_a_drained_server_finishes_what_runs_and_can_go_on(byte_tokenizer: Token
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         assert int(refused.headers["retry-after"]) > 0
         gate.set()
-        asking.join(10)
+        asking.join(PATIENCE_S)
         assert order(server, "resume").json() == {"status": "ok", "active": 0, "engine_restarts": 0}
         assert server.http.post("/v1/completions", **USER_REQUEST).status_code == 200
 
@@ -123,8 +124,8 @@ def test_a_signal_after_a_drain_by_an_operator_is_the_first_one(
         order(server, "drain")
         server.signal()
         gate.set()
-        asking.join(10)
-        server.thread.join(10)
+        asking.join(PATIENCE_S)
+        server.thread.join(PATIENCE_S)
     assert answers[0].status_code == 200
 
 
@@ -194,7 +195,7 @@ def test_a_selfcheck_finds_a_way_that_differs(
 def test_a_real_server_checks_itself_forgets_and_loads_again(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "tiny")
     options = ("--admin-keys", "root", "--prefix-cache-min-tokens", "8", "--max-step-tokens", "64")
-    with serving(folder, *options, "--max-conversations", "8") as server, httpx.Client(timeout=60) as http:
+    with serving(folder, *options, "--max-conversations", "8") as server, httpx.Client(timeout=PATIENCE_S) as http:
 
         def post(path: str, **body: Any) -> dict[str, Any]:
             answer = http.post(f"{server.base_url}{path}", json=body, headers=ADMIN)

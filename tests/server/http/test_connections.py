@@ -12,13 +12,15 @@ from server.http.connections import ConnectionLimits
 from server.service import ServiceOptions
 from server.text.tokenizer import Tokenizer
 from tests.server.api.test_bad_requests import assert_still_right
-from tests.server.conftest import OPTIONS, PATIENCE_S, Loopback, serve
+from tests.server.conftest import OPTIONS, Loopback, serve
 from tests.server.fake_engine import FakeEngine
+from tests.waiting import PATIENCE_S
 
 GET = b"GET /health HTTP/1.1\r\nhost: x\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 STREAM = b'{"prompt": "x", "max_tokens": 1000000000, "ignore_eos": true, "stream": true}'
-LIMITS = ConnectionLimits(head_timeout_s=0.15, unread_timeout_s=0.15)
+LIMITS = ConnectionLimits(head_timeout_s=1.0, unread_timeout_s=1.0)
+"""Short enough to wait for; what is sent at once comes well within them."""
 
 
 class EndlessEngine(FakeEngine):
