@@ -13,6 +13,8 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from dijiang_model.text.folder import UnsupportedTokenizerError
+from dijiang_model.text.template import TemplateSyntaxFailure
 from server.engine.state.snapshot_files import MAX_HEADER_BYTES
 from server.engine.types.requests import EngineInfo, EngineStats, GenerationRequest, TokenEvent
 from server.engine_client.candidate import EngineLoadError
@@ -23,9 +25,8 @@ from server.metrics import Metrics
 from server.rate_limits import RateLimits
 from server.states.store import StateStore
 from server.text.reasoning import thought_form
-from server.text.template import ChatTemplate, TemplateSyntaxFailure
+from server.text.template import ChatTemplate
 from server.text.tokenizer import Tokenizer
-from server.vocabulary import UnsupportedTokenizerError
 
 MAX_RETRY_AFTER_S = 30
 _log = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
         {"metrics", "protocol", "selfcheck", "tools"},
         {"engine_client", "grammar_check", "states"},
         {"engine", "rate_limits"},
-        {"cli", "errors", "event_log", "hardware", "playground", "vocabulary"},
+        {"cli", "errors", "event_log", "hardware", "playground"},
     ),
     "server.engine": (
         {"process"},

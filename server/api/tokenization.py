@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter, Response
 
+from dijiang_model.text.template import TemplateFailure
 from server.api.json_body import JsonRoute, ServiceDependency
 from server.errors import InvalidRequestError
 from server.generation.conversations import chat_message, encode_messages, template_variables
@@ -19,7 +20,6 @@ from server.protocol.tokenization import (
 )
 from server.service import Service
 from server.text.stream import TextStream
-from server.text.template import TemplateFailure
 
 router = APIRouter(route_class=JsonRoute, tags=["tokenizer"])
 

@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dijiang_model.text.template import TemplateFailure
 from server.errors import InvalidRequestError
 from server.generation.planning import MAX_INLINE_CHARACTERS, require_chat_template, run_if_long
 from server.protocol.chat import MessageIn, ReasoningEffort
 from server.service import Service
 from server.states.store import SnapshotRecord, Turn
 from server.text.continuation import encode_continuation
-from server.text.template import NO_VARIABLES, ChatMessage, TemplateFailure, TemplateValue
+from server.text.template import NO_VARIABLES, ChatMessage, TemplateValue
 
 
 async def encode_messages(

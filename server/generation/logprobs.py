@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
+from dijiang_model.text.vocabulary import Vocabulary
 from server.engine.types.logprobs import LogprobRow, LogprobTable
 from server.errors import InvalidRequestError
 from server.protocol.logprobs import (
@@ -20,7 +21,6 @@ from server.protocol.logprobs import (
 )
 from server.protocol.sampling import GenerationFields
 from server.service import Service
-from server.vocabulary import Vocabulary
 
 NOT_FINITE = -9999.0
 MAX_WHOLE_ENTRIES = 1_000_000

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import Request
 from starlette.datastructures import Headers
 
+from dijiang_model.text.template import TemplateFailure
 from server.engine.types.requests import EngineInfo
 from server.errors import InvalidRequestError
 from server.http.middleware import hash_key
@@ -16,7 +17,7 @@ from server.service import Service
 from server.states.errors import name_taken
 from server.states.session import CacheUse, Keep, Rescue, StateSession
 from server.states.store import NewState, SnapshotRecord, StateRecord, StateStore, Turn
-from server.text.template import ChatMessage, TemplateFailure
+from server.text.template import ChatMessage
 
 SHUTDOWN_TTL_S = 86_400.0
 EVERYBODY = "everybody"

@@ -15,6 +15,8 @@ from typing import Any
 import uvicorn
 from rich.console import Console
 
+from dijiang_model.text.folder import UnsupportedTokenizerError
+from dijiang_model.text.template import TemplateSyntaxFailure
 from server.engine.types.requests import EngineConfig
 from server.engine_client.client import EngineClient
 from server.errors import EngineUnavailableError
@@ -36,9 +38,7 @@ from server.startup.settings import Settings, misplaced_key
 from server.startup.summary import Summary
 from server.states.errors import StoreError
 from server.states.store import StateStore
-from server.text.template import TemplateSyntaxFailure
 from server.text.tokenizer import Tokenizer, load_tokenizer
-from server.vocabulary import UnsupportedTokenizerError
 
 LAST_ANSWERS_S = 5
 EXIT_OVERDUE = 1

@@ -7,7 +7,8 @@ follows the stand-in is what follows any conversation. Nothing of the real past 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from server.text.template import NO_VARIABLES, ChatMessage, ChatTemplate, TemplateFailure, TemplateValue
+from dijiang_model.text.template import TemplateFailure
+from server.text.template import NO_VARIABLES, ChatMessage, ChatTemplate, TemplateValue
 
 # Words that no template writes by itself, so that the stand-in's end is found in the rendering.
 _STAND_IN = (ChatMessage("user", "qzxjkv"), ChatMessage("assistant", "vkjxzq"))

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from dijiang_model.text.vocabulary import Vocabulary
 from server.text.stream import TextStream
 from server.text.tokenizer import Tokenizer
 from server.tools.call_heads import WHITESPACE
 from server.tools.tool_calls import CallParser, Part, TextPart, num_held
-from server.vocabulary import Vocabulary
 
 OPEN, CLOSE = "<think>", "</think>"
 _MAX_TAIL_TOKENS = 64

@@ -9,7 +9,7 @@ several completed by the same character, the longest.
 import codecs
 from collections.abc import Sequence
 
-from server.vocabulary import Vocabulary
+from dijiang_model.text.vocabulary import Vocabulary
 
 
 class TextStream:

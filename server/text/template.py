@@ -1,43 +1,22 @@
-"""Chat templates: Jinja as Hugging Face models carry it, in a sandbox, with bounded time and output.
+"""The chat format of a model: conversations as its template writes them (`dijiang_model.text.template`), as tokens.
 
-The template comes with the model, never from a request. What users write inside their messages stays
-text: a special token typed by a user is split by a marker before rendering, so that the tokenizer
-recognises exactly those special tokens that the template itself has written.
+What users write inside their messages stays text: a special token typed by a user is split by a marker before
+rendering, so that the tokenizer recognises exactly those special tokens that the template itself has written.
 """
 
-import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, meta, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from dijiang_model.text.template import Template, TemplateFailure
 from server.text.tokenizer import Tokenizer
 from server.tools.tool_prompt import without_tools
 
-MAX_RENDER_S = 2.0
 MAX_EXPANSION = 8
 MIN_OUTPUT_CHARACTERS = 1 << 20
 TemplateValue = str | int | float | bool | None
 NO_VARIABLES: Mapping[str, TemplateValue] = {}
 MARKERS = tuple(map(chr, range(0xE000, 0xF900)))
-
-# Of the rendering in progress: several may run in threads at once.
-_deadline: ContextVar[float] = ContextVar("template_deadline", default=float("inf"))
-
-
-class TemplateFailure(ValueError):
-    """The template refuses these messages, or cannot render them within its limits."""
-
-
-class TemplateSyntaxFailure(ValueError):
-    """The model's template is not valid Jinja."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +50,8 @@ class ChatTemplate:
         assert tokenizer.chat_template is not None
         self._tokenizer = tokenizer
         self._knows_developer = "developer" in tokenizer.chat_template
-        self._environment = _BoundedEnvironment()
-        try:
-            self._template = self._environment.from_string(tokenizer.chat_template)
-            self.variables = frozenset(meta.find_undeclared_variables(self._environment.parse(tokenizer.chat_template)))
-        except TemplateError as error:
-            raise TemplateSyntaxFailure(f"the model's chat template is not valid: {error}") from error
+        self._template = Template(tokenizer.chat_template)
+        self.variables = self._template.variables
         self.knows_tools = "tools" in self.variables
 
     def encode(
@@ -155,20 +130,7 @@ class ChatTemplate:
             "documents": None,
             **self._tokenizer.special_tokens,
         }
-        self._environment.restart_clock()
-        pieces: list[str] = []
-        try:
-            for piece in self._template.generate(variables):
-                self._environment.check_clock()
-                limit -= len(piece)
-                if limit < 0:
-                    raise TemplateFailure("the chat template writes too much text for these messages")
-                pieces.append(piece)
-        except TemplateFailure:
-            raise
-        except Exception as error:  # a template can raise anything: TypeError, RecursionError, ...
-            raise TemplateFailure(f"the chat template cannot render these messages: {error}"[:300]) from error
-        return "".join(pieces)
+        return self._template.render(variables, max_characters=limit)
 
     def _variables(self, message: ChatMessage) -> dict[str, Any]:
         role = message.role
@@ -218,45 +180,6 @@ class ChatTemplate:
         return token_ids + self._tokenizer.encode_plain(text[position:].replace(marker, ""), continues=position > 0)
 
 
-class _BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with the helpers that templates expect, and a clock read at every step that can loop."""
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"])
-        self.filters["tojson"] = _to_json
-        self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-
-    def restart_clock(self) -> None:
-        _deadline.set(time.monotonic() + MAX_RENDER_S)
-
-    def check_clock(self) -> None:
-        if time.monotonic() > _deadline.get():
-            raise TemplateFailure(f"the chat template needs more than {MAX_RENDER_S:g} s for these messages")
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        self.check_clock()
-        return super().getattr(obj, attribute)
-
-    def getitem(self, obj: Any, argument: str | Any) -> Any:
-        self.check_clock()
-        return super().getitem(obj, argument)
-
-    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        self.check_clock()
-        return super().call(context, obj, *args, **kwargs)
-
-
-class _GenerationBlock(Extension):
-    """`{% generation %}...{% endgeneration %}` marks answers for training; here it is only its content."""
-
-    tags = {"generation"}  # noqa: RUF012 (the base class declares it so)
-
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 def _texts(value: Any) -> Iterator[str]:
     """Every text in a value of JSON's kinds, keys too."""
     if isinstance(value, str):
@@ -277,21 +200,6 @@ def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, Mapping):
         return {change(key): _map_texts(item, change) for key, item in value.items()}
     return [_map_texts(item, change) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateFailure(str(message)[:300])
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Unlike Jinja's own filter this one does not escape HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _cut_after(text: str, content: str) -> str:

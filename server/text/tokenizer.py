@@ -6,15 +6,13 @@ A model without a tokenizer is served too: it takes token ids and answers with t
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import tokenizers
 
-from server.vocabulary import UnsupportedTokenizerError, Vocabulary, build_vocabulary
-
-SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+from dijiang_model.text.folder import TokenizerFiles, UnsupportedTokenizerError, read_tokenizer_files
+from dijiang_model.text.vocabulary import Vocabulary, build_vocabulary
 
 
 class _Encoding(Protocol):
@@ -39,23 +37,6 @@ class _RawTokenizer(Protocol):
     def to_str(self, pretty: bool = False) -> str: ...
     def no_truncation(self) -> None: ...
     def no_padding(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerFiles:
-    """What a model folder says about its tokenizer.
-
-    Attributes:
-        tokenizer_json: the text of `tokenizer.json`.
-        special_tokens: `bos_token`, `eos_token`, ... -> literal text, as far as they are named.
-        chat_template: the Jinja source, if there is one.
-        tokenizer_class: the name in `tokenizer_config.json`, for information.
-    """
-
-    tokenizer_json: str
-    special_tokens: dict[str, str]
-    chat_template: str | None = None
-    tokenizer_class: str | None = None
 
 
 class Tokenizer:
@@ -137,21 +118,8 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     Raises:
         UnsupportedTokenizerError: a file is damaged or uses something that is not supported.
     """
-    tokenizer_file = folder / "tokenizer.json"
-    if not tokenizer_file.is_file():
-        return None
-    settings = _read_json(folder / "tokenizer_config.json")
-    named = _read_json(folder / "special_tokens_map.json") | settings
-    special_tokens = {name: text for name in SPECIAL_TOKEN_NAMES if (text := _token_text(named.get(name))) is not None}
-    tokenizer_class = settings.get("tokenizer_class")
-    return Tokenizer(
-        TokenizerFiles(
-            tokenizer_json=tokenizer_file.read_text(encoding="utf-8"),
-            special_tokens=special_tokens,
-            chat_template=_chat_template(folder, settings),
-            tokenizer_class=tokenizer_class if isinstance(tokenizer_class, str) else None,
-        )
-    )
+    files = read_tokenizer_files(folder)
+    return None if files is None else Tokenizer(files)
 
 
 def _parse(tokenizer_json: str) -> _RawTokenizer:
@@ -159,33 +127,3 @@ def _parse(tokenizer_json: str) -> _RawTokenizer:
         return cast(_RawTokenizer, tokenizers.Tokenizer.from_str(tokenizer_json))
     except Exception as error:  # the library raises plain Exception
         raise UnsupportedTokenizerError(f"tokenizer.json cannot be read: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UnsupportedTokenizerError(f"{path.name} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UnsupportedTokenizerError(f"{path.name} does not hold an object")
-    return content
-
-
-def _token_text(value: object) -> str | None:
-    """A token is named by its text, or by an object with the text in `content`."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) and value else None
-
-
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    template_file = folder / "chat_template.jinja"
-    if template_file.is_file():
-        return template_file.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several by name; `default` is the one for plain conversations
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from server.text.tokenizer import Tokenizer, TokenizerFiles
+from dijiang_model.text.folder import TokenizerFiles
+from server.text.tokenizer import Tokenizer
 from tests.byte_tokenizer import CHAT_TEMPLATE
 
 OPEN_ID, CLOSE_ID = 256, 259

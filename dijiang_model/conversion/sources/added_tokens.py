@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from dijiang_model.errors import ConfigError, ConversionError
 from dijiang_model.formats.json_fields import read_json_object
 from dijiang_model.formats.problem_list import problem_list
+from dijiang_model.text.folder import MAP_FILE, SETTINGS_FILE, token_text
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
-SETTINGS_FILE, MAP_FILE, ADDED_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+ADDED_FILE = "added_tokens.json"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LISTED = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -49,12 +50,6 @@ def complete_tokenizer(file: Path, *, vocab_size: int) -> None:
         raise ConversionError(problem_list("the source's tokenizer contradicts itself", problems))
     if {repr(token) for token in tokenizer.get_added_tokens_decoder().values()} != before:
         tokenizer.save(str(file))
-
-
-def token_text(value: object) -> str | None:
-    """A token is named by its text, or by an object with the text in `content`."""
-    text = value.get("content") if isinstance(value, Mapping) else value
-    return text if isinstance(text, str) and text else None
 
 
 def _settings(folder: Path) -> tuple[dict[str, object], dict[str, object]]:

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dijiang_model.conversion.sources.tokenizer_files import TOKENIZER_FILE, check_tokenizer
+from dijiang_model.conversion.sources.tokenizer_files import check_tokenizer
 from dijiang_model.errors import ConversionError
+from dijiang_model.text.folder import TOKENIZER_FILE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer, pre_tokenizers

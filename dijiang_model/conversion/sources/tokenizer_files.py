@@ -3,6 +3,7 @@
 A tokenizer that was built here is tried on text before it is kept: decoding must give the text back.
 """
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -11,17 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dijiang_model.conversion.sources.added_tokens import MAP_FILE, SETTINGS_FILE, complete_tokenizer, token_text
+from dijiang_model.conversion.sources.added_tokens import complete_tokenizer
 from dijiang_model.conversion.sources.sentencepiece_rules import follow_sentencepiece
 from dijiang_model.errors import ConversionError
 from dijiang_model.formats.json_fields import read_json_object
 from dijiang_model.formats.outputs import TOKENIZER_FILES
 from dijiang_model.formats.stub_files import stub_problem
+from dijiang_model.text.folder import TOKENIZER_FILE, UnsupportedTokenizerError, read_tokenizer_files
+from dijiang_model.text.template import Template, TemplateSyntaxFailure
+from dijiang_model.text.vocabulary import build_vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TOKENIZER_FILE = "tokenizer.json"
 _SENTENCEPIECE_FILE = "tokenizer.model"
 _SLOW_FILES = (_SENTENCEPIECE_FILE, "vocab.json")
 _SAMPLES = (
@@ -50,13 +53,9 @@ class StagedTokenizer:
     @property
     def end_id(self) -> int | None:
         """Id of the token that the settings name as the end of a sequence; None: they name none that is known."""
-        settings: dict[str, object] = {}
-        for name in (MAP_FILE, SETTINGS_FILE):  # later files overrule earlier ones
-            settings |= read_json_object(self.folder / name) if (self.folder / name).is_file() else {}
-        text = token_text(settings.get("eos_token"))
-        if text is None or not self.is_there:
-            return None
-        index: int | None = _read(self.folder).token_to_id(text)
+        files = read_tokenizer_files(self.folder)
+        text = None if files is None else files.special_tokens.get("eos_token")
+        index: int | None = None if text is None else _read(self.folder).token_to_id(text)
         return index
 
     def described(self, ids: Sequence[int]) -> tuple[str, ...]:
@@ -110,12 +109,13 @@ def _refuse_stub(file: Path) -> None:
 
 
 def check_tokenizer(folder: Path, *, vocab_size: int, must_round_trip: bool) -> None:
-    """Encodes and decodes samples with the folder's `tokenizer.json`.
+    """Encodes and decodes samples with the folder's `tokenizer.json`, and looks at all that a server reads.
 
     Raises:
-        ConversionError: it does not load, gives ids outside the vocabulary, or changes the text.
+        ConversionError: it does not load, gives ids outside the vocabulary, changes the text, or cannot be served.
     """
     tokenizer = _read(folder)
+    check_served(folder)
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= vocab_size:
         raise ConversionError(f"the tokenizer has ids up to {largest}, the model's vocabulary only {vocab_size} tokens")
@@ -126,6 +126,25 @@ def check_tokenizer(folder: Path, *, vocab_size: int, must_round_trip: bool) -> 
         decoded = tokenizer.decode(ids, skip_special_tokens=False)
         if decoded.removeprefix(" ") != text:
             raise ConversionError(f"the tokenizer built from the source turns {text!r} into {decoded!r}")
+
+
+def check_served(folder: Path) -> None:
+    """Returns where a server can use the folder's tokenizer and chat template: it would say the same when it starts.
+
+    Raises:
+        ConversionError: it cannot.
+    """
+    try:
+        files = read_tokenizer_files(folder)
+        if files is None:
+            return
+        tokenizer = _read(folder)
+        added = {index: (token.content, token.special) for index, token in tokenizer.get_added_tokens_decoder().items()}
+        build_vocabulary(tokenizer.get_vocab(True), added, json.loads(tokenizer.to_str())["decoder"])
+        if files.chat_template is not None:
+            Template(files.chat_template)
+    except (UnsupportedTokenizerError, TemplateSyntaxFailure) as error:
+        raise ConversionError(f"the source's tokenizer cannot be served: {error}") from error
 
 
 def _read(folder: Path) -> "Tokenizer":

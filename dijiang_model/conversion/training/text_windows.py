@@ -16,8 +16,19 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dijiang_model.errors import ConversionError
+from dijiang_model.formats.stub_files import stub_problem
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
+_OTHER_FORMATS = {
+    ".jsonl": "JSON lines; write the texts alone: jq -r .text FILE > FILE.txt",
+    ".json": "JSON; write the texts alone: jq -r '.[].text' FILE > FILE.txt",
+    ".parquet": "Parquet; write the texts alone: pandas.read_parquet(FILE).text.to_csv(FILE.txt, index=False)",
+    ".arrow": "Arrow; write the texts alone into a .txt file",
+    **dict.fromkeys((".gz", ".zst", ".xz", ".bz2", ".zip"), "compressed; unpack it first"),
+    **dict.fromkeys((".pdf", ".docx", ".epub"), "a document; extract its text first"),
+    **dict.fromkeys((".safetensors", ".bin", ".pt", ".gguf"), "a file of tensors"),
+}
+"""Files whose bytes are not the text that somebody would train on."""
 BLOCK_CHARACTERS = 2**16
 
 
@@ -62,13 +73,24 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXT_SUFFIXES and file.is_file())
             if not inside:
+                others = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in _OTHER_FORMATS)
+                for file in others:
+                    _refuse_other_format(file)
                 raise ConversionError(f"{path} holds no text files ({', '.join(TEXT_SUFFIXES)})")
             found += inside
         elif path.is_file():
+            _refuse_other_format(path)
             found.append(path)
         else:
             raise ConversionError(f"{path} does not exist")
     return list(dict.fromkeys(found))
+
+
+def _refuse_other_format(file: Path) -> None:
+    form = _OTHER_FORMATS.get(file.suffix.lower())
+    problem = f"{file} is {form.replace('FILE', file.name)}" if form is not None else stub_problem(file)
+    if problem is not None:
+        raise ConversionError(problem)
 
 
 def load_windows(

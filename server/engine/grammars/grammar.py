@@ -2,8 +2,8 @@
 
 The only caller of llguidance, which is imported with the first grammar: an engine runs without it too. A grammar
 is Lark text that the service has compiled once before, within limits of time and memory and in a process of its own;
-the limits on a single step hold here too. Tokens are their bytes as `server.vocabulary` gives them, so what a
-grammar permits is exactly what a client reads.
+the limits on a single step hold here too. Tokens are their bytes as `dijiang_model.text.vocabulary` gives them, so what
+a grammar permits is exactly what a client reads.
 """
 
 import json
@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.vocabulary import UnsupportedTokenizerError, Vocabulary, build_vocabulary
+from dijiang_model.text.folder import UnsupportedTokenizerError
+from dijiang_model.text.vocabulary import Vocabulary, build_vocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

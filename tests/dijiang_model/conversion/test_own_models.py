@@ -21,6 +21,10 @@ from dijiang_model.conversion.sources.find_source import find_source
 from dijiang_model.conversion.training.adapters import load_adapter, save_adapter
 from dijiang_model.errors import CheckpointError, ConfigError, ConversionError, ModelError
 from dijiang_model.formats.stub_files import LFS_HEAD
+from dijiang_model.text.folder import UnsupportedTokenizerError
+from dijiang_model.text.template import TemplateSyntaxFailure
+from server.text.template import ChatTemplate
+from server.text.tokenizer import load_tokenizer
 from tests.dijiang_model.conversion.training.test_adapters import made_for
 from tests.dijiang_model.stepping import logits_of, random_text
 from tests.dijiang_model.teachers import gpt_neox_teacher, llama_teacher, opt_teacher, save_teacher, write_gguf
@@ -365,3 +369,26 @@ def test_a_gguf_is_recognised_as_a_teacher_by_its_bytes(tmp_path: Path) -> None:
     other = write_gguf(llama_teacher(), tmp_path / "o.gguf", metadata={"general.author": "somebody"})
     with pytest.raises(ConversionError, match="has other weights"):
         load_subjects(tmp_path / "model", other)
+
+
+UNSERVABLE: Mapping[str, Callable[[Path], object]] = {
+    "settings that are no JSON": lambda folder: (folder / "tokenizer_config.json").write_text("{"),
+    "settings that are no object": lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+    "empty settings": lambda folder: (folder / "tokenizer_config.json").write_text(""),
+    "a template that is no Jinja": lambda folder: (folder / "chat_template.jinja").write_text("{% for m in %}"),
+    "a template in the settings": lambda folder: edit_json(folder / "tokenizer_config.json", chat_template="{{ a b }}"),
+    "a template in Latin-1": lambda folder: (folder / "chat_template.jinja").write_bytes(b"caf\xe9"),
+    "an unknown decoder": lambda folder: edit_json(
+        folder / "tokenizer.json", decoder={"type": "BPEDecoder", "suffix": "</w>"}
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil", UNSERVABLE)
+def test_what_a_server_would_refuse_is_refused_at_conversion(source: Path, tmp_path: Path, spoil: str) -> None:
+    UNSERVABLE[spoil](source)
+    with pytest.raises((UnsupportedTokenizerError, TemplateSyntaxFailure)):
+        ChatTemplate(load_tokenizer(source))  # type: ignore[arg-type]  # there is a tokenizer
+    with pytest.raises(ConversionError, match=r"source's tokenizer cannot be (served|used)|is empty"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -2,9 +2,11 @@
 
 import pytest
 
+from dijiang_model.text.folder import TokenizerFiles
+from dijiang_model.text.template import TemplateFailure, TemplateSyntaxFailure
 from server.text.stream import TextStream
-from server.text.template import ChatMessage, ChatTemplate, TemplateFailure, TemplateSyntaxFailure
-from server.text.tokenizer import Tokenizer, TokenizerFiles
+from server.text.template import ChatMessage, ChatTemplate
+from server.text.tokenizer import Tokenizer
 from tests.server.text.test_tokenizer import byte_level, sentencepiece
 
 CHATML = (

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dijiang_model.text.vocabulary import Vocabulary
 from server.text.stream import StopMatcher, TextStream
-from server.vocabulary import Vocabulary
 
 SPECIAL = 256
 BYTES = Vocabulary((*(bytes([byte]) for byte in range(256)), b"<|end|>"), frozenset({SPECIAL}))

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
+from dijiang_model.text.folder import TokenizerFiles, UnsupportedTokenizerError
+from dijiang_model.text.vocabulary import build_vocabulary
 from server.text.stream import TextStream
-from server.text.tokenizer import Tokenizer, TokenizerFiles, load_tokenizer
-from server.vocabulary import UnsupportedTokenizerError, build_vocabulary
+from server.text.tokenizer import Tokenizer, load_tokenizer
 
 
 def byte_level() -> RawTokenizer:

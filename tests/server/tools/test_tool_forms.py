@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dijiang_model.text.folder import TokenizerFiles
 from server.engine.grammars.grammar import GrammarCompiler
 from server.grammar_check.sources import GrammarKind, GrammarSource, schema_text
 from server.service import ServiceOptions
 from server.text.template import ChatMessage
-from server.text.tokenizer import Tokenizer, TokenizerFiles
+from server.text.tokenizer import Tokenizer
 from server.tools.tool_calls import ArgumentsPart, CallPart, Part, TextPart
 from server.tools.tool_forms import HERMES, LLAMA, MISTRAL, ToolForm, tool_form
 from server.tools.tool_grammar import tool_grammar

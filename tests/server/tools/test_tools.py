@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from dijiang_model.text.folder import TokenizerFiles
 from server.text.continuation import encode_continuation
 from server.text.template import ChatMessage, ChatTemplate
-from server.text.tokenizer import Tokenizer, TokenizerFiles
+from server.text.tokenizer import Tokenizer
 from server.tools.tool_grammar import Callable, tool_grammar
 from tests.server.conftest import Loopback
 from tests.server.fake_engine import EOS_TOKEN_ID

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from dijiang_model.text.vocabulary import Vocabulary
 from server.engine.grammars.grammar import HEADER, GrammarCompiler
 from server.grammar_check import worker
 from server.grammar_check.sources import GrammarKind, GrammarSource, Lead, schema_text, translate
 from server.tools.tool_grammar import Callable, tool_grammar
-from server.vocabulary import Vocabulary
 
 ADD = Callable(
     "add",

@@ -132,7 +132,7 @@ def test_the_probe_asks_at_every_distance_that_fits(tmp_path: Path) -> None:
 
 def test_a_dijiang_checkpoint_of_the_authors_is_no_teacher() -> None:
     with pytest.raises(ConversionError, match="not the softmax model"):
-        load_teacher(Path(__file__).parents[1] / "golden" / "aligned")
+        load_teacher(Path(__file__).parents[3] / "golden" / "aligned")
 
 
 def test_reports_hold_every_number(tmp_path: Path, text: Path) -> None:

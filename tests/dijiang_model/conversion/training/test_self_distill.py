@@ -13,6 +13,8 @@ from dijiang_model.conversion.training.self_distill import _answers, _with_windo
 from dijiang_model.conversion.training.setup import OPENING_TOKENS, prepare_run
 from dijiang_model.errors import ConversionError
 from dijiang_model.ops.training.attention import SoftmaxAttention, run_segments
+from server.text.template import ChatMessage, ChatTemplate
+from server.text.tokenizer import load_tokenizer
 from tests.byte_tokenizer import CHAT_TEMPLATE
 from tests.dijiang_model.conversion.training.test_train import STUDENT, options
 from tests.dijiang_model.stepping import assert_close_in_norm, logits_of
@@ -81,7 +83,7 @@ def test_without_a_template_the_teacher_goes_on_from_the_text(model: Path, text:
 @pytest.mark.parametrize("template", ["{% for", "{{ raise_exception('roles must alternate') }}"])
 def test_a_template_that_cannot_ask_is_a_sentence(model: Path, template: str) -> None:
     change_template(model, template)
-    with pytest.raises(ConversionError, match="chat template of model cannot put a question"):
+    with pytest.raises(ConversionError, match=r"chat template of model cannot (put a question|be used)"):
         load_chat_prompt(model)
 
 
@@ -108,3 +110,27 @@ def test_the_teacher_sees_everything_that_it_wrote(model: Path) -> None:
     loaded, text = load_model(model), list(range(40))
     expected = loaded.logits(run_segments(loaded, torch.tensor([text]), SoftmaxAttention()))
     assert_close_in_norm(logits_of(_with_window(loaded, 40), text), expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (
+            "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}[{{ m['content'] }}]{% endfor %}",
+            "[Why?]",
+        ),
+        ("{% for m in messages %}{% generation %}[{{ m['content'] }}]{% endgeneration %}{% endfor %}", "[Why?]"),
+        ("{{ strftime_now('%Y') | length }}{{ messages[0] | tojson }}", '4{"role": "user", "content": "Why?"}'),
+        ("{% if tools is not none %}tools{% endif %}{{ pad_token }}{{ messages[0].content }}", "<|endoftext|>Why?"),
+    ],
+    ids=["break", "generation", "strftime_now", "special tokens"],
+)
+def test_the_teacher_is_asked_as_the_server_asks(model: Path, source: str, expected: str) -> None:
+    for template in (source, [{"name": "tool_use", "template": "x"}, {"name": "default", "template": source}]):
+        change_template(model, template)  # type: ignore[arg-type]
+        prompt = load_chat_prompt(model)
+        tokenizer = load_tokenizer(model)
+        assert prompt is not None
+        assert tokenizer is not None
+        assert prompt("Why?") == expected
+        assert ChatTemplate(tokenizer).render([ChatMessage("user", "Why?")]) == expected

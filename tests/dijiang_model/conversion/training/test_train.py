@@ -216,3 +216,25 @@ def test_the_teacher_writes_chat_and_trains_on_it(model: Path, text: str, tmp_pa
     assert "<|im_start|>assistant" in (out / "answers.txt").read_text()
     assert train(trainer, out)
     assert load_model(model).config.layers[0] == HYBRID
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("chats.jsonl", r"is JSON lines; write the texts alone: jq -r \.text chats\.jsonl > chats\.jsonl\.txt"),
+        ("texts.parquet", "is Parquet; write the texts alone"),
+        ("texts.txt.gz", "is compressed; unpack it first"),
+        ("book.pdf", "is a document; extract its text first"),
+        ("model.safetensors", "is a file of tensors"),
+        ("empty.txt", "is empty"),
+    ],
+)
+def test_data_that_is_not_text_is_named(model: Path, tmp_path: Path, name: str, words: str) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / name).write_bytes(b"" if name == "empty.txt" else b'{"text": "a"}\n' * 100)
+    with pytest.raises(ConversionError, match=words):
+        prepared(model, str(folder / name), tmp_path / "run")
+    if name != "empty.txt":
+        with pytest.raises(ConversionError, match=words):
+            prepared(model, str(folder), tmp_path / "run")

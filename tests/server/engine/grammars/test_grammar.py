@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dijiang_model.text.folder import UnsupportedTokenizerError
+from dijiang_model.text.vocabulary import Vocabulary
 from server.engine.grammars.grammar import HEADER, GrammarCompiler, GrammarConstraint, GrammarError, read_vocabulary
 from server.grammar_check.sources import GrammarKind, GrammarSource, translate
 from server.text.tokenizer import load_tokenizer
-from server.vocabulary import UnsupportedTokenizerError, Vocabulary
 from tests.byte_tokenizer import write_byte_tokenizer
 
 EOS = 258

@@ -10,12 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dijiang_model.text.folder import UnsupportedTokenizerError
+
 PieceDecoder = Callable[[str], bytes]
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-
-class UnsupportedTokenizerError(ValueError):
-    """A tokenizer that this server cannot turn back into text token by token."""
 
 
 @dataclass(frozen=True, slots=True)
