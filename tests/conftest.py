@@ -26,6 +26,17 @@ settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile("repeatable")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.randomly_reset_seed = False  # by itself it would seed with the number that shuffles
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    seed = getattr(session.config.option, "randomly_seed", None)
+    if terminal is not None and seed is not None:
+        terminal.write_line(f"Using --randomly-seed={seed}")  # its own line is one of those that -q leaves out
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     random.seed(0)

@@ -114,6 +114,7 @@ def test_a_disk_that_fills_up_ends_training_with_a_sentence_and_keeps_the_last_c
     assert (status, "Traceback" in output) == (1, False), output
     assert "cannotbewritten" in "".join(output.split())
     assert [path.name for path in out.iterdir()] == [LOG_FILE]
+    out = tmp_path / "another run"
     status, output = limited(room, "train", *arguments(model, text, out))
     assert (status, "Traceback" in output) == (1, False), output
     assert f"{CHECKPOINT_FILE}cannotbewritten" in "".join(output.split())  # the terminal's width cuts lines anywhere
