@@ -14,7 +14,6 @@ from dijiang_model.errors import ConfigError
 SINK_RANGE = 2048
 """Positions: teachers that claim 8,192 positions saw few texts of such length, and heed sinks from there less well."""
 
-Family = Literal["gpt_neox", "llama", "opt"]
 Normalisation = Literal["softmax", "exp"]
 ReadOut = Literal["denominator", "group_norm"]
 Basis = Literal["dct2", "dct4", "matrix"]
@@ -154,7 +153,7 @@ class ModelConfig:
     """A whole network.
 
     Attributes:
-        family: the backbone's architecture.
+        family: the backbone's architecture, a key of `families.FAMILIES`.
         num_kv_heads: G; divides num_heads (H). GPT-NeoX has G = H.
         rotary_dims: channels of each head that rotate (the first ones), even, <= head_size; 0 for OPT.
         max_position_embeddings: the teacher's trained range in tokens. Generation does not end there;
@@ -169,7 +168,7 @@ class ModelConfig:
         bos_token_id / eos_token_ids / pad_token_id: from the base model; may be absent.
     """
 
-    family: Family
+    family: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
