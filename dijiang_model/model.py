@@ -213,7 +213,7 @@ class DiJiangForCausalLM(nn.Module):
                 num_held=batch.num_held,
             )
         if batch.num_held > 0:
-            raise ValueError("only the compiled kernels can hold slots")
+            raise ValueError("only the compiled kernels can defer commits")
         return self.logits(self.hidden_states(batch, state)[-1][batch.logit_rows])
 
     def decoding(

@@ -40,7 +40,7 @@ def storage_full(num_bytes: int, max_bytes: int) -> StorageFullError:
 def state_conflict() -> StateConflictError:
     """The state has another head than it had."""
     return StateConflictError(
-        "another request has advanced this state meanwhile", param="state_id", code="state_conflict"
+        "another request has updated this state meanwhile", param="state_id", code="state_conflict"
     )
 
 

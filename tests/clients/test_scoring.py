@@ -146,6 +146,6 @@ def test_a_server_that_computes_something_else_is_found_out() -> None:
         "read up to many places": 0.0,
         "read piece by piece into a state": 0.0,
         "read behind cached prefixes": 0.5,
-        "read in company": 0.0,
-        "decoded in company, one prefill for two": 0.25,
+        "read in a batch with others": 0.0,
+        "decoded in a batch with others, one prefill for two": 0.25,
     }

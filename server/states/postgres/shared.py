@@ -324,7 +324,7 @@ class SharedStore:
             except StoreUnavailableError:
                 pass  # said already; the next beat comes
             except Exception:
-                _log.exception("a beat of the store of states failed")
+                _log.exception("a heartbeat of the state store failed")
 
     def _in_use(self) -> InUse:
         """Called on a thread of the database's; each copy is made in one step."""

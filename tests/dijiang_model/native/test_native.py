@@ -105,7 +105,7 @@ def test_native_steps_equal_torch_in_logits_and_state(config: ModelConfig) -> No
 def test_every_kind_of_processor_computes_the_same(variant: str, config: ModelConfig) -> None:
     library = load_variant(variant)
     if library is None:
-        pytest.skip(f"no {variant} kernels for this processor")
+        pytest.skip(f"no {variant} kernels for this CPU")
     model = tiny_model(config)
     model._decoder = NativeDecoder(model, library=library)
     _, logits = run(model, prompts={1: random_text(9)}, num_steps=12)

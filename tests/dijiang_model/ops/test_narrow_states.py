@@ -106,7 +106,7 @@ def test_answers_stay_near_those_of_wide_states(config: ModelConfig, native: boo
 def test_kernels_and_torch_leave_the_same_state(variant: str, config: ModelConfig) -> None:
     library = load_variant(variant)
     if library is None:
-        pytest.skip(f"no {variant} kernels for this processor")
+        pytest.skip(f"no {variant} kernels for this CPU")
     native, text = narrow_model(config), random_text(40)
     native._decoder = NativeDecoder(native, library=library)
     ours, theirs = Stepper(native).open(1), Stepper(narrow_model(config, native=False)).open(1)

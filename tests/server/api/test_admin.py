@@ -154,10 +154,10 @@ def test_a_selfcheck_compares_every_way_to_compute(byte_tokenizer: Tokenizer, ke
         assert report["largest_difference"] < 1e-4  # roundings of fp32
         numbers = {finding["name"]: finding["num_values"] for finding in report["findings"]}
         assert numbers["decoded token by token"] == 16
-        assert numbers["decoded in company, one prefill for two"] == 16
+        assert numbers["decoded in a batch with others, one prefill for two"] == 16
         assert numbers["read behind cached prefixes"] >= 5
         assert all(numbers[name] == 55 for name in chunkings(56))
-        assert numbers["read in company"] == 55
+        assert numbers["read in a batch with others"] == 55
         for wrong in ({"num_prompt_tokens": 3}, {"num_generated_tokens": 10**6}, {"tolerance": -1}):
             assert order(server, "selfcheck", **wrong).json()["error"]["param"] == next(iter(wrong))
         assert engine.engine.stats.num_free_slots == 4
@@ -168,7 +168,7 @@ def test_a_selfcheck_compares_every_way_to_compute(byte_tokenizer: Tokenizer, ke
     [
         (lambda request: bool(request.cuts), "read in chunks of 1, 2, 3, ..."),
         (lambda request: request.states.cache_namespace is not None, "read behind cached prefixes"),
-        (lambda request: request.group is not None, "decoded in company, one prefill for two"),
+        (lambda request: request.group is not None, "decoded in a batch with others, one prefill for two"),
     ],
 )
 def test_a_selfcheck_finds_a_way_that_differs(
@@ -235,9 +235,9 @@ def test_a_real_server_checks_itself_forgets_and_loads_again(tmp_path: Path) -> 
         for number, damaged in enumerate((whole[:-1000], b"\xff" * 64, b"")):
             (folder / f"{number}").write_bytes(damaged)
             (folder / f"{number}").rename(folder / "model.safetensors")
-            assert "goes on" in refused()
+            assert "keeps serving" in refused()
         (folder / "model.safetensors").unlink()
-        assert "goes on" in refused()
+        assert "keeps serving" in refused()
         (folder / "config.json").rename(folder / "config.gone")
         assert "cannot be used" in refused()
         (folder / "config.gone").rename(folder / "config.json")
