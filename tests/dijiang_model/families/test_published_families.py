@@ -17,7 +17,8 @@ from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.hf_config import base_model_config
 from dijiang_model.conversion.convert import convert
 from dijiang_model.conversion.evaluation.teacher import load_teacher
-from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, run_segments
+from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention
+from dijiang_model.segments import run_segments
 from tests.dijiang_model.checkpoints.published_configs import PUBLISHED, save, tiny_teacher
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, logits_of, random_text
 
@@ -38,6 +39,10 @@ EXPECTED = {
     "llama-2-7b": (32, 32, 32, 128, 128, True, 4096, False),
     "smollm2-135m": (30, 9, 3, 64, 64, True, 576, True),
     "smollm2-1.7b": (24, 32, 32, 64, 64, True, 2048, True),
+    "llama-3.1-8b": (32, 32, 8, 128, 128, True, 4096, False),
+    "llama-3.2-1b": (16, 32, 8, 64, 64, True, 2048, True),
+    "vicuna-16k": (32, 32, 32, 128, 128, True, 4096, False),
+    "yarn-llama-2-7b": (32, 32, 32, 128, 128, True, 4096, False),
 }
 
 
