@@ -20,7 +20,7 @@ REFUSED: Mapping[str, str] = {
     r"\bun?rounded weights\b|\brounded weights\b": "quantized weights, plain weights",
     r"\bfar quer(y|ies)\b|\bnear (rows|tokens)\b": "linear branch, sliding window",
     r"\brecorded (decode )?(steps?|graphs?|kinds?|rows?)\b|\brecorder\b": "captured CUDA graphs, capture",
-    r"\btold\b|\btells apart\b": "reported, emitted, split out",
+    r"\b(is|are|was|were) told\b|\b(told|tells?) apart\b": "reported, emitted, split out",
     r"\bput off\b|\btaken? up\b|\btakes (it|them) up\b": "suspended, claimed",
     r"\b(go|goes|went|gone|going) on\b|\bbegun again\b": "resume, continue",
     r"\bbeats? of the store\b|\bbur(y|ied)\b": "heartbeat, reap",

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, BinaryIO
@@ -12,7 +13,8 @@ from starlette.responses import StreamingResponse
 from server.api.json_body import JsonRoute, ServiceDependency
 from server.engine.state.snapshot_files import Snapshot, SnapshotError, parse_snapshot, write_file
 from server.engine.types.requests import EngineInfo
-from server.errors import InternalError, InvalidRequestError
+from server.engine.types.state import StateLayout
+from server.errors import InvalidRequestError
 from server.generation.conversations import encode_messages
 from server.generation.planning import check_prompt, encode_prompts
 from server.generation.sessions import (
@@ -43,6 +45,7 @@ from server.protocol.states import (
 )
 from server.protocol.usage import Usage
 from server.service import Service
+from server.states.errors import state_not_found
 from server.states.session import StateSession
 from server.states.store import NewState, SnapshotRecord, StateRecord, Turn
 
@@ -68,6 +71,7 @@ async def create_state(body: CreateStateRequest, request: Request, service: Serv
     points = system_prefix(service, body.messages, prompt) if body.messages and base is None else ()
     session = StateSession(
         service.engine,
+        owner=owner,
         store=service.states,
         layout=info.state_layout,
         base=None if base is None else base.head,
@@ -111,7 +115,7 @@ async def import_state(
     store, info, owner = require_store(service, param=None), service.require_open(), owner_of(request, service)
     content = await request.body()
     snapshot = await asyncio.to_thread(_checked, content, info)
-    async with store.room(1, bytes_each=len(content)) as room:
+    async with store.room(1, bytes_each=len(content), owner=owner) as room:
         await asyncio.to_thread(write_file, room.path(0), [content])
         head = _record_of(snapshot, room.files[0], len(content), info)
         record = await store.add(NewState(owner, head, name, None, time_to_live(service, ttl_s)))
@@ -166,9 +170,11 @@ async def export_state(
     store = require_store(service, param=None)
     record = await store.use(owner_of(request, service), state_id)
     head = record.at(point)
+    info = service.engine.info
+    layout = None if info is None else info.state_layout
     async with store.hold(head) as path:
         # Open files stay readable when they are deleted, so it is held no longer than this.
-        file = await asyncio.to_thread(_open, path)
+        file = await asyncio.to_thread(_opened, path, head, layout)
     headers = {
         "content-length": str(head.num_bytes),
         "content-disposition": f'attachment; filename="{record.id}.safetensors"',
@@ -232,11 +238,27 @@ def _turn_of(note: str) -> Turn:
         return Turn.TEXT
 
 
-def _open(path: Path) -> BinaryIO:
+def _opened(path: Path, head: SnapshotRecord, layout: StateLayout | None) -> BinaryIO:
+    """The file, whole and as it was saved, at its begin.
+
+    Raises:
+        NotFoundError: it is gone.
+        InvalidRequestError: it is damaged.
+    """
     try:
-        return path.open("rb")
+        file = path.open("rb")
     except OSError as error:
-        raise InternalError("the state's file is gone", code="state_not_found") from error
+        raise state_not_found(head.file) from error
+    try:
+        if layout is not None and layout.fingerprint == head.fingerprint:
+            parse_snapshot(file.read(), layout)
+        elif file.seek(0, os.SEEK_END) != head.num_bytes:
+            raise SnapshotError("the state's file is cut off")
+    except (SnapshotError, OSError) as error:
+        file.close()
+        raise InvalidRequestError(f"the state cannot be exported: {error}", code="state_invalid") from error
+    file.seek(0)
+    return file
 
 
 async def _read(file: BinaryIO) -> AsyncIterator[bytes]:

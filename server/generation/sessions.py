@@ -89,6 +89,7 @@ def state_session(
         keep = keeper(service, owner, fields.return_state, base)
     return StateSession(
         service.engine,
+        owner=owner,
         store=service.states,
         layout=info.state_layout,
         base=None if base is None else base.head,

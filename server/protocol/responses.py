@@ -1,5 +1,6 @@
 """`POST /v1/responses`: the Responses API of OpenAI."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
@@ -18,7 +19,10 @@ from server.protocol.unsupported import refuse_unsupported
 from server.protocol.usage import Usage
 from server.protocol.wire import RequestModel
 
-MAX_METADATA = 16
+MAX_METADATA, MAX_USER_CHARACTERS = 16, 512
+MAX_ECHO_BYTES = 1 << 20
+MetadataKey = Annotated[str, StringConstraints(max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 MAX_INSTRUCTIONS_CHARACTERS = 1 << 20
 # Field -> values besides null that ask for nothing.
 RESPONSE_FIELDS: Mapping[str, tuple[Any, ...]] = {
@@ -108,6 +112,17 @@ def _include(values: list[str] | None) -> list[str] | None:
     return values
 
 
+def _check_echo(param: str, value: object) -> None:
+    """Refuses what is too long to be kept with each response."""
+    num_bytes = len(json.dumps(value))
+    if num_bytes > MAX_ECHO_BYTES:
+        raise InvalidRequestError(
+            f"`{param}` has {num_bytes:,} bytes of JSON, which every response repeats; the limit is {MAX_ECHO_BYTES:,}",
+            param=param,
+            code="invalid_value",
+        )
+
+
 class Reasoning(RequestModel):
     """How much to think before answering."""
 
@@ -166,8 +181,8 @@ class ResponseRequest(RequestModel):
     """Answer at once and generate meanwhile; read the response later. Needs `store`."""
     truncation: Literal["auto", "disabled"] | None = None
     """Nothing is ever cut off here: there is no longest conversation."""
-    metadata: dict[str, str] | None = Field(None, max_length=MAX_METADATA)
-    """Up to 16 texts that come back with the response."""
+    metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=MAX_METADATA)
+    """Up to 16 texts that come back with the response, of 512 characters under names of 64."""
     tools: Annotated[list[FunctionTool] | None, BeforeValidator(_tools), Field(max_length=MAX_TOOLS)] = None
     """Functions that the answer may call. They are not taken over from the previous response: name them again."""
     tool_choice: Annotated[
@@ -186,8 +201,8 @@ class ResponseRequest(RequestModel):
     """What else to return; `message.output_text.logprobs`: the log-probability of each token of the text."""
     reasoning: Reasoning | None = None
     """How much to think before answering."""
-    user: str | None = None
-    """Without effect."""
+    user: Annotated[str, StringConstraints(max_length=MAX_USER_CHARACTERS)] | None = None
+    """Comes back with the response, and is without effect."""
     cache_prompt: bool | None = None
     """Use and fill the prefix cache (default true)."""
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
@@ -208,6 +223,8 @@ class ResponseRequest(RequestModel):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("`stream_options` is only allowed with `stream: true`", param="stream_options")
         check_tools([tool.name for tool in self.tools or ()], self._named_choice)
+        _check_echo("tools", self.told_tools)
+        _check_echo("text.format", None if self.text is None else self.text.format)
         if self.previous_response_id is None:
             self._check_calls()
         return self

@@ -47,6 +47,7 @@ async def plan_response(
     salt = "" if body.cache_salt is None else body.cache_salt
     session = StateSession(
         service.engine,
+        owner=run.owner,
         store=service.states,
         layout=info.state_layout,
         base=base,
