@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from server.errors import NotFoundError
-from server.states.errors import StateConflictError, StorageFullError
+from server.errors import NotFoundError, StorageFullError
+from server.states.errors import StateConflictError
 from server.states.postgres.schema import CHUNK_BYTES
 from server.states.postgres.shared import LEASE_S, SharedStore
 from server.states.store import NewState

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from server.errors import NotFoundError
-from server.states.errors import StateConflictError, StorageFullError
+from server.errors import NotFoundError, StorageFullError
+from server.http.errors import on_wire
+from server.states.errors import StateConflictError
 from server.states.store import NewState, StateStore
 from tests.server.states.stores import SIZE, Clock, EmbeddedKind, Kind, SharedKind, advance, make, put_response, write
 
@@ -198,7 +199,7 @@ async def test_a_full_store_that_may_not_evict_refuses_with_the_numbers(kind: Ki
     await make(store)
     with pytest.raises(StorageFullError, match=r"300 bytes .* limit of 200 bytes") as caught:
         await make(store)
-    assert (caught.value.status, caught.value.code) == (507, "state_storage_full")
+    assert (on_wire(caught.value).status, on_wire(caught.value).code) == (507, "state_storage_full")
     await store.delete("ann", state.id)
     await make(store)
     await store.close()
