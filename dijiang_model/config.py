@@ -6,15 +6,16 @@ attention that replaced softmax (`AttentionConfig`). The JSON form is read and w
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 from math import frexp, isfinite
 from typing import Literal
 
 from dijiang_model.errors import ConfigError
+from dijiang_model.rotary import Frequencies, RopeScaling, rotary_frequencies
 
 SINK_RANGE = 2048
 """Positions: teachers that claim 8,192 positions saw few texts of such length, and heed sinks from there less well."""
 
-Family = Literal["gpt_neox", "llama", "opt"]
 Normalisation = Literal["softmax", "exp"]
 ReadOut = Literal["denominator", "group_norm"]
 Basis = Literal["dct2", "dct4", "matrix"]
@@ -154,7 +155,7 @@ class ModelConfig:
     """A whole network.
 
     Attributes:
-        family: the backbone's architecture.
+        family: the backbone's architecture, a key of `families.FAMILIES`.
         num_kv_heads: G; divides num_heads (H). GPT-NeoX has G = H.
         rotary_dims: channels of each head that rotate (the first ones), even, <= head_size; 0 for OPT.
         max_position_embeddings: the teacher's trained range in tokens. Generation does not end there;
@@ -167,9 +168,10 @@ class ModelConfig:
         position_table_length: entries of the released D1 / D2 tables; 0 without tables.
         layers: one `AttentionConfig` per layer.
         bos_token_id / eos_token_ids / pad_token_id: from the base model; may be absent.
+        rope_scaling: of the rotary frequencies; None: they are those of `rope_theta`.
     """
 
-    family: Family
+    family: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -192,6 +194,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         """Refuses contradictions, all of them at once.
@@ -227,6 +230,11 @@ class ModelConfig:
         return min(self.max_position_embeddings, max(SINK_RANGE, reach)) - 1
 
     @property
+    def frequencies(self) -> Frequencies:
+        """Radians for each position by which channel pairs turn, [rotary_dims / 2]."""
+        return _frequencies(self.rotary_dims, self.rope_theta, self.rope_scaling)
+
+    @property
     def num_layers(self) -> int:
         return len(self.layers)
 
@@ -238,3 +246,9 @@ class ModelConfig:
     def num_features(self, layer: int) -> int:
         """K, the feature width of a layer."""
         return self.head_size * len(self.layers[layer].features.bases)
+
+
+@cache
+def _frequencies(dims: int, theta: float, scaling: RopeScaling | None) -> Frequencies:
+    """The same tuple for the same network, so that it is found quickly wherever it is a key."""
+    return rotary_frequencies(dims, theta=theta, scaling=scaling)

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from dijiang_model.quantization.config import Quantization
 from dijiang_model.quantization.modules import quantized_weights
 from dijiang_model.quantization.weight import QuantizedWeight
 from dijiang_model.state import StateBuffer, StateSpec
+
+if TYPE_CHECKING:
+    from dijiang_model.families.family import Paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +57,10 @@ class DiJiangForCausalLM(nn.Module):
     kernels need. A slot must be zero before its first token (`StateBuffer.storage[slot].zero_()`).
     """
 
-    ATTENTION_PATH: str
-    """Module path of a layer's attention, with `{layer}`."""
-    EMBEDDING_PATH: str
-    """Module path of the token embedding."""
-    HEAD_PATH: str
-    """Module path of the output head where it is not the embedding."""
+    paths: "ClassVar[Paths]"
+    """Where the network keeps its parts."""
+    learns_positions: ClassVar[bool] = False
+    """Whether the first block reads more of a token than a row of the embedding."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -286,8 +287,7 @@ class DiJiangForCausalLM(nn.Module):
 
         rotary, sink_rotary = step_angles(
             batch.positions,
-            dims=config.rotary_dims,
-            theta=config.rope_theta,
+            frequencies=config.frequencies,
             last_sink=config.last_sink_position,
             dtype=kernel_dtype,
         )

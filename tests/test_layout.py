@@ -40,6 +40,7 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
         {"engine", "fast_steps"},
         {"sampling", "scheduler", "state"},
         {"batch", "grammars", "groups", "speculation", "waiting"},
+        {"stages"},
         {"placement", "sequence"},
         {"failures", "slots", "transfer", "types"},
     ),

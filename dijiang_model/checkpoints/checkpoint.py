@@ -7,7 +7,6 @@ its values are finite: one pass at memory speed, which also brings the file into
 checkpoint names or holds is ever run.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from dijiang_model.checkpoints.released_format import (
 )
 from dijiang_model.config import ModelConfig
 from dijiang_model.errors import CheckpointError, QuantizationError
-from dijiang_model.families import build_model
+from dijiang_model.families import FAMILIES, build_model
 from dijiang_model.formats.atomic_folder import atomic_folder
 from dijiang_model.formats.json_fields import read_json_object
 from dijiang_model.formats.problem_list import problem_list
@@ -44,14 +43,6 @@ from dijiang_model.quantization.tensors import QuantizedTensors
 
 CHECKED_ELEMENTS = 2**24
 MIX_BIAS = "linear.mix_bias"
-
-_BUFFERS = {
-    "gpt_neox": re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"),
-    "llama": re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
-    "opt": re.compile(r"model\.decoder\.version"),
-}
-"""Constants that HF checkpoints carry beside the weights; they are derived from the config here."""
-_TIED_HEADS = {"gpt_neox": "embed_out.weight", "llama": "lm_head.weight", "opt": "lm_head.weight"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,8 +289,9 @@ def tensor_problems(
 
 def is_tolerated(name: str, config: ModelConfig) -> bool:
     """Whether a surplus tensor is a known constant, or the copy of a tied embedding."""
-    is_tied_head = config.tie_word_embeddings and name == _TIED_HEADS[config.family]
-    return is_tied_head or _BUFFERS[config.family].fullmatch(name) is not None
+    family = FAMILIES[config.family]
+    is_tied_head = config.tie_word_embeddings and name == f"{family.paths.head}.weight"
+    return is_tied_head or family.buffers.fullmatch(name) is not None
 
 
 def has_valid(name: str, tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from dijiang_model.checkpoints.hf_config import base_model_config, eos_ids
+from dijiang_model.checkpoints.hf_config import base_model_config
 from dijiang_model.config import (
     AnchorConfig,
     AttentionConfig,
@@ -29,6 +29,8 @@ from dijiang_model.config import (
     ReadOut,
 )
 from dijiang_model.errors import ConfigError
+from dijiang_model.families import FAMILIES
+from dijiang_model.families.config_fields import eos_ids
 from dijiang_model.features import NODE_NAMES
 from dijiang_model.formats.json_fields import Fields, read_json_object
 from dijiang_model.quantization.config import Quantization, WeightKind
@@ -172,28 +174,7 @@ def base_document(config: ModelConfig) -> dict[str, object]:
         "eos_token_id": list(config.eos_token_ids) or None,
         "pad_token_id": config.pad_token_id,
     }
-    if config.family == "llama":
-        return document | {
-            "num_key_value_heads": config.num_kv_heads,
-            "head_dim": config.head_size,
-            "rms_norm_eps": config.norm_eps,
-            "rope_theta": config.rope_theta,
-            "mlp_bias": config.mlp_bias,
-        }
-    if config.family == "opt":
-        return document | {
-            "ffn_dim": config.intermediate_size,
-            "activation_function": config.activation,
-            "do_layer_norm_before": config.pre_norm,
-            "word_embed_proj_dim": config.embedding_width,
-            "enable_bias": config.attention_bias,
-        }
-    return document | {
-        "layer_norm_eps": config.norm_eps,
-        "rotary_emb_base": config.rope_theta,
-        "rotary_pct": config.rotary_dims / config.head_size,
-        "use_parallel_residual": config.parallel_residual,
-    }
+    return {**document, **FAMILIES[config.family].write_config(config)}
 
 
 def parse_layers(document: object, *, base: ModelConfig) -> tuple[AttentionConfig, ...]:

@@ -210,10 +210,10 @@ class _Reader:
 
 def _fresh_parts(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple[int, str]]:
     """Layer and name under the attention module of each tensor that no teacher has."""
-    path = FAMILIES[config.family].ATTENTION_PATH
+    paths = FAMILIES[config.family].paths
     parts: dict[str, tuple[int, str]] = {}
     for layer in range(config.num_layers):
-        prefix = path.format(layer=layer) + "."
+        prefix = f"{paths.attention_of(layer)}."
         parts |= {name: (layer, name.removeprefix(prefix)) for name in names if name.startswith(prefix)}
     return {name: part for name, part in parts.items() if is_fresh(part[1])}
 

@@ -1,20 +1,18 @@
-"""The backbones: each family's blocks on top of the shared attention, with HF's tensor names."""
+"""The families of models: one module for each, with a `Family` that says all that is to be known of it."""
 
 from collections.abc import Mapping
 
 import torch
 
-from dijiang_model.config import Family, ModelConfig
-from dijiang_model.families.gpt_neox import GPTNeoXForCausalLM
-from dijiang_model.families.llama import LlamaForCausalLM
-from dijiang_model.families.opt import OPTForCausalLM
+from dijiang_model.config import ModelConfig
+from dijiang_model.families.family import Family
+from dijiang_model.families.gpt_neox import GPT_NEOX
+from dijiang_model.families.llama import LLAMA
+from dijiang_model.families.opt import OPT
 from dijiang_model.model import DiJiangForCausalLM
 
-FAMILIES: Mapping[Family, type[GPTNeoXForCausalLM] | type[LlamaForCausalLM] | type[OPTForCausalLM]] = {
-    "gpt_neox": GPTNeoXForCausalLM,
-    "llama": LlamaForCausalLM,
-    "opt": OPTForCausalLM,
-}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (GPT_NEOX, LLAMA, OPT)}
+"""By HF's `model_type`."""
 
 
 def build_model(
@@ -27,4 +25,4 @@ def build_model(
         dtype: of the weights; the kernel's own parameters are fp32 (fp64 in a fp64 model).
     """
     with torch.device(device):
-        return FAMILIES[config.family](config, dtype=dtype)
+        return FAMILIES[config.family].network(config, dtype=dtype)

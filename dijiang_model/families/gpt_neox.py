@@ -1,16 +1,36 @@
 """GPT-NeoX (Pythia): LayerNorm, partial rotary embedding, parallel or sequential residual."""
 
+import re
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import ModelConfig
+from dijiang_model.families.config_fields import common_config, head_size_of, read_rope, rope_document
+from dijiang_model.families.family import Family, Paths
 from dijiang_model.families.parts import ACTIVATIONS, empty_embedding
+from dijiang_model.formats.json_fields import Fields
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
 from dijiang_model.ops.selection import residual_norm, two_norms
 from dijiang_model.quantization.weight import QuantizedWeight
+
+PATHS = Paths(
+    embedding="gpt_neox.embed_in",
+    head="embed_out",
+    final_norm="gpt_neox.final_layer_norm",
+    layers="gpt_neox.layers",
+    attention="attention",
+    input_norm="input_layernorm",
+    mlp_norm="post_attention_layernorm",
+    query="attention.query_key_value",
+    output="attention.dense",
+    mlp_up="mlp.dense_h_to_4h",
+    mlp_down="mlp.dense_4h_to_h",
+)
 
 
 class GPTNeoXAttention(DiJiangAttention):
@@ -83,9 +103,7 @@ class GPTNeoXBackbone(nn.Module):
 class GPTNeoXForCausalLM(DiJiangForCausalLM):
     """The family's modules under their checkpoint names; `embed_out` is absent when tied."""
 
-    ATTENTION_PATH = "gpt_neox.layers.{layer}.attention"
-    EMBEDDING_PATH = "gpt_neox.embed_in"
-    HEAD_PATH = "embed_out"
+    paths = PATHS
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
         super().__init__(config)
@@ -110,3 +128,44 @@ class GPTNeoXForCausalLM(DiJiangForCausalLM):
     def finish(self, x: Tensor) -> Tensor:
         normed: Tensor = self.gpt_neox.final_layer_norm(x)
         return normed
+
+
+def _gpt_neox(fields: Fields) -> ModelConfig:
+    num_heads = fields.integer("num_attention_heads")
+    hidden_size = fields.integer("hidden_size")
+    head_size = head_size_of(fields, hidden_size, num_heads)
+    rope = read_rope(fields, theta_name="rotary_emb_base", factor_name="rotary_pct", default_factor=0.25)
+    return common_config(
+        fields,
+        family="gpt_neox",
+        num_kv_heads=num_heads,
+        head_size=head_size,
+        rotary_dims=int(head_size * rope.share),
+        rope=rope,
+        norm_eps=fields.number("layer_norm_eps", 1e-5),
+        activation=fields.text("hidden_act", "gelu", choices=ACTIVATIONS),
+        parallel_residual=fields.boolean("use_parallel_residual", True),
+        attention_bias=fields.boolean("attention_bias", True),
+        mlp_bias=True,
+        default_token_ids=(0, 2),
+    )
+
+
+def _document(config: ModelConfig) -> Mapping[str, object]:
+    return {
+        "layer_norm_eps": config.norm_eps,
+        "rotary_emb_base": config.rope_theta,
+        "rotary_pct": config.rotary_dims / config.head_size,
+        "use_parallel_residual": config.parallel_residual,
+        **rope_document(config),
+    }
+
+
+GPT_NEOX = Family(
+    name="gpt_neox",
+    network=GPTNeoXForCausalLM,
+    paths=PATHS,
+    read_config=_gpt_neox,
+    write_config=_document,
+    buffers=re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"),
+)

@@ -1,17 +1,40 @@
 """LLaMA (LLaMA-2, TinyLLaMA, SmolLM): RMSNorm, SwiGLU, grouped-query heads, sequential residual."""
 
+import re
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import ModelConfig
+from dijiang_model.families.config_fields import common_config, head_size_of, read_rope, rope_document
+from dijiang_model.families.family import Family, Paths
 from dijiang_model.families.parts import ACTIVATIONS, empty_embedding
+from dijiang_model.formats.json_fields import Fields
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
 from dijiang_model.ops.selection import gated_product, residual_norm
 from dijiang_model.quantization.weight import QuantizedWeight
+
+PATHS = Paths(
+    embedding="model.embed_tokens",
+    head="lm_head",
+    final_norm="model.norm",
+    layers="model.layers",
+    attention="self_attn",
+    input_norm="input_layernorm",
+    mlp_norm="post_attention_layernorm",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.o_proj",
+    mlp_gate="mlp.gate_proj",
+    mlp_up="mlp.up_proj",
+    mlp_down="mlp.down_proj",
+)
 
 
 class LlamaAttention(DiJiangAttention):
@@ -97,9 +120,7 @@ class LlamaBackbone(nn.Module):
 class LlamaForCausalLM(DiJiangForCausalLM):
     """The family's modules under their checkpoint names; `lm_head` is absent when tied."""
 
-    ATTENTION_PATH = "model.layers.{layer}.self_attn"
-    EMBEDDING_PATH = "model.embed_tokens"
-    HEAD_PATH = "lm_head"
+    paths = PATHS
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
         super().__init__(config)
@@ -124,3 +145,51 @@ class LlamaForCausalLM(DiJiangForCausalLM):
     def finish(self, x: Tensor) -> Tensor:
         normed: Tensor = self.model.norm(x)
         return normed
+
+
+def _llama(fields: Fields) -> ModelConfig:
+    num_heads = fields.integer("num_attention_heads")
+    hidden_size = fields.integer("hidden_size")
+    if "head_dim" in fields:
+        head_size = fields.integer("head_dim")
+    else:
+        head_size = head_size_of(fields, hidden_size, num_heads)
+    rope = read_rope(fields, theta_name="rope_theta", factor_name="partial_rotary_factor", default_factor=1.0)
+    if rope.share != 1:
+        fields.report(f"partial_rotary_factor is {rope.share}, must be 1 for llama")
+    fields.integer("pretraining_tp", 1)  # any value computes the same function, split differently
+    return common_config(
+        fields,
+        family="llama",
+        num_kv_heads=fields.integer("num_key_value_heads", num_heads),
+        head_size=head_size,
+        rotary_dims=head_size,
+        rope=rope,
+        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        activation=fields.text("hidden_act", "silu", choices=ACTIVATIONS),
+        parallel_residual=False,
+        attention_bias=fields.boolean("attention_bias", False),
+        mlp_bias=fields.boolean("mlp_bias", False),
+        default_token_ids=(1, 2),
+    )
+
+
+def _document(config: ModelConfig) -> Mapping[str, object]:
+    return {
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "mlp_bias": config.mlp_bias,
+        **rope_document(config),
+    }
+
+
+LLAMA = Family(
+    name="llama",
+    network=LlamaForCausalLM,
+    paths=PATHS,
+    read_config=_llama,
+    write_config=_document,
+    buffers=re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
+)

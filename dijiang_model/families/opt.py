@@ -1,11 +1,17 @@
 """OPT: learned positions, biases everywhere, pre-norm or (350M) post-norm with embedding projections."""
 
+import re
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import ModelConfig
+from dijiang_model.families.config_fields import DEFAULT_THETA, Rope, common_config, head_size_of
+from dijiang_model.families.family import Family, Paths
 from dijiang_model.families.parts import ACTIVATIONS, empty_embedding
+from dijiang_model.formats.json_fields import Fields
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
@@ -13,6 +19,23 @@ from dijiang_model.quantization.weight import QuantizedWeight
 
 POSITION_OFFSET = 2
 """OPT's first token has position row 2."""
+
+
+PATHS = Paths(
+    embedding="model.decoder.embed_tokens",
+    head="lm_head",
+    final_norm="model.decoder.final_layer_norm",
+    layers="model.decoder.layers",
+    attention="self_attn",
+    input_norm="self_attn_layer_norm",
+    mlp_norm="final_layer_norm",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.out_proj",
+    mlp_up="fc1",
+    mlp_down="fc2",
+)
 
 
 class OPTAttention(DiJiangAttention):
@@ -100,9 +123,8 @@ class OPTForCausalLM(DiJiangForCausalLM):
     teacher's range is untrained there.
     """
 
-    ATTENTION_PATH = "model.decoder.layers.{layer}.self_attn"
-    EMBEDDING_PATH = "model.decoder.embed_tokens"
-    HEAD_PATH = "lm_head"
+    paths = PATHS
+    learns_positions = True
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
         super().__init__(config)
@@ -136,3 +158,54 @@ class OPTForCausalLM(DiJiangForCausalLM):
         if config.embedding_width != config.hidden_size:
             x = decoder.project_out(x)
         return x
+
+
+def _opt(fields: Fields) -> ModelConfig:
+    hidden_size = fields.integer("hidden_size")
+    pre_norm = fields.boolean("do_layer_norm_before", True)
+    if pre_norm and fields.boolean("_remove_final_layer_norm", False):
+        fields.report("_remove_final_layer_norm with do_layer_norm_before is not supported")
+    if not fields.boolean("layer_norm_elementwise_affine", True):
+        fields.report("layer_norm_elementwise_affine false is not supported")
+    num_heads = fields.integer("num_attention_heads")
+    has_bias = fields.boolean("enable_bias", True)
+    embedding_size = fields.integer("word_embed_proj_dim", hidden_size)
+    return common_config(
+        fields,
+        family="opt",
+        intermediate_name="ffn_dim",
+        num_kv_heads=num_heads,
+        head_size=head_size_of(fields, hidden_size, num_heads),
+        rotary_dims=0,
+        rotates=False,
+        rope=Rope(DEFAULT_THETA, 0.0, None),
+        norm_eps=1e-5,
+        activation=fields.text("activation_function", "relu", choices=ACTIVATIONS),
+        parallel_residual=False,
+        attention_bias=has_bias,
+        mlp_bias=has_bias,
+        is_tied_by_default=True,
+        default_token_ids=(2, 2),
+        pre_norm=pre_norm,
+        embedding_size=embedding_size if embedding_size != hidden_size else 0,
+    )
+
+
+def _document(config: ModelConfig) -> Mapping[str, object]:
+    return {
+        "ffn_dim": config.intermediate_size,
+        "activation_function": config.activation,
+        "do_layer_norm_before": config.pre_norm,
+        "word_embed_proj_dim": config.embedding_width,
+        "enable_bias": config.attention_bias,
+    }
+
+
+OPT = Family(
+    name="opt",
+    network=OPTForCausalLM,
+    paths=PATHS,
+    read_config=_opt,
+    write_config=_document,
+    buffers=re.compile(r"model\.decoder\.version"),
+)

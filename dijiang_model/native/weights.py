@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from dijiang_model.attention import DiJiangAttention
-from dijiang_model.config import AttentionConfig, Family, FeatureConfig
+from dijiang_model.config import AttentionConfig, FeatureConfig
 from dijiang_model.native import library
 from dijiang_model.ops.layout import Rotary
 from dijiang_model.quantization.modules import QuantizedEmbedding, QuantizedLinear
 from dijiang_model.quantization.weight import QuantizedWeight
 
 if TYPE_CHECKING:
+    from dijiang_model.families.family import Paths
     from dijiang_model.model import DiJiangForCausalLM
 
 ACTIVATIONS: Mapping[str, int] = {
@@ -68,7 +69,7 @@ def why_unsupported(model: "DiJiangForCausalLM") -> str | None:
         if unknown:
             return f"the kernels do not know {', '.join(sorted(unknown))}"
     for block in model.blocks:
-        for path in _NAMES[model.config.family].projections:
+        for path in model.paths.projections:
             module = block.get_submodule(path)
             if type(module) not in (nn.Linear, QuantizedLinear):
                 return f"{path} is a {type(module).__name__}"
@@ -181,12 +182,11 @@ class NetworkWeights:
 def network_weights(model: "DiJiangForCausalLM") -> NetworkWeights:
     """Describes a model that `why_unsupported` has nothing against."""
     config, weights = model.config, NetworkWeights()
-    names = _NAMES[config.family]
+    names = model.paths
     offsets = model.state_spec.offsets()
     layers = (library.Layer * config.num_layers)(*(_layer(weights, block, names, offsets) for block in model.blocks))
     half = config.rotary_dims // 2
-    exponents = torch.arange(0, config.rotary_dims, 2, dtype=torch.float64) / max(config.rotary_dims, 1)
-    frequencies = config.rope_theta**-exponents
+    frequencies = torch.tensor(config.frequencies, dtype=torch.float64)
     weights.kept += [layers, frequencies]
     network = weights.network
     network.layers = ctypes.cast(layers, ctypes.POINTER(library.Layer))
@@ -199,15 +199,15 @@ def network_weights(model: "DiJiangForCausalLM") -> NetworkWeights:
     network.hidden_size, network.inner_size = config.hidden_size, config.intermediate_size
     network.last_sink_position = config.last_sink_position
     network.activation = ACTIVATIONS[config.activation]
-    network.is_parallel = int(config.family == "gpt_neox" and config.parallel_residual)
+    network.is_parallel = int(config.parallel_residual)
     return weights
 
 
 def token_table(weights: NetworkWeights, model: "DiJiangForCausalLM") -> library.Matrix | None:
     """What the first block reads of each token; None where it is more than a row of the embedding, in fp32 or bf16."""
-    if model.config.family == "opt":  # it adds what a position has learned
+    if model.learns_positions:
         return None
-    module = model.get_submodule(model.EMBEDDING_PATH)
+    module = model.get_submodule(model.paths.embedding)
     if isinstance(module, QuantizedEmbedding):
         return weights.codes(module.weight) if module.weight.dtype == torch.float32 else None
     return weights.matrix(module.weight) if type(module) is nn.Embedding else None
@@ -216,70 +216,14 @@ def token_table(weights: NetworkWeights, model: "DiJiangForCausalLM") -> library
 def _heads(model: "DiJiangForCausalLM", half: int) -> library.Heads:
     config = model.config
     heads, groups, size = config.num_heads, config.num_kv_heads, config.head_size
-    if config.family == "gpt_neox":  # [H, 3, d]
+    if model.paths.key is None:  # [H, 3, d]
         places = (0, 3 * size, size, 3 * size, 2 * size, 3 * size)
     else:  # queries, keys, values
         places = (0, size, heads * size, size, (heads + groups) * size, size)
     return library.Heads(heads, groups, size, half, *places)
 
 
-@dataclass(frozen=True, slots=True)
-class _Names:
-    """Where a family keeps its parts: module paths, from the model and from a block."""
-
-    final_norm: str
-    input_norm: str
-    mlp_norm: str
-    query: str
-    output: str
-    mlp_up: str
-    mlp_down: str
-    key: str | None = None
-    value: str | None = None
-    mlp_gate: str | None = None
-
-    @property
-    def projections(self) -> list[str]:
-        paths = (self.query, self.key, self.value, self.output, self.mlp_gate, self.mlp_up, self.mlp_down)
-        return [path for path in paths if path is not None]
-
-
-_LAYER_NORMS = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-_NAMES: Mapping[Family, _Names] = {
-    "llama": _Names(
-        final_norm="model.norm",
-        **_LAYER_NORMS,
-        query="self_attn.q_proj",
-        key="self_attn.k_proj",
-        value="self_attn.v_proj",
-        output="self_attn.o_proj",
-        mlp_gate="mlp.gate_proj",
-        mlp_up="mlp.up_proj",
-        mlp_down="mlp.down_proj",
-    ),
-    "gpt_neox": _Names(
-        final_norm="gpt_neox.final_layer_norm",
-        **_LAYER_NORMS,
-        query="attention.query_key_value",
-        output="attention.dense",
-        mlp_up="mlp.dense_h_to_4h",
-        mlp_down="mlp.dense_4h_to_h",
-    ),
-    "opt": _Names(
-        final_norm="model.decoder.final_layer_norm",
-        input_norm="self_attn_layer_norm",
-        mlp_norm="final_layer_norm",
-        query="self_attn.q_proj",
-        key="self_attn.k_proj",
-        value="self_attn.v_proj",
-        output="self_attn.out_proj",
-        mlp_up="fc1",
-        mlp_down="fc2",
-    ),
-}
-
-
-def _layer(weights: NetworkWeights, block: nn.Module, names: _Names, offsets: Mapping[str, int]) -> library.Layer:
+def _layer(weights: NetworkWeights, block: nn.Module, names: "Paths", offsets: Mapping[str, int]) -> library.Layer:
     attention = cast(DiJiangAttention, block.dijiang)
 
     def linear(path: str | None) -> library.Matrix:
@@ -344,9 +288,7 @@ def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mappi
         attention.mix_weight = weights.pointer(kernel.mix_weight)
     if not config.features.rotated:
         model = module.config
-        late = Rotary.at(
-            torch.tensor([config.window]), dims=model.rotary_dims, theta=model.rope_theta, dtype=torch.float32
-        )
+        late = Rotary.at(torch.tensor([config.window]), frequencies=model.frequencies, dtype=torch.float32)
         attention.late_cos, attention.late_sin = weights.derived(late.cos), weights.derived(late.sin)
     if config.decay == "table":
         attention.decay = weights.derived(kernel.table_log_decay.exp())

@@ -114,7 +114,7 @@ def _projections(model: "DiJiangForCausalLM") -> Iterator[tuple[str, nn.Linear]]
 
 def _token_tables(model: "DiJiangForCausalLM") -> list[str]:
     """Modules with a row for each token: the embedding, and the output head if it is another one."""
-    return [model.EMBEDDING_PATH] if model.config.tie_word_embeddings else [model.EMBEDDING_PATH, model.HEAD_PATH]
+    return [model.paths.embedding] if model.config.tie_word_embeddings else [model.paths.embedding, model.paths.head]
 
 
 def _empty(weight: Tensor, quantization: Quantization) -> QuantizedWeight:

@@ -1,14 +1,15 @@
 """Whole forward passes of GPT-NeoX, LLaMA and OPT with the reference attention, from a state dict."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from math import pi, sqrt
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dijiang_model.config import AttentionConfig, Family, ModelConfig
+from dijiang_model.config import AttentionConfig, ModelConfig
+from dijiang_model.families import FAMILIES
+from dijiang_model.families.family import Paths
 from dijiang_model.reference import anchors, hybrid, linear
 from dijiang_model.reference.features import feature_map
 from dijiang_model.reference.narrow import round_row_naive
@@ -16,24 +17,6 @@ from dijiang_model.reference.narrow import round_row_naive
 Form = Literal["parallel", "chunked", "recurrent"]
 Tensors = Mapping[str, Tensor]
 
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """Where a family keeps its tensors."""
-
-    prefix: str
-    embedding: str
-    final_norm: str
-    head: str
-
-
-NAMES: Mapping[Family, Names] = {
-    "llama": Names("model", "model.embed_tokens.weight", "model.norm", "lm_head.weight"),
-    "gpt_neox": Names("gpt_neox", "gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm", "embed_out.weight"),
-    "opt": Names(
-        "model.decoder", "model.decoder.embed_tokens.weight", "model.decoder.final_layer_norm", "lm_head.weight"
-    ),
-}
 
 CHUNK_SIZE = 7
 """Of the chunked form here: small and odd, so that every text has several and a ragged last one."""
@@ -67,19 +50,19 @@ def forward(
         norm, [T, D] each; and logits [T, vocab].
     """
     weights = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    names = NAMES[config.family]
+    paths = FAMILIES[config.family].paths
     x = _embed(config, weights, torch.tensor(token_ids, dtype=torch.int64))
     hidden = [x]
     for index, layer in enumerate(config.layers):
-        part = _below(weights, f"{names.prefix}.layers.{index}")
-        x = LAYERS[config.family](config, layer, part, x, form)
+        part = _below(weights, f"{paths.layers}.{index}")
+        x = _layer_of(paths)(config, layer, part, x, form)
         hidden.append(x)
     if config.pre_norm:
-        x = _norm(config, _below(weights, names.final_norm), x)
+        x = _norm(config, _below(weights, paths.final_norm), x)
     if config.embedding_width != config.hidden_size:
         x = x @ weights["model.decoder.project_out.weight"].T
     hidden[-1] = x
-    return hidden, x @ weights[names.embedding if config.tie_word_embeddings else names.head].T
+    return hidden, x @ weights[f"{paths.embedding if config.tie_word_embeddings else paths.head}.weight"].T
 
 
 def greedy(
@@ -95,10 +78,10 @@ def greedy(
 
 def _embed(config: ModelConfig, weights: Tensors, token_ids: Tensor) -> Tensor:
     """[T, D]. OPT adds learned positions, the first in row 2, and beyond its trained range the last one."""
-    x = weights[NAMES[config.family].embedding][token_ids]
+    x = weights[f"{FAMILIES[config.family].paths.embedding}.weight"][token_ids]
     if config.embedding_width != config.hidden_size:
         x = x @ weights["model.decoder.project_in.weight"].T
-    if config.family == "opt":
+    if "model.decoder.embed_positions.weight" in weights:
         rows = [2 + min(t, config.max_position_embeddings - 1) for t in range(len(token_ids))]
         x = x + weights["model.decoder.embed_positions.weight"][rows]
     return x
@@ -109,11 +92,11 @@ def _below(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
 
 
 def _norm(config: ModelConfig, part: Tensors, x: Tensor) -> Tensor:
-    """RMSNorm of LLaMA, LayerNorm of the others."""
-    if config.family != "llama":
+    """LayerNorm where there is a bias, else RMSNorm."""
+    if "bias" in part:
         x = x - x.mean(dim=-1, keepdim=True)
     normed = x / (x.square().mean(dim=-1, keepdim=True) + config.norm_eps).sqrt() * part["weight"]
-    return normed if config.family == "llama" else normed + part["bias"]
+    return normed + part["bias"] if "bias" in part else normed
 
 
 def _dense(part: Tensors, name: str, x: Tensor) -> Tensor:
@@ -156,7 +139,10 @@ def _opt_layer(config: ModelConfig, layer: AttentionConfig, part: Tensors, x: Te
     return x if config.pre_norm else _norm(config, norms[1], x)
 
 
-LAYERS = {"llama": _llama_layer, "gpt_neox": _neox_layer, "opt": _opt_layer}
+def _layer_of(paths: Paths) -> Callable[[ModelConfig, AttentionConfig, Tensors, Tensor, Form], Tensor]:
+    if paths.mlp_gate is not None:
+        return _llama_layer
+    return _neox_layer if paths.key is None else _opt_layer
 
 
 def _rotate(config: ModelConfig, x: Tensor, positions: Sequence[int]) -> Tensor:
@@ -173,7 +159,7 @@ def _rotate(config: ModelConfig, x: Tensor, positions: Sequence[int]) -> Tensor:
 
 def _angles(config: ModelConfig, positions: Sequence[int], channel: int) -> Tensor:
     """By how much RoPE turns a channel at each position, in radians: fp64 in every mode. [T]."""
-    frequency = config.rope_theta ** (-2 * channel / config.rotary_dims)
+    frequency = config.frequencies[channel]
     return torch.tensor([position * frequency for position in positions], dtype=torch.float64)
 
 

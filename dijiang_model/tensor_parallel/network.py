@@ -4,14 +4,12 @@ Embedding and head are split by the vocabulary, tied or not: a rank then reads a
 more sum as wide as the hidden state and one collection of logits a step. See docs/parallel.md for the alternatives.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dijiang_model.attention import DiJiangAttention, state_dtype
-from dijiang_model.config import Family, ModelConfig
+from dijiang_model.config import ModelConfig
 from dijiang_model.families import build_model
 from dijiang_model.families.parts import empty_embedding
 from dijiang_model.model import DiJiangForCausalLM, PackedBatch
@@ -31,14 +29,6 @@ from dijiang_model.tensor_parallel.shards import Shard, local_config
 
 COLLECTED_ROWS = 256
 """Rows of logits on their way to rank 0 at once, so that scoring long prompts takes no second copy of them all."""
-
-
-ROW_PARALLEL: Mapping[Family, tuple[str, ...]] = {
-    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
-    "llama": ("self_attn.o_proj", "mlp.down_proj"),
-    "opt": ("self_attn.out_proj", "fc2"),
-}
-"""In each block: the projections of what the ranks have apart."""
 
 
 def build_shard(
@@ -62,7 +52,7 @@ def build_shard(
         ConfigError: the network cannot be split over so many ranks.
     """
     model = build_model(local_config(config, group.size, quantization, rank=group.rank), device=device, dtype=dtype)
-    is_summed_once = config.family == "gpt_neox" and config.parallel_residual
+    is_summed_once = config.parallel_residual
     with torch.device(device):
         _cut_vocabulary(model, config, dtype=dtype, group=group)
         for layer in range(config.num_layers):
@@ -77,9 +67,9 @@ def build_shard(
 
 def _cut_vocabulary(model: DiJiangForCausalLM, config: ModelConfig, *, dtype: torch.dtype, group: TensorGroup) -> None:
     rows, width = len(Shard(group.rank, group.size).vocabulary(config.vocab_size)), config.embedding_width
-    model.set_submodule(model.EMBEDDING_PATH, empty_embedding(rows, width, dtype=dtype))
+    model.set_submodule(model.paths.embedding, empty_embedding(rows, width, dtype=dtype))
     if not config.tie_word_embeddings:
-        model.set_submodule(model.HEAD_PATH, nn.Linear(width, rows, bias=False, dtype=dtype))
+        model.set_submodule(model.paths.head, nn.Linear(width, rows, bias=False, dtype=dtype))
 
 
 def _cut_attention(attention: object, config: ModelConfig, *, dtype: torch.dtype, group: TensorGroup) -> None:
@@ -93,13 +83,13 @@ def _cut_attention(attention: object, config: ModelConfig, *, dtype: torch.dtype
 def _connect(model: DiJiangForCausalLM, config: ModelConfig, kind: type[RowParallelLinear], group: TensorGroup) -> None:
     """Lets those modules speak to the other ranks whose own part is not the whole answer."""
     for block in model.blocks:
-        for path in ROW_PARALLEL[config.family]:
+        for path in model.paths.row_parallel:
             linear = block.get_submodule(path)
             assert isinstance(linear, nn.Linear | QuantizedLinear)
             block.set_submodule(path, kind(linear, group))
-    table = model.get_submodule(model.EMBEDDING_PATH)
+    table = model.get_submodule(model.paths.embedding)
     assert isinstance(table, nn.Embedding | QuantizedEmbedding)
-    model.set_submodule(model.EMBEDDING_PATH, VocabParallelEmbedding(table, config.vocab_size, group))
+    model.set_submodule(model.paths.embedding, VocabParallelEmbedding(table, config.vocab_size, group))
 
 
 class ShardedModel:

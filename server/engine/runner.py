@@ -164,7 +164,6 @@ class ModelRunner:
     @torch.inference_mode()
     def release(self, sequence: Sequence) -> None:
         """Clears the slot and the sampler's memory of an ended sequence."""
-        assert sequence.slot is not None
         self._pool.reset(sequence.slot)
         self._sampler.release(sequence)
 

@@ -331,7 +331,6 @@ class Scheduler:
     def _end(self, sequence: Sequence) -> None:
         del self._running[sequence.request_id]
         sequence.finish()
-        assert sequence.slot is not None
         self._slots.free(sequence.slot)
         self._ended.append(sequence)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
+from server.engine.slots import SCRATCH_SLOT
 from server.engine.types.requests import FinishReason, GenerationRequest, SamplingParams
 
 MAX_OUTPUTS_KEPT = 1 << 16
@@ -107,7 +108,7 @@ class Sequence:
         eos_token_ids: the model's end-of-sequence tokens.
         start: the state that it begins from.
         status: what comes next.
-        slot: place of its state, from admission on; kept after the end for the clean-up.
+        slot: place of its state, from admission on; kept after the end for the clean-up. Before: none of its own.
         num_fed: tokens scheduled into the model or skipped, hence the place of the next one.
         num_skipped: tokens of the prompt that it did not feed itself.
         num_cached: those of them whose state was cached, rather than copied from a sequence of its group.
@@ -127,7 +128,7 @@ class Sequence:
     eos_token_ids: tuple[int, ...]
     start: Start = FROM_NOTHING
     status: SequenceStatus = SequenceStatus.WAITING
-    slot: int | None = None
+    slot: int = SCRATCH_SLOT
     num_fed: int = 0
     num_skipped: int = 0
     num_cached: int = 0
@@ -252,7 +253,6 @@ class Sequence:
         """Schedules its next tokens: up to `max_tokens` (>= 1) of the prompt, or one decoded token."""
         is_decode = self.status is SequenceStatus.DECODE
         length = 1 if is_decode else min(self.num_prompt_left, max_tokens, self._num_to_stop)
-        assert self.slot is not None
         assert length > 0
         start = self.num_fed
         self.num_fed += length
@@ -268,7 +268,6 @@ class Sequence:
     def next_verification(self, drafts: tuple[int, ...]) -> "Chunk":
         """Schedules its last token and drafts of the next ones, up to `max_drafts`; `confirm` says how it went."""
         assert self.status is SequenceStatus.DECODE
-        assert self.slot is not None
         assert self.drafter is not None
         verified = (self.drafter.last_token_id, *drafts)
         chunk = Chunk(

@@ -4,8 +4,10 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from pydantic import SecretStr
 from rich.console import Console
@@ -87,31 +89,31 @@ def engine_config(settings: Settings, model: Path, device: Device, store: StateS
     )
     auto_cache = min(state_bytes // 4, MAX_AUTO_CACHE_BYTES)
     auto_step = max(CUDA_STEP_TOKENS if device.is_cuda else CPU_STEP_TOKENS, settings.max_conversations)
-    return EngineConfig(
-        model_path=str(model),
-        device=device.name,
-        weights_dtype=_weights_dtype(settings.dtype, model, device),
-        num_threads=default_threads() if settings.threads == "auto" else settings.threads,
-        state_dtype=settings.state_dtype,
-        state_memory_bytes=state_bytes,
-        max_num_slots=settings.max_conversations,
-        max_step_tokens=auto_step if settings.max_step_tokens == "auto" else settings.max_step_tokens,
-        max_waiting=settings.max_queue,
-        max_drafts=None if settings.speculate == "auto" else settings.speculate,
-        decode_graphs=settings.decode_graphs,
-        states_folder=None if store is None else str(store.files_folder),
-        prefix_cache_host_bytes=(
-            auto_cache if settings.prefix_cache_memory == "auto" else int(settings.prefix_cache_memory)
-        ),
-        prefix_cache_device_bytes=int(settings.prefix_cache_device_memory) if device.is_cuda else 0,
-        prefix_cache_disk_bytes=int(settings.prefix_cache_disk),
-        prefix_cache_folder=(
+    step_tokens, cache_memory = settings.max_step_tokens, settings.prefix_cache_memory
+    decided = {
+        "model_path": str(model),
+        "device": device.name,
+        "weights_dtype": _weights_dtype(settings.dtype, model, device),
+        "num_threads": default_threads() if settings.threads == "auto" else settings.threads,
+        "state_memory_bytes": state_bytes,
+        "max_num_slots": settings.max_conversations,
+        "max_step_tokens": auto_step if step_tokens == "auto" else step_tokens,
+        "max_waiting": settings.max_queue,
+        "max_drafts": None if settings.speculate == "auto" else settings.speculate,
+        "states_folder": None if store is None else str(store.files_folder),
+        "prefix_cache_host_bytes": auto_cache if cache_memory == "auto" else int(cache_memory),
+        "prefix_cache_device_bytes": int(settings.prefix_cache_device_memory) if device.is_cuda else 0,
+        "prefix_cache_disk_bytes": int(settings.prefix_cache_disk),
+        "prefix_cache_folder": (
             None if store is None or not settings.prefix_cache_disk else str(store.files_folder.parent / "prefixes")
         ),
-        prefix_cache_min_tokens=settings.prefix_cache_min_tokens,
-        prefix_cache_spacing=settings.prefix_cache_spacing,
-        tensor_parallel=num_ranks,
-    )
+    }
+    return EngineConfig(**_taken_over(settings, EngineConfig) | decided)
+
+
+def _taken_over(settings: Settings, kind: type[EngineConfig] | type[ServiceOptions]) -> dict[str, Any]:
+    """The settings that go by the same name, and mean the same, in another part of the server."""
+    return {field.name: getattr(settings, field.name) for field in fields(kind) if field.name in Settings.model_fields}
 
 
 def _weights_dtype(wanted: str, model: Path, device: Device) -> str:
@@ -147,25 +149,9 @@ def service_options(settings: Settings, model: Path, default_name: str) -> Servi
         model_name=name,
         version=number,
         fingerprint=f"fp_{digest[:12]}",
-        max_prompt_tokens=settings.max_prompt_tokens,
-        max_n=settings.max_n,
-        max_prompts=settings.max_prompts,
-        max_choices=settings.max_choices,
-        max_stop=settings.max_stop,
-        max_body_bytes=int(settings.max_body_bytes),
-        body_timeout_s=settings.body_timeout_s,
-        request_timeout_s=settings.request_timeout_s,
-        keepalive_s=settings.keepalive_s,
         key_hashes=key_hashes(settings),
         admin_key_hashes=admin_key_hashes(settings),
-        metrics_need_key=settings.metrics_need_key,
-        cors_origins=settings.cors_origins,
-        state_ttl_s=settings.state_ttl_s,
-        rate_limit_requests=settings.rate_limit_requests,
-        rate_limit_tokens=settings.rate_limit_tokens,
-        reasoning_parser=settings.reasoning_parser,
-        retry_after_s=settings.retry_after_s,
-        playground=settings.playground,
+        **_taken_over(settings, ServiceOptions),
     )
 
 

@@ -8,14 +8,16 @@ from pathlib import Path
 
 from dijiang_model.checkpoints.checkpoint import open_checkpoint
 from dijiang_model.checkpoints.config_json import CONFIG_FILE, MODEL_TYPE, read_stored_config
-from dijiang_model.checkpoints.hf_config import base_model_config, eos_ids
+from dijiang_model.checkpoints.hf_config import base_model_config
 from dijiang_model.checkpoints.released_format import is_released_format
 from dijiang_model.config import ModelConfig
+from dijiang_model.conversion.sources.folded_scale import with_folded_scale
 from dijiang_model.conversion.sources.gguf_tokenizer import write_gguf_tokenizer
 from dijiang_model.conversion.sources.tokenizer_files import write_tokenizer
 from dijiang_model.conversion.training.adapters import fingerprint
 from dijiang_model.errors import ConversionError
 from dijiang_model.families import FAMILIES, build_model
+from dijiang_model.families.config_fields import eos_ids
 from dijiang_model.formats.gguf_source import GgufSource
 from dijiang_model.formats.json_fields import read_json_object
 from dijiang_model.formats.tensor_files import RenamedTensors, TensorSource, open_tensors
@@ -126,6 +128,7 @@ def _open_folder(path: Path) -> Source:
         base, notes = base | {"tie_word_embeddings": False}, (UNTIED_NOTE,)
         backbone = replace(backbone, tie_word_embeddings=False)
     config, eos_token_ids = backbone, _named_ends(path, document, backbone)
+    tensors = tensors if is_dijiang else with_folded_scale(tensors, config)
     return Source(
         base=base,
         config=config,
@@ -150,9 +153,8 @@ def with_usual_names(tensors: TensorSource, config: ModelConfig) -> TensorSource
     names = [name.replace(_COMPILED, "") for name in tensors.infos()]
     wrapper = _WRAPPER if names and all(name.startswith(_WRAPPER) for name in names) else ""
     names = [name.removeprefix(wrapper) for name in names]
-    model = FAMILIES[config.family]
-    head, embedding = f"{model.HEAD_PATH}.weight", f"{model.EMBEDDING_PATH}.weight"
-    outer = model.EMBEDDING_PATH.partition(".")[0] + "."
+    paths = FAMILIES[config.family].paths
+    head, embedding, outer = f"{paths.head}.weight", f"{paths.embedding}.weight", paths.outer
     lacks_outer = not any(name.startswith(outer) for name in names)
     is_stored_as_head = config.tie_word_embeddings and head in names and embedding not in names and not lacks_outer
 
@@ -167,8 +169,8 @@ def with_usual_names(tensors: TensorSource, config: ModelConfig) -> TensorSource
 
 def has_equal_head(tensors: TensorSource, config: ModelConfig) -> bool:
     """Whether the output head may be the embedding: it is not stored, or stored with the same values."""
-    model, infos = FAMILIES[config.family], tensors.infos()
-    head, embedding = f"{model.HEAD_PATH}.weight", f"{model.EMBEDDING_PATH}.weight"
+    paths, infos = FAMILIES[config.family].paths, tensors.infos()
+    head, embedding = f"{paths.head}.weight", f"{paths.embedding}.weight"
     if head not in infos or embedding not in infos:
         return True
     if infos[head].shape != infos[embedding].shape:

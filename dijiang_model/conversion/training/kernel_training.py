@@ -52,7 +52,7 @@ def kernel_tensors(model: DiJiangForCausalLM) -> dict[str, Tensor]:
     """Checkpoint names and values of the kernels' tensors, detached; also while they are under training."""
     tensors: dict[str, Tensor] = {}
     for layer, attention in enumerate(model.attentions):
-        prefix = f"{model.ATTENTION_PATH.format(layer=layer)}.linear"
+        prefix = f"{model.paths.attention_of(layer)}.linear"
         for name in (*VECTORS, *MATRICES, *PRIORITIES):
             value = getattr(attention.linear, name, None)
             if isinstance(value, Tensor):
@@ -74,7 +74,7 @@ def fill_kernels(model: DiJiangForCausalLM, tensors: Mapping[str, Tensor]) -> No
     """Gives the kernels under training the values of `kernel_tensors`, in place."""
     with torch.no_grad():
         for layer, attention in enumerate(model.attentions):
-            prefix = f"{model.ATTENTION_PATH.format(layer=layer)}.linear"
+            prefix = f"{model.paths.attention_of(layer)}.linear"
             for name in (*VECTORS, *MATRICES, *PRIORITIES):
                 value = tensors.get(f"{prefix}.{name}")
                 if value is None:

@@ -10,8 +10,6 @@ from torch.nn import functional
 
 from dijiang_model.model import DiJiangForCausalLM
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query_key_value", "dense")
-"""Names of the families' projections in their attention modules."""
 DOWN, UP = "lora_down", "lora_up"
 
 
@@ -47,9 +45,10 @@ def attach_lora(model: DiJiangForCausalLM, *, rank: int, seed: int) -> dict[str,
     generator = torch.Generator().manual_seed(seed)
     attached: dict[str, LoraLinear] = {}
     for layer, attention in enumerate(model.attentions):
-        prefix = model.ATTENTION_PATH.format(layer=layer)
-        for name in PROJECTIONS:
-            base = getattr(attention, name, None)
+        prefix = model.paths.attention_of(layer)
+        for path in model.paths.attention_projections:
+            name = path.rpartition(".")[2]
+            base = getattr(attention, name)
             if isinstance(base, nn.Linear):
                 update = LoraLinear(base, rank, generator)
                 setattr(attention, name, update)

@@ -56,7 +56,7 @@ def new_student(
     state = base.state_dict()
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
-    prefixes = {f"{student.ATTENTION_PATH.format(layer=layer)}.linear.": layer for layer in range(config.num_layers)}
+    prefixes = {f"{student.paths.attention_of(layer)}.linear.": layer for layer in range(config.num_layers)}
     for name, wanted in student.state_dict().items():
         if not is_kernel_tensor(name):
             tensors[name] = state[name]

@@ -10,11 +10,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from server.engine.grammars.grammar import GrammarCompiler, GrammarError
 from server.engine.sequence import Sequence
-from server.engine.types.requests import EngineError, FinishReason, GenerationRequest, GrammarSpec, TokenEvent
+from server.engine.stages import Prepared, failed
+from server.engine.types.requests import EngineError, GenerationRequest, GrammarSpec, TokenEvent
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -26,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 class GrammarQueue:
-    """See the module. Used by one thread, the engine's."""
+    """The stage at which requests wait for their grammar. Used by one thread, the engine's."""
 
     def __init__(self, load: Callable[[], GrammarCompiler], *, max_cached: int = MAX_CACHED) -> None:
         """
@@ -35,7 +37,6 @@ class GrammarQueue:
             max_cached: compiled grammars that are kept.
         """
         self._load = load
-        self._compiler: Future[GrammarCompiler] | None = None
         self._max_cached = max_cached
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._waiting: dict[str, tuple[GenerationRequest, Future[LLMatcher]]] = {}
@@ -47,6 +48,11 @@ class GrammarQueue:
         finally:
             threading.stack_size(previous)
 
+    @cached_property
+    def _compiler(self) -> Future[GrammarCompiler]:
+        """Is loaded when it is first asked for, on the compiling thread."""
+        return self._thread.submit(self._load)
+
     @property
     def is_busy(self) -> bool:
         """Whether a request waits for its grammar."""
@@ -56,18 +62,17 @@ class GrammarQueue:
         """Whether this request waits for its grammar."""
         return request_id in self._waiting
 
-    def take(self, request: GenerationRequest) -> bool:
-        """Keeps a request until its grammar is compiled; False if there is nothing to wait for."""
+    def enter(self, request: GenerationRequest) -> Prepared | None:
+        """Keeps a request until its grammar is compiled."""
         grammar = request.grammar
         if grammar is None or grammar.text in self._compiled:
-            return False
-        if self._compiler is None:
-            self._compiler = self._thread.submit(self._load)
+            return Prepared(request)
+        self._compiler  # noqa: B018 (loaded before anything is compiled)
         future = self._under_way.get(grammar.text)
         if future is None:
             future = self._under_way[grammar.text] = self._thread.submit(self._compile, grammar)
         self._waiting[request.request_id] = (request, future)
-        return True
+        return None
 
     def cancel(self, request_id: str) -> bool:
         """Forgets a request that waits; False if it does not."""
@@ -77,21 +82,21 @@ class GrammarQueue:
         """Until a grammar is compiled, or the time is over."""
         wait([future for _, future in self._waiting.values()], timeout_s, return_when=FIRST_COMPLETED)
 
-    def arrived(self) -> tuple[list[GenerationRequest], list[TokenEvent]]:
+    def arrived(self) -> tuple[list[Prepared], list[TokenEvent]]:
         """Requests whose grammar is compiled now; terminal events of those whose grammar cannot be used."""
         for text in [text for text, future in self._under_way.items() if future.done()]:
             future = self._under_way.pop(text)
             if future.exception() is None:
                 self._keep(text, future.result())
-        requests, events = [], []
+        prepared, events = [], []
         for request, future in [item for item in self._waiting.values() if item[1].done()]:
             del self._waiting[request.request_id]
             error = future.exception()
             if error is None:
-                requests.append(request)
+                prepared.append(Prepared(request))
             else:
-                events.append(_failed(request.request_id, error))
-        return requests, events
+                events.append(failed(request.request_id, _refusal(error)))
+        return prepared, events
 
     def begin(self, sequence: Sequence) -> None:
         """Gives a sequence that is admitted its constraint, if its request has a grammar."""
@@ -104,7 +109,6 @@ class GrammarQueue:
             self._keep(grammar.text, matcher)
         else:
             self._compiled.move_to_end(grammar.text)
-        assert self._compiler is not None
         sequence.constraint = self._compiler.result().constraint(matcher)
         if (resumed := sequence.request.resumed) is not None:
             prompt = sequence.request.prompt_token_ids
@@ -116,7 +120,6 @@ class GrammarQueue:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _compile(self, grammar: GrammarSpec) -> "LLMatcher":
-        assert self._compiler is not None
         return self._compiler.result().compile(grammar.text)
 
     def _keep(self, text: str, matcher: "LLMatcher") -> None:
@@ -126,10 +129,8 @@ class GrammarQueue:
             self._compiled.popitem(last=False)
 
 
-def _failed(request_id: str, error: BaseException) -> TokenEvent:
-    if not isinstance(error, GrammarError):
-        _log.error("a grammar could not be compiled", exc_info=error)
-        problem = EngineError("internal_error", "the grammar of this request could not be compiled")
-    else:
-        problem = EngineError("grammar_invalid", f"the grammar of this request cannot be used: {error}")
-    return TokenEvent(request_id, finish_reason=FinishReason.ERROR, error=problem)
+def _refusal(error: BaseException) -> EngineError:
+    if isinstance(error, GrammarError):
+        return EngineError("grammar_invalid", f"the grammar of this request cannot be used: {error}")
+    _log.error("a grammar could not be compiled", exc_info=error)
+    return EngineError("internal_error", "the grammar of this request could not be compiled")

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from server.engine.batch import Batch
-from server.engine.sequence import FROM_NOTHING, Sequence, Start
+from server.engine.sequence import Sequence, Start
+from server.engine.stages import OpenStage, Prepared, failed
 from server.engine.state.prefix_cache import Fetch, PrefixCache
 from server.engine.state.snapshot_files import (
     FILE_NAME,
@@ -30,6 +31,7 @@ from server.engine.state.snapshot_files import (
 from server.engine.types.requests import EngineError, FinishReason, GenerationRequest, TokenEvent
 from server.engine.types.state import NO_PREFIX_CACHE, PrefixCacheStats, SavedState, StateLayout
 
+NO_STATES = EngineError("states_unavailable", "this server keeps no states")
 _log = logging.getLogger(__name__)
 
 
@@ -62,16 +64,32 @@ class CachePolicy:
     spacing: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A request whose state was read: it can be scheduled."""
+class NoSnapshots(OpenStage):
+    """Of an engine that neither reads, caches nor saves states."""
 
-    request: GenerationRequest
-    start: Start
+    cache_stats = NO_PREFIX_CACHE
+
+    def refusal(self, request: GenerationRequest) -> EngineError | None:
+        return NO_STATES if request.states.load_from is not None or request.states.save_to is not None else None
+
+    def is_saving(self, request_id: str) -> bool:
+        return False
+
+    def launched(self, batch: Batch) -> None:
+        """Keeps nothing."""
+
+    def end(self, sequence: Sequence, event: TokenEvent) -> bool:
+        return False
+
+    def reset_cache(self) -> None:
+        """There is none."""
 
 
 class Snapshots:
-    """See the module. Used by one thread, the engine's."""
+    """The stage at which requests wait for files, and what is done with slots on the way and at the end.
+
+    Used by one thread, the engine's.
+    """
 
     def __init__(
         self,
@@ -93,7 +111,8 @@ class Snapshots:
         self._access = access
         self._layout = layout
         self._folder = folder
-        self._cache = cache
+        self._cache = PrefixCache(snapshot_bytes=0, host_bytes=0) if cache is None else cache
+        self._has_cache = cache is not None
         self._policy = CachePolicy() if policy is None else policy
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
         self._loading: dict[str, tuple[GenerationRequest, Future[Snapshot]]] = {}
@@ -107,7 +126,7 @@ class Snapshots:
 
     @property
     def cache_stats(self) -> PrefixCacheStats:
-        return NO_PREFIX_CACHE if self._cache is None else self._cache.stats
+        return self._cache.stats
 
     def owns(self, request_id: str) -> bool:
         """Whether this request waits for a file."""
@@ -117,29 +136,17 @@ class Snapshots:
         """Whether this request has ended, and its state is being written."""
         return request_id in self._saving
 
-    def load(self, request: GenerationRequest) -> TokenEvent | None:
-        """Starts to read the state that a request begins from; its terminal event if that cannot be."""
+    def enter(self, request: GenerationRequest) -> Prepared | TokenEvent | None:
+        """Keeps a request until the state that it begins from was read."""
         name = request.states.load_from
-        assert name is not None
+        if name is None:
+            return None if self._fetch(request) else Prepared(request)
         try:
             path = self._path(name)
         except SnapshotError as error:
             return _failed(request.request_id, error)
         self._loading[request.request_id] = (request, self._thread.submit(read_snapshot, path, self._layout))
         return None
-
-    def fetch(self, request: GenerationRequest) -> bool:
-        """Whether a request waits for the longest prefix of its prompt to come from the cache's disk."""
-        namespace, prompt = request.states.cache_namespace, request.prompt_token_ids
-        if self._cache is None or namespace is None or request.logprobs.num_prompt is not None:
-            return False
-        if not prompt or not 0 <= min(prompt) <= max(prompt) < self._layout.vocab_size:
-            return False  # the scheduler refuses it
-        fetch = self._cache.fetch(namespace, prompt, at_most=len(prompt) - 1)
-        if fetch is None:
-            return False
-        self._fetching[request.request_id] = (request, fetch)
-        return True
 
     def cancel(self, request_id: str) -> bool:
         """Forgets a request that waits for a file; false if there is none. What it has saved is removed."""
@@ -158,33 +165,34 @@ class Snapshots:
         futures += [fetch.reading for _, fetch in self._fetching.values()]
         wait(futures, timeout=timeout_s, return_when=FIRST_COMPLETED)
 
-    def arrived(self) -> tuple[list[Loaded], list[TokenEvent]]:
+    def arrived(self) -> tuple[list[Prepared], list[TokenEvent]]:
         """Requests whose state was read since the last call, and events of those that have ended."""
-        loaded: list[Loaded] = []
+        prepared: list[Prepared] = []
         events: list[TokenEvent] = []
         for request_id, (request, reading) in [*self._loading.items()]:
             if reading.done():
                 del self._loading[request_id]
-                result = self._loaded(request, reading)
-                (loaded if isinstance(result, Loaded) else events).append(result)  # type: ignore[arg-type]
+                try:
+                    prepared.append(self._begun(request, reading.result()))
+                except SnapshotError as error:
+                    events.append(_failed(request_id, error))
         for request_id, (request, fetch) in [*self._fetching.items()]:
             if fetch.reading.done():
                 del self._fetching[request_id]
-                assert self._cache is not None
                 self._cache.fetched(fetch)
-                loaded.append(Loaded(request, FROM_NOTHING))
+                prepared.append(Prepared(request))
         for request_id, (event, writing) in [*self._saving.items()]:
             if writing.done():
                 del self._saving[request_id]
                 events.append(_saved(event, writing))
-        return loaded, events
+        return prepared, events
 
     def begin(self, sequence: Sequence) -> None:
         """Lets a sequence that gets its slot start behind the longest prefix that is cached."""
         if self._folder is not None:
             sequence.keep_outputs()  # it may have to be saved at any moment
-        namespace = sequence.request.states.cache_namespace
-        if self._cache is None or namespace is None:
+        namespace = self._namespace(sequence)
+        if namespace is None:
             return
         prompt = sequence.request.prompt_token_ids
         # Where the prompt is scored, all of it must be computed.
@@ -196,10 +204,10 @@ class Snapshots:
 
     def launched(self, batch: Batch) -> None:
         """Caches the prefixes that end with this step's chunks."""
-        if self._cache is None:
+        if not self._has_cache:
             return
         for chunk in batch.chunks[batch.num_decode + batch.num_verified :]:
-            namespace, end = chunk.sequence.request.states.cache_namespace, chunk.start + chunk.length
+            namespace, end = self._namespace(chunk.sequence), chunk.start + chunk.length
             if namespace is not None and end in chunk.sequence.stops and end >= self._policy.min_tokens:
                 prefix = chunk.sequence.request.prompt_token_ids[:end]
                 if not self._cache.has(namespace, prefix):
@@ -215,29 +223,41 @@ class Snapshots:
         if event.finish_reason is FinishReason.SUSPENDED:
             if options.save_to is None or sequence.start.position + sequence.num_fed == 0:
                 return False
-            self._save(sequence, event, self._access.take(_slot(sequence)))
+            self._save(sequence, event, options.save_to, self._access.take(sequence.slot))
             return True
         if event.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
             self._distrust(sequence)
             return False
-        wants_cache = self._cache is not None and options.cache_namespace is not None and not options.prompt_only
-        if not wants_cache and options.save_to is None:
+        namespace = None if options.prompt_only else self._namespace(sequence)
+        if namespace is None and options.save_to is None:
             return False
-        snapshot = self._access.take(_slot(sequence))
-        if wants_cache:
-            self._cache_end(sequence, snapshot)
+        snapshot = self._access.take(sequence.slot)
+        if namespace is not None:
+            self._cache_end(sequence, namespace, snapshot)
         if options.save_to is not None:
-            self._save(sequence, event, snapshot)
+            self._save(sequence, event, options.save_to, snapshot)
         return options.save_to is not None
 
     def reset_cache(self) -> None:
         """Forgets every cached prefix; requests that wait for one from the disk get it all the same."""
-        if self._cache is not None:
-            self._cache.clear()
+        self._cache.clear()
 
     def close(self) -> None:
         """Ends the thread; what it has begun is finished."""
         self._thread.shutdown(cancel_futures=True)
+
+    def _fetch(self, request: GenerationRequest) -> bool:
+        """Whether a request waits for the longest prefix of its prompt to come from the cache's disk."""
+        namespace, prompt = request.states.cache_namespace, request.prompt_token_ids
+        if not self._has_cache or namespace is None or request.logprobs.num_prompt is not None:
+            return False
+        if not prompt or not 0 <= min(prompt) <= max(prompt) < self._layout.vocab_size:
+            return False  # the scheduler refuses it
+        fetch = self._cache.fetch(namespace, prompt, at_most=len(prompt) - 1)
+        if fetch is None:
+            return False
+        self._fetching[request.request_id] = (request, fetch)
+        return True
 
     def _stops(self, sequence: Sequence) -> frozenset[int]:
         """Lengths of the prompt's prefixes that are to be cached, those not yet fed."""
@@ -249,26 +269,25 @@ class Snapshots:
         least = max(self._policy.min_tokens, sequence.num_fed + 1)
         return sequence.stops | {stop for stop in wanted if least <= stop < num_tokens}
 
-    def _cache_end(self, sequence: Sequence, snapshot: object) -> None:
+    def _namespace(self, sequence: Sequence) -> str | None:
+        """Where its prefixes are cached; None: nowhere."""
+        return sequence.request.states.cache_namespace if self._has_cache else None
+
+    def _cache_end(self, sequence: Sequence, namespace: str, snapshot: object) -> None:
         if not sequence.has_all_outputs:
             return
         assert sequence.request.resumed is None  # or its outputs would be in the prompt too
         fed = (*sequence.request.prompt_token_ids, *sequence.outputs)[: sequence.num_fed]
-        namespace = sequence.request.states.cache_namespace
-        assert self._cache is not None
-        assert namespace is not None
         if len(fed) >= self._policy.min_tokens:
             self._cache.put(namespace, fed, snapshot)
 
     def _distrust(self, sequence: Sequence) -> None:
         """A sequence that came out as NaN may have left NaN in the cache."""
-        namespace = sequence.request.states.cache_namespace
-        if self._cache is not None and namespace is not None:
+        if (namespace := self._namespace(sequence)) is not None:
             self._cache.discard(namespace, sequence.request.prompt_token_ids)
 
-    def _save(self, sequence: Sequence, event: TokenEvent, snapshot: object) -> None:
+    def _save(self, sequence: Sequence, event: TokenEvent, file: str, snapshot: object) -> None:
         options = sequence.request.states
-        assert options.save_to is not None
         pending, last = _end_of(sequence)
         saved = Snapshot(
             row=self._access.to_row(snapshot),
@@ -277,8 +296,7 @@ class Snapshots:
             last_token=last,
             note=options.note if options.prompt_only else with_num_outputs(options.note, sequence.num_outputs),
         )
-        writing = self._thread.submit(self._write, options.save_to, saved)
-        self._saving[event.request_id] = (event, writing)
+        self._saving[event.request_id] = (event, self._thread.submit(self._write, file, saved))
 
     def _write(self, name: str, snapshot: Snapshot) -> SavedState:
         num_bytes = write_snapshot(self._path(name), snapshot, self._layout)
@@ -288,23 +306,20 @@ class Snapshots:
         if not writing.cancelled() and writing.exception() is None:
             self._path(writing.result().file).unlink(missing_ok=True)
 
-    def _loaded(self, request: GenerationRequest, reading: Future[Snapshot]) -> Loaded | TokenEvent:
-        try:
-            snapshot = reading.result()
-        except SnapshotError as error:
-            return _failed(request.request_id, error)
+    def _begun(self, request: GenerationRequest, snapshot: Snapshot) -> Prepared:
+        """The request, to begin from a state that was read."""
         row = self._access.from_row(snapshot.row)
         if request.resumed is not None and request.resumed.num_fed > 0:
-            return Loaded(request, Start(snapshot.position - request.resumed.num_fed, row))
+            return Prepared(request, Start(snapshot.position - request.resumed.num_fed, row))
         # Without anything new the answer that ended there goes on, as if it never had ended.
         num_outputs = 0 if request.prompt_token_ids else num_outputs_in(snapshot.note)
         prompt = (*snapshot.pending, *request.prompt_token_ids)
         start = Start(snapshot.position, row, num_outputs=num_outputs)
-        return Loaded(replace(request, prompt_token_ids=prompt, sampling=request.sampling.behind(num_outputs)), start)
+        return Prepared(replace(request, prompt_token_ids=prompt, sampling=request.sampling.behind(num_outputs)), start)
 
     def _path(self, name: str) -> Path:
         if self._folder is None:
-            raise SnapshotError("this server keeps no states", code="states_unavailable")
+            raise SnapshotError(NO_STATES.message, code=NO_STATES.code)
         if not FILE_NAME.fullmatch(name):
             raise SnapshotError("this is no name of a state's file")
         return self._folder / name
@@ -319,11 +334,6 @@ def _end_of(sequence: Sequence) -> tuple[tuple[int, ...], int]:
         return (), prompt[sequence.num_fed - 1]
     pending = prompt[sequence.num_fed :] if sequence.num_prompt_left > 0 else sequence.pending
     return pending, sequence.outputs[-1] if sequence.outputs else prompt[-1]
-
-
-def _slot(sequence: Sequence) -> int:
-    assert sequence.slot is not None
-    return sequence.slot
 
 
 def _saved(event: TokenEvent, writing: Future[SavedState]) -> TokenEvent:
@@ -347,4 +357,4 @@ def _not_saved(event: TokenEvent, error: SnapshotError | OSError) -> TokenEvent:
 
 
 def _failed(request_id: str, error: SnapshotError) -> TokenEvent:
-    return TokenEvent(request_id, finish_reason=FinishReason.ERROR, error=EngineError(error.code, str(error)))
+    return failed(request_id, EngineError(error.code, str(error)))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from server.engine.sequence import Sequence, SequenceStatus
-from server.engine.types.position_stats import NORM_BUCKETS, PositionHistogram, PositionRecorder
+from server.engine.types.position_stats import NORM_BUCKETS, NOTHING_OBSERVED, PositionHistogram, PositionRecorder
 
 INTERVAL_S = 1.0
 
@@ -25,6 +25,16 @@ class StateProbe(Protocol):
 
     def collect(self) -> float:
         """The L2 norm of what was launched last; NaN or infinity if anything in it is not finite."""
+
+
+class NoWatch:
+    """Looks at nothing."""
+
+    norms = NOTHING_OBSERVED
+    largest_norm = 0.0
+
+    def turn(self, running: Iterable[Sequence]) -> Sequence | None:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +72,7 @@ class StateWatch:
         self._next_s = now + self._interval_s
         ill = self._collect()
         # In the order of the slots, so that everybody's turn comes. One that has fed nothing has no state yet.
-        slots = {
-            sequence.slot: sequence
-            for sequence in running
-            if sequence.slot is not None and sequence.num_fed > sequence.num_skipped
-        }
+        slots = {sequence.slot: sequence for sequence in running if sequence.num_fed > sequence.num_skipped}
         if slots:
             slot = min((slot for slot in slots if slot > self._last_slot), default=min(slots))
             self._last_slot = slot

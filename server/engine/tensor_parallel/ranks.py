@@ -4,6 +4,7 @@ When one of them ends, this process ends too, at once: its main thread may be wa
 service then starts a new engine, as after every death of an engine, and the other ranks end with this process.
 """
 
+import atexit
 import os
 import shutil
 import socket
@@ -46,6 +47,8 @@ class Ranks:
             OSError: no process can be started.
         """
         self.folder = Path(tempfile.mkdtemp(prefix="dijiang-ranks-"))  # mode 0700
+        # A step may fail for want of a rank before its death is noticed.
+        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self._is_closing = threading.Event()
         self._ranks: list[_Rank] = []
         try:
