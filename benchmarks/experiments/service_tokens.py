@@ -2,8 +2,8 @@
 
     python -m benchmarks.experiments.service_tokens [--streams 32] [--tokens 200]
 
-Every step has one token for each stream, all of them chats of the byte tokenizer of the tests. The time is the process's
-own, so that what else runs on the machine does not count.
+Every step has one token for each stream, all of them chats of the byte tokenizer of the tests. The time is that of the
+process, so that what else runs on the machine does not count.
 """
 
 import argparse
@@ -61,7 +61,7 @@ class ScriptedClient(EngineClient):
             if reason is not None:
                 del self.left[name]
             events.append(TokenEvent(name, (97,), finish_reason=reason))
-        self._take(StepDone(tuple(events)))
+        self._take(StepDone(events))
 
 
 async def stream(app: Any, body: bytes) -> int:
@@ -97,7 +97,7 @@ async def measure(*, num_streams: int, num_tokens: int) -> float:
     chat = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": num_tokens}
     body = json.dumps(chat).encode()
     streams = [asyncio.create_task(stream(app, body)) for _ in range(num_streams)]
-    while len(engine.left) < num_streams:
+    while len(engine.left) < num_streams:  # noqa: ASYNC110 (nobody sets an event)
         await asyncio.sleep(0)
     begin = time.process_time()
     while engine.left:
