@@ -42,6 +42,11 @@ def storage_full(num_bytes: int, max_bytes: int) -> StorageFullError:
     )
 
 
+def disk_full() -> StorageFullError:
+    """The disk under the store has no room, whatever the budget says."""
+    return StorageFullError("the disk of the saved states is full; reading and deleting them still works")
+
+
 def state_conflict() -> StateConflictError:
     """Somebody was faster."""
     return StateConflictError("another request has advanced this state meanwhile")

@@ -1,0 +1,207 @@
+"""Runs whole steps in the compiled kernels, on the weights of a model as they were when it was frozen."""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import CDLL
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.native.library import load_library
+from dijiang_model.serving.decoding import Decoding
+from dijiang_model.serving.weights import network_weights, token_table
+from dijiang_model.state import StateBuffer
+
+MAX_HELD_ROWS = 256
+"""Tokens that a held sequence may have in a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What a step has kept of the M rows of its held sequences.
+
+    Attributes:
+        kept: [L, M, projected width] fp32.
+        positions: [M] int64.
+        slots, lengths: [N] int64.
+        storage: where the slots are.
+    """
+
+    kept: Tensor
+    positions: Tensor
+    slots: Tensor
+    lengths: Tensor
+    storage: Tensor
+
+
+class NativeDecoder:
+    """Decode rows and prefill segments of one model, token by token, every layer in one call.
+
+    A token's logits and the state it leaves are the same bit for bit whatever the other rows are, however
+    many threads there are and however its prompt is cut into segments. They equal those of the torch path up
+    to the order of fp32 sums.
+    """
+
+    def __init__(self, model: DiJiangForCausalLM, *, library: CDLL | None = None) -> None:
+        """Takes the best kernels of `library.load_library()` unless others are given."""
+        library = load_library() if library is None else library
+        assert library is not None
+        self._library = library
+        self._step = library.dijiang_step
+        self._advance = library.dijiang_advance
+        self._held: _Held | None = None
+        self._ones = torch.ones(1, dtype=torch.int64)
+        self._weights = network_weights(model)
+        self._table = token_table(self._weights, model)
+        self._vocab_size = model.config.vocab_size
+        self._num_layers = model.config.num_layers
+        layer = self._weights.network.layers[0]
+        self._projected_width = layer.query.rows + layer.key.rows + layer.value.rows
+
+    def step(
+        self,
+        hidden: Tensor,
+        *,
+        positions: Tensor,
+        slots: Tensor,
+        lengths: Sequence[int],
+        wanted: Tensor,
+        state: StateBuffer,
+        first_held: int = 0,
+        num_held: int = 0,
+    ) -> Tensor:
+        """Feeds a segment to each of N sequences, moving their slots on in place.
+
+        Args:
+            hidden: [T, D] fp32, what the first block reads; overwritten.
+            positions: [T] int64.
+            slots: [N] int64.
+            lengths: N ints >= 1, rows of each sequence; they sum to T.
+            wanted: [R] int64, rows below T.
+            state: a buffer on the CPU.
+            first_held, num_held: these sequences leave their slots as they are, until `advance`; each has at most
+                `MAX_HELD_ROWS` rows.
+
+        Returns:
+            [R, vocab] fp32: next-token logits.
+        """
+        num_rows, storage = len(hidden), state.storage
+        positions, slots, wanted = positions.contiguous(), slots.contiguous(), wanted.contiguous()
+        rows_of = self._lengths(lengths)
+        _check_rows(hidden, positions, lengths)
+        assert storage.is_contiguous()
+        # The kernels do not check: an index out of range would write anywhere.
+        _check_indices(slots, limit=state.num_slots, count=len(lengths))
+        _check_indices(wanted, limit=num_rows, count=len(wanted))
+        assert 0 <= first_held <= first_held + num_held <= len(lengths)
+        assert max(lengths[first_held : first_held + num_held], default=0) <= MAX_HELD_ROWS
+        self._held = self._hold(positions, slots, lengths, storage, slice(first_held, first_held + num_held))
+        logits = torch.empty((len(wanted), self._vocab_size), dtype=torch.float32)
+        failed = self._step(
+            ctypes.addressof(self._weights.network),
+            hidden.data_ptr(),
+            positions.data_ptr(),
+            num_rows,
+            slots.data_ptr(),
+            rows_of.data_ptr(),
+            len(lengths),
+            storage.data_ptr(),
+            storage.shape[1],
+            wanted.data_ptr(),
+            len(wanted),
+            logits.data_ptr(),
+            first_held,
+            num_held,
+            0 if self._held is None else self._held.kept.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no memory for a step of {num_rows} rows")
+        return logits
+
+    def decoding(
+        self, *, slots: Sequence[int], positions: Sequence[int], last_token_ids: Tensor, state: StateBuffer
+    ) -> Decoding | None:
+        """Steps of sequences that feed a token each; see `Decoding`. None where tokens are more than looked up."""
+        if self._table is None:
+            return None
+        return Decoding(
+            self._library,
+            self._weights.network,
+            self._table,
+            slots=slots,
+            positions=positions,
+            last_token_ids=last_token_ids,
+            state=state,
+        )
+
+    def advance(self, counts: Sequence[int], state: StateBuffer) -> None:
+        """Moves the slots of the last step's held sequences on, once: to the same bits as if they had not been held.
+
+        Args:
+            counts: for each of them, by how many of its tokens, from the first on.
+            state: the buffer of that step.
+        """
+        held, self._held = self._held, None
+        assert held is not None
+        assert held.storage is state.storage
+        lengths = held.lengths.tolist()
+        assert len(counts) == len(lengths)
+        assert all(0 <= count <= length for count, length in zip(counts, lengths, strict=True))
+        failed = self._advance(
+            ctypes.addressof(self._weights.network),
+            held.kept.data_ptr(),
+            held.positions.data_ptr(),
+            len(held.positions),
+            held.slots.data_ptr(),
+            held.lengths.data_ptr(),
+            (ctypes.c_int64 * len(counts))(*counts),
+            len(counts),
+            state.storage.data_ptr(),
+            state.storage.shape[1],
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no memory to move {len(counts)} states on")
+
+    def _lengths(self, lengths: Sequence[int]) -> Tensor:
+        """[N] int64; those of a step in which every sequence has one row are kept."""
+        count = len(lengths)
+        if sum(lengths) != count:
+            return torch.tensor(lengths, dtype=torch.int64)
+        if len(self._ones) < count:
+            self._ones = torch.ones(count, dtype=torch.int64)
+        return self._ones
+
+    def _hold(
+        self, positions: Tensor, slots: Tensor, lengths: Sequence[int], storage: Tensor, held: slice
+    ) -> _Held | None:
+        """Room for what a step is going to keep; None if it holds nothing."""
+        own = torch.tensor(lengths[held], dtype=torch.int64)
+        if len(own) == 0:
+            return None
+        first, num_rows = sum(lengths[: held.start]), int(own.sum())
+        kept = torch.empty((self._num_layers, num_rows, self._projected_width), dtype=torch.float32)
+        return _Held(kept, positions[first : first + num_rows].clone(), slots[held].clone(), own, storage)
+
+
+def _check_rows(hidden: Tensor, positions: Tensor, lengths: Sequence[int]) -> None:
+    """Asserts that a step's rows are laid out as the kernels read them."""
+    assert hidden.is_contiguous()
+    assert hidden.dtype == torch.float32
+    assert positions.dtype == torch.int64
+    assert len(positions) == len(hidden) == sum(lengths)
+    assert min(lengths) >= 1
+
+
+def _check_indices(indices: Tensor, *, limit: int, count: int) -> None:
+    """Raises IndexError unless all int64 `indices` are in [0, limit)."""
+    assert indices.dtype == torch.int64
+    assert len(indices) == count
+    if count > 0:
+        values = indices.tolist()  # few: cheaper than operations on tensors
+        low, high = min(values), max(values)
+        if low < 0 or high >= limit:
+            raise IndexError(f"indices {low} to {high} are not all in 0 to {limit - 1}")
