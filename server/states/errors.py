@@ -1,6 +1,6 @@
 """What can go wrong with a store of states."""
 
-from server.errors import ConflictError, NotFoundError, StorageFullError, UnavailableError
+from server.errors import ConflictError, NotFoundError, ServiceError, UnavailableError
 
 
 class StoreError(Exception):
@@ -25,6 +25,10 @@ class StateConflictError(ConflictError):
 
 class StateNameTakenError(StateConflictError):
     """The owner has a state of that name."""
+
+
+class StorageFullError(ServiceError):
+    """The budget for states is used up, or the disk is full."""
 
 
 class StoreUnavailableError(UnavailableError):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from server.errors import NotFoundError, StorageFullError
+from server.errors import NotFoundError
 from server.http.errors import on_wire
-from server.states.errors import StateConflictError
+from server.states.errors import StateConflictError, StorageFullError
 from server.states.index.schema import CHUNK_BYTES
 from server.states.indexed import IndexedStore
 from server.states.shared import LEASE_S
