@@ -137,6 +137,7 @@ async def plan_request(service: Service, info: EngineInfo, owner: str, body: Bod
     )
     session = StateSession(
         service.engine,
+        owner=owner,
         store=service.states,
         layout=info.state_layout,
         base=past.base,

@@ -1,5 +1,6 @@
 """`POST /v1/responses`: the Responses API of OpenAI."""
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -25,10 +26,11 @@ from server.protocol.unsupported import RESPONSE_FIELDS
 from server.protocol.usage import Usage
 from server.protocol.wire import RequestModel
 
-MAX_METADATA = 16
+MAX_METADATA, MAX_USER_CHARACTERS = 16, 512
+MAX_ECHO_BYTES = 1 << 20
+MetadataKey = Annotated[str, StringConstraints(max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 MAX_INSTRUCTIONS_CHARACTERS = 1 << 20
-MAX_METADATA_KEY, MAX_METADATA_VALUE = 64, 512
-MAX_NAME_CHARACTERS = 512
 LOGPROBS = "message.output_text.logprobs"
 _INCLUDABLE = (
     LOGPROBS,
@@ -108,17 +110,21 @@ def _tool_choice(value: object) -> object:
     raise PydanticCustomError("tool_choice", 'must be "none", "auto", "required" or {"type": "function", "name": ...}')
 
 
-def _metadata(values: dict[str, str] | None) -> dict[str, str] | None:
-    for key, value in ({} if values is None else values).items():
-        if len(key) > MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE:
-            raise PydanticCustomError("metadata", "keys have at most 64 characters, values at most 512")
-    return values
-
-
 def _include(values: list[str] | None) -> list[str] | None:
     if values is not None and any(value not in _INCLUDABLE for value in values):
         raise PydanticCustomError("include", "asks for something that no response of this API has")
     return values
+
+
+def _check_echo(param: str, value: object) -> None:
+    """Refuses what is too long to be kept with each response."""
+    num_bytes = len(json.dumps(value))
+    if num_bytes > MAX_ECHO_BYTES:
+        raise InvalidRequestError(
+            f"`{param}` has {num_bytes:,} bytes of JSON, which every response repeats; the limit is {MAX_ECHO_BYTES:,}",
+            param=param,
+            code="invalid_value",
+        )
 
 
 class Reasoning(RequestModel):
@@ -159,8 +165,8 @@ class ResponseRequest(SamplingFields):
     """Answer at once and generate meanwhile; read the response later. Needs `store`."""
     truncation: Literal["auto", "disabled"] | None = None
     """Nothing is ever cut off here: there is no longest conversation."""
-    metadata: Annotated[dict[str, str] | None, AfterValidator(_metadata)] = Field(None, max_length=MAX_METADATA)
-    """Up to 16 texts that come back with the response."""
+    metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=MAX_METADATA)
+    """Up to 16 texts that come back with the response, of 512 characters under names of 64."""
     tools: Annotated[list[FunctionTool] | None, BeforeValidator(_tools)] = Field(None, max_length=MAX_TOOLS)
     """Functions that the answer may call. They are not taken over from the previous response: name them again."""
     tool_choice: Annotated[
@@ -179,11 +185,11 @@ class ResponseRequest(SamplingFields):
     """What else to return; `message.output_text.logprobs`: the log-probability of each token of the text."""
     reasoning: Reasoning | None = None
     """How much to think before answering."""
-    user: str | None = Field(None, max_length=MAX_NAME_CHARACTERS)
+    user: str | None = Field(None, max_length=MAX_USER_CHARACTERS)
     """Without effect; comes back with the response, like the three that follow."""
-    safety_identifier: str | None = Field(None, max_length=MAX_NAME_CHARACTERS)
+    safety_identifier: str | None = Field(None, max_length=MAX_USER_CHARACTERS)
     """Without effect."""
-    prompt_cache_key: str | None = Field(None, max_length=MAX_NAME_CHARACTERS)
+    prompt_cache_key: str | None = Field(None, max_length=MAX_USER_CHARACTERS)
     """Without effect: prefixes are found by themselves."""
     service_tier: str | None = Field(None, max_length=64)
     """Without effect."""
@@ -199,6 +205,8 @@ class ResponseRequest(SamplingFields):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("`stream_options` is only allowed with `stream: true`", param="stream_options")
         check_tools([tool.name for tool in self.tools or ()], self._named_choice)
+        _check_echo("tools", self.told_tools)
+        _check_echo("text.format", None if self.text is None else self.text.format)
         if self.previous_response_id is None:
             self._check_calls()
         return self

@@ -49,7 +49,11 @@ def open_store(settings: Settings, model_name: str, console: Console) -> StateSt
         home = DEFAULT_HOME if settings.cache_dir is None else settings.cache_dir
         folder = home / "states" / re.sub(r"[^A-Za-z0-9._-]", "_", model_name)
     folder = folder.expanduser().resolve()
-    options = StoreOptions(max_bytes=int(settings.states_disk), eviction=settings.states_eviction)
+    options = StoreOptions(
+        max_bytes=int(settings.states_disk),
+        eviction=settings.states_eviction,
+        max_owner_bytes=_bytes_per_key(settings),
+    )
     if settings.state_store is not None:
         return _open_shared_store(settings, settings.state_store.get_secret_value(), folder, options)
     try:
@@ -75,6 +79,13 @@ def _open_shared_store(settings: Settings, url: str, folder: Path, options: Stor
         timeout_s=settings.state_store_timeout_s,
     )
     return open_shared_store(folder, shared, options)
+
+
+def _bytes_per_key(settings: Settings) -> int:
+    """What each owner may keep: without keys there is one, everybody."""
+    if settings.states_per_key == "auto":
+        return int(settings.states_disk) // max(1, len(key_hashes(settings)))
+    return int(settings.states_per_key)
 
 
 def engine_config(settings: Settings, model: Path, device: Device, store: StateStore | None = None) -> EngineConfig:

@@ -127,9 +127,13 @@ class Settings(BaseSettings):
     state_store_timeout_s: float = _in("States", 5.0, ge=1, le=60)
     """With state_store: seconds after which it is taken to be away, whether a connection or an answer is missing."""
     states_disk: Annotated[ByteSize, Field(ge=1)] = _in("States", ByteSize(10 << 30))
-    """Space for saved states, such as 10GiB; of state_store as a whole, if there is one."""
+    """Space for all that is saved, states and texts of responses, such as 10GiB; of state_store as a whole, if there is
+    one."""
+    states_per_key: Annotated[ByteSize, Field(ge=1)] | Auto = _in("States", "auto")
+    """Space of that for each API key. auto: equal shares, so that no key can take another's."""
     states_eviction: Literal["lru", "refuse"] = _in("States", "lru")
-    """When states_disk is used up: lru deletes the states that were not used for longest, refuse refuses new ones."""
+    """When a key's space is used up: lru deletes what the same key has not used for longest, refuse refuses what is
+    new."""
     state_ttl_s: float = _in("States", 30 * 86400.0, ge=0)
     """Seconds without use after which a state or response is deleted, unless a request says; 0: never."""
 
