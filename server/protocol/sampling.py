@@ -54,7 +54,8 @@ def _bias_by_token(value: object) -> object:
     biases: dict[int, float] = {}
     for key, bias in value.items():
         about = {"key": str(key)[:40]}
-        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 12):
+        is_read = type(key) is int  # of a body in another dialect
+        if not is_read and not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 12):
             raise PydanticCustomError("logit_bias", "keys must be token ids, and '{key}' is none", about)
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
             raise PydanticCustomError("logit_bias", "the value of '{key}' must be a number from -100 to 100", about)
