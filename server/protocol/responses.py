@@ -104,7 +104,7 @@ def _tools(value: object) -> object:
 
 
 class AllowedFunctionTools(RequestModel):
-    """These functions and no others; the model is told of all."""
+    """These functions and no others; the prompt still names all."""
 
     type: Literal["allowed_tools"]
     """Kind of the choice."""
@@ -153,7 +153,7 @@ class Reasoning(RequestModel):
     effort: ReasoningEffort | None = None
     """`none`, or what the model's chat template understands; without effect where it has no place for it."""
     summary: Literal["auto", "concise", "detailed"] | None = None
-    """Without effect: what a model thinks is told in full."""
+    """Without effect: reasoning is reported in full."""
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
     """The same under its older name."""
 
@@ -170,7 +170,7 @@ class ResponseRequest(SamplingFields):
     instructions: Annotated[str, StringConstraints(max_length=MAX_INSTRUCTIONS_CHARACTERS)] | None = None
     """A system message before the input. After `previous_response_id` those of earlier responses stay in force."""
     previous_response_id: Annotated[str, StringConstraints(min_length=1, max_length=100)] | None = None
-    """A stored response to go on from; only what is new is computed."""
+    """A stored response to continue from; only what is new is computed."""
     max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     """Most tokens of the answer; no limit if absent."""
     text: TextOptions | None = None
@@ -180,7 +180,7 @@ class ResponseRequest(SamplingFields):
     stream_options: dict[str, Any] | None = None
     """Only with `stream`; there is nothing to choose."""
     store: bool | None = None
-    """Keep the response, to be read again and gone on from (default true)."""
+    """Keep the response, to be read and continued later (default true)."""
     background: bool | None = None
     """Answer at once and generate meanwhile; read the response later. Needs `store`."""
     truncation: Literal["auto", "disabled"] | None = None
@@ -200,7 +200,7 @@ class ResponseRequest(SamplingFields):
     max_tool_calls: int | None = Field(None, ge=1)
     """Most calls of built-in tools, of which there are none here."""
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    """Return the log-probability of each token of the text, and those of that many likeliest tokens in its place."""
+    """Return the log-probability of each token of the text, and of that many most likely tokens in its place."""
     include: Annotated[list[str] | None, AfterValidator(_include)] = Field(None, max_length=20)
     """What else to return; `message.output_text.logprobs`: the log-probability of each token of the text."""
     reasoning: Reasoning | None = None

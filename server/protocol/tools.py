@@ -74,7 +74,7 @@ class AllowedTools(RequestModel):
 
 
 class AllowedToolsChoice(RequestModel):
-    """These tools and no others; the model is told of all."""
+    """These tools and no others; the prompt still names all."""
 
     type: Literal["allowed_tools"]
     """Kind of the choice."""
@@ -120,7 +120,7 @@ class ToolUse:
     """The tools that an answer may or must call.
 
     Attributes:
-        offered: what the model is told of.
+        offered: what the model sees.
         callable: what it may call; fewer if one is named.
         is_forced: whether the answer is calls and nothing else.
         is_parallel: whether there may be several calls.
