@@ -301,9 +301,11 @@ class IndexedStore:
         else:
             self._stored.add(response.id)
 
-    async def take_up_responses(self, limit: int) -> list[ResponseRecord]:
+    async def take_up_responses(self, limit: int, *, fingerprint: str) -> list[ResponseRecord]:
         """See `StateStore.take_up_responses`."""
-        return await self._run(lambda: self._index.take_up_responses(limit, on_taken=self._take_up))
+        return await self._run(
+            lambda: self._index.take_up_responses(limit, fingerprint=fingerprint, on_taken=self._take_up)
+        )
 
     def _take_up(self, response_ids: Collection[str]) -> None:
         """Called on a thread of the database's, before anybody else, a heartbeat say, can see that they are ours."""

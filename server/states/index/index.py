@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
+from server.states.clock import ClockWatch
 from server.states.errors import StoreUnavailableError, name_taken, owner_full, state_conflict, storage_full
 from server.states.index.database import AMONG, Database, Transaction
 from server.states.index.rows import (
@@ -32,12 +33,15 @@ from server.states.index.rows import (
 )
 from server.states.index.schema import SCHEMA_VERSION, ensure_tables
 from server.states.index.upkeep import (
+    NOBODY,
     RECORD_BYTES,
     Budget,
     break_off,
     drop_expired,
     drop_oldest,
     drop_unused,
+    follow_step,
+    newest_use,
     other_replicas,
     reap,
     silent_replicas,
@@ -46,9 +50,6 @@ from server.states.index.upkeep import (
 )
 from server.states.index.uses import Heartbeat, InUse, Use, end_uses, note_use, note_uses, register, use_of
 from server.states.store import NewState, ResponseRecord, SnapshotRecord, StateRecord
-
-NOBODY = ""
-"""The maker of a response that was put off: whoever takes it up."""
 
 
 class SnapshotHome(Protocol):
@@ -92,18 +93,21 @@ class StateIndex:
         budget: Budget,
         lease_s: float | None = None,
         home: SnapshotHome | None = None,
+        watch: ClockWatch | None = None,
     ) -> None:
         """
         Args:
             replica: this server's id.
             lease_s: after how long without a heartbeat a server is taken for dead; None: there is no other.
             home: None: files are in the database.
+            watch: of the database's clock.
         """
         self._database = database
         self._replica = replica
         self._budget = budget
         self._lease_s = lease_s
         self._home = home
+        self._watch = ClockWatch() if watch is None else watch
         self._last_heartbeat = self._calm_since = 0.0
         self.totals = (0, 0)
 
@@ -122,6 +126,10 @@ class StateIndex:
         if self._home is not None:
             self._home.compare(*self._known_files())
         with self._changing(is_long=True) as transaction:
+            newest = newest_use(transaction)
+            self._watch.begin(transaction.now, newest)
+            if newest is not None and newest > transaction.now:
+                follow_step(transaction, transaction.now - newest)
             register(transaction, self._replica, beats=self._lease_s is not None)
             gone = other_replicas(transaction, but=self._replica) if left_behind is None else left_behind
             reap(transaction, gone)
@@ -179,7 +187,7 @@ class StateIndex:
 
     def get(self, owner: str, state_id: str) -> StateRecord:
         """Raises `NotFoundError`."""
-        with self._database.reading() as transaction:
+        with self._reading() as transaction:
             return find_state(transaction, owner, state_id)
 
     def use(self, owner: str, state_id: str) -> StateRecord:
@@ -191,7 +199,7 @@ class StateIndex:
 
     def list_states(self, owner: str, *, limit: int, after: str | None, name: str | None) -> list[StateRecord]:
         """Newest first."""
-        with self._database.reading() as transaction:
+        with self._reading() as transaction:
             return list_states(transaction, owner, limit=limit, after=after, name=name)
 
     def delete(self, owner: str, state_id: str) -> None:
@@ -262,23 +270,27 @@ class StateIndex:
             if is_last:
                 end_uses(transaction, self._replica, [use_of(record_id)])
 
-    def take_up_responses(self, limit: int, *, on_taken: Callable[[Collection[str]], None]) -> list[ResponseRecord]:
-        """Those that were put off, and that this replica makes from now on."""
-        with self._database.reading() as transaction:
-            if transaction.row("SELECT 1 FROM responses WHERE maker = %s", NOBODY) is None:
+    def take_up_responses(
+        self, limit: int, *, fingerprint: str, on_taken: Callable[[Collection[str]], None]
+    ) -> list[ResponseRecord]:
+        """Those that wait, and that this server makes from now on."""
+        waiting = "SELECT id FROM responses WHERE maker = %s AND fingerprint IN ('', %s) ORDER BY created LIMIT %s"
+        with self._reading() as transaction:
+            if not transaction.rows(waiting, NOBODY, fingerprint, 1):
                 return []
         with self._changing() as transaction:
             register(transaction, self._replica, beats=self._lease_s is not None)
-            waiting = "id IN (SELECT id FROM responses WHERE maker = %s ORDER BY created LIMIT %s)"
-            taken = [response.taken_up() for response in find_responses(transaction, waiting, NOBODY, limit)]
+            found = find_responses(transaction, f"id IN ({waiting})", NOBODY, fingerprint, limit)
+            taken = [response.taken_up() for response in found]
             for response in taken:
                 write_response(transaction, response, maker=self._replica)
+                transaction.run("UPDATE responses SET claims = claims + 1 WHERE id = %s", response.id)
             on_taken([response.id for response in taken])
             return taken
 
     def get_response(self, owner: str, response_id: str) -> ResponseRecord:
         """Raises `NotFoundError`."""
-        with self._database.reading() as transaction:
+        with self._reading() as transaction:
             return find_response(transaction, owner, response_id)
 
     def use_response(self, response_id: str) -> None:
@@ -330,7 +342,7 @@ class StateIndex:
 
     def sweep(self, files: Collection[str]) -> None:
         """Removes those of the files that nothing refers to any more."""
-        with self._database.reading() as transaction:
+        with self._reading() as transaction:
             unused = unreferenced(transaction, files)
         if unused:
             with self._changing() as transaction:
@@ -338,15 +350,30 @@ class StateIndex:
 
     def _known_files(self) -> tuple[dict[str, int], set[str]]:
         """Every snapshot's file with its size in bytes, and those that were being written or removed."""
-        with self._database.reading() as transaction:
+        with self._reading() as transaction:
             snapshots = transaction.rows("SELECT file, num_bytes FROM snapshots")
             uses = transaction.rows("SELECT file FROM uses")
         return {row["file"]: row["num_bytes"] for row in snapshots}, {row["file"] for row in uses}
 
     @contextmanager
+    def _reading(self) -> Iterator[Transaction]:
+        with self._database.reading() as transaction:
+            has_stepped = self._watch.step(transaction.now) != 0
+            transaction.horizon -= self._watch.doubted_s()
+            if not has_stepped:
+                yield transaction
+        if has_stepped:
+            with self._changing() as transaction:
+                yield transaction
+
+    @contextmanager
     def _changing(self, *, is_long: bool = False) -> Iterator[Transaction]:
         retired: list[str] = []
         with self._database.changing(is_long=is_long) as transaction:
+            now, step_s = transaction.now, self._watch.step(transaction.now)
+            transaction.horizon -= self._watch.doubted_s()
+            if step_s != 0:
+                follow_step(transaction, step_s)
             if transaction.number("SELECT number FROM version") != SCHEMA_VERSION:
                 raise StoreUnavailableError("a later version of the program has taken over the store of states")
             yield transaction
@@ -354,6 +381,7 @@ class StateIndex:
             retired = transaction.retired
             if self._home is not None:
                 self.totals = totals(transaction)
+        self._watch.note(now)
         if self._home is not None and retired:
             self._home.remove(retired)
 
