@@ -247,7 +247,9 @@ class ModelConfig:
             return f"the last {' or '.join(windows)} tokens exactly" if windows else "no token exactly"
         places = sorted((places for layer in held for places in layer), reverse=True)
         mean, best = round(sum(places) / len(places)), places[len(places) // 10]
-        return f"{mean:,} places a head, one head in ten holds the last {best:,} tokens whole"
+        return (
+            f"{mean:,} places a head; one head in ten holds the last {best:,} tokens whole, and chosen ones for longer"
+        )
 
     @property
     def frequencies(self) -> Frequencies:

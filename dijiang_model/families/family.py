@@ -26,6 +26,21 @@ class Gguf:
 
 
 @dataclass(frozen=True, slots=True)
+class Fused:
+    """A projection in HF's checkpoints that is several in our network, one below the other.
+
+    Attributes:
+        path: from a block, in the checkpoint.
+        parts: from a block, in the network.
+        rows: of each part.
+    """
+
+    path: str
+    parts: tuple[str, ...]
+    rows: Callable[[ModelConfig], tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """A family: its network, where its parts are, and how its configs are read and written.
 
@@ -38,6 +53,7 @@ class Family:
         sliding_window: what the config's field of that name means: nothing that is known; a window that the field
             `use_sliding_window` switches on, which is refused; or one that `read_config` reads.
         gguf: None: not read from GGUF files.
+        fused: what conversion takes apart.
     """
 
     name: str
@@ -48,3 +64,4 @@ class Family:
     buffers: re.Pattern[str]
     sliding_window: Literal["unknown", "switched", "read"] = "unknown"
     gguf: Gguf | None = None
+    fused: tuple[Fused, ...] = ()

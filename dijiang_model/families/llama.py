@@ -151,12 +151,14 @@ def read_llama_like(
     qk_norm: bool = False,
     teacher_window: int = 0,
     default_head_size: int | None = None,
+    rotates_in_part: bool = False,
     default_token_ids: tuple[int | None, int | None] = (None, None),
 ) -> ModelConfig:
     """The network of a config with LLaMA's dimensions; the arguments are what families differ in.
 
     Args:
         default_head_size: where the config does not say; None: the heads share the hidden size.
+        rotates_in_part: whether some channels of a head may stay as they are.
     """
     num_heads = fields.integer("num_attention_heads")
     hidden_size = fields.integer("hidden_size")
@@ -165,14 +167,14 @@ def read_llama_like(
     else:
         head_size = head_size_of(fields, hidden_size, num_heads)
     rope = read_rope(fields, theta_name="rope_theta", factor_name="partial_rotary_factor", default_factor=1.0)
-    if rope.share != 1:
+    if rope.share != 1 and not rotates_in_part:
         fields.report(f"partial_rotary_factor is {rope.share}, must be 1 for {family}")
     config = common_config(
         fields,
         family=family,
         num_kv_heads=fields.integer("num_key_value_heads", num_heads),
         head_size=head_size,
-        rotary_dims=head_size,
+        rotary_dims=int(head_size * rope.share),
         rope=rope,
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         activation=fields.text("hidden_act", "silu", choices=ACTIVATIONS),

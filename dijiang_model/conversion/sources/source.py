@@ -15,6 +15,7 @@ from dijiang_model.conversion.sources.folded_scale import with_folded_scale
 from dijiang_model.conversion.sources.gguf_source import GgufSource
 from dijiang_model.conversion.sources.gguf_tokenizer import write_gguf_tokenizer
 from dijiang_model.conversion.sources.tokenizer_files import write_tokenizer
+from dijiang_model.conversion.sources.unfused import unfused
 from dijiang_model.conversion.training.adapters import fingerprint
 from dijiang_model.errors import ConversionError
 from dijiang_model.families import FAMILIES, build_model
@@ -118,7 +119,7 @@ def _open_folder(path: Path) -> Source:
         return _open_own(path)
     base = {name: value for name, value in document.items() if name != "auto_map"}
     backbone = base_model_config(base)
-    tensors = with_usual_names(open_tensors(path), backbone)
+    tensors = unfused(with_usual_names(open_tensors(path), backbone), backbone)
     is_dijiang = is_released_format(tensors.infos())
     if is_dijiang:
         checkpoint = open_checkpoint(path)

@@ -148,6 +148,19 @@ def _qwen3(hidden: int, inner: int, *, heads: int, groups: int, layers: int, **c
     return _qwen2(hidden, inner, heads=heads, groups=groups, layers=layers) | more | changes
 
 
+def _phi3(hidden: int, inner: int, *, heads: int, groups: int, layers: int, **changes: object) -> Json:
+    common = _llama(hidden, inner, heads=heads, groups=groups, layers=layers, positions=4096, vocab=32064)
+    more = {
+        "architectures": ["Phi3ForCausalLM"],
+        "eos_token_id": 32000,
+        "model_type": "phi3",
+        "original_max_position_embeddings": 4096,
+        "pad_token_id": 32000,
+        "sliding_window": None,
+    }
+    return {name: value for name, value in common.items() if name != "pretraining_tp"} | more | changes
+
+
 def _llama3(*, factor: float) -> Json:
     return {
         "factor": factor,
@@ -210,6 +223,14 @@ PUBLISHED: Mapping[str, Json] = {
         3584, 18944, heads=28, groups=4, layers=28,
         rope_scaling={"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
     ),
+    "phi-3-mini-4k": _phi3(3072, 8192, heads=32, groups=32, layers=32, sliding_window=2047),
+    "phi-4": _phi3(
+        5120, 17920, heads=40, groups=10, layers=40, vocab_size=100352, rope_theta=250000,
+        max_position_embeddings=16384, bos_token_id=100257, eos_token_id=100257, pad_token_id=100257,
+    ),
+    "phi-4-mini, plain rotation": _phi3(
+        3072, 8192, heads=24, groups=8, layers=32, partial_rotary_factor=0.75, tie_word_embeddings=True,
+    ),
     "qwen3-0.6b": _qwen3(1024, 3072, heads=16, groups=8, layers=28, tie_word_embeddings=True),
     "qwen3-8b": _qwen3(
         4096, 12288, heads=32, groups=8, layers=36,
@@ -242,9 +263,9 @@ def shrunk(published: Json) -> Json:
     if isinstance(scaling, dict) and "original_max_position_embeddings" in scaling:
         # So that within a short text some channels are scaled, some are not, and some in part.
         small["rope_scaling"] = {**scaling, "original_max_position_embeddings": MAX_POSITIONS // 2}
-    if published.get("sliding_window") is not None and published["model_type"] == "mistral":
+    if published.get("sliding_window") is not None and published["model_type"] in ("mistral", "phi3"):
         small["sliding_window"] = MAX_POSITIONS // 4
-    small |= {name: 0 for name in ("bos_token_id", "eos_token_id") if _is_beyond(published.get(name))}
+    small |= {name: 0 for name in ("bos_token_id", "eos_token_id", "pad_token_id") if _is_beyond(published.get(name))}
     return {**published, **small}
 
 

@@ -51,6 +51,9 @@ EXPECTED = {
     "mistral-7b-v0.3": (32, 32, 8, 128, 128, True, 4096, False),
     "qwen2.5-0.5b": (24, 14, 2, 64, 64, True, 896, True),
     "qwen2.5-7b-1m": (28, 28, 4, 128, 128, True, 3584, False),
+    "phi-3-mini-4k": (32, 32, 32, 96, 96, True, 3072, False),
+    "phi-4": (40, 40, 10, 128, 128, True, 5120, False),
+    "phi-4-mini, plain rotation": (32, 24, 8, 128, 96, True, 3072, True),
     "qwen3-0.6b": (28, 16, 8, 128, 128, True, 1024, True),
     "qwen3-8b": (36, 32, 8, 128, 128, True, 4096, False),
 }
@@ -103,7 +106,10 @@ def test_a_conversion_with_a_window_over_the_whole_text_gives_them_too(name: str
     assert_close_in_norm(torch.cat(decoded), expected, tolerance=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["mistral-7b-v0.1", "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "yarn-llama-2-7b"])
+GREEDY = ("mistral-7b-v0.1", "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "yarn-llama-2-7b", "phi-3-mini-4k")
+
+
+@pytest.mark.parametrize("name", GREEDY)
 def test_200_greedy_tokens_are_those_of_hf_in_the_compiled_kernels(name: str, tmp_path: Path) -> None:
     teacher, prompt, num_new = tiny_teacher(name), TEXT[:20], 200
     seen = base_model_config(teacher.config.to_dict()).teacher_window
