@@ -1,8 +1,8 @@
 """Clocks that are wrong for a while cost nothing.
 
-A store's times are a wall clock's, which somebody may set: a minute with a wrong year must not delete what has a time to
-live of days. Only time that a monotonic clock confirms counts as unused time. How long a server was not running nothing
-confirms: its first hour waits with what would have expired meanwhile.
+A store's times are a wall clock's, which somebody may set: a minute with a wrong year must not delete what has a time
+to live of days. Only time that a monotonic clock confirms counts as unused time. How long a server was not running
+nothing confirms: its first hour waits with what would have expired meanwhile.
 """
 
 import time

@@ -344,6 +344,14 @@ class StateStore(Protocol):
         """Puts the state back to a point; raises `NotFoundError` for either."""
         ...
 
+    async def begin_response(self, response: ResponseRecord) -> bool:
+        """Keeps a response that begins to be made here; false, and nothing is changed, if there is one of its id.
+
+        Raises:
+            StorageFullError: see `room`.
+        """
+        ...
+
     async def put_response(self, response: ResponseRecord) -> None:
         """Keeps a response, or what has become of one that is being made here.
 
