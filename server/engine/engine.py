@@ -105,6 +105,7 @@ class Engine:
             step_time_s=self._step_time_s,
             num_drafted_tokens=self._scheduler.num_drafted,
             num_accepted_tokens=self._scheduler.num_accepted,
+            num_preemptions=self._scheduler.num_preemptions,
             prefix_cache=self._snapshots.cache_stats,
             token_times=self._token_times.histogram(),
             state_norms=self._watch.norms,
@@ -148,9 +149,8 @@ class Engine:
         if self._stages.cancel(request_id):
             return [TokenEvent(request_id, finish_reason=FinishReason.SUSPENDED)]
         events = self._settle()
-        for sequence in self._scheduler.running:
-            if sequence.request_id == request_id:
-                sequence.save_on_end(save_to if in_prompt or sequence.is_past_prompt else None, note)
+        if (sequence := self._scheduler.find(request_id)) is not None:
+            sequence.save_on_end(save_to if in_prompt or sequence.is_past_prompt else None, note)
         event = self._scheduler.abort(request_id)
         if event is None:
             return events

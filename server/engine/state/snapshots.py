@@ -223,7 +223,8 @@ class Snapshots:
         if event.finish_reason is FinishReason.SUSPENDED:
             if options.save_to is None or sequence.start.position + sequence.num_fed == 0:
                 return False
-            self._save(sequence, event, options.save_to, self._access.take(sequence.slot))
+            snapshot = sequence.parked if sequence.is_preempted else self._access.take(sequence.slot)
+            self._save(sequence, event, options.save_to, sequence.start.snapshot if snapshot is None else snapshot)
             return True
         if event.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
             self._distrust(sequence)
