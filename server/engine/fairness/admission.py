@@ -3,9 +3,10 @@
 Rules:
     - A request runs as soon as a slot is free. If several tenants wait, the one with the least for its weight is due
       (`shares`); among its own requests, priority decides, then arrival. A tenant at its own limit waits.
-    - If no slot is free, a tenant that would still have less with one more than another has now takes one from that
-      other tenant; who has none takes one that was kept for long. The sequence that was admitted last gives it up: its
-      state is copied, it waits at its old place, and it goes on where it was. No token changes.
+    - If no slot is free, a tenant that has none, or would with one more still have less than another, takes one of
+      that other tenant's, if it has several; else who has none takes one that was kept for long. The sequence that was
+      admitted last gives it up: its state is copied, it waits at its old place, and it goes on where it was. No token
+      changes.
     - At most `max_waiting` wait, the last `reserved_waiting` of them only if nothing of their tenant waits, and of no
       tenant more than its own limits say; one more is refused.
     - Prompts are begun one after the other as far as a step has tokens for them, short ones before that (`prompts`).

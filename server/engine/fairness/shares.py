@@ -51,17 +51,19 @@ class SlotShares:
     def victims(self, tenant: Tenant, running: Mapping[str, Sequence], num_steps: int) -> list[Sequence]:
         """Sequences of which one may have to give its slot to this tenant, the first one first.
 
-        It has to if its tenant would still have no less than this one with one slot more. Who has none at all also gets
-        the slot that has been one sequence's longest, once that was its for `QUANTUM` of the steps.
+        It has to if its tenant has several and would still have more for its weight than this one with one slot more,
+        or this one has none at all. Who has none also gets the slot that was one sequence's for longest, once it was
+        that for `QUANTUM` of the steps.
         """
-        if len(self._running) == (tenant.name in self._running):
+        has_none = tenant.name not in self._running
+        if len(self._running) == 1 - has_none:
             return []  # nobody else has any
-        wanted, others = self._load(tenant), {one.tenant.name: one.tenant for one in running.values()}
+        others = {one.tenant.name: one.tenant for one in running.values() if self._running[one.tenant.name] > 1}
         others.pop(tenant.name, None)
-        heaviest = max(others.values(), key=lambda other: self._running[other.name] / other.weight)
-        if self._running[heaviest.name] / heaviest.weight > wanted:
+        heaviest = max(others.values(), key=lambda other: self._running[other.name] / other.weight, default=None)
+        if heaviest and (has_none or self._running[heaviest.name] / heaviest.weight > self._load(tenant)):
             return [one for one in reversed(running.values()) if one.tenant.name == heaviest.name]
-        if tenant.name in self._running:
+        if not has_none:
             return []
         settled = [one for one in running.values() if num_steps - one.num_admitted >= QUANTUM]
         return sorted(settled, key=lambda one: one.num_admitted)
