@@ -6,10 +6,12 @@ attention that replaced softmax (`AttentionConfig`). The JSON form is read and w
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 from math import frexp, isfinite
 from typing import Literal
 
 from dijiang_model.errors import ConfigError
+from dijiang_model.rotary import Frequencies, RopeScaling, rotary_frequencies
 
 SINK_RANGE = 2048
 """Positions: teachers that claim 8,192 positions saw few texts of such length, and heed sinks from there less well."""
@@ -166,6 +168,7 @@ class ModelConfig:
         position_table_length: entries of the released D1 / D2 tables; 0 without tables.
         layers: one `AttentionConfig` per layer.
         bos_token_id / eos_token_ids / pad_token_id: from the base model; may be absent.
+        rope_scaling: of the rotary frequencies; None: they are those of `rope_theta`.
     """
 
     family: str
@@ -191,6 +194,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         """Refuses contradictions, all of them at once.
@@ -226,6 +230,11 @@ class ModelConfig:
         return min(self.max_position_embeddings, max(SINK_RANGE, reach)) - 1
 
     @property
+    def frequencies(self) -> Frequencies:
+        """Radians for each position by which channel pairs turn, [rotary_dims / 2]."""
+        return _frequencies(self.rotary_dims, self.rope_theta, self.rope_scaling)
+
+    @property
     def num_layers(self) -> int:
         return len(self.layers)
 
@@ -237,3 +246,9 @@ class ModelConfig:
     def num_features(self, layer: int) -> int:
         """K, the feature width of a layer."""
         return self.head_size * len(self.layers[layer].features.bases)
+
+
+@cache
+def _frequencies(dims: int, theta: float, scaling: RopeScaling | None) -> Frequencies:
+    """The same tuple for the same network, so that it is found quickly wherever it is a key."""
+    return rotary_frequencies(dims, theta=theta, scaling=scaling)

@@ -287,8 +287,7 @@ class DiJiangForCausalLM(nn.Module):
 
         rotary, sink_rotary = step_angles(
             batch.positions,
-            dims=config.rotary_dims,
-            theta=config.rope_theta,
+            frequencies=config.frequencies,
             last_sink=config.last_sink_position,
             dtype=kernel_dtype,
         )

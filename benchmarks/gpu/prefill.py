@@ -187,7 +187,7 @@ def kernels(shape: str, num_tokens: int, device: str, dtype: torch.dtype, num_ro
     phi_k, v = torch.rand(2, num_tokens, groups, size, device=device).to(dtype)
     positions = torch.arange(num_tokens, device=device)
     layout = PrefillLayout(positions, torch.ones(1, dtype=torch.int64, device=device), (num_tokens,))
-    rotary = Rotary.at(positions, dims=config.rotary_dims, theta=config.rope_theta, dtype=torch.float32)
+    rotary = Rotary.at(positions, frequencies=config.frequencies, dtype=torch.float32)
     step = StepLayout(0, positions, positions[:0], rotary, rotary, layout)
     state = LayerState(
         torch.zeros(2, groups, size, size, device=device), torch.zeros(2, groups, size, device=device), None, None

@@ -5,11 +5,23 @@ Both spellings of the rotary embedding are read: the old one (`rotary_pct`, `rot
 except the dimensions, which must be there. What this code does not compute is a problem of the fields.
 """
 
+from dataclasses import dataclass
+
 from dijiang_model.config import AttentionConfig, ModelConfig
 from dijiang_model.formats.json_fields import Fields
+from dijiang_model.rotary import RopeScaling, yarn_attention_factor
 
 MAX_LAYERS = 1024
 DEFAULT_THETA = 10_000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """A config's rotary embedding: base, rotated share of each head, scaling."""
+
+    theta: float
+    share: float
+    scaling: RopeScaling | None
 
 
 def eos_ids(value: object) -> tuple[int, ...] | None:
@@ -27,7 +39,7 @@ def common_config(
     num_kv_heads: int,
     head_size: int,
     rotary_dims: int,
-    rope_theta: float,
+    rope: Rope,
     norm_eps: float,
     activation: str,
     parallel_residual: bool,
@@ -49,6 +61,8 @@ def common_config(
         fields.report(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
     if rotates and (rotary_dims % 2 or not 2 <= rotary_dims <= head_size):
         fields.report(f"{rotary_dims} of {head_size} channels of a head rotate, must be an even number from 2")
+    if rope.scaling is not None and rope.scaling.attention_factor != 1 and rotary_dims < head_size:
+        fields.report("a yarn scaling of heads that rotate in part is not supported")
     bos, eos, pad = _token_ids(fields, default_token_ids)
     vocab_size, hidden_size = fields.integer("vocab_size"), fields.integer("hidden_size")
     intermediate_size = fields.integer(intermediate_name)
@@ -64,7 +78,7 @@ def common_config(
         num_kv_heads=num_kv_heads,
         head_size=head_size,
         rotary_dims=rotary_dims,
-        rope_theta=rope_theta,
+        rope_theta=rope.theta,
         max_position_embeddings=max_positions,
         norm_eps=norm_eps,
         activation=activation,
@@ -78,6 +92,7 @@ def common_config(
         bos_token_id=bos,
         eos_token_ids=eos,
         pad_token_id=pad,
+        rope_scaling=rope.scaling,
     )
 
 
@@ -88,23 +103,82 @@ def head_size_of(fields: Fields, hidden_size: int, num_heads: int) -> int:
     return max(hidden_size // num_heads, 1)
 
 
-def read_rope(fields: Fields, *, theta_name: str, factor_name: str, default_factor: float) -> tuple[float, float]:
-    """Base and rotated share of each head; every kind of scaling is a problem."""
+def read_rope(fields: Fields, *, theta_name: str, factor_name: str, default_factor: float) -> Rope:
+    """Reads both spellings; a kind of scaling that is not computed here is a problem."""
     parameters = fields.nested("rope_parameters")
-    for name in ("rope_parameters", "rope_scaling"):
-        kinds = fields.nested(name)
-        kind = kinds.value("rope_type") if "rope_type" in kinds else kinds.value("type")
-        if kind == "linear" and kinds.number("factor", 1.0) == 1:
-            continue
-        if kind not in (None, "default"):
-            fields.report(f"{name} of type {kind!r} is not supported, only unscaled rotary embeddings are")
-        elif any(isinstance(kinds.value(member), dict) for member in kinds.names()):
-            fields.report(f"{name} differs between kinds of layers, which is not supported")
+    scalings = [_scaling(fields, name) for name in ("rope_parameters", "rope_scaling")]
+    found = list(dict.fromkeys(scaling for scaling in scalings if scaling is not None))
+    if len(found) > 1:
+        fields.report("rope_parameters and rope_scaling scale the rotary embedding differently")
     theta = _either(fields, parameters, names=(theta_name, "rope_theta"), default=DEFAULT_THETA)
     factor = _either(fields, parameters, names=(factor_name, "partial_rotary_factor"), default=default_factor)
     if factor > 1:
         fields.report(f"{factor_name} is {factor}, must be at most 1")
-    return theta, factor
+    return Rope(theta, factor, found[0] if found else None)
+
+
+def _scaling(fields: Fields, name: str) -> RopeScaling | None:
+    values = fields.nested(name)
+    kind = values.value("rope_type") if "rope_type" in values else values.value("type")
+    if any(isinstance(values.value(member), dict) for member in values.names()):
+        fields.report(f"{name} differs between kinds of layers, which is not supported")
+        return None
+    original = _original_positions(fields, values)
+    match kind:
+        case None | "default":
+            return None
+        case "linear":
+            factor = values.number("factor")
+            return None if factor == 1 else RopeScaling("linear", factor)
+        case "llama3":
+            low, high = values.number("low_freq_factor"), values.number("high_freq_factor")
+            if low >= high:
+                fields.report(f"{name}: low_freq_factor {low} must be below high_freq_factor {high}")
+            return RopeScaling("llama3", values.number("factor"), original, low, high)
+        case "yarn":
+            return _yarn(fields, values, original)
+    fields.report(f"{name} of type {kind!r} is not supported; default, linear, llama3 and yarn are")
+    return None
+
+
+def _yarn(fields: Fields, values: Fields, original: int) -> RopeScaling:
+    factor = values.number("factor", fields.integer("max_position_embeddings", 2048) / original)
+    given = {name: values.number(name) for name in ("mscale", "mscale_all_dim") if name in values}
+    return RopeScaling(
+        "yarn",
+        factor,
+        original,
+        values.number("beta_slow", 1.0),
+        values.number("beta_fast", 32.0),
+        values.boolean("truncate", True),
+        values.number("attention_factor", yarn_attention_factor(factor, **given)),
+    )
+
+
+def _original_positions(fields: Fields, values: Fields) -> int:
+    """Tokens of the range before the scaling, from its old place, its new one, or the whole range."""
+    name = "original_max_position_embeddings"
+    return values.integer(name, fields.integer(name, fields.integer("max_position_embeddings", 2048)))
+
+
+def rope_document(config: ModelConfig) -> dict[str, object]:
+    """The scaling as `read_rope` reads it; empty where there is none."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return {}
+    values: dict[str, object] = {
+        "rope_type": scaling.kind,
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_positions,
+    }
+    if scaling.kind == "llama3":
+        values |= {"low_freq_factor": scaling.low, "high_freq_factor": scaling.high}
+    if scaling.kind == "yarn":
+        values |= {"beta_slow": scaling.low, "beta_fast": scaling.high, "truncate": scaling.is_truncated}
+        values["attention_factor"] = scaling.attention_factor
+    if scaling.kind == "linear":
+        del values["original_max_position_embeddings"]
+    return {"rope_scaling": values}
 
 
 def _either(fields: Fields, parameters: Fields, *, names: tuple[str, str], default: float) -> float:

@@ -60,6 +60,11 @@ class Paths:
         """The first part of all names but the head's, with its dot."""
         return self.embedding.partition(".")[0] + "."
 
+    def scaled_by_rotary(self, config: ModelConfig) -> list[str]:
+        """From a block: what gives queries and keys their length, where all of their channels rotate."""
+        assert self.key is not None, "a fused projection has values in it"
+        return [self.query, self.key]
+
     def attention_of(self, layer: int) -> str:
         """From the model."""
         return f"{self.layers}.{layer}.{self.attention}"

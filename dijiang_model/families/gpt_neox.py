@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import ModelConfig
-from dijiang_model.families.config_fields import common_config, head_size_of, read_rope
+from dijiang_model.families.config_fields import common_config, head_size_of, read_rope, rope_document
 from dijiang_model.families.family import Family, Paths
 from dijiang_model.families.parts import ACTIVATIONS, empty_embedding
 from dijiang_model.formats.json_fields import Fields
@@ -134,14 +134,14 @@ def _gpt_neox(fields: Fields) -> ModelConfig:
     num_heads = fields.integer("num_attention_heads")
     hidden_size = fields.integer("hidden_size")
     head_size = head_size_of(fields, hidden_size, num_heads)
-    theta, factor = read_rope(fields, theta_name="rotary_emb_base", factor_name="rotary_pct", default_factor=0.25)
+    rope = read_rope(fields, theta_name="rotary_emb_base", factor_name="rotary_pct", default_factor=0.25)
     return common_config(
         fields,
         family="gpt_neox",
         num_kv_heads=num_heads,
         head_size=head_size,
-        rotary_dims=int(head_size * factor),
-        rope_theta=theta,
+        rotary_dims=int(head_size * rope.share),
+        rope=rope,
         norm_eps=fields.number("layer_norm_eps", 1e-5),
         activation=fields.text("hidden_act", "gelu", choices=ACTIVATIONS),
         parallel_residual=fields.boolean("use_parallel_residual", True),
@@ -157,6 +157,7 @@ def _document(config: ModelConfig) -> Mapping[str, object]:
         "rotary_emb_base": config.rope_theta,
         "rotary_pct": config.rotary_dims / config.head_size,
         "use_parallel_residual": config.parallel_residual,
+        **rope_document(config),
     }
 
 

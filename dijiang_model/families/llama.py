@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import ModelConfig
-from dijiang_model.families.config_fields import common_config, head_size_of, read_rope
+from dijiang_model.families.config_fields import common_config, head_size_of, read_rope, rope_document
 from dijiang_model.families.family import Family, Paths
 from dijiang_model.families.parts import ACTIVATIONS, empty_embedding
 from dijiang_model.formats.json_fields import Fields
@@ -154,9 +154,9 @@ def _llama(fields: Fields) -> ModelConfig:
         head_size = fields.integer("head_dim")
     else:
         head_size = head_size_of(fields, hidden_size, num_heads)
-    theta, factor = read_rope(fields, theta_name="rope_theta", factor_name="partial_rotary_factor", default_factor=1.0)
-    if factor != 1:
-        fields.report(f"partial_rotary_factor is {factor}, must be 1 for llama")
+    rope = read_rope(fields, theta_name="rope_theta", factor_name="partial_rotary_factor", default_factor=1.0)
+    if rope.share != 1:
+        fields.report(f"partial_rotary_factor is {rope.share}, must be 1 for llama")
     fields.integer("pretraining_tp", 1)  # any value computes the same function, split differently
     return common_config(
         fields,
@@ -164,7 +164,7 @@ def _llama(fields: Fields) -> ModelConfig:
         num_kv_heads=fields.integer("num_key_value_heads", num_heads),
         head_size=head_size,
         rotary_dims=head_size,
-        rope_theta=theta,
+        rope=rope,
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         activation=fields.text("hidden_act", "silu", choices=ACTIVATIONS),
         parallel_residual=False,
@@ -181,6 +181,7 @@ def _document(config: ModelConfig) -> Mapping[str, object]:
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "mlp_bias": config.mlp_bias,
+        **rope_document(config),
     }
 
 

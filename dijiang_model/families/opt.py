@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import ModelConfig
-from dijiang_model.families.config_fields import DEFAULT_THETA, common_config, head_size_of
+from dijiang_model.families.config_fields import DEFAULT_THETA, Rope, common_config, head_size_of
 from dijiang_model.families.family import Family, Paths
 from dijiang_model.families.parts import ACTIVATIONS, empty_embedding
 from dijiang_model.formats.json_fields import Fields
@@ -178,7 +178,7 @@ def _opt(fields: Fields) -> ModelConfig:
         head_size=head_size_of(fields, hidden_size, num_heads),
         rotary_dims=0,
         rotates=False,
-        rope_theta=DEFAULT_THETA,
+        rope=Rope(DEFAULT_THETA, 0.0, None),
         norm_eps=1e-5,
         activation=fields.text("activation_function", "relu", choices=ACTIVATIONS),
         parallel_residual=False,

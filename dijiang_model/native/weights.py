@@ -186,8 +186,7 @@ def network_weights(model: "DiJiangForCausalLM") -> NetworkWeights:
     offsets = model.state_spec.offsets()
     layers = (library.Layer * config.num_layers)(*(_layer(weights, block, names, offsets) for block in model.blocks))
     half = config.rotary_dims // 2
-    exponents = torch.arange(0, config.rotary_dims, 2, dtype=torch.float64) / max(config.rotary_dims, 1)
-    frequencies = config.rope_theta**-exponents
+    frequencies = torch.tensor(config.frequencies, dtype=torch.float64)
     weights.kept += [layers, frequencies]
     network = weights.network
     network.layers = ctypes.cast(layers, ctypes.POINTER(library.Layer))
@@ -289,9 +288,7 @@ def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mappi
         attention.mix_weight = weights.pointer(kernel.mix_weight)
     if not config.features.rotated:
         model = module.config
-        late = Rotary.at(
-            torch.tensor([config.window]), dims=model.rotary_dims, theta=model.rope_theta, dtype=torch.float32
-        )
+        late = Rotary.at(torch.tensor([config.window]), frequencies=model.frequencies, dtype=torch.float32)
         attention.late_cos, attention.late_sin = weights.derived(late.cos), weights.derived(late.sin)
     if config.decay == "table":
         attention.decay = weights.derived(kernel.table_log_decay.exp())

@@ -6,28 +6,40 @@ segments, cut into chunks of at most `CHUNK_TOKENS`.
 """
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
+from dijiang_model.rotary import Frequencies
+
 CHUNK_TOKENS = 64
+
+
+@cache
+def frequencies_on(frequencies: Frequencies, device: torch.device) -> Tensor:
+    """[dims / 2] fp64, made once: a copy to the device in every step otherwise.
+
+    No step may ask for them first while it is recorded, for they would lie in the recording's memory; `CudaCapture`
+    does its work once before it records.
+    """
+    with torch.inference_mode(False):
+        return torch.tensor(frequencies, dtype=torch.float64, device=device)
 
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """Cosines and sines of the step's positions, [T, rotary_dims / 2] each, and the base of the frequencies."""
+    """Cosines and sines of the step's positions, [T, rotary_dims / 2] each, and radians for each position."""
 
     cos: Tensor
     sin: Tensor
-    theta: float
+    frequencies: Frequencies
 
     @classmethod
-    def at(cls, positions: Tensor, *, dims: int, theta: float, dtype: torch.dtype) -> "Rotary":
+    def at(cls, positions: Tensor, *, frequencies: Frequencies, dtype: torch.dtype) -> "Rotary":
         """Angles in fp64: in fp32 a position of 10^6 is off by 0.06 rad."""
-        exponents = torch.arange(0, dims, 2, dtype=torch.float64, device=positions.device) / max(dims, 1)
-        angles = positions.double()[:, None] * theta**-exponents
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype), theta)
+        angles = positions.double()[:, None] * frequencies_on(frequencies, positions.device)
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype), frequencies)
 
     def apply(self, x: Tensor) -> Tensor:
         """Rotates the first `dims` channels of x [T, heads, d] (half-split pairing, as HF does)."""
@@ -37,15 +49,15 @@ class Rotary:
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
     def rows(self, start: int, stop: int) -> "Rotary":
-        return Rotary(self.cos[start:stop], self.sin[start:stop], self.theta)
+        return Rotary(self.cos[start:stop], self.sin[start:stop], self.frequencies)
 
     def undo(self, x: Tensor, *, earlier: int = 0) -> Tensor:
         """Rotates x [T, heads, d] back from the positions that lie `earlier` tokens before these."""
         position = torch.tensor([earlier], device=self.cos.device)
-        step = Rotary.at(position, dims=2 * self.cos.shape[-1], theta=self.theta, dtype=self.cos.dtype)
+        step = Rotary.at(position, frequencies=self.frequencies, dtype=self.cos.dtype)
         cos = self.cos * step.cos + self.sin * step.sin
         sin = self.sin * step.cos - self.cos * step.sin
-        return Rotary(cos, -sin, self.theta).apply(x)
+        return Rotary(cos, -sin, self.frequencies).apply(x)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.layout import Rotary
 from dijiang_model.ops.rounded import RoundedMatrix
 from dijiang_model.ops.torch.attention import TorchAttention
+from dijiang_model.rotary import Frequencies
 
 _LEAST_CAPABILITY = (8, 0)
 
@@ -38,15 +39,15 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def step_angles(
-    positions: Tensor, *, dims: int, theta: float, last_sink: int, dtype: torch.dtype
+    positions: Tensor, *, frequencies: Frequencies, last_sink: int, dtype: torch.dtype
 ) -> tuple[Rotary, Rotary]:
-    """Of positions [T], and of positions capped to `last_sink`; [T, dims / 2] of `dtype` each."""
+    """Of positions [T], and of positions capped to `last_sink`; [T, rotary_dims / 2] of `dtype` each."""
     if has_kernels(positions.device, dtype):
         from dijiang_model.ops.triton.read_out import angles
 
-        return angles(positions, dims=dims, theta=theta, last_sink=last_sink)
+        return angles(positions, frequencies=frequencies, last_sink=last_sink)
     at, capped = (
-        Rotary.at(one, dims=dims, theta=theta, dtype=dtype) for one in (positions, positions.clamp(max=last_sink))
+        Rotary.at(one, frequencies=frequencies, dtype=dtype) for one in (positions, positions.clamp(max=last_sink))
     )
     return at, capped
 

@@ -159,7 +159,7 @@ def _rotate(config: ModelConfig, x: Tensor, positions: Sequence[int]) -> Tensor:
 
 def _angles(config: ModelConfig, positions: Sequence[int], channel: int) -> Tensor:
     """By how much RoPE turns a channel at each position, in radians: fp64 in every mode. [T]."""
-    frequency = config.rope_theta ** (-2 * channel / config.rotary_dims)
+    frequency = config.frequencies[channel]
     return torch.tensor([position * frequency for position in positions], dtype=torch.float64)
 
 

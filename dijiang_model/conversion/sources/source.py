@@ -11,6 +11,7 @@ from dijiang_model.checkpoints.config_json import CONFIG_FILE, MODEL_TYPE, read_
 from dijiang_model.checkpoints.hf_config import base_model_config
 from dijiang_model.checkpoints.released_format import is_released_format
 from dijiang_model.config import ModelConfig
+from dijiang_model.conversion.sources.folded_scale import with_folded_scale
 from dijiang_model.conversion.sources.gguf_tokenizer import write_gguf_tokenizer
 from dijiang_model.conversion.sources.tokenizer_files import write_tokenizer
 from dijiang_model.conversion.training.adapters import fingerprint
@@ -127,6 +128,7 @@ def _open_folder(path: Path) -> Source:
         base, notes = base | {"tie_word_embeddings": False}, (UNTIED_NOTE,)
         backbone = replace(backbone, tie_word_embeddings=False)
     config, eos_token_ids = backbone, _named_ends(path, document, backbone)
+    tensors = tensors if is_dijiang else with_folded_scale(tensors, config)
     return Source(
         base=base,
         config=config,

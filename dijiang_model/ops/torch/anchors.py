@@ -180,8 +180,7 @@ def far_features(
     """
     keys = loser.wide_keys(kernel.log_decay.dtype)
     if not kernel.attention.features.rotated:
-        dims = 2 * rotary.cos.shape[-1]
-        at = Rotary.at(loser.positions.flatten(), dims=dims, theta=rotary.theta, dtype=keys.dtype)
+        at = Rotary.at(loser.positions.flatten(), frequencies=rotary.frequencies, dtype=keys.dtype)
         keys = at.undo(keys.flatten(0, 1)[:, None]).view_as(keys)
     return decayed_features(keys, is_evicted, positions[:, None] - loser.positions, kernel=kernel)
 

@@ -325,5 +325,5 @@ def segments_layout(model: DiJiangForCausalLM, num: int, length: int, *, offset:
         return layout
     config = model.config
     dtype = layout.rotary.cos.dtype
-    rotary = Rotary.at(positions + offset, dims=config.rotary_dims, theta=config.rope_theta, dtype=dtype)
+    rotary = Rotary.at(positions + offset, frequencies=config.frequencies, dtype=dtype)
     return replace(layout, rotary=rotary, sink_rotary=rotary)

@@ -10,6 +10,7 @@ from dijiang_model.ops.torch.anchors import anchored_attention
 from dijiang_model.ops.triton.decode import decode
 from dijiang_model.ops.triton.device import on_device_of
 from dijiang_model.ops.triton.prefill import prefill
+from dijiang_model.rotary import Frequencies
 
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -23,7 +24,7 @@ class TritonAttention:
     """
 
     def __init__(self) -> None:
-        self._late: dict[tuple[torch.device, float, int, int], tuple[Tensor, Tensor]] = {}
+        self._late: dict[tuple[torch.device, Frequencies, int], tuple[Tensor, Tensor]] = {}
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
@@ -54,10 +55,10 @@ class TritonAttention:
 
     def _late_angles(self, kernel: LinearKernel, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Cosines and sines of as many positions as the layer's window has, [d_rotary / 2] each; made once."""
-        window, half = kernel.attention.window, rotary.cos.shape[-1]
-        key = (rotary.cos.device, rotary.theta, half, window)
+        window = kernel.attention.window
+        key = (rotary.cos.device, rotary.frequencies, window)
         if key not in self._late:
             position = torch.full((1,), window, device=rotary.cos.device)
-            angles = Rotary.at(position, dims=2 * half, theta=rotary.theta, dtype=torch.float32)
+            angles = Rotary.at(position, frequencies=rotary.frequencies, dtype=torch.float32)
             self._late[key] = (angles.cos[0], angles.sin[0])
         return self._late[key]

@@ -1,15 +1,14 @@
 """Launches the small kernels around the attention; see `kernels.small`."""
 
-from functools import cache
-
 import torch
 import triton
 from torch import Tensor, nn
 
-from dijiang_model.ops.layout import Rotary
+from dijiang_model.ops.layout import Rotary, frequencies_on
 from dijiang_model.ops.triton.decode import OPTIONS
 from dijiang_model.ops.triton.device import on_device_of
 from dijiang_model.ops.triton.kernels.small import angles_kernel, gated_norm_kernel
+from dijiang_model.rotary import Frequencies
 
 
 def gated_norm(attended: Tensor, gate: Tensor, norm: nn.GroupNorm) -> Tensor:
@@ -43,16 +42,16 @@ def gated_norm(attended: Tensor, gate: Tensor, norm: nn.GroupNorm) -> Tensor:
     return out
 
 
-def angles(positions: Tensor, *, dims: int, theta: float, last_sink: int) -> tuple[Rotary, Rotary]:
+def angles(positions: Tensor, *, frequencies: Frequencies, last_sink: int) -> tuple[Rotary, Rotary]:
     """`Rotary.at` of positions [T], and of positions capped to `last_sink`, in one launch; fp32."""
-    half = dims // 2
+    half = len(frequencies)
     tables = torch.empty((4, len(positions), half), dtype=torch.float32, device=positions.device)
     cos, sin, cos_sink, sin_sink = tables.unbind(0)
     if half > 0 and len(positions) > 0:
         with on_device_of(positions):
             angles_kernel[(len(positions),)](
                 positions,
-                _frequencies(dims, theta, positions.device),
+                frequencies_on(frequencies, positions.device),
                 cos,
                 sin,
                 cos_sink,
@@ -63,14 +62,4 @@ def angles(positions: Tensor, *, dims: int, theta: float, last_sink: int) -> tup
                 num_warps=1,
                 **OPTIONS,
             )
-    return Rotary(cos, sin, theta), Rotary(cos_sink, sin_sink, theta)
-
-
-@cache
-def _frequencies(dims: int, theta: float, device: torch.device) -> Tensor:
-    """[dims / 2] fp64, made once: five small launches of every step otherwise.
-
-    No step may ask for them first while it is recorded, for they would lie in the recording's memory; `CudaCapture`
-    does its work once before it records.
-    """
-    return theta ** -(torch.arange(0, dims, 2, dtype=torch.float64, device=device) / dims)
+    return Rotary(cos, sin, frequencies), Rotary(cos_sink, sin_sink, frequencies)

@@ -108,6 +108,16 @@ def _llama(
     } | changes
 
 
+def _llama3(*, factor: float) -> Json:
+    return {
+        "factor": factor,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }
+
+
 PUBLISHED: Mapping[str, Json] = {
     "pythia-70m": _pythia(512, 8, 6),
     "pythia-160m": _pythia(768, 12, 12),
@@ -138,6 +148,21 @@ PUBLISHED: Mapping[str, Json] = {
         2048, 8192, heads=32, groups=32, layers=24, positions=8192, vocab=49152,
         rope_theta=130000, tie_word_embeddings=True,
     ),
+    "llama-3.1-8b": _llama(
+        4096, 14336, heads=32, groups=8, layers=32, positions=131072, vocab=128256, rope_theta=500000.0, mlp_bias=False,
+        bos_token_id=128000, eos_token_id=[128001, 128008, 128009], rope_scaling=_llama3(factor=8.0),
+    ),
+    "llama-3.2-1b": _llama(
+        2048, 8192, heads=32, groups=8, layers=16, positions=131072, vocab=128256, rope_theta=500000.0, head_dim=64,
+        bos_token_id=128000, eos_token_id=128001, rope_scaling=_llama3(factor=32.0), tie_word_embeddings=True,
+    ),
+    "vicuna-16k": _llama(
+        4096, 11008, heads=32, groups=32, layers=32, positions=4096, rope_scaling={"factor": 4.0, "type": "linear"}
+    ),
+    "yarn-llama-2-7b": _llama(
+        4096, 11008, heads=32, groups=32, layers=32, positions=65536,
+        rope_scaling={"factor": 16.0, "original_max_position_embeddings": 4096, "type": "yarn"},
+    ),
 }  # fmt: skip
 
 
@@ -161,7 +186,17 @@ def shrunk(published: Json) -> Json:
         small["intermediate_size"] = 96
     if "num_key_value_heads" in published:
         small["num_key_value_heads"] = 2
+    scaling = published.get("rope_scaling")
+    if isinstance(scaling, dict) and "original_max_position_embeddings" in scaling:
+        # So that within a short text some channels are scaled, some are not, and some in part.
+        small["rope_scaling"] = {**scaling, "original_max_position_embeddings": MAX_POSITIONS // 2}
+    small |= {name: 0 for name in ("bos_token_id", "eos_token_id") if _is_beyond(published.get(name))}
     return {**published, **small}
+
+
+def _is_beyond(token_ids: object) -> bool:
+    values = token_ids if isinstance(token_ids, list) else [token_ids]
+    return any(isinstance(value, int) and value >= VOCAB_SIZE for value in values)
 
 
 def tiny_teacher(name: str) -> PreTrainedModel:

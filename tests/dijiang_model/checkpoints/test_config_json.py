@@ -90,7 +90,7 @@ def test_opt_config_has_learned_positions_and_ties_by_default() -> None:
 
 def test_all_unsupported_values_are_listed_at_once() -> None:
     document = SMOL | {
-        "rope_scaling": {"type": "linear", "factor": 2},
+        "rope_scaling": {"type": "dynamic", "factor": 2},
         "hidden_act": "quick_gelu",
         "num_key_value_heads": 4,
         "sliding_window": 4096,
@@ -103,7 +103,7 @@ def test_all_unsupported_values_are_listed_at_once() -> None:
         base_model_config(document)
     text = str(caught.value)
     for part in (
-        "rope_scaling of type 'linear'",
+        "rope_scaling of type 'dynamic'",
         "hidden_act",
         "num_key_value_heads 4",
         "sliding_window",
@@ -125,7 +125,15 @@ def test_all_unsupported_values_are_listed_at_once() -> None:
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e5}}, "llama3"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "low_freq_factor is missing"),
+        (
+            {
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+                "rope_parameters": {"rope_type": "yarn", "factor": 2.0},
+            },
+            "scale the rotary embedding differently",
+        ),
         ({"rope_parameters": {"rope_theta": 1e4}}, "contradicts"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differs between kinds of layers"),
         ({"rope_parameters": [1]}, "must be an object"),

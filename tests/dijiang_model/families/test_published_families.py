@@ -38,6 +38,10 @@ EXPECTED = {
     "llama-2-7b": (32, 32, 32, 128, 128, True, 4096, False),
     "smollm2-135m": (30, 9, 3, 64, 64, True, 576, True),
     "smollm2-1.7b": (24, 32, 32, 64, 64, True, 2048, True),
+    "llama-3.1-8b": (32, 32, 8, 128, 128, True, 4096, False),
+    "llama-3.2-1b": (16, 32, 8, 64, 64, True, 2048, True),
+    "vicuna-16k": (32, 32, 32, 128, 128, True, 4096, False),
+    "yarn-llama-2-7b": (32, 32, 32, 128, 128, True, 4096, False),
 }
 
 

@@ -24,6 +24,7 @@ from dijiang_model.ops.torch.narrow import round_by_chance
 from dijiang_model.ops.triton import TritonAttention, read_out
 from dijiang_model.reference.narrow import round_row_naive
 from dijiang_model.reference.network import Form, _attention
+from dijiang_model.rotary import rotary_frequencies
 from dijiang_model.state import StateBuffer, StateSpec
 from tests.dijiang_model.stepping import POISON, assert_close_in_norm
 
@@ -246,9 +247,9 @@ def test_position_tables_without_denominator_past_their_end() -> None:
 
 def test_angles_keep_their_precision_at_a_million() -> None:
     positions = torch.tensor([0, 1, 49, 50, 1_000_003], device=DEVICE)
-    made = read_out.angles(positions, dims=20, theta=10_000.0, last_sink=49)
+    made = read_out.angles(positions, frequencies=rotary_frequencies(20, theta=10_000.0), last_sink=49)
     for rotary, at in zip(made, (positions, positions.clamp(max=49)), strict=True):
-        expected = Rotary.at(at.cpu(), dims=20, theta=10_000.0, dtype=torch.float64)
+        expected = Rotary.at(at.cpu(), frequencies=rotary_frequencies(20, theta=10_000.0), dtype=torch.float64)
         torch.testing.assert_close(rotary.cos.cpu().double(), expected.cos, rtol=0, atol=1e-7)
         torch.testing.assert_close(rotary.sin.cpu().double(), expected.sin, rtol=0, atol=1e-7)
 

@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="needs the extra `triton`")
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
 from dijiang_model.ops.torch.attention import TorchAttention
 from dijiang_model.ops.triton import TritonAttention
+from dijiang_model.rotary import rotary_frequencies
 from dijiang_model.state import StateBuffer, StateSpec
 from tests.dijiang_model.ops.triton.test_triton_attention import (
     BF16_TOLERANCE,
@@ -73,7 +74,7 @@ class Step:
         slots = torch.randperm(self.num_slots - 1, generator=torch.Generator().manual_seed(2)).to(DEVICE) + 1
 
         def angles(at: Tensor) -> Rotary:
-            return Rotary.at(at, dims=shape.rotary_dims, theta=10_000.0, dtype=torch.float32)
+            return Rotary.at(at, frequencies=rotary_frequencies(shape.rotary_dims, theta=10_000.0), dtype=torch.float32)
 
         prefill = PrefillLayout(positions[num_decode:], slots[num_decode:], lengths) if lengths else None
         self.layout = StepLayout(
@@ -167,7 +168,7 @@ def test_slots_beyond_32_bits_of_elements_are_found() -> None:
         parts = []
         for begin, end, num_decode in ((0, 69, 0), (69, 70, 1)):
             at = positions[begin:end]
-            rotary = Rotary.at(at, dims=128, theta=10_000.0, dtype=torch.float32)
+            rotary = Rotary.at(at, frequencies=rotary_frequencies(128, theta=10_000.0), dtype=torch.float32)
             prefill = None if num_decode else PrefillLayout(at, slots, (end - begin,))
             layout = StepLayout(num_decode, at, slots[:num_decode], rotary, rotary, prefill)
             state = attention.layer_state(buffer)

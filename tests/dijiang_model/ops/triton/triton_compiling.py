@@ -30,6 +30,7 @@ from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
 from dijiang_model.ops.triton import TritonAttention, around, decode, prefill, read_out, rounded
+from dijiang_model.rotary import rotary_frequencies
 
 CAPABILITIES = (80, 90)
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
@@ -175,12 +176,12 @@ def launches_of(
         *scales,
     )
     positions, slots = torch.arange(num_tokens), torch.arange(1, num_slots)
-    rotary = Rotary.at(positions, dims=size, theta=1e4, dtype=torch.float32)
+    rotary = Rotary.at(positions, frequencies=rotary_frequencies(size, theta=1e4), dtype=torch.float32)
     with recorded() as launches:
         prefill = PrefillLayout(positions[num_decode:], slots[num_decode:], lengths)
         layout = StepLayout(num_decode, positions, slots[:num_decode], rotary, rotary, prefill)
         attended = TritonAttention()(q, k, v, kernel=kernel, layout=layout, state=state)
-        read_out.angles(positions, dims=size, theta=1e4, last_sink=2047)
+        read_out.angles(positions, frequencies=rotary_frequencies(size, theta=1e4), last_sink=2047)
         x, norm = torch.zeros(num_tokens, num_heads * size, dtype=dtype), torch.nn.LayerNorm(num_heads * size)
         around.residual_norm(x, x, norm.to(dtype))
         around.two_norms(x, norm, norm)
