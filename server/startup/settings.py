@@ -95,6 +95,19 @@ class Settings(BaseSettings):
     the same tokens. 0: never; auto: 8 where the compiled CPU kernels run, which it needs."""
     max_queue: int = _in("Capacity", 1024, ge=0, le=1_000_000)
     """Requests that may wait for a free conversation before new ones are refused with 503."""
+    target_gap_ms: int = _in("Capacity", 100, ge=0)
+    """On a CPU: while answers run, steps take only so many tokens of prompts that the next tokens of the answers come after
+    that time; 0: as many as there is room for."""
+    reserved_queue: Annotated[int, Field(ge=0)] | Auto = _in("Fair shares", "auto")
+    """Places in the queue for keys of which nothing waits. auto: an eighth of max_queue if there are several keys."""
+    max_running_per_key: int = _in("Fair shares", 0, ge=0)
+    """Most requests of one key that run at once; the others wait. 0: no limit."""
+    max_queue_per_key: int = _in("Fair shares", 0, ge=0)
+    """Most requests of one key that wait; further ones are refused with 429. 0: no limit."""
+    max_queue_tokens_per_key: int = _in("Fair shares", 0, ge=0)
+    """Most prompt tokens of one key that wait; further requests are refused with 429. 0: no limit."""
+    priority_across_keys: bool = _in("Fair shares", False)
+    """Let the priority of a request count against the requests of other keys too, not only among those of its own."""
 
     prefix_cache_memory: ByteSize | Auto = _in("Prefix cache", "auto")
     """Memory for states after prompts that were seen before; 0 turns the cache off. auto: a quarter of state_memory, at
