@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import synchronised
+from dijiang_model.batch import PackedBatch, decode
 from dijiang_model.checkpoints.checkpoint import load_model
-from dijiang_model.model import DiJiangForCausalLM, PackedBatch
+from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.native.choose import likeliest_tokens
 from dijiang_model.native.library import load_library
 from dijiang_model.quantization.config import WeightKind
+from dijiang_model.serving.network import FrozenModel, freeze
 from dijiang_model.state import StateBuffer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,8 +24,8 @@ WEIGHTS = (*DTYPES, *ROUNDED)
 
 
 def load_models(folder: Path, weights: Sequence[str], *, device: str) -> dict[str, DiJiangForCausalLM]:
-    """One model for each kind of weights, all heads of the linear part awake; sealed as an engine's are."""
-    return {kind: awake(load_weights(folder, kind, device=device)).prepare().seal() for kind in weights}
+    """One model for each kind of weights, all heads of the linear part awake."""
+    return {kind: awake(load_weights(folder, kind, device=device)) for kind in weights}
 
 
 def load_weights(folder: Path, kind: str, *, device: str) -> DiJiangForCausalLM:
@@ -43,8 +45,9 @@ def awake(model: DiJiangForCausalLM) -> DiJiangForCausalLM:
     return model
 
 
-def our_step(model: DiJiangForCausalLM, *, num_rows: int, position: int) -> Callable[[], object]:
+def our_step(network: DiJiangForCausalLM, *, num_rows: int, position: int) -> Callable[[], object]:
     """One decode step of `num_rows` conversations, then the likeliest token of each, chosen as the engine does."""
+    model = freeze(network)
     device = model.device
     library = load_library() if device.type == "cpu" else None
     state = StateBuffer(model.state_spec, num_rows + 1, device)
@@ -61,15 +64,16 @@ def our_step(model: DiJiangForCausalLM, *, num_rows: int, position: int) -> Call
         return decoding.choose
 
     def step() -> Tensor:
-        logits = model.decode(token_ids, slots=slots, positions=positions, state=state)
+        logits = decode(model, token_ids, slots=slots, positions=positions, state=state)
         positions.add_(1)
         return logits.argmax(-1) if library is None else likeliest_tokens(logits.float(), library)
 
     return synchronised(step, str(device))
 
 
-def our_prefill(model: DiJiangForCausalLM, *, lengths: Sequence[int]) -> Callable[[], object]:
+def our_prefill(network: DiJiangForCausalLM, *, lengths: Sequence[int]) -> Callable[[], object]:
     """Prompts of these lengths in one packed batch, each into a fresh slot; the logits of each one's last token."""
+    model = freeze(network)
     device = model.device
     state = StateBuffer(model.state_spec, len(lengths) + 1, device)
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])
@@ -103,6 +107,6 @@ def has_transformers_twin(folder: Path) -> bool:
     return isinstance(document.get("base"), dict) and document["base"].get("model_type") == "llama"
 
 
-def _token(model: DiJiangForCausalLM, wanted: int) -> int:
+def _token(model: FrozenModel, wanted: int) -> int:
     """An id within the vocabulary."""
     return min(wanted, model.config.vocab_size - 1)

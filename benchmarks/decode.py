@@ -27,6 +27,7 @@ from benchmarks.rivals import HF, LLAMA_CPP, NAMES, Rivals, cache_bytes_per_toke
 from benchmarks.transformers_twin import transformers_twin
 from dijiang_model.errors import ModelError
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.serving.network import freeze
 
 __all__ = ["Line", "awake", "decode_command", "our_step"]
 
@@ -219,7 +220,7 @@ def decode_command(
             models = load_models(folder, kinds, device=device)
         except ModelError as error:
             raise report.failed(error) from error
-        path = next(iter(models.values())).decode_path
+        path = freeze(next(iter(models.values()))).decode_path
         twin = _twin(folder, models, told) if set(wanted) - {LLAMA_CPP} else None
         files = _files(gguf, model, kinds, machine, device, told, stack) if LLAMA_CPP in wanted else {}
         others = Rivals(

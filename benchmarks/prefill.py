@@ -22,6 +22,7 @@ from benchmarks.machine import Machine, best_ms, interleaved, median_ms, ratio
 from benchmarks.transformers_twin import transformers_twin
 from dijiang_model.errors import ModelError
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.serving.network import freeze
 
 HF = "HF sdpa"
 DEFAULT_LENGTHS = "128,512,2048"
@@ -174,7 +175,7 @@ def prefill_command(
     result = {
         "model": folder.name,
         "device": device,
-        "path": next(iter(models.values())).decode_path,
+        "path": freeze(next(iter(models.values()))).decode_path,
         "clock": clock,
         "lines": [asdict(line) for line in found],
     }

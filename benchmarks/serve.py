@@ -268,7 +268,7 @@ def own_target(
     folder: Path, kind: str, options: list[str], *, device: str, numbers: list[int], machine: Machine
 ) -> Iterator[Target]:
     """A server of our own, and its model alone."""
-    network = load_weights(folder, kind, device=device).seal()
+    network = load_weights(folder, kind, device=device)
     floors = {number: step_costs(network, num_rows=number).floor_ms(machine) for number in numbers}
     step = our_step(network, num_rows=1, position=128) if 1 in numbers else None
     own = ["--device", device, "--dtype", SERVED[kind], "--max-conversations", str(max(numbers))]

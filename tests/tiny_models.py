@@ -13,6 +13,7 @@ from dijiang_model.families import build_model
 from dijiang_model.features import node_radii
 from dijiang_model.kernel import released_log_decay
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.serving.network import FrozenModel, freeze
 from tests.byte_tokenizer import write_byte_tokenizer
 
 BYTE_VOCAB_SIZE = 260
@@ -149,6 +150,13 @@ def tiny_model(
     tensors = {name: tensor.to(wanted[name].dtype) for name, tensor in random_tensors(config, seed=seed).items()}
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.prepare()
+
+
+def tiny_network(
+    config: ModelConfig | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float32, native: bool = True
+) -> FrozenModel:
+    """The same model as `tiny_model`, as an engine runs it; `native`: in the compiled kernels, where they can."""
+    return freeze(tiny_model(config, seed=seed, dtype=dtype), native=native)
 
 
 def write_tiny_model(

@@ -20,6 +20,7 @@ from benchmarks.machine import CLOCKS, interleaved, median_ms, ratio, this_machi
 from benchmarks.report import words
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.conversion.default_model import ensure_default_model
+from dijiang_model.serving.network import freeze
 from server.engine.engine import Engine
 from server.engine.loading import build_engine
 from server.engine.speculation.rules import DEFAULT_MAX_DRAFTS
@@ -186,8 +187,8 @@ def engines_of(folder: Path, weights: str, *, threads: int, max_drafts: int) -> 
         max_waiting=8,
     )
     return {
-        "plain": build_engine(model, replace(config, max_drafts=0)),
-        "speculating": build_engine(model, replace(config, max_drafts=max_drafts)),
+        "plain": build_engine(freeze(model), replace(config, max_drafts=0)),
+        "speculating": build_engine(freeze(model), replace(config, max_drafts=max_drafts)),
     }
 
 

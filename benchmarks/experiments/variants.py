@@ -35,7 +35,8 @@ from dijiang_model.kernel import LinearKernel
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import StepLayout
-from dijiang_model.ops.training.attention import RecordedAttention, SoftmaxAttention, run_segments, segments_layout
+from dijiang_model.ops.training.attention import RecordedAttention, SoftmaxAttention
+from dijiang_model.segments import run_segments, segments_layout
 
 BASE = FeatureConfig(nodes="signed_sphere", far_rank=16, rotated=False)
 WINDOW, WINDOW_OF_128, EQUAL_WINDOW = 60, 28, 92

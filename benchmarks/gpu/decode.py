@@ -38,6 +38,7 @@ from benchmarks.gpu.command import (
 )
 from benchmarks.gpu.models import WEIGHTS, config_of, filled_state, random_model, softmax_twin
 from benchmarks.gpu.timing import Ceilings, ceilings, host_ms, interleaved_ms
+from dijiang_model.batch import decode
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.state import StateBuffer
 from server.engine.fast_steps import graph_sampling
@@ -149,7 +150,7 @@ class Bench:
         positions = torch.full((num_rows,), context, device=self.device)
 
         def step() -> Tensor:
-            return model.decode(token_ids, slots=slots, positions=positions, state=state).argmax(-1)
+            return decode(model, token_ids, slots=slots, positions=positions, state=state).argmax(-1)
 
         return step
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from dijiang_model.checkpoints.config_json import base_document
+from dijiang_model.checkpoints.quantized import install
 from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
 from dijiang_model.families import build_model
 from dijiang_model.features import node_radii
 from dijiang_model.kernel import released_log_decay
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.quantization.config import INT8, Quantization
-from dijiang_model.quantization.modules import install, quantized_weights
+from dijiang_model.quantization.modules import quantized_weights
 from dijiang_model.quantization.weight import Int4Weight, QuantizedWeight
 from dijiang_model.state import StateBuffer
 

@@ -34,8 +34,9 @@ from benchmarks.gpu.command import (
 )
 from benchmarks.gpu.models import config_of, random_model, softmax_twin
 from benchmarks.gpu.timing import Ceilings, ceilings, interleaved_ms, median_ms
+from dijiang_model.batch import PackedBatch
 from dijiang_model.kernel import LinearKernel
-from dijiang_model.model import DiJiangForCausalLM, PackedBatch
+from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
 from dijiang_model.state import StateBuffer

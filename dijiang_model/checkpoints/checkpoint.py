@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dijiang_model.checkpoints.atomic_folder import atomic_folder
 from dijiang_model.checkpoints.config_json import (
     CONFIG_FILE,
     MODEL_TYPE,
@@ -23,6 +24,7 @@ from dijiang_model.checkpoints.config_json import (
     parse_stored_config,
     stored_config_text,
 )
+from dijiang_model.checkpoints.quantized import choose, install, weights_to_quantize
 from dijiang_model.checkpoints.released_format import (
     ReleasedTensors,
     is_released_format,
@@ -31,14 +33,13 @@ from dijiang_model.checkpoints.released_format import (
 from dijiang_model.config import ModelConfig
 from dijiang_model.errors import CheckpointError, QuantizationError
 from dijiang_model.families import FAMILIES, build_model
-from dijiang_model.formats.atomic_folder import atomic_folder
 from dijiang_model.formats.json_fields import read_json_object
 from dijiang_model.formats.problem_list import problem_list
 from dijiang_model.formats.safetensors_writer import DEFAULT_SHARD_BYTES, num_bytes, write_tensors, write_text
 from dijiang_model.formats.tensor_files import TensorInfo, TensorSource, open_tensors
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.quantization.config import Quantization, WeightKind
-from dijiang_model.quantization.modules import choose, install, quantized_weights, weights_to_quantize
+from dijiang_model.quantization.modules import quantized_weights
 from dijiang_model.quantization.tensors import QuantizedTensors
 
 CHECKED_ELEMENTS = 2**24

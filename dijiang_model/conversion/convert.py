@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dijiang_model.checkpoints.checkpoint import has_valid, tensor_problems, write_checkpoint
 from dijiang_model.checkpoints.config_json import Origin, StoredConfig
+from dijiang_model.checkpoints.outputs import CARD_FILE, check_replaceable, output_folder
+from dijiang_model.checkpoints.quantized import choose, weights_to_quantize
 from dijiang_model.config import ModelConfig
 from dijiang_model.conversion.model_card import UNTRAINED_WARNING, model_card, needs_training, title
 from dijiang_model.conversion.quantize import with_rounding
@@ -18,12 +20,10 @@ from dijiang_model.conversion.sources.source import Source, open_source, sha256_
 from dijiang_model.conversion.sources.tokenizer_files import staged_tokenizer
 from dijiang_model.errors import ConversionError
 from dijiang_model.families import FAMILIES, build_model
-from dijiang_model.formats.outputs import CARD_FILE, check_replaceable, output_folder
 from dijiang_model.formats.problem_list import problem_list
 from dijiang_model.formats.safetensors_writer import DEFAULT_SHARD_BYTES, num_bytes, write_text
 from dijiang_model.formats.tensor_files import TensorInfo, TensorSource
 from dijiang_model.quantization.config import WeightKind
-from dijiang_model.quantization.modules import choose, weights_to_quantize
 from dijiang_model.quantization.tensors import QuantizedTensors
 
 CONVERTER_VERSION = 1

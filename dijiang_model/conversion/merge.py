@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from dijiang_model.checkpoints.config_json import read_stored_config
+from dijiang_model.checkpoints.outputs import check_replaceable, output_folder
 from dijiang_model.conversion.evaluation.report import TABLES_FILE
 from dijiang_model.conversion.model_card import model_card, title
 from dijiang_model.conversion.training.adapters import apply_adapter, load_adapter
 from dijiang_model.errors import ConversionError, ModelError
 from dijiang_model.families import build_model
-from dijiang_model.formats.outputs import check_replaceable, output_folder
 from dijiang_model.formats.tensor_files import open_tensors
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from dijiang_model.checkpoints.checkpoint import open_readable, require_fit, write_checkpoint
 from dijiang_model.checkpoints.config_json import StoredConfig, read_stored_config
+from dijiang_model.checkpoints.outputs import CARD_FILE, check_replaceable, output_folder
+from dijiang_model.checkpoints.quantized import choose, weights_to_quantize
 from dijiang_model.conversion.model_card import model_card
 from dijiang_model.conversion.sources.tokenizer_files import write_tokenizer
 from dijiang_model.errors import QuantizationError
 from dijiang_model.families import build_model
-from dijiang_model.formats.outputs import CARD_FILE, check_replaceable, output_folder
 from dijiang_model.formats.safetensors_writer import DEFAULT_SHARD_BYTES, num_bytes, write_text
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.quantization.config import DEFAULT_GROUP_SIZE, Quantization, WeightKind
-from dijiang_model.quantization.modules import choose, weights_to_quantize
 from dijiang_model.quantization.tensors import QuantizedTensors
 
 

@@ -10,13 +10,14 @@ from torch.nn import functional
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import ModelConfig
 from dijiang_model.families.config_fields import common_config, head_size_of, read_rope, rope_document
-from dijiang_model.families.family import Family, Paths
+from dijiang_model.families.family import Family
 from dijiang_model.families.parts import ACTIVATIONS, empty_embedding
 from dijiang_model.formats.json_fields import Fields
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
 from dijiang_model.ops.selection import gated_product, residual_norm
+from dijiang_model.paths import Paths
 from dijiang_model.quantization.weight import QuantizedWeight
 
 PATHS = Paths(

@@ -1,9 +1,8 @@
-"""Steps in C++: one call for all layers and all rows, where the library was built at install.
+"""The compiled kernels, where the library was built at install; `dijiang_model.serving` runs whole steps in them.
 
 - `library`: finds the kernels built for this processor; there are none where no compiler was at hand.
-- `weights`: a model's tensors as the kernels want them, in place.
-- `decoder`: runs steps, decode rows and prefill segments alike; chosen once, when a model is prepared.
-- `int8`: weight-only quantisation.
+- `choose`, `draw`: greedy and sampled tokens.
+- `digest`: which sources a library was built from.
 
 What the kernels promise beyond speed: a token's logits and state are the same bit for bit in any company, for any
 number of threads, and however its prompt is cut. `src/` keeps that by writing out the order of every sum.

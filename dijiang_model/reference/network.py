@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dijiang_model.config import AttentionConfig, ModelConfig
 from dijiang_model.families import FAMILIES
-from dijiang_model.families.family import Paths
+from dijiang_model.paths import Paths
 from dijiang_model.reference import anchors, hybrid, linear
 from dijiang_model.reference.features import feature_map
 from dijiang_model.reference.narrow import round_row_naive

@@ -69,5 +69,5 @@ def load_shard(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     parts = TensorParts(checkpoint.tensors, shapes, Shard(group.rank, group.size))
     fill_model(model, parts, path, device=torch.device(device))
-    model.prepare(native=False)
+    model.prepare()
     return ShardedModel(model, whole.config, group)

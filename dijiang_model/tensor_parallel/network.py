@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dijiang_model.attention import DiJiangAttention, state_dtype
+from dijiang_model.batch import PackedBatch
+from dijiang_model.checkpoints.quantized import install
 from dijiang_model.config import ModelConfig
 from dijiang_model.families import build_model
 from dijiang_model.families.parts import empty_embedding
-from dijiang_model.model import DiJiangForCausalLM, PackedBatch
+from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.quantization.config import Quantization
-from dijiang_model.quantization.modules import QuantizedEmbedding, QuantizedLinear, install
+from dijiang_model.quantization.modules import QuantizedEmbedding, QuantizedLinear
 from dijiang_model.state import StateBuffer
 from dijiang_model.tensor_parallel.group import TensorGroup
 from dijiang_model.tensor_parallel.modules import (
@@ -39,7 +41,7 @@ def build_shard(
     dtype: torch.dtype = torch.float32,
     quantization: Quantization | None = None,
 ) -> DiJiangForCausalLM:
-    """A rank's uninitialised network; fill it with the parts of a checkpoint, then call `prepare(native=False)`.
+    """A rank's uninitialised network; fill it with the parts of a checkpoint, then call `prepare()`.
 
     Args:
         config: of the whole network.

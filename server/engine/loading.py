@@ -12,9 +12,8 @@ from torch import Tensor
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.config import ModelConfig
 from dijiang_model.formats.tensor_files import SAFETENSORS_DTYPES
-from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.native.weights import why_unsupported
 from dijiang_model.quantization.config import Quantization
+from dijiang_model.serving.network import FrozenModel, freeze
 from dijiang_model.state import StateSpec
 from server.engine.engine import Engine
 from server.engine.fairness.step_times import StepTimes
@@ -86,7 +85,7 @@ def load_engine(config: EngineConfig) -> Engine:
     model = load_model(config.model_path, device=config.device, dtype=dtype, weights=weights_kind(config))
     if config.state_dtype != "float32":
         model.keep_states_in(state_dtype(config))
-    return build_engine(model.seal(), as_stored(config, model.quantization), started=started)
+    return build_engine(freeze(model), as_stored(config, model.quantization), started=started)
 
 
 def as_stored(config: EngineConfig, quantization: Quantization | None) -> EngineConfig:
@@ -94,11 +93,11 @@ def as_stored(config: EngineConfig, quantization: Quantization | None) -> Engine
     return config if quantization is None else replace(config, weights_dtype=quantization.weights)
 
 
-def build_engine(model: DiJiangForCausalLM, config: EngineConfig, *, started: float | None = None) -> Engine:
+def build_engine(model: FrozenModel, config: EngineConfig, *, started: float | None = None) -> Engine:
     """An engine around a model that is on the configured device already.
 
     Args:
-        model: ready to compute.
+        model: on that device.
         config: its device, memory and limits count here.
         started: `time.monotonic()` before the model was loaded, for `EngineInfo.load_s`.
 
@@ -116,7 +115,7 @@ def build_engine(model: DiJiangForCausalLM, config: EngineConfig, *, started: fl
         is_quantized=model.quantization is not None,
         can_record=True,
         steps=model.decode_path,
-        slow_because=why_unsupported(model) if pool.buffer.storage.device.type == "cpu" else None,
+        slow_because=model.slow_because,
     )
     return assemble_engine(network, config, started=started)
 

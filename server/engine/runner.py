@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dijiang_model.model import PackedBatch
+from dijiang_model.batch import PackedBatch
 from dijiang_model.state import StateBuffer
 from server.engine.batch import Batch, StepResult
 from server.engine.fast_steps import graph_sampling

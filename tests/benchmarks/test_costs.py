@@ -7,14 +7,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.costs import Costs, attention_operations, num_projected, state_bytes, step_costs, weight_bytes
 from benchmarks.load import percentiles_ms
 from benchmarks.machine import Machine
+from dijiang_model.checkpoints.quantized import quantize_
 from dijiang_model.quantization.config import INT8
-from dijiang_model.quantization.modules import quantize_
 from dijiang_model.state import StateBuffer
 from tests.tiny_models import HYBRID, gpt_neox_config, llama_config, tiny_model
 
 
 def test_the_operations_of_projections_and_head_are_what_torch_counts() -> None:
-    model = tiny_model(gpt_neox_config()).prepare(native=False)
+    model = tiny_model(gpt_neox_config())
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     with FlopCounterMode(display=False) as counter:
         for linear in linears:

@@ -14,8 +14,9 @@ from benchmarks.gpu import prefill as gpu_prefill
 from benchmarks.gpu.command import attempt
 from benchmarks.gpu.models import WEIGHTS, config_of, random_model, softmax_twin
 from benchmarks.transformers_twin import decode_step
-from dijiang_model.ops.training.attention import SoftmaxAttention, run_segments
+from dijiang_model.ops.training.attention import SoftmaxAttention
 from dijiang_model.quantization.modules import quantized_weights
+from dijiang_model.segments import run_segments
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ from dijiang_model.config import FeatureConfig
 from dijiang_model.conversion.training.calibrate import with_windows
 from dijiang_model.conversion.training.student import with_features
 from dijiang_model.families import build_model
-from dijiang_model.ops.training.attention import RecordedAttention, segments_layout
+from dijiang_model.ops.training.attention import RecordedAttention
+from dijiang_model.segments import segments_layout
 from tests.tiny_models import HYBRID, llama_config, tiny_model, write_tiny_model
 
 

@@ -17,7 +17,9 @@ from clients.scoring import score, summary
 from clients.selfcheck import Finding, SelfCheck, largest_difference
 from clients.states import States
 from clients.types import Completion
+from dijiang_model.batch import prefill
 from dijiang_model.checkpoints.checkpoint import load_model
+from dijiang_model.serving.network import freeze
 from dijiang_model.state import StateBuffer
 from tests.e2e.serving import Server, serving
 from tests.tiny_models import write_tiny_model
@@ -38,11 +40,12 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 def log_probability(folder: Path, text: str) -> float:
     """Of all bytes but the first, computed by the model directly."""
-    model, tokens = load_model(folder), list(text.encode())
+    model, tokens = freeze(load_model(folder)), list(text.encode())
     state = StateBuffer(model.state_spec, 2)
     state.storage.zero_()
     with torch.inference_mode():
-        logits = model.prefill(
+        logits = prefill(
+            model,
             torch.tensor(tokens),
             lengths=[len(tokens)],
             slots=torch.tensor([1]),

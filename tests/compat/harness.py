@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.batch import prefill
+from dijiang_model.serving.network import FrozenModel
 from dijiang_model.state import StateBuffer
 from tests.compat.conftest import ENVIRONMENT, ROOT, require, run_client
 from tests.e2e.serving import Server
@@ -39,12 +40,13 @@ def _read(folder: Path, task: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def log_probabilities(model: DiJiangForCausalLM, token_ids: list[int]) -> Tensor:
+def log_probabilities(model: FrozenModel, token_ids: list[int]) -> Tensor:
     """[T, vocab] of what follows each token, the whole text at once."""
     state = StateBuffer(model.state_spec, 2)
     state.storage.zero_()
     with torch.inference_mode():
-        logits = model.prefill(
+        logits = prefill(
+            model,
             torch.tensor(token_ids),
             lengths=[len(token_ids)],
             slots=torch.tensor([1]),
@@ -54,13 +56,13 @@ def log_probabilities(model: DiJiangForCausalLM, token_ids: list[int]) -> Tensor
     return logits.log_softmax(dim=-1)
 
 
-def likelihood(model: DiJiangForCausalLM, prompt: list[int], ending: list[int]) -> tuple[float, bool]:
+def likelihood(model: FrozenModel, prompt: list[int], ending: list[int]) -> tuple[float, bool]:
     """Log-likelihood of an ending, and whether it is the greedy one."""
     rows = log_probabilities(model, prompt + ending)[len(prompt) - 1 : -1]
     return rows[range(len(ending)), ending].sum().item(), rows.argmax(dim=-1).tolist() == ending
 
 
-def greedy(model: DiJiangForCausalLM, prompt: list[int], *, num_tokens: int, ends: frozenset[int]) -> list[int]:
+def greedy(model: FrozenModel, prompt: list[int], *, num_tokens: int, ends: frozenset[int]) -> list[int]:
     """The likeliest tokens one after the other, up to an end."""
     output: list[int] = []
     while len(output) < num_tokens:

@@ -3,7 +3,7 @@
 import pytest
 
 from dijiang_model.checkpoints.checkpoint import load_model
-from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.serving.network import FrozenModel, freeze
 from tests.compat.conftest import Tiny
 from tests.compat.harness import Samples, greedy, likelihood, recorded
 from tests.tiny_models import EOS_TOKEN_ID
@@ -27,11 +27,11 @@ def samples(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Samples:
 
 
 @pytest.fixture(scope="module")
-def model(tiny: Tiny) -> DiJiangForCausalLM:
-    return load_model(tiny.folder)
+def model(tiny: Tiny) -> FrozenModel:
+    return freeze(load_model(tiny.folder))
 
 
-def test_log_likelihoods_are_those_of_the_model(samples: Samples, model: DiJiangForCausalLM) -> None:
+def test_log_likelihoods_are_those_of_the_model(samples: Samples, model: FrozenModel) -> None:
     assert len(samples["tiny_choice"]) == len(QUESTIONS)
     for sample in samples["tiny_choice"]:
         question, endings = sample["doc"]["question"], sample["doc"]["endings"]
@@ -44,7 +44,7 @@ def test_log_likelihoods_are_those_of_the_model(samples: Samples, model: DiJiang
         assert sample["acc"] == float(best == sample["doc"]["label"])
 
 
-def test_generations_are_the_greedy_ones(samples: Samples, model: DiJiangForCausalLM) -> None:
+def test_generations_are_the_greedy_ones(samples: Samples, model: FrozenModel) -> None:
     assert len(samples["tiny_answer"]) == len(QUESTIONS)
     for sample in samples["tiny_answer"]:
         prompt = list(sample["doc"]["question"].encode())

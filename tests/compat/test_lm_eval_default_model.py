@@ -8,7 +8,7 @@ import tokenizers
 
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.conversion.default_model import ensure_default_model
-from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.serving.network import FrozenModel, freeze
 from tests.compat.harness import Samples, greedy, likelihood, recorded
 from tests.e2e.serving import Server, serving
 
@@ -43,8 +43,8 @@ def samples(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Samples
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> DiJiangForCausalLM:
-    return load_model(folder)
+def model(folder: Path) -> FrozenModel:
+    return freeze(load_model(folder))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def tokenizer(folder: Path) -> tokenizers.Tokenizer:
 
 
 def test_log_likelihoods_and_accuracy_are_those_of_the_model(
-    samples: Samples, model: DiJiangForCausalLM, tokenizer: tokenizers.Tokenizer
+    samples: Samples, model: FrozenModel, tokenizer: tokenizers.Tokenizer
 ) -> None:
     assert len(samples["tiny_choice"]) == len(QUESTIONS)
     for sample in samples["tiny_choice"]:
@@ -70,9 +70,7 @@ def test_log_likelihoods_and_accuracy_are_those_of_the_model(
     assert sum(sample["acc"] for sample in samples["tiny_choice"]) >= 3  # it knows more than chance does
 
 
-def test_generations_are_the_greedy_ones(
-    samples: Samples, model: DiJiangForCausalLM, tokenizer: tokenizers.Tokenizer
-) -> None:
+def test_generations_are_the_greedy_ones(samples: Samples, model: FrozenModel, tokenizer: tokenizers.Tokenizer) -> None:
     assert len(samples["tiny_answer"]) == len(QUESTIONS)
     for sample in samples["tiny_answer"]:
         prompt = tokenizer.encode(sample["doc"]["question"]).ids

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dijiang_model.model import DiJiangForCausalLM, PackedBatch
+from dijiang_model.batch import PackedBatch
+from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.serving.network import FrozenModel
 from dijiang_model.state import StateBuffer
 
 POISON = 0xFF
@@ -19,7 +21,7 @@ class Stepper:
         positions: tokens fed so far, by open slot.
     """
 
-    def __init__(self, model: DiJiangForCausalLM, *, num_slots: int = 8) -> None:
+    def __init__(self, model: DiJiangForCausalLM | FrozenModel, *, num_slots: int = 8) -> None:
         self.model = model
         self.buffer = StateBuffer(model.state_spec, num_slots)
         self.buffer.storage.fill_(POISON)
@@ -68,7 +70,7 @@ class Stepper:
         return {name: tensor[slot].clone() for name, tensor in self.buffer.tensors.items()}
 
 
-def logits_of(model: DiJiangForCausalLM, token_ids: Sequence[int]) -> Tensor:
+def logits_of(model: DiJiangForCausalLM | FrozenModel, token_ids: Sequence[int]) -> Tensor:
     """[T, vocab] of one sequence alone, in one prefill."""
     return Stepper(model, num_slots=2).open(1).step({1: token_ids})[1]
 

@@ -37,7 +37,7 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
 
 
 def torch_model(config: ModelConfig, dtype: torch.dtype = torch.float64) -> DiJiangForCausalLM:
-    return tiny_model(config, dtype=dtype).prepare(native=False)
+    return tiny_model(config, dtype=dtype)
 
 
 @pytest.mark.parametrize("form", ["parallel", "recurrent", "chunked"])
@@ -120,8 +120,8 @@ def test_scores_of_zero_that_age_are_the_plain_window_of_as_many_places() -> Non
     control.load_state_dict({name: tensor for name, tensor in tensors.items() if "priority" not in name}, strict=True)
     text = random_text(60)
     # The control keeps its sums in bf16, rounded at random.
-    expected = logits_of(control.prepare(native=False), text)
-    assert_close_in_norm(logits_of(model.prepare(native=False), text), expected, tolerance=2e-3)
+    expected = logits_of(control.prepare(), text)
+    assert_close_in_norm(logits_of(model.prepare(), text), expected, tolerance=2e-3)
 
 
 def test_a_disabled_linear_part_leaves_softmax_over_what_is_held(config: ModelConfig) -> None:
@@ -139,7 +139,7 @@ def test_a_disabled_linear_part_leaves_softmax_over_what_is_held(config: ModelCo
     model.load_state_dict({name: tensor.double() for name, tensor in tensors.items()}, strict=True)
     text = random_text(80)
     _, expected = reference.forward(roomy, tensors, text)
-    assert_close_in_norm(logits_of(model.prepare(native=False), text), expected, tolerance=1e-10)
+    assert_close_in_norm(logits_of(model.prepare(), text), expected, tolerance=1e-10)
 
 
 def test_places_are_a_quarter_of_fp32_and_cost_144_bytes_at_64_channels() -> None:

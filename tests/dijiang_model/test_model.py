@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dijiang_model import reference
+from dijiang_model.batch import PackedBatch, decode, prefill
 from dijiang_model.config import ModelConfig
-from dijiang_model.model import DiJiangForCausalLM, PackedBatch
+from dijiang_model.serving.network import FrozenModel, freeze
 from dijiang_model.state import StateBuffer
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, assert_states_close, logits_of, random_text
 from tests.tiny_models import (
@@ -24,6 +25,7 @@ from tests.tiny_models import (
     opt_config,
     random_tensors,
     tiny_model,
+    tiny_network,
 )
 
 LENGTHS = (1, 2, 63, 64, 65, 127, 130, 500)
@@ -65,8 +67,8 @@ FP32_TOLERANCE = 1e-5
 
 
 @cache
-def model_of(name: str, dtype: torch.dtype) -> DiJiangForCausalLM:
-    return tiny_model(CONFIGS[name], dtype=dtype)
+def model_of(name: str, dtype: torch.dtype) -> FrozenModel:
+    return tiny_network(CONFIGS[name], dtype=dtype)
 
 
 @cache
@@ -87,7 +89,7 @@ def test_prefill_equals_the_naive_forward_pass(name: str, num_tokens: int) -> No
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_hidden_state_equals_the_naive_one(name: str) -> None:
-    model, num_tokens = model_of(name, torch.float64), 130
+    model, num_tokens = tiny_model(CONFIGS[name], dtype=torch.float64), 130
     buffer = StateBuffer(model.state_spec, 2)
     buffer.storage.zero_()
     positions = torch.arange(num_tokens)
@@ -112,7 +114,7 @@ def test_decode_equals_prefill(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_decode_equals_prefill_in_fp32(name: str, native: bool) -> None:
     """By the compiled kernels where they run this model, and by torch."""
-    model, text = tiny_model(CONFIGS[name]).prepare(native=native), TEXT[:140]
+    model, text = tiny_network(CONFIGS[name], native=native), TEXT[:140]
     stepper = Stepper(model).open(2)
     decoded = torch.cat([stepper.step(decode={2: token})[2] for token in text])
     assert_close_in_norm(decoded, expected_of(name)[1][:140], tolerance=FP32_TOLERANCE)
@@ -220,7 +222,7 @@ def test_silent_heads_are_their_window_and_leave_the_others_alone(silent: list[i
     for dtype, tolerance in ((torch.float64, FP64_TOLERANCE), (torch.float32, FP32_TOLERANCE)):
         model = tiny_model(config, dtype=dtype)
         model.load_state_dict(tensors)
-        stepper = Stepper(model.prepare()).open(1, 2)
+        stepper = Stepper(freeze(model.prepare())).open(1, 2)
         assert_close_in_norm(stepper.step({1: TEXT[:60]})[1], expected, tolerance=tolerance)
         decoded = torch.cat([stepper.step(decode={2: token})[2] for token in TEXT[:60]])
         assert_close_in_norm(decoded, expected, tolerance=tolerance)
@@ -290,14 +292,14 @@ def test_prefill_and_decode_wrappers_are_the_packed_step(name: str) -> None:
     buffer.storage.zero_()
     slots, starts = torch.tensor([3, 1]), torch.tensor([0, 0])
     packed = torch.tensor(TEXT[:40] + TEXT[:9])
-    logits = model.prefill(packed, lengths=(40, 9), slots=slots, starts=starts, state=buffer)
+    logits = prefill(model, packed, lengths=(40, 9), slots=slots, starts=starts, state=buffer)
     next_tokens = torch.tensor([TEXT[40], TEXT[9]])
-    after = model.decode(next_tokens, slots=slots, positions=torch.tensor([40, 9]), state=buffer)
+    after = decode(model, next_tokens, slots=slots, positions=torch.tensor([40, 9]), state=buffer)
     expected = expected_of(name)[1]
     assert_close_in_norm(logits[:40], expected[:40], tolerance=FP64_TOLERANCE)
     assert_close_in_norm(after, expected[[40, 9]], tolerance=FP64_TOLERANCE)
-    more = model.prefill(
-        torch.tensor(TEXT[41:44]), lengths=(3,), slots=slots[:1], starts=torch.tensor([41]), state=buffer
+    more = prefill(
+        model, torch.tensor(TEXT[41:44]), lengths=(3,), slots=slots[:1], starts=torch.tensor([41]), state=buffer
     )
     assert_close_in_norm(more, expected[41:44], tolerance=FP64_TOLERANCE)
 
@@ -321,7 +323,7 @@ def test_state_spec_counts_what_the_formulas_say() -> None:
 @pytest.mark.parametrize("name", ["llama: hybrid 5+2, pure with two bases", "gpt_neox: released"])
 def test_bf16_weights_keep_an_fp32_state_and_decode_as_they_prefill(name: str) -> None:
     """Same roundings on both paths up to the order of sums; bf16 has 8 bits, and 2e-2 is five of its roundings."""
-    model = tiny_model(CONFIGS[name], dtype=torch.bfloat16).prepare(native=False)
+    model = tiny_model(CONFIGS[name], dtype=torch.bfloat16)
     assert all(t.dtype == torch.float32 for t in model.state_spec.tensors if ".near_" not in t.name)
     elsewhere = tiny_model(CONFIGS[name], dtype=torch.bfloat16).to("meta").state_spec
     assert all(t.dtype == torch.bfloat16 for t in elsewhere.tensors if ".near_" in t.name)
@@ -343,7 +345,7 @@ def test_every_tensor_of_a_checkpoint_counts(name: str) -> None:
         noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
         model = tiny_model(config)
         model.load_state_dict({tensor_name: tensor + 0.1 * noise}, strict=False)
-        changed = logits_of(model.prepare(), text)
+        changed = logits_of(freeze(model.prepare()), text)
         assert (changed - expected_of(name)[1][:80]).norm() > 1e-3, tensor_name
 
 

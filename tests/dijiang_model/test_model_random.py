@@ -10,7 +10,7 @@ from torch import Tensor
 from dijiang_model import reference
 from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, random_text
-from tests.tiny_models import gpt_neox_config, llama_config, opt_config, random_tensors, tiny_model
+from tests.tiny_models import gpt_neox_config, llama_config, opt_config, random_tensors, tiny_network
 
 FEATURES = st.builds(
     FeatureConfig,
@@ -61,7 +61,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
 
 def feed(config: ModelConfig, steps: list[tuple[int, bool]], text: list[int], dtype: torch.dtype) -> Tensor:
     """Logits of the text in slot 2; each step is a segment's length and whether it is fed token by token."""
-    stepper, begin, parts = Stepper(tiny_model(config, seed=7, dtype=dtype)).open(2), 0, []
+    stepper, begin, parts = Stepper(tiny_network(config, seed=7, dtype=dtype)).open(2), 0, []
     for length, by_token in steps:
         piece = text[begin : begin + length]
         begin += length

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from dijiang_model.config import ModelConfig
 from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention, run_segments
+from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention
+from dijiang_model.segments import run_segments
 from tests.dijiang_model.stepping import assert_close_in_norm, logits_of, random_text
 from tests.tiny_models import HYBRID, PURE, anchored, gpt_neox_config, llama_config, opt_config, tiny_model
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.serving.network import FrozenModel
 from server.engine.loading import build_engine
 from server.engine.types.requests import (
     EngineConfig,
@@ -26,7 +26,7 @@ class TinyEngine:
     status = "ready"
     num_restarts = 0
 
-    def __init__(self, model: DiJiangForCausalLM, folder: str, **config: object) -> None:
+    def __init__(self, model: FrozenModel, folder: str, **config: object) -> None:
         values = {
             "model_path": folder,
             "device": "cpu",

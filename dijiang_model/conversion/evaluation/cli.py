@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import CONFIG_FILE, read_stored_config
+from dijiang_model.checkpoints.outputs import output_folder
 from dijiang_model.conversion.evaluation.evaluate import Score, Variant, gap_closed, score, variants
 from dijiang_model.conversion.evaluation.long_texts import LENGTH, LongScore, long_score, streams, tokens_to_read
 from dijiang_model.conversion.evaluation.measured import Evaluation
@@ -29,8 +30,8 @@ from dijiang_model.conversion.training.adapters import adapted_model, load_adapt
 from dijiang_model.conversion.training.student import check_trainable
 from dijiang_model.conversion.training.text_windows import load_tokenizer, load_windows, text_files
 from dijiang_model.errors import ModelError
-from dijiang_model.formats.outputs import output_folder
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.serving.network import freeze
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +194,7 @@ def evaluate(
         long_scores=_long_scores(subjects, long_texts, console) if long_texts else {},
         num_long=len(long_texts),
         speed=_speed(subjects, console) if wanted.with_speed else [],
-        decode_path=subjects.model.decode_path,
+        decode_path=freeze(subjects.model).decode_path,
     )
 
 

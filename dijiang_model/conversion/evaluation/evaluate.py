@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dijiang_model.batch import prefill
 from dijiang_model.errors import ConversionError
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp
-from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention, run_segments
+from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention
+from dijiang_model.segments import run_segments
+from dijiang_model.serving.network import freeze
 from dijiang_model.state import StateBuffer
 
 EDGES = (0, 64, 256, 1024, 2048)
@@ -137,13 +140,14 @@ def score(variant: Variant, windows: Sequence[Tensor], *, on_window: Callable[[]
 @torch.inference_mode()
 def served_losses(model: DiJiangForCausalLM, window: Tensor) -> Tensor:
     """[T - 1] negative log-likelihoods of all tokens but the first, read in segments into a state as a server does."""
-    state = StateBuffer(model.state_spec, 1, window.device)
+    served = freeze(model)
+    state = StateBuffer(served.state_spec, 1, window.device)
     state.storage.zero_()
     slots, losses = torch.zeros(1, dtype=torch.int64, device=window.device), []
     for start in range(0, len(window) - 1, SEGMENT_TOKENS):
         tokens = window[start : min(start + SEGMENT_TOKENS, len(window) - 1)]
         starts = torch.tensor([start], device=window.device)
-        logits = model.prefill(tokens, lengths=[len(tokens)], slots=slots, starts=starts, state=state)
+        logits = prefill(served, tokens, lengths=[len(tokens)], slots=slots, starts=starts, state=state)
         losses.append(functional.cross_entropy(logits, window[start + 1 : start + 1 + len(tokens)], reduction="none"))
     return torch.cat(losses)
 

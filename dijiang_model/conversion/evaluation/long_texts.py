@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dijiang_model.batch import PackedBatch, Step
 from dijiang_model.conversion.evaluation.evaluate import equal_window
 from dijiang_model.families import build_model
-from dijiang_model.model import DiJiangForCausalLM, PackedBatch
+from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.serving.network import freeze
 from dijiang_model.state import StateBuffer
 
 EDGES = (1024, 2048, 8192, 32_768)
@@ -117,6 +119,7 @@ def stream_losses(
 ) -> Tensor:
     """Negative log-likelihoods of the tokens from `first` (>= 1) to the end, fp64 on the CPU, read chunk by chunk."""
     assert first >= 1
+    served = freeze(model)
     state = StateBuffer(model.state_spec, SLOT + 1, model.device)
     state.storage.zero_()
     ids = text.to(model.device)
@@ -124,16 +127,15 @@ def stream_losses(
     for start in range(0, len(ids), CHUNK_TOKENS):
         chunk = ids[start : start + CHUNK_TOKENS]
         targets = ids[max(start + 1, first) : start + 1 + len(chunk)]
-        logits = _step(model, chunk, start, max(first - 1 - start, 0), state)
+        logits = _step(served, chunk, start, max(first - 1 - start, 0), state)
         losses.append(functional.cross_entropy(logits[: len(targets)], targets, reduction="none").double().cpu())
         on_tokens(len(chunk))
     return torch.cat(losses)
 
 
-def _step(model: DiJiangForCausalLM, chunk: Tensor, start: int, first_row: int, state: StateBuffer) -> Tensor:
+def _step(model: Step, chunk: Tensor, start: int, first_row: int, state: StateBuffer) -> Tensor:
     """Reads a chunk; next-token logits of its rows from `first_row` on."""
     rows = torch.arange(min(first_row, len(chunk)), len(chunk), device=chunk.device)
     positions = torch.arange(start, start + len(chunk), device=chunk.device)
     slots = torch.tensor([SLOT], device=chunk.device)
-    logits: Tensor = model(PackedBatch(chunk, positions, slots, (len(chunk),), 0, rows), state)
-    return logits
+    return model(PackedBatch(chunk, positions, slots, (len(chunk),), 0, rows), state)

@@ -5,11 +5,11 @@ from typing import Literal
 
 import torch
 
+from dijiang_model.checkpoints.quantized import choose, quantize_
 from dijiang_model.conversion.evaluation.evaluate import Variant
 from dijiang_model.families import build_model
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops.torch.attention import TorchAttention
-from dijiang_model.quantization.modules import choose, quantize_
 from dijiang_model.quantization.tensors import InMemory
 
 Rounding = Literal["int8", "int4", "bfloat16-state", "int8-state"]
@@ -29,5 +29,5 @@ def _rounded(model: DiJiangForCausalLM, kind: Rounding) -> Variant:
         quantize_(twin, choose(kind, InMemory(model.state_dict()), twin))
     else:
         name = f"ours, state in {kind.removesuffix('-state')}"
-        twin.keep_states_in(_STATES[kind])
+        twin.keep_states_in(_STATES[kind]).prepare()
     return Variant(name, twin, TorchAttention(), twin.state_spec.bytes_per_slot, is_served=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dijiang_model.conversion.evaluation.evaluate import Variant
-from dijiang_model.ops.training.attention import run_segments
+from dijiang_model.segments import run_segments
 
 PROBE_DISTANCES = (50, 200, 500, 1000, 2000)
 NAMES = ("Alma", "Boris", "Clara", "Dmitri", "Edith", "Felix", "Greta", "Hugo")

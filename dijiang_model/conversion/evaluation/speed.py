@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dijiang_model.batch import decode
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import StepLayout
+from dijiang_model.serving.network import freeze
 from dijiang_model.state import StateBuffer
 
 CONTEXTS = (128, 1024, 2048, 8192, 32_768)
@@ -111,7 +113,8 @@ def _tokens_per_s_of_teacher(teacher: DiJiangForCausalLM, context: int) -> float
 
 
 @torch.inference_mode()
-def _tokens_per_s(model: DiJiangForCausalLM, context: int) -> float:
+def _tokens_per_s(network: DiJiangForCausalLM, context: int) -> float:
+    model = freeze(network)
     state = StateBuffer(model.state_spec, SLOT + 1, model.device)
     state.storage.zero_()
     token = torch.zeros(1, dtype=torch.int64, device=model.device)
@@ -119,7 +122,7 @@ def _tokens_per_s(model: DiJiangForCausalLM, context: int) -> float:
     times = []
     for step in range(NUM_STEPS + WARM_UP_STEPS):
         started = time.perf_counter()
-        logits = model.decode(token, slots=slots, positions=token.new_full((1,), context + step), state=state)
+        logits = decode(model, token, slots=slots, positions=token.new_full((1,), context + step), state=state)
         token = logits.argmax(-1)
         token.tolist()  # waits for the device
         times.append(time.perf_counter() - started)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dijiang_model.checkpoints.outputs import TOKENIZER_FILES
 from dijiang_model.conversion.sources.added_tokens import complete_tokenizer
 from dijiang_model.conversion.sources.sentencepiece_rules import follow_sentencepiece
 from dijiang_model.errors import ConversionError
 from dijiang_model.formats.json_fields import read_json_object
-from dijiang_model.formats.outputs import TOKENIZER_FILES
 from dijiang_model.formats.stub_files import stub_problem
 from dijiang_model.text.folder import TOKENIZER_FILE, UnsupportedTokenizerError, read_tokenizer_files
 from dijiang_model.text.template import Template, TemplateSyntaxFailure

@@ -14,7 +14,8 @@ from dijiang_model.kernel import LinearKernel
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
-from dijiang_model.ops.training.attention import SoftmaxAttention, WindowAttention, run_segments
+from dijiang_model.ops.training.attention import SoftmaxAttention, WindowAttention
+from dijiang_model.segments import run_segments
 
 WINDOW_CHOICES = (28, 60, 124, 252)
 """With 4 sinks each a multiple of 32 near tokens."""

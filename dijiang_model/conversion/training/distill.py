@@ -20,7 +20,8 @@ from dijiang_model.kernel import LinearKernel
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
-from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, run_segments
+from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention
+from dijiang_model.segments import run_segments
 
 Precision = Literal["fp32", "bf16"]
 

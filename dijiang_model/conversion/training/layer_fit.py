@@ -21,7 +21,8 @@ from dijiang_model.kernel import LinearKernel
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import StepLayout
-from dijiang_model.ops.training.attention import RecordedAttention, SoftmaxAttention, run_segments, segments_layout
+from dijiang_model.ops.training.attention import RecordedAttention, SoftmaxAttention
+from dijiang_model.segments import run_segments, segments_layout
 
 WARM_UP_STEPS = 8
 LAST_RATE = 0.02

@@ -9,10 +9,12 @@ import torch
 from tokenizers import Tokenizer as HfTokenizer
 from torch import Tensor
 
+from dijiang_model.batch import decode, prefill
 from dijiang_model.errors import ConversionError
 from dijiang_model.families import build_model
 from dijiang_model.formats.atomic_file import write_atomically
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.serving.network import freeze
 from dijiang_model.state import StateBuffer
 
 ROWS = 24
@@ -114,7 +116,7 @@ def _answers(
 ) -> list[list[int]]:
     """Sampled continuations, each through one of `ends` or up to `ANSWER_TOKENS`."""
     longest = max(map(len, prompts))
-    teacher = _with_window(model, longest + ANSWER_TOKENS)
+    teacher = freeze(_with_window(model, longest + ANSWER_TOKENS))
     state = StateBuffer(teacher.state_spec, len(prompts) + 1, teacher.device)
     state.storage.zero_()
     slots = torch.arange(1, len(prompts) + 1, device=teacher.device)
@@ -123,7 +125,7 @@ def _answers(
     positions = torch.tensor(lengths, device=teacher.device)
     answers: list[list[int]] = [[] for _ in prompts]
     with torch.inference_mode():
-        logits = teacher.prefill(tokens, lengths=lengths, slots=slots, starts=torch.zeros_like(positions), state=state)
+        logits = prefill(teacher, tokens, lengths=lengths, slots=slots, starts=torch.zeros_like(positions), state=state)
         logits = logits[positions.cumsum(0) - 1]
         live = list(range(len(prompts)))
         for _ in range(ANSWER_TOKENS):
@@ -135,7 +137,7 @@ def _answers(
                 break
             live = [live[row] for row in kept]
             index = torch.tensor(live, device=teacher.device)
-            logits = teacher.decode(chosen[kept], slots=slots[index], positions=positions[index], state=state)
+            logits = decode(teacher, chosen[kept], slots=slots[index], positions=positions[index], state=state)
             positions[index] += 1
     return answers
 

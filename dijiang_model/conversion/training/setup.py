@@ -8,6 +8,7 @@ from typing import Literal
 
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import parse_layers
+from dijiang_model.checkpoints.outputs import check_new_run, output_folder
 from dijiang_model.config import FeatureConfig, ModelConfig
 from dijiang_model.conversion.training import calibrate
 from dijiang_model.conversion.training.adapters import (
@@ -26,7 +27,6 @@ from dijiang_model.conversion.training.student import check_trainable, new_stude
 from dijiang_model.conversion.training.text_mixture import Mixture, TextSource, load_mixture, parse_source
 from dijiang_model.conversion.training.text_windows import load_tokenizer
 from dijiang_model.conversion.training.train import CHECKPOINT_FILE, Trainer, TrainingOptions
-from dijiang_model.formats.outputs import check_new_run, output_folder
 from dijiang_model.model import DiJiangForCausalLM
 
 ANSWERS_FILE, PLOT_FILE = "answers.txt", "loss.png"

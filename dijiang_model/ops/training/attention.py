@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dijiang_model.kernel import LinearKernel
-from dijiang_model.model import DiJiangForCausalLM, PackedBatch
-from dijiang_model.ops import AttentionOp, LayerState
-from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
+from dijiang_model.ops import LayerState
+from dijiang_model.ops.layout import PrefillLayout, StepLayout
 from dijiang_model.ops.torch.branches import Queries
 from dijiang_model.ops.torch.linear import LinearResult, chunked
 from dijiang_model.ops.torch.window import prefill_window
@@ -289,41 +288,3 @@ def _far(x: _Rotated, layout: StepLayout, *, kernel: LinearKernel, window: int) 
         normaliser=phi_k.new_zeros(shape),
         layout=prefill,
     )
-
-
-def run_segments(model: DiJiangForCausalLM, token_ids: Tensor, op: AttentionOp, *, offset: int = 0) -> Tensor:
-    """Segments of equal length, each from position 0, through the model's blocks with an attention of choice.
-
-    Args:
-        token_ids: [N, T] int64 on the model's device.
-        offset: see `segments_layout`.
-
-    Returns:
-        [N * T, D], what `model.logits` reads; with gradients where parameters ask for them.
-    """
-    num, length = token_ids.shape
-    positions = torch.arange(length, device=token_ids.device).repeat(num)
-    layout = segments_layout(model, num, length, offset=offset)
-    x = model.embed(token_ids.flatten(), positions)
-    for block in model.blocks:
-        x = block(x, op=op, layout=layout, state=NO_STATE)
-    return model.finish(x)
-
-
-def segments_layout(model: DiJiangForCausalLM, num: int, length: int, *, offset: int = 0) -> StepLayout:
-    """The layout of `num` segments of `length` tokens, each from position 0.
-
-    Args:
-        offset: rotates queries and keys as if the segments began there. Softmax over near tokens and sinks does not
-            change, as it sees relative positions only; features of the linear part see the rotation itself, and
-            have to be trained on all the positions that they shall serve.
-    """
-    positions = torch.arange(length, device=model.device).repeat(num)
-    none = torch.zeros(num, dtype=torch.int64, device=model.device)
-    layout = model._layout(PackedBatch(positions, positions, none, (length,) * num, 0, none))
-    if offset == 0:
-        return layout
-    config = model.config
-    dtype = layout.rotary.cos.dtype
-    rotary = Rotary.at(positions + offset, frequencies=config.frequencies, dtype=dtype)
-    return replace(layout, rotary=rotary, sink_rotary=rotary)

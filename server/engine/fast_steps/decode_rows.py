@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dijiang_model.native.decoding import Decoding
+from dijiang_model.serving.decoding import Decoding
 from dijiang_model.state import StateBuffer
 from server.engine.batch import Batch
 from server.engine.fast_steps import graph_sampling

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dijiang_model.model import PackedBatch
+from dijiang_model.batch import PackedBatch
 from dijiang_model.state import StateBuffer
 
 MAX_ROWS = 512

@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dijiang_model.model import PackedBatch
+from dijiang_model.batch import PackedBatch
 from dijiang_model.state import StateBuffer, StateSpec
 from dijiang_model.tensor_parallel.network import ShardedModel
 from dijiang_model.tensor_parallel.states import StateParts

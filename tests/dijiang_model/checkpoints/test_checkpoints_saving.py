@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dijiang_model.checkpoints import atomic_folder as atomic_folder_module
+from dijiang_model.checkpoints.atomic_folder import atomic_folder
 from dijiang_model.checkpoints.checkpoint import load_model, save_model
 from dijiang_model.checkpoints.config_json import Origin, read_stored_config
 from dijiang_model.errors import CheckpointError, ModelError
-from dijiang_model.formats import atomic_folder as atomic_folder_module
-from dijiang_model.formats.atomic_folder import atomic_folder
 from dijiang_model.formats.safetensors_writer import num_bytes, plan_shards, write_tensors
 from dijiang_model.formats.tensor_files import TensorInfo, open_tensors
 from tests.dijiang_model.stepping import logits_of, random_text

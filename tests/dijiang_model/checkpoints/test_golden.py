@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from dijiang_model import reference
+from dijiang_model.batch import PackedBatch
 from dijiang_model.checkpoints.checkpoint import load_config, load_model
 from dijiang_model.config import ModelConfig
-from dijiang_model.model import DiJiangForCausalLM, PackedBatch
+from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.reference import network
 from dijiang_model.state import StateBuffer
 from tests.dijiang_model.checkpoints.golden_checkpoints import NAMES, Golden, load_golden

@@ -17,7 +17,8 @@ from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.hf_config import base_model_config
 from dijiang_model.conversion.convert import convert
 from dijiang_model.conversion.evaluation.teacher import load_teacher
-from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, run_segments
+from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention
+from dijiang_model.segments import run_segments
 from tests.dijiang_model.checkpoints.published_configs import PUBLISHED, save, tiny_teacher
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, logits_of, random_text
 

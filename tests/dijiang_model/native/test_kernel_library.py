@@ -9,7 +9,7 @@ import pytest
 
 from dijiang_model.native import library
 from dijiang_model.native.digest import source_digest
-from dijiang_model.native.weights import why_unsupported
+from dijiang_model.serving.weights import why_unsupported
 from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.skipif(library.load_library() is None, reason="the kernels were not built")

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from dijiang_model.config import ModelConfig
-from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.native.decoder import NativeDecoder
 from dijiang_model.native.library import VARIANTS, load_library, load_variant
 from dijiang_model.ops.torch.narrow import round_rows, widened_rows
 from dijiang_model.reference.narrow import round_row_naive
+from dijiang_model.serving.network import FrozenModel, NativeModel, freeze
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, logits_of, random_text
 from tests.tiny_models import gpt_neox_config, llama_config, opt_config, tiny_model
 
@@ -28,8 +27,8 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
     return CONFIGS[request.param]
 
 
-def coded_model(config: ModelConfig | None = None, *, native: bool = True) -> DiJiangForCausalLM:
-    return tiny_model(config).keep_states_in(torch.int8).prepare(native=native)
+def coded_model(config: ModelConfig | None = None, *, native: bool = True) -> FrozenModel:
+    return freeze(tiny_model(config).keep_states_in(torch.int8), native=native)
 
 
 def test_rounding_agrees_with_the_naive_twin() -> None:
@@ -83,8 +82,8 @@ def test_kernels_and_torch_leave_the_same_state(variant: str, config: ModelConfi
     library = load_variant(variant)
     if library is None:
         pytest.skip(f"no {variant} kernels for this processor")
-    native, text = coded_model(config), random_text(40)
-    native._decoder = NativeDecoder(native, library=library)
+    model, text = tiny_model(config).keep_states_in(torch.int8), random_text(40)
+    native = NativeModel(model, library=library)
     ours, theirs = Stepper(native).open(1), Stepper(coded_model(config, native=False)).open(1)
     for token in text:
         actual, expected = (stepper.step(decode={1: token})[1] for stepper in (ours, theirs))
@@ -128,6 +127,6 @@ def test_a_key_that_is_not_finite_is_not_forgotten(native: bool) -> None:
 
 
 def test_states_can_be_widened_again() -> None:
-    model = coded_model().keep_states_in(torch.bfloat16)
+    model = tiny_model().keep_states_in(torch.int8).keep_states_in(torch.bfloat16)
     assert not any(tensor.dtype == torch.int8 for tensor in model.state_spec.tensors)
     assert model.keep_states_in(torch.float32).state_spec == tiny_model().state_spec

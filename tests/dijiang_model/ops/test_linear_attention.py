@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dijiang_model import reference
+from dijiang_model.batch import PackedBatch
 from dijiang_model.config import AttentionConfig, ModelConfig
-from dijiang_model.model import DiJiangForCausalLM, PackedBatch
+from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import PrefillLayout
 from dijiang_model.ops.torch.linear import chunked, recurrent_step
@@ -155,7 +156,7 @@ class OneLayer:
             nothing, torch.arange(begin, end), torch.tensor([3]), (length,), 1 if decode else 0, nothing
         )
         q, k, v = (x[begin:end].to(self.dtype) for x in (self.q, self.k, self.v))
-        layout, state = self.model._layout(batch), self.attention.layer_state(self.buffer)
+        layout, state = self.model.step_layout(batch), self.attention.layer_state(self.buffer)
         return self.model.attention_op(q, k, v, kernel=self.attention.linear, layout=layout, state=state)
 
     def state(self) -> LayerState:

@@ -5,11 +5,10 @@ import torch
 from torch import Tensor
 
 from dijiang_model.config import ModelConfig
-from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.native.decoder import NativeDecoder
 from dijiang_model.native.library import VARIANTS, load_library, load_variant
 from dijiang_model.ops.torch.narrow import round_by_chance
 from dijiang_model.reference.narrow import round_by_chance_naive
+from dijiang_model.serving.network import FrozenModel, NativeModel, freeze
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, logits_of, random_text
 from tests.tiny_models import gpt_neox_config, llama_config, opt_config, tiny_model
 
@@ -29,8 +28,8 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
     return CONFIGS[request.param]
 
 
-def narrow_model(config: ModelConfig | None = None, *, native: bool = True) -> DiJiangForCausalLM:
-    return tiny_model(config).keep_states_in(torch.bfloat16).prepare(native=native)
+def narrow_model(config: ModelConfig | None = None, *, native: bool = True) -> FrozenModel:
+    return freeze(tiny_model(config).keep_states_in(torch.bfloat16), native=native)
 
 
 def test_rounding_agrees_with_the_naive_twin() -> None:
@@ -107,8 +106,8 @@ def test_kernels_and_torch_leave_the_same_state(variant: str, config: ModelConfi
     library = load_variant(variant)
     if library is None:
         pytest.skip(f"no {variant} kernels for this processor")
-    native, text = narrow_model(config), random_text(40)
-    native._decoder = NativeDecoder(native, library=library)
+    model, text = tiny_model(config).keep_states_in(torch.bfloat16), random_text(40)
+    native = NativeModel(model, library=library)
     ours, theirs = Stepper(native).open(1), Stepper(narrow_model(config, native=False)).open(1)
     for token in text:
         actual, expected = (stepper.step(decode={1: token})[1] for stepper in (ours, theirs))
@@ -147,6 +146,6 @@ def test_other_dtypes_are_refused() -> None:
 
 
 def test_states_can_be_widened_again() -> None:
-    model = narrow_model().keep_states_in(torch.float32)
+    model = tiny_model().keep_states_in(torch.bfloat16).keep_states_in(torch.float32)
     assert not model.has_narrow_states
     assert model.state_spec == tiny_model().state_spec

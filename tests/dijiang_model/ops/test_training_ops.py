@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dijiang_model.batch import decode, prefill
 from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
 from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention, run_segments
+from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention
+from dijiang_model.segments import run_segments
 from dijiang_model.state import StateBuffer
 from tests.tiny_models import HYBRID, PURE, gpt_neox_config, llama_config, tiny_model
 
@@ -25,8 +27,8 @@ def inferred(model: DiJiangForCausalLM, token_ids: Tensor) -> Tensor:
     """Logits [T, vocab] of the inference path from an empty slot."""
     state = StateBuffer(model.state_spec, 2)
     state.storage.zero_()
-    return model.prefill(
-        token_ids, lengths=[len(token_ids)], slots=torch.tensor([1]), starts=torch.tensor([0]), state=state
+    return prefill(
+        model, token_ids, lengths=[len(token_ids)], slots=torch.tensor([1]), starts=torch.tensor([0]), state=state
     )
 
 
@@ -52,7 +54,7 @@ def test_far_queries_decode_as_they_prefill() -> None:
     state.storage.zero_()
     slot = torch.tensor([1])
     steps = [
-        model.decode(ids[t : t + 1], slots=slot, positions=torch.tensor([t]), state=state) for t in range(len(ids))
+        decode(model, ids[t : t + 1], slots=slot, positions=torch.tensor([t]), state=state) for t in range(len(ids))
     ]
     torch.testing.assert_close(torch.cat(steps), inferred(model, ids), rtol=1e-9, atol=1e-9)
 

@@ -9,24 +9,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dijiang_model.checkpoints.quantized import quantize_, weights_to_quantize
 from dijiang_model.config import ModelConfig
 from dijiang_model.errors import QuantizationError
 from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.native.decoder import NativeDecoder
 from dijiang_model.native.library import VARIANTS, load_library, load_variant
 from dijiang_model.quantization import weight as weight_module
 from dijiang_model.quantization.config import INT8, Quantization
-from dijiang_model.quantization.modules import (
-    QuantizedEmbedding,
-    QuantizedLinear,
-    quantize_,
-    quantized_weights,
-    weights_to_quantize,
-)
+from dijiang_model.quantization.modules import QuantizedEmbedding, QuantizedLinear, quantized_weights
 from dijiang_model.quantization.rounding import fit_groups
 from dijiang_model.quantization.tensors import InMemory, minimums_pay
 from dijiang_model.quantization.weight import Int4Weight, Int8Weight, QuantizedWeight
 from dijiang_model.reference.quantization import product_naive, weight_naive
+from dijiang_model.serving.network import NativeModel, freeze
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, logits_of, random_text
 from tests.tiny_models import gpt_neox_config, llama_config, opt_config, tiny_model
 
@@ -81,7 +76,7 @@ def with_rounded_weights(model: DiJiangForCausalLM, form: Quantization) -> DiJia
     for name, wanted in weights_to_quantize(model, form).items():
         weight = model.get_parameter(name)
         weight.data = rounded(weight.detach(), wanted).dequantized()
-    return model.prepare(native=False)
+    return model.prepare()
 
 
 @given(
@@ -203,7 +198,7 @@ def test_rows_of_zeros_and_rows_that_are_not_finite_stay_what_they_are(variant: 
 
 def test_quantised_networks_compute_with_the_rounded_weights(config: ModelConfig, form: Quantization) -> None:
     text = random_text(30)
-    actual = logits_of(quantize_(tiny_model(config), form), text)
+    actual = logits_of(freeze(quantize_(tiny_model(config), form)), text)
     expected = logits_of(with_rounded_weights(tiny_model(config), form), text)
     assert_close_in_norm(actual, expected, tolerance=TOLERANCE)
 
@@ -216,15 +211,14 @@ def test_decoding_equals_prefill_with_quantized_weights(variant: str, config: Mo
         pytest.skip(f"no {variant} kernels for this processor")
     text, model = random_text(20), quantize_(tiny_model(config), form)
     expected = logits_of(model, text)
-    model._decoder = NativeDecoder(model, library=library)
-    stepper = Stepper(model).open(1, 2, 3)
+    stepper = Stepper(NativeModel(model, library=library)).open(1, 2, 3)
     decoded = torch.cat([stepper.step(decode={1: token, 2: 7, 3: token})[1] for token in text])
     assert_close_in_norm(decoded, expected, tolerance=TOLERANCE)
 
 
 @needs_kernels
 def test_a_row_decodes_the_same_bit_for_bit_in_any_company(config: ModelConfig, form: Quantization) -> None:
-    model = quantize_(tiny_model(config), form)
+    model = freeze(quantize_(tiny_model(config), form))
     alone, crowd = (Stepper(model, num_slots=9).open(*slots) for slots in ([1], range(1, 8)))
     for token in random_text(9):
         expected = alone.step(decode={1: token})[1]
@@ -234,9 +228,9 @@ def test_a_row_decodes_the_same_bit_for_bit_in_any_company(config: ModelConfig, 
 
 def test_without_kernels_the_answer_is_the_same(monkeypatch: pytest.MonkeyPatch, form: Quantization) -> None:
     text, model = random_text(20), quantize_(tiny_model(), form)
-    expected = logits_of(model, text)
+    expected = logits_of(freeze(model), text)
     monkeypatch.setattr(weight_module, "load_library", lambda: None)
-    assert_close_in_norm(logits_of(model.prepare(native=False), text), expected, tolerance=TOLERANCE)
+    assert_close_in_norm(logits_of(freeze(model), text), expected, tolerance=TOLERANCE)
 
 
 def test_bfloat16_activations_meet_the_same_codes(form: Quantization) -> None:

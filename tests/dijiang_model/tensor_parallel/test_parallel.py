@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dijiang_model.batch import PackedBatch
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.config import ModelConfig
 from dijiang_model.conversion.quantize import quantize_folder
 from dijiang_model.errors import CheckpointError, ConfigError
-from dijiang_model.model import PackedBatch
 from dijiang_model.quantization.config import INT8, Quantization, WeightKind
 from dijiang_model.quantization.modules import quantized_weights
 from dijiang_model.state import StateBuffer
@@ -87,7 +87,7 @@ def test_a_split_network_gives_the_logits_and_states_of_the_whole_one(name: str)
     tensors = whole.state_dict()
     whole_state = StateBuffer(whole.state_spec, 3)
     with torch.inference_mode():
-        expected = run(whole.prepare(native=False), whole_state)
+        expected = run(whole, whole_state)
 
     def work(group: ThreadGroup) -> tuple[list[Tensor | None], StateBuffer]:
         model = shard_of(tensors, config, group)
@@ -149,7 +149,7 @@ def test_the_parts_of_a_checkpoint_compute_what_the_whole_does(config: ModelConf
     folder = write_tiny_model(tmp_path / "model", config, with_tokenizer=False)
     whole = load_model(folder)
     with torch.inference_mode():
-        expected = run(whole.prepare(native=False), StateBuffer(whole.state_spec, 3))
+        expected = run(whole, StateBuffer(whole.state_spec, 3))
 
     def work(group: ThreadGroup) -> tuple[ShardedModel, list[Tensor | None]]:
         model = load_shard(folder, group)
@@ -213,7 +213,7 @@ def test_quantized_weights_are_split_code_for_code(kind: WeightKind, is_stored: 
         quantize_folder(folder, tmp_path / "stored", kind=kind)
         folder = tmp_path / "stored"
     with torch.inference_mode():
-        expected = run(whole.prepare(native=False), StateBuffer(whole.state_spec, 3))
+        expected = run(whole, StateBuffer(whole.state_spec, 3))
 
     def work(group: ThreadGroup) -> tuple[ShardedModel, list[Tensor | None]]:
         model = load_shard(folder, group, weights=None if is_stored else kind)

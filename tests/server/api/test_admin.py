@@ -20,7 +20,7 @@ from tests.e2e.serving import serving
 from tests.server.conftest import Loopback, serve
 from tests.server.fake_engine import FakeEngine
 from tests.server.tiny_engine import TinyEngine
-from tests.tiny_models import tiny_model, write_tiny_model
+from tests.tiny_models import tiny_network, write_tiny_model
 
 ADMIN = {"authorization": "Bearer root"}
 CACHE = {"prefix_cache_host_bytes": 1 << 24, "prefix_cache_min_tokens": 4}
@@ -146,7 +146,7 @@ def test_orders_reach_the_engine(byte_tokenizer: Tokenizer, keyed: ServiceOption
 
 
 def test_a_selfcheck_compares_every_way_to_compute(byte_tokenizer: Tokenizer, keyed: ServiceOptions) -> None:
-    engine = TinyEngine(tiny_model(), "tiny", **CACHE)
+    engine = TinyEngine(tiny_network(), "tiny", **CACHE)
     with serve(engine, keyed, byte_tokenizer) as server:  # type: ignore[arg-type]
         report = order(server, "selfcheck", **CHECK).json()
         assert (report["object"], report["passed"], report["num_tokens"]) == ("selfcheck", True, 56)
@@ -182,7 +182,7 @@ def test_a_selfcheck_finds_a_way_that_differs(
                 request = replace(request, prompt_token_ids=(first, *request.prompt_token_ids[1:]))
             return super().submit(request)
 
-    engine = Drifting(tiny_model(), "tiny", **CACHE)
+    engine = Drifting(tiny_network(), "tiny", **CACHE)
     with serve(engine, keyed, byte_tokenizer) as server:  # type: ignore[arg-type]
         report = order(server, "selfcheck", **CHECK).json()
     differences = {finding["name"]: finding["largest_difference"] for finding in report["findings"]}

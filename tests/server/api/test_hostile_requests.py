@@ -15,7 +15,7 @@ from tests.server.api.test_bad_requests import assert_still_right
 from tests.server.conftest import OPTIONS, Loopback, raw_exchange, serve
 from tests.server.fake_engine import EOS_TOKEN_ID, FakeEngine
 from tests.server.tiny_engine import TinyEngine
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_network
 
 GIBIBYTE = 1 << 30
 
@@ -89,7 +89,7 @@ def test_nothing_that_a_request_names_is_fetched(server: Loopback, listener: tup
 
 @pytest.fixture(scope="module")
 def real(byte_tokenizer: Tokenizer) -> Iterator[Loopback]:
-    with serve(TinyEngine(tiny_model(), "tiny"), OPTIONS, byte_tokenizer) as running:  # type: ignore[arg-type]
+    with serve(TinyEngine(tiny_network(), "tiny"), OPTIONS, byte_tokenizer) as running:  # type: ignore[arg-type]
         yield running
 
 

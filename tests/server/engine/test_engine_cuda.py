@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dijiang_model.serving.network import freeze
 from server.engine.loading import build_engine
 from server.engine.types.logprobs import LogprobOptions
 from server.engine.types.requests import EngineConfig, GenerationRequest
@@ -22,7 +23,7 @@ def answers(
 ) -> dict[str, list[int]]:
     model = tiny_model({"llama": llama_config(), "gpt_neox": gpt_neox_config()}[family]).to(device)
     engine = build_engine(
-        model,
+        freeze(model),
         EngineConfig(
             model_path="in memory",
             device=device,

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dijiang_model.batch import PackedBatch, decode, prefill
 from dijiang_model.config import ModelConfig
 from dijiang_model.conversion.quantize import quantize_folder
-from dijiang_model.model import DiJiangForCausalLM, PackedBatch
 from dijiang_model.quantization.config import WeightKind
+from dijiang_model.serving.network import FrozenModel
 from dijiang_model.state import StateBuffer
 from server.engine.engine import Engine
 from server.engine.loading import build_engine, load_engine
@@ -23,27 +24,27 @@ from server.engine.state.pool import StateBudgetError, StatePool
 from server.engine.types.requests import EngineConfig, FinishReason, GenerationRequest, SamplingParams
 from tests.server.engine.fakes import engine_info
 from tests.server.engine.some_requests import make_request, mixed_requests
-from tests.tiny_models import EOS_TOKEN_ID, gpt_neox_config, llama_config, tiny_model, write_tiny_model
+from tests.tiny_models import EOS_TOKEN_ID, gpt_neox_config, llama_config, tiny_network, write_tiny_model
 
 CPU = torch.device("cpu")
 MODELS = {"hybrid llama": llama_config(), "released gpt_neox": gpt_neox_config()}
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
-def model(request: pytest.FixtureRequest) -> DiJiangForCausalLM:
-    return tiny_model(MODELS[request.param])
+def model(request: pytest.FixtureRequest) -> FrozenModel:
+    return tiny_network(MODELS[request.param])
 
 
 @pytest.fixture(scope="module")
-def hybrid() -> DiJiangForCausalLM:
-    return tiny_model()
+def hybrid() -> FrozenModel:
+    return tiny_network()
 
 
 class Bench:
     """An engine whose pool can be looked at and poisoned."""
 
     def __init__(
-        self, model: DiJiangForCausalLM, *, num_slots: int = 4, max_step_tokens: int = 32, num_ahead: int = 0
+        self, model: FrozenModel, *, num_slots: int = 4, max_step_tokens: int = 32, num_ahead: int = 0
     ) -> None:
         config: ModelConfig = model.config
         self.pool = StatePool(model.state_spec, num_slots)
@@ -79,31 +80,31 @@ class Bench:
             self.pool.buffer.storage[slot].view(torch.float32).fill_(float("nan"))
 
 
-def alone(model: DiJiangForCausalLM, request: GenerationRequest) -> tuple[list[int], FinishReason]:
+def alone(model: FrozenModel, request: GenerationRequest) -> tuple[list[int], FinishReason]:
     return Bench(model, num_slots=1, max_step_tokens=256).run([request])[request.request_id]
 
 
 @pytest.mark.parametrize("max_step_tokens", [4, 17, 512])
 def test_tokens_depend_on_no_neighbour_no_slot_and_no_split_of_the_prompt(
-    model: DiJiangForCausalLM, max_step_tokens: int
+    model: FrozenModel, max_step_tokens: int
 ) -> None:
     requests = mixed_requests(12)
     together = Bench(model, max_step_tokens=max_step_tokens).run(requests)
     assert together == {request.request_id: alone(model, request) for request in requests}
 
 
-def test_launching_ahead_changes_no_token_of_a_real_model(model: DiJiangForCausalLM) -> None:
+def test_launching_ahead_changes_no_token_of_a_real_model(model: FrozenModel) -> None:
     requests = mixed_requests(10)
     assert Bench(model, num_ahead=1).run(requests) == Bench(model).run(requests)
 
 
-def test_64_concurrent_greedy_sequences_equal_those_alone(hybrid: DiJiangForCausalLM) -> None:
+def test_64_concurrent_greedy_sequences_equal_those_alone(hybrid: FrozenModel) -> None:
     requests = [make_request(f"r{number}", 1 + number % 50, seed=number) for number in range(64)]
     together = Bench(hybrid, num_slots=64, max_step_tokens=200).run(requests)
     assert together == {request.request_id: alone(hybrid, request) for request in requests}
 
 
-def test_greedy_tokens_are_those_of_the_bare_model(model: DiJiangForCausalLM) -> None:
+def test_greedy_tokens_are_those_of_the_bare_model(model: FrozenModel) -> None:
     request = make_request("a", 21, max_tokens=10)
     state = StateBuffer(model.state_spec, 2)
     state.storage.zero_()
@@ -111,16 +112,16 @@ def test_greedy_tokens_are_those_of_the_bare_model(model: DiJiangForCausalLM) ->
     slots = torch.tensor([1])
     output: list[int] = []
     with torch.inference_mode():
-        logits = model.prefill(tokens, lengths=[len(tokens)], slots=slots, starts=torch.tensor([0]), state=state)
+        logits = prefill(model, tokens, lengths=[len(tokens)], slots=slots, starts=torch.tensor([0]), state=state)
         for position in range(len(tokens), len(tokens) + 10):
             output.append(int(logits[-1].argmax()))
-            logits = model.decode(
-                torch.tensor(output[-1:]), slots=slots, positions=torch.tensor([position]), state=state
+            logits = decode(
+                model, torch.tensor(output[-1:]), slots=slots, positions=torch.tensor([position]), state=state
             )
     assert Bench(model).run([request])["a"] == (output, FinishReason.LENGTH)
 
 
-def test_poisoned_free_slots_and_reuse_leak_nothing(model: DiJiangForCausalLM) -> None:
+def test_poisoned_free_slots_and_reuse_leak_nothing(model: FrozenModel) -> None:
     requests = mixed_requests(6)
     expected = {request.request_id: alone(model, request) for request in requests}
     bench = Bench(model, num_slots=3)
@@ -129,7 +130,7 @@ def test_poisoned_free_slots_and_reuse_leak_nothing(model: DiJiangForCausalLM) -
         assert bench.run(requests) == expected
 
 
-def test_poison_in_a_running_slot_ends_that_request_alone(hybrid: DiJiangForCausalLM) -> None:
+def test_poison_in_a_running_slot_ends_that_request_alone(hybrid: FrozenModel) -> None:
     requests = [make_request(name, 9, seed=seed, max_tokens=6) for seed, name in enumerate("abc")]
     bench = Bench(hybrid)
     for request in requests:
@@ -154,7 +155,7 @@ def test_poison_in_a_running_slot_ends_that_request_alone(hybrid: DiJiangForCaus
     assert bench.run([requests[1]])["b"] == alone(hybrid, requests[1]), "the slot is clean again"
 
 
-def test_a_slot_is_zero_after_its_request_whichever_way_it_ends(hybrid: DiJiangForCausalLM) -> None:
+def test_a_slot_is_zero_after_its_request_whichever_way_it_ends(hybrid: FrozenModel) -> None:
     bench = Bench(hybrid)
     bench.run([make_request("finished", 12)])
     for name, num_steps in (("in prefill", 1), ("in decode", 4)):
@@ -168,7 +169,7 @@ def test_a_slot_is_zero_after_its_request_whichever_way_it_ends(hybrid: DiJiangF
     assert not bench.engine.has_work
 
 
-def test_200_aborts_leave_all_slots_free_and_the_next_answer_right(hybrid: DiJiangForCausalLM) -> None:
+def test_200_aborts_leave_all_slots_free_and_the_next_answer_right(hybrid: FrozenModel) -> None:
     bench = Bench(hybrid, num_slots=8)
     for number in range(200):
         bench.engine.add(make_request(f"r{number}", 1 + number % 60, max_tokens=None))
@@ -181,7 +182,7 @@ def test_200_aborts_leave_all_slots_free_and_the_next_answer_right(hybrid: DiJia
     assert bench.run([request])["after"] == alone(hybrid, request)
 
 
-def test_an_answer_fed_back_as_a_prompt_goes_on_the_same_way(model: DiJiangForCausalLM) -> None:
+def test_an_answer_fed_back_as_a_prompt_goes_on_the_same_way(model: FrozenModel) -> None:
     request = make_request("a", 15, max_tokens=12)
     output = Bench(model).run([request])["a"][0]
     longer = GenerationRequest(
@@ -190,7 +191,7 @@ def test_an_answer_fed_back_as_a_prompt_goes_on_the_same_way(model: DiJiangForCa
     assert Bench(model, max_step_tokens=5).run([longer])["b"][0] == output[7:]
 
 
-def test_a_seed_gives_the_same_tokens_again_and_another_seed_others(hybrid: DiJiangForCausalLM) -> None:
+def test_a_seed_gives_the_same_tokens_again_and_another_seed_others(hybrid: FrozenModel) -> None:
     def output(seed: int) -> list[int]:
         request = GenerationRequest("a", (1, 2, 3), SamplingParams(max_tokens=12, ignore_eos=True, seed=seed))
         return Bench(hybrid).run([request])["a"][0]
@@ -199,14 +200,14 @@ def test_a_seed_gives_the_same_tokens_again_and_another_seed_others(hybrid: DiJi
     assert len({tuple(output(seed)) for seed in range(5)}) == 5
 
 
-def test_min_tokens_and_eos_bias_work_together(hybrid: DiJiangForCausalLM) -> None:
+def test_min_tokens_and_eos_bias_work_together(hybrid: FrozenModel) -> None:
     sampling = SamplingParams(temperature=0, min_tokens=3, logit_bias=((EOS_TOKEN_ID, 100.0),), max_tokens=9)
     output, reason = Bench(hybrid).run([GenerationRequest("a", (1, 2), sampling)])["a"]
     assert (len(output), output[-1], reason) == (4, EOS_TOKEN_ID, FinishReason.STOP)
     assert EOS_TOKEN_ID not in output[:-1]
 
 
-def test_generation_runs_past_every_table_of_positions(model: DiJiangForCausalLM) -> None:
+def test_generation_runs_past_every_table_of_positions(model: FrozenModel) -> None:
     """128 and 64 positions were trained; the sequence goes three times as far."""
     request = make_request("a", 5, max_tokens=400)
     output, reason = Bench(model).run([request])["a"]
@@ -222,7 +223,7 @@ def test_generation_runs_past_every_table_of_positions(model: DiJiangForCausalLM
 def test_any_mixture_with_aborts_leaves_the_others_as_they_are_alone(
     lengths: list[int], max_step_tokens: int, abort: list[tuple[int, int]]
 ) -> None:
-    model = tiny_model()
+    model = tiny_network()
     requests = [make_request(f"r{number}", length, max_tokens=6) for number, length in enumerate(lengths)]
     bench = Bench(model, num_slots=3, max_step_tokens=max_step_tokens)
     for request in requests:
@@ -242,7 +243,7 @@ def test_any_mixture_with_aborts_leaves_the_others_as_they_are_alone(
         assert output == (expected[: len(output)] if request.request_id in aborted else expected)
 
 
-def test_the_step_is_one_packed_batch_without_padding(hybrid: DiJiangForCausalLM) -> None:
+def test_the_step_is_one_packed_batch_without_padding(hybrid: FrozenModel) -> None:
     batches: list[PackedBatch] = []
 
     def spy(batch: PackedBatch, state: StateBuffer) -> torch.Tensor:
@@ -279,12 +280,12 @@ def engine_config(path: Path, **changes: object) -> EngineConfig:
     return EngineConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def test_load_builds_an_engine_from_a_folder(tmp_path: Path, hybrid: DiJiangForCausalLM) -> None:
+def test_load_builds_an_engine_from_a_folder(tmp_path: Path, hybrid: FrozenModel) -> None:
     engine = load_engine(engine_config(write_tiny_model(tmp_path / "model", with_tokenizer=False)))
     info = engine.info
     assert info.state_bytes_per_slot == hybrid.state_spec.bytes_per_slot
     assert info.num_slots == min(2**20 // info.state_bytes_per_slot - 1, 64)
-    assert info.num_parameters == sum(parameter.numel() for parameter in hybrid.parameters())
+    assert info.num_parameters == hybrid.num_parameters
     assert (info.vocab_size, info.eos_token_ids, info.load_s > 0) == (260, (EOS_TOKEN_ID,), True)
     request = make_request("a", 11)
     engine.add(request)
@@ -294,11 +295,11 @@ def test_load_builds_an_engine_from_a_folder(tmp_path: Path, hybrid: DiJiangForC
     assert output == alone(hybrid, request)[0]
 
 
-def test_there_are_no_more_slots_than_step_tokens(hybrid: DiJiangForCausalLM) -> None:
+def test_there_are_no_more_slots_than_step_tokens(hybrid: FrozenModel) -> None:
     assert build_engine(hybrid, engine_config(Path("unused"), max_step_tokens=7)).info.num_slots == 7
 
 
-def test_too_little_state_memory_is_refused_in_numbers(hybrid: DiJiangForCausalLM) -> None:
+def test_too_little_state_memory_is_refused_in_numbers(hybrid: FrozenModel) -> None:
     with pytest.raises(StateBudgetError, match="1,000 bytes of state memory"):
         build_engine(hybrid, engine_config(Path("unused"), state_memory_bytes=1_000))
 

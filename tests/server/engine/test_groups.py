@@ -11,7 +11,7 @@ from server.engine.types.requests import FinishReason, GenerationRequest, TokenE
 from tests.server.engine.fakes import FakeRunner, engine, expected_output, request
 from tests.server.engine.some_requests import make_request
 from tests.server.engine.test_engine_model import Bench
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_network
 
 PROMPT = tuple(range(20))
 
@@ -122,7 +122,7 @@ def test_whatever_shares_a_prefill_gets_what_it_would_get_alone(
 
 @pytest.mark.parametrize("num_slots", [1, 3, 8])
 def test_choices_of_a_model_are_those_of_separate_requests(num_slots: int) -> None:
-    model = tiny_model()
+    model = tiny_network()
     separate = [replace(make_request("x", 40, seed=0), request_id=f"c{n}") for n in range(6)]
     separate = [
         replace(item, sampling=replace(item.sampling, temperature=1.0, seed=11 + n, repetition_penalty=1.1))

@@ -9,14 +9,14 @@ import pytest
 from server.text.tokenizer import Tokenizer
 from tests.server.conftest import OPTIONS, Loopback, serve
 from tests.server.tiny_engine import TinyEngine
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_network
 
 PROMPT = "One prompt, many answers. " * 6
 
 
 @pytest.fixture(scope="module")
 def server(byte_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
-    engine = TinyEngine(tiny_model(), str(tmp_path_factory.mktemp("model")), max_num_slots=4)
+    engine = TinyEngine(tiny_network(), str(tmp_path_factory.mktemp("model")), max_num_slots=4)
     with serve(engine, OPTIONS, byte_tokenizer) as running:  # type: ignore[arg-type]
         yield running
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.batch import prefill
+from dijiang_model.serving.network import FrozenModel
 from dijiang_model.state import StateBuffer
 from server.text.tokenizer import Tokenizer
 from tests.server.conftest import OPTIONS, Loopback, serve
 from tests.server.tiny_engine import TinyEngine
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_network
 
 TOLERANCE = 2e-5
 """Between prompts in chunks of 16 tokens and at once: roundings of fp32 sums."""
@@ -23,25 +24,26 @@ PROMPT = "naïve 東京, twice: naïve 東京."
 
 
 @pytest.fixture(scope="module")
-def model() -> DiJiangForCausalLM:
-    return tiny_model()
+def model() -> FrozenModel:
+    return tiny_network()
 
 
 @pytest.fixture(scope="module")
 def server(
-    model: DiJiangForCausalLM, byte_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+    model: FrozenModel, byte_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Loopback]:
     engine = TinyEngine(model, str(tmp_path_factory.mktemp("model")))
     with serve(engine, OPTIONS, byte_tokenizer) as running:  # type: ignore[arg-type]
         yield running
 
 
-def naive(model: DiJiangForCausalLM, token_ids: list[int]) -> Tensor:
+def naive(model: FrozenModel, token_ids: list[int]) -> Tensor:
     """[T, vocab] log-probabilities of what follows each token."""
     state = StateBuffer(model.state_spec, 2)
     state.storage.zero_()
     with torch.inference_mode():
-        logits = model.prefill(
+        logits = prefill(
+            model,
             torch.tensor(token_ids),
             lengths=[len(token_ids)],
             slots=torch.tensor([1]),
@@ -70,7 +72,7 @@ def token_text(token_id: int) -> str:
     return bytes([token_id]).decode("utf-8", "replace") if token_id < 256 else "special"
 
 
-def test_a_completion_carries_parallel_lists(server: Loopback, model: DiJiangForCausalLM) -> None:
+def test_a_completion_carries_parallel_lists(server: Loopback, model: FrozenModel) -> None:
     choice = complete(server, logprobs=3)
     tokens, logprobs = choice["token_ids"], choice["logprobs"]
     expected = naive(model, [*PROMPT.encode(), *tokens])[len(PROMPT.encode()) - 1 : -1]
@@ -103,9 +105,7 @@ def test_zero_means_the_sampled_token_alone(server: Loopback) -> None:
     assert complete(server)["logprobs"] is None
 
 
-def test_an_echo_begins_with_the_prompt_and_its_first_token_has_no_value(
-    server: Loopback, model: DiJiangForCausalLM
-) -> None:
+def test_an_echo_begins_with_the_prompt_and_its_first_token_has_no_value(server: Loopback, model: FrozenModel) -> None:
     choice = complete(server, echo=True, logprobs=1)
     prompt = list(PROMPT.encode())
     assert choice["text"].startswith(PROMPT)
@@ -135,7 +135,7 @@ def test_an_echo_looks_for_no_stop_string_in_the_prompt(server: Loopback) -> Non
     assert choice["text"] == PROMPT + plain["text"]
 
 
-def test_a_prompt_is_scored_by_token_id_with_ranks(server: Loopback, model: DiJiangForCausalLM) -> None:
+def test_a_prompt_is_scored_by_token_id_with_ranks(server: Loopback, model: FrozenModel) -> None:
     prompt = list(PROMPT.encode())
     choice = complete(server, prompt_logprobs=2, logprob_token_ids=[65], max_tokens=1)
     expected = naive(model, prompt)
@@ -181,7 +181,7 @@ def test_a_stream_carries_exactly_what_the_whole_answer_does(server: Loopback, f
         assert prompt == choice.get("prompt_logprobs", [])
 
 
-def test_a_chat_answer_carries_its_tokens(server: Loopback, model: DiJiangForCausalLM) -> None:
+def test_a_chat_answer_carries_its_tokens(server: Loopback, model: FrozenModel) -> None:
     body = {
         "messages": [{"role": "user", "content": "Hi"}],
         "max_tokens": 6,
@@ -252,7 +252,7 @@ def test_the_official_client_reads_both_forms(server: Loopback) -> None:
     assert [len(entry.top_logprobs) for entry in chat.choices[0].logprobs.content] == [2, 2, 2]
 
 
-def test_a_long_prompt_is_scored_in_a_stream_of_many_chunks(server: Loopback, model: DiJiangForCausalLM) -> None:
+def test_a_long_prompt_is_scored_in_a_stream_of_many_chunks(server: Loopback, model: FrozenModel) -> None:
     prompt = torch.randint(0, 256, (1000,), generator=torch.Generator().manual_seed(1)).tolist()
     chunks = events(server, "/v1/completions", prompt=prompt, echo=True, logprobs=0, max_tokens=0)
     values = [value for chunk in chunks for value in (chunk["choices"][0]["logprobs"] or {}).get("token_logprobs", [])]
@@ -270,7 +270,7 @@ def test_too_many_for_one_answer_are_refused_before_anything_runs(server: Loopba
 
 
 def test_one_prefill_of_scored_prompts_uses_no_cached_prefix(
-    model: DiJiangForCausalLM, byte_tokenizer: Tokenizer, tmp_path: Path
+    model: FrozenModel, byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     engine = TinyEngine(model, str(tmp_path), prefix_cache_host_bytes=1 << 24)
     with serve(engine, OPTIONS, byte_tokenizer) as server:  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from server.text.tokenizer import Tokenizer
 from tests.server.conftest import OPTIONS, Loopback, serve
 from tests.server.engine.fakes import FixedPrices
 from tests.server.tiny_engine import TinyEngine
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_network
 
 LETTERS = [*range(ord("a"), ord("z") + 1)]
 NUM_TOKENS = 60
@@ -22,7 +22,7 @@ def guessing(byte_tokenizer: Tokenizer) -> Iterator[Loopback]:
     """Its prices are fixed: what a row costs a tiny model on a busy machine is a matter of chance."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rules, "StepPrices", FixedPrices)
-        engine = TinyEngine(tiny_model(), "tiny")
+        engine = TinyEngine(tiny_network(), "tiny")
     with serve(engine, OPTIONS, byte_tokenizer) as running:  # type: ignore[arg-type]
         yield running
 
@@ -116,7 +116,7 @@ def test_an_empty_prediction_predicts_nothing(guessing: Loopback) -> None:
 
 
 def test_a_server_that_does_not_guess_takes_predictions_all_the_same(byte_tokenizer: Tokenizer) -> None:
-    engine = TinyEngine(tiny_model(), "tiny", max_drafts=0)
+    engine = TinyEngine(tiny_network(), "tiny", max_drafts=0)
     with serve(engine, OPTIONS, byte_tokenizer) as running:  # type: ignore[arg-type]
         text = text_of(ask(running))
         answer = ask(running, content(text))

@@ -38,7 +38,8 @@ from dijiang_model.conversion.evaluation.teacher import load_teacher
 from dijiang_model.conversion.training.cli import train_command
 from dijiang_model.conversion.training.text_windows import load_tokenizer
 from dijiang_model.errors import ConversionError
-from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention, run_segments
+from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention
+from dijiang_model.segments import run_segments
 from tests.byte_tokenizer import write_byte_tokenizer
 from tests.dijiang_model.teachers import gpt_neox_teacher, llama_teacher
 from tests.tiny_models import HYBRID, PURE, llama_config, tiny_model, write_tiny_model

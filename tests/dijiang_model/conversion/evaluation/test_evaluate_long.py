@@ -5,13 +5,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dijiang_model.batch import decode
 from dijiang_model.conversion.evaluation import long_texts as evaluate_long
 from dijiang_model.conversion.evaluation import speed as evaluate_speed
 from dijiang_model.conversion.evaluation.long_texts import long_score, silenced, stream_losses, streams, tokens_to_read
 from dijiang_model.conversion.evaluation.speed import GrowingCache, cache_token_bytes, measure_speed
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp
-from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention, run_segments
+from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention
+from dijiang_model.segments import run_segments
 from dijiang_model.state import StateBuffer
 from tests.dijiang_model.stepping import assert_close_in_norm
 from tests.tiny_models import HYBRID, gpt_neox_config, llama_config, opt_config, tiny_model
@@ -89,7 +91,7 @@ def test_the_timed_teacher_computes_full_softmax(config: object) -> None:
     state.storage.zero_()
     with torch.inference_mode():
         rows = [
-            model.decode(token[None], slots=torch.tensor([1]), positions=torch.tensor([place]), state=state)
+            decode(model, token[None], slots=torch.tensor([1]), positions=torch.tensor([place]), state=state)
             for place, token in enumerate(text)
         ]
     assert_close_in_norm(torch.cat(rows), expected, tolerance=1e-5)

@@ -21,7 +21,8 @@ from dijiang_model.conversion.training.adapters import (
 )
 from dijiang_model.errors import CheckpointError, ConfigError
 from dijiang_model.families import build_model
-from dijiang_model.ops.training.attention import HybridAttention, run_segments
+from dijiang_model.ops.training.attention import HybridAttention
+from dijiang_model.segments import run_segments
 from tests.tiny_models import HYBRID, llama_config, random_tensors, write_tiny_model
 
 LAYER = replace(HYBRID, window=9, features=FeatureConfig(bases=("dct4",), nodes="signed_sphere", far_rank=2))

@@ -12,7 +12,8 @@ from dijiang_model.conversion.training.chat_prompt import load_chat_prompt
 from dijiang_model.conversion.training.self_distill import _answers, _with_window
 from dijiang_model.conversion.training.setup import OPENING_TOKENS, prepare_run
 from dijiang_model.errors import ConversionError
-from dijiang_model.ops.training.attention import SoftmaxAttention, run_segments
+from dijiang_model.ops.training.attention import SoftmaxAttention
+from dijiang_model.segments import run_segments
 from server.text.template import ChatMessage, ChatTemplate
 from server.text.tokenizer import load_tokenizer
 from tests.byte_tokenizer import CHAT_TEMPLATE

@@ -14,7 +14,8 @@ from dijiang_model.conversion.training.student import new_student
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import StepLayout
-from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention, run_segments
+from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention
+from dijiang_model.segments import run_segments
 from tests.tiny_models import HYBRID, llama_config, tiny_model
 
 LENGTH = 120

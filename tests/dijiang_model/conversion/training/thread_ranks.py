@@ -76,5 +76,5 @@ def shard_of(tensors: dict[str, Tensor], config: ModelConfig, group: ThreadGroup
     shard = Shard(group.rank, group.size)
     parts = {name: part_of(tensors[name], tuple(wanted[name].shape), shard) for name in wanted}
     model.load_state_dict({name: part.clone() for name, part in parts.items()}, strict=True, assign=True)
-    model.prepare(native=False)
+    model.prepare()
     return ShardedModel(model, config, group)

@@ -103,7 +103,7 @@ class Layer:
         positions = [torch.arange(self.fed[n], self.fed[n] + count) for n, count in wanted]
         positions.insert(len(decode), torch.zeros(1, dtype=torch.int64))
         num_decode, slots = len(decode) + 1, torch.tensor([*(n + 2 for n in decode), 0, *(n + 2 for n in prefill)])
-        layout = self._layout(torch.cat(positions), slots.to(self.device), num_decode, tuple(prefill.values()))
+        layout = self.step_layout(torch.cat(positions), slots.to(self.device), num_decode, tuple(prefill.values()))
         state = self.attention.layer_state(self.buffer)
         with torch.no_grad():
             out = self.op(q, k, v, kernel=self.attention.linear, layout=layout, state=state).cpu()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs the extra `triton`; run by `make test` where it is installed")
 
+from dijiang_model.checkpoints.quantized import quantize_
 from dijiang_model.ops import selection
 from dijiang_model.ops.rounded import RoundedMatrix
 from dijiang_model.ops.torch.attention import TorchAttention
@@ -22,7 +23,6 @@ from dijiang_model.ops.triton import rounded
 from dijiang_model.ops.triton.rounded import ROWS_AT_ONCE, WIDENED_FROM, ProductBlocks
 from dijiang_model.quantization import weight as weight_module
 from dijiang_model.quantization.config import INT8, Quantization
-from dijiang_model.quantization.modules import quantize_
 from dijiang_model.quantization.weight import Int4Weight, Int8Weight, QuantizedWeight
 from dijiang_model.reference.quantization import weight_naive
 from tests.dijiang_model.stepping import assert_close_in_norm, logits_of, random_text
@@ -212,7 +212,7 @@ def test_a_whole_network_answers_the_same_with_and_without_the_kernels(
 ) -> None:
     torch.manual_seed(0)
     config = {"llama": llama_config(HYBRID), "gpt_neox": gpt_neox_config()}[family]
-    model = quantize_(tiny_model(config), FORMS[name]).prepare(native=False).to(DEVICE).prepare(native=False)
+    model = quantize_(tiny_model(config), FORMS[name]).to(DEVICE).prepare()
     model.attention_op = TorchAttention()
     text = random_text(7)
     monkeypatch.setattr(weight_module, "load_library", lambda: None)

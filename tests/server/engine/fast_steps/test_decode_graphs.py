@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.serving.network import FrozenModel
 from server.engine.engine import Engine
 from server.engine.fast_steps import graph_sampling
 from server.engine.fast_steps.graphs import DecodeGraphs, Work, eager, row_buckets
@@ -24,15 +24,15 @@ from server.engine.types.requests import GenerationRequest, GrammarSpec, Samplin
 from tests.byte_tokenizer import write_byte_tokenizer
 from tests.server.engine.fakes import engine_info
 from tests.server.engine.some_requests import make_request, mixed_requests
-from tests.tiny_models import EOS_TOKEN_ID, tiny_model
+from tests.tiny_models import EOS_TOKEN_ID, tiny_network
 
 CPU = torch.device("cpu")
 NUM_SLOTS = 6
 
 
 @pytest.fixture(scope="module")
-def model() -> DiJiangForCausalLM:
-    return tiny_model()
+def model() -> FrozenModel:
+    return tiny_network()
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ class Bench:
 
     def __init__(
         self,
-        model: DiJiangForCausalLM,
+        model: FrozenModel,
         *,
         num_ahead: int,
         buckets: tuple[int, ...] = (),
@@ -94,7 +94,7 @@ class Bench:
             scheduler=scheduler, runner=runner, info=engine_info(), num_ahead=num_ahead, grammars=grammars
         )
 
-    def record(self, model: DiJiangForCausalLM, last_token_ids: Tensor, buckets: tuple[int, ...]) -> DecodeGraphs:
+    def record(self, model: FrozenModel, last_token_ids: Tensor, buckets: tuple[int, ...]) -> DecodeGraphs:
         graphs = DecodeGraphs(
             model, buffer=self.pool.buffer, last_token_ids=last_token_ids, buckets=buckets, capture=self.capture
         )
@@ -134,9 +134,7 @@ def test_every_number_of_rows_has_a_bucket_and_little_padding() -> None:
 
 
 @pytest.mark.parametrize("num_ahead", [0, 1])
-def test_recorded_steps_with_any_sampling_give_the_tokens_of_plain_ones(
-    model: DiJiangForCausalLM, num_ahead: int
-) -> None:
+def test_recorded_steps_with_any_sampling_give_the_tokens_of_plain_ones(model: FrozenModel, num_ahead: int) -> None:
     requests = [*mixed_requests(12), make_request("plain", 5), make_request("drawn", 9, temperature=0.8, min_p=0.01)]
     expected, _ = Bench(model, num_ahead=0).run(requests)
     recorded = Bench(model, num_ahead=num_ahead, buckets=(1, 2, 4, 6))
@@ -145,7 +143,7 @@ def test_recorded_steps_with_any_sampling_give_the_tokens_of_plain_ones(
     assert sum(recorded.capture.replays[:4]) > 10
 
 
-def test_a_step_that_fits_no_bucket_runs_freshly(model: DiJiangForCausalLM) -> None:
+def test_a_step_that_fits_no_bucket_runs_freshly(model: FrozenModel) -> None:
     requests = [make_request(f"r{n}", 3 + n, seed=n) for n in range(6)]
     recorded = Bench(model, num_ahead=1, buckets=(2,))
     assert recorded.run(requests)[0] == Bench(model, num_ahead=0).run(requests)[0]
@@ -161,7 +159,7 @@ def test_a_step_that_fits_no_bucket_runs_freshly(model: DiJiangForCausalLM) -> N
     ],
 )
 def test_rows_of_every_kind_are_sampled_within_the_recording(
-    model: DiJiangForCausalLM, sampling: dict[str, float], kind: graph_sampling.Kind
+    model: FrozenModel, sampling: dict[str, float], kind: graph_sampling.Kind
 ) -> None:
     requests = [make_request(f"r{n}", 4 + n, seed=n, **sampling) for n in range(3)]
     recorded = Bench(model, num_ahead=1, buckets=(4,))
@@ -170,7 +168,7 @@ def test_rows_of_every_kind_are_sampled_within_the_recording(
     assert samplings[[*graph_sampling.KINDS].index(kind)] == forward > 0
 
 
-def test_poison_in_a_running_slot_is_a_fault_of_that_row_alone(model: DiJiangForCausalLM) -> None:
+def test_poison_in_a_running_slot_is_a_fault_of_that_row_alone(model: FrozenModel) -> None:
     bench = Bench(model, num_ahead=1, buckets=(4,))
     requests = [make_request(name, 9, seed=seed, max_tokens=8) for seed, name in enumerate("abc")]
     for request in requests:
@@ -191,7 +189,7 @@ def constrained(name: str, seed: int) -> GenerationRequest:
 
 @pytest.mark.parametrize("buckets", [(), (1, 2, 4, 6)])
 def test_grammars_sit_out_no_step_and_change_no_token(
-    model: DiJiangForCausalLM, load_grammars: Callable[[], GrammarCompiler], buckets: tuple[int, ...]
+    model: FrozenModel, load_grammars: Callable[[], GrammarCompiler], buckets: tuple[int, ...]
 ) -> None:
     """Twelve digits and the end; what may come is sampled only when the token before it was seen."""
     requests = [constrained("digits", 1), constrained("others", 2), make_request("free", 7, max_tokens=13)]
@@ -205,7 +203,7 @@ def test_grammars_sit_out_no_step_and_change_no_token(
 
 
 def test_an_aborted_sequence_leaves_a_waiting_step_to_the_others(
-    model: DiJiangForCausalLM, load_grammars: Callable[[], GrammarCompiler]
+    model: FrozenModel, load_grammars: Callable[[], GrammarCompiler]
 ) -> None:
     expected, _ = Bench(model, num_ahead=0, load=load_grammars).run([constrained("stays", 2)])
     bench = Bench(model, num_ahead=1, buckets=(4,), load=load_grammars)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dijiang_model.native.decoding import Decoding
+from dijiang_model.serving.decoding import Decoding
 from dijiang_model.state import StateBuffer
 from server.engine.batch import Batch
 from server.engine.fast_steps.decode_rows import DecodeRows

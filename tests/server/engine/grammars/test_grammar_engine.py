@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.serving.network import FrozenModel
 from server.engine.engine import Engine
 from server.engine.grammars.grammar import HEADER, GrammarCompiler, GrammarError
 from server.engine.grammars.queue import GrammarQueue
@@ -21,7 +21,7 @@ from server.engine.state.pool import StatePool
 from server.engine.types.requests import FinishReason, GenerationRequest, GrammarSpec, SamplingParams, TokenEvent
 from tests.byte_tokenizer import write_byte_tokenizer
 from tests.server.engine.fakes import engine_info
-from tests.tiny_models import EOS_TOKEN_ID, tiny_model
+from tests.tiny_models import EOS_TOKEN_ID, tiny_network
 
 CPU = torch.device("cpu")
 COLOURS = ("red", "green", "dark blue")
@@ -42,8 +42,8 @@ OBJECT = HEADER + f"start: %json {json.dumps(SHAPE)}"
 
 
 @pytest.fixture(scope="module")
-def model() -> DiJiangForCausalLM:
-    return tiny_model()
+def model() -> FrozenModel:
+    return tiny_network()
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ class Bench:
     """An engine around a tiny model, and everything that it says."""
 
     def __init__(
-        self, model: DiJiangForCausalLM, load: Callable[[], GrammarCompiler], *, num_ahead: int = 0, num_slots: int = 8
+        self, model: FrozenModel, load: Callable[[], GrammarCompiler], *, num_ahead: int = 0, num_slots: int = 8
     ) -> None:
         config = model.config
         self.grammars = GrammarQueue(load)
@@ -104,7 +104,7 @@ def text_of(tokens: list[int]) -> str:
 
 @pytest.mark.parametrize("num_ahead", [0, 1])
 def test_many_grammars_in_one_batch_each_keep_to_their_own(
-    model: DiJiangForCausalLM, load: Callable[[], GrammarCompiler], num_ahead: int
+    model: FrozenModel, load: Callable[[], GrammarCompiler], num_ahead: int
 ) -> None:
     requests = []
     for number in range(8):
@@ -126,7 +126,7 @@ def test_many_grammars_in_one_batch_each_keep_to_their_own(
 
 @pytest.mark.parametrize("num_ahead", [0, 1])
 def test_tokens_under_a_grammar_depend_on_no_neighbour_and_no_step_ahead(
-    model: DiJiangForCausalLM, load: Callable[[], GrammarCompiler], num_ahead: int
+    model: FrozenModel, load: Callable[[], GrammarCompiler], num_ahead: int
 ) -> None:
     requests = [
         make_request(f"r{number}", (OBJECT, CHOICE, None)[number % 3], seed=number, max_tokens=30)
@@ -138,9 +138,7 @@ def test_tokens_under_a_grammar_depend_on_no_neighbour_and_no_step_ahead(
         assert alone[request.request_id] == together[request.request_id]
 
 
-def test_a_text_that_does_not_end_in_time_says_so(
-    model: DiJiangForCausalLM, load: Callable[[], GrammarCompiler]
-) -> None:
+def test_a_text_that_does_not_end_in_time_says_so(model: FrozenModel, load: Callable[[], GrammarCompiler]) -> None:
     tokens, end = Bench(model, load).run([make_request("r", DIGITS, max_tokens=5, min_tokens=5)])["r"]
     assert end.finish_reason is FinishReason.LENGTH
     assert bytes(tokens).isdigit()
@@ -149,7 +147,7 @@ def test_a_text_that_does_not_end_in_time_says_so(
 
 @pytest.mark.parametrize("sampling", [{"min_tokens": 100}, {"ignore_eos": True}, {"temperature": 0.0, "min_tokens": 9}])
 def test_a_text_that_cannot_go_on_ends_whatever_else_is_asked_for(
-    model: DiJiangForCausalLM, load: Callable[[], GrammarCompiler], sampling: dict[str, object]
+    model: FrozenModel, load: Callable[[], GrammarCompiler], sampling: dict[str, object]
 ) -> None:
     tokens, end = Bench(model, load).run([make_request("r", CHOICE, **sampling)])["r"]
     assert text_of(tokens) in COLOURS
@@ -157,7 +155,7 @@ def test_a_text_that_cannot_go_on_ends_whatever_else_is_asked_for(
 
 
 def test_a_text_that_can_go_on_does_so_until_min_tokens(
-    model: DiJiangForCausalLM, load: Callable[[], GrammarCompiler]
+    model: FrozenModel, load: Callable[[], GrammarCompiler]
 ) -> None:
     ends = Bench(model, load).run(
         [
@@ -172,7 +170,7 @@ def test_a_text_that_can_go_on_does_so_until_min_tokens(
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_no_bias_and_no_penalty_leads_out_of_the_grammar(
-    model: DiJiangForCausalLM, load: Callable[[], GrammarCompiler], temperature: float
+    model: FrozenModel, load: Callable[[], GrammarCompiler], temperature: float
 ) -> None:
     bias = ((ord("x"), 100.0), (ord("r"), -100.0), (ord("g"), -100.0))
     request = make_request(
@@ -182,7 +180,7 @@ def test_no_bias_and_no_penalty_leads_out_of_the_grammar(
     assert text_of(tokens) == "dark blue"
 
 
-def test_a_stop_token_ends_a_constrained_text(model: DiJiangForCausalLM, load: Callable[[], GrammarCompiler]) -> None:
+def test_a_stop_token_ends_a_constrained_text(model: FrozenModel, load: Callable[[], GrammarCompiler]) -> None:
     request = make_request("r", HEADER + 'start: "ab" "c"', stop_token_ids=(ord("b"),))
     tokens, end = Bench(model, load).run([request])["r"]
     assert bytes(tokens) == b"ab"
@@ -190,7 +188,7 @@ def test_a_stop_token_ends_a_constrained_text(model: DiJiangForCausalLM, load: C
 
 
 def test_a_grammar_that_cannot_be_used_ends_its_request_alone(
-    model: DiJiangForCausalLM, load: Callable[[], GrammarCompiler]
+    model: FrozenModel, load: Callable[[], GrammarCompiler]
 ) -> None:
     ends = Bench(model, load).run([make_request("bad", HEADER + "start: missing"), make_request("good", CHOICE)])
     error = ends["bad"][1].error
@@ -200,7 +198,7 @@ def test_a_grammar_that_cannot_be_used_ends_its_request_alone(
 
 
 def test_a_sequence_that_leaves_its_grammar_ends_alone_with_an_error(
-    model: DiJiangForCausalLM, load: Callable[[], GrammarCompiler], monkeypatch: pytest.MonkeyPatch
+    model: FrozenModel, load: Callable[[], GrammarCompiler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when a grammar becomes too complex on the way: nothing is masked, and any token comes."""
     monkeypatch.setattr("server.engine.grammars.grammar.GrammarConstraint.write_mask", lambda *_, **__: None)
@@ -212,7 +210,7 @@ def test_a_sequence_that_leaves_its_grammar_ends_alone_with_an_error(
 
 
 def test_a_request_can_leave_while_its_grammar_is_compiled(
-    model: DiJiangForCausalLM, load: Callable[[], GrammarCompiler]
+    model: FrozenModel, load: Callable[[], GrammarCompiler]
 ) -> None:
     bench = Bench(model, load)
     assert bench.engine.add(make_request("r", CHOICE)) is None
@@ -226,9 +224,7 @@ def test_a_request_can_leave_while_its_grammar_is_compiled(
     bench.grammars.close()
 
 
-def test_free_requests_run_while_a_grammar_is_compiled(
-    model: DiJiangForCausalLM, load: Callable[[], GrammarCompiler]
-) -> None:
+def test_free_requests_run_while_a_grammar_is_compiled(model: FrozenModel, load: Callable[[], GrammarCompiler]) -> None:
     is_open = False
 
     def load_later() -> GrammarCompiler:
@@ -248,7 +244,7 @@ def test_free_requests_run_while_a_grammar_is_compiled(
 
 
 def test_a_grammar_that_others_pushed_out_is_compiled_again(
-    model: DiJiangForCausalLM, load: Callable[[], GrammarCompiler]
+    model: FrozenModel, load: Callable[[], GrammarCompiler]
 ) -> None:
     bench = Bench(model, load, num_slots=1)
     bench.grammars._max_cached = 1
@@ -256,7 +252,7 @@ def test_a_grammar_that_others_pushed_out_is_compiled_again(
     assert all(end.error is None for _, end in ends.values())
 
 
-def test_a_model_without_tokenizer_refuses_grammars_and_serves_the_rest(model: DiJiangForCausalLM) -> None:
+def test_a_model_without_tokenizer_refuses_grammars_and_serves_the_rest(model: FrozenModel) -> None:
     def load_nothing() -> GrammarCompiler:
         raise GrammarError("this model has no tokenizer")
 
@@ -267,7 +263,7 @@ def test_a_model_without_tokenizer_refuses_grammars_and_serves_the_rest(model: D
     assert ends["free"][1].finish_reason is FinishReason.LENGTH
 
 
-def test_an_engine_without_grammars_refuses_them(model: DiJiangForCausalLM) -> None:
+def test_an_engine_without_grammars_refuses_them(model: FrozenModel) -> None:
     scheduler = Scheduler(num_slots=1, max_step_tokens=8, max_waiting=1, vocab_size=260)
     runner = ModelRunner(
         model, pool=StatePool(model.state_spec, 1), sampler=Sampler(260, (EOS_TOKEN_ID,), CPU), device=CPU

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.serving.network import FrozenModel
 from server.engine.state.snapshot_files import read_snapshot
 from server.engine.types.requests import FinishReason, GenerationRequest
 from server.engine.types.state import Resumption, StateOptions
 from tests.server.engine.state.snapshot_bench import PROMPT, Bench, Result, ask
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_network
 
 FILE = "suspended.safetensors"
 NOTE = json.dumps({"turn": "open"})
@@ -24,11 +24,11 @@ WAYS = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def model() -> DiJiangForCausalLM:
-    return tiny_model()
+def model() -> FrozenModel:
+    return tiny_network()
 
 
-def bench_of(model: DiJiangForCausalLM, tmp_path: Path, num_ahead: int) -> Bench:
+def bench_of(model: FrozenModel, tmp_path: Path, num_ahead: int) -> Bench:
     return Bench(model, tmp_path, num_ahead=num_ahead)
 
 
@@ -62,7 +62,7 @@ def going_on(request: GenerationRequest, before: Result) -> GenerationRequest:
 @pytest.mark.parametrize("num_ahead", [0, 1])
 @pytest.mark.parametrize("num_steps", [0, 2, 4, 5, 9, 14])
 def test_the_server_goes_on_with_what_it_suspended_as_if_undisturbed(
-    model: DiJiangForCausalLM, tmp_path: Path, num_steps: int, num_ahead: int, sampling: dict[str, object]
+    model: FrozenModel, tmp_path: Path, num_steps: int, num_ahead: int, sampling: dict[str, object]
 ) -> None:
     request = ask("one", *PROMPT, **{"max_tokens": 20, **sampling})
     undisturbed = bench_of(model, tmp_path, num_ahead).run(request)["one"]
@@ -74,7 +74,7 @@ def test_the_server_goes_on_with_what_it_suspended_as_if_undisturbed(
     assert after.reason == undisturbed.reason
 
 
-def test_without_a_file_it_goes_on_too_and_reads_the_tokens_again(model: DiJiangForCausalLM, tmp_path: Path) -> None:
+def test_without_a_file_it_goes_on_too_and_reads_the_tokens_again(model: FrozenModel, tmp_path: Path) -> None:
     request = ask("one", *PROMPT, max_tokens=20, **PENALISED)
     undisturbed = bench_of(model, tmp_path, 0).run(request)["one"]
     before = replace(suspended(bench_of(model, tmp_path, 0), request, 9), saved=None)
@@ -85,7 +85,7 @@ def test_without_a_file_it_goes_on_too_and_reads_the_tokens_again(model: DiJiang
 @pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "seeded"])
 @pytest.mark.parametrize("num_ahead", [0, 1])
 def test_a_client_goes_on_from_the_state_and_gets_the_tokens_that_were_missing(
-    model: DiJiangForCausalLM, tmp_path: Path, num_ahead: int, sampling: dict[str, object]
+    model: FrozenModel, tmp_path: Path, num_ahead: int, sampling: dict[str, object]
 ) -> None:
     request = ask("one", *PROMPT, **{"max_tokens": 20, **sampling})
     undisturbed = bench_of(model, tmp_path, num_ahead).run(request)["one"]
@@ -97,7 +97,7 @@ def test_a_client_goes_on_from_the_state_and_gets_the_tokens_that_were_missing(
     assert (before.tokens + after.tokens, after.reason) == (undisturbed.tokens, FinishReason.LENGTH)
 
 
-def test_it_may_be_suspended_again_and_again(model: DiJiangForCausalLM, tmp_path: Path) -> None:
+def test_it_may_be_suspended_again_and_again(model: FrozenModel, tmp_path: Path) -> None:
     request = ask("one", *PROMPT, max_tokens=20, **PENALISED)
     undisturbed = bench_of(model, tmp_path, 0).run(request)["one"]
     so_far = suspended(bench_of(model, tmp_path, 0), request, 6)
@@ -109,9 +109,7 @@ def test_it_may_be_suspended_again_and_again(model: DiJiangForCausalLM, tmp_path
     assert 0 < len(so_far.tokens) < 20
 
 
-def test_a_prompt_that_is_still_read_is_saved_only_if_that_is_asked_for(
-    model: DiJiangForCausalLM, tmp_path: Path
-) -> None:
+def test_a_prompt_that_is_still_read_is_saved_only_if_that_is_asked_for(model: FrozenModel, tmp_path: Path) -> None:
     request = ask("one", *PROMPT)
     result = suspended(bench_of(model, tmp_path, 0), request, 2, in_prompt=False)
     assert (result.reason, result.saved) == (FinishReason.SUSPENDED, None)
@@ -123,7 +121,7 @@ def test_a_prompt_that_is_still_read_is_saved_only_if_that_is_asked_for(
     assert read_snapshot(tmp_path / FILE, bench.layout).last_token == PROMPT[result.saved.position - 1]
 
 
-def test_a_request_that_was_just_ending_ends_as_it_would_have(model: DiJiangForCausalLM, tmp_path: Path) -> None:
+def test_a_request_that_was_just_ending_ends_as_it_would_have(model: FrozenModel, tmp_path: Path) -> None:
     bench = bench_of(model, tmp_path, 0)
     request = ask("one", *PROMPT, states=StateOptions(save_to="own.safetensors"))
     assert bench.engine.add(request) is None
@@ -142,7 +140,7 @@ def test_a_request_that_was_just_ending_ends_as_it_would_have(model: DiJiangForC
 
 
 def test_a_suspended_request_that_waits_for_a_file_or_a_slot_ends_without_one(
-    model: DiJiangForCausalLM, tmp_path: Path
+    model: FrozenModel, tmp_path: Path
 ) -> None:
     bench = bench_of(model, tmp_path, 0)
     bench.one(*PROMPT, states=StateOptions(save_to="base.safetensors"))
@@ -160,16 +158,14 @@ def test_a_suspended_request_that_waits_for_a_file_or_a_slot_ends_without_one(
     assert {len(result.tokens) for result in results.values()} == {12}
 
 
-def test_the_slot_of_a_suspended_request_is_clear(model: DiJiangForCausalLM, tmp_path: Path) -> None:
+def test_the_slot_of_a_suspended_request_is_clear(model: FrozenModel, tmp_path: Path) -> None:
     bench = bench_of(model, tmp_path, 0)
     suspended(bench, ask("one", *PROMPT), 8)
     assert bench.engine.stats.num_free_slots == 4
     assert not any(tensor.any() for slot in range(1, 5) for tensor in (bench.pool.take(slot),))
 
 
-def test_a_disk_that_takes_nothing_ends_a_suspended_request_without_a_state(
-    model: DiJiangForCausalLM, tmp_path: Path
-) -> None:
+def test_a_disk_that_takes_nothing_ends_a_suspended_request_without_a_state(model: FrozenModel, tmp_path: Path) -> None:
     bench = bench_of(model, tmp_path / "gone", 0)
     result = suspended(bench, ask("one", *PROMPT, max_tokens=20), 9)
     assert (result.reason, result.error, result.saved) == (FinishReason.SUSPENDED, None, None)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.batch import prefill
+from dijiang_model.serving.network import FrozenModel
 from dijiang_model.state import StateBuffer
 from server.engine.engine import Engine
 from server.engine.runner import ModelRunner
@@ -19,7 +20,7 @@ from server.engine.types.logprobs import LogprobOptions, LogprobRow, LogprobTabl
 from server.engine.types.requests import FinishReason, GenerationRequest, SamplingParams
 from tests.server.engine.fakes import engine_info
 from tests.server.engine.fakes import request as fake_request
-from tests.tiny_models import gpt_neox_config, llama_config, tiny_model
+from tests.tiny_models import gpt_neox_config, llama_config, tiny_network
 
 CPU = torch.device("cpu")
 MODELS = {"hybrid llama": llama_config(), "released gpt_neox": gpt_neox_config()}
@@ -28,8 +29,8 @@ TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
-def model(request: pytest.FixtureRequest) -> DiJiangForCausalLM:
-    return tiny_model(MODELS[request.param])
+def model(request: pytest.FixtureRequest) -> FrozenModel:
+    return tiny_network(MODELS[request.param])
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Scored:
 
 
 def run(
-    model: DiJiangForCausalLM,
+    model: FrozenModel,
     requests: Iterable[GenerationRequest],
     *,
     max_step_tokens: int = 16,
@@ -80,14 +81,14 @@ def run(
     return answers
 
 
-def naive(model: DiJiangForCausalLM, token_ids: Iterable[int]) -> Tensor:
+def naive(model: FrozenModel, token_ids: Iterable[int]) -> Tensor:
     """[T, vocab] log-probabilities of what follows each token."""
     tokens = torch.tensor(list(token_ids))
     state = StateBuffer(model.state_spec, 2)
     state.storage.zero_()
     slots, starts = torch.tensor([1]), torch.tensor([0])
     with torch.inference_mode():
-        logits = model.prefill(tokens, lengths=[len(tokens)], slots=slots, starts=starts, state=state)
+        logits = prefill(model, tokens, lengths=[len(tokens)], slots=slots, starts=starts, state=state)
     return logits.log_softmax(dim=-1)
 
 
@@ -119,7 +120,7 @@ def check_rows(rows: list[LogprobRow], token_ids: list[int], expected: Tensor, *
 @pytest.mark.parametrize("num_ahead", [0, 1])
 @pytest.mark.parametrize(("max_step_tokens", "max_scored_tokens"), [(4, None), (16, 3), (512, None)])
 def test_log_probabilities_are_those_of_the_model(
-    model: DiJiangForCausalLM, max_step_tokens: int, max_scored_tokens: int | None, num_ahead: int
+    model: FrozenModel, max_step_tokens: int, max_scored_tokens: int | None, num_ahead: int
 ) -> None:
     requests = [
         make_request("both", 37, LogprobOptions(num_output=3, num_prompt=5)),
@@ -151,7 +152,7 @@ def test_log_probabilities_are_those_of_the_model(
             check_rows(answer.prompt, list(prompt[1:]), expected[: len(prompt) - 1], num_top=options.num_prompt)
 
 
-def test_further_tokens_come_behind_the_likeliest_ones(model: DiJiangForCausalLM) -> None:
+def test_further_tokens_come_behind_the_likeliest_ones(model: FrozenModel) -> None:
     wide = make_request("wide", 12, LogprobOptions(num_output=2, num_prompt=1, token_ids=(7, 250, 0)))
     narrow = make_request("narrow", 5, LogprobOptions(num_output=0, token_ids=(9,)))
     answers = run(model, [wide, narrow])
@@ -163,7 +164,7 @@ def test_further_tokens_come_behind_the_likeliest_ones(model: DiJiangForCausalLM
     assert [row.token_ids[1:] for row in answers["narrow"].output] == [(9,)] * 6
 
 
-def test_they_are_of_the_model_whatever_shapes_the_sampling(model: DiJiangForCausalLM) -> None:
+def test_they_are_of_the_model_whatever_shapes_the_sampling(model: FrozenModel) -> None:
     shaped = make_request(
         "shaped",
         8,
@@ -181,7 +182,7 @@ def test_they_are_of_the_model_whatever_shapes_the_sampling(model: DiJiangForCau
     check_rows(answer.output, answer.tokens, expected[7:-1], num_top=4)
 
 
-def test_asking_changes_no_token(model: DiJiangForCausalLM) -> None:
+def test_asking_changes_no_token(model: FrozenModel) -> None:
     asking = [
         make_request(f"r{n}", 3 + 5 * n, LogprobOptions(num_output=n, num_prompt=n), temperature=float(n % 2))
         for n in range(6)
@@ -193,14 +194,14 @@ def test_asking_changes_no_token(model: DiJiangForCausalLM) -> None:
     }
 
 
-def test_no_token_is_generated_where_none_is_wanted(model: DiJiangForCausalLM) -> None:
+def test_no_token_is_generated_where_none_is_wanted(model: FrozenModel) -> None:
     request = make_request("a", 30, LogprobOptions(num_prompt=1, num_output=1), max_tokens=0)
     answer = run(model, [request])["a"]
     assert (answer.tokens, answer.output, answer.reason) == ([], [], FinishReason.LENGTH)
     assert len(answer.prompt) == 29
 
 
-def test_a_prompt_is_scored_in_pieces_that_are_reported_as_they_come(model: DiJiangForCausalLM) -> None:
+def test_a_prompt_is_scored_in_pieces_that_are_reported_as_they_come(model: FrozenModel) -> None:
     request = make_request("a", 50, LogprobOptions(num_prompt=2), max_tokens=1)
     answer = run(model, [request], max_step_tokens=64, max_scored_tokens=8)["a"]
     assert answer.prompt_events == 7

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dijiang_model.config import ModelConfig
-from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.native.library import load_library
+from dijiang_model.serving.network import FrozenModel, freeze
 from server.engine.engine import Engine
 from server.engine.grammars.grammar import HEADER, GrammarCompiler
 from server.engine.grammars.queue import GrammarQueue
@@ -28,7 +28,7 @@ from server.engine.types.logprobs import LogprobOptions, LogprobRow
 from server.engine.types.requests import EngineConfig, FinishReason, GenerationRequest, GrammarSpec, SamplingParams
 from tests.byte_tokenizer import write_byte_tokenizer
 from tests.server.engine.fakes import FREE, engine_info
-from tests.tiny_models import EOS_TOKEN_ID, gpt_neox_config, llama_config, opt_config, tiny_model
+from tests.tiny_models import EOS_TOKEN_ID, gpt_neox_config, llama_config, opt_config, tiny_model, tiny_network
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the kernels were not built: no compiler at install")
 
@@ -84,7 +84,7 @@ class KeepingRunner(ModelRunner):
 
 
 def run(
-    model: DiJiangForCausalLM,
+    model: FrozenModel,
     requests: Iterable[GenerationRequest],
     *,
     speculation: Speculation | None = None,
@@ -136,12 +136,12 @@ def assert_same(answers: dict[str, Answer], expected: dict[str, Answer]) -> None
         assert torch.equal(answer.state, plain.state), "as if each token had been fed alone"
 
 
-_models: dict[tuple[str, int], DiJiangForCausalLM] = {}
+_models: dict[tuple[str, int], FrozenModel] = {}
 
 
-def model_of(name: str, seed: int = 0) -> DiJiangForCausalLM:
+def model_of(name: str, seed: int = 0) -> FrozenModel:
     if (name, seed) not in _models:
-        _models[name, seed] = tiny_model(MODELS[name], seed=seed)
+        _models[name, seed] = tiny_network(MODELS[name], seed=seed)
     return _models[name, seed]
 
 
@@ -244,8 +244,8 @@ def test_grammars_permit_drafts_as_they_permit_tokens(tmp_path: Path, num_right:
 
 
 def test_logits_that_become_nan_end_the_request_where_they_would_have() -> None:
-    model = tiny_model()
-    embedding = model.get_submodule("model.embed_tokens").weight
+    network = tiny_model()
+    model, embedding = freeze(network), network.get_submodule("model.embed_tokens").weight
     request = make_request("a", [1, 2, 3], max_tokens=30)
     expected, _ = run(model, [request])
     bad = next(token for token in expected["a"].tokens[5:] if token not in (1, 2, 3))
@@ -279,20 +279,20 @@ def engine_config(path: Path, **changes: object) -> EngineConfig:
 
 
 def test_drafts_are_made_by_default_where_they_can_be_verified(tmp_path: Path) -> None:
-    assert build_engine(tiny_model(), engine_config(tmp_path)).info.max_drafts == 15
-    assert build_engine(tiny_model(), engine_config(tmp_path, max_drafts=3)).info.max_drafts == 3
-    assert build_engine(tiny_model(), engine_config(tmp_path, max_drafts=0)).info.max_drafts == 0
-    assert build_engine(tiny_model().prepare(native=False), engine_config(tmp_path)).info.max_drafts == 0
+    assert build_engine(tiny_network(), engine_config(tmp_path)).info.max_drafts == 15
+    assert build_engine(tiny_network(), engine_config(tmp_path, max_drafts=3)).info.max_drafts == 3
+    assert build_engine(tiny_network(), engine_config(tmp_path, max_drafts=0)).info.max_drafts == 0
+    assert build_engine(tiny_network(native=False), engine_config(tmp_path)).info.max_drafts == 0
 
 
 def test_drafts_that_could_not_be_verified_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="speculate is 3"):
-        build_engine(tiny_model().prepare(native=False), engine_config(tmp_path, max_drafts=3))
+        build_engine(tiny_network(native=False), engine_config(tmp_path, max_drafts=3))
     assert speculation_of(0, can_hold=False, is_quantized=False) is None
 
 
 def test_repetition_takes_fewer_steps_than_tokens(tmp_path: Path) -> None:
-    engine = build_engine(tiny_model(), engine_config(tmp_path))
+    engine = build_engine(tiny_network(), engine_config(tmp_path))
     request = make_request("a", [5, 6, 7, 8] * 6, max_tokens=400, logit_bias=((9, 50.0),))
     assert engine.add(request) is None
     while engine.has_work:

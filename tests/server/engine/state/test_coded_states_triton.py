@@ -9,8 +9,9 @@ pytest.importorskip("triton", reason="needs the extra `triton`")
 if torch.cuda.is_available():
     pytest.skip("in Triton's interpreter; test_graphs_cuda has a device", allow_module_level=True)
 
-from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.batch import decode, prefill
 from dijiang_model.ops.triton import TritonAttention
+from dijiang_model.serving.network import FrozenModel, freeze
 from dijiang_model.state import StateBuffer
 from server.engine.fast_steps.graphs import DecodeGraphs, eager
 from server.engine.state.norm import StateNorm
@@ -21,12 +22,12 @@ from tests.tiny_models import tiny_model
 NUM_SLOTS = 3
 
 
-def coded_model(*, triton: bool) -> DiJiangForCausalLM:
+def coded_model(*, triton: bool) -> FrozenModel:
     """As it runs on a CPU, or as on a CUDA device."""
     model = tiny_model().keep_states_in(torch.int8)
     if triton:
         model.attention_op = TritonAttention()
-    return model
+    return freeze(model)
 
 
 @pytest.mark.parametrize("from_triton", [True, False])
@@ -58,7 +59,7 @@ def test_recorded_steps_leave_the_bits_of_fresh_ones_and_no_trace_in_the_scratch
         positions = torch.full((bucket,), step)
         graphs.feed(bucket, torch.cat((slots, positions)))
         with torch.inference_mode():
-            expected = model.decode(last[slots], slots=slots, positions=positions, state=fresh)
+            expected = decode(model, last[slots], slots=slots, positions=positions, state=fresh)
             assert torch.equal(graphs.forward(bucket)[:num_rows], expected[:num_rows])
     assert torch.equal(recorded.storage, fresh.storage)
     assert (recorded.storage[0] == 0xFF).all()
@@ -67,7 +68,7 @@ def test_recorded_steps_leave_the_bits_of_fresh_ones_and_no_trace_in_the_scratch
 def test_the_health_of_a_state_shows_in_its_scales() -> None:
     model = coded_model(triton=True)
     buffer = StateBuffer(model.state_spec, NUM_SLOTS + 1, cleared=True)
-    model.prefill(torch.arange(4), lengths=(4,), slots=torch.tensor([2]), starts=torch.tensor([0]), state=buffer)
+    prefill(model, torch.arange(4), lengths=(4,), slots=torch.tensor([2]), starts=torch.tensor([0]), state=buffer)
     norm = StateNorm(buffer)
     norm.launch(2)
     assert norm.collect() > 0

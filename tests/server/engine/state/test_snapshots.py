@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.serving.network import FrozenModel
 from server.engine.loading import PoolAccess
 from server.engine.state.pool import StatePool
 from server.engine.state.prefix_disk import PrefixDisk
@@ -16,23 +16,23 @@ from server.engine.state.snapshots import CachePolicy
 from server.engine.types.requests import FinishReason
 from server.engine.types.state import StateOptions
 from tests.server.engine.state.snapshot_bench import PROMPT, Bench, ask
-from tests.tiny_models import gpt_neox_config, llama_config, opt_config, tiny_model
+from tests.tiny_models import gpt_neox_config, llama_config, opt_config, tiny_network
 
 MODELS = {"hybrid llama": llama_config(), "released gpt_neox": gpt_neox_config(), "hybrid opt": opt_config()}
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
-def model(request: pytest.FixtureRequest) -> DiJiangForCausalLM:
-    return tiny_model(MODELS[request.param])
+def model(request: pytest.FixtureRequest) -> FrozenModel:
+    return tiny_network(MODELS[request.param])
 
 
 @pytest.fixture(scope="module")
-def hybrid() -> DiJiangForCausalLM:
-    return tiny_model()
+def hybrid() -> FrozenModel:
+    return tiny_network()
 
 
 @pytest.fixture
-def bench(hybrid: DiJiangForCausalLM, tmp_path: Path) -> Iterator[Bench]:
+def bench(hybrid: FrozenModel, tmp_path: Path) -> Iterator[Bench]:
     bench = Bench(hybrid, tmp_path)
     yield bench
     bench.snapshots.close()
@@ -44,7 +44,7 @@ LOAD = StateOptions(load_from="a.safetensors")
 
 @pytest.mark.parametrize("num_ahead", [0, 1])
 def test_a_saved_conversation_goes_on_as_if_it_had_not_stopped(
-    model: DiJiangForCausalLM, tmp_path: Path, num_ahead: int
+    model: FrozenModel, tmp_path: Path, num_ahead: int
 ) -> None:
     whole = Bench(model, tmp_path, num_ahead=num_ahead).one(*PROMPT, max_tokens=30)
     first = Bench(model, tmp_path, num_ahead=num_ahead).one(*PROMPT, states=SAVE)
@@ -55,9 +55,7 @@ def test_a_saved_conversation_goes_on_as_if_it_had_not_stopped(
     assert first.tokens + second.tokens == whole.tokens
 
 
-def test_new_tokens_after_a_saved_state_count_alone_and_go_on_exactly(
-    model: DiJiangForCausalLM, tmp_path: Path
-) -> None:
+def test_new_tokens_after_a_saved_state_count_alone_and_go_on_exactly(model: FrozenModel, tmp_path: Path) -> None:
     bench = Bench(model, tmp_path)
     first = bench.one(*PROMPT, states=SAVE)
     before = bench.engine.stats.num_prefill_tokens
@@ -71,7 +69,7 @@ def test_the_file_holds_exactly_what_the_slot_held(bench: Bench, tmp_path: Path)
     bench.one(*PROMPT, max_tokens=1, states=replace(SAVE, prompt_only=True, note="hello"))
     saved = read_snapshot(tmp_path / "a.safetensors", bench.layout)
     assert (saved.position, saved.pending, saved.last_token, saved.note) == (len(PROMPT), (), PROMPT[-1], "hello")
-    direct = Bench(tiny_model(), tmp_path)
+    direct = Bench(tiny_network(), tmp_path)
     direct.engine.add(ask("x", *PROMPT, max_tokens=2))
     while direct.engine.stats.num_decode_tokens == 0 and direct.engine.stats.num_prefill_tokens < len(PROMPT):
         direct.engine.step()
@@ -86,7 +84,7 @@ def test_one_state_may_be_gone_on_from_many_times_at_once(bench: Bench) -> None:
     assert all(result.tokens == alone.tokens for result in together.values())
 
 
-def test_an_end_of_sequence_token_is_pending_or_fed_but_never_lost(hybrid: DiJiangForCausalLM, tmp_path: Path) -> None:
+def test_an_end_of_sequence_token_is_pending_or_fed_but_never_lost(hybrid: FrozenModel, tmp_path: Path) -> None:
     plain = Bench(hybrid, tmp_path).one(*PROMPT)
     stop = plain.tokens[5]
     expected = plain.tokens[: plain.tokens.index(stop) + 1]
@@ -100,7 +98,7 @@ def test_an_end_of_sequence_token_is_pending_or_fed_but_never_lost(hybrid: DiJia
         assert went_on.tokens == Bench(hybrid, tmp_path).one(*PROMPT, *expected, 3, 4).tokens
 
 
-def test_a_state_of_another_model_ends_that_request_alone(hybrid: DiJiangForCausalLM, tmp_path: Path) -> None:
+def test_a_state_of_another_model_ends_that_request_alone(hybrid: FrozenModel, tmp_path: Path) -> None:
     Bench(hybrid, tmp_path, fingerprint="dj-other").one(*PROMPT, states=SAVE)
     bench = Bench(hybrid, tmp_path)
     results = bench.run(ask("bad", 5, states=LOAD), ask("good", *PROMPT))
@@ -136,7 +134,7 @@ def test_a_state_without_a_place_to_go_is_an_error(bench: Bench, tmp_path: Path)
     assert result.error.code == "state_not_saved"
 
 
-def test_a_server_without_a_folder_says_so(hybrid: DiJiangForCausalLM, tmp_path: Path) -> None:
+def test_a_server_without_a_folder_says_so(hybrid: FrozenModel, tmp_path: Path) -> None:
     bench = Bench(hybrid, tmp_path)
     bench.snapshots._folder = None
     for states in (LOAD, SAVE):
@@ -191,7 +189,7 @@ CACHED = StateOptions(cache_namespace="me")
 
 @pytest.mark.parametrize("num_ahead", [0, 1])
 def test_the_same_prompt_again_costs_one_token_and_says_the_same(
-    model: DiJiangForCausalLM, tmp_path: Path, num_ahead: int
+    model: FrozenModel, tmp_path: Path, num_ahead: int
 ) -> None:
     bench = Bench(model, tmp_path, num_ahead=num_ahead)
     first = bench.one(*PROMPT, states=CACHED)
@@ -205,7 +203,7 @@ def test_the_same_prompt_again_costs_one_token_and_says_the_same(
 
 @pytest.mark.parametrize("num_ahead", [0, 1])
 def test_answers_of_one_group_share_a_prefix_and_save_their_own_ends(
-    model: DiJiangForCausalLM, tmp_path: Path, num_ahead: int
+    model: FrozenModel, tmp_path: Path, num_ahead: int
 ) -> None:
     bench = Bench(model, tmp_path, num_ahead=num_ahead)
     for _ in range(2):  # the second time from the cache
@@ -231,9 +229,7 @@ def test_answers_of_one_group_share_a_prefix_and_save_their_own_ends(
 
 
 @pytest.mark.parametrize("num_ahead", [0, 1])
-def test_the_next_turn_begins_where_the_last_answer_ended(
-    model: DiJiangForCausalLM, tmp_path: Path, num_ahead: int
-) -> None:
+def test_the_next_turn_begins_where_the_last_answer_ended(model: FrozenModel, tmp_path: Path, num_ahead: int) -> None:
     bench = Bench(model, tmp_path, num_ahead=num_ahead)
     first = bench.one(*PROMPT, states=CACHED)
     next_prompt = (*PROMPT, *first.tokens, 1, 2, 3)
@@ -251,7 +247,7 @@ def test_prompts_that_share_a_named_prefix_share_its_state(bench: Bench) -> None
     assert other.tokens == bench.one(*system, 9, 8, 7).tokens
 
 
-def test_spacing_leaves_states_along_a_long_prompt(hybrid: DiJiangForCausalLM, tmp_path: Path) -> None:
+def test_spacing_leaves_states_along_a_long_prompt(hybrid: FrozenModel, tmp_path: Path) -> None:
     bench = Bench(hybrid, tmp_path, policy=CachePolicy(min_tokens=4, spacing=10))
     bench.one(*PROMPT, states=CACHED)
     assert bench.one(*PROMPT[:37], 1, states=CACHED).num_cached == 30
@@ -265,13 +261,13 @@ def test_namespaces_keep_apart_and_none_keeps_out(bench: Bench) -> None:
     assert bench.cache.stats.num_lookups == lookups
 
 
-def test_short_prompts_are_not_worth_an_entry(hybrid: DiJiangForCausalLM, tmp_path: Path) -> None:
+def test_short_prompts_are_not_worth_an_entry(hybrid: FrozenModel, tmp_path: Path) -> None:
     bench = Bench(hybrid, tmp_path, policy=CachePolicy(min_tokens=100))
     bench.one(*PROMPT, states=CACHED)
     assert bench.cache.stats.num_entries == 0
 
 
-def test_prefixes_come_back_from_the_disk(hybrid: DiJiangForCausalLM, tmp_path: Path) -> None:
+def test_prefixes_come_back_from_the_disk(hybrid: FrozenModel, tmp_path: Path) -> None:
     plain = Bench(hybrid, tmp_path)
     bench = Bench(hybrid, tmp_path, cache_bytes=2 * (plain.pool.bytes_per_slot + 4 * 200), disk=tmp_path / "prefixes")
     prompts = [(number, *PROMPT) for number in range(5)]
@@ -287,7 +283,7 @@ def test_prefixes_come_back_from_the_disk(hybrid: DiJiangForCausalLM, tmp_path: 
     assert [result.tokens for result in together.values()] == [first.tokens for first in firsts]
 
 
-def test_a_damaged_file_of_the_cache_is_a_miss(hybrid: DiJiangForCausalLM, tmp_path: Path) -> None:
+def test_a_damaged_file_of_the_cache_is_a_miss(hybrid: FrozenModel, tmp_path: Path) -> None:
     access = PoolAccess(StatePool(hybrid.state_spec, 2))
     disk = PrefixDisk(access, tmp_path / "prefixes")
     digest = disk.write(7, access.take(1)).result()

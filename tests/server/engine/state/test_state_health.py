@@ -16,7 +16,7 @@ from server.engine.state.watch import StateWatch
 from server.engine.types.position_stats import NORM_BUCKETS, NOTHING_OBSERVED
 from server.engine.types.requests import EngineConfig, FinishReason, GenerationRequest, SamplingParams, TokenEvent
 from tests.server.engine.fakes import FakeRunner, engine, engine_info, expected_output, request, scheduler
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_model, tiny_network
 
 PATHS = [
     pytest.param(
@@ -152,7 +152,7 @@ def test_the_norm_is_that_of_all_floating_point_numbers() -> None:
 
 
 def model_engine(*, native: bool) -> tuple[Engine, StatePool]:
-    model = tiny_model().prepare(native=native)
+    model = tiny_network(native=native)
     assert model.decode_path == ("native" if native else "torch")
     pool = StatePool(model.state_spec, 4)
     network = Network(model, pool, model.config, 0, advance=model.advance if model.can_hold else None)

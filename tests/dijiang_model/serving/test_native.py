@@ -1,6 +1,6 @@
 """The compiled steps against the torch path: outputs and states, alone and in company, fp32 weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -8,13 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from dijiang_model.config import ModelConfig
-from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.native import weights
-from dijiang_model.native.decoder import NativeDecoder
 from dijiang_model.native.library import VARIANTS, load_library, load_variant
-from dijiang_model.native.weights import NetworkWeights, why_unsupported
+from dijiang_model.serving import weights
+from dijiang_model.serving.decoder import NativeDecoder
+from dijiang_model.serving.network import FrozenModel, NativeModel, freeze
+from dijiang_model.serving.weights import why_unsupported
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, assert_states_close, logits_of, random_text
-from tests.tiny_models import HYBRID, PURE, RELEASED, TABLES, gpt_neox_config, llama_config, opt_config, tiny_model
+from tests.tiny_models import (
+    HYBRID,
+    PURE,
+    RELEASED,
+    TABLES,
+    gpt_neox_config,
+    llama_config,
+    opt_config,
+    tiny_model,
+    tiny_network,
+)
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the kernels were not built: no compiler at install")
 
@@ -72,11 +82,11 @@ def threads_as_before() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def torch_twin(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> DiJiangForCausalLM:
-    return tiny_model(config, dtype=dtype).prepare(native=False)
+def torch_twin(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> FrozenModel:
+    return tiny_network(config, dtype=dtype, native=False)
 
 
-def run(model: DiJiangForCausalLM, *, prompts: dict[int, list[int]], num_steps: int) -> tuple[Stepper, Tensor]:
+def run(model: FrozenModel, *, prompts: dict[int, list[int]], num_steps: int) -> tuple[Stepper, Tensor]:
     """Prefills each slot, then decodes all of them; logits [steps, slots, vocab]."""
     stepper = Stepper(model).open(*prompts)
     if any(prompts.values()):
@@ -91,7 +101,7 @@ def run(model: DiJiangForCausalLM, *, prompts: dict[int, list[int]], num_steps: 
 
 def test_native_steps_equal_torch_in_logits_and_state(config: ModelConfig) -> None:
     prompts = {1: random_text(50), 2: [], 3: random_text(3, seed=1)}
-    native, native_logits = run(tiny_model(config), prompts=prompts, num_steps=60)
+    native, native_logits = run(tiny_network(config), prompts=prompts, num_steps=60)
     exact, exact_logits = run(torch_twin(config, dtype=torch.float64), prompts=prompts, num_steps=60)
     assert native.model.decode_path == "native"
     assert exact.model.decode_path == "torch"
@@ -106,8 +116,7 @@ def test_every_kind_of_processor_computes_the_same(variant: str, config: ModelCo
     library = load_variant(variant)
     if library is None:
         pytest.skip(f"no {variant} kernels for this processor")
-    model = tiny_model(config)
-    model._decoder = NativeDecoder(model, library=library)
+    model = NativeModel(tiny_model(config), library=library)
     _, logits = run(model, prompts={1: random_text(9)}, num_steps=12)
     _, expected = run(torch_twin(config), prompts={1: random_text(9)}, num_steps=12)
     assert_close_in_norm(logits, expected, tolerance=2 * tolerance_of(config))
@@ -115,7 +124,7 @@ def test_every_kind_of_processor_computes_the_same(variant: str, config: ModelCo
 
 @pytest.mark.parametrize("num_others", [1, 2, 3, 4, 6, 11, 18])
 def test_a_row_is_the_same_bit_for_bit_in_any_company(num_others: int, config: ModelConfig) -> None:
-    model, text = tiny_model(config), random_text(12)
+    model, text = tiny_network(config), random_text(12)
     alone = Stepper(model, num_slots=32).open(5)
     crowd = Stepper(model, num_slots=32).open(5, *range(6, 6 + num_others - 1), 1)
     for i, token in enumerate(text):
@@ -133,7 +142,7 @@ def test_the_number_of_threads_changes_no_bit(config: ModelConfig) -> None:
     results = []
     for num_threads in (1, 3):
         torch.set_num_threads(num_threads)
-        results.append(run(tiny_model(config), prompts={slot: [] for slot in range(1, 8)}, num_steps=12))
+        results.append(run(tiny_network(config), prompts={slot: [] for slot in range(1, 8)}, num_steps=12))
     (one, one_logits), (many, many_logits) = results
     assert torch.equal(one_logits, many_logits)
     assert torch.equal(one.buffer.storage[1:], many.buffer.storage[1:])  # slot 0 is scratch
@@ -141,7 +150,9 @@ def test_the_number_of_threads_changes_no_bit(config: ModelConfig) -> None:
 
 def test_decode_rows_and_prefill_segments_share_a_step(config: ModelConfig) -> None:
     prompt = random_text(70)
-    steppers = [Stepper(model).open(1, 2, 3) for model in (tiny_model(config), torch_twin(config, dtype=torch.float64))]
+    steppers = [
+        Stepper(model).open(1, 2, 3) for model in (tiny_network(config), torch_twin(config, dtype=torch.float64))
+    ]
     for stepper in steppers:
         stepper.step({1: prompt[:20]})
     mixed = [stepper.step({2: prompt, 3: prompt[:3]}, decode={1: 7}, num_padding=1) for stepper in steppers]
@@ -153,7 +164,7 @@ def test_decode_rows_and_prefill_segments_share_a_step(config: ModelConfig) -> N
 
 @pytest.mark.parametrize("cuts", [[1], [299], [17, 18, 255, 256, 257], list(range(1, 300))])
 def test_a_prompt_cut_into_any_segments_gives_the_same_bits(cuts: list[int], config: ModelConfig) -> None:
-    model, text = tiny_model(config), random_text(300)
+    model, text = tiny_network(config), random_text(300)
     whole, parts = (Stepper(model).open(1, 2) for _ in range(2))
     expected = whole.step({1: text})[1]
     actual = []
@@ -168,7 +179,7 @@ def test_a_prompt_cut_into_any_segments_gives_the_same_bits(cuts: list[int], con
 @pytest.mark.parametrize("position", [127, 128, 5_000, 1_000_000])
 def test_far_positions_are_as_exact_as_near_ones(position: int) -> None:
     config = CONFIGS["windows that differ"]
-    models = (tiny_model(config), torch_twin(config, dtype=torch.float64))
+    models = (tiny_network(config), torch_twin(config, dtype=torch.float64))
     steppers = [Stepper(model).open(1) for model in models]
     for stepper in steppers:
         stepper.positions[1] = position
@@ -179,11 +190,11 @@ def test_far_positions_are_as_exact_as_near_ones(position: int) -> None:
 
 def test_silent_heads_still_write_the_state() -> None:
     config = llama_config(HYBRID, HYBRID)
-    models = [tiny_model(config), torch_twin(config)]
-    for model in models:
-        for attention in model.attentions:
-            attention.linear.mix_bias[:2] = -torch.inf  # the whole first key-value head
-            attention.linear.mix_bias[2] = -torch.inf  # half of the second
+    model = tiny_model(config)
+    for attention in model.attentions:
+        attention.linear.mix_bias[:2] = -torch.inf  # the whole first key-value head
+        attention.linear.mix_bias[2] = -torch.inf  # half of the second
+    models = [freeze(model, native=native) for native in (True, False)]
     (native, logits), (torch_path, expected) = (run(model, prompts={1: [5]}, num_steps=30) for model in models)
     assert_close_in_norm(logits, expected, tolerance=TOLERANCE)
     assert_states_close(native.state(1), torch_path.state(1), tolerance=TOLERANCE)
@@ -191,8 +202,8 @@ def test_silent_heads_still_write_the_state() -> None:
 
 
 def test_a_broken_state_stays_in_its_row() -> None:
-    stepper = Stepper(tiny_model()).open(1, 2)
-    alone = Stepper(tiny_model()).open(1)
+    stepper = Stepper(tiny_network()).open(1, 2)
+    alone = Stepper(tiny_network()).open(1)
     for token in random_text(9):
         stepper.step(decode={1: token, 2: token})
         alone.step(decode={1: token})
@@ -203,7 +214,7 @@ def test_a_broken_state_stays_in_its_row() -> None:
 
 
 def test_slots_out_of_range_are_refused_before_anything_is_written() -> None:
-    stepper = Stepper(tiny_model(), num_slots=3).open(1)
+    stepper = Stepper(tiny_network(), num_slots=3).open(1)
     before = stepper.buffer.storage.clone()
     for slot in (-1, 3):
         stepper.positions[slot] = 0
@@ -229,12 +240,43 @@ def test_only_wanted_rows_get_logits() -> None:
 
 
 def test_the_torch_path_serves_where_the_kernels_cannot() -> None:
-    assert tiny_model(dtype=torch.float64).decode_path == "torch"
-    assert "float64" in str(why_unsupported(tiny_model(dtype=torch.float64)))
+    exact = tiny_network(dtype=torch.float64)
+    assert exact.decode_path == "torch"
+    assert "float64" in str(exact.slow_because)
+    assert not exact.can_hold
+    native = tiny_network()
+    assert (native.decode_path, native.slow_because, native.can_hold) == ("native", None, True)
+    assert tiny_network(native=False).decode_path == "torch"
+
+
+def test_attention_of_ones_own_is_computed() -> None:
     model = tiny_model()
-    assert model.decode_path == "native"
-    assert model.prepare(native=False).decode_path == "torch"
-    assert model.prepare().double().decode_path == "torch"
+    model.attention_op = lambda q, k, v, **others: torch.zeros_like(q)
+    assert freeze(model).decode_path == "torch"
+    assert "function" in str(why_unsupported(model))
+
+
+def test_a_module_of_ones_own_is_computed() -> None:
+    model = tiny_model()
+    model.blocks[0].mlp.up_proj = nn.Sequential(model.blocks[0].mlp.up_proj, nn.ReLU())
+    assert "mlp.up_proj is a Sequential" in str(freeze(model).slow_because)
+
+
+def test_a_model_that_is_trained_is_not_frozen() -> None:
+    model = tiny_model()
+    model.head_weight.requires_grad_(True)
+    with pytest.raises(AssertionError):
+        freeze(model)
+    logits_of(model, [1, 2, 3]).sum().backward()
+    assert model.head_weight.grad is not None
+
+
+def test_weights_stay_alive_with_the_frozen_model() -> None:
+    text, model = random_text(20), tiny_model()
+    expected, frozen = logits_of(tiny_network(), text), freeze(model)
+    for parameter in model.blocks.parameters():
+        parameter.data = torch.full_like(parameter, torch.nan)
+    assert torch.equal(logits_of(frozen, text), expected)
 
 
 def test_settings_and_parameters_that_the_kernels_do_not_know_are_left_to_torch(
@@ -245,64 +287,3 @@ def test_settings_and_parameters_that_the_kernels_do_not_know_are_left_to_torch(
     assert "window" in str(why_unsupported(tiny_model(llama_config(HYBRID))))
     monkeypatch.setattr(weights, "KERNEL_PARAMETERS", weights.KERNEL_PARAMETERS - {"log_decay"})
     assert "log_decay" in str(why_unsupported(tiny_model(llama_config(PURE))))
-
-
-def spoil_attention(model: DiJiangForCausalLM) -> None:
-    model.attention_op = lambda q, k, v, **others: torch.zeros_like(q)
-
-
-def spoil_module(model: DiJiangForCausalLM) -> None:
-    model.blocks[0].mlp.up_proj = nn.Sequential(model.blocks[0].mlp.up_proj, nn.ReLU())
-
-
-def spoil_memory(model: DiJiangForCausalLM) -> None:
-    weight = model.blocks[1].self_attn.o_proj.weight
-    weight.data = weight.data * 2
-
-
-@pytest.mark.parametrize("spoil", [spoil_attention, spoil_module, spoil_memory])
-def test_what_is_changed_after_prepare_is_computed(spoil: Callable[[DiJiangForCausalLM], None]) -> None:
-    text = random_text(20)
-    changed, twin = tiny_model(), torch_twin(llama_config())
-    before = logits_of(changed, text)
-    spoil(changed)
-    spoil(twin)
-    assert not torch.allclose(logits_of(changed, text), before)
-    assert_close_in_norm(logits_of(changed, text), logits_of(twin, text), tolerance=TOLERANCE)
-
-
-def test_a_sealed_model_computes_the_same_and_no_longer_looks_for_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    text, model, sealed = random_text(20), tiny_model(), tiny_model().seal()
-    expected = logits_of(model, text)
-
-    def look(weights: NetworkWeights) -> bool:
-        raise AssertionError("a sealed model's weights are not looked at")
-
-    monkeypatch.setattr(NetworkWeights, "is_current", property(look))
-    assert torch.equal(logits_of(sealed, text), expected)
-    with pytest.raises(AssertionError, match="sealed"):
-        logits_of(model, text)
-    assert sealed.double().decode_path == "torch"
-
-
-def test_gradients_flow_where_they_are_wanted() -> None:
-    model = tiny_model()
-    model.head_weight.requires_grad_(True)
-    logits_of(model, [1, 2, 3]).sum().backward()
-    assert model.head_weight.grad is not None
-    model.requires_grad_(False)
-    assert not logits_of(model, [1, 2, 3]).requires_grad
-
-
-def test_parameters_that_move_in_training_are_not_decoded_with_stale_copies() -> None:
-    model = tiny_model()
-    expected, twin = Stepper(model).open(1), torch_twin(llama_config())
-    expected.step(decode={1: 5})
-    for each in (model, twin):
-        for attention in each.attentions:
-            attention.linear.log_decay.mul_(2)
-    reference = Stepper(twin).open(1)
-    reference.step(decode={1: 5})
-    for token in random_text(20):
-        actual, wanted = expected.step(decode={1: token})[1], reference.step(decode={1: token})[1]
-    assert_close_in_norm(actual, wanted, tolerance=TOLERANCE)

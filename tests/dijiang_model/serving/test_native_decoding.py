@@ -7,27 +7,29 @@ from functools import partial
 import pytest
 import torch
 
+from dijiang_model.batch import decode
+from dijiang_model.checkpoints.quantized import quantize_
+from dijiang_model.config import ModelConfig
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.native.choose import NOT_FINITE
-from dijiang_model.native.decoder import NativeDecoder
-from dijiang_model.native.decoding import Decoding
 from dijiang_model.native.library import VARIANTS, load_library, load_variant
 from dijiang_model.quantization.config import INT8, Quantization
-from dijiang_model.quantization.modules import quantize_
 from dijiang_model.reference.choosing import likeliest_token
+from dijiang_model.serving.decoding import Decoding
+from dijiang_model.serving.network import FrozenModel, NativeModel
 from dijiang_model.state import StateBuffer
-from tests.dijiang_model.native.test_native import CONFIGS
+from tests.dijiang_model.serving.test_native import CONFIGS
 from tests.dijiang_model.stepping import POISON
-from tests.tiny_models import gpt_neox_config, opt_config, tiny_model
+from tests.tiny_models import gpt_neox_config, opt_config, tiny_model, tiny_network
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the kernels were not built: no compiler at install")
 
 MODELS: dict[str, Callable[[], DiJiangForCausalLM]] = {
     **{name: partial(tiny_model, config) for name, config in CONFIGS.items() if config.family != "opt"},
     "bf16": lambda: tiny_model(dtype=torch.bfloat16),
-    "int8": lambda: quantize_(tiny_model(), INT8).prepare(),
-    "int4": lambda: quantize_(tiny_model(), Quantization("int4", group_size=32)).prepare(),
-    "int8, head of its own": lambda: quantize_(tiny_model(gpt_neox_config()), INT8).prepare(),
+    "int8": lambda: quantize_(tiny_model(), INT8),
+    "int4": lambda: quantize_(tiny_model(), Quantization("int4", group_size=32)),
+    "int8, head of its own": lambda: quantize_(tiny_model(gpt_neox_config()), INT8),
     "int8 states": lambda: tiny_model().keep_states_in(torch.int8),
 }
 SLOTS, STARTS = [3, 1, 4], [0, 7, 40]
@@ -42,7 +44,7 @@ def library(request: pytest.FixtureRequest) -> CDLL:
     return found
 
 
-def cleared(model: DiJiangForCausalLM) -> StateBuffer:
+def cleared(model: FrozenModel) -> StateBuffer:
     """Slots 0 to 5; those that nobody uses hold NaN."""
     state = StateBuffer(model.state_spec, 6)
     state.storage.fill_(POISON)
@@ -50,8 +52,8 @@ def cleared(model: DiJiangForCausalLM) -> StateBuffer:
     return state
 
 
-def decoding(model: DiJiangForCausalLM, last_token_ids: torch.Tensor, state: StateBuffer) -> Decoding:
-    made = model.seal().decoding(slots=SLOTS, positions=STARTS, last_token_ids=last_token_ids, state=state)
+def decoding(model: FrozenModel, last_token_ids: torch.Tensor, state: StateBuffer) -> Decoding:
+    made = model.decoding(slots=SLOTS, positions=STARTS, last_token_ids=last_token_ids, state=state)
     assert made is not None
     return made
 
@@ -59,14 +61,13 @@ def decoding(model: DiJiangForCausalLM, last_token_ids: torch.Tensor, state: Sta
 @pytest.mark.parametrize("kind", MODELS)
 @torch.no_grad()
 def test_tokens_and_states_are_those_of_single_steps_and_naive_choices(library: CDLL, kind: str) -> None:
-    model = MODELS[kind]()
-    model._decoder = NativeDecoder(model, library=library)
+    model = NativeModel(MODELS[kind](), library=library)
     state, twin = cleared(model), cleared(model)
     last = torch.tensor([9, 8, 7, 6, 5, 4])
     rows, expected = decoding(model, last, state), last[SLOTS]
     for number in range(NUM_STEPS):
         positions = torch.tensor(STARTS) + number
-        logits = model.decode(expected, slots=torch.tensor(SLOTS), positions=positions, state=twin)
+        logits = decode(model, expected, slots=torch.tensor(SLOTS), positions=positions, state=twin)
         expected = torch.tensor([likeliest_token(row) for row in logits])
         assert rows.choose() == expected.tolist()
         assert torch.equal(rows.logits, logits)
@@ -77,7 +78,7 @@ def test_tokens_and_states_are_those_of_single_steps_and_naive_choices(library: 
 
 @torch.no_grad()
 def test_a_step_without_a_choice_leaves_the_last_tokens_to_the_caller() -> None:
-    model = tiny_model()
+    model = tiny_network()
     state, twin = cleared(model), cleared(model)
     last = torch.tensor([9, 8, 7, 6, 5, 4])
     rows = decoding(model, last, state)
@@ -85,14 +86,14 @@ def test_a_step_without_a_choice_leaves_the_last_tokens_to_the_caller() -> None:
         fed = torch.tensor([10 + number, 20 + number, 30 + number])
         last[SLOTS] = fed
         positions = torch.tensor(STARTS) + number
-        logits = model.decode(fed, slots=torch.tensor(SLOTS), positions=positions, state=twin)
+        logits = decode(model, fed, slots=torch.tensor(SLOTS), positions=positions, state=twin)
         assert torch.equal(rows.step(), logits)
         assert last[SLOTS].tolist() == fed.tolist()
 
 
 @torch.no_grad()
 def test_a_row_that_is_not_finite_has_no_token_and_the_next_step_a_valid_one_to_feed() -> None:
-    model = tiny_model()
+    model = tiny_network()
     state = cleared(model)
     state.storage[SLOTS[1]] = POISON
     last = torch.tensor([9, 8, 7, 6, 5, 4])
@@ -105,16 +106,17 @@ def test_a_row_that_is_not_finite_has_no_token_and_the_next_step_a_valid_one_to_
 
 @pytest.mark.parametrize("slots", [[-1], [6], [1, 6]])
 def test_a_slot_that_does_not_exist_is_refused(slots: list[int]) -> None:
-    model = tiny_model().seal()
+    model = tiny_network()
     with pytest.raises(IndexError, match="not all in 0 to 5"):
         model.decoding(
             slots=slots, positions=[0] * len(slots), last_token_ids=torch.zeros(6).long(), state=cleared(model)
         )
 
 
-@pytest.mark.parametrize("make", [tiny_model, lambda: tiny_model(opt_config()).seal()])
-def test_weights_that_may_change_and_tokens_that_are_more_than_looked_up_have_no_prepared_steps(make: object) -> None:
-    assert callable(make)
-    model = make()
-    assert model.can_hold
+@pytest.mark.parametrize(("config", "native"), [(None, False), (opt_config(), True)])
+def test_torch_and_tokens_that_are_more_than_looked_up_have_no_prepared_steps(
+    config: ModelConfig | None, native: bool
+) -> None:
+    model = tiny_network(config, native=native)
+    assert model.can_hold == native
     assert model.decoding(slots=[1], positions=[0], last_token_ids=torch.zeros(6).long(), state=cleared(model)) is None

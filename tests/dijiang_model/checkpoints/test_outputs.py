@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer import Exit
 
+from dijiang_model.checkpoints.outputs import check_replaceable, output_folder
 from dijiang_model.conversion import convert as convert_module
 from dijiang_model.conversion.convert import convert
 from dijiang_model.conversion.evaluation.cli import evaluate_command
@@ -23,7 +24,6 @@ from dijiang_model.conversion.training.adapters import save_adapter
 from dijiang_model.conversion.training.setup import RUN_FILES, prepare_run
 from dijiang_model.conversion.training.train import train
 from dijiang_model.errors import CheckpointError, ModelError
-from dijiang_model.formats.outputs import check_replaceable, output_folder
 from tests.dijiang_model.conversion.training.test_adapters import made_for
 from tests.dijiang_model.conversion.training.test_train import STUDENT, options
 from tests.dijiang_model.teachers import llama_teacher, save_teacher

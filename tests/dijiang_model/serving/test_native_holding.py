@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dijiang_model.model import DiJiangForCausalLM, PackedBatch
-from dijiang_model.native.decoder import MAX_HELD_ROWS, NativeDecoder
+from dijiang_model.batch import PackedBatch, decode
 from dijiang_model.native.library import VARIANTS, load_library, load_variant
+from dijiang_model.serving.decoder import MAX_HELD_ROWS
+from dijiang_model.serving.network import FrozenModel, NativeModel, freeze
 from dijiang_model.state import StateBuffer
-from tests.dijiang_model.native.test_native import CONFIGS
+from tests.dijiang_model.serving.test_native import CONFIGS
 from tests.dijiang_model.stepping import POISON, random_text
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_model, tiny_network
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the kernels were not built: no compiler at install")
 
@@ -23,12 +24,12 @@ KINDS = [
     *((name, torch.float32) for name in CONFIGS),
     *((name, dtype) for name in NARROW for dtype in (torch.bfloat16, torch.int8)),
 ]
-_models: dict[tuple[str, torch.dtype], DiJiangForCausalLM] = {}
+_models: dict[tuple[str, torch.dtype], FrozenModel] = {}
 
 
-def model_of(name: str, states: torch.dtype) -> DiJiangForCausalLM:
+def model_of(name: str, states: torch.dtype) -> FrozenModel:
     if (name, states) not in _models:
-        _models[name, states] = tiny_model(CONFIGS[name]).keep_states_in(states)
+        _models[name, states] = freeze(tiny_model(CONFIGS[name]).keep_states_in(states))
     return _models[name, states]
 
 
@@ -40,7 +41,7 @@ def threads_as_before() -> Iterator[None]:
 
 
 def step(
-    model: DiJiangForCausalLM,
+    model: FrozenModel,
     state: StateBuffer,
     rows: dict[int, list[int]],
     starts: dict[int, int],
@@ -62,14 +63,14 @@ def step(
     return dict(zip(rows, model(batch, state).split(batch.lengths), strict=True))
 
 
-def one_by_one(model: DiJiangForCausalLM, before: Tensor, tokens: list[int], start: int) -> tuple[Tensor, list[Tensor]]:
+def one_by_one(model: FrozenModel, before: Tensor, tokens: list[int], start: int) -> tuple[Tensor, list[Tensor]]:
     """The naive twin: logits of single steps, and the slot's bytes before each and after the last."""
     state = StateBuffer(model.state_spec, 2)
     state.storage[1] = before
     logits, states = [], [before.clone()]
     for at, token in enumerate(tokens):
         inputs = {"slots": torch.tensor([1]), "positions": torch.tensor([start + at])}
-        logits.append(model.decode(torch.tensor([token]), **inputs, state=state))
+        logits.append(decode(model, torch.tensor([token]), **inputs, state=state))
         states.append(state.storage[1].clone())
     return torch.cat(logits), states
 
@@ -117,8 +118,7 @@ def test_every_build_and_any_number_of_threads_does_the_same(variant: str, num_t
     if library is None:
         pytest.skip(f"{variant} is not for this processor")
     torch.set_num_threads(num_threads)
-    model = tiny_model()
-    model._decoder = NativeDecoder(model, library=library)
+    model = NativeModel(tiny_model(), library=library)
     state = StateBuffer(model.state_spec, 2)
     state.storage.zero_()
     text = random_text(60)
@@ -131,7 +131,7 @@ def test_every_build_and_any_number_of_threads_does_the_same(variant: str, num_t
 
 
 def test_held_sequences_are_never_cut_between_blocks_of_rows() -> None:
-    model = tiny_model()
+    model = tiny_network()
     num_held, length = 60, 9  # 540 rows
     state = StateBuffer(model.state_spec, num_held + 2)
     state.storage.zero_()
@@ -146,7 +146,7 @@ def test_held_sequences_are_never_cut_between_blocks_of_rows() -> None:
 
 
 def test_a_row_of_nan_stays_alone() -> None:
-    model = tiny_model()
+    model = tiny_network()
     state = StateBuffer(model.state_spec, 3)
     state.storage.zero_()
     state.storage[1].fill_(POISON)
@@ -157,17 +157,19 @@ def test_a_row_of_nan_stays_alone() -> None:
 
 
 def test_only_the_kernels_hold_slots() -> None:
-    model = tiny_model().prepare(native=False)
+    model = tiny_network(native=False)
     assert not model.can_hold
     state = StateBuffer(model.state_spec, 2)
     state.storage.zero_()
     with pytest.raises(ValueError, match="compiled kernels"):
         step(model, state, {1: [5, 6]}, {1: 0}, num_held=1)
-    assert tiny_model().can_hold
+    assert tiny_network().can_hold
+    with pytest.raises(ValueError, match="compiled kernels"):
+        model.advance([1], state)
 
 
 def test_as_many_rows_as_a_block_has_may_be_held() -> None:
-    model = tiny_model()
+    model = tiny_network()
     state = StateBuffer(model.state_spec, 2)
     state.storage.zero_()
     text = random_text(MAX_HELD_ROWS)

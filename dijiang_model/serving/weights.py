@@ -6,21 +6,20 @@ Nothing large is copied: projections and embeddings are used in place, mapped fi
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import AttentionConfig, FeatureConfig
+from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.native import library
 from dijiang_model.ops.layout import Rotary
+from dijiang_model.ops.torch.attention import TorchAttention
+from dijiang_model.paths import Paths
 from dijiang_model.quantization.modules import QuantizedEmbedding, QuantizedLinear
 from dijiang_model.quantization.weight import QuantizedWeight
-
-if TYPE_CHECKING:
-    from dijiang_model.families.family import Paths
-    from dijiang_model.model import DiJiangForCausalLM
 
 ACTIVATIONS: Mapping[str, int] = {
     "silu": 0,
@@ -50,12 +49,14 @@ HEAD_SIZE_MULTIPLE = 16
 """Features and values are worked on in whole vectors, of up to 16 floats."""
 
 
-def why_unsupported(model: "DiJiangForCausalLM") -> str | None:
+def why_unsupported(model: DiJiangForCausalLM) -> str | None:
     """Why the kernels cannot run a model, in words; None if they can."""
     if model.device.type != "cpu":
         return f"the model is on {model.device.type}, not on a CPU"
     if model.dtype not in (torch.float32, torch.bfloat16):
         return f"weights are {model.dtype}, not float32 or bfloat16"
+    if type(model.attention_op) is not TorchAttention:
+        return f"attention is computed by {type(model.attention_op).__name__}"
     if model.config.head_size % HEAD_SIZE_MULTIPLE != 0:
         return f"head size {model.config.head_size} is no multiple of {HEAD_SIZE_MULTIPLE}"
     if not model.config.pre_norm or model.config.embedding_width != model.config.hidden_size:
@@ -92,43 +93,15 @@ class NetworkWeights:
     """A `library.Network` and everything that its pointers need alive.
 
     Attributes:
-        derived_from: parameters that vectors were derived from, and their versions then.
-        in_place: tensors whose memory is pointed at, and its address.
-        modules: where each projection hung, under which name, and what it was.
-        kept: whatever else the pointers need.
+        kept: what they point at, or a part of it.
     """
 
     network: library.Network = field(default_factory=library.Network)
-    derived_from: list[tuple[Tensor, int]] = field(default_factory=list)
-    in_place: list[tuple[Tensor, int]] = field(default_factory=list)
-    modules: list[tuple[Mapping[str, nn.Module | None], str, nn.Module]] = field(default_factory=list)
     kept: list[object] = field(default_factory=list)
-
-    @property
-    def is_current(self) -> bool:
-        """Whether nothing was trained, replaced or moved since; a few dozen microseconds."""
-        return (
-            all(tensor._version == version for tensor, version in self.derived_from)
-            and all(tensor.data_ptr() == address for tensor, address in self.in_place)
-            and all(siblings[name] is module for siblings, name, module in self.modules)
-        )
-
-    def watch(self, parent: nn.Module, path: str) -> nn.Module:
-        """The module at a path, which must stay the one there."""
-        way, _, name = path.rpartition(".")
-        siblings = parent.get_submodule(way)._modules
-        module = siblings[name]
-        assert module is not None
-        self.modules.append((siblings, name, module))
-        return module
 
     def pointer(self, tensor: Tensor) -> int:
         """Address of a tensor's values, which stay alive with this object."""
-        if tensor.is_contiguous():
-            self.in_place.append((tensor, tensor.data_ptr()))
-        else:
-            self.derived_from.append((tensor, tensor._version))
-            tensor = tensor.detach().contiguous()
+        tensor = tensor.detach().contiguous()
         self.kept.append(tensor)
         return tensor.data_ptr()
 
@@ -136,7 +109,6 @@ class NetworkWeights:
         """Address of a tensor's values in fp32: its own, or those of a copy."""
         if tensor.dtype == torch.float32:
             return self.pointer(tensor)
-        self.derived_from.append((tensor, tensor._version))
         return self.derived(tensor)
 
     def derived(self, tensor: Tensor) -> int:
@@ -165,7 +137,7 @@ class NetworkWeights:
 
     def codes(self, weight: QuantizedWeight, bias: Tensor | None = None) -> library.Matrix:
         """Quantized weights."""
-        self.kept.append(weight)
+        self.kept += [weight, *weight.buffers()]
         return weight.matrix(None if bias is None else self.floats(bias))
 
     def norm(self, module: nn.Module) -> library.Norm:
@@ -179,7 +151,7 @@ class NetworkWeights:
 
 
 @torch.no_grad()
-def network_weights(model: "DiJiangForCausalLM") -> NetworkWeights:
+def network_weights(model: DiJiangForCausalLM) -> NetworkWeights:
     """Describes a model that `why_unsupported` has nothing against."""
     config, weights = model.config, NetworkWeights()
     names = model.paths
@@ -203,7 +175,7 @@ def network_weights(model: "DiJiangForCausalLM") -> NetworkWeights:
     return weights
 
 
-def token_table(weights: NetworkWeights, model: "DiJiangForCausalLM") -> library.Matrix | None:
+def token_table(weights: NetworkWeights, model: DiJiangForCausalLM) -> library.Matrix | None:
     """What the first block reads of each token; None where it is more than a row of the embedding, in fp32 or bf16."""
     if model.learns_positions:
         return None
@@ -213,7 +185,7 @@ def token_table(weights: NetworkWeights, model: "DiJiangForCausalLM") -> library
     return weights.matrix(module.weight) if type(module) is nn.Embedding else None
 
 
-def _heads(model: "DiJiangForCausalLM", half: int) -> library.Heads:
+def _heads(model: DiJiangForCausalLM, half: int) -> library.Heads:
     config = model.config
     heads, groups, size = config.num_heads, config.num_kv_heads, config.head_size
     if model.paths.key is None:  # [H, 3, d]
@@ -227,7 +199,7 @@ def _layer(weights: NetworkWeights, block: nn.Module, names: "Paths", offsets: M
     attention = cast(DiJiangAttention, block.dijiang)
 
     def linear(path: str | None) -> library.Matrix:
-        return weights.linear(None if path is None else weights.watch(block, path))
+        return weights.linear(None if path is None else block.get_submodule(path))
 
     layer = library.Layer(
         input_norm=weights.norm(block.get_submodule(names.input_norm)),
@@ -258,7 +230,6 @@ def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mappi
         nodes, log_weights = kernel.ones, kernel.zeros
     else:
         nodes, log_weights = kernel.nodes, kernel.log_weights
-    weights.derived_from += [(tensor, tensor._version) for tensor in (nodes, log_weights, kernel.log_decay)]
     attention = library.Attention(
         basis=weights.pointer(kernel.basis),
         nodes=weights.derived(nodes * config.features.scale),
@@ -280,7 +251,6 @@ def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mappi
     )
     if config.features.far_rank > 0:
         up = kernel.far_query_up
-        weights.derived_from.append((up, up._version))
         attention.far_up, attention.far_rank = weights.derived(up.T.contiguous()), up.shape[1]
     if config.window > 0:
         attention.late = weights.derived((kernel.log_decay * config.window).exp())

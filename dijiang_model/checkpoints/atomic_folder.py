@@ -14,8 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from dijiang_model.checkpoints.outputs import check_replaceable, holds_only_model_files, output_folder
 from dijiang_model.errors import CheckpointError
-from dijiang_model.formats.outputs import check_replaceable, holds_only_model_files, output_folder
 
 REPLACED = "old"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -1,27 +1,18 @@
-"""Runs whole steps in the compiled kernels; chosen once, when a model is prepared."""
+"""Runs whole steps in the compiled kernels, on the weights of a model as they were when it was frozen."""
 
 import ctypes
 from collections.abc import Sequence
 from ctypes import CDLL
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dijiang_model.native.decoding import Decoding
+from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.native.library import load_library
-from dijiang_model.native.weights import network_weights, token_table, why_unsupported
+from dijiang_model.serving.decoding import Decoding
+from dijiang_model.serving.weights import network_weights, token_table
 from dijiang_model.state import StateBuffer
-
-if TYPE_CHECKING:
-    from dijiang_model.model import DiJiangForCausalLM
-
-
-def decoder_for(model: "DiJiangForCausalLM") -> "NativeDecoder | None":
-    """The kernels on a model's weights; None where they cannot run it (see `weights.why_unsupported`)."""
-    return NativeDecoder(model) if why_unsupported(model) is None else None
-
 
 MAX_HELD_ROWS = 256
 """Tokens that a held sequence may have in a step."""
@@ -53,7 +44,7 @@ class NativeDecoder:
     to the order of fp32 sums.
     """
 
-    def __init__(self, model: "DiJiangForCausalLM", *, library: CDLL | None = None) -> None:
+    def __init__(self, model: DiJiangForCausalLM, *, library: CDLL | None = None) -> None:
         """Takes the best kernels of `library.load_library()` unless others are given."""
         library = load_library() if library is None else library
         assert library is not None
@@ -68,11 +59,6 @@ class NativeDecoder:
         self._num_layers = model.config.num_layers
         layer = self._weights.network.layers[0]
         self._projected_width = layer.query.rows + layer.key.rows + layer.value.rows
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the model still is what was described: same modules, same memory, same derived-from values."""
-        return self._weights.is_current
 
     def step(
         self,
@@ -138,10 +124,7 @@ class NativeDecoder:
     def decoding(
         self, *, slots: Sequence[int], positions: Sequence[int], last_token_ids: Tensor, state: StateBuffer
     ) -> Decoding | None:
-        """Sequences that feed a token each, step after step; see `Decoding`. None where tokens are more than looked up.
-
-        The weights must stay what they are, or `is_current` be asked before every step.
-        """
+        """Steps of sequences that feed a token each; see `Decoding`. None where tokens are more than looked up."""
         if self._table is None:
             return None
         return Decoding(
