@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.errors import InvalidRequestError
+from server.http.errors import HttpError, error_json
 
 LINGER_S = 1.0
 """How long what still comes is thrown away after a refusal: closing at once would keep clients from reading it."""
@@ -185,7 +185,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._is_answering:
             self.transport.close()  # an answer to an earlier request is on its way: nothing may come between
             return
-        body = InvalidRequestError(message, code=_CODES[status], status=status).to_json()
+        body = error_json(HttpError(message, code=_CODES[status], status=status))
         head = (
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"

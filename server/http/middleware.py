@@ -10,10 +10,10 @@ from typing import Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ApiError, AuthenticationError, InternalError, InvalidRequestError
+from server.errors import AuthenticationError, InternalError, ServiceError
+from server.http.errors import HttpError, error_response
 from server.service import Service
 
 MAX_HEADERS = 200
@@ -23,15 +23,14 @@ POLLED_PATHS = frozenset({"/health", "/ready", "/metrics"})
 OPEN_PATHS = frozenset({"/health", "/ready"})
 ADMIN_PATHS = "/admin/"
 DRAIN_S = 5.0
+CLOSING = {"connection": "close"}
+"""The connection cannot be used again: the rest of a body may still be on its way."""
 STATE_IMPORT_PATH = "/v1/states/import"
 JSON_MEDIA_TYPES = ("application/json",)
 STATE_MEDIA_TYPES = ("application/octet-stream", "application/vnd.safetensors")
+EVERYBODY = "everybody"
+"""The owner where no keys are asked for."""
 logger = structlog.stdlib.get_logger("dijiang.http")
-
-
-def error_response(error: ApiError) -> Response:
-    """The error envelope as a response."""
-    return Response(error.to_json(), status_code=error.status, media_type="application/json", headers=error.headers)
 
 
 class RequestContextMiddleware:
@@ -62,7 +61,7 @@ class RequestContextMiddleware:
             try:
                 _check_headers(scope)
                 await self._app(scope, receive, send_with_id)
-            except ApiError as error:
+            except ServiceError as error:
                 await error_response(error)(scope, receive, send_with_id)
             except Exception:
                 logger.exception("request failed")
@@ -104,7 +103,9 @@ class AuthenticationMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            self._check(scope["path"], Headers(scope=scope).get("authorization", ""))
+            authorization = Headers(scope=scope).get("authorization", "")
+            self._check(scope["path"], authorization)
+            scope["state"]["owner"] = _owner(authorization) if self._key_hashes else EVERYBODY
         await self._app(scope, receive, send)
 
     def _check(self, path: str, authorization: str) -> None:
@@ -114,6 +115,12 @@ class AuthenticationMiddleware:
             _check_key(authorization, self._admin_key_hashes, kind="an admin key")
         elif self._key_hashes and path not in self._open_paths:
             _check_key(authorization, self._key_hashes, kind="a key")
+
+
+def _owner(authorization: str) -> str:
+    """Whose states a request may see: one owner for each key, without the key."""
+    _, _, key = authorization.partition(" ")
+    return hashlib.sha256(b"owner of states" + hash_key(key.strip().encode("latin-1"))).hexdigest()
 
 
 def _check_key(authorization: str, known_hashes: frozenset[bytes], *, kind: str) -> None:
@@ -154,10 +161,8 @@ class BodyMiddleware:
             async with asyncio.timeout(self._timeout_s):
                 body = await self._read(headers, receive, max_bytes)
         except TimeoutError:
-            raise _closing(
-                InvalidRequestError(
-                    f"the body did not arrive within {self._timeout_s:g} s", code="body_timeout", status=408
-                )
+            raise HttpError(
+                f"the body did not arrive within {self._timeout_s:g} s", None, "body_timeout", 408, dict(CLOSING)
             ) from None
         if body is None:
             return  # the client left
@@ -201,17 +206,9 @@ class BodyMiddleware:
                     more = message.get("more_body", False)  # false in a disconnect too
         except TimeoutError:
             pass
-        raise _closing(
-            InvalidRequestError(
-                f"the body is larger than the {max_bytes:,} bytes allowed here", code="body_too_large", status=413
-            )
+        raise HttpError(
+            f"the body is larger than the {max_bytes:,} bytes allowed here", None, "body_too_large", 413, dict(CLOSING)
         )
-
-
-def _closing(error: ApiError) -> ApiError:
-    """The connection cannot be used again: the rest of a body may still be on its way."""
-    error.headers["connection"] = "close"
-    return error
 
 
 def _is_empty(headers: Headers) -> bool:
@@ -222,15 +219,13 @@ def _is_empty(headers: Headers) -> bool:
 def _check_content_type(headers: Headers, allowed: tuple[str, ...]) -> None:
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in allowed:
-        raise InvalidRequestError(
-            f"the content type must be {' or '.join(allowed)}", code="unsupported_media_type", status=415
-        )
+        raise HttpError(f"the content type must be {' or '.join(allowed)}", code="unsupported_media_type", status=415)
 
 
 def _check_headers(scope: Scope) -> None:
     headers = scope["headers"]
     if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
-        raise InvalidRequestError(
+        raise HttpError(
             f"more than {MAX_HEADERS} headers, or more than {MAX_HEADER_BYTES:,} bytes of them",
             code="headers_too_large",
             status=431,

@@ -14,6 +14,7 @@ from server.protocol.tools import MAX_TOOLS, ToolCallIn, ToolCallOut, ToolFields
 from server.protocol.unsupported import CHAT_FIELDS, refuse_unsupported
 from server.protocol.usage import Usage
 from server.protocol.wire import RequestModel, ResponseModel
+from server.states.store import Turn
 
 MAX_MESSAGES = 10_000
 MAX_TEMPLATE_VARIABLES = 16
@@ -159,6 +160,8 @@ class ConversationFields(RequestModel):
     """Put the tokenizer's special tokens around what the template wrote (default false)."""
     chat_template_kwargs: Annotated[dict[str, Any] | None, AfterValidator(_template_variables)] = None
     """Further variables of the model's chat template, such as `enable_thinking`: texts, numbers, booleans, null."""
+    reasoning_effort: ReasoningEffort | None = None
+    """How much to think before answering: `none`, or what the model's chat template understands."""
 
     @model_validator(mode="after")
     def _turns(self) -> Self:
@@ -185,8 +188,6 @@ class ChatRequest(GenerationFields, ConversationFields, ToolFields):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     """With `logprobs`: return that many likeliest tokens at each place too."""
 
-    reasoning_effort: ReasoningEffort | None = None
-    """How much to think before answering: `none`, or what the model's chat template understands."""
     include_reasoning: bool | None = None
     """Tell what was thought before the answer, of models that think (default true)."""
     prediction: Prediction | None = None
@@ -204,6 +205,22 @@ class ChatRequest(GenerationFields, ConversationFields, ToolFields):
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
         return self
+
+    @property
+    def prompt_field(self) -> str:
+        """Where the prompt comes from."""
+        return "messages"
+
+    @property
+    def default_max_tokens(self) -> int | None:
+        """Most tokens of an answer where the request says nothing; None: no limit."""
+        return None
+
+    @property
+    def turn(self) -> Turn:
+        """Where a state that is saved at the end of an answer ends."""
+        reads_only = self.token_limit == 0 and not self.continue_final_message
+        return Turn.CLOSED if reads_only and self.add_generation_prompt is False else Turn.OPEN
 
     @property
     def num_top_logprobs(self) -> int | None:

@@ -8,9 +8,11 @@ from server.errors import InvalidRequestError
 from server.protocol.logprobs import MAX_TOP_LOGPROBS, CompletionLogprobs, PromptLogprobs
 from server.protocol.prompts import Prompt, Prompts
 from server.protocol.sampling import FinishReasonText, GenerationFields
+from server.protocol.tools import ToolUse
 from server.protocol.unsupported import COMPLETION_FIELDS, refuse_unsupported
 from server.protocol.usage import Usage
 from server.protocol.wire import ResponseModel
+from server.states.store import Turn
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -40,6 +42,26 @@ class CompletionRequest(GenerationFields):
         if self.prompt is None and self.state_id is None:
             raise InvalidRequestError("`prompt` is missing", param="prompt")
         return self
+
+    @property
+    def num_prompts(self) -> int:
+        """How many there are."""
+        return len(self.prompts)
+
+    @property
+    def default_max_tokens(self) -> int | None:
+        """Most tokens of an answer where the request says nothing."""
+        return DEFAULT_MAX_TOKENS
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """Only chats have tools."""
+        return None
+
+    @property
+    def turn(self) -> Turn:
+        """Where a state that is saved at the end of an answer ends."""
+        return Turn.TEXT
 
     @property
     def echoes(self) -> bool:

@@ -1,19 +1,26 @@
 """`POST /v1/responses`: the Responses API of OpenAI."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequestError
-from server.protocol.chat import MessageIn, ReasoningEffort
+from server.protocol.chat import ChatRequest, MessageIn, ReasoningEffort
 from server.protocol.logprobs import MAX_TOP_LOGPROBS
 from server.protocol.response_items import InputFunctionCall, InputFunctionCallOutput, InputItems, chat_messages
-from server.protocol.sampling import MAX_TOKENS, GenerationFields
-from server.protocol.structure import ResponseFormat, WantedGrammar
-from server.protocol.tools import MAX_TOOLS, FunctionDefinition, FunctionName, ToolUse, check_tools, tool_use_of
+from server.protocol.sampling import MAX_TOKENS
+from server.protocol.structure import ResponseFormat
+from server.protocol.tools import (
+    MAX_TOOLS,
+    FunctionDefinition,
+    FunctionName,
+    NamedFunction,
+    NamedToolChoice,
+    Tool,
+    check_tools,
+)
 from server.protocol.unsupported import refuse_unsupported
 from server.protocol.usage import Usage
 from server.protocol.wire import RequestModel
@@ -50,20 +57,19 @@ class TextOptions(RequestModel):
     """Only the default."""
 
     @property
-    def wanted_grammar(self) -> WantedGrammar | None:
-        """The grammar of such answers; None: any text. Raises `InvalidRequestError`."""
+    def response_format(self) -> ResponseFormat | None:
+        """The form as the chat API spells it; None: any text. Raises `InvalidRequestError`."""
         if self.format is None:
             return None
         wanted = dict(self.format)
         if wanted.get("type") == "json_schema" and "json_schema" not in wanted:
             wanted = {"type": "json_schema", "json_schema": {k: v for k, v in wanted.items() if k != "type"}}
         try:
-            grammar = ResponseFormat.model_validate(wanted).wanted
+            return ResponseFormat.model_validate(wanted)
         except ValueError as error:
             raise InvalidRequestError(
                 "`text.format` is not valid", param="text.format", code="invalid_value"
             ) from error
-        return None if grammar is None else replace(grammar, param="text.format")
 
 
 class FunctionTool(FunctionDefinition):
@@ -80,6 +86,11 @@ class NamedFunctionTool(RequestModel):
     """Only functions."""
     name: FunctionName
     """Of one of the tools."""
+
+    @property
+    def chat(self) -> NamedToolChoice:
+        """As the chat API spells it."""
+        return NamedToolChoice(type="function", function=NamedFunction(name=self.name))
 
 
 def _tools(value: object) -> object:
@@ -123,18 +134,6 @@ class Reasoning(RequestModel):
                 "`reasoning.summary` is not supported by this server", param="reasoning", code="unsupported_parameter"
             )
         return self
-
-
-class ResponseGeneration(GenerationFields):
-    """The part of a request that says how to generate."""
-
-    shown_logprobs: int | None = None
-    """How many of the likeliest tokens are shown at each place; None: no log-probabilities are."""
-
-    @property
-    def num_top_logprobs(self) -> int | None:
-        """See `GenerationFields`."""
-        return self.shown_logprobs
 
 
 class ResponseRequest(RequestModel):
@@ -235,18 +234,6 @@ class ResponseRequest(RequestModel):
         return f"function {choice.name}" if isinstance(choice, NamedFunctionTool) else choice
 
     @property
-    def tool_use(self) -> ToolUse | None:
-        """How tools are used; None: not at all."""
-        return tool_use_of(
-            tuple(self.tools or ()), self._named_choice, is_parallel=self.parallel_tool_calls is not False
-        )
-
-    @property
-    def wanted_grammar(self) -> WantedGrammar | None:
-        """What a text must look like; None: any text. Raises `InvalidRequestError`."""
-        return None if self.text is None else self.text.wanted_grammar
-
-    @property
     def told_tools(self) -> list[dict[str, Any]]:
         """The tools as a response repeats them."""
         names = ("type", "name", "description", "parameters")
@@ -260,18 +247,38 @@ class ResponseRequest(RequestModel):
         """How much to think; None: as the model does by itself."""
         return None if self.reasoning is None else self.reasoning.effort
 
-    @property
-    def generation(self) -> ResponseGeneration:
-        """How to generate."""
+    def chat(self, *, seed: int) -> ChatRequest:
+        """The same as a request of the chat API, but for the conversation before it."""
         wants_logprobs = LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
-        shown = (0 if self.top_logprobs is None else self.top_logprobs) if wants_logprobs else None
-        return ResponseGeneration(
+        choice = self.tool_choice
+        return ChatRequest(
+            messages=self.messages,
+            model=self.model,
             max_completion_tokens=self.max_output_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
+            seed=seed,
             timeout=self.timeout,
-            shown_logprobs=shown,
+            logprobs=wants_logprobs,
+            top_logprobs=(self.top_logprobs or 0) if wants_logprobs else None,
+            tools=[Tool(type="function", function=tool) for tool in self.tools or ()] or None,
+            tool_choice=choice.chat if isinstance(choice, NamedFunctionTool) else choice,
+            parallel_tool_calls=self.parallel_tool_calls,
+            response_format=None if self.text is None else self.text.response_format,
+            reasoning_effort=self.reasoning_effort,
+            cache_prompt=self.cache_prompt,
+            cache_salt=self.cache_salt,
+            stream=self.stream,
         )
+
+
+FIELD_NAMES: Mapping[str, str] = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning",
+    "response_format": "text.format",
+}
+"""What is called otherwise in `ResponseRequest.chat`."""
 
 
 def response_usage(usage: Usage) -> dict[str, Any]:

@@ -196,6 +196,16 @@ class GenerationFields(StateFields):
         return wanted_grammar(self.response_format, self.structured_outputs)
 
     @property
+    def prompt_field(self) -> str:
+        """Where prompts come from."""
+        return "prompt"
+
+    @property
+    def num_prompts(self) -> int:
+        """How many there are."""
+        return 1
+
+    @property
     def num_choices(self) -> int:
         """`n`, 1 if absent."""
         return 1 if self.n is None else self.n

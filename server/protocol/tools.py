@@ -62,7 +62,11 @@ class NamedToolChoice(RequestModel):
 
 
 def _tool_choice(value: object) -> object:
-    if value is None or (isinstance(value, str) and value in ("none", "auto", "required")):
+    if (
+        value is None
+        or isinstance(value, NamedToolChoice)
+        or (isinstance(value, str) and value in ("none", "auto", "required"))
+    ):
         return value
     if isinstance(value, dict) and value.get("type") == "function":
         return NamedToolChoice.model_validate(value)

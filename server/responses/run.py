@@ -11,11 +11,12 @@ from typing import Any
 
 import structlog
 
-from server.errors import ApiError, InternalError, ShutdownError
+from server.errors import InternalError, ServiceError, ShutdownError
 from server.event_log import EventLog
-from server.generation.choice import Piece
+from server.generation.choice import TextDelta
 from server.generation.generation import Generation
 from server.generation.logprobs import LogprobFormat, check_num_entries
+from server.http.errors import on_wire
 from server.http.sse import KEEP_ALIVE
 from server.protocol.logprobs import ChatLogprobs
 from server.protocol.response_items import stored_item
@@ -122,7 +123,7 @@ class ResponseRun:
         """The whole response, kept.
 
         Raises:
-            ApiError: it could not be made.
+            ServiceError: it could not be made.
         """
         async with aclosing(self._told()) as events:
             async for _ in events:
@@ -211,7 +212,7 @@ class ResponseRun:
             async with aclosing(self._told()) as events:
                 async for told in events:
                     yield told
-        except ApiError as error:
+        except ServiceError as error:
             if isinstance(error, ShutdownError) and self._body.background:
                 await self._put_off_if_possible()
                 raise
@@ -226,11 +227,11 @@ class ResponseRun:
             for told in (*begun(self.object("in_progress")), *self.output.begin()):
                 yield told
         try:
-            async for piece in self.generation.pieces(idle_s=self._service.options.keepalive_s):
-                if piece is None:
+            async for delta in self.generation.deltas(idle_s=self._service.options.keepalive_s):
+                if delta is None:
                     yield None
                     continue
-                for told in self._take(piece):
+                for told in self._take(delta):
                     yield told
         except ShutdownError:
             if self._body.background or self.generation.usage.completion_tokens == 0:
@@ -242,32 +243,32 @@ class ResponseRun:
         await self.put(self._response)
         yield ended(self._response)
 
-    def _take(self, piece: Piece) -> list[Event]:
-        events = self.output.push(piece.text, self._logprobs_of(piece), is_last=piece.finish_reason is not None)
-        if piece.finish_reason is not None:
-            self._status = "completed" if piece.finish_reason == "stop" else "incomplete"
-            events += self.output.finish(piece.finish_reason)
+    def _take(self, delta: TextDelta) -> list[Event]:
+        events = self.output.push(delta.text, self._logprobs_of(delta), is_last=delta.finish_reason is not None)
+        if delta.finish_reason is not None:
+            self._status = "completed" if delta.finish_reason == "stop" else "incomplete"
+            events += self.output.finish(delta.finish_reason)
         return events
 
-    def _logprobs_of(self, piece: Piece) -> Logprobs:
-        if self.logprobs is None or piece.output is None:
+    def _logprobs_of(self, delta: TextDelta) -> Logprobs:
+        if self.logprobs is None or delta.output is None:
             return []
-        self._num_entries += piece.num_entries
+        self._num_entries += delta.num_entries
         check_num_entries(self._num_entries)
         num_top = 0 if self._body.top_logprobs is None else self._body.top_logprobs
-        written: ChatLogprobs = self.logprobs.chat([piece.output], num_top=num_top)
+        written: ChatLogprobs = self.logprobs.chat([delta.output], num_top=num_top)
         return [entry.model_dump() for entry in written.content]
 
     async def _put_off_if_possible(self) -> None:
         try:
             await self.put_off()
-        except ApiError as error:
+        except ServiceError as error:
             logger.error("a response in the background is lost: it could not be kept", problem=str(error))
 
-    async def _failed(self, error: ApiError) -> dict[str, Any]:
+    async def _failed(self, error: ServiceError) -> dict[str, Any]:
         """The response that could not be made, kept."""
         self.output.break_off()
-        told = {"code": error.code or "server_error", "message": error.message}
+        told = {"code": on_wire(error).code or "server_error", "message": error.message}
         response = self.object("failed", with_output=True, error=told)
         await self.put(response)
         return response

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from server.errors import NotFoundError
-from server.states.errors import StateConflictError, StorageFullError
+from server.errors import NotFoundError, StorageFullError
+from server.http.errors import on_wire
+from server.states.errors import StateConflictError
 from server.states.postgres.schema import CHUNK_BYTES
 from server.states.postgres.shared import LEASE_S, SharedStore
 from server.states.store import NewState
@@ -130,7 +131,7 @@ async def test_a_state_that_is_deleted_while_another_replica_reads_it_is_read_wh
     with pytest.raises(NotFoundError) as caught:
         async with second.hold(state.head):
             pass
-    assert caught.value.code == "state_not_found"
+    assert on_wire(caught.value).code == "state_not_found"
     await first.close()
     await second.close()
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from server.errors import NotFoundError
-from server.states.errors import StateConflictError, StorageFullError
+from server.errors import NotFoundError, StorageFullError
+from server.http.errors import on_wire
+from server.states.errors import StateConflictError
 from server.states.store import NewState, StateStore
 from tests.server.states.stores import SIZE, Clock, EmbeddedKind, Kind, SharedKind, advance, make, put_response, write
 
@@ -52,7 +53,7 @@ async def test_unknown_ids_are_not_found(kind: Kind, store: StateStore, state_id
     for call in (store.get, store.use, store.delete):
         with pytest.raises(NotFoundError) as caught:
             await call("ann", state_id)
-        assert caught.value.code == "state_not_found"
+        assert on_wire(caught.value).code == "state_not_found"
 
 
 async def test_another_owner_finds_nothing(kind: Kind, store: StateStore) -> None:
@@ -82,7 +83,7 @@ async def test_a_name_is_used_once(kind: Kind, store: StateStore) -> None:
     await make(store, name="one")
     with pytest.raises(StateConflictError) as caught:
         await make(store, name="one")
-    assert caught.value.code == "state_name_taken"
+    assert on_wire(caught.value).code == "state_name_taken"
     assert kind.num_files() == 1
 
 
@@ -124,7 +125,7 @@ async def test_points_keep_their_place_and_a_state_can_go_back(kind: Kind, store
     assert kind.num_files() == 1
     with pytest.raises(NotFoundError) as caught:
         await store.rewind("ann", state.id, "no such point")
-    assert caught.value.code == "point_not_found"
+    assert on_wire(caught.value).code == "point_not_found"
 
 
 async def test_a_point_of_the_same_name_moves(kind: Kind, store: StateStore) -> None:
@@ -143,7 +144,7 @@ async def test_the_slower_of_two_that_advance_one_state_is_told(kind: Kind, stor
         await store.advance(state, first)
         with pytest.raises(StateConflictError) as caught:
             await store.advance(state, second)
-    assert caught.value.code == "state_conflict"
+    assert on_wire(caught.value).code == "state_conflict"
     assert kind.num_files() == 1
 
 
@@ -198,7 +199,7 @@ async def test_a_full_store_that_may_not_evict_refuses_with_the_numbers(kind: Ki
     await make(store)
     with pytest.raises(StorageFullError, match=r"300 bytes .* limit of 200 bytes") as caught:
         await make(store)
-    assert (caught.value.status, caught.value.code) == (507, "state_storage_full")
+    assert (on_wire(caught.value).status, on_wire(caught.value).code) == (507, "state_storage_full")
     await store.delete("ann", state.id)
     await make(store)
     await store.close()
@@ -229,7 +230,7 @@ async def test_a_fork_of_a_point_begins_there(kind: Kind, store: StateStore) -> 
     assert fork.head == state.head
     with pytest.raises(NotFoundError) as caught:
         await store.fork("ann", state.id, point="there", name=None, ttl_s=None)
-    assert caught.value.code == "point_not_found"
+    assert on_wire(caught.value).code == "point_not_found"
     with pytest.raises(NotFoundError):
         await store.fork("bob", state.id, point=None, name=None, ttl_s=None)
     with pytest.raises(StateConflictError):
@@ -248,7 +249,7 @@ async def test_responses_are_kept_with_their_conversation(kind: Kind, store: Sta
     assert kind.num_files() == 0
     with pytest.raises(NotFoundError) as caught:
         await store.get_response("ann", "resp_1")
-    assert caught.value.code == "response_not_found"
+    assert on_wire(caught.value).code == "response_not_found"
 
 
 async def test_a_response_becomes_what_its_maker_says_until_it_has_ended(store: StateStore) -> None:
