@@ -117,6 +117,8 @@ class Scheduler:
         self._prompts = PromptShares()
         self._step_times = step_times
         self._ended: list[Sequence] = []
+        self._begun: list[str] = []
+        self._checked_prompt: tuple[int, ...] = ()
         self.num_drafted = 0
         self.num_accepted = 0
 
@@ -246,6 +248,13 @@ class Scheduler:
         if self._step_times is not None:
             self._step_times.observe(batch.num_decode + batch.num_verified, num_prompt_tokens, seconds)
 
+    def take_begun(self) -> list[str]:
+        """Requests that have got their first slot since the last call."""
+        if not self._begun:
+            return self._begun
+        begun, self._begun = self._begun, []
+        return begun
+
     def take_ended(self) -> list[Sequence]:
         """The sequences that gave their slot back since the last call, for the clean-up of the device."""
         ended, self._ended = self._ended, []
@@ -340,6 +349,7 @@ class Scheduler:
     def _begin(self, sequence: Sequence) -> None:
         """Prepares a sequence that gets its first slot."""
         sequence.max_unseen = self._max_unseen
+        self._begun.append(sequence.request_id)
         self._on_admission(sequence)
         if self._speculation is not None:
             self._speculation.begin(sequence)
@@ -360,7 +370,7 @@ class Scheduler:
             return f"max_tokens is {sampling.max_tokens}, and must be at least 0"
         bias_ids = (token_id for token_id, _ in sampling.logit_bias)
         for name, token_ids in (
-            ("prompt", request.prompt_token_ids),
+            ("prompt", () if request.prompt_token_ids is self._checked_prompt else request.prompt_token_ids),
             ("stop_token_ids", sampling.stop_token_ids),
             ("logit_bias", tuple(bias_ids)),
             ("predicted_token_ids", request.predicted_token_ids),
@@ -370,6 +380,7 @@ class Scheduler:
         ):
             if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._vocab_size):
                 return f"{name} has a token id outside of the vocabulary (0 to {self._vocab_size - 1})"
+        self._checked_prompt = request.prompt_token_ids  # which a whole group has in common
         return None
 
 

@@ -143,6 +143,7 @@ async def plan_request(service: Service, info: EngineInfo, owner: str, body: Bod
         cache=cache_use(owner, body, points=points) if past.uses_cache else None,
         rescue=past.rescue,
         cut_off_at=past.cut_off_at,
+        tenant=service.tenant_of(owner),
     )
     calls = call_token_ids(service.tokenizer) if body.tool_use is not None else frozenset()
     return RequestPlan(

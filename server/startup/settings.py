@@ -96,8 +96,8 @@ class Settings(BaseSettings):
     max_queue: int = _in("Capacity", 1024, ge=0, le=1_000_000)
     """Requests that may wait for a free conversation before new ones are refused with 503."""
     target_gap_ms: int = _in("Capacity", 100, ge=0)
-    """On a CPU: while answers run, steps take only so many tokens of prompts that the next tokens of the answers come after
-    that time; 0: as many as there is room for."""
+    """On a CPU: while answers run, a step reads only so many prompt tokens that the next tokens come after that
+    many milliseconds; 0: as many as there is room for."""
     reserved_queue: Annotated[int, Field(ge=0)] | Auto = _in("Fair shares", "auto")
     """Places in the queue for keys of which nothing waits. auto: an eighth of max_queue if there are several keys."""
     max_running_per_key: int = _in("Fair shares", 0, ge=0)
@@ -191,6 +191,9 @@ class Settings(BaseSettings):
     rate_limit_tokens: int = _in("Limits", 0, ge=0)
     """Most tokens a minute of one key, prompts and answers together; 0: no limit."""
 
+    heartbeat_s: float = _in("Operation", 30.0, ge=0)
+    """An engine that says nothing for that many seconds, and for 5 times its longest step, is ended and started again.
+    0: never."""
     playground: bool = _in("Operation", True)
     """Serve a page at / to talk to the model, to look at probabilities, and to save, fork and rewind conversations."""
     retry_after_s: int = _in("Operation", 2, ge=1, le=3600)

@@ -178,8 +178,8 @@ class Admission:
                 if self.slots.num_free == 0 or not self._shares.may_run(leader.tenant):
                     return
                 if sequence.request.group == leader.request.group and not sequence.is_preempted:
-                    self._on_admission(sequence)
                     sequence.fork(leader)
+                    self._on_admission(sequence)
                     self._start(sequence)
                     moves.followers.append(sequence)
 

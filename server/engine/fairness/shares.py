@@ -62,7 +62,7 @@ class SlotShares:
         others.pop(tenant.name, None)
         heaviest = max(others.values(), key=lambda other: self._running[other.name] / other.weight, default=None)
         if heaviest and (has_none or self._running[heaviest.name] / heaviest.weight > self._load(tenant)):
-            return [one for one in reversed(running.values()) if one.tenant.name == heaviest.name]
+            return [one for one in reversed([*running.values()]) if one.tenant.name == heaviest.name]
         if not has_none:
             return []
         settled = [one for one in running.values() if num_steps - one.num_admitted >= QUANTUM]

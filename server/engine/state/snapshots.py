@@ -195,8 +195,9 @@ class Snapshots:
         if namespace is None:
             return
         prompt = sequence.request.prompt_token_ids
-        # Where the prompt is scored, all of it must be computed.
-        hit = None if sequence.scores_prompt else self._cache.find(namespace, prompt, at_most=len(prompt) - 1)
+        # Where the prompt is scored, all of it must be computed; a copy of a leader's slot has all that it can have.
+        looks = not sequence.scores_prompt and sequence.start.source_slot is None
+        hit = self._cache.find(namespace, prompt, at_most=len(prompt) - 1) if looks else None
         if hit is not None:
             sequence.skip(hit.num_tokens, hit.snapshot)
         sequence.stops = self._stops(sequence)

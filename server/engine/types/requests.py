@@ -209,6 +209,8 @@ class EngineConfig:
         max_step_tokens: tokens (decode rows and prefill chunks together) in one step.
         max_waiting: requests that may wait for a slot before new ones are refused.
         reserved_waiting: places among these for tenants of whom nothing waits.
+        heartbeat_s: after so long without a sign of life, and after several times its longest step, the process is
+            ended and another one started; 0: never.
         target_gap_ms: on a CPU: how long a step that reads prompts may keep running answers waiting; 0: any time.
         max_drafts: most guesses of next tokens that a step verifies for one sequence; 0: none; None: as many as are
             good where guesses can be verified.
@@ -232,6 +234,7 @@ class EngineConfig:
     max_step_tokens: int
     max_waiting: int
     reserved_waiting: int = 0
+    heartbeat_s: float = 0.0
     target_gap_ms: int = 100
     max_drafts: int | None = None
     decode_graphs: bool = True
@@ -289,6 +292,8 @@ class EngineStats:
     num_decode_tokens: int
     step_time_s: float
     """Sum over all steps, seconds."""
+    longest_step_s: float = 0.0
+    """The longest of them."""
     num_drafted_tokens: int = 0
     """Guesses of next tokens that were verified."""
     num_preemptions: int = 0
