@@ -230,6 +230,17 @@ class ModelConfig:
         return min(self.max_position_embeddings, max(SINK_RANGE, reach)) - 1
 
     @property
+    def memory(self) -> str:
+        """What a state holds exactly, in words."""
+        held = [layer.anchors.places for layer in self.layers if layer.anchors is not None]
+        if not held:
+            windows = sorted({f"{layer.window + layer.sinks:,}" for layer in self.layers if layer.window > 0})
+            return f"the last {' or '.join(windows)} tokens exactly" if windows else "no token exactly"
+        places = sorted((places for layer in held for places in layer), reverse=True)
+        mean, best = round(sum(places) / len(places)), places[len(places) // 10]
+        return f"{mean:,} places a head, one head in ten holds the last {best:,} tokens whole"
+
+    @property
     def frequencies(self) -> Frequencies:
         """Radians for each position by which channel pairs turn, [rotary_dims / 2]."""
         return _frequencies(self.rotary_dims, self.rope_theta, self.rope_scaling)

@@ -103,7 +103,11 @@ def bench(context: typer.Context) -> None:
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def state(context: typer.Context) -> None:
-    """List, export, import, fork, rewind and delete saved conversations."""
+    """List, export, import, fork, rewind and delete saved conversations; `repair FOLDER` mends a server's store."""
+    if context.args[:1] == ["repair"]:
+        program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        program.command()(import_module("server.states.repair").repair_command)
+        program(args=context.args[1:], prog_name="dijiang state repair")
     import_module("clients.state_cli").app(args=context.args, prog_name="dijiang state")
 
 

@@ -8,7 +8,6 @@ ServiceError
 ├── ConflictError               something else has the name, or was faster
 ├── RateLimitError              the key has used up its minute
 ├── DeadlineError               the request ran longer than it may
-├── StorageFullError            the budget for states is used up
 ├── UnavailableError            not just now
 │   ├── OverloadedError         the queue is full
 │   ├── ShutdownError           the answer was cut off; names the states to resume from
@@ -64,10 +63,6 @@ class ConflictError(ServiceError):
 
 class DeadlineError(ServiceError):
     """The request ran longer than its `timeout`, or than the operator allows."""
-
-
-class StorageFullError(ServiceError):
-    """The budget for states is used up."""
 
 
 @dataclass(eq=False)

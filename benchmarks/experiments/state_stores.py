@@ -25,11 +25,12 @@ from rich.table import Table
 
 from benchmarks.machine import this_machine, write_result
 from server.engine.state.snapshot_files import write_file
-from server.states.postgres.shared import SharedStore
-from server.states.sqlite.embedded import EmbeddedStore
+from server.states.embedded import open_embedded_store
+from server.states.indexed import StoreOptions
+from server.states.shared import SharedOptions, open_shared_store
 from server.states.store import NewState, SnapshotRecord, StateRecord, StateStore, Turn
 
-MAX_BYTES = 10 << 30
+OPTIONS = StoreOptions(max_bytes=10 << 30)
 OWNER = "bench"
 Times = dict[str, list[float]]
 
@@ -69,11 +70,12 @@ async def _saved(store: StateStore, content: bytes) -> StateRecord:
 @asynccontextmanager
 async def stores(folder: Path, url: str | None) -> AsyncIterator[dict[str, tuple[StateStore, StateStore]]]:
     """Pairs of replicas, in places of their own that are gone afterwards."""
-    embedded = EmbeddedStore(folder / "embedded", max_bytes=MAX_BYTES)
+    embedded = open_embedded_store(folder / "embedded", OPTIONS)
     opened: dict[str, tuple[StateStore, StateStore]] = {"embedded": (embedded, embedded)}
     schema = f"bench_{secrets.token_hex(8)}"
     if url is not None:
-        one, two = (SharedStore(url, folder / "shared", schema=schema, max_bytes=MAX_BYTES) for _ in range(2))
+        shared = SharedOptions(url, schema=schema)
+        one, two = (open_shared_store(folder / "shared", shared, OPTIONS) for _ in range(2))
         opened["shared"] = (one, two)
     try:
         yield opened

@@ -15,6 +15,7 @@ from dijiang_model.formats.json_fields import read_json_object
 from dijiang_model.formats.tensor_files import SAFETENSORS_FILE, SAFETENSORS_INDEX
 
 CARD_FILE = "README.md"
+CALIBRATION_FILE = "calibration.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -26,7 +27,9 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-_MODEL_FILES = frozenset((CONFIG_FILE, CARD_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX, *TOKENIZER_FILES))
+_MODEL_FILES = frozenset(
+    (CONFIG_FILE, CARD_FILE, CALIBRATION_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX, *TOKENIZER_FILES)
+)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 _Identity = tuple[int, int]

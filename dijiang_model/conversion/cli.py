@@ -7,7 +7,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from dijiang_model.conversion.convert import DTYPES, Conversion, convert
 from dijiang_model.conversion.recipes import Recipe
@@ -37,7 +37,21 @@ def convert_command(
             "Default: hybrid; a DiJiang checkpoint keeps its attention."
         ),
     ] = None,
-    window: Annotated[int, typer.Option(min=1, help="hybrid: recent tokens seen by exact softmax.")] = 60,
+    state_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="hybrid: bytes of one conversation, e.g. 8MiB. Calibration then chooses which tokens each head holds; "
+            "minutes of a CPU for 135 million weights."
+        ),
+    ] = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(help="With --state-bytes: UTF-8 text to calibrate on, file or folder. Default: one that ships."),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(min=1, help="hybrid: recent tokens seen by exact softmax, nothing else held. Default: 60."),
+    ] = None,
     sinks: Annotated[int, typer.Option(min=0, help="hybrid: first tokens seen by exact softmax.")] = 4,
     dtype: Annotated[
         str | None,
@@ -62,22 +76,30 @@ def convert_command(
     _refuse_unknown(dtype, DTYPES, "--dtype")
     _refuse_unknown(weights, get_args(WeightKind), "--weights")
     max_shard_bytes = parse_size(max_shard_size)
-    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(binary_units=True), TimeElapsedColumn())
+    num_bytes = None if state_bytes is None else parse_size(state_bytes, "--state-bytes")
+    if num_bytes is not None and window is not None:
+        raise typer.BadParameter("with --state-bytes calibration chooses the window", param_hint="--window")
+    if num_bytes is None and calibrate:
+        raise typer.BadParameter("calibration needs a budget: --state-bytes 8MiB", param_hint="--calibrate")
     try:
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("convert", total=None)
+        with _progress(console) as progress:
+            layers = progress.add_task("calibrating", total=None, visible=num_bytes is not None, unit="layers")
+            task = progress.add_task("converting", total=None, unit="MiB")
             made = convert(
                 source,
                 out,
                 recipe=recipe,
-                window=window,
+                window=60 if window is None else window,
                 sinks=sinks,
+                state_bytes=num_bytes,
+                calibration_text=calibrate or (),
                 dtype=dtype,
                 weights=cast("WeightKind | None", weights),
                 seed=seed,
                 max_shard_bytes=max_shard_bytes,
                 overwrite=overwrite,
-                on_progress=lambda written, total: progress.update(task, completed=written, total=total),
+                on_progress=lambda written, total: progress.update(task, completed=written >> 20, total=total >> 20),
+                on_layer=lambda done, total: progress.update(layers, completed=done, total=total),
             )
     except ModelError as error:
         console.print(f"[red]error:[/red] {_escaped(str(error))}", highlight=False)
@@ -85,13 +107,21 @@ def convert_command(
     _summarise(made, console)
 
 
+def _progress(console: Console) -> Progress:
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[unit]}", TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
 def _refuse_unknown(value: str | None, known: Collection[str], hint: str) -> None:
     if value is not None and value not in known:
         raise typer.BadParameter(f"{value!r} is none of {', '.join(known)}", param_hint=hint)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--max-shard-size") -> int:
     """Bytes from a whole number with an optional unit K, M or G (powers of 1024).
+
+    Args:
+        option: whose text it is, for the message.
 
     Raises:
         typer.BadParameter: anything else, or less than 1 byte.
@@ -99,14 +129,15 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d{1,12})\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     size = int(match[1]) * _UNITS[match[2].upper()] if match else 0
     if size < 1:
-        raise typer.BadParameter(f"{text!r} is not a size such as 500M or 2G", param_hint="--max-shard-size")
+        raise typer.BadParameter(f"{text!r} is not a size such as 500M or 2G", param_hint=option)
     return size
 
 
 def _summarise(made: Conversion, console: Console) -> None:
     for warning in made.warnings:
         console.print(f"[yellow]warning:[/yellow] {_escaped(warning)}", highlight=False)
-    console.print(f"{made.title}: {made.state_bytes / 2**20:.2f} MiB of state per conversation", highlight=False)
+    size = f"{made.state_bytes / 2**20:.2f} MiB of state per conversation"
+    console.print(f"{made.title}: {size}, {made.memory}", highlight=False)
     if made.ends:
         console.print(f"An answer ends at {_escaped(', '.join(made.ends))}", highlight=False)
     console.print(f"Serve it with `dijiang serve {_escaped(str(made.out))}`", highlight=False)

@@ -1,6 +1,6 @@
 """Converts a pretrained model, tensor by tensor, into a folder that appears complete or not at all."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,15 +9,17 @@ from torch import Tensor
 
 from dijiang_model.checkpoints.checkpoint import has_valid, tensor_problems, write_checkpoint
 from dijiang_model.checkpoints.config_json import Origin, StoredConfig
-from dijiang_model.checkpoints.outputs import CARD_FILE, check_replaceable, output_folder
+from dijiang_model.checkpoints.outputs import CALIBRATION_FILE, CARD_FILE, check_replaceable, output_folder
 from dijiang_model.checkpoints.quantized import choose, weights_to_quantize
 from dijiang_model.config import ModelConfig
+from dijiang_model.conversion.calibration.calibrate import Calibrated, calibrate
+from dijiang_model.conversion.calibration.reading import calibration_contexts
 from dijiang_model.conversion.model_card import UNTRAINED_WARNING, model_card, needs_training, title
 from dijiang_model.conversion.quantize import with_rounding
 from dijiang_model.conversion.recipes import Recipe, converted_config, fresh_tensor, is_fresh
 from dijiang_model.conversion.sources.find_source import find_source
 from dijiang_model.conversion.sources.source import Source, open_source, sha256_of, source_fingerprint, with_ends
-from dijiang_model.conversion.sources.tokenizer_files import staged_tokenizer
+from dijiang_model.conversion.sources.tokenizer_files import StagedTokenizer, staged_tokenizer
 from dijiang_model.errors import ConversionError
 from dijiang_model.families import FAMILIES, build_model
 from dijiang_model.formats.problem_list import problem_list
@@ -46,6 +48,7 @@ class Conversion:
         out: the model's folder.
         title: what it may be called, e.g. `DiJiang hybrid, window 60+4`.
         state_bytes: of one conversation.
+        memory: what such a state holds, in words.
         has_tokenizer: without one the model serves token ids only.
         ends: the tokens at which an answer ends, as text with the id.
         warnings: sentences that the user should read.
@@ -54,6 +57,7 @@ class Conversion:
     out: Path
     title: str
     state_bytes: int
+    memory: str
     has_tokenizer: bool
     ends: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -66,16 +70,20 @@ def convert(
     recipe: Recipe | None = None,
     window: int = 60,
     sinks: int = 4,
+    state_bytes: int | None = None,
+    calibration_text: Sequence[Path] = (),
     dtype: str | None = None,
     weights: WeightKind | None = None,
     seed: int = 0,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     on_progress: Progress = lambda written, total: None,
+    on_layer: Progress = lambda done, total: None,
 ) -> Conversion:
     """Makes a DiJiang model of an HF folder, a GGUF file or a released DiJiang checkpoint.
 
-    At most one tensor is in memory at a time; tensors of the source are read from mapped files.
+    At most one tensor is in memory at a time, and one layer while it is calibrated; tensors of the source are read
+    from mapped files.
 
     Args:
         source: folder or `.gguf` file.
@@ -83,12 +91,16 @@ def convert(
         recipe: None: `hybrid`, or the attention of the checkpoint where the source is a DiJiang model.
         window: exact-softmax tokens of `hybrid`, >= 1.
         sinks: first tokens kept beside them, >= 0.
+        state_bytes: of one conversation, `hybrid` only: calibration chooses what is kept, and the window too
+            (`conversion.calibration`). None: the window alone.
+        calibration_text: what the teacher reads then; none: a text of this package.
         dtype: of the stored weights, a key of `DTYPES`; None: the source's (float32 if it is quantized).
         weights: projections, embeddings and head rounded to int8 or int4 (`dijiang_model.quantization`).
         seed: of fresh random tensors, >= 0.
         max_shard_bytes: see `write_checkpoint`.
         overwrite: replace a model that this program saved in `out` (`outputs.check_replaceable`).
         on_progress: see `Progress`.
+        on_layer: called with layers calibrated and in all.
 
     Raises:
         ConversionError: the source cannot be converted, or the options do not fit it.
@@ -101,12 +113,18 @@ def convert(
     with staged_tokenizer(opened.write_tokenizer) as tokenizer:
         opened = with_ends(opened, tokenizer.end_id)
         config, origin = _target(opened, source, recipe=recipe, window=window, sinks=sinks, seed=seed)
+        calibrated = None
+        if state_bytes is not None:
+            calibrated = _calibrated(opened, config, origin, tokenizer, state_bytes, calibration_text, on_layer)
+            config = calibrated.calibration.config(config)
         weights_dtype = DTYPES[dtype] if dtype is not None else _stored_dtype(opened)
-        plan = _plan(opened, config, origin, dtype=weights_dtype, weights=weights, name=out.absolute().name)
+        plan = _plan(opened, config, origin, calibrated, dtype=weights_dtype, weights=weights, name=out.absolute().name)
 
         def fill(folder: Path) -> None:
             tokenizer.copy_to(folder)
             write_text(folder / CARD_FILE, plan.card)
+            if calibrated is not None:
+                write_text(folder / CALIBRATION_FILE, calibrated.calibration.json())
 
         write_checkpoint(
             place,
@@ -122,6 +140,7 @@ def convert(
             out=out,
             title=title(config),
             state_bytes=plan.state_bytes,
+            memory=config.memory,
             has_tokenizer=tokenizer.is_there,
             ends=tokenizer.described(config.eos_token_ids),
             warnings=_warnings(config, origin, opened, has_tokenizer=tokenizer.is_there),
@@ -144,15 +163,45 @@ class _Plan:
     state_bytes: int
 
 
+def _calibrated(
+    opened: Source,
+    config: ModelConfig,
+    origin: Origin,
+    tokenizer: StagedTokenizer,
+    state_bytes: int,
+    text: Sequence[Path],
+    on_layer: Progress,
+) -> Calibrated:
+    if origin.recipe != Recipe.HYBRID:
+        raise ConversionError(f"a budget of bytes is for the recipe hybrid, not for {origin.recipe}")
+    contexts = calibration_contexts(config, tokenizer.folder if tokenizer.is_there else None, text)
+    return calibrate(config, opened.tensors.read, contexts, state_bytes=state_bytes, on_layer=on_layer)
+
+
 def _plan(
-    opened: Source, config: ModelConfig, origin: Origin, *, dtype: torch.dtype, weights: WeightKind | None, name: str
+    opened: Source,
+    config: ModelConfig,
+    origin: Origin,
+    calibrated: Calibrated | None,
+    *,
+    dtype: torch.dtype,
+    weights: WeightKind | None,
+    name: str,
 ) -> _Plan:
     """Raises ConversionError if the source's tensors do not fit the config."""
     model = build_model(config, device="meta", dtype=dtype)
     spec = model.state_spec
     expected = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
-    reader = _Reader(opened, config, expected, seed=origin.seed)
-    card = model_card(config, origin, spec, name=name, dtype=str(dtype).removeprefix("torch."))
+    learned = {} if calibrated is None else calibrated.tensors
+    reader = _Reader(opened, config, expected, learned, seed=origin.seed)
+    card = model_card(
+        config,
+        origin,
+        spec,
+        name=name,
+        dtype=str(dtype).removeprefix("torch."),
+        calibration=None if calibrated is None else calibrated.calibration,
+    )
     stored = StoredConfig(config=config, base=opened.base, origin=origin)
     if weights is None:
         return _Plan(stored, reader, card, spec.bytes_per_slot)
@@ -163,22 +212,31 @@ def _plan(
 
 
 class _Reader:
-    """The target's tensors: the source's, cast, or fresh ones."""
+    """The target's tensors: the source's, cast, calibrated, or fresh ones."""
 
-    def __init__(self, source: Source, config: ModelConfig, expected: Mapping[str, TensorInfo], *, seed: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        config: ModelConfig,
+        expected: Mapping[str, TensorInfo],
+        learned: Mapping[str, Tensor],
+        *,
+        seed: int,
+    ) -> None:
         """Raises ConversionError if the source's tensors do not fit its config; all of it listed."""
-        self._source, self._config, self._seed = source, config, seed
+        self._source, self._config, self._learned, self._seed = source, config, learned, seed
         self._fresh = {} if source.is_dijiang else _fresh_parts(config, expected)
-        taken = {name: info for name, info in expected.items() if name not in self._fresh}
+        made = self._fresh.keys() | learned.keys()
+        taken = {name: info for name, info in expected.items() if name not in made}
         found = source.tensors.infos()
         problems = tensor_problems(config, taken, found)
         if problems:
             raise ConversionError(problem_list("the source's tensors do not fit its config", problems))
-        order = [*(name for name in found if name in taken), *self._fresh]
+        order = [*(name for name in found if name in taken), *self._fresh, *learned]
         self._infos = {name: expected[name] for name in order}
 
     def infos(self) -> Mapping[str, TensorInfo]:
-        """The source's in its order, then the fresh ones."""
+        """The source's in its order, then those that no source has."""
         return self._infos
 
     def read(self, name: str) -> Tensor:
@@ -191,6 +249,8 @@ class _Reader:
         if name in self._fresh:
             layer, inner = self._fresh[name]
             value = fresh_tensor(inner, info.shape, self._config, layer=layer, seed=self._seed)
+        elif name in self._learned:
+            value = self._learned[name]
         else:
             value = self._source.tensors.read(name)
         value = value.to(info.dtype)
@@ -201,7 +261,8 @@ class _Reader:
     def _damage(self, first: str) -> ConversionError:
         """Looks at all that comes after `first` too."""
         names = [*self._infos]
-        later = [name for name in names[names.index(first) + 1 :] if name not in self._fresh]
+        made = self._fresh.keys() | self._learned.keys()
+        later = [name for name in names[names.index(first) + 1 :] if name not in made]
         read = self._source.tensors.read
         damaged = [first, *(name for name in later if not has_valid(name, read(name).to(self._infos[name].dtype)))]
         problems = [f"{name} has values that are not finite in {self._infos[name].dtype}" for name in damaged]

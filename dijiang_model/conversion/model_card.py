@@ -1,9 +1,12 @@
 """The model card of a converted model: what it is, what was trained and what was not."""
 
 import json
+from dataclasses import replace
 
 from dijiang_model.checkpoints.config_json import Origin
 from dijiang_model.config import AttentionConfig, ModelConfig
+from dijiang_model.conversion.calibration.calibrate import Calibration
+from dijiang_model.conversion.calibration.card import memory_section
 from dijiang_model.features import SIGNED_SPHERE
 from dijiang_model.state import StateSpec
 
@@ -27,6 +30,9 @@ def needs_training(config: ModelConfig, origin: Origin) -> bool:
 
 def title(config: ModelConfig) -> str:
     """What the model may be called, e.g. `DiJiang hybrid, window 60+4`."""
+    places = [num for layer in config.layers if layer.anchors is not None for num in layer.anchors.places]
+    if places:
+        return f"DiJiang hybrid, {round(sum(places) / len(places)):,} places a head"
     windows = sorted({(layer.window, layer.sinks) for layer in config.layers})
     if windows == [(0, 0)]:
         return "DiJiang"
@@ -34,12 +40,20 @@ def title(config: ModelConfig) -> str:
 
 
 def model_card(
-    config: ModelConfig, origin: Origin, state: StateSpec, *, name: str, dtype: str, evaluation: str | None = None
+    config: ModelConfig,
+    origin: Origin,
+    state: StateSpec,
+    *,
+    name: str,
+    dtype: str,
+    evaluation: str | None = None,
+    calibration: Calibration | None = None,
 ) -> str:
     """The text of the model's README.md.
 
     Args:
         evaluation: what `dijiang evaluate` measured (`report.tables`); None: nothing was.
+        calibration: of a model with anchors.
         state: one conversation's.
         name: the model's folder name.
         dtype: of the stored weights, e.g. `float32`.
@@ -49,6 +63,7 @@ def model_card(
         f"# {name}\n\n{title(config)}. Made with recipe `{origin.recipe}` from {origin.teacher}.",
         f"**{UNTRAINED_WARNING}**" if needs_training(config, origin) else "",
         _facts(config, origin, state, dtype),
+        "" if calibration is None else f"## What a state holds\n\n{memory_section(config, calibration)}",
         "## What was trained\n\n" + _training(origin, config),
         "## Why it may be called DiJiang\n\n" + _conditions(config, origin, is_evaluated=evaluation is not None),
         "" if evaluation is None else f"## Evaluation\n\n{evaluation.strip()}",
@@ -90,8 +105,10 @@ def _dequantised(origin: Origin) -> str:
 
 def _attention_lines(config: ModelConfig) -> list[str]:
     lines = []
-    for layer in dict.fromkeys(config.layers):
-        count = sum(other == layer for other in config.layers)
+    # Places differ from layer to layer and have a table of their own.
+    layers = [replace(layer, anchors=None) for layer in config.layers]
+    for layer in dict.fromkeys(layers):
+        count = sum(other == layer for other in layers)
         lines.append(f"{count} layers: {_attention(layer)}")
     return lines
 
@@ -119,8 +136,7 @@ def _training(origin: Origin, config: ModelConfig) -> str:
     if any(layer.window for layer in config.layers):
         lines.append(
             "The linear part is silent (its mixing weight is zero), so the model computes exactly what attention to "
-            "the window and the sinks computes. What lies beyond the window is not used. It is the training-free "
-            "window that a trained conversion has to beat."
+            "the tokens that it holds computes. What it does not hold is not used."
         )
     else:
         lines.append("Nodes, weights, decays (and gate and GroupNorm, where there are any) are fresh.")

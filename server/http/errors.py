@@ -55,7 +55,7 @@ TABLE: Mapping[type[ServiceError], WireError] = {
     errors.EngineUnavailableError: WireError(503, code="engine_unavailable"),
     states.StoreUnavailableError: WireError(503, code="state_store_unavailable"),
     errors.DeadlineError: WireError(504, "timeout_error", "timeout", headers=NO_RETRY),
-    errors.StorageFullError: WireError(507, code="state_storage_full", headers=NO_RETRY),
+    states.StorageFullError: WireError(507, code="state_storage_full", headers=NO_RETRY),
 }
 
 

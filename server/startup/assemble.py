@@ -21,8 +21,9 @@ from server.hardware import Device, HardwareError, default_state_bytes, default_
 from server.http.middleware import hash_key
 from server.service import ServiceOptions
 from server.startup.settings import Settings
+from server.states.embedded import open_embedded_store
 from server.states.errors import StoreError
-from server.states.sqlite.embedded import EmbeddedStore
+from server.states.indexed import StoreOptions
 from server.states.store import StateStore
 
 CPU_STEP_TOKENS, CUDA_STEP_TOKENS = 512, 2048
@@ -47,12 +48,12 @@ def open_store(settings: Settings, model_name: str, console: Console) -> StateSt
     if folder is None:
         home = DEFAULT_HOME if settings.cache_dir is None else settings.cache_dir
         folder = home / "states" / re.sub(r"[^A-Za-z0-9._-]", "_", model_name)
+    folder = folder.expanduser().resolve()
+    options = StoreOptions(max_bytes=int(settings.states_disk), eviction=settings.states_eviction)
     if settings.state_store is not None:
-        return _open_shared_store(settings, settings.state_store.get_secret_value(), folder.expanduser().resolve())
+        return _open_shared_store(settings, settings.state_store.get_secret_value(), folder, options)
     try:
-        return EmbeddedStore(
-            folder.expanduser().resolve(), max_bytes=int(settings.states_disk), eviction=settings.states_eviction
-        )
+        return open_embedded_store(folder, options)
     except StoreError as error:
         if settings.states_folder is not None:
             raise
@@ -60,19 +61,20 @@ def open_store(settings: Settings, model_name: str, console: Console) -> StateSt
         return None
 
 
-def _open_shared_store(settings: Settings, url: str, folder: Path) -> StateStore:
+def _open_shared_store(settings: Settings, url: str, folder: Path, options: StoreOptions) -> StateStore:
     try:
-        from server.states.postgres.shared import SharedStore
+        from server.states.shared import SharedOptions, open_shared_store
     except ImportError as error:
-        raise StoreError(f"state_store needs psycopg: pip install 'dijiang[postgres]' ({error})") from error
-    return SharedStore(
+        message = f"state_store needs psycopg and psycopg_pool: pip install 'dijiang[postgres]' ({error})"
+        raise StoreError(message) from error
+    shared = SharedOptions(
         url,
-        folder,
         schema=settings.state_store_schema,
-        max_bytes=int(settings.states_disk),
         max_copies_bytes=int(settings.state_store_copies),
-        eviction=settings.states_eviction,
+        max_connections=settings.state_store_connections,
+        timeout_s=settings.state_store_timeout_s,
     )
+    return open_shared_store(folder, shared, options)
 
 
 def engine_config(settings: Settings, model: Path, device: Device, store: StateStore | None = None) -> EngineConfig:

@@ -133,6 +133,10 @@ class Settings(BaseSettings):
     """Schema of the tables in state_store: one for each model."""
     state_store_copies: ByteSize = _in("States", ByteSize(1 << 30))
     """With state_store: disk space for copies of states that may be used again here."""
+    state_store_connections: int = _in("States", 8, ge=1, le=100)
+    """With state_store: connections to it that this server may have open at once."""
+    state_store_timeout_s: float = _in("States", 5.0, ge=1, le=60)
+    """With state_store: seconds after which it is taken to be away, whether a connection or an answer is missing."""
     states_disk: Annotated[ByteSize, Field(ge=1)] = _in("States", ByteSize(10 << 30))
     """Space for saved states, such as 10GiB; of state_store as a whole, if there is one."""
     states_eviction: Literal["lru", "refuse"] = _in("States", "lru")
@@ -238,8 +242,8 @@ class Settings(BaseSettings):
             if not self.states and self.states_folder is not None
             else "",
             "state_store has no effect with --no-states" if not self.states and self.state_store is not None else "",
-            "state_store_schema and state_store_copies have no effect without state_store"
-            if self.state_store is None and {"state_store_schema", "state_store_copies"} & self.model_fields_set
+            "state_store_schema, _copies, _connections and _timeout_s have no effect without state_store"
+            if self.state_store is None and any(name.startswith("state_store_") for name in self.model_fields_set)
             else "",
             "prefix_cache_disk has no effect while prefix_cache_memory is 0, or with --no-states"
             if self.prefix_cache_disk and (self.prefix_cache_memory == 0 or not self.states)

@@ -1,6 +1,6 @@
 """What can go wrong with a store of states."""
 
-from server.errors import ConflictError, NotFoundError, StorageFullError, UnavailableError
+from server.errors import ConflictError, NotFoundError, ServiceError, UnavailableError
 
 
 class StoreError(Exception):
@@ -27,6 +27,10 @@ class StateNameTakenError(StateConflictError):
     """The owner has a state of that name."""
 
 
+class StorageFullError(ServiceError):
+    """The budget for states is used up, or the disk is full."""
+
+
 class StoreUnavailableError(UnavailableError):
     """The store that replicas share does not answer just now. The message names no host."""
 
@@ -40,6 +44,11 @@ def storage_full(num_bytes: int, max_bytes: int) -> StorageFullError:
         f"the saved states would take {num_bytes:,} bytes with this one, over the limit of {max_bytes:,} bytes here; "
         "delete some"
     )
+
+
+def disk_full() -> StorageFullError:
+    """The disk under the store has no room, whatever the budget says."""
+    return StorageFullError("the disk of the saved states is full; reading and deleting them still works")
 
 
 def state_conflict() -> StateConflictError:

@@ -131,14 +131,22 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise ConversionError(f"{path} is not a readable tokenizer: {error}") from error
 
 
-def _encode(file: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int32]:
+def read_text(file: Path) -> str:
+    """A UTF-8 file.
+
+    Raises:
+        ConversionError: it cannot be read, or is encoded otherwise.
+    """
     try:
-        text = file.read_text("utf-8")
+        return file.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise ConversionError(f"{file} is not UTF-8: byte {error.start:,} cannot be read; convert it first") from error
     except OSError as error:
         raise ConversionError(f"{file} cannot be read: {error.strerror}") from error
-    encoded = tokenizer.encode_batch(list(_blocks(text)), add_special_tokens=False)
+
+
+def _encode(file: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int32]:
+    encoded = tokenizer.encode_batch(list(_blocks(read_text(file))), add_special_tokens=False)
     return np.array([token for block in encoded for token in block.ids], dtype=np.int32)
 
 

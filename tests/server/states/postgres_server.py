@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 
 from tests.ports import free_port
@@ -75,6 +76,25 @@ class PostgresServer:
             self._process.send_signal(signal.SIGQUIT)
             self._process.wait(30)
             self._process = None
+
+    @property
+    def num_connections(self) -> int:
+        """That users who are no superusers may have."""
+        return int(OPTIONS["max_connections"]) - 3
+
+    def hang(self) -> None:
+        """All its processes stop answering, and none of them ends."""
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """After `hang`."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        assert self._process is not None
+        process = psutil.Process(self._process.pid)
+        for one in (process, *process.children(recursive=True)):
+            one.send_signal(number)
 
     def ask(self, statement: str, *values: object) -> list[Any]:
         """Rows of a statement, past the store."""

@@ -1,12 +1,14 @@
 """Both kinds of stores behind one face, and what their tests make in them."""
 
+import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from server.states.postgres.shared import SharedStore
-from server.states.sqlite.embedded import EmbeddedStore
+from server.states.embedded import open_embedded_store
+from server.states.indexed import HEARTBEAT_S, IndexedStore, StoreOptions
+from server.states.shared import SharedOptions, open_shared_store
 from server.states.store import NewState, ResponseRecord, Room, SnapshotRecord, StateRecord, StateStore, Turn
 from tests.server.states.postgres_server import PostgresServer
 
@@ -49,12 +51,13 @@ class EmbeddedKind:
 
     def open(
         self, *, max_bytes: int = 10_000, eviction: Eviction = "lru", clock: Callable[[], float] | None = None
-    ) -> EmbeddedStore:
+    ) -> IndexedStore:
         clock = Clock() if clock is None else clock
-        return EmbeddedStore(self._folder, max_bytes=max_bytes, eviction=eviction, clock=clock)
+        return open_embedded_store(self._folder, StoreOptions(max_bytes, eviction), clock=clock)
 
     async def settle(self, store: StateStore) -> None:
-        pass
+        assert isinstance(store, IndexedStore)
+        await store.heartbeat()
 
     def num_files(self) -> int:
         return len([*(self._folder / "files").iterdir()])
@@ -74,22 +77,18 @@ class SharedKind:
         max_bytes: int = 10_000,
         eviction: Eviction = "lru",
         clock: Callable[[], float] | None = None,
+        beat_s: float = HEARTBEAT_S,
+        patience_s: float = 0.0,
         **more: Any,
-    ) -> SharedStore:
+    ) -> IndexedStore:
         clock = Clock() if clock is None else clock
-        more = {
-            "clock": clock,
-            "schema": self.schema,
-            "max_bytes": max_bytes,
-            "eviction": eviction,
-            "patience_s": 0.0,
-            **more,
-        }
-        return SharedStore(self.postgres.url, self.folder, **more)
+        options = StoreOptions(max_bytes, eviction, heartbeat_s=beat_s, patience_s=patience_s)
+        shared = SharedOptions(self.postgres.url, **{"schema": self.schema, "timeout_s": 10.0, **more})
+        return open_shared_store(self.folder, shared, options, clock=clock)
 
     async def settle(self, store: StateStore) -> None:
-        assert isinstance(store, SharedStore)
-        await store.beat()
+        assert isinstance(store, IndexedStore)
+        await store.heartbeat()
 
     def num_files(self) -> int:
         contents = dict(self.ask("SELECT file, sum(length(data)) FROM {}.chunks GROUP BY file"))
@@ -102,6 +101,14 @@ class SharedKind:
 
     def drop(self) -> None:
         self.ask("DROP SCHEMA IF EXISTS {} CASCADE")
+
+
+def die(store: IndexedStore) -> None:
+    """As after `kill -9`: nobody is told."""
+    store._threads.shutdown()
+    store._index._database.close()
+    store._is_closed = True
+    os.close(store._files._lock)  # type: ignore[attr-defined]
 
 
 def snapshot(file: str, *, position: int = 5, num_bytes: int = SIZE) -> SnapshotRecord:

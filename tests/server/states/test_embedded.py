@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from server.states.errors import StoreError
-from tests.server.states.stores import EmbeddedKind, make
+from tests.server.states.stores import SIZE, EmbeddedKind, die, make, write
 
 pytestmark = pytest.mark.anyio
 
@@ -17,18 +17,66 @@ def kind(tmp_path: Path) -> EmbeddedKind:
 
 async def test_what_a_crash_leaves_behind_is_swept(kind: EmbeddedKind) -> None:
     first = kind.open()
-    whole, lost, cut = await make(first), await make(first), await make(first)
-    await first.close()
-    (first.files_folder / "orphan.safetensors").write_bytes(b"never named")
-    (first.files_folder / ".half.safetensors.partial").write_bytes(b"never renamed")
-    (first.files_folder / lost.head.file).unlink()
-    (first.files_folder / cut.head.file).write_bytes(b"short")
+    whole = await make(first)
+    room = first.room(2, bytes_each=SIZE)
+    write(await room.__aenter__())
+    (first.files_folder / f".{whole.head.file}.partial").write_bytes(b"never renamed")
+    die(first)
     second = kind.open()
     assert [state.id for state in await second.list_states("ann", limit=9, after=None, name=None)] == [whole.id]
-    await second.close()
-    third = kind.open()
     assert kind.num_files() == 1
-    await third.close()
+    await second.close()
+
+
+async def test_a_file_that_was_about_to_be_removed_goes_at_the_next_start(
+    kind: EmbeddedKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = kind.open()
+    state = await make(first)
+    monkeypatch.setattr(first._files, "remove", lambda files: None)
+    await first.delete("ann", state.id)
+    die(first)
+    assert kind.num_files() == 1
+    second = kind.open()
+    assert kind.num_files() == 0
+    await second.close()
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut", "unknown"])
+async def test_files_that_the_index_does_not_know_stop_the_start_and_nothing_is_removed(
+    kind: EmbeddedKind, damage: str
+) -> None:
+    first = kind.open()
+    await make(first)
+    state = await make(first)
+    await first.close()
+    file = first.files_folder / state.head.file
+    if damage == "lost":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(b"short")
+    else:
+        file.with_name("unknown.safetensors").write_bytes(b"of another index")
+    before = kind.num_files()
+    with pytest.raises(StoreError, match=r"do not belong together: .* nothing was removed.*`dijiang state repair"):
+        kind.open()
+    assert kind.num_files() == before
+
+
+@pytest.mark.parametrize("is_empty", [True, False])
+async def test_files_without_an_index_stop_the_start_and_nothing_is_removed(
+    kind: EmbeddedKind, tmp_path: Path, is_empty: bool
+) -> None:
+    first = kind.open()
+    await make(first)
+    await first.close()
+    (tmp_path / "states.db").unlink()
+    if is_empty:
+        (tmp_path / "states.db").touch()
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"missing or empty; nothing was removed.*`dijiang state repair"):
+            kind.open()
+    assert kind.num_files() == 1
 
 
 async def test_a_second_server_in_the_same_folder_is_refused(kind: EmbeddedKind) -> None:

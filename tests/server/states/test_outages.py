@@ -1,16 +1,19 @@
 """A PostgreSQL that is away, comes back, or is not what it should be."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from server.http.errors import on_wire
 from server.states.errors import StoreError, StoreUnavailableError
-from server.states.postgres.shared import SharedStore
+from server.states.indexed import StoreOptions
+from server.states.shared import SharedOptions, open_shared_store
 from server.states.store import NewState
 from tests.server.states.stores import SIZE, SharedKind, make, put_response, write
 
@@ -44,7 +47,7 @@ async def test_while_the_server_is_away_every_call_says_so_and_then_all_is_as_it
         lambda: store.delete("ann", state.id),
         lambda: store.put_response(ended),
         lambda: make(store),
-        lambda: store.beat(),
+        lambda: store.heartbeat(),
     ]
     room = store.room(1, bytes_each=SIZE)
     await room.__aenter__()
@@ -62,7 +65,7 @@ async def test_while_the_server_is_away_every_call_says_so_and_then_all_is_as_it
     assert (await store.get("ann", state.id)).head == state.head
     assert store.totals.is_up
     assert len(kind.ask("SELECT file FROM {}.uses")) == 1
-    await store.beat()
+    await store.heartbeat()
     assert kind.ask("SELECT file FROM {}.uses") == []
     assert (await store.get_response("ann", "resp_1")).body["status"] == "failed"
     assert kind.num_files() == 2
@@ -96,10 +99,10 @@ async def test_what_was_kept_without_an_answer_may_be_kept_again(kind: SharedKin
     async with store.room(2, bytes_each=SIZE) as room:
         first, second = (write(room, number) for number in (0, 1))
         for _ in range(2):
-            store._database.upload(first, room.path(0))
-            state = store._database.add(NewState("ann", first, "talk"), state_id="state_1")
-        store._database.upload(second, room.path(1))
-        assert {store._database.advance(state, second).head for _ in range(2)} == {second}
+            store._files.upload(first, owner="ann")
+            state = store._index.add(NewState("ann", first, "talk"), state_id="state_1")
+        store._files.upload(second, owner="ann")
+        assert {store._index.advance(state, second).head for _ in range(2)} == {second}
     assert kind.num_files() == 1
     await store.close()
 
@@ -117,38 +120,66 @@ async def test_a_store_closes_without_its_server(kind: SharedKind) -> None:
 
 def test_a_server_that_is_not_there_is_a_sentence_without_the_password(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="the store of states cannot be used: connection failed") as caught:
-        SharedStore("postgresql://ann:secret@127.0.0.1:1/db", tmp_path, max_bytes=100)
+        open_shared_store(tmp_path, SharedOptions("postgresql://ann:secret@127.0.0.1:1/db"), StoreOptions(100))
     assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["postgresql://127.0.0.1:none/db", "postgresql://127.0.0.1/?no_such_option=1"])
 def test_an_address_that_is_none_is_a_sentence(url: str, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="the store of states cannot be used"):
-        SharedStore(url, tmp_path, max_bytes=100)
+        open_shared_store(tmp_path, SharedOptions(url), StoreOptions(100))
 
 
-async def test_tables_of_another_version_are_left_alone(kind: SharedKind) -> None:
-    await kind.open().close()
-    kind.ask("UPDATE {}.version SET number = 99")
-    with pytest.raises(StoreError, match="has states of version 99, this program writes 1"):
-        kind.open()
+async def test_a_server_that_hangs_is_away_within_its_time_and_comes_back(
+    kind: SharedKind, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = kind.open(timeout_s=1.0)
+    state = await make(store)
+    kind.postgres.hang()
+    try:
+        results = await asyncio.gather(*(store.get("ann", state.id) for _ in range(40)), return_exceptions=True)
+        assert {type(result) for result in results} == {StoreUnavailableError}
+        assert not store.totals.is_up
+        with pytest.raises(StoreUnavailableError):
+            await store.heartbeat()
+    finally:
+        kind.postgres.go_on()
+    assert [record.levelname for record in caplog.records if "does not answer" in record.message] == ["ERROR"]
+    while not store.totals.is_up:
+        with contextlib.suppress(StoreUnavailableError):
+            await store.heartbeat()
+    assert (await store.get("ann", state.id)).head == state.head
+    await store.close()
+
+
+async def test_many_at_once_wait_for_the_few_connections_that_the_server_has(kind: SharedKind) -> None:
+    stores = [kind.open(max_bytes=1 << 20, timeout_s=60.0) for _ in range(2)]
+    taken = [psycopg.connect(kind.postgres.url, autocommit=True) for _ in range(kind.postgres.num_connections - 5)]
+    try:
+        states = await asyncio.gather(*(make(stores[number % 2]) for number in range(128)))
+    finally:
+        for connection in taken:
+            connection.close()
+    assert len({state.id for state in states}) == 128
+    for store in stores:
+        await store.close()
 
 
 async def test_whoever_may_not_make_tables_is_told(kind: SharedKind) -> None:
     kind.ask("CREATE ROLE visitor LOGIN")
+    shared = SharedOptions(kind.postgres.url.replace("dijiang@", "visitor@"), schema=kind.schema)
     try:
         with pytest.raises(StoreError, match=r"the tables of states cannot be made .* permission denied"):
-            SharedStore(
-                kind.postgres.url.replace("dijiang@", "visitor@"), kind.folder, schema=kind.schema, max_bytes=100
-            )
+            open_shared_store(kind.folder, shared, StoreOptions(100))
     finally:
         kind.ask("DROP ROLE visitor")
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(kind: SharedKind, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
+    shared = SharedOptions(kind.postgres.url, schema=kind.schema)
     with pytest.raises(StoreError, match=r"the folder of copies of states .* cannot be used"):
-        SharedStore(kind.postgres.url, tmp_path / "file", schema=kind.schema, max_bytes=100)
+        open_shared_store(tmp_path / "file", shared, StoreOptions(100))
 
 
 async def test_two_replicas_may_begin_at_once(kind: SharedKind) -> None:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from server.errors import NotFoundError, StorageFullError
+from server.errors import NotFoundError
 from server.http.errors import on_wire
-from server.states.errors import StateConflictError
-from server.states.postgres.schema import CHUNK_BYTES
-from server.states.postgres.shared import LEASE_S, SharedStore
+from server.states.errors import StateConflictError, StorageFullError
+from server.states.index.schema import CHUNK_BYTES
+from server.states.indexed import IndexedStore
+from server.states.shared import LEASE_S
 from server.states.store import NewState
-from tests.server.states.stores import SIZE, Clock, SharedKind, advance, make, put_response, snapshot
+from tests.server.states.stores import SIZE, Clock, SharedKind, advance, die, make, put_response, snapshot
 
 pytestmark = pytest.mark.anyio
 PATIENCE_S = 60.0
@@ -26,12 +27,13 @@ LARGE = bytes(range(256)) * (10 * CHUNK_BYTES // 1024)  # two chunks and a half
 TORN_UPLOAD = """
 import asyncio, sys
 from pathlib import Path
-from server.states.postgres.shared import SharedStore
+from server.states.indexed import StoreOptions
+from server.states.shared import SharedOptions, open_shared_store
 from server.states.store import NewState
 from tests.server.states.stores import snapshot
 
 async def main(url, schema, folder, pipe):
-    store = SharedStore(url, Path(folder), schema=schema, max_bytes=1 << 30)
+    store = open_shared_store(Path(folder), SharedOptions(url, schema=schema), StoreOptions(1 << 30))
     async with store.room(1, bytes_each=1 << 20) as room:
         room.path(0).symlink_to(pipe)
         await store.add(NewState("ann", snapshot(room.files[0], num_bytes=1 << 30)))
@@ -46,25 +48,17 @@ def kind(shared_kind: SharedKind) -> SharedKind:
 
 
 @pytest.fixture
-async def first(kind: SharedKind) -> AsyncIterator[SharedStore]:
+async def first(kind: SharedKind) -> AsyncIterator[IndexedStore]:
     store = kind.open()
     yield store
     await store.close()
 
 
 @pytest.fixture
-async def second(kind: SharedKind) -> AsyncIterator[SharedStore]:
+async def second(kind: SharedKind) -> AsyncIterator[IndexedStore]:
     store = kind.open()
     yield store
     await store.close()
-
-
-def die(store: SharedStore) -> None:
-    """As after `kill -9`: nobody is told."""
-    store._threads.shutdown()
-    store._database._postgres.close()
-    store._is_closed = True
-    os.close(store._copies._lock)
 
 
 @contextmanager
@@ -105,12 +99,12 @@ async def test_a_state_of_one_replica_goes_on_at_another(kind: SharedKind) -> No
 
 
 async def test_many_who_want_a_file_at_once_bring_it_once(
-    first: SharedStore, second: SharedStore, monkeypatch: pytest.MonkeyPatch
+    first: IndexedStore, second: IndexedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = await make(first)
     asked: list[str] = []
-    content = second._database.content
-    monkeypatch.setattr(second._database, "content", lambda head: asked.append(head.file) or content(head))
+    content = second._files.content
+    monkeypatch.setattr(second._files, "content", lambda head: asked.append(head.file) or content(head))
 
     async def read() -> bytes:
         async with second.hold(state.head) as path:
@@ -123,7 +117,7 @@ async def test_many_who_want_a_file_at_once_bring_it_once(
 async def test_a_state_that_is_deleted_while_another_replica_reads_it_is_read_whole(kind: SharedKind) -> None:
     first, second = kind.open(max_bytes=1 << 24), kind.open(max_bytes=1 << 24)
     state = await make(first, content=LARGE)
-    pieces = second._database.content(state.head)
+    pieces = second._files.content(state.head)
     begin = next(pieces)
     await first.delete("ann", state.id)
     assert kind.num_files() == 0
@@ -137,15 +131,15 @@ async def test_a_state_that_is_deleted_while_another_replica_reads_it_is_read_wh
 
 
 async def test_what_a_replica_holds_is_there_until_it_lets_go(
-    kind: SharedKind, first: SharedStore, second: SharedStore
+    kind: SharedKind, first: IndexedStore, second: IndexedStore
 ) -> None:
     state = await make(first)
     async with second.hold(state.head) as path:
-        await second.beat()
+        await second.heartbeat()
         await first.delete("ann", state.id)
         assert path.read_bytes() == b"x" * SIZE
         assert kind.num_files() == 1
-    await second.beat()
+    await second.heartbeat()
     assert kind.num_files() == 0
     assert not path.exists()
 
@@ -154,10 +148,10 @@ async def test_what_another_replica_holds_is_not_evicted(kind: SharedKind) -> No
     first, second = kind.open(max_bytes=SIZE), kind.open(max_bytes=SIZE)
     state = await make(first)
     async with second.hold(state.head):
-        await second.beat()
+        await second.heartbeat()
         with pytest.raises(StorageFullError):
             await make(first)
-    await second.beat()
+    await second.heartbeat()
     await make(first)
     with pytest.raises(NotFoundError):
         await second.get("ann", state.id)
@@ -181,11 +175,11 @@ async def test_expired_states_go_at_the_next_beat_of_anybody(kind: SharedKind) -
     state = await make(first, ttl_s=60)
     async with second.hold(state.head) as path:
         clock.now += 61
-        await first.beat()
+        await first.heartbeat()
         with pytest.raises(NotFoundError):
             await second.get("ann", state.id)
         assert path.read_bytes() == b"x" * SIZE
-    await second.beat()
+    await second.heartbeat()
     assert kind.num_files() == 0
     await first.close()
     await second.close()
@@ -201,14 +195,14 @@ async def test_copies_stay_for_the_next_turn_within_their_budget(kind: SharedKin
     here = {path.name for path in second.files_folder.iterdir()}
     assert here == {states[1].head.file, states[2].head.file}
     await first.delete("ann", states[1].id)
-    await second.beat()
+    await second.heartbeat()
     assert [path.name for path in second.files_folder.iterdir()] == [states[2].head.file]
     await first.close()
     await second.close()
 
 
 async def test_a_response_cancelled_or_deleted_elsewhere_is_made_no_more(
-    first: SharedStore, second: SharedStore, kind: SharedKind
+    first: IndexedStore, second: IndexedStore, kind: SharedKind
 ) -> None:
     gone: asyncio.Queue[str] = asyncio.Queue()
     maker = kind.open(beat_s=0.01)
@@ -227,7 +221,7 @@ async def test_a_response_cancelled_or_deleted_elsewhere_is_made_no_more(
     await maker.close()
 
 
-async def test_beats_take_nothing_for_lost_that_has_just_begun(kind: SharedKind, first: SharedStore) -> None:
+async def test_beats_take_nothing_for_lost_that_has_just_begun(kind: SharedKind, first: IndexedStore) -> None:
     async def work(number: int) -> None:
         state = await make(first)
         response = await put_response(first, f"resp_{number}", "in_progress")
@@ -237,9 +231,9 @@ async def test_beats_take_nothing_for_lost_that_has_just_begun(kind: SharedKind,
 
     working = asyncio.gather(*(work(number) for number in range(8)))
     while not working.done():
-        await first.beat()
+        await first.heartbeat()
     await working
-    await first.beat()  # what the last one has noted may have ended since
+    await first.heartbeat()  # what the last one has noted may have ended since
     for number in range(8):
         assert (await first.get_response("ann", f"resp_{number}")).body["status"] == "completed"
     assert kind.num_files() == 16
@@ -271,19 +265,19 @@ async def test_a_replica_that_is_silent_for_a_lease_is_buried_by_the_others(kind
     dead, other = kind.open(clock=clock), kind.open(clock=clock)
     await put_response(dead, "resp_1", "in_progress")
     for _ in range(3):
-        await other.beat()
+        await other.heartbeat()
         clock.now += LEASE_S / 4
-    await dead.beat()
+    await dead.heartbeat()
     for _ in range(5):
-        await other.beat()
+        await other.heartbeat()
         assert (await other.get_response("ann", "resp_1")).body["status"] == "in_progress"
         clock.now += LEASE_S / 4
-    await other.beat()
+    await other.heartbeat()
     assert (await other.get_response("ann", "resp_1")).body["status"] == "failed"
     # It was only silent: what it does from now on counts again.
     await make(dead)
-    await dead.beat()
-    await other.beat()
+    await dead.heartbeat()
+    await other.heartbeat()
     assert kind.ask("SELECT count(*) FROM {}.replicas") == [(2,)]
     await dead.close()
     await other.close()
@@ -293,9 +287,9 @@ async def test_nobody_is_buried_by_one_who_has_just_come_back(kind: SharedKind) 
     clock = Clock()
     silent, back = kind.open(clock=clock), kind.open(clock=clock)
     await put_response(silent, "resp_1", "in_progress")
-    await back.beat()
+    await back.heartbeat()
     clock.now += 10 * LEASE_S
-    await back.beat()
+    await back.heartbeat()
     assert (await back.get_response("ann", "resp_1")).body["status"] == "in_progress"
     await silent.close()
     await back.close()
@@ -337,7 +331,7 @@ async def test_a_client_who_leaves_in_the_middle_of_writing_leaves_nothing(kind:
     assert kind.num_files() == 0
 
 
-async def test_a_file_that_the_engine_has_not_written_is_not_kept(kind: SharedKind, first: SharedStore) -> None:
+async def test_a_file_that_the_engine_has_not_written_is_not_kept(kind: SharedKind, first: IndexedStore) -> None:
     async with first.room(1, bytes_each=SIZE) as room:
         with pytest.raises(FileNotFoundError):
             await first.add(NewState("ann", snapshot(room.files[0])))
@@ -345,7 +339,9 @@ async def test_a_file_that_the_engine_has_not_written_is_not_kept(kind: SharedKi
     assert kind.ask("SELECT count(*) FROM {}.snapshots") == [(0,)]
 
 
-async def test_an_unfinished_download_leaves_no_file(kind: SharedKind, first: SharedStore, second: SharedStore) -> None:
+async def test_an_unfinished_download_leaves_no_file(
+    kind: SharedKind, first: IndexedStore, second: IndexedStore
+) -> None:
     state = await make(first)
     kind.ask("DELETE FROM {}.chunks")
     with pytest.raises(NotFoundError):

@@ -10,7 +10,7 @@ from rich.console import Console
 from server.startup.assemble import open_store
 from server.startup.settings import Settings, SettingsError, read_settings
 from server.states.errors import StoreError
-from server.states.postgres.shared import SharedStore
+from server.states.indexed import IndexedStore
 from tests.server.states.stores import SharedKind
 
 pytestmark = pytest.mark.anyio
@@ -24,11 +24,11 @@ URL = "postgresql://ann:secret@127.0.0.1:1/db"
         ({"state_store": URL, "states": False}, "state_store has no effect with --no-states"),
         (
             {"state_store_schema": "mine"},
-            "state_store_schema and state_store_copies have no effect without state_store",
+            "state_store_schema, _copies, _connections and _timeout_s have no effect without state_store",
         ),
         (
             {"state_store_copies": "1GiB"},
-            "state_store_schema and state_store_copies have no effect without state_store",
+            "state_store_schema, _copies, _connections and _timeout_s have no effect without state_store",
         ),
         ({"state_store": URL, "state_store_schema": 'a"; DROP TABLE x'}, "--state-store-schema"),
     ],
@@ -46,10 +46,9 @@ def test_the_password_is_not_shown() -> None:
 def test_without_the_extra_the_operator_is_told_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.delitem(sys.modules, "server.states.postgres.shared")
-    monkeypatch.setitem(sys.modules, "psycopg", None)
-    for name in ("connections", "schema", "rows", "database"):
-        monkeypatch.delitem(sys.modules, f"server.states.postgres.{name}")
+    monkeypatch.setitem(sys.modules, "psycopg_pool", None)
+    for name in ("shared", "files.contents", "index.postgres"):
+        monkeypatch.delitem(sys.modules, f"server.states.{name}")
     with pytest.raises(StoreError, match=r"pip install 'dijiang\[postgres\]'"):
         open_store(Settings(state_store=URL, states_folder=tmp_path), "tiny", Console(file=io.StringIO()))
 
@@ -65,7 +64,7 @@ async def test_settings_reach_the_store(shared_kind: SharedKind, tmp_path: Path)
         state_store=kind.postgres.url, state_store_schema=kind.schema, cache_dir=tmp_path, states_disk=12_345
     )
     store = open_store(settings, "org/tiny", Console(file=io.StringIO()))
-    assert isinstance(store, SharedStore)
+    assert isinstance(store, IndexedStore)
     assert store.files_folder == tmp_path / "states" / "org_tiny" / "replica-0" / "files"
     assert store.totals.max_bytes == 12_345
     assert kind.ask("SELECT count(*) FROM {}.replicas") == [(1,)]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from server.errors import NotFoundError, StorageFullError
+from server.errors import NotFoundError
 from server.http.errors import on_wire
-from server.states.errors import StateConflictError
+from server.states.errors import StateConflictError, StorageFullError
 from server.states.store import NewState, StateStore
 from tests.server.states.stores import SIZE, Clock, EmbeddedKind, Kind, SharedKind, advance, make, put_response, write
 

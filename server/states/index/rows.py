@@ -1,33 +1,39 @@
-"""Rows of the shared store as records, and back; each function is a statement or two of the caller's transaction."""
+"""Rows of the index as records, and back; each function is a statement or two of the caller's transaction."""
 
 import json
 from collections.abc import Collection, Sequence
 
 from server.states.errors import response_not_found, snapshot_gone, state_not_found
-from server.states.postgres.connections import Row, Transaction
+from server.states.index.database import AMONG, Row, Transaction
 from server.states.store import NewState, PointRecord, ResponseRecord, SnapshotRecord, StateRecord, Turn
 
-_IS_USED = "EXISTS (SELECT 1 FROM uses u WHERE u.file = 'use of ' || id)"
+_IS_USED = "EXISTS (SELECT 1 FROM uses WHERE uses.file = 'use of ' || id)"
 _IS_MADE = "(maker IS NOT NULL AND maker <> '')"
 ALIVE = f"(ttl_s IS NULL OR used + ttl_s > %s OR {_IS_USED})"
 ALIVE_RESPONSE = f"({ALIVE} OR {_IS_MADE})"
 DEAD = f"used + ttl_s <= %s AND NOT {_IS_USED}"
 DEAD_RESPONSE = f"{DEAD} AND NOT {_IS_MADE}"
-_STATES = "SELECT s.*, n.* FROM states s JOIN snapshots n ON n.file = s.head"
-_POINTS = "SELECT p.*, n.* FROM points p JOIN snapshots n ON n.file = p.snapshot"
-_RESPONSES = "SELECT r.*, n.* FROM responses r LEFT JOIN snapshots n ON n.file = r.snapshot"
-
-
-def use_of(record_id: str) -> str:
-    """What stands for a state or response among the files in `uses` while somebody goes on from it."""
-    return f"use of {record_id}"
+UNREFERENCED = (
+    "NOT EXISTS (SELECT 1 FROM states WHERE head = n.file) "
+    "AND NOT EXISTS (SELECT 1 FROM points WHERE snapshot = n.file) "
+    "AND NOT EXISTS (SELECT 1 FROM responses WHERE snapshot = n.file) "
+    "AND NOT EXISTS (SELECT 1 FROM uses WHERE uses.file = n.file)"
+)
+_SNAPSHOT = "n.file, n.position, n.pending, n.last_token, n.turn, n.num_bytes, n.fingerprint"
+_STATES = f"SELECT s.*, {_SNAPSHOT} FROM states AS s JOIN snapshots AS n ON n.file = s.head"  # noqa: S608
+_POINTS = f"SELECT p.*, {_SNAPSHOT} FROM points AS p JOIN snapshots AS n ON n.file = p.snapshot"  # noqa: S608
+_RESPONSES = (
+    f"SELECT r.id, r.owner, r.created, r.ttl_s, r.body, r.input_items, {_SNAPSHOT} "  # noqa: S608
+    "FROM responses AS r LEFT JOIN snapshots AS n ON n.file = r.snapshot"
+)
 
 
 def find_state(transaction: Transaction, owner: str, state_id: str) -> StateRecord:
     """Raises `NotFoundError`."""
     if not _is_text(state_id):
         raise state_not_found(state_id)
-    rows = transaction.rows(f"{_STATES} WHERE id = %s AND owner = %s AND {ALIVE}", state_id, owner, transaction.now)
+    condition = f"id = %s AND s.owner = %s AND {ALIVE}"
+    rows = transaction.rows(f"{_STATES} WHERE {condition}", state_id, owner, transaction.now)
     if not rows:
         raise state_not_found(state_id)
     return _states(transaction, rows)[0]
@@ -37,7 +43,7 @@ def list_states(
     transaction: Transaction, owner: str, *, limit: int, after: str | None, name: str | None
 ) -> list[StateRecord]:
     """Newest first."""
-    clauses, values = ["owner = %s", ALIVE], [owner, transaction.now]
+    clauses, values = ["s.owner = %s", ALIVE], [owner, transaction.now]
     if after is not None:
         find_state(transaction, owner, after)
         clauses.append("number < (SELECT number FROM states WHERE id = %s)")
@@ -52,8 +58,7 @@ def list_states(
 
 
 def insert_state(transaction: Transaction, new: NewState, state_id: str) -> None:
-    """Raises `NotFoundError` if its snapshot is not there."""
-    require_snapshot(transaction, new.head)
+    """Its snapshot is there."""
     now = transaction.now
     transaction.run(
         "INSERT INTO states (id, owner, name, parent, created, used, ttl_s, head) VALUES (%s,%s,%s,%s,%s,%s,%s,%s)",
@@ -65,7 +70,7 @@ def delete_states(transaction: Transaction, condition: str, *values: object) -> 
     """Deletes states of which a condition is true; the snapshots that they had."""
     chosen = f"SELECT id FROM states WHERE {condition}"  # noqa: S608 (constants)
     marked = transaction.rows(f"SELECT snapshot AS file FROM points WHERE state IN ({chosen})", *values)  # noqa: S608
-    heads = transaction.rows(f"DELETE FROM states WHERE id IN ({chosen}) RETURNING head AS file", *values)  # noqa: S608
+    heads = transaction.rows(f"DELETE FROM states WHERE {condition} RETURNING head AS file", *values)  # noqa: S608
     return [row["file"] for row in (*heads, *marked)]
 
 
@@ -73,7 +78,7 @@ def find_response(transaction: Transaction, owner: str, response_id: str) -> Res
     """Raises `NotFoundError`."""
     if not _is_text(response_id):
         raise response_not_found(response_id)
-    condition = f"id = %s AND owner = %s AND {ALIVE_RESPONSE}"
+    condition = f"id = %s AND r.owner = %s AND {ALIVE_RESPONSE}"
     found = find_responses(transaction, condition, response_id, owner, transaction.now)
     if not found:
         raise response_not_found(response_id)
@@ -86,17 +91,16 @@ def find_responses(transaction: Transaction, condition: str, *values: object) ->
 
 
 def write_response(transaction: Transaction, response: ResponseRecord, *, maker: str | None) -> None:
-    """Inserts or replaces; raises `NotFoundError` if its snapshot is not there."""
-    if response.snapshot is not None:
-        require_snapshot(transaction, response.snapshot)
+    """Inserts or replaces; its snapshot is there."""
+    body, items = json.dumps(response.body), json.dumps(response.input_items)
     transaction.run(
-        "INSERT INTO responses (id, owner, created, used, ttl_s, body, input_items, snapshot, maker) "
-        "VALUES (%s,%s,%s,%s,%s,%s,%s,%s,%s) ON CONFLICT (id) DO UPDATE SET used = excluded.used, "
+        "INSERT INTO responses "
+        "(id, owner, created, used, ttl_s, body, input_items, snapshot, maker, text_bytes, claims) "
+        "VALUES (%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,0) ON CONFLICT (id) DO UPDATE SET used = excluded.used, "
         "body = excluded.body, input_items = excluded.input_items, snapshot = excluded.snapshot, "
-        "maker = excluded.maker",
-        *(response.id, response.owner, response.created, transaction.now, response.ttl_s),
-        *(json.dumps(response.body), json.dumps(response.input_items)),
-        *(None if response.snapshot is None else response.snapshot.file, maker),
+        "maker = excluded.maker, text_bytes = excluded.text_bytes",
+        *(response.id, response.owner, response.created, transaction.now, response.ttl_s, body, items),
+        *(None if response.snapshot is None else response.snapshot.file, maker, len(body) + len(items)),
     )
 
 
@@ -107,13 +111,13 @@ def delete_responses(transaction: Transaction, condition: str, *values: object) 
     return [row["snapshot"] for row in rows if row["snapshot"] is not None]
 
 
-def insert_snapshot(transaction: Transaction, snapshot: SnapshotRecord) -> bool:
+def insert_snapshot(transaction: Transaction, snapshot: SnapshotRecord, *, owner: str) -> bool:
     """Without its content; false if it is there."""
     inserted = transaction.run(
-        "INSERT INTO snapshots (file, position, pending, last_token, turn, num_bytes, fingerprint) "
-        "VALUES (%s,%s,%s,%s,%s,%s,%s) ON CONFLICT DO NOTHING",
+        "INSERT INTO snapshots (file, position, pending, last_token, turn, num_bytes, fingerprint, owner) "
+        "VALUES (%s,%s,%s,%s,%s,%s,%s,%s) ON CONFLICT DO NOTHING",
         *(snapshot.file, snapshot.position, json.dumps(snapshot.pending), snapshot.last_token),
-        *(str(snapshot.turn), snapshot.num_bytes, snapshot.fingerprint),
+        *(str(snapshot.turn), snapshot.num_bytes, snapshot.fingerprint, owner),
     )
     return inserted > 0
 
@@ -124,24 +128,27 @@ def require_snapshot(transaction: Transaction, snapshot: SnapshotRecord) -> None
         raise snapshot_gone()
 
 
-def drop_unused(transaction: Transaction, files: Collection[str] | None) -> None:
-    """Removes those of the snapshots (None: of all) that nothing refers to and nobody uses."""
-    if files is not None and not files:
-        return
-    transaction.run(
-        "DELETE FROM snapshots n WHERE (%s::text[] IS NULL OR file = ANY(%s)) "
-        "AND NOT EXISTS (SELECT 1 FROM states WHERE head = n.file) "
-        "AND NOT EXISTS (SELECT 1 FROM points WHERE snapshot = n.file) "
-        "AND NOT EXISTS (SELECT 1 FROM responses WHERE snapshot = n.file) "
-        "AND NOT EXISTS (SELECT 1 FROM uses u WHERE u.file = n.file)",
-        *([None, None] if files is None else [[*files], [*files]]),
-    )
+def files_among(transaction: Transaction, files: Collection[str]) -> set[str]:
+    """Those of the files that there are snapshots of."""
+    rows = transaction.rows(f"SELECT file FROM snapshots WHERE file {AMONG}", json.dumps([*files]))  # noqa: S608
+    return {row["file"] for row in rows}
+
+
+def unreferenced(transaction: Transaction, files: Collection[str]) -> list[str]:
+    """Those of the snapshots that nothing refers to and nobody uses."""
+    statement = f"SELECT file FROM snapshots AS n WHERE file {AMONG} AND {UNREFERENCED}"  # noqa: S608 (constants)
+    return [row["file"] for row in transaction.rows(statement, json.dumps([*files]))]
+
+
+def delete_unreferenced(transaction: Transaction, files: Collection[str]) -> None:
+    """Removes those of the snapshots that nothing refers to and nobody uses, with what there is of them here."""
+    statement = f"DELETE FROM snapshots AS n WHERE file {AMONG} AND {UNREFERENCED}"  # noqa: S608 (constants)
+    transaction.run(statement, json.dumps([*files]))
 
 
 def _states(transaction: Transaction, rows: Sequence[Row]) -> list[StateRecord]:
-    ids = [row["id"] for row in rows]
-    points: dict[str, list[PointRecord]] = {state_id: [] for state_id in ids}
-    for row in transaction.rows(f"{_POINTS} WHERE state = ANY(%s) ORDER BY created, name", ids):
+    points: dict[str, list[PointRecord]] = {row["id"]: [] for row in rows}
+    for row in transaction.rows(f"{_POINTS} WHERE state {AMONG} ORDER BY created, name", json.dumps([*points])):
         points[row["state"]].append(PointRecord(row["name"], row["created"], _snapshot(row)))
     return [
         StateRecord(
@@ -171,5 +178,5 @@ def _snapshot(row: Row) -> SnapshotRecord:
 
 
 def _is_text(value: str) -> bool:
-    """Whether it can be in the store at all: PostgreSQL has neither NUL nor halves of surrogate pairs."""
+    """Whether it can be in the index at all: PostgreSQL has neither NUL nor halves of surrogate pairs."""
     return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)

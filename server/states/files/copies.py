@@ -1,4 +1,4 @@
-"""The machine's side of a shared store: one server's working copies of snapshots, and who it is.
+"""One server's working copies of the files of a shared store, and who it is.
 
 Every server has a folder of its own among those of the servers of this machine, the first that is free. It notes its id
 there: the next one that takes the folder knows for sure that the one before is gone. Copies are emptied at every start.
@@ -9,6 +9,7 @@ import itertools
 import os
 import secrets
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 from server.states.errors import StoreError
@@ -89,7 +90,7 @@ class WorkingCopies:
         self._sizes[file] = num_bytes
         self._make_room()
 
-    def drop(self, files: list[str]) -> None:
+    def drop(self, files: Collection[str]) -> None:
         """Removes copies, except those that are held."""
         for file in files:
             if file not in self._held and self._sizes.pop(file, None) is not None:

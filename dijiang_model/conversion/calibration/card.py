@@ -1,0 +1,49 @@
+"""The model card's section about what a state holds."""
+
+from statistics import mean
+
+from dijiang_model.config import ModelConfig
+from dijiang_model.conversion.calibration.calibrate import Calibration
+
+BEST_HEADS = 10
+
+
+def memory_section(config: ModelConfig, calibration: Calibration) -> str:
+    """Places by layer, the heads that recall most, and how well it is foreseen what will be needed."""
+    correlation = [value for layer in calibration.correlation for value in layer]
+    return "\n\n".join(
+        [
+            f"{config.memory.capitalize()}. Which tokens are held is foreseen from the input of each layer, by a "
+            "linear regression on the teacher's attention in "
+            f"{calibration.num_contexts} contexts, {calibration.num_tokens:,} tokens in all. On contexts that it was "
+            "not fitted to, it correlates with the logarithm of that attention by "
+            f"{mean(correlation):.2f} on average, {min(correlation):.2f} to {max(correlation):.2f} by head. Places "
+            "are where they save most of the teacher's answers.",
+            _places(config),
+            _recall(config, calibration),
+        ]
+    )
+
+
+def _places(config: ModelConfig) -> str:
+    rows = [
+        f"| {number} | {', '.join(map(str, layer.anchors.places))} |"
+        for number, layer in enumerate(config.layers)
+        if layer.anchors is not None
+    ]
+    return "\n".join(["| layer | places of its key-value heads |", "|---|---|", *rows])
+
+
+def _recall(config: ModelConfig, calibration: Calibration) -> str:
+    heads = [
+        (share, f"{layer}.{head}") for layer, own in enumerate(calibration.recall) for head, share in enumerate(own)
+    ]
+    everything = sum(share for share, _ in heads)
+    if everything == 0:
+        return "No facts were asked for in the contexts."
+    best = sorted(heads, reverse=True)[:BEST_HEADS]
+    share = sum(value for value, _ in best) / everything
+    names = ", ".join(name for _, name in best)
+    return (
+        f"{len(best)} of {len(heads)} heads carry {100 * share:.0f} % of the attention from answers to facts: {names}."
+    )

@@ -1,0 +1,55 @@
+"""The default store: one folder with an SQLite index and one file per snapshot, for one server.
+
+Crash-safe: a file is written whole before the index names it, and removed only after the index has forgotten it. What a
+crash leaves between the two the index knows, and the next start removes it. An index that is missing, empty, damaged,
+or does not belong to the files stops the start, and nothing is removed.
+"""
+
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from server.states.errors import StoreError, StoreUnavailableError
+from server.states.files.local import INDEX_FILE, LocalFiles
+from server.states.index.index import StateIndex
+from server.states.index.sqlite import Sqlite
+from server.states.indexed import IndexedStore, StoreOptions
+
+
+def open_embedded_store(folder: Path, options: StoreOptions, *, clock: Callable[[], float] = time.time) -> IndexedStore:
+    """Opens or makes a store.
+
+    Args:
+        folder: of this store alone; made if it is not there, for this user only.
+        clock: seconds since 1970.
+
+    Raises:
+        StoreError: another server uses it, it cannot be written, or its index cannot be used.
+    """
+    try:
+        files = LocalFiles(folder)
+    except OSError as error:
+        raise StoreError(f"the folder of states {folder} cannot be used: {error}") from error
+    try:
+        _require_index(folder / INDEX_FILE, files.folder)
+        index = StateIndex(Sqlite(folder / INDEX_FILE, clock=clock), replica=files.replica, home=files)
+        return IndexedStore(index, files, options, is_shared=False, num_threads=1)
+    except (OSError, sqlite3.Error, StoreUnavailableError) as error:
+        files.close()
+        raise StoreError(
+            f"the index of states {folder / INDEX_FILE} cannot be used: {error}; nothing was removed. Restore it with "
+            f"its files from a backup, or run `dijiang state repair {folder}`, which keeps what is whole"
+        ) from error
+    except BaseException:
+        files.close()
+        raise
+
+
+def _require_index(path: Path, files: Path) -> None:
+    """Raises `StoreError` where files have lost their index."""
+    if (not path.exists() or path.stat().st_size == 0) and any(files.iterdir()):
+        raise StoreError(
+            f"{files} has files of states, and their index {path} is missing or empty; nothing was removed. Restore it "
+            f"from a backup, or run `dijiang state repair {path.parent}`, which makes an empty one and keeps the files"
+        )

@@ -1,0 +1,78 @@
+"""Which servers there are, and what each of them uses just now."""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from server.states.index.database import AMONG, Transaction
+
+
+@dataclass(frozen=True, slots=True)
+class InUse:
+    """What this server uses just now.
+
+    Attributes:
+        files: those that it writes, with the bytes that are kept free for each, and those that it reads, with 0.
+        making: responses that are being made here.
+        stored: those of them that are in the index since.
+        copies: files that are here and not used.
+    """
+
+    files: Mapping[str, int]
+    making: Collection[str]
+    stored: Collection[str]
+    copies: Collection[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """What a server learns when it is heard.
+
+    Attributes:
+        gone_responses: which it makes, and which were cancelled or deleted elsewhere.
+        gone_copies: files that the store has no more.
+    """
+
+    gone_responses: tuple[str, ...]
+    gone_copies: tuple[str, ...]
+
+
+def use_of(record_id: str) -> str:
+    """What stands for a state or response among the files in `uses` while somebody goes on from it."""
+    return f"use of {record_id}"
+
+
+def register(transaction: Transaction, replica: str, *, beats: bool) -> None:
+    """Notes that a server lives; without heartbeats, that it is there."""
+    if not beats and transaction.row("SELECT 1 FROM replicas WHERE id = %s", replica) is not None:
+        return
+    transaction.run(
+        "INSERT INTO replicas (id, beat) VALUES (%s,%s) ON CONFLICT (id) DO UPDATE SET beat = excluded.beat",
+        *(replica, transaction.now),
+    )
+
+
+def note_use(transaction: Transaction, replica: str, file: str, num_bytes: int = 0) -> None:
+    """A server reads a file, or writes one for which room is kept; a heartbeat may have noted it already."""
+    transaction.run(
+        "INSERT INTO uses (file, replica, num_bytes, owner) VALUES (%s,%s,%s,%s) "
+        "ON CONFLICT (file, replica) DO UPDATE SET num_bytes = excluded.num_bytes",
+        *(file, replica, num_bytes, ""),
+    )
+
+
+def end_uses(transaction: Transaction, replica: str, files: Collection[str]) -> None:
+    """A server uses the files no more."""
+    if files:
+        statement = f"DELETE FROM uses WHERE replica = %s AND file {AMONG}"  # noqa: S608 (constants)
+        transaction.run(statement, replica, json.dumps([*files]))
+
+
+def note_uses(transaction: Transaction, replica: str, files: Mapping[str, int]) -> list[str]:
+    """Writes down what a server uses; what it uses no more."""
+    noted = {row["file"] for row in transaction.rows("SELECT file FROM uses WHERE replica = %s", replica)}
+    for file in files.keys() - noted:
+        note_use(transaction, replica, file, files[file])
+    ended = [*(noted - files.keys())]
+    end_uses(transaction, replica, ended)
+    return ended

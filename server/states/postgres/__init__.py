@@ -1,1 +1,0 @@
-"""A store of states that several servers share: PostgreSQL, and working copies of its files."""

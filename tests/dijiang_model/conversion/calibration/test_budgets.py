@@ -1,0 +1,54 @@
+"""A state is as large as was asked for at most, and its places are where they save most."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dijiang_model.conversion.calibration.budgets import allocate, anchored_config, place_budget
+from dijiang_model.errors import ConversionError
+from dijiang_model.families import build_model
+from tests.tiny_models import HYBRID, llama_config
+
+CONFIG = llama_config(HYBRID, HYBRID, HYBRID)
+
+
+def state_bytes(places: torch.Tensor, window: int) -> int:
+    config = anchored_config(CONFIG, places, window=window, sinks=4)
+    return build_model(config, device="meta", dtype=torch.float32).state_spec.bytes_per_slot
+
+
+@given(st.integers(16_000, 2_000_000))
+def test_a_budget_is_used_up_and_never_exceeded(num_bytes: int) -> None:
+    budget = place_budget(CONFIG, num_bytes, sinks=4)
+    losses = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(num_bytes)).sort(-1, descending=True).values
+    anchors = allocate(losses, (0, 10, 100, 1000), num_anchors=budget.num_anchors, most=10_000)
+    assert int(anchors.sum()) <= budget.num_anchors
+    used = state_bytes(anchors, budget.window)
+    # An anchor takes 48 bytes; less than one is left for each head and one more. Aligned are 6 tensors of 3 layers:
+    # room for that is set aside, and the smallest state, which is what is counted from, may have had as much of it.
+    assert num_bytes - 2 * 3 * 6 * 64 - 7 * 48 <= used <= num_bytes or int(anchors.sum()) == budget.num_anchors
+
+
+def test_what_is_too_small_names_what_is_enough() -> None:
+    with pytest.raises(ConversionError, match="give --state-bytes 10560 or more"):
+        place_budget(CONFIG, 5000, sinks=4)
+    assert place_budget(CONFIG, 10_560, sinks=4).num_anchors == 0
+    with pytest.raises(ConversionError):
+        place_budget(CONFIG, 10_559, sinks=4)
+
+
+def test_small_budgets_have_small_windows() -> None:
+    windows = [place_budget(CONFIG, num, sinks=4).window for num in (12_000, 24_000, 100_000)]
+    assert windows == sorted(windows)
+    assert windows[0] == 8
+    assert windows[-1] == 64
+
+
+def test_anchors_go_where_they_save_most_also_behind_a_plateau() -> None:
+    losses = torch.tensor([[[9.0, 8.0, 8.0, 0.0], [5.0, 1.0, 0.9, 0.0]]])
+    sizes = (0, 10, 20, 30)
+    # 4 are saved by the first 10 of the second head, then 0.3 by each of 30 for the first head.
+    assert allocate(losses, sizes, num_anchors=15, most=99).tolist() == [[2, 12]]
+    assert allocate(losses, sizes, num_anchors=40, most=99).tolist() == [[30, 10]]
+    assert allocate(losses, sizes, num_anchors=1000, most=99).tolist() == [[99, 99]]

@@ -1,0 +1,106 @@
+"""Any family converts to a byte budget and is served; what was found divides other budgets as well."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from dijiang_model.checkpoints.checkpoint import load_model
+from dijiang_model.checkpoints.config_json import read_stored_config
+from dijiang_model.checkpoints.outputs import CALIBRATION_FILE
+from dijiang_model.conversion.calibration.calibrate import Calibration
+from dijiang_model.conversion.convert import convert
+from dijiang_model.conversion.recipes import Recipe
+from dijiang_model.errors import ConversionError
+from tests.dijiang_model.stepping import logits_of, random_text
+from tests.dijiang_model.teachers import gpt_neox_teacher, llama_teacher, opt_teacher, save_teacher
+
+TEACHERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": llama_teacher,
+    "gpt_neox": gpt_neox_teacher,
+    "opt": opt_teacher,
+    "opt 350m": lambda: opt_teacher(do_layer_norm_before=False, word_embed_proj_dim=24),
+}
+BUDGET = 40_000
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "rain.txt"
+    file.write_text("It rained all day. Nobody went out. The cat slept on the stove. " * 60)
+    return file
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    source = save_teacher(llama_teacher(), folder / "teacher")
+    convert(source, folder / "model", state_bytes=BUDGET, calibration_text=[text])
+    return folder / "model"
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_every_family_converts_within_its_budget_and_answers(name: str, tmp_path: Path, text: Path) -> None:
+    source = save_teacher(TEACHERS[name](), tmp_path / "teacher")
+    layers: list[tuple[int, int]] = []
+    made = convert(
+        source,
+        tmp_path / "model",
+        state_bytes=BUDGET,
+        calibration_text=[text],
+        on_layer=lambda done, total: layers.append((done, total)),
+    )
+    assert layers == [(1, 2), (2, 2)]
+    model = load_model(tmp_path / "model")
+    assert made.state_bytes == model.state_spec.bytes_per_slot <= BUDGET
+    assert "places a head" in made.memory
+    assert bool(logits_of(model, random_text(100)).isfinite().all())
+    assert "## What a state holds" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_a_state_that_holds_all_tokens_is_the_teacher(tmp_path: Path, text: Path) -> None:
+    teacher = llama_teacher()
+    source = save_teacher(teacher, tmp_path / "teacher")
+    convert(source, tmp_path / "model", state_bytes=400_000, calibration_text=[text])
+    tokens = random_text(100)
+    with torch.no_grad():
+        expected = teacher(torch.tensor([tokens])).logits[0]
+    found = logits_of(load_model(tmp_path / "model"), tokens)
+    # Keys and values are rounded to 8 bits.
+    assert float((found - expected).norm() / expected.norm()) < 0.03
+
+
+def test_what_was_found_stays_with_the_model_and_divides_other_budgets(converted: Path) -> None:
+    calibration = Calibration.read(converted)
+    assert calibration is not None
+    config = read_stored_config(converted).config
+    assert calibration.config(config) == config
+    smaller = calibration.config(config, state_bytes=BUDGET // 2)
+    places = [sum(sum(layer.anchors.places) for layer in each.layers if layer.anchors) for each in (smaller, config)]
+    assert places[0] < places[1]
+    (converted / CALIBRATION_FILE).with_name("other").mkdir()
+    assert Calibration.read(converted / "other") is None
+
+
+def test_a_damaged_calibration_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / CALIBRATION_FILE).write_text("{}")
+    with pytest.raises(ConversionError, match="lacks 'state_bytes'"):
+        Calibration.read(tmp_path)
+
+
+def test_a_model_without_a_tokenizer_is_calibrated_on_random_tokens(tmp_path: Path) -> None:
+    llama_teacher().save_pretrained(tmp_path / "teacher")
+    made = convert(tmp_path / "teacher", tmp_path / "model", state_bytes=BUDGET)
+    assert made.state_bytes <= BUDGET
+    assert "No facts were asked for" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_budgets_are_for_hybrids_and_large_enough(tmp_path: Path) -> None:
+    source = save_teacher(llama_teacher(), tmp_path / "teacher")
+    with pytest.raises(ConversionError, match="a budget of bytes is for the recipe hybrid, not for pure"):
+        convert(source, tmp_path / "model", recipe=Recipe.PURE, state_bytes=BUDGET)
+    with pytest.raises(ConversionError, match="a state of 1,000 bytes is too small for this model"):
+        convert(source, tmp_path / "model", state_bytes=1000)
+    assert not (tmp_path / "model").exists()
