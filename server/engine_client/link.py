@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 import msgspec
 import zmq
@@ -68,7 +69,7 @@ class EngineLink:
         link = cls(tempfile.mkdtemp(prefix="dijiang-"))  # mode 0700
         try:
             link._bind()
-            await link._start(config, module)
+            await link._start(replace(config, scratch_folder=link._folder), module)
         except BaseException:
             await link.close()
             raise

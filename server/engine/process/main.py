@@ -12,13 +12,12 @@
 
 import gc
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 
 import msgspec
 import zmq
@@ -176,10 +175,7 @@ def _end_with_parent(standard_input: int, folder: str) -> None:
     """Reads the bare descriptor: a thread inside a Python file object would block the interpreter's exit."""
     while os.read(standard_input, 1):
         pass
-    with suppress(OSError):  # a parent that was killed could not remove these
-        for name in (COMMANDS_SOCKET, EVENTS_SOCKET):
-            Path(folder, name).unlink(missing_ok=True)
-        Path(folder).rmdir()
+    shutil.rmtree(folder, ignore_errors=True)  # which a parent that was killed could not remove
     if hasattr(os, "killpg") and os.getpgid(0) == os.getpid():  # so are the ranks, even one that is stopped
         os.killpg(0, signal.SIGKILL)
     os._exit(0)  # at once, from whatever the main thread is doing

@@ -209,6 +209,7 @@ class EngineConfig:
         max_step_tokens: tokens (decode rows and prefill chunks together) in one step.
         max_waiting: requests that may wait for a slot before new ones are refused.
         reserved_waiting: places among these for tenants of whom nothing waits.
+        scratch_folder: of files that end with the process; None: the system's.
         heartbeat_s: after so long without a sign of life, and after several times its longest step, the process is
             ended and another one started; 0: never.
         target_gap_ms: on a CPU: how long a step that reads prompts may keep running answers waiting; 0: any time.
@@ -234,6 +235,7 @@ class EngineConfig:
     max_step_tokens: int
     max_waiting: int
     reserved_waiting: int = 0
+    scratch_folder: str | None = None
     heartbeat_s: float = 0.0
     target_gap_ms: int = 100
     max_drafts: int | None = None
