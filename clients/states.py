@@ -53,7 +53,7 @@ class StatePage(_Wire):
 
     data: tuple[State, ...]
     has_more: bool = False
-    last_id: str | None = None
+    next_cursor: str | None = None
 
 
 def create(body: Mapping[str, Any]) -> Call[State]:
@@ -114,7 +114,7 @@ class States:
             states += found.data
             if not found.has_more:
                 return tuple(states)
-            after = found.last_id
+            after = found.next_cursor
 
     def get(self, state_id: str) -> State:
         """One; `NotFoundError` if there is none of that id."""
@@ -176,7 +176,7 @@ class AsyncStates:
             states += found.data
             if not found.has_more:
                 return tuple(states)
-            after = found.last_id
+            after = found.next_cursor
 
     async def delete(self, state_id: str) -> None:
         """Deletes one."""

@@ -169,6 +169,9 @@ class ModelConfig:
         layers: one `AttentionConfig` per layer.
         bos_token_id / eos_token_ids / pad_token_id: from the base model; may be absent.
         rope_scaling: of the rotary frequencies; None: they are those of `rope_theta`.
+        output_bias: whether the attention's output projection carries a bias; None: as `attention_bias` says.
+        qk_norm: whether each head's queries and keys pass an RMS norm before they are rotated.
+        teacher_window: tokens that the unconverted attention sees, itself among them; 0: all before it.
     """
 
     family: str
@@ -195,6 +198,9 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     rope_scaling: RopeScaling | None = None
+    output_bias: bool | None = None
+    qk_norm: bool = False
+    teacher_window: int = 0
 
     def __post_init__(self) -> None:
         """Refuses contradictions, all of them at once.
@@ -217,6 +223,9 @@ class ModelConfig:
             found.append("position tables need a length and one key-value head per head")
         if self.num_heads < 2 and any(layer.read_out == "group_norm" for layer in self.layers):
             found.append("the group_norm read-out needs at least 2 heads: its groups have a channel of each")
+        wider = max(layer.window for layer in self.layers) if self.layers else 0
+        if 0 < self.teacher_window < wider:
+            found.append(f"a window of {wider} tokens is wider than the teacher's own, {self.teacher_window} tokens")
         if found:
             raise ConfigError("; ".join(found))
 
@@ -238,7 +247,9 @@ class ModelConfig:
             return f"the last {' or '.join(windows)} tokens exactly" if windows else "no token exactly"
         places = sorted((places for layer in held for places in layer), reverse=True)
         mean, best = round(sum(places) / len(places)), places[len(places) // 10]
-        return f"{mean:,} places a head, one head in ten holds the last {best:,} tokens whole"
+        return (
+            f"{mean:,} places a head; one head in ten holds the last {best:,} tokens whole, and chosen ones for longer"
+        )
 
     @property
     def frequencies(self) -> Frequencies:

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from dijiang_model.config import ModelConfig
-
 
 @dataclass(frozen=True, slots=True)
 class Paths:
@@ -15,6 +13,7 @@ class Paths:
         attention: from a block; the following ones too.
         query: with keys and values in it, interleaved by head ([H, 3, d]), where `key` is None.
         mlp_gate: None: the MLP has no gate.
+        query_norm, key_norm: of each head, before the rotary embedding; None: there are none.
     """
 
     embedding: str
@@ -31,6 +30,8 @@ class Paths:
     key: str | None = None
     value: str | None = None
     mlp_gate: str | None = None
+    query_norm: str | None = None
+    key_norm: str | None = None
 
     @property
     def attention_projections(self) -> list[str]:
@@ -53,10 +54,13 @@ class Paths:
         """The first part of all names but the head's, with its dot."""
         return self.embedding.partition(".")[0] + "."
 
-    def scaled_by_rotary(self, config: ModelConfig) -> list[str]:
-        """From a block: what gives queries and keys their length, where all of their channels rotate."""
+    @property
+    def query_and_key_scales(self) -> tuple[str, str]:
+        """From a block: the last modules that give queries and keys their length."""
+        if self.query_norm is not None and self.key_norm is not None:
+            return self.query_norm, self.key_norm
         assert self.key is not None, "a fused projection has values in it"
-        return [self.query, self.key]
+        return self.query, self.key
 
     def attention_of(self, layer: int) -> str:
         """From the model."""

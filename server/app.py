@@ -65,6 +65,7 @@ def _middleware(service: Service, open_paths: frozenset[str]) -> list[Middleware
             "allow_methods": ["GET", "POST", "DELETE"],
             "allow_headers": ["*"],
             "expose_headers": ["x-request-id", "retry-after"],
+            "allow_private_network": True,
         }
         layers.insert(0, Middleware(CORSMiddleware, **cors))
     return layers

@@ -58,6 +58,10 @@ class ServiceOptions:
 
     Attributes:
         model_name: the name clients ask for.
+        other_names: further names of it.
+        host_names: that requests may name in their Host header; one with a dot at its end or beginning stands for all
+            that begin or end so; empty: any.
+        context_length: what clients are told who want to know a longest conversation.
         version: of this server.
         fingerprint: `system_fingerprint` of answers.
         max_prompt_tokens: longest prompt in tokens; 0: no limit.
@@ -82,6 +86,9 @@ class ServiceOptions:
     """
 
     model_name: str
+    other_names: tuple[str, ...] = ()
+    host_names: tuple[str, ...] = ()
+    context_length: int = 1 << 20
     version: str = "0"
     fingerprint: str = "fp_0"
     max_prompt_tokens: int = 0
@@ -268,8 +275,8 @@ class Service:
         return self.engine.info
 
     def require_model(self, name: str | None) -> None:
-        """Raises `NotFoundError` for any name but that of the served model."""
-        if name is not None and name != self.options.model_name:
+        """Raises `NotFoundError` for any name but those of the served model."""
+        if name is not None and name != self.options.model_name and name not in self.options.other_names:
             raise NotFoundError(
                 f"the model {name[:100]!r} does not exist here; this server has {self.options.model_name!r}",
                 param="model",

@@ -13,6 +13,7 @@ from dijiang_model.families import build_model
 from dijiang_model.features import node_radii
 from dijiang_model.kernel import released_log_decay
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.rotary import RopeScaling
 from dijiang_model.serving.network import FrozenModel, freeze
 from tests.byte_tokenizer import write_byte_tokenizer
 
@@ -57,6 +58,18 @@ def llama_config(*layers: AttentionConfig, num_heads: int = 4, num_kv_heads: int
         bos_token_id=257,
         eos_token_ids=(EOS_TOKEN_ID,),
     )
+
+
+def qwen2_config(*layers: AttentionConfig) -> ModelConfig:
+    """LLaMA's with biases on queries, keys and values alone."""
+    return replace(llama_config(*layers), family="qwen2", attention_bias=True, output_bias=False)
+
+
+def qwen3_config(*layers: AttentionConfig) -> ModelConfig:
+    """LLaMA's with normed queries and keys, and heads that are wider than their share of the hidden size."""
+    wider = replace(llama_config(*layers), family="qwen3", qk_norm=True, hidden_size=48)
+    scaling = RopeScaling("yarn", 4.0, 64, 1.0, 32.0, attention_factor=1.1)
+    return replace(wider, rope_scaling=scaling)
 
 
 def gpt_neox_config(*layers: AttentionConfig, parallel_residual: bool = True) -> ModelConfig:

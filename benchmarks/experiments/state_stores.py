@@ -61,7 +61,7 @@ async def one_round(first: StateStore, second: StateStore, content: bytes, times
 
 
 async def _saved(store: StateStore, content: bytes) -> StateRecord:
-    async with store.room(1, bytes_each=len(content)) as room:
+    async with store.room(1, bytes_each=len(content), owner=OWNER) as room:
         await asyncio.to_thread(write_file, room.path(0), [content])
         head = SnapshotRecord(room.files[0], 100, (7,), 7, Turn.OPEN, len(content), "bench")
         return await store.add(NewState(OWNER, head))

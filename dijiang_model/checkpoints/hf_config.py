@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dijiang_model.config import ModelConfig
 from dijiang_model.errors import ConfigError
 from dijiang_model.families import FAMILIES
+from dijiang_model.families.family import Family
 from dijiang_model.formats.json_fields import Fields
 
 _WINDOW_SWITCH = "use_sliding_window"
@@ -34,14 +35,19 @@ def base_model_config(document: Mapping[str, object]) -> ModelConfig:
             f"model_type {document.get('model_type')!r} is not supported; {', '.join(others)} and {last} are"
         )
     fields = Fields(document)
-    _refuse_unsupported(fields)
+    _refuse_unsupported(fields, family)
     return family.read_config(fields)
 
 
-def _refuse_unsupported(fields: Fields) -> None:
-    for name, words in _REFUSED.items():
-        is_off = fields.value(name) in ({}, 0) or (name == "sliding_window" and fields.value(_WINDOW_SWITCH) is False)
-        if name in fields and not is_off:
+def _refuse_unsupported(fields: Fields, family: Family) -> None:
+    refused = dict(_REFUSED)
+    is_switched_off = fields.value(_WINDOW_SWITCH) is False or (
+        family.sliding_window == "switched" and _WINDOW_SWITCH not in fields
+    )
+    if family.sliding_window == "read" or is_switched_off:
+        del refused["sliding_window"]
+    for name, words in refused.items():
+        if name in fields and fields.value(name) not in ({}, 0):
             fields.report(f"{name} is set; {words} is not supported")
     kinds = fields.value("layer_types")
     if isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds):

@@ -311,6 +311,9 @@ def _target(
         raise ConversionError(
             f"window {window} and sinks {sinks}: a hybrid needs a window of 1 or more, sinks 0 or more"
         )
+    seen = opened.config.teacher_window
+    if recipe == Recipe.HYBRID and 0 < seen < window:
+        raise ConversionError(f"the teacher sees the last {seen:,} tokens alone: --window is {seen:,} at most")
     config = converted_config(opened.config, recipe, window=window, sinks=sinks)
     return config, replace(origin, recipe=str(recipe))
 

@@ -10,9 +10,10 @@ from rich.markup import escape
 
 from dijiang_model.checkpoints.config_json import read_stored_config
 from dijiang_model.checkpoints.outputs import check_replaceable, output_folder
+from dijiang_model.conversion.calibration.calibrate import Calibration
 from dijiang_model.conversion.evaluation.report import TABLES_FILE
 from dijiang_model.conversion.model_card import model_card, title
-from dijiang_model.conversion.training.adapters import apply_adapter, load_adapter
+from dijiang_model.conversion.training.adapters import apply_adapter, calibration_text, load_adapter
 from dijiang_model.errors import ConversionError, ModelError
 from dijiang_model.families import build_model
 from dijiang_model.formats.tensor_files import open_tensors
@@ -37,6 +38,8 @@ def merge(
     """
     check_replaceable(output_folder(out, inputs=[folder, adapter_file]), overwrite=overwrite)
     adapter, stored = load_adapter(adapter_file), read_stored_config(folder)
+    if adapter.calibration is None:
+        adapter = replace(adapter, calibration=calibration_text(folder))
     config = adapter.config(stored.config)
     dtype = next(info.dtype for name, info in open_tensors(folder).infos().items() if ".linear." not in name)
     origin = replace(stored.origin, tokens_trained=stored.origin.tokens_trained + adapter.info.tokens_trained)
@@ -47,6 +50,7 @@ def merge(
         name=out.absolute().name,
         dtype=str(dtype).removeprefix("torch."),
         evaluation=evaluation,
+        calibration=None if adapter.calibration is None else Calibration.parse(adapter.calibration),
     )
     apply_adapter(folder, adapter, out, card=card, overwrite=overwrite)
     return title(config)

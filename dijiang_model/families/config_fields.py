@@ -45,7 +45,7 @@ def common_config(
     parallel_residual: bool,
     attention_bias: bool,
     mlp_bias: bool,
-    default_token_ids: tuple[int, int],
+    default_token_ids: tuple[int | None, int | None],
     intermediate_name: str = "intermediate_size",
     is_tied_by_default: bool = False,
     pre_norm: bool = True,
@@ -191,7 +191,9 @@ def _either(fields: Fields, parameters: Fields, *, names: tuple[str, str], defau
     return new if new_name in parameters else old
 
 
-def _token_ids(fields: Fields, defaults: tuple[int, int]) -> tuple[int | None, tuple[int, ...], int | None]:
+def _token_ids(
+    fields: Fields, defaults: tuple[int | None, int | None]
+) -> tuple[int | None, tuple[int, ...], int | None]:
     default_bos, default_eos = defaults
     vocab_size = fields.integer("vocab_size")
     bos = _token_id(fields, "bos_token_id", default_bos, vocab_size)

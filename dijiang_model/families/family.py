@@ -3,11 +3,41 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from dijiang_model.config import ModelConfig
 from dijiang_model.formats.json_fields import Fields
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.paths import Paths
+
+
+@dataclass(frozen=True, slots=True)
+class Gguf:
+    """How llama.cpp stores a family.
+
+    Attributes:
+        architecture: its name in the file, and of the keys of its metadata.
+        pairs_neighbours: whether rows of q and k are stored in the order of a rotary embedding that pairs neighbouring
+            channels; HF's pairs the halves of a head.
+    """
+
+    architecture: str
+    pairs_neighbours: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A projection in HF's checkpoints that is several in our network, one below the other.
+
+    Attributes:
+        path: from a block, in the checkpoint.
+        parts: from a block, in the network.
+        rows: of each part.
+    """
+
+    path: str
+    parts: tuple[str, ...]
+    rows: Callable[[ModelConfig], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +50,10 @@ class Family:
         read_config: the network of an HF config; problems are reported to the fields, and raised.
         write_config: what an HF config says beside what all families' say.
         buffers: names of constants that HF checkpoints carry beside the weights; they are derived from the config here.
+        sliding_window: what the config's field of that name means: nothing that is known; a window that the field
+            `use_sliding_window` switches on, which is refused; or one that `read_config` reads.
+        gguf: None: not read from GGUF files.
+        fused: what conversion takes apart.
     """
 
     name: str
@@ -28,3 +62,6 @@ class Family:
     read_config: Callable[[Fields], ModelConfig]
     write_config: Callable[[ModelConfig], Mapping[str, object]]
     buffers: re.Pattern[str]
+    sliding_window: Literal["unknown", "switched", "read"] = "unknown"
+    gguf: Gguf | None = None
+    fused: tuple[Fused, ...] = ()

@@ -1,17 +1,16 @@
 """LLaMA (LLaMA-2, TinyLLaMA, SmolLM): RMSNorm, SwiGLU, grouped-query heads, sequential residual."""
 
 import re
-from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import ModelConfig
 from dijiang_model.families.config_fields import common_config, head_size_of, read_rope, rope_document
-from dijiang_model.families.family import Family
-from dijiang_model.families.parts import ACTIVATIONS, empty_embedding
+from dijiang_model.families.family import Family, Gguf
+from dijiang_model.families.parts import ACTIVATIONS, RMSNorm, empty_embedding
 from dijiang_model.formats.json_fields import Fields
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
@@ -39,7 +38,7 @@ PATHS = Paths(
 
 
 class LlamaAttention(DiJiangAttention):
-    """Separate q, k, v and output projections."""
+    """Separate q, k, v and output projections; queries and keys may be normed head by head."""
 
     def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
         super().__init__(config, layer, dtype=dtype)
@@ -48,13 +47,19 @@ class LlamaAttention(DiJiangAttention):
         self.q_proj = nn.Linear(hidden, queries, bias=bias, dtype=dtype)
         self.k_proj = nn.Linear(hidden, keys, bias=bias, dtype=dtype)
         self.v_proj = nn.Linear(hidden, keys, bias=bias, dtype=dtype)
-        self.o_proj = nn.Linear(queries, hidden, bias=bias, dtype=dtype)
+        has_output_bias = bias if config.output_bias is None else config.output_bias
+        self.o_proj = nn.Linear(queries, hidden, bias=has_output_bias, dtype=dtype)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_size, eps=config.norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(config.head_size, eps=config.norm_eps, dtype=dtype)
 
     def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
         heads = (-1, self.config.head_size)
         q = self.q_proj(x).unflatten(1, heads)
         k = self.k_proj(x).unflatten(1, heads)
         v = self.v_proj(x).unflatten(1, heads)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         output: Tensor = self.o_proj(self.attend(x, q, k, v, op=op, layout=layout, state=state))
         return output
 
@@ -75,26 +80,14 @@ class LlamaMLP(nn.Module):
         return output
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in fp32 for narrower inputs."""
-
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
-        self.eps = config.norm_eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 class LlamaBlock(nn.Module):
     """Pre-norm attention, then pre-norm MLP."""
 
     def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config, dtype=dtype)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
         self.self_attn = LlamaAttention(config, layer, dtype=dtype)
-        self.post_attention_layernorm = RMSNorm(config, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
         self.mlp = LlamaMLP(config, dtype=dtype)
 
     @property
@@ -115,7 +108,7 @@ class LlamaBackbone(nn.Module):
         super().__init__()
         self.embed_tokens = empty_embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(LlamaBlock(config, i, dtype=dtype) for i in range(config.num_layers))
-        self.norm = RMSNorm(config, dtype=dtype)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
 
 
 class LlamaForCausalLM(DiJiangForCausalLM):
@@ -148,49 +141,80 @@ class LlamaForCausalLM(DiJiangForCausalLM):
         return normed
 
 
-def _llama(fields: Fields) -> ModelConfig:
+def read_llama_like(
+    fields: Fields,
+    *,
+    family: str,
+    attention_bias: bool,
+    mlp_bias: bool = False,
+    output_bias: bool | None = None,
+    qk_norm: bool = False,
+    teacher_window: int = 0,
+    default_head_size: int | None = None,
+    rotates_in_part: bool = False,
+    default_token_ids: tuple[int | None, int | None] = (None, None),
+) -> ModelConfig:
+    """The network of a config with LLaMA's dimensions; the arguments are what families differ in.
+
+    Args:
+        default_head_size: where the config does not say; None: the heads share the hidden size.
+        rotates_in_part: whether some channels of a head may stay as they are.
+    """
     num_heads = fields.integer("num_attention_heads")
     hidden_size = fields.integer("hidden_size")
-    if "head_dim" in fields:
-        head_size = fields.integer("head_dim")
+    if "head_dim" in fields or default_head_size is not None:
+        head_size = fields.integer("head_dim", default_head_size)
     else:
         head_size = head_size_of(fields, hidden_size, num_heads)
     rope = read_rope(fields, theta_name="rope_theta", factor_name="partial_rotary_factor", default_factor=1.0)
-    if rope.share != 1:
-        fields.report(f"partial_rotary_factor is {rope.share}, must be 1 for llama")
-    fields.integer("pretraining_tp", 1)  # any value computes the same function, split differently
-    return common_config(
+    if rope.share != 1 and not rotates_in_part:
+        fields.report(f"partial_rotary_factor is {rope.share}, must be 1 for {family}")
+    config = common_config(
         fields,
-        family="llama",
+        family=family,
         num_kv_heads=fields.integer("num_key_value_heads", num_heads),
         head_size=head_size,
-        rotary_dims=head_size,
+        rotary_dims=int(head_size * rope.share),
         rope=rope,
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         activation=fields.text("hidden_act", "silu", choices=ACTIVATIONS),
         parallel_residual=False,
+        attention_bias=attention_bias,
+        mlp_bias=mlp_bias,
+        default_token_ids=default_token_ids,
+    )
+    return replace(config, output_bias=output_bias, qk_norm=qk_norm, teacher_window=teacher_window)
+
+
+def llama_document(config: ModelConfig) -> dict[str, object]:
+    """What an HF config says beside what all families' say, as `read_llama_like` reads it."""
+    return {
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        **rope_document(config),
+    }
+
+
+def _llama(fields: Fields) -> ModelConfig:
+    fields.integer("pretraining_tp", 1)  # any value computes the same function, split differently
+    return read_llama_like(
+        fields,
+        family="llama",
         attention_bias=fields.boolean("attention_bias", False),
         mlp_bias=fields.boolean("mlp_bias", False),
         default_token_ids=(1, 2),
     )
 
 
-def _document(config: ModelConfig) -> Mapping[str, object]:
-    return {
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_size,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "mlp_bias": config.mlp_bias,
-        **rope_document(config),
-    }
-
-
+BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 LLAMA = Family(
     name="llama",
     network=LlamaForCausalLM,
     paths=PATHS,
     read_config=_llama,
-    write_config=_document,
-    buffers=re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
+    write_config=lambda config: {**llama_document(config), "mlp_bias": config.mlp_bias},
+    buffers=BUFFERS,
+    gguf=Gguf("llama", pairs_neighbours=True),
 )

@@ -1,4 +1,4 @@
-"""Small parts that the families share: activation functions by HF's names, uninitialised embeddings."""
+"""Small parts that the families share: activation functions by HF's names, uninitialised embeddings, RMSNorm."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,3 +21,15 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 def empty_embedding(num_rows: int, width: int, *, dtype: torch.dtype) -> nn.Embedding:
     """An embedding to be loaded: torch's own initialisation, on `meta`, imports its compiler for two seconds."""
     return nn.Embedding(num_rows, width, _weight=torch.empty(num_rows, width, dtype=dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in fp32 for narrower inputs."""
+
+    def __init__(self, size: int, *, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)

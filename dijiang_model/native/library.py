@@ -122,6 +122,8 @@ class Layer(ctypes.Structure):
         ("mlp_down", Matrix),
         ("attention", Attention),
         ("far_down", Matrix),
+        ("query_norm", Norm),
+        ("key_norm", Norm),
     )
 
 

@@ -108,6 +108,8 @@ def _llama_layer(config: ModelConfig, layer: AttentionConfig, part: Tensors, x: 
     attention, mlp = _below(part, "self_attn"), _below(part, "mlp")
     normed = _norm(config, _below(part, "input_layernorm"), x)
     q, k, v = (_dense(attention, f"{name}_proj", normed).view(x.shape[0], -1, config.head_size) for name in "qkv")
+    if config.qk_norm:
+        q, k = _norm(config, _below(attention, "q_norm"), q), _norm(config, _below(attention, "k_norm"), k)
     x = x + _dense(attention, "o_proj", _attention(config, layer, attention, q, k, v, normed=normed, form=form))
     normed = _norm(config, _below(part, "post_attention_layernorm"), x)
     activated = ACTIVATIONS[config.activation](_dense(mlp, "gate_proj", normed))

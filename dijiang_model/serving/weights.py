@@ -213,6 +213,9 @@ def _layer(weights: NetworkWeights, block: nn.Module, names: "Paths", offsets: M
         mlp_down=linear(names.mlp_down),
         attention=_attention(weights, attention, offsets),
     )
+    if names.query_norm is not None and names.key_norm is not None:
+        layer.query_norm = weights.norm(block.get_submodule(names.query_norm))
+        layer.key_norm = weights.norm(block.get_submodule(names.key_norm))
     if attention.linear.attention.features.far_rank > 0:
         layer.far_down = weights.matrix(attention.linear.far_query_down)
     if attention.read_out == "group_norm":

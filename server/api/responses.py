@@ -129,7 +129,7 @@ async def _in_background(service: Service, run: ResponseRun) -> Response:
         await run.ended()
         raise
     make_in_background(service, run)
-    return JSONResponse(response)
+    return JSONResponse(response | {"status": "queued"})
 
 
 def _follow(service: Service, log: EventLog, begin: int) -> Response:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,8 @@ from starlette.responses import StreamingResponse
 from server.api.json_body import JsonRoute, ServiceDependency
 from server.engine.state.snapshot_files import Snapshot, SnapshotError, parse_snapshot, write_file
 from server.engine.types.requests import EngineInfo
-from server.errors import InternalError, InvalidRequestError
+from server.engine.types.state import StateLayout
+from server.errors import InvalidRequestError
 from server.generation.sessions import require_store, time_to_live
 from server.generation.streaming import close, collected, json_response, owner_of, started
 from server.protocol.state_creation import CreatedState, CreateStateRequest
@@ -28,6 +30,7 @@ from server.protocol.states import (
     TimeToLive,
     page_of,
 )
+from server.states.errors import state_not_found
 from server.states.store import NewState, SnapshotRecord, Turn
 
 MEDIA_TYPE = "application/octet-stream"
@@ -72,7 +75,7 @@ async def import_state(
     store, info, owner = require_store(service, param=None), service.require_open(), owner_of(request)
     content = await request.body()
     snapshot = await asyncio.to_thread(_checked, content, info)
-    async with store.room(1, bytes_each=len(content)) as room:
+    async with store.room(1, bytes_each=len(content), owner=owner) as room:
         await asyncio.to_thread(write_file, room.path(0), [content])
         head = _record_of(snapshot, room.files[0], len(content), info)
         record = await store.add(NewState(owner, head, name, None, time_to_live(service, ttl_s)))
@@ -127,9 +130,11 @@ async def export_state(
     store = require_store(service, param=None)
     record = await store.use(owner_of(request), state_id)
     head = record.at(point)
+    info = service.engine.info
+    layout = None if info is None else info.state_layout
     async with store.hold(head) as path:
         # Open files stay readable when they are deleted, so it is held no longer than this.
-        file = await asyncio.to_thread(_open, path)
+        file = await asyncio.to_thread(_opened, path, head, layout)
     headers = {
         "content-length": str(head.num_bytes),
         "content-disposition": f'attachment; filename="{record.id}.safetensors"',
@@ -166,11 +171,27 @@ def _turn_of(note: str) -> Turn:
         return Turn.TEXT
 
 
-def _open(path: Path) -> BinaryIO:
+def _opened(path: Path, head: SnapshotRecord, layout: StateLayout | None) -> BinaryIO:
+    """The file, whole and as it was saved, at its begin.
+
+    Raises:
+        NotFoundError: it is gone.
+        InvalidRequestError: it is damaged.
+    """
     try:
-        return path.open("rb")
+        file = path.open("rb")
     except OSError as error:
-        raise InternalError("the state's file is gone", code="state_not_found") from error
+        raise state_not_found(head.file) from error
+    try:
+        if layout is not None and layout.fingerprint == head.fingerprint:
+            parse_snapshot(file.read(), layout)
+        elif file.seek(0, os.SEEK_END) != head.num_bytes:
+            raise SnapshotError("the state's file is cut off")
+    except (SnapshotError, OSError) as error:
+        file.close()
+        raise InvalidRequestError(f"the state cannot be exported: {error}", code="state_invalid") from error
+    file.seek(0)
+    return file
 
 
 async def _read(file: BinaryIO) -> AsyncIterator[bytes]:

@@ -67,7 +67,7 @@ async def apply_template(body: ApplyTemplateRequest, service: ServiceDependency)
         return template.render(
             conversation,
             tools=told_tools(body.tool_use),
-            variables=template_variables(service, body.chat_template_kwargs, body.reasoning_effort),
+            variables=template_variables(service, body),
             add_generation_prompt=body.add_generation_prompt is not False,
             continue_final_message=body.continue_final_message is True,
         )
@@ -93,7 +93,7 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDependency) -> Res
     stream = TextStream(tokenizer.vocabulary, skip_special=body.skip_special_tokens is True, at_start=True)
 
     def decode() -> str:
-        return "".join([stream.push(token_id) for token_id in body.tokens] + [stream.finish()])
+        return "".join([stream.push(token_id) for token_id in body.tokens] + [stream.finish(is_whole=True)])
 
     return json_response(DetokenizeResponse(prompt=await run_if_long(len(body.tokens), decode)))
 

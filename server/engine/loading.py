@@ -179,6 +179,7 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
         steps=network.steps,
         slow_because=network.slow_because,
         kv_cache_bytes_per_token=_kv_cache_bytes(network.config),
+        memory=network.config.memory,
     )
     record = None
     if network.can_record and config.decode_graphs:

@@ -39,13 +39,13 @@ class ChatAnswer:
         self._parser = parser
         self._shows_thought = shows_thought
 
-    def deltas(self, text: str, *, is_last: bool) -> list[ChatDelta]:
-        """What new text brings in a stream."""
-        return [_delta(part) for part in self._parts(text, is_last=is_last)]
+    def deltas(self, text: str, reason: FinishReasonText | None) -> list[ChatDelta]:
+        """What new text brings in a stream; `reason`: why it ends, if it does."""
+        return [_delta(part) for part in self._parts(text, reason)]
 
-    def message(self, text: str) -> ChatMessageOut:
+    def message(self, text: str, reason: FinishReasonText) -> ChatMessageOut:
         """The message of a whole answer."""
-        parts = self._parts(text, is_last=True)
+        parts = self._parts(text, reason)
         content = "".join(part.text for part in parts if isinstance(part, TextPart))
         thought = "".join(part.text for part in parts if isinstance(part, ThoughtPart))
         calls = tuple(
@@ -59,7 +59,7 @@ class ChatAnswer:
         )
         return ChatMessageOut(
             role="assistant",
-            content=content if content or not calls else None,
+            content=content if content or not (calls or self._parser.is_forced) else None,
             refusal=None,
             **({"reasoning_content": thought, "reasoning": thought} if thought else {}),
             **({"tool_calls": calls} if calls else {}),
@@ -69,8 +69,8 @@ class ChatAnswer:
         """How the answer ended: with calls, if there are any and it ended by itself."""
         return "tool_calls" if self._parser.num_calls > 0 and reason == "stop" else reason
 
-    def _parts(self, text: str, *, is_last: bool) -> Sequence[AnswerPart]:
-        parts = self._parser.push(text, is_last=is_last)
+    def _parts(self, text: str, reason: FinishReasonText | None) -> Sequence[AnswerPart]:
+        parts = self._parser.push(text, is_last=reason is not None, is_cut=reason == "length")
         return parts if self._shows_thought else [part for part in parts if not isinstance(part, ThoughtPart)]
 
 
@@ -89,7 +89,7 @@ class ChatWriter(OpenAIWriter):
         choices = [
             ChatChoice(
                 index=index,
-                message=self._answers[index].message(answer.text),
+                message=self._answers[index].message(answer.text, answer.finish_reason),
                 logprobs=self._chat_logprobs(answer.output),
                 finish_reason=self._answers[index].finish_reason(answer.finish_reason),
                 **self._token_ids(tuple(answer.token_ids)),
@@ -121,7 +121,7 @@ class ChatWriter(OpenAIWriter):
             new["output"] = [delta.output]
         if delta.prompt is not None and index == 0:
             new |= self._prompt_logprobs([delta.prompt])
-        deltas = answer.deltas(delta.text, is_last=reason is not None)
+        deltas = answer.deltas(delta.text, reason)
         tells_tokens = self._with_token_ids or "output" in new
         if not deltas and ("prompt_logprobs" in new or (tells_tokens and reason is None)):
             deltas = [ChatDelta(content="")]

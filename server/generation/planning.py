@@ -86,10 +86,11 @@ class RequestPlan:
 
     def answer_parser(self) -> AnswerParser:
         """Takes one answer apart."""
-        calls = None
-        if self.tools is not None:
-            calls = form_of(self.tokenizer).parser([function.name for function in self.tools.callable])
-        return AnswerParser(None if self.thinking is None else self.thinking.begin, calls)
+        begin = None if self.thinking is None else self.thinking.begin
+        if self.tools is None:
+            return AnswerParser(begin, None)
+        calls = form_of(self.tokenizer).parser([function.name for function in self.tools.callable])
+        return AnswerParser(begin, calls, is_forced=self.tools.is_forced)
 
     def logprob_format(self) -> LogprobFormat:
         """How log-probabilities are written."""
@@ -114,7 +115,9 @@ async def plan_request(service: Service, info: EngineInfo, owner: str, body: Bod
     tools = told_tools(body.tool_use) if past.tells_tools else ()
     prompts = past.prompts if past.prompts is not None else await _encode(service, body, past, tools)
     if body.truncate_prompt_tokens is not None:
-        prompts = [prompt[-body.truncate_prompt_tokens :] for prompt in prompts]
+        num = body.truncate_prompt_tokens
+        from_left = body.truncation_side != "right"
+        prompts = [prompt[-num:] if from_left else prompt[:num] for prompt in prompts]
     thinking = _thinking(service, body, prompts[0])
     points: tuple[int, ...] = ()
     if isinstance(body, ChatRequest) and past.base is None and past.uses_cache:
@@ -134,6 +137,7 @@ async def plan_request(service: Service, info: EngineInfo, owner: str, body: Bod
     )
     session = StateSession(
         service.engine,
+        owner=owner,
         store=service.states,
         layout=info.state_layout,
         base=past.base,

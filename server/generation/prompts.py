@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from dijiang_model.text.template import TemplateFailure
 from server.engine.speculation.index import MAX_PREDICTED
 from server.errors import InvalidRequestError
-from server.protocol.chat import ConversationFields, MessageIn, ReasoningEffort
+from server.protocol.chat import ConversationFields, MessageIn
 from server.protocol.prediction import Prediction
 from server.protocol.prompts import Prompt
 from server.service import Service
@@ -93,7 +93,7 @@ async def encode_messages(
     conversation = [chat_message(message) for message in body.messages]
     how: dict[str, Any] = {
         "tools": tools,
-        "variables": template_variables(service, body.chat_template_kwargs, body.reasoning_effort),
+        "variables": template_variables(service, body),
         "add_generation_prompt": body.add_generation_prompt is not False,
         "continue_final_message": body.continue_final_message is True,
     }
@@ -144,31 +144,33 @@ def chat_message(message: MessageIn) -> ChatMessage:
     )
 
 
-def template_variables(
-    service: Service, given: Mapping[str, TemplateValue] | None, effort: ReasoningEffort | None
-) -> Mapping[str, TemplateValue]:
-    """Further variables of the chat template.
-
-    Args:
-        given: those that the request names.
-        effort: how much to think; told in the way in which the template asks for it.
+def template_variables(service: Service, body: ConversationFields) -> Mapping[str, TemplateValue]:
+    """Further variables of the chat template: those that the request names, and how much to think.
 
     Raises:
-        InvalidRequestError: the model does not know how to think, or how much.
+        InvalidRequestError: the model cannot be told to think, or not to.
     """
-    variables = NO_VARIABLES if given is None else given
+    variables = dict(NO_VARIABLES if body.chat_template_kwargs is None else body.chat_template_kwargs)
     known = frozenset[str]() if service.chat_template is None else service.chat_template.variables
-    if effort is None:
-        return variables
-    if "reasoning_effort" in known:
-        return {**variables, "reasoning_effort": effort}
-    if effort == "none":
-        return {**variables, "enable_thinking": False} if "enable_thinking" in known else variables
-    raise InvalidRequestError(
-        "`reasoning_effort`: the chat template of this model knows no degrees of reasoning",
-        param="reasoning_effort",
-        code="unsupported_parameter",
-    )
+    effort, thinks = body.reasoning_effort, body.thinks
+    if thinks is not None:
+        _check_thinking(service, thinks, can_tell="enable_thinking" in known)
+    if effort is not None and "reasoning_effort" in known:
+        variables["reasoning_effort"] = effort
+    elif effort == "none" and thinks is None:
+        thinks = False  # a template without degrees of reasoning has no use for the others
+    if thinks is not None and "enable_thinking" in known:
+        variables["enable_thinking"] = thinks
+    return variables
+
+
+def _check_thinking(service: Service, thinks: bool, *, can_tell: bool) -> None:
+    does_anyway = (service.thoughts is not None) == thinks
+    if not can_tell and not does_anyway:
+        what = "does not think before it answers" if thinks else "cannot be told not to think"
+        raise InvalidRequestError(
+            f"`enable_thinking`: this model {what}", param="enable_thinking", code="unsupported_parameter"
+        )
 
 
 def system_prefix(

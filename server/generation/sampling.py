@@ -14,6 +14,8 @@ from server.states.store import SnapshotRecord
 from server.text.tokenizer import Tokenizer
 
 LEAST_TOP_P = 1e-6
+LEAST_TEMPERATURE = 1e-4
+"""What is less is greedy: clients write 1e-8 for 0."""
 SEED_RANGE = 2**64
 T = TypeVar("T")
 
@@ -28,10 +30,11 @@ def sampling_params(
     """
     seed = secrets.randbits(63) if fields.seed is None else _wrap(fields.seed + number)
     bias = {} if fields.logit_bias is None else fields.logit_bias
+    temperature = given(fields.temperature, 1.0)
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=given(fields.min_tokens, 0),
-        temperature=given(fields.temperature, 1.0) + 0.0,  # -0.0 becomes 0.0
+        temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
         top_k=max(0, given(fields.top_k, 0)),
         top_p=max(LEAST_TOP_P, given(fields.top_p, 1.0)),  # 0 means: the likeliest token alone
         min_p=given(fields.min_p, 0.0) + 0.0,

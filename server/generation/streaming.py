@@ -62,7 +62,7 @@ class OpenAIWriter:
         self._with_token_ids = plan.fields.return_token_ids is True
         self._head: dict[str, Any] = {
             "created": int(time.time()),
-            "model": service.options.model_name,
+            "model": plan.fields.model or service.options.model_name,
             "system_fingerprint": service.options.fingerprint,
         }
 

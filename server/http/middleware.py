@@ -26,6 +26,16 @@ DRAIN_S = 5.0
 CLOSING = {"connection": "close"}
 """The connection cannot be used again: the rest of a body may still be on its way."""
 STATE_IMPORT_PATH = "/v1/states/import"
+PROMPT_PATHS = frozenset(
+    (
+        *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/states", "/v1/conversations"),
+        *("/v1/messages", "/v1/messages/count_tokens", "/api/chat", "/api/generate"),
+        *("/tokenize", "/detokenize", "/apply-template"),
+    )
+)
+"""Where bodies may be as large as the operator allows; elsewhere none carries a prompt."""
+MAX_SMALL_BODY_BYTES = 256 << 10
+WITHOUT_VERSION = ("/chat/completions", "/completions", "/responses", "/models", "/messages", "/conversations")
 JSON_MEDIA_TYPES = ("application/json",)
 STATE_MEDIA_TYPES = ("application/octet-stream", "application/vnd.safetensors")
 EVERYBODY = "everybody"
@@ -44,6 +54,9 @@ class RequestContextMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # HEAD is GET whose body the server leaves out.
+        scope = {**scope, "path": canonical_path(scope["path"])}
+        scope["method"] = "GET" if scope["method"] == "HEAD" else scope["method"]
         request_id = _request_id(Headers(scope=scope))
         facts: dict[str, Any] = {}
         scope.setdefault("state", {}).update(request_id=request_id, facts=facts)
@@ -60,6 +73,7 @@ class RequestContextMiddleware:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 _check_headers(scope)
+                _check_host(scope, self._service.options.host_names)
                 await self._app(scope, receive, send_with_id)
             except ServiceError as error:
                 await error_response(error)(scope, receive, send_with_id)
@@ -85,6 +99,16 @@ class RequestContextMiddleware:
             duration_ms=round(seconds * 1000, 1),
             **facts,
         )
+
+
+def canonical_path(path: str) -> str:
+    """The path of a route, however the base URL of a client was written: without `/v1`, with two, with a last slash."""
+    if len(path) > 1 and path.endswith("/") and not path.endswith("//"):
+        path = path[:-1]
+    if path.startswith("/v1/v1/"):
+        return path.removeprefix("/v1")
+    lacks_version = any(path == root or path.startswith(f"{root}/") for root in WITHOUT_VERSION)
+    return f"/v1{path}" if lacks_version else path
 
 
 class AuthenticationMiddleware:
@@ -153,10 +177,19 @@ class BodyMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+            encoding = printable(headers["content-encoding"], 40)
+            raise HttpError(
+                f"bodies of content encoding {encoding!r} are not read here: send them as they are",
+                code="unsupported_content_encoding",
+                status=415,
+            )
         is_state = scope["path"] == STATE_IMPORT_PATH
         if is_state or not _is_empty(headers):
             _check_content_type(headers, STATE_MEDIA_TYPES if is_state else JSON_MEDIA_TYPES)
         max_bytes = self._service.max_state_file_bytes if is_state else self._service.options.max_body_bytes
+        if not is_state and scope["path"] not in PROMPT_PATHS:
+            max_bytes = min(max_bytes, MAX_SMALL_BODY_BYTES)
         try:
             async with asyncio.timeout(self._timeout_s):
                 body = await self._read(headers, receive, max_bytes)
@@ -229,6 +262,25 @@ def _check_headers(scope: Scope) -> None:
             f"more than {MAX_HEADERS} headers, or more than {MAX_HEADER_BYTES:,} bytes of them",
             code="headers_too_large",
             status=431,
+        )
+
+
+def _check_host(scope: Scope, names: tuple[str, ...]) -> None:
+    """Refuses names that are not this server's: a page of another site may have one that leads here."""
+    host = Headers(scope=scope).get("host", "").lower()
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if not names or not name:
+        return
+    if not any(
+        name == known
+        or (known.endswith(".") and name.startswith(known) and name.replace(".", "").isdigit())
+        or (known.startswith(".") and name.endswith(known))
+        for known in names
+    ):
+        raise HttpError(
+            f"this server does not answer to the host {printable(name, 100)!r} (see --allowed-hosts)",
+            code="host_not_allowed",
+            status=403,
         )
 
 

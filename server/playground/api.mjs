@@ -46,7 +46,7 @@ export class Api {
       const page = await this.#json(`v1/states?limit=100${after && `&after=${encodeURIComponent(after)}`}`);
       all.push(...page.data);
       if (!page.has_more) return all;
-      after = page.last_id;
+      after = page.next_cursor;
     }
   }
 

@@ -1,6 +1,6 @@
 """`POST /v1/completions`."""
 
-from typing import Any, Literal, Self, cast
+from typing import Literal, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -9,7 +9,7 @@ from server.protocol.logprobs import MAX_TOP_LOGPROBS, CompletionLogprobs, Promp
 from server.protocol.prompts import Prompt, Prompts
 from server.protocol.sampling import FinishReasonText, GenerationFields
 from server.protocol.tools import ToolUse
-from server.protocol.unsupported import COMPLETION_FIELDS, refuse_unsupported
+from server.protocol.unsupported import COMPLETION_FIELDS
 from server.protocol.usage import Usage
 from server.protocol.wire import ResponseModel
 from server.states.store import Turn
@@ -19,6 +19,8 @@ DEFAULT_MAX_TOKENS = 16
 
 class CompletionRequest(GenerationFields):
     """Text or tokens to go on from."""
+
+    refused = COMPLETION_FIELDS
 
     prompt: Prompts | None = None
     """A text, token ids, a list of texts, or a list of lists of token ids. May be absent only with `state_id`, to go on
@@ -30,12 +32,6 @@ class CompletionRequest(GenerationFields):
     add_special_tokens: bool | None = None
     """Put the tokenizer's special tokens (such as a beginning-of-sequence token) around texts (default true, and false
     with `state_id`)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, body: Any) -> Any:
-        refuse_unsupported(body, COMPLETION_FIELDS)
-        return body
 
     @model_validator(mode="after")
     def _prompt_or_state(self) -> Self:

@@ -1,5 +1,6 @@
 """`POST /v1/responses`: the Responses API of OpenAI."""
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -10,7 +11,7 @@ from server.errors import InvalidRequestError
 from server.protocol.chat import ChatRequest, MessageIn, ReasoningEffort
 from server.protocol.logprobs import MAX_TOP_LOGPROBS
 from server.protocol.response_items import InputFunctionCall, InputFunctionCallOutput, InputItems, chat_messages
-from server.protocol.sampling import MAX_TOKENS
+from server.protocol.sampling import MAX_TOKENS, SamplingFields
 from server.protocol.structure import ResponseFormat
 from server.protocol.tools import (
     MAX_TOOLS,
@@ -21,19 +22,15 @@ from server.protocol.tools import (
     Tool,
     check_tools,
 )
-from server.protocol.unsupported import refuse_unsupported
+from server.protocol.unsupported import RESPONSE_FIELDS
 from server.protocol.usage import Usage
 from server.protocol.wire import RequestModel
 
-MAX_METADATA = 16
+MAX_METADATA, MAX_USER_CHARACTERS = 16, 512
+MAX_ECHO_BYTES = 1 << 20
+MetadataKey = Annotated[str, StringConstraints(max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 MAX_INSTRUCTIONS_CHARACTERS = 1 << 20
-# Field -> values besides null that ask for nothing.
-RESPONSE_FIELDS: Mapping[str, tuple[Any, ...]] = {
-    "conversation": (),
-    "context_management": ([],),
-    "moderation": (),
-    "prompt": (),
-}
 LOGPROBS = "message.output_text.logprobs"
 _INCLUDABLE = (
     LOGPROBS,
@@ -119,25 +116,32 @@ def _include(values: list[str] | None) -> list[str] | None:
     return values
 
 
+def _check_echo(param: str, value: object) -> None:
+    """Refuses what is too long to be kept with each response."""
+    num_bytes = len(json.dumps(value))
+    if num_bytes > MAX_ECHO_BYTES:
+        raise InvalidRequestError(
+            f"`{param}` has {num_bytes:,} bytes of JSON, which every response repeats; the limit is {MAX_ECHO_BYTES:,}",
+            param=param,
+            code="invalid_value",
+        )
+
+
 class Reasoning(RequestModel):
     """How much to think before answering."""
 
     effort: ReasoningEffort | None = None
-    """`none`, or what the model's chat template understands; refused where it has no place for it."""
+    """`none`, or what the model's chat template understands; without effect where it has no place for it."""
     summary: Literal["auto", "concise", "detailed"] | None = None
-    """Not supported: what a model thinks is told in full."""
-
-    @model_validator(mode="after")
-    def _no_summary(self) -> Self:
-        if self.summary not in (None, "auto"):
-            raise InvalidRequestError(
-                "`reasoning.summary` is not supported by this server", param="reasoning", code="unsupported_parameter"
-            )
-        return self
+    """Without effect: what a model thinks is told in full."""
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    """The same under its older name."""
 
 
-class ResponseRequest(RequestModel):
+class ResponseRequest(SamplingFields):
     """Something to answer, alone or after an earlier response."""
+
+    refused = RESPONSE_FIELDS
 
     model: str | None = None
     """Name of the model; the one that is served if absent."""
@@ -149,10 +153,6 @@ class ResponseRequest(RequestModel):
     """A stored response to go on from; only what is new is computed."""
     max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     """Most tokens of the answer; no limit if absent."""
-    temperature: float | None = Field(None, ge=0, le=2)
-    """0 always takes the likeliest token. Default 1."""
-    top_p: float | None = Field(None, ge=0, le=1)
-    """Choose among the likeliest tokens up to this probability. Default 1."""
     text: TextOptions | None = None
     """What the text must look like."""
     stream: bool | None = None
@@ -165,9 +165,9 @@ class ResponseRequest(RequestModel):
     """Answer at once and generate meanwhile; read the response later. Needs `store`."""
     truncation: Literal["auto", "disabled"] | None = None
     """Nothing is ever cut off here: there is no longest conversation."""
-    metadata: dict[str, str] | None = Field(None, max_length=MAX_METADATA)
-    """Up to 16 texts that come back with the response."""
-    tools: Annotated[list[FunctionTool] | None, BeforeValidator(_tools), Field(max_length=MAX_TOOLS)] = None
+    metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=MAX_METADATA)
+    """Up to 16 texts that come back with the response, of 512 characters under names of 64."""
+    tools: Annotated[list[FunctionTool] | None, BeforeValidator(_tools)] = Field(None, max_length=MAX_TOOLS)
     """Functions that the answer may call. They are not taken over from the previous response: name them again."""
     tool_choice: Annotated[
         Literal["none", "auto", "required"] | NamedFunctionTool | None,
@@ -181,24 +181,22 @@ class ResponseRequest(RequestModel):
     """Most calls of built-in tools, of which there are none here."""
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     """Return the log-probability of each token of the text, and those of that many likeliest tokens in its place."""
-    include: Annotated[list[str] | None, AfterValidator(_include), Field(max_length=20)] = None
+    include: Annotated[list[str] | None, AfterValidator(_include)] = Field(None, max_length=20)
     """What else to return; `message.output_text.logprobs`: the log-probability of each token of the text."""
     reasoning: Reasoning | None = None
     """How much to think before answering."""
-    user: str | None = None
+    user: str | None = Field(None, max_length=MAX_USER_CHARACTERS)
+    """Without effect; comes back with the response, like the three that follow."""
+    safety_identifier: str | None = Field(None, max_length=MAX_USER_CHARACTERS)
+    """Without effect."""
+    prompt_cache_key: str | None = Field(None, max_length=MAX_USER_CHARACTERS)
+    """Without effect: prefixes are found by themselves."""
+    service_tier: str | None = Field(None, max_length=64)
     """Without effect."""
     cache_prompt: bool | None = None
     """Use and fill the prefix cache (default true)."""
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
     """Cached prefixes are shared only among requests of the same key with the same salt."""
-    timeout: float | None = Field(None, gt=0, le=86400)
-    """Seconds after which the request ends with an error."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, body: Any) -> Any:
-        refuse_unsupported(body, RESPONSE_FIELDS)
-        return body
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -207,6 +205,8 @@ class ResponseRequest(RequestModel):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("`stream_options` is only allowed with `stream: true`", param="stream_options")
         check_tools([tool.name for tool in self.tools or ()], self._named_choice)
+        _check_echo("tools", self.told_tools)
+        _check_echo("text.format", None if self.text is None else self.text.format)
         if self.previous_response_id is None:
             self._check_calls()
         return self
@@ -255,10 +255,7 @@ class ResponseRequest(RequestModel):
             messages=self.messages,
             model=self.model,
             max_completion_tokens=self.max_output_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=seed,
-            timeout=self.timeout,
+            **{name: getattr(self, name) for name in SamplingFields.model_fields} | {"seed": seed},
             logprobs=wants_logprobs,
             top_logprobs=(self.top_logprobs or 0) if wants_logprobs else None,
             tools=[Tool(type="function", function=tool) for tool in self.tools or ()] or None,

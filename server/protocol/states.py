@@ -163,7 +163,9 @@ class StateList(ResponseModel):
     first_id: str | None
     """Id of the first one."""
     last_id: str | None
-    """Id of the last one, for `after`."""
+    """Id of the last one."""
+    next_cursor: str | None
+    """For `after`, where the next page begins, though states of this one are deleted meanwhile; null: there is none."""
     has_more: bool
     """Whether there are more after it."""
 
@@ -183,4 +185,6 @@ def page_of(records: list[StateRecord], *, limit: int, model: str) -> StateList:
     """The first `limit` of the records, which are one more if there are more."""
     data = [State.of(record, model=model) for record in records[:limit]]
     fields: dict[str, Any] = {"first_id": data[0].id if data else None, "last_id": data[-1].id if data else None}
-    return StateList(object="list", data=data, has_more=len(records) > limit, **fields)
+    has_more = len(records) > limit
+    fields["next_cursor"] = records[limit - 1].cursor if has_more else None
+    return StateList(object="list", data=data, has_more=has_more, **fields)

@@ -2,13 +2,13 @@
 
 import asyncio
 
-import orjson
 import structlog
 
 from server.errors import ServiceError, UnavailableError
 from server.generation.sessions import check_fingerprint
 from server.generation.streaming import charged_tokens
 from server.http.errors import on_wire
+from server.protocol.bodies import parse_body
 from server.protocol.responses import ResponseRequest
 from server.responses.plan import plan_resumed
 from server.responses.run import ResponseRun
@@ -53,11 +53,11 @@ async def _take_up_some(service: Service) -> int:
 async def _take_up(service: Service, record: ResponseRecord) -> bool:
     """Whether it goes on."""
     source = Unfinished.of(record.body).source
-    body = ResponseRequest.model_validate(orjson.loads(source))
-    run = ResponseRun(
-        service, body, owner=record.owner, store=service.states, ttl_s=record.ttl_s, source=source, before=record
-    )
     try:
+        body = parse_body(source.encode(), ResponseRequest)
+        run = ResponseRun(
+            service, body, owner=record.owner, store=service.states, ttl_s=record.ttl_s, source=source, before=record
+        )
         info, before = service.require_open(), run.unfinished
         for snapshot in (record.snapshot, before.base):
             if snapshot is not None:

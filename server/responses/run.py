@@ -31,6 +31,10 @@ logger = structlog.stdlib.get_logger("dijiang.responses")
 _TEXT_FORMAT = {"type": "text"}
 
 
+def _new(source: str, seed: int | None) -> Unfinished:
+    return Unfinished(source, secrets.randbits(63) if seed is None else seed)
+
+
 class ResponseRun:
     """See the module.
 
@@ -69,7 +73,7 @@ class ResponseRun:
         self.id = f"resp_{uuid.uuid4().hex}" if before is None else before.id
         self.owner = owner
         self.log = EventLog()
-        self.unfinished = Unfinished(source, secrets.randbits(63)) if before is None else Unfinished.of(before.body)
+        self.unfinished = _new(source, body.seed) if before is None else Unfinished.of(before.body)
         self._service = service
         self._body = body
         self._store = store
@@ -186,14 +190,19 @@ class ResponseRun:
             "error": error,
             "incomplete_details": {"reason": self._incomplete_for} if status == "incomplete" else None,
             "instructions": body.instructions,
+            "frequency_penalty": body.frequency_penalty or 0.0,
             "max_output_tokens": body.max_output_tokens,
             "max_tool_calls": body.max_tool_calls,
             "metadata": {} if body.metadata is None else body.metadata,
-            "model": self._service.options.model_name,
+            "model": body.model or self._service.options.model_name,
             "output": output,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "presence_penalty": body.presence_penalty or 0.0,
             "previous_response_id": body.previous_response_id,
+            "prompt_cache_key": body.prompt_cache_key,
             "reasoning": {"effort": body.reasoning_effort, "summary": None},
+            "safety_identifier": body.safety_identifier,
+            "service_tier": "default",
             "store": self._store is not None,
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": {"format": text_format},
@@ -244,7 +253,7 @@ class ResponseRun:
         yield ended(self._response)
 
     def _take(self, delta: TextDelta) -> list[Event]:
-        events = self.output.push(delta.text, self._logprobs_of(delta), is_last=delta.finish_reason is not None)
+        events = self.output.push(delta.text, self._logprobs_of(delta), delta.finish_reason)
         if delta.finish_reason is not None:
             self._status = "completed" if delta.finish_reason == "stop" else "incomplete"
             events += self.output.finish(delta.finish_reason)

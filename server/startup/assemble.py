@@ -49,7 +49,11 @@ def open_store(settings: Settings, model_name: str, console: Console) -> StateSt
         home = DEFAULT_HOME if settings.cache_dir is None else settings.cache_dir
         folder = home / "states" / re.sub(r"[^A-Za-z0-9._-]", "_", model_name)
     folder = folder.expanduser().resolve()
-    options = StoreOptions(max_bytes=int(settings.states_disk), eviction=settings.states_eviction)
+    options = StoreOptions(
+        max_bytes=int(settings.states_disk),
+        eviction=settings.states_eviction,
+        max_owner_bytes=_bytes_per_key(settings),
+    )
     if settings.state_store is not None:
         return _open_shared_store(settings, settings.state_store.get_secret_value(), folder, options)
     try:
@@ -75,6 +79,13 @@ def _open_shared_store(settings: Settings, url: str, folder: Path, options: Stor
         timeout_s=settings.state_store_timeout_s,
     )
     return open_shared_store(folder, shared, options)
+
+
+def _bytes_per_key(settings: Settings) -> int:
+    """What each owner may keep: without keys there is one, everybody."""
+    if settings.states_per_key == "auto":
+        return int(settings.states_disk) // max(1, len(key_hashes(settings)))
+    return int(settings.states_per_key)
 
 
 def engine_config(settings: Settings, model: Path, device: Device, store: StateStore | None = None) -> EngineConfig:
@@ -150,19 +161,34 @@ def _stored_rounded(model: Path) -> str | None:
         return None
 
 
+LOCAL_HOSTS = ("localhost", ".localhost", "127.", "::1")
+"""Names of this machine; one with a dot at its end or beginning stands for all that begin or end so."""
+
+
 def service_options(settings: Settings, model: Path, default_name: str) -> ServiceOptions:
     """The frozen part of the settings that the HTTP side gets."""
-    name = settings.served_model_name if settings.served_model_name is not None else default_name
+    name, *other_names = settings.served_model_name or (default_name,)
     number = version("dijiang")
     digest = hashlib.sha256(f"{number}\n{name}\n".encode() + (model / "config.json").read_bytes()).hexdigest()
     return ServiceOptions(
         model_name=name,
+        other_names=tuple(other_names),
+        host_names=_host_names(settings),
         version=number,
         fingerprint=f"fp_{digest[:12]}",
         key_hashes=key_hashes(settings),
         admin_key_hashes=admin_key_hashes(settings),
         **_taken_over(settings, ServiceOptions),
     )
+
+
+def _host_names(settings: Settings) -> tuple[str, ...]:
+    """Those that requests may name; empty: any."""
+    has_keys = bool(settings.api_keys) or settings.api_keys_file is not None
+    is_local = settings.host in ("localhost", "::1") or settings.host.startswith("127.")
+    if not settings.allowed_hosts and (has_keys or not is_local):
+        return ()
+    return (*settings.allowed_hosts, *LOCAL_HOSTS)
 
 
 def grammar_limits(settings: Settings) -> GrammarLimits:

@@ -61,6 +61,7 @@ class Summary:
             "threads": str(self._config.num_threads),
             "steps": _STEPS[info.steps],
             "capacity": f"{info.num_slots} conversations of {each}, whatever their length",
+            "memory": f"{each}: {info.memory}" if info.memory else "not known",
             "state": f"{size_text(total)} ({total:,} bytes)",
             "speculation": f"up to {info.max_drafts} drafts a step" if info.max_drafts else "off",
             "prefix cache": self._cache_text(),

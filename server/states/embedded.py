@@ -33,7 +33,8 @@ def open_embedded_store(folder: Path, options: StoreOptions, *, clock: Callable[
         raise StoreError(f"the folder of states {folder} cannot be used: {error}") from error
     try:
         _require_index(folder / INDEX_FILE, files.folder)
-        index = StateIndex(Sqlite(folder / INDEX_FILE, clock=clock), replica=files.replica, home=files)
+        database = Sqlite(folder / INDEX_FILE, clock=clock)
+        index = StateIndex(database, replica=files.replica, budget=options.budget, home=files)
         return IndexedStore(index, files, options, is_shared=False, num_threads=1)
     except (OSError, sqlite3.Error, StoreUnavailableError) as error:
         files.close()

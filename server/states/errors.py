@@ -38,11 +38,21 @@ class StoreUnavailableError(UnavailableError):
         super().__init__(message)
 
 
-def storage_full(num_bytes: int, max_bytes: int) -> StorageFullError:
-    """The states would take so many bytes with the one that is wanted."""
+def owner_full(num_bytes: int, max_bytes: int) -> StorageFullError:
+    """What the owner keeps would take so many bytes with what is wanted."""
     return StorageFullError(
-        f"the saved states would take {num_bytes:,} bytes with this one, over the limit of {max_bytes:,} bytes here; "
-        "delete some"
+        f"your saved states and responses would take {num_bytes:,} bytes with this one, over your limit of "
+        f"{max_bytes:,} bytes; delete some (DELETE /v1/states/{{id}}, DELETE /v1/responses/{{id}}), give them less "
+        "time (`ttl_s`), or do not keep answers (`store: false`, no `return_state`)"
+    )
+
+
+def storage_full(num_bytes: int, max_bytes: int) -> StorageFullError:
+    """What all owners keep would take so many bytes with what is wanted, and the owner may keep more."""
+    return StorageFullError(
+        f"what all keys have saved would take {num_bytes:,} bytes with this one, over the limit of {max_bytes:,} bytes "
+        "here, and you have nothing left that could make room; try again later, or ask the operator for more "
+        "(--states-disk)"
     )
 
 

@@ -20,7 +20,8 @@ from typing import Literal, Protocol, TypeVar
 from server.errors import InternalError
 from server.states.errors import StorageFullError, StoreUnavailableError
 from server.states.index.index import StateIndex
-from server.states.index.uses import Heartbeat, InUse, use_of
+from server.states.index.upkeep import Budget
+from server.states.index.uses import READING, Heartbeat, InUse, Use, use_of
 from server.states.store import (
     NewState,
     ResponseRecord,
@@ -115,16 +116,24 @@ class StoreOptions:
     """How a store is kept.
 
     Attributes:
-        max_bytes: budget of all snapshots; the same for all servers of a store.
-        eviction: when it is used up: `lru` removes what was not used for longest, `refuse` refuses.
+        max_bytes: budget of all that is kept; the same for all servers of a store.
+        max_owner_bytes: of each owner; None: that of all.
+        eviction: when it is used up: `lru` removes what the same owner has not used for longest, `refuse` refuses.
         heartbeat_s: time between two heartbeats.
         patience_s: how long an answer that is to be kept waits for a database that is away.
     """
 
     max_bytes: int
     eviction: Eviction = "lru"
+    max_owner_bytes: int | None = None
     heartbeat_s: float = HEARTBEAT_S
     patience_s: float = PATIENCE_S
+
+    @property
+    def budget(self) -> Budget:
+        """As the index keeps it."""
+        each = self.max_bytes if self.max_owner_bytes is None else self.max_owner_bytes
+        return Budget(self.max_bytes, each, can_evict=self.eviction == "lru")
 
 
 class IndexedStore:
@@ -146,7 +155,7 @@ class IndexedStore:
         self._files = files
         self._options = options
         self._is_shared = is_shared
-        self._reserved: dict[str, int] = {}
+        self._reserved: dict[str, Use] = {}
         self._making: set[str] = set()
         self._stored: set[str] = set()
         self._users: Counter[str] = Counter()
@@ -172,23 +181,16 @@ class IndexedStore:
         self._beating = asyncio.create_task(self._beat_on_and_on(on_response_gone))
 
     @asynccontextmanager
-    async def room(self, num_snapshots: int, *, bytes_each: int) -> AsyncIterator[Room]:
+    async def room(self, num_snapshots: int, *, bytes_each: int, owner: str) -> AsyncIterator[Room]:
         """See `StateStore.room`."""
         files = tuple(new_file() for _ in range(num_snapshots))
+        use = Use(bytes_each, owner)
         for file in files:
-            self._reserved[file] = bytes_each
+            self._reserved[file] = use
             self._files.hold(file)
         try:
             held = self._files.held
-            await self._run(
-                lambda: self._index.reserve(
-                    files,
-                    bytes_each=bytes_each,
-                    max_bytes=self._options.max_bytes,
-                    can_evict=self._options.eviction == "lru",
-                    held=held,
-                )
-            )
+            await self._run(lambda: self._index.reserve(files, use, held=held))
             yield Room(self._files.folder, files)
         finally:
             unused = [file for file in files if self._reserved.pop(file, None) is not None]
@@ -394,7 +396,7 @@ class IndexedStore:
         """Called on a thread of the database's; each copy is made in one step."""
         users = [use_of(record_id) for record_id in [*self._users]]
         held = self._files.held if self._is_shared else []
-        files = {**dict.fromkeys([*held, *users], 0), **self._reserved}
+        files = {**dict.fromkeys([*held, *users], READING), **self._reserved}
         return InUse(files, [*self._making], [*self._stored], self._files.unused)
 
     async def _upload(self, snapshot: SnapshotRecord, *, owner: str) -> None:

@@ -94,6 +94,7 @@ class StateSession:
         self,
         engine: SubmittingEngine,
         *,
+        owner: str,
         store: StateStore | None = None,
         layout: StateLayout | None = None,
         base: SnapshotRecord | None = None,
@@ -108,6 +109,7 @@ class StateSession:
         """
         Args:
             engine: feeds what must be fed again.
+            owner: whose states they are.
             store: of the states; needed with `base` or `keep`.
             layout: what states of the model look like; likewise.
             base: a snapshot to begin from.
@@ -121,6 +123,7 @@ class StateSession:
         """
         self.base = base
         self._engine = engine
+        self._owner = owner
         self._store = store
         self._layout = layout
         self._keep = keep
@@ -204,7 +207,9 @@ class StateSession:
             if self._store is not None and self._layout is not None and self.rescue is not None:
                 try:
                     bytes_each = self._layout.num_data_bytes + HEADER_BYTES
-                    room = await stack.enter_async_context(self._store.room(num_answers, bytes_each=bytes_each))
+                    room = await stack.enter_async_context(
+                        self._store.room(num_answers, bytes_each=bytes_each, owner=self._owner)
+                    )
                     files = room.files
                 except ServiceError as error:
                     _log.error("no room for the states of answers that are cut off: %s", error)
@@ -254,7 +259,7 @@ class StateSession:
         assert self._store is not None
         assert self._layout is not None
         bytes_each = self._layout.num_data_bytes + HEADER_BYTES
-        async with self._store.room(num_answers, bytes_each=bytes_each) as room:
+        async with self._store.room(num_answers, bytes_each=bytes_each, owner=self._owner) as room:
             self._files = room.files
             yield
 

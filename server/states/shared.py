@@ -60,7 +60,7 @@ def open_shared_store(
         raise _opening_failed(error) from error
     files = SharedFiles(folder, max_bytes=shared.max_copies_bytes, database=database)
     try:
-        index = StateIndex(database, replica=files.replica, lease_s=shared.lease_s)
+        index = StateIndex(database, replica=files.replica, budget=options.budget, lease_s=shared.lease_s)
         return IndexedStore(index, files, options, is_shared=True, num_threads=shared.max_connections)
     except (psycopg.Error, StoreUnavailableError, StoreError) as error:
         files.close()

@@ -25,6 +25,9 @@ UNFINISHED = frozenset((PUT_OFF, "in_progress"))
 """Statuses of a stored response that is still being made, or will be."""
 
 
+CURSOR_PREFIX = "page_"
+
+
 class Turn(StrEnum):
     """Where in a conversation a snapshot ends, for those who add messages to it."""
 
@@ -86,6 +89,7 @@ class StateRecord:
         ttl_s: how long it lives without being used; None: for ever.
         head: where it is now.
         points: by name.
+        number: larger than that of every state before it.
     """
 
     id: str
@@ -97,6 +101,12 @@ class StateRecord:
     ttl_s: float | None
     head: SnapshotRecord
     points: tuple[PointRecord, ...] = ()
+    number: int = 0
+
+    @property
+    def cursor(self) -> str:
+        """Where it stands in the list of its owner's states, though it should be deleted: for `list_states`."""
+        return f"{CURSOR_PREFIX}{self.number:x}"
 
     @property
     def expires(self) -> float | None:
@@ -176,7 +186,7 @@ class ResponseRecord:
 
 @dataclass(frozen=True, slots=True)
 class StoreTotals:
-    """What a store holds: states of all owners, bytes of all snapshots, how many it may, and whether it answers."""
+    """What a store holds: states of all owners, bytes of all that is kept, how many it may, and whether it answers."""
 
     num_states: int
     num_bytes: int
@@ -237,11 +247,11 @@ class StateStore(Protocol):
         """
         ...
 
-    def room(self, num_snapshots: int, *, bytes_each: int) -> AbstractAsyncContextManager[Room]:
+    def room(self, num_snapshots: int, *, bytes_each: int, owner: str) -> AbstractAsyncContextManager[Room]:
         """Space for snapshots; what is not kept when the context is left is removed.
 
         Raises:
-            StorageFullError: the budget is used up, and nothing may be evicted.
+            StorageFullError: the owner's budget is used up, or that of all, and nothing of the owner's may be evicted.
         """
         ...
 
@@ -275,6 +285,7 @@ class StateStore(Protocol):
         Raises:
             NotFoundError: there is no such state, or point.
             StateConflictError: the owner has a state of that name.
+            StorageFullError: see `room`.
         """
         ...
 
@@ -287,7 +298,15 @@ class StateStore(Protocol):
         ...
 
     async def list_states(self, owner: str, *, limit: int, after: str | None, name: str | None) -> list[StateRecord]:
-        """The owner's states, newest first; those after the id `after`, or those of a name."""
+        """The owner's states, newest first.
+
+        Args:
+            after: only those after the state of this id, or after this cursor.
+            name: only the one of this name.
+
+        Raises:
+            NotFoundError: there is no such state, or it is no cursor.
+        """
         ...
 
     async def delete(self, owner: str, state_id: str) -> None:
@@ -304,7 +323,12 @@ class StateStore(Protocol):
         ...
 
     async def mark(self, owner: str, state_id: str, point: str) -> StateRecord:
-        """Names the position where the state is; moves the name if it is in use. Raises `NotFoundError`."""
+        """Names the position where the state is; moves the name if it is in use.
+
+        Raises:
+            NotFoundError: there is no such state.
+            StorageFullError: see `room`.
+        """
         ...
 
     async def rewind(self, owner: str, state_id: str, point: str) -> StateRecord:
@@ -316,6 +340,9 @@ class StateStore(Protocol):
 
         One that has ended stays as it is, and one that was deleted meanwhile stays deleted. One that is put off is not
         made here any more.
+
+        Raises:
+            StorageFullError: see `room`; never for one that has ended and has hardly more text than it had.
         """
         ...
 

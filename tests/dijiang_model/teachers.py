@@ -90,11 +90,13 @@ def write_gguf(
     is_quantized: bool = False,
     pre_tokenizer: str | None = "gpt-2",
     metadata: dict[str, str | int | float] | None = None,
+    architecture: str = "llama",
+    rope_factors: np.ndarray | None = None,
     add_vocabulary: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> Path:
-    """The LLaMA teacher as llama.cpp stores it: its names, its order of q and k rows, optionally quantized."""
+    """A teacher of LLaMA's kind as llama.cpp stores it: its names, its order of q and k rows, optionally quantized."""
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("Tiny LLaMA")
     writer.add_license("mit")
     writer.add_context_length(config.max_position_embeddings)
@@ -105,6 +107,11 @@ def write_gguf(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if getattr(config, "head_dim", None) is not None:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors.astype(np.float32))
     for key, value in (metadata or {}).items():
         _add(writer, key, value)
     if pre_tokenizer is not None:
@@ -112,7 +119,9 @@ def write_gguf(
     add_vocabulary(writer)
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight" or not config.tie_word_embeddings:
-            _add_tensor(writer, name, tensor.float(), config, is_quantized=is_quantized)
+            _add_tensor(
+                writer, name, tensor.float(), config, is_quantized=is_quantized, is_interleaved=architecture == "llama"
+            )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -145,12 +154,18 @@ def _add_tokenizer(writer: gguf.GGUFWriter, pre_tokenizer: str) -> None:
 
 
 def _add_tensor(
-    writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, config: LlamaConfig, *, is_quantized: bool
+    writer: gguf.GGUFWriter,
+    name: str,
+    tensor: torch.Tensor,
+    config: LlamaConfig,
+    *,
+    is_quantized: bool,
+    is_interleaved: bool,
 ) -> None:
     gguf_name = _gguf_name(name)
-    if ".q_proj." in name:
+    if is_interleaved and ".q_proj." in name:
         tensor = _interleaved(tensor, config.num_attention_heads)
-    if ".k_proj." in name:
+    if is_interleaved and ".k_proj." in name:
         tensor = _interleaved(tensor, config.num_key_value_heads)
     array = tensor.contiguous().numpy()
     if is_quantized and gguf_name.split(".")[-2] in GGUF_QUANTIZED:
@@ -171,6 +186,8 @@ def _gguf_name(name: str) -> str:
         "model.norm": "output_norm",
         "lm_head": "output",
         "model.layers": "blk",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
         "self_attn.q_proj": "attn_q",
         "self_attn.k_proj": "attn_k",
         "self_attn.v_proj": "attn_v",

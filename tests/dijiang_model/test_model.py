@@ -23,6 +23,8 @@ from tests.tiny_models import (
     gpt_neox_config,
     llama_config,
     opt_config,
+    qwen2_config,
+    qwen3_config,
     random_tensors,
     tiny_model,
     tiny_network,
@@ -58,6 +60,8 @@ CONFIGS = {
     ),
     "gpt_neox: features before rotation": replace(gpt_neox_config(UNROTATED, HYBRID), position_table_length=0),
     "opt: hybrid, pre-norm": opt_config(),
+    "qwen2: biases of queries, keys and values": qwen2_config(),
+    "qwen3: normed queries and keys, scaled rotation": qwen3_config(HYBRID, UNROTATED),
     "opt: post-norm, embedding of its own width": opt_config(HYBRID, RELEASED, pre_norm=False, embedding_size=24),
 }
 FP64_TOLERANCE = 1e-10

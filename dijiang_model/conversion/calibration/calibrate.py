@@ -15,9 +15,9 @@ from dijiang_model.conversion.calibration.budgets import allocate, anchored_conf
 from dijiang_model.conversion.calibration.contexts import Context
 from dijiang_model.conversion.calibration.fit import Geometry, LayerFit, fit_layers
 from dijiang_model.conversion.calibration.teacher_pass import ReadTensor
+from dijiang_model.conversion.training.adapters import calibration_text
 from dijiang_model.errors import ConversionError
 from dijiang_model.families import FAMILIES, build_model
-from dijiang_model.formats.json_fields import read_json_object
 
 SIZE_SHARES = (0, 1 / 32, 1 / 16, 3 / 32, 5 / 32, 1 / 4, 11 / 32, 15 / 32, 11 / 16, 1)
 """Numbers of anchors of which losses are measured, as shares of a context."""
@@ -54,14 +54,17 @@ class Calibration:
         Raises:
             ConversionError: the file is damaged.
         """
-        file = folder / CALIBRATION_FILE
-        if not file.is_file():
-            return None
-        document: Mapping[str, Any] = read_json_object(file)
+        text = calibration_text(folder)
+        return None if text is None else cls.parse(text)
+
+    @classmethod
+    def parse(cls, text: str) -> "Calibration":
+        """Raises ConversionError for a text that `json` did not write."""
         try:
+            document = json.loads(text)
             return cls(**{field.name: document[field.name] for field in fields(cls)})
-        except KeyError as error:
-            raise ConversionError(f"{file} lacks {error}") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConversionError(f"{CALIBRATION_FILE} is damaged: {error}; convert the model again") from error
 
     def json(self) -> str:
         return json.dumps(asdict(self)) + "\n"

@@ -96,6 +96,7 @@ def fact_chat(
     length: int,
     rng: random.Random,
     facts_per_kind: int = FACTS_PER_KIND,
+    facts_per_turn: int = FACTS_PER_TURN,
 ) -> Context | None:
     """A chat of at most `length` tokens: passages to read, facts told before them, and all asked for at the end.
 
@@ -109,7 +110,7 @@ def fact_chat(
     told: list[Fact] = []
     text = ""
     for passage in passages:
-        now = list(islice(left, FACTS_PER_TURN))
+        now = list(islice(left, facts_per_turn))
         turns += _told(now, passage, rng)
         for fact in now:
             questions.insert(rng.randint(0, len(questions)), _asked(fact))

@@ -17,16 +17,19 @@ from torch import Tensor
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import CONFIG_FILE, read_stored_config
 from dijiang_model.checkpoints.outputs import output_folder
-from dijiang_model.conversion.evaluation.evaluate import Score, Variant, gap_closed, score, variants
+from dijiang_model.conversion.calibration.calibrate import Calibration
+from dijiang_model.conversion.cli import parse_size
+from dijiang_model.conversion.evaluation.evaluate import Score, Variant, budget_variants, gap_closed, score, variants
 from dijiang_model.conversion.evaluation.long_texts import LENGTH, LongScore, long_score, streams, tokens_to_read
 from dijiang_model.conversion.evaluation.measured import Evaluation
 from dijiang_model.conversion.evaluation.quantized import Rounding, rounded_variants
-from dijiang_model.conversion.evaluation.recall import Recall, distances_within, recall_probe
+from dijiang_model.conversion.evaluation.recall import Recall, fact_chats, recall_probe
 from dijiang_model.conversion.evaluation.report import card_table, check_report_folder, json_line, write_report
 from dijiang_model.conversion.evaluation.speed import CONTEXTS, Speed, measure_speed
 from dijiang_model.conversion.evaluation.teacher import check_teacher, load_teacher
 from dijiang_model.conversion.model_card import title
 from dijiang_model.conversion.training.adapters import adapted_model, load_adapter
+from dijiang_model.conversion.training.chat_prompt import load_chat_template, plain_chat
 from dijiang_model.conversion.training.student import check_trainable
 from dijiang_model.conversion.training.text_windows import load_tokenizer, load_windows, text_files
 from dijiang_model.errors import ModelError
@@ -40,7 +43,8 @@ class Measurements:
 
     Attributes:
         num_windows, length: windows of each text, and their tokens.
-        num_facts: questions of the recall probe for each distance; 0: none.
+        num_facts: chats of 2,048 tokens in which facts are told and asked for; 0: none.
+        budgets: other bytes of a state, for a curve; only of a calibrated model.
         num_long: texts of `evaluate_long.LENGTH` tokens to read; 0: none.
         with_speed: time steps by context.
         rounded: in fewer bits, as the model is served.
@@ -52,6 +56,7 @@ class Measurements:
     num_long: int = 0
     with_speed: bool = False
     rounded: tuple[Rounding, ...] = ()
+    budgets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,7 @@ class Subjects:
     """What is compared, loaded.
 
     Attributes:
+        folder: of the model, with its tokenizer and chat template.
         name, teacher_name: of the model and its teacher.
         tokens_trained, training: what the model says about its training.
         control, control_training: the window-only control and how it was trained.
@@ -67,6 +73,7 @@ class Subjects:
     model: DiJiangForCausalLM
     teacher: DiJiangForCausalLM
     control: DiJiangForCausalLM | None
+    folder: Path
     name: str
     teacher_name: str
     tokens_trained: int
@@ -89,7 +96,14 @@ def evaluate_command(
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each file, spread over it.")] = 8,
     length: Annotated[int, typer.Option(min=66, help="Tokens of a window.")] = 2048,
-    facts: Annotated[int, typer.Option(min=0, help="Questions of the recall probe for each distance; 0: none.")] = 8,
+    facts: Annotated[
+        int,
+        typer.Option(min=0, help="Chats with facts to recall, of 2,048 tokens, and half as many of 8,192; 0: none."),
+    ] = 4,
+    state_bytes: Annotated[
+        list[str] | None,
+        typer.Option(help="Of a calibrated model: also with states of so many bytes, e.g. 4MiB. Again for a curve."),
+    ] = None,
     long: Annotated[int, typer.Option(min=0, help=f"Texts of {LENGTH:,} tokens to read in one go; 0: none.")] = 0,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time tokens per second by context.")] = True,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's choice.")] = 0,
@@ -102,7 +116,8 @@ def evaluate_command(
     kinds = tuple(kind for kind in get_args(Rounding) if kind in (rounded or ()))
     if unknown := set(rounded or ()) - set(kinds):
         raise typer.BadParameter(f"{min(unknown)!r} is none of {', '.join(get_args(Rounding))}", param_hint="--rounded")
-    wanted = Measurements(windows, length, facts, long, speed, kinds)
+    budgets = tuple(sorted(parse_size(size, "--state-bytes") for size in state_bytes or ()))
+    wanted = Measurements(windows, length, facts, long, speed, kinds, budgets)
     try:
         inputs = [model, teacher, *text, *(path for path in (adapter, control) if path is not None)]
         check_report_folder(output_folder(out, inputs=inputs))
@@ -155,6 +170,7 @@ def load_subjects(
         model=model,
         teacher=teacher,
         control=control_model,
+        folder=folder,
         name=folder.resolve().name,
         teacher_name=origin.teacher,
         tokens_trained=tokens_trained,
@@ -172,6 +188,7 @@ def evaluate(
         ModelError: the text cannot be read or is too short.
     """
     compared = variants(subjects.model, subjects.teacher, control=subjects.control)
+    compared += budget_variants(subjects.model, Calibration.read(subjects.folder), wanted.budgets)
     vocab_size = subjects.model.config.vocab_size
     segments = _windows(text, tokenizer, wanted.length, wanted.num_windows, vocab_size)
     long_texts = _windows(text, tokenizer, LENGTH, wanted.num_long, vocab_size)[: wanted.num_long]
@@ -189,7 +206,7 @@ def evaluate(
         scores=scores,
         state_bytes={variant.name: variant.state_bytes for variant in scored},
         gap_closed=gap_closed(scores, list(scores)[:3]),
-        recall=_recall(compared, torch.cat(segments), tokenizer, wanted.num_facts, console),
+        recall=_recall(compared, torch.cat(segments), tokenizer, subjects, wanted.num_facts, console),
         control=subjects.control_training,
         long_scores=_long_scores(subjects, long_texts, console) if long_texts else {},
         num_long=len(long_texts),
@@ -228,13 +245,21 @@ def _scores(compared: Sequence[Variant], segments: Sequence[Tensor], console: Co
 
 
 def _recall(
-    compared: Sequence[Variant], filler: Tensor, tokenizer: HfTokenizer, num_facts: int, console: Console
+    compared: Sequence[Variant],
+    filler: Tensor,
+    tokenizer: HfTokenizer,
+    subjects: Subjects,
+    num: int,
+    console: Console,
 ) -> list[Recall]:
+    if num == 0:
+        return []
+    render = load_chat_template(subjects.folder) or plain_chat
+    longest = subjects.model.config.max_position_embeddings
+    chats = fact_chats(tokenizer, filler, render=render, num=num, longest=longest)
     with _progress(console) as progress:
-        task = progress.add_task("recall", total=len(distances_within(len(filler))) * num_facts * len(compared))
-        if num_facts == 0:
-            return []
-        return recall_probe(compared, filler, tokenizer, num_facts=num_facts, on_answer=lambda: progress.advance(task))
+        task = progress.add_task("facts", total=len(chats) * len(compared))
+        return recall_probe(compared, chats, on_chat=lambda: progress.advance(task))
 
 
 def _long_scores(subjects: Subjects, texts: Sequence[Tensor], console: Console) -> dict[str, LongScore]:

@@ -6,7 +6,7 @@ the training-free window of equal state bytes with the teacher's weights, the mo
 its linear part or its window switched off.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dijiang_model.batch import prefill
+from dijiang_model.conversion.calibration.calibrate import Calibration
+from dijiang_model.conversion.evaluation.ablations import silenced, with_config
 from dijiang_model.errors import ConversionError
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp
@@ -84,6 +86,7 @@ def variants(
         ConversionError: the control has a layer without a window.
     """
     own_bytes = model.state_spec.bytes_per_slot
+    layers = model.config.layers
     sinks = max(layer.sinks for layer in model.config.layers) or 4
     window = equal_window(model, sinks=sinks)
     found = [
@@ -91,13 +94,37 @@ def variants(
         Variant(f"window {window}+{sinks}, no training", teacher, WindowAttention(window, sinks), own_bytes),
         Variant("ours", model, HybridAttention(), own_bytes),
     ]
-    if all(layer.window > 0 for layer in model.config.layers):
+    if any(layer.anchors is not None for layer in layers):
+        found.append(Variant("ours, anchors off", model, HybridAttention(window=layers[0].window), own_bytes))
+        if any(bool(attention.linear.mix_bias.isfinite().any()) for attention in model.attentions):
+            found.append(Variant("ours, linear part off", silenced(model), HybridAttention(), own_bytes))
+    elif all(layer.window > 0 for layer in layers):
         found += [
             Variant("ours, linear part off", model, WindowAttention(), own_bytes),
             Variant("ours, window off", model, HybridAttention(window=1), own_bytes),
         ]
     if control is not None:
         found.append(_control(control))
+    return found
+
+
+def budget_variants(
+    model: DiJiangForCausalLM, calibration: Calibration | None, budgets: Sequence[int]
+) -> list[Variant]:
+    """The model with states of other sizes, divided by the losses that its calibration measured.
+
+    Raises:
+        ConversionError: there was no calibration, or a budget is too small.
+    """
+    if calibration is None:
+        if budgets:
+            raise ConversionError("only a model that was converted with --state-bytes can have states of other sizes")
+        return []
+    found = []
+    for num_bytes in budgets:
+        resized = with_config(model, calibration.config(model.config, state_bytes=num_bytes))
+        name = f"ours, {num_bytes / 2**20:g} MiB"
+        found.append(Variant(name, resized, HybridAttention(), resized.state_spec.bytes_per_slot))
     return found
 
 
@@ -111,8 +138,11 @@ def _control(control: DiJiangForCausalLM) -> Variant:
 
 
 def window_token_bytes(model: DiJiangForCausalLM) -> int:
-    """Key and value of one token in one layer."""
-    return 2 * model.config.num_kv_heads * model.config.head_size * model.dtype.itemsize
+    """Key and value of one token in one layer, stored as the model stores them."""
+    config = model.config
+    if any(layer.anchors is not None for layer in config.layers):
+        return 2 * config.num_kv_heads * (config.head_size + torch.float32.itemsize)  # int8, and a scale
+    return 2 * config.num_kv_heads * config.head_size * model.dtype.itemsize
 
 
 def equal_window(model: DiJiangForCausalLM, *, sinks: int) -> int:
@@ -129,7 +159,7 @@ def score(variant: Variant, windows: Sequence[Tensor], *, on_window: Callable[[]
     edges = torch.tensor(EDGES[1:])
     for window in windows:
         window = window.to(variant.model.device)
-        loss = _token_losses(variant, window).double().cpu()
+        loss = token_scores(variant, window)[0].double().cpu()
         ranges = torch.bucketize(torch.arange(1, len(window)), edges, right=True)
         losses.index_add_(0, ranges, loss)
         counts.index_add_(0, ranges, torch.ones_like(loss))
@@ -137,32 +167,32 @@ def score(variant: Variant, windows: Sequence[Tensor], *, on_window: Callable[[]
     return Score(losses, counts)
 
 
-@torch.inference_mode()
-def served_losses(model: DiJiangForCausalLM, window: Tensor) -> Tensor:
-    """[T - 1] negative log-likelihoods of all tokens but the first, read in segments into a state as a server does."""
+def served_logits(model: DiJiangForCausalLM, window: Tensor) -> Iterator[Tensor]:
+    """Next-token logits of all tokens but the last, read in segments into a state as a server does."""
     served = freeze(model)
     state = StateBuffer(served.state_spec, 1, window.device)
     state.storage.zero_()
-    slots, losses = torch.zeros(1, dtype=torch.int64, device=window.device), []
+    slots = torch.zeros(1, dtype=torch.int64, device=window.device)
     for start in range(0, len(window) - 1, SEGMENT_TOKENS):
         tokens = window[start : min(start + SEGMENT_TOKENS, len(window) - 1)]
         starts = torch.tensor([start], device=window.device)
-        logits = prefill(served, tokens, lengths=[len(tokens)], slots=slots, starts=starts, state=state)
-        losses.append(functional.cross_entropy(logits, window[start + 1 : start + 1 + len(tokens)], reduction="none"))
-    return torch.cat(losses)
+        yield prefill(served, tokens, lengths=[len(tokens)], slots=slots, starts=starts, state=state)
 
 
-def _token_losses(variant: Variant, window: Tensor) -> Tensor:
-    """[T - 1] negative log-likelihoods of all tokens but the first."""
+def token_scores(variant: Variant, window: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all tokens but the first of a window [T]: negative log-likelihoods [T - 1], and whether each is likeliest."""
     if variant.is_served:
-        return served_losses(variant.model, window)
-    hidden = run_segments(variant.model, window[None], variant.op)[:-1]
-    targets = window[1:]
-    parts = [
-        functional.cross_entropy(variant.model.logits(rows), wanted, reduction="none")
-        for rows, wanted in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
-    ]
-    return torch.cat(parts)
+        parts = served_logits(variant.model, window)
+    else:
+        hidden = run_segments(variant.model, window[None], variant.op)[:-1]
+        parts = (variant.model.logits(rows) for rows in hidden.split(HEAD_ROWS))
+    losses, hits, start = [], [], 1
+    for logits in parts:
+        targets = window[start : start + len(logits)]
+        losses.append(functional.cross_entropy(logits, targets, reduction="none"))
+        hits.append(logits.argmax(-1) == targets)
+        start += len(logits)
+    return torch.cat(losses), torch.cat(hits)
 
 
 def gap_closed(scores: Mapping[str, Score], names: Sequence[str]) -> float | None:

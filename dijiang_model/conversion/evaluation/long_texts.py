@@ -5,7 +5,7 @@ tokens after a fresh start. What lies between the two is the position's doing, n
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dijiang_model.batch import PackedBatch, Step
+from dijiang_model.conversion.evaluation.ablations import silenced
 from dijiang_model.conversion.evaluation.evaluate import equal_window
-from dijiang_model.families import build_model
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.serving.network import freeze
 from dijiang_model.state import StateBuffer
@@ -51,27 +51,6 @@ def streams(model: DiJiangForCausalLM, teacher: DiJiangForCausalLM) -> dict[str,
     window = equal_window(model, sinks=sinks)
     found[f"window {window}+{sinks}, no training"] = silenced(teacher, window=window, sinks=sinks)
     return found
-
-
-def silenced(model: DiJiangForCausalLM, *, window: int | None = None, sinks: int | None = None) -> DiJiangForCausalLM:
-    """The same weights with the linear part off; nothing of `model` is changed.
-
-    Args:
-        window, sinks: of all layers; None: the model's own.
-    """
-    layers = tuple(
-        layer if window is None or sinks is None else replace(layer, window=window, sinks=sinks)
-        for layer in model.config.layers
-    )
-    quiet = build_model(replace(model.config, layers=layers), dtype=model.dtype)
-    state = model.state_dict()
-    tensors = {name: state[name] for name in quiet.state_dict() if ".linear.mix_" not in name}
-    for name, wanted in quiet.state_dict().items():
-        if name not in tensors:
-            value = -torch.inf if name.endswith("mix_bias") else 0.0
-            tensors[name] = torch.full(wanted.shape, value, dtype=wanted.dtype, device=model.device)
-    quiet.load_state_dict(tensors, strict=True, assign=True)
-    return quiet.prepare()
 
 
 def long_score(

@@ -1,5 +1,6 @@
 """Everything that an evaluation measured, as plain values."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -7,11 +8,28 @@ from itertools import pairwise
 from dijiang_model.conversion.evaluation.evaluate import EDGES, Score
 from dijiang_model.conversion.evaluation.long_texts import EDGES as LONG_EDGES
 from dijiang_model.conversion.evaluation.long_texts import LongScore
-from dijiang_model.conversion.evaluation.recall import Recall
+from dijiang_model.conversion.evaluation.recall import Recall, far_recall
 from dijiang_model.conversion.evaluation.speed import Speed
 
 RANGES = (*(f"{low}-{high}" for low, high in pairwise(EDGES)), f"{EDGES[-1]}+")
+SIZED = re.compile(r"ours(, [\d.]+ MiB)?")
+"""Names of variants that are the model with states of several sizes."""
 LONG_RANGES = tuple(f"{low:,}-{high:,}" for low, high in pairwise(LONG_EDGES))
+
+
+@dataclass(frozen=True, slots=True)
+class SizePoint:
+    """Quality with a state of one size.
+
+    Attributes:
+        state_bytes: of a conversation.
+        gap: nats per token behind the teacher from `FAR_FROM` on.
+        facts: told 500 tokens back and more and answered rightly, over those that the teacher answers; None: no facts.
+    """
+
+    state_bytes: int
+    gap: float
+    facts: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +69,14 @@ class Evaluation:
     num_long: int = 0
     speed: Sequence[Speed] = ()
     decode_path: str = "torch"
+
+    @property
+    def by_size(self) -> list[SizePoint]:
+        """From the smallest state to the largest; empty where the text is too short."""
+        teacher, points = self.scores["teacher"].far if "teacher" in self.scores else None, []
+        for name, score in self.scores.items():
+            num_bytes = self.state_bytes[name]
+            if SIZED.fullmatch(name) and num_bytes is not None and teacher is not None and score.far is not None:
+                facts = far_recall(self.recall, name, "teacher") if self.recall else None
+                points.append(SizePoint(num_bytes, score.far - teacher, facts))
+        return sorted(points, key=lambda point: point.state_bytes)

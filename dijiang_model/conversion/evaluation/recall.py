@@ -1,90 +1,117 @@
-"""The recall probe: a number planted in running text, asked for some tokens later."""
+"""Facts told in chats and asked for at the end: how many are answered rightly, by how far back they were told."""
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from tokenizers import Tokenizer as HfTokenizer
 from torch import Tensor
-from torch.nn import functional
 
-from dijiang_model.conversion.evaluation.evaluate import Variant
-from dijiang_model.segments import run_segments
+from dijiang_model.conversion.calibration.contexts import Context, cut_passages, fact_chat
+from dijiang_model.conversion.evaluation.evaluate import Variant, token_scores
+from dijiang_model.conversion.evaluation.facts import KINDS
+from dijiang_model.conversion.training.chat_prompt import RenderChat
 
-PROBE_DISTANCES = (50, 200, 500, 1000, 2000)
-NAMES = ("Alma", "Boris", "Clara", "Dmitri", "Edith", "Felix", "Greta", "Hugo")
-DIGITS = 4
+DISTANCES = (0, 64, 250, 500, 1000, 2000, 4000, 8000)
+FAR_FROM = 500
+SEED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """Chats of one length: tokens at most, facts told in a turn, and of each kind."""
+
+    length: int
+    per_turn: int
+    per_kind: int
+
+
+SHORT, LONG = _Form(2048, 2, 3), _Form(8192, 1, 4)
 
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """Answers to planted facts.
+    """Answers to facts told at some distance.
 
     Attributes:
-        distance: tokens between fact and question.
+        low, high: tokens between the fact and its answer, [low, high).
+        num: facts.
         right: share of answers whose every token is the likeliest one, by variant.
-        loss: mean negative log-likelihood per token of the answer, by variant.
+        loss: mean negative log-likelihood of the answers' tokens, by variant.
     """
 
-    distance: int
+    low: int
+    high: int
+    num: int
     right: Mapping[str, float]
     loss: Mapping[str, float]
+
+    @property
+    def distance(self) -> str:
+        return f"{self.low:,}-{self.high:,}"
+
+
+def fact_chats(tokenizer: HfTokenizer, filler: Tensor, *, render: RenderChat, num: int, longest: int) -> list[Context]:
+    """`num` chats of 2,048 tokens, and half as many of 8,192 where `longest` is not less.
+
+    Args:
+        filler: [T] int64, running text that the user pastes between the facts; each chat begins elsewhere in it.
+        longest: the teacher's range in tokens; shorter ones have shorter chats.
+    """
+    rng = random.Random(SEED)  # noqa: S311  reproducible, nothing secret
+    forms = [SHORT] * num + [LONG] * ((num + 1) // 2 if longest >= LONG.length else 0)
+    chats = []
+    for number, form in enumerate(forms):
+        text = tokenizer.decode(filler.roll(-number * len(filler) // len(forms)).tolist())
+        chat = fact_chat(
+            tokenizer,
+            cut_passages(text, rng),
+            render=render,
+            kinds=KINDS,
+            length=min(form.length, longest),
+            rng=rng,
+            facts_per_kind=form.per_kind,
+            facts_per_turn=form.per_turn,
+        )
+        chats += [] if chat is None else [chat]
+    return chats
 
 
 @torch.inference_mode()
 def recall_probe(
-    compared: Sequence[Variant],
-    filler: Tensor,
-    tokenizer: HfTokenizer,
-    *,
-    num_facts: int,
-    distances: Sequence[int] = PROBE_DISTANCES,
-    on_answer: Callable[[], None] = lambda: None,
+    compared: Sequence[Variant], chats: Sequence[Context], *, on_chat: Callable[[], None] = lambda: None
 ) -> list[Recall]:
-    """Plants a number in running text and asks for it some tokens later.
+    """Reads the chats and looks at the answers in them; by distance, without distances that have no facts.
 
     Args:
-        filler: [T] int64, running text that is longer than the distances.
-        num_facts: questions for each distance.
-        on_answer: called after each variant's answer to a question.
+        on_chat: called after each variant has read a chat.
     """
+    distances = torch.tensor([fact.answered[0] - fact.told[1] for chat in chats for fact in chat.recalled])
+    right: dict[str, Tensor] = {}
+    loss: dict[str, Tensor] = {}
+    for variant in compared:
+        answers = []
+        for chat in chats:
+            losses, is_likeliest = token_scores(variant, chat.token_ids.to(variant.model.device))
+            for fact in chat.recalled:
+                rows = slice(fact.answered[0] - 1, fact.answered[1] - 1)
+                answers.append((float(is_likeliest[rows].all()), float(losses[rows].mean())))
+            on_chat()
+        right[variant.name], loss[variant.name] = torch.tensor(answers).reshape(-1, 2).unbind(1)
     results = []
-    for distance in distances_within(len(filler), distances):
-        right = {variant.name: 0.0 for variant in compared}
-        loss = {variant.name: 0.0 for variant in compared}
-        for index in range(num_facts):
-            text, num_answer = _planted(filler, tokenizer, distance=distance, index=index)
-            for variant in compared:
-                is_right, answer_loss = _answer(variant, text, num_answer)
-                right[variant.name] += is_right / num_facts
-                loss[variant.name] += answer_loss / num_facts
-                on_answer()
-        results.append(Recall(distance, right, loss))
+    for low, high in pairwise(DISTANCES):
+        is_there = (distances >= low) & (distances < high)
+        num = int(is_there.sum())
+        if num > 0:
+            shares = {name: float(values[is_there].mean()) for name, values in right.items()}
+            results.append(Recall(low, high, num, shares, {name: float(loss[name][is_there].mean()) for name in loss}))
     return results
 
 
-def distances_within(num_tokens: int, distances: Sequence[int] = PROBE_DISTANCES) -> list[int]:
-    """Those that running text of so many tokens can fill."""
-    return [distance for distance in distances if distance + 64 < num_tokens]
-
-
-def _answer(variant: Variant, text: Tensor, num_answer: int) -> tuple[bool, float]:
-    """Whether every token of the answer at the end is the likeliest, and their mean loss."""
-    ids = text.to(variant.model.device)
-    logits = variant.model.logits(run_segments(variant.model, ids[None], variant.op)[-num_answer - 1 : -1])
-    wanted = ids[-num_answer:]
-    return bool((logits.argmax(-1) == wanted).all()), float(functional.cross_entropy(logits, wanted))
-
-
-def _planted(filler: Tensor, tokenizer: HfTokenizer, *, distance: int, index: int) -> tuple[Tensor, int]:
-    """The token ids of text, fact, text, question and answer; and the answer's length in tokens."""
-    generator = torch.Generator().manual_seed(1000 * distance + index)
-    number = "".join(str(int(digit)) for digit in torch.randint(0, 10, (DIGITS,), generator=generator))
-    name = NAMES[index % len(NAMES)]
-    statement = f"\n\nRemember: the secret number of {name} is"
-    fact = tokenizer.encode(f"{statement} {number}.\n\n", add_special_tokens=False).ids
-    question = tokenizer.encode(f"\n\nThe secret number of {name} is", add_special_tokens=False).ids
-    answer = tokenizer.encode(f" {number}", add_special_tokens=False).ids
-    offset = (index * 997) % max(len(filler) - distance - 32, 1)
-    before, between = filler[offset : offset + 32], filler[offset + 32 : offset + 32 + distance]
-    return torch.cat([before, torch.tensor(fact), between, torch.tensor(question + answer)]), len(answer)
+def far_recall(results: Sequence[Recall], name: str, teacher: str) -> float | None:
+    """Facts from 500 tokens on that a variant answers rightly, over those that the teacher does; None: it does none."""
+    far = [result for result in results if result.low >= FAR_FROM]
+    own, wanted = (sum(result.num * result.right[each] for result in far) for each in (name, teacher))
+    return own / wanted if wanted > 0 else None

@@ -14,7 +14,7 @@ from dijiang_model.formats.atomic_file import write_atomically
 from dijiang_model.formats.json_fields import read_json_object
 
 REPORT_FILE, JSON_FILE, TABLES_FILE = "report.md", "report.json", "tables.md"
-REPORT_FILES = (JSON_FILE, TABLES_FILE, REPORT_FILE, "nll.png", "long.png", "recall.png", "speed.png")
+REPORT_FILES = (JSON_FILE, TABLES_FILE, REPORT_FILE, "nll.png", "long.png", "recall.png", "sizes.png", "speed.png")
 _JSON_MEMBERS = {"model", "teacher", "title", "scores", "state_bytes"}
 
 
@@ -61,7 +61,9 @@ def tables(evaluation: Evaluation) -> str:
     if evaluation.long_scores:
         parts += ["### Beyond the teacher's range", _long_table(evaluation)]
     if evaluation.recall:
-        parts += ["### Recall of a planted number", _recall_table(evaluation)]
+        parts += ["### Facts told in chats", _recall_table(evaluation)]
+    if len(evaluation.by_size) > 1:
+        parts += ["### Quality by the bytes of a state", _size_table(evaluation)]
     if evaluation.speed:
         parts += ["### Tokens per second by context", _speed_table(evaluation)]
     return "\n\n".join(parts)
@@ -130,7 +132,7 @@ def _gap(evaluation: Evaluation) -> str:
 
 
 def _control(evaluation: Evaluation) -> str:
-    name = list(evaluation.scores)[-1]
+    name = next(name for name in evaluation.scores if name.endswith("trained alike"))
     ours, control = evaluation.scores["ours"].far, evaluation.scores[name].far
     if ours is None or control is None:
         return f"The control ({name}): {evaluation.control}."
@@ -154,13 +156,32 @@ def _long_table(evaluation: Evaluation) -> str:
 
 def _recall_table(evaluation: Evaluation) -> str:
     names = list(evaluation.recall[0].right)
-    header = ["tokens back", *names]
+    header = ["tokens back", "facts", *names]
     rows = [
-        [str(result.distance), *(f"{100 * result.right[name]:.0f} % ({result.loss[name]:.2f})" for name in names)]
+        [
+            result.distance,
+            str(result.num),
+            *(f"{100 * result.right[name]:.0f} % ({result.loss[name]:.2f})" for name in names),
+        ]
         for result in evaluation.recall
     ]
-    text = "Share of answers that are right in every token; in brackets the mean loss per token of the answer."
+    text = (
+        "Facts of six kinds, told between passages of the text and asked for at the end of the chat. Share of answers "
+        "that are right in every token; in brackets the mean loss per token of the answer."
+    )
     return f"{text}\n\n{_table(header, rows)}"
+
+
+def _size_table(evaluation: Evaluation) -> str:
+    text = (
+        f"Nats per token behind the teacher from position {FAR_FROM} on; facts told 500 tokens back and more, as a "
+        "share of those that the teacher answers."
+    )
+    rows = [
+        [f"{point.state_bytes:,}", f"{point.gap:.3f}", "" if point.facts is None else f"{100 * point.facts:.0f} %"]
+        for point in evaluation.by_size
+    ]
+    return f"{text}\n\n{_table(['state, bytes', 'gap', 'facts'], rows)}"
 
 
 def _speed_table(evaluation: Evaluation) -> str:

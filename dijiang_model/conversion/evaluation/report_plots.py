@@ -21,9 +21,13 @@ def write_plots(evaluation: Evaluation, folder: Path) -> list[str]:
         lines = {name: score.means for name, score in evaluation.long_scores.items()}
         drawn["long.png"] = _figure(lines, LONG_RANGES, "position", loss)
     if evaluation.recall:
-        places = [f"{result.distance:,}" for result in evaluation.recall]
-        losses = {name: [result.loss[name] for result in evaluation.recall] for name in evaluation.recall[0].loss}
-        drawn["recall.png"] = _figure(losses, places, "tokens back", "loss of the number, nats per token")
+        places = [result.distance for result in evaluation.recall]
+        shares = {
+            name: [100 * result.right[name] for result in evaluation.recall] for name in evaluation.recall[0].right
+        }
+        drawn["recall.png"] = _figure(shares, places, "tokens back", "facts answered rightly, %", from_zero=True)
+    if len(evaluation.by_size) > 1:
+        drawn["sizes.png"] = _sizes(evaluation)
     if evaluation.speed:
         places = [f"{result.context:,}" for result in evaluation.speed]
         rates: Lines = {
@@ -50,4 +54,27 @@ def _figure(lines: Lines, places: Sequence[str], x_label: str, y_label: str, *, 
     if from_zero:
         axes.set_ylim(bottom=0)
     axes.legend()
+    return figure
+
+
+def _sizes(evaluation: Evaluation) -> Any:
+    """Likelihood and facts by the bytes of a state."""
+    from matplotlib.figure import Figure
+
+    points = evaluation.by_size
+    sizes = [point.state_bytes / 2**20 for point in points]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(sizes, [point.gap for point in points], marker="o", color="tab:blue")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
+    axes.set_xlabel("state of a conversation, MiB")
+    axes.set_ylabel("nats per token behind the teacher", color="tab:blue")
+    axes.set_ylim(bottom=0)
+    facts = [(size, 100 * point.facts) for size, point in zip(sizes, points, strict=True) if point.facts is not None]
+    if facts:
+        right = axes.twinx()
+        right.plot(*zip(*facts, strict=True), marker="s", color="tab:orange")
+        right.set_ylabel("facts of the teacher's, %", color="tab:orange")
+        right.set_ylim(0, 105)
     return figure

@@ -23,7 +23,7 @@ class FoldedScale:
         self._scaled = {
             f"{family.paths.layers}.{layer}.{path}.{kind}"
             for layer in range(config.num_layers)
-            for path in family.paths.scaled_by_rotary(config)
+            for path in family.paths.query_and_key_scales
             for kind in ("weight", "bias")
         }
 

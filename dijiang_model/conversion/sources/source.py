@@ -12,13 +12,14 @@ from dijiang_model.checkpoints.hf_config import base_model_config
 from dijiang_model.checkpoints.released_format import is_released_format
 from dijiang_model.config import ModelConfig
 from dijiang_model.conversion.sources.folded_scale import with_folded_scale
+from dijiang_model.conversion.sources.gguf_source import GgufSource
 from dijiang_model.conversion.sources.gguf_tokenizer import write_gguf_tokenizer
 from dijiang_model.conversion.sources.tokenizer_files import write_tokenizer
+from dijiang_model.conversion.sources.unfused import unfused
 from dijiang_model.conversion.training.adapters import fingerprint
 from dijiang_model.errors import ConversionError
 from dijiang_model.families import FAMILIES, build_model
 from dijiang_model.families.config_fields import eos_ids
-from dijiang_model.formats.gguf_source import GgufSource
 from dijiang_model.formats.json_fields import read_json_object
 from dijiang_model.formats.tensor_files import RenamedTensors, TensorSource, open_tensors
 
@@ -94,7 +95,7 @@ def source_fingerprint(source: Source) -> str | None:
 
 
 def _open_gguf(path: Path) -> Source:
-    gguf = GgufSource(path)
+    gguf = GgufSource(path, FAMILIES.values())
     base = gguf.hf_config()
     config = replace(base_model_config(base), eos_token_ids=gguf.eos_token_ids())
     name = gguf.metadata.get("general.name")
@@ -103,7 +104,7 @@ def _open_gguf(path: Path) -> Source:
         base=base,
         config=config,
         is_dijiang=False,
-        tensors=gguf,
+        tensors=with_folded_scale(gguf, config),
         teacher=f"{name} ({path.name})" if isinstance(name, str) else path.name,
         licence=licence if isinstance(licence, str) else None,
         dequantised_from=", ".join(gguf.quantized_types) or None,
@@ -118,7 +119,7 @@ def _open_folder(path: Path) -> Source:
         return _open_own(path)
     base = {name: value for name, value in document.items() if name != "auto_map"}
     backbone = base_model_config(base)
-    tensors = with_usual_names(open_tensors(path), backbone)
+    tensors = unfused(with_usual_names(open_tensors(path), backbone), backbone)
     is_dijiang = is_released_format(tensors.infos())
     if is_dijiang:
         checkpoint = open_checkpoint(path)

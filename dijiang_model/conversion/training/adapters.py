@@ -17,7 +17,8 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from dijiang_model.checkpoints.checkpoint import write_checkpoint
-from dijiang_model.checkpoints.config_json import StoredConfig, parse_layers, read_stored_config
+from dijiang_model.checkpoints.config_json import StoredConfig, attention_document, parse_layers, read_stored_config
+from dijiang_model.checkpoints.outputs import CALIBRATION_FILE
 from dijiang_model.config import ModelConfig
 from dijiang_model.conversion.sources.tokenizer_files import write_tokenizer
 from dijiang_model.conversion.training.lora import DOWN, UP, merged
@@ -64,12 +65,14 @@ class Adapter:
         layers: the attention of each layer, a list of `config_json.attention_document`.
         tensors: by their names in the file.
         sha256: of the file that it came from; None: it came from none.
+        calibration: text of the base's `calibration.json`, where the layers have anchors.
     """
 
     info: AdapterInfo
     layers: list[dict[str, object]]
     tensors: Mapping[str, Tensor]
     sha256: str | None = None
+    calibration: str | None = None
 
     def config(self, base: ModelConfig) -> ModelConfig:
         """The adapted network.
@@ -99,6 +102,8 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
         "info": json.dumps(asdict(adapter.info)),
         "layers": json.dumps(adapter.layers),
     }
+    if adapter.calibration is not None:
+        metadata["calibration"] = adapter.calibration
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}
     write_atomically(path, safetensors_bytes(tensors, metadata))
 
@@ -133,7 +138,31 @@ def load_adapter(path: Path) -> Adapter:
     damaged = [f"{name} has values that are not finite" for name, tensor in tensors.items() if not _is_valid(tensor)]
     if damaged:
         raise CheckpointError(problem_list(f"{path} is damaged", damaged))
-    return Adapter(info, layers, tensors, hashlib.sha256(path.read_bytes()).hexdigest())
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Adapter(info, layers, tensors, sha256, metadata.get("calibration"))
+
+
+def kernel_adapter(folder: Path, *, recipe: str) -> Adapter:
+    """The DiJiang tensors of a converted model, so that conversions of its base need not make them again.
+
+    Args:
+        recipe: how they were made, in words.
+
+    Raises:
+        ModelError: no converted model.
+    """
+    stored, source = read_stored_config(folder), open_tensors(folder)
+    found = fingerprint(stored.config, source.infos(), source.read)
+    info = AdapterInfo(folder.resolve().name, found, stored.origin.tokens_trained, 0, recipe)
+    tensors = {name: source.read(name) for name in source.infos() if is_kernel_tensor(name)}
+    layers = [attention_document(layer) for layer in stored.config.layers]
+    return Adapter(info, layers, tensors, calibration=calibration_text(folder))
+
+
+def calibration_text(folder: Path) -> str | None:
+    """Of a converted model's `calibration.json`; None: it has none."""
+    file = folder / CALIBRATION_FILE
+    return file.read_text("utf-8") if file.is_file() else None
 
 
 def fingerprint(config: ModelConfig, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> str:
@@ -205,6 +234,8 @@ def apply_adapter(folder: Path, adapter: Adapter, out: Path, *, card: str, overw
     def fill(target: Path) -> None:
         write_tokenizer(folder, target, vocab_size=config.vocab_size)
         (target / "README.md").write_text(card)
+        if adapter.calibration is not None:
+            (target / CALIBRATION_FILE).write_text(adapter.calibration)
 
     write_checkpoint(
         out,

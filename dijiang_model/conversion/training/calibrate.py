@@ -81,6 +81,8 @@ class _LookBackOp:
             rows = token[first : first + ROWS, None]
             scores = (rotated_q[:, :, first : first + ROWS] @ rotated_k.transpose(-1, -2)) * scale
             scores = scores.masked_fill(token > rows, -torch.inf)
+            if kernel.teacher_window > 0:
+                scores = scores.masked_fill(token <= rows - kernel.teacher_window, -torch.inf)
             is_far = (token <= rows - near.window) & (token >= near.sinks)
             probability = scores.softmax(-1)
             far = probability * is_far

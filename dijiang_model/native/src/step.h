@@ -74,6 +74,7 @@ class Step {
     norm(layer.input_norm, normed_, layer.query);
     if (is_parallel) norm(layer.mlp_norm, mlp_normed_, layer.mlp_up);
     project(layer);
+    if (layer.query_norm.weight != nullptr) norm_heads(layer);
     for (const Segment& segment : segments_) {
       if (!segment.is_held) continue;
       const int64_t count = (segment.last - segment.first) * projected_width_;
@@ -181,6 +182,22 @@ class Step {
         if (from < to)
           product(*part, x, num_rows_, from, to, target, is_gate ? layer.gate.rows : projected_width_, false);
         start += part->rows;
+      }
+    });
+  }
+
+  // Each head's query and key, in place.
+  void norm_heads(const Layer& layer) const {
+    const Heads& heads = model_.heads;
+    for_rows([&](int64_t n) {
+      float* row = projected_ + n * projected_width_;
+      for (int64_t h = 0; h < heads.num_heads; ++h) {
+        float* query = row + heads.query_start + h * heads.query_step;
+        apply(layer.query_norm, query, heads.head_size, query);
+      }
+      for (int64_t g = 0; g < heads.num_groups; ++g) {
+        float* key = row + heads.key_start + g * heads.key_step;
+        apply(layer.key_norm, key, heads.head_size, key);
       }
     });
   }

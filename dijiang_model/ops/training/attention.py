@@ -26,7 +26,7 @@ NO_STATE = LayerState(torch.empty(0), None, None, None)
 
 @dataclass(frozen=True, slots=True)
 class SoftmaxAttention:
-    """The unconverted attention: every token sees all before it."""
+    """The unconverted attention: every token sees all before it, or the teacher's own window."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
@@ -38,7 +38,8 @@ class SoftmaxAttention:
         # On a CPU narrow products are slower here than fp32.
         with torch.autocast("cpu", enabled=False):
             rows = (q, k, v.to(q.dtype))
-            return torch.cat([_causal(*(x[first : first + length] for x in rows)) for first, length in segments])
+            parts = [tuple(x[first : first + length] for x in rows) for first, length in segments]
+            return torch.cat([_causal(*part, window=kernel.teacher_window) for part in parts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,11 +233,19 @@ def _from_scratch(layout: StepLayout) -> PrefillLayout:
     return layout.prefill
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One segment: q [T, H, d], k and v [T, G, d] -> [T, H, d]; memory linear in T."""
+def _causal(q: Tensor, k: Tensor, v: Tensor, *, window: int = 0) -> Tensor:
+    """One segment: q [T, H, d], k and v [T, G, d] -> [T, H, d]; memory linear in T where the window holds all of it.
+
+    Args:
+        window: tokens that each sees, itself among them; 0: all before it.
+    """
     query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
+    visible = None
+    if 0 < window < len(q):
+        token = torch.arange(len(q), device=q.device)
+        visible = (token <= token[:, None]) & (token > token[:, None] - window)
     attended = functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        query, key, value, attn_mask=visible, is_causal=visible is None, enable_gqa=q.shape[1] != k.shape[1]
     )
     return attended[0].transpose(0, 1)
 

@@ -280,6 +280,8 @@ class EngineInfo:
     """Why the compiled kernels do not, where they could be expected to (one process, a CPU), in a sentence."""
     kv_cache_bytes_per_token: int = 0
     """For comparison: what ordinary attention of this shape keeps of each token, in 16-bit numbers."""
+    memory: str = ""
+    """Which tokens a state holds, in words; empty: not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
-from server.states.errors import StoreUnavailableError, name_taken, state_conflict, storage_full
+from server.states.errors import StoreUnavailableError, name_taken, owner_full, state_conflict, storage_full
 from server.states.index.database import AMONG, Database, Transaction
 from server.states.index.rows import (
     delete_responses,
@@ -32,6 +32,8 @@ from server.states.index.rows import (
 )
 from server.states.index.schema import SCHEMA_VERSION, ensure_tables
 from server.states.index.upkeep import (
+    RECORD_BYTES,
+    Budget,
     break_off,
     drop_expired,
     drop_oldest,
@@ -42,7 +44,7 @@ from server.states.index.upkeep import (
     totals,
     wanted_bytes,
 )
-from server.states.index.uses import Heartbeat, InUse, end_uses, note_use, note_uses, register, use_of
+from server.states.index.uses import Heartbeat, InUse, Use, end_uses, note_use, note_uses, register, use_of
 from server.states.store import NewState, ResponseRecord, SnapshotRecord, StateRecord
 
 NOBODY = ""
@@ -83,7 +85,13 @@ class StateIndex:
     """
 
     def __init__(
-        self, database: Database, *, replica: str, lease_s: float | None = None, home: SnapshotHome | None = None
+        self,
+        database: Database,
+        *,
+        replica: str,
+        budget: Budget,
+        lease_s: float | None = None,
+        home: SnapshotHome | None = None,
     ) -> None:
         """
         Args:
@@ -93,6 +101,7 @@ class StateIndex:
         """
         self._database = database
         self._replica = replica
+        self._budget = budget
         self._lease_s = lease_s
         self._home = home
         self._last_heartbeat = self._calm_since = 0.0
@@ -127,21 +136,16 @@ class StateIndex:
         finally:
             self._database.close()
 
-    def reserve(
-        self, files: Collection[str], *, bytes_each: int, max_bytes: int, can_evict: bool, held: Collection[str]
-    ) -> None:
+    def reserve(self, files: Collection[str], use: Use, *, held: Collection[str]) -> None:
         """Keeps room for files; raises `StorageFullError`."""
         with self._changing() as transaction:
             register(transaction, self._replica, beats=self._lease_s is not None)
             drop_expired(transaction)
             for file in files:
-                note_use(transaction, self._replica, file, bytes_each)
-            can_evict = can_evict and len(files) * bytes_each <= max_bytes
-            self._retire(transaction)
-            while (wanted := wanted_bytes(transaction)) > max_bytes:
-                if not (can_evict and drop_oldest(transaction, held)):
-                    raise storage_full(wanted, max_bytes)
-                self._retire(transaction)
+                note_use(transaction, self._replica, file, use)
+            wanted = len(files) * (use.num_bytes + RECORD_BYTES)
+            can_fit = wanted <= min(self._budget.max_bytes, self._budget.max_owner_bytes)
+            self._make_room(transaction, use.owner, held, can_evict=can_fit)
 
     def release(self, files: Collection[str]) -> None:
         """Gives back room that `reserve` has kept and that nothing was kept in."""
@@ -170,6 +174,7 @@ class StateIndex:
             _require_free_name(transaction, owner, name)
             transaction.run("UPDATE states SET used = %s WHERE id = %s", transaction.now, state_id)
             insert_state(transaction, NewState(owner, head, name, state_id, ttl_s), fork_id)
+            self._make_room(transaction, owner, [head.file], keep=state_id)
             return find_state(transaction, owner, fork_id)
 
     def get(self, owner: str, state_id: str) -> StateRecord:
@@ -217,6 +222,7 @@ class StateIndex:
                 *(state_id, point, transaction.now, state.head.file),
             )
             drop_unused(transaction, [item.snapshot.file for item in state.points if item.name == point])
+            self._make_room(transaction, owner, [state.head.file], keep=state_id)
             return find_state(transaction, owner, state_id)
 
     def rewind(self, owner: str, state_id: str, point: str) -> StateRecord:
@@ -228,15 +234,19 @@ class StateIndex:
     def put_response(self, response: ResponseRecord, *, is_new: bool) -> None:
         """Inserts it, or replaces what is there and has not ended. May be repeated."""
         with self._changing() as transaction:
-            row = transaction.row("SELECT snapshot, maker FROM responses WHERE id = %s", response.id)
+            row = transaction.row("SELECT snapshot, maker, text_bytes FROM responses WHERE id = %s", response.id)
             if (not is_new) if row is None else row["maker"] is None:
                 return
             maker = NOBODY if response.is_put_off else self._replica
             if response.snapshot is not None:
                 self._place(transaction, response.snapshot, owner=response.owner)
-            write_response(transaction, response, maker=None if response.has_ended else maker)
+            num_bytes = write_response(transaction, response, maker=None if response.has_ended else maker)
             end_uses(transaction, self._replica, [] if response.snapshot is None else [response.snapshot.file])
             drop_unused(transaction, [] if row is None or row["snapshot"] is None else [row["snapshot"]])
+            # How a response has ended can always be said, if there is not much to say.
+            if num_bytes > (0 if row is None else row["text_bytes"] + RECORD_BYTES):
+                held = [] if response.snapshot is None else [response.snapshot.file]
+                self._make_room(transaction, response.owner, held, keep=response.id)
 
     def begin_use(self, record_id: str) -> None:
         """A state or response does not expire, for this replica goes on from it."""
@@ -346,6 +356,33 @@ class StateIndex:
                 self.totals = totals(transaction)
         if self._home is not None and retired:
             self._home.remove(retired)
+
+    def _make_room(
+        self,
+        transaction: Transaction,
+        owner: str,
+        held: Collection[str],
+        *,
+        keep: str = "",
+        can_evict: bool = True,
+    ) -> None:
+        """Evicts what the owner can spare until all fits that the transaction has added.
+
+        Raises:
+            StorageFullError: nothing is left to evict; the message is for whoever is over.
+        """
+        can_evict = can_evict and self._budget.can_evict
+        while True:
+            self._retire(transaction)
+            own = wanted_bytes(transaction, owner)
+            everything = wanted_bytes(transaction, None)
+            if own <= self._budget.max_owner_bytes and everything <= self._budget.max_bytes:
+                return
+            if not (can_evict and drop_oldest(transaction, owner, held, keep)):
+                break
+        if own > self._budget.max_owner_bytes:
+            raise owner_full(own, self._budget.max_owner_bytes)
+        raise storage_full(everything, self._budget.max_bytes)
 
     def _retire(self, transaction: Transaction) -> None:
         """Drops snapshots that the transaction has left without a reference."""

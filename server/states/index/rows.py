@@ -5,8 +5,9 @@ from collections.abc import Collection, Sequence
 
 from server.states.errors import response_not_found, snapshot_gone, state_not_found
 from server.states.index.database import AMONG, Row, Transaction
-from server.states.store import NewState, PointRecord, ResponseRecord, SnapshotRecord, StateRecord, Turn
+from server.states.store import CURSOR_PREFIX, NewState, PointRecord, ResponseRecord, SnapshotRecord, StateRecord, Turn
 
+MAX_CURSOR_DIGITS = 16
 _IS_USED = "EXISTS (SELECT 1 FROM uses WHERE uses.file = 'use of ' || id)"
 _IS_MADE = "(maker IS NOT NULL AND maker <> '')"
 ALIVE = f"(ttl_s IS NULL OR used + ttl_s > %s OR {_IS_USED})"
@@ -43,11 +44,11 @@ def list_states(
     transaction: Transaction, owner: str, *, limit: int, after: str | None, name: str | None
 ) -> list[StateRecord]:
     """Newest first."""
-    clauses, values = ["s.owner = %s", ALIVE], [owner, transaction.now]
+    clauses: list[str] = ["s.owner = %s", ALIVE]
+    values: list[object] = [owner, transaction.now]
     if after is not None:
-        find_state(transaction, owner, after)
-        clauses.append("number < (SELECT number FROM states WHERE id = %s)")
-        values.append(after)
+        clauses.append("number < %s")
+        values.append(_number_of(transaction, owner, after))
     if name is not None:
         if not _is_text(name):
             return []
@@ -55,6 +56,14 @@ def list_states(
         values.append(name)
     rows = transaction.rows(f"{_STATES} WHERE {' AND '.join(clauses)} ORDER BY number DESC LIMIT %s", *values, limit)
     return _states(transaction, rows)
+
+
+def _number_of(transaction: Transaction, owner: str, after: str) -> int:
+    """Of the state of an id, or of the one that a cursor was made for; raises `NotFoundError`."""
+    digits = after.removeprefix(CURSOR_PREFIX)
+    if digits != after and 0 < len(digits) < MAX_CURSOR_DIGITS and not {*digits} - {*"0123456789abcdef"}:
+        return int(digits, 16)
+    return find_state(transaction, owner, after).number
 
 
 def insert_state(transaction: Transaction, new: NewState, state_id: str) -> None:
@@ -90,8 +99,8 @@ def find_responses(transaction: Transaction, condition: str, *values: object) ->
     return [_response(row) for row in transaction.rows(f"{_RESPONSES} WHERE {condition}", *values)]
 
 
-def write_response(transaction: Transaction, response: ResponseRecord, *, maker: str | None) -> None:
-    """Inserts or replaces; its snapshot is there."""
+def write_response(transaction: Transaction, response: ResponseRecord, *, maker: str | None) -> int:
+    """Inserts or replaces; its snapshot is there. The bytes of its texts."""
     body, items = json.dumps(response.body), json.dumps(response.input_items)
     transaction.run(
         "INSERT INTO responses "
@@ -102,6 +111,7 @@ def write_response(transaction: Transaction, response: ResponseRecord, *, maker:
         *(response.id, response.owner, response.created, transaction.now, response.ttl_s, body, items),
         *(None if response.snapshot is None else response.snapshot.file, maker, len(body) + len(items)),
     )
+    return len(body) + len(items)
 
 
 def delete_responses(transaction: Transaction, condition: str, *values: object) -> list[str]:
@@ -152,7 +162,7 @@ def _states(transaction: Transaction, rows: Sequence[Row]) -> list[StateRecord]:
         points[row["state"]].append(PointRecord(row["name"], row["created"], _snapshot(row)))
     return [
         StateRecord(
-            **{key: row[key] for key in ("id", "owner", "name", "parent", "created", "used", "ttl_s")},
+            **{key: row[key] for key in ("id", "owner", "name", "parent", "created", "used", "ttl_s", "number")},
             head=_snapshot(row),
             points=tuple(points[row["id"]]),
         )

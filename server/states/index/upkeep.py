@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from server.states.index.database import AMONG, Transaction
 from server.states.index.rows import (
@@ -14,27 +15,55 @@ from server.states.index.rows import (
     write_response,
 )
 
+RECORD_BYTES = 512
+"""What a row costs beside what is in it: a state, a point, a response, room that is kept."""
 _WANTED_BYTES = (
-    "SELECT (SELECT coalesce(sum(num_bytes), 0) FROM snapshots) + (SELECT coalesce(sum(num_bytes), 0) FROM uses "
-    "WHERE NOT EXISTS (SELECT 1 FROM snapshots AS n WHERE n.file = uses.file)) AS number"
+    "SELECT (SELECT coalesce(sum(num_bytes), 0) FROM snapshots {of_owner}) "  # noqa: S608 (constants)
+    f"+ (SELECT coalesce(sum(text_bytes + {RECORD_BYTES}), 0) FROM responses {{of_owner}}) "
+    f"+ (SELECT {RECORD_BYTES} * count(*) FROM states {{of_owner}}) "
+    f"+ (SELECT {RECORD_BYTES} * count(*) FROM points {{of_state}}) "
+    f"+ (SELECT coalesce(sum(num_bytes + {RECORD_BYTES}), 0) FROM uses {{of_owner}} "
+    "{and_where} num_bytes > 0 AND NOT EXISTS (SELECT 1 FROM snapshots AS n WHERE n.file = uses.file)) AS number"
+)
+_ALL_BYTES = _WANTED_BYTES.format(of_owner="", of_state="", and_where="WHERE")
+_OWNER_BYTES = _WANTED_BYTES.format(
+    of_owner="WHERE owner = %s",
+    of_state="WHERE state IN (SELECT id FROM states WHERE owner = %s)",
+    and_where="AND",
 )
 _OLDEST = (
-    "SELECT kind, id FROM (SELECT 'states' AS kind, id, head AS file, used FROM states "  # noqa: S608 (constants)
-    "UNION ALL SELECT 'responses', id, snapshot, used FROM responses WHERE snapshot IS NOT NULL) AS kept "
-    f"WHERE NOT EXISTS (SELECT 1 FROM uses WHERE uses.file = kept.file) AND NOT file {AMONG} "
-    "ORDER BY used LIMIT 1"
+    "SELECT kind, id FROM (SELECT 'states' AS kind, id, head AS file, used, owner FROM states "  # noqa: S608
+    "UNION ALL SELECT 'responses', id, snapshot, used, owner FROM responses WHERE maker IS NULL) AS kept "
+    "WHERE owner = %s AND id <> %s AND (file IS NULL OR "
+    f"(NOT EXISTS (SELECT 1 FROM uses WHERE uses.file = kept.file) AND NOT file {AMONG})) ORDER BY used LIMIT 1"
 )
 
 
-def wanted_bytes(transaction: Transaction) -> int:
-    """Of all snapshots, and of the room that is kept for more."""
-    return transaction.number(_WANTED_BYTES)
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes of all that is kept: files, texts of responses, and the rows that name them.
+
+    Attributes:
+        max_bytes: of all owners.
+        max_owner_bytes: of each owner.
+        can_evict: whether what an owner has not used for longest makes room for what is new of the same owner.
+    """
+
+    max_bytes: int
+    max_owner_bytes: int
+    can_evict: bool = True
+
+
+def wanted_bytes(transaction: Transaction, owner: str | None) -> int:
+    """Of all that an owner keeps (None: that all keep), and of the room that is kept for more."""
+    if owner is None:
+        return transaction.number(_ALL_BYTES)
+    return transaction.number(_OWNER_BYTES, *[owner] * _OWNER_BYTES.count("%s"))
 
 
 def totals(transaction: Transaction) -> tuple[int, int]:
-    """How many states there are, and the bytes of all snapshots."""
-    num_states = transaction.number("SELECT count(*) AS number FROM states")
-    return num_states, transaction.number("SELECT coalesce(sum(num_bytes), 0) AS number FROM snapshots")
+    """How many states there are, and the bytes of all that is kept."""
+    return transaction.number("SELECT count(*) AS number FROM states"), wanted_bytes(transaction, None)
 
 
 def other_replicas(transaction: Transaction, *, but: str) -> list[str]:
@@ -73,9 +102,9 @@ def drop_expired(transaction: Transaction) -> None:
     drop_unused(transaction, [*files, *delete_responses(transaction, DEAD_RESPONSE, transaction.now)])
 
 
-def drop_oldest(transaction: Transaction, held: Collection[str]) -> bool:
-    """Deletes the state or response that was not used for longest; false if there is none but used ones."""
-    row = transaction.row(_OLDEST, json.dumps([*held]))
+def drop_oldest(transaction: Transaction, owner: str, held: Collection[str], keep: str) -> bool:
+    """Deletes what the owner has not used for longest, but not `keep`; false if there is none but used ones."""
+    row = transaction.row(_OLDEST, owner, keep, json.dumps([*held]))
     if row is None:
         return False
     delete = delete_states if row["kind"] == "states" else delete_responses

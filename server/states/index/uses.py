@@ -8,17 +8,28 @@ from server.states.index.database import AMONG, Transaction
 
 
 @dataclass(frozen=True, slots=True)
+class Use:
+    """How a file is used: bytes that are kept free for it, and whose budget pays for them."""
+
+    num_bytes: int = 0
+    owner: str = ""
+
+
+READING = Use()
+
+
+@dataclass(frozen=True, slots=True)
 class InUse:
     """What this server uses just now.
 
     Attributes:
-        files: those that it writes, with the bytes that are kept free for each, and those that it reads, with 0.
+        files: those that it writes or reads.
         making: responses that are being made here.
         stored: those of them that are in the index since.
         copies: files that are here and not used.
     """
 
-    files: Mapping[str, int]
+    files: Mapping[str, Use]
     making: Collection[str]
     stored: Collection[str]
     copies: Collection[str]
@@ -52,12 +63,12 @@ def register(transaction: Transaction, replica: str, *, beats: bool) -> None:
     )
 
 
-def note_use(transaction: Transaction, replica: str, file: str, num_bytes: int = 0) -> None:
+def note_use(transaction: Transaction, replica: str, file: str, use: Use = READING) -> None:
     """A server reads a file, or writes one for which room is kept; a heartbeat may have noted it already."""
     transaction.run(
         "INSERT INTO uses (file, replica, num_bytes, owner) VALUES (%s,%s,%s,%s) "
-        "ON CONFLICT (file, replica) DO UPDATE SET num_bytes = excluded.num_bytes",
-        *(file, replica, num_bytes, ""),
+        "ON CONFLICT (file, replica) DO UPDATE SET num_bytes = excluded.num_bytes, owner = excluded.owner",
+        *(file, replica, use.num_bytes, use.owner),
     )
 
 
@@ -68,7 +79,7 @@ def end_uses(transaction: Transaction, replica: str, files: Collection[str]) -> 
         transaction.run(statement, replica, json.dumps([*files]))
 
 
-def note_uses(transaction: Transaction, replica: str, files: Mapping[str, int]) -> list[str]:
+def note_uses(transaction: Transaction, replica: str, files: Mapping[str, Use]) -> list[str]:
     """Writes down what a server uses; what it uses no more."""
     noted = {row["file"] for row in transaction.rows("SELECT file FROM uses WHERE replica = %s", replica)}
     for file in files.keys() - noted:

@@ -108,6 +108,59 @@ def _llama(
     } | changes
 
 
+def _mistral(**changes: object) -> Json:
+    common = _llama(4096, 14336, heads=32, groups=8, layers=32, positions=32768)
+    dropped = ("attention_bias", "pretraining_tp", "rope_scaling")
+    document = {name: value for name, value in common.items() if name not in dropped}
+    return document | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"} | changes
+
+
+def _qwen2(hidden: int, inner: int, *, heads: int, groups: int, layers: int, **changes: object) -> Json:
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": inner,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 21,
+        "model_type": "qwen2",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": groups,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    } | changes
+
+
+def _qwen3(hidden: int, inner: int, *, heads: int, groups: int, layers: int, **changes: object) -> Json:
+    more = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False, "head_dim": 128}
+    changes = {"max_position_embeddings": 40960, "rope_scaling": None, "sliding_window": None} | changes
+    return _qwen2(hidden, inner, heads=heads, groups=groups, layers=layers) | more | changes
+
+
+def _phi3(hidden: int, inner: int, *, heads: int, groups: int, layers: int, **changes: object) -> Json:
+    common = _llama(hidden, inner, heads=heads, groups=groups, layers=layers, positions=4096, vocab=32064)
+    more = {
+        "architectures": ["Phi3ForCausalLM"],
+        "eos_token_id": 32000,
+        "model_type": "phi3",
+        "original_max_position_embeddings": 4096,
+        "pad_token_id": 32000,
+        "sliding_window": None,
+    }
+    return {name: value for name, value in common.items() if name != "pretraining_tp"} | more | changes
+
+
 def _llama3(*, factor: float) -> Json:
     return {
         "factor": factor,
@@ -163,6 +216,26 @@ PUBLISHED: Mapping[str, Json] = {
         4096, 11008, heads=32, groups=32, layers=32, positions=65536,
         rope_scaling={"factor": 16.0, "original_max_position_embeddings": 4096, "type": "yarn"},
     ),
+    "mistral-7b-v0.1": _mistral(sliding_window=4096),
+    "mistral-7b-v0.3": _mistral(sliding_window=None, rope_theta=1000000.0, vocab_size=32768),
+    "qwen2.5-0.5b": _qwen2(896, 4864, heads=14, groups=2, layers=24, tie_word_embeddings=True),
+    "qwen2.5-7b-1m": _qwen2(
+        3584, 18944, heads=28, groups=4, layers=28,
+        rope_scaling={"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+    ),
+    "phi-3-mini-4k": _phi3(3072, 8192, heads=32, groups=32, layers=32, sliding_window=2047),
+    "phi-4": _phi3(
+        5120, 17920, heads=40, groups=10, layers=40, vocab_size=100352, rope_theta=250000,
+        max_position_embeddings=16384, bos_token_id=100257, eos_token_id=100257, pad_token_id=100257,
+    ),
+    "phi-4-mini, plain rotation": _phi3(
+        3072, 8192, heads=24, groups=8, layers=32, partial_rotary_factor=0.75, tie_word_embeddings=True,
+    ),
+    "qwen3-0.6b": _qwen3(1024, 3072, heads=16, groups=8, layers=28, tie_word_embeddings=True),
+    "qwen3-8b": _qwen3(
+        4096, 12288, heads=32, groups=8, layers=36,
+        rope_scaling={"factor": 4.0, "original_max_position_embeddings": 32768, "rope_type": "yarn"},
+    ),
 }  # fmt: skip
 
 
@@ -190,7 +263,9 @@ def shrunk(published: Json) -> Json:
     if isinstance(scaling, dict) and "original_max_position_embeddings" in scaling:
         # So that within a short text some channels are scaled, some are not, and some in part.
         small["rope_scaling"] = {**scaling, "original_max_position_embeddings": MAX_POSITIONS // 2}
-    small |= {name: 0 for name in ("bos_token_id", "eos_token_id") if _is_beyond(published.get(name))}
+    if published.get("sliding_window") is not None and published["model_type"] in ("mistral", "phi3"):
+        small["sliding_window"] = MAX_POSITIONS // 4
+    small |= {name: 0 for name in ("bos_token_id", "eos_token_id", "pad_token_id") if _is_beyond(published.get(name))}
     return {**published, **small}
 
 

@@ -3,26 +3,30 @@
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import read_stored_config
 from dijiang_model.conversion.convert import convert
+from dijiang_model.conversion.sources.gguf_source import GgufSource
 from dijiang_model.conversion.sources.gguf_tokenizer import byte_level_tokenizer
 from dijiang_model.errors import ConversionError, ModelError
-from dijiang_model.formats.gguf_source import GgufSource
+from dijiang_model.families import FAMILIES
+from dijiang_model.rotary import RopeScaling, rotary_frequencies
 from tests.byte_tokenizer import CHAT_TEMPLATE
+from tests.dijiang_model.checkpoints.published_configs import PUBLISHED, shrunk, tiny_teacher
 from tests.dijiang_model.conversion.test_convert import TEXT, TOLERANCE, difference, teacher_logits
-from tests.dijiang_model.stepping import logits_of
+from tests.dijiang_model.stepping import assert_close_in_norm, logits_of
 from tests.dijiang_model.teachers import llama_teacher, write_gguf
 
 
 def test_a_plain_gguf_gives_the_teachers_tensors_bit_for_bit(tmp_path: Path) -> None:
     teacher = llama_teacher()
-    source = GgufSource(write_gguf(teacher, tmp_path / "t.gguf"))
+    source = GgufSource(write_gguf(teacher, tmp_path / "t.gguf"), FAMILIES.values())
     expected = teacher.state_dict()
     del expected["lm_head.weight"]
     assert source.infos().keys() == expected.keys()
@@ -66,7 +70,7 @@ def test_half_precision_tensors_keep_their_values(tmp_path: Path, kind: str) -> 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    read = GgufSource(tmp_path / "t.gguf").read("model.embed_tokens.weight")
+    read = GgufSource(tmp_path / "t.gguf", FAMILIES.values()).read("model.embed_tokens.weight")
     assert read.dtype == value.dtype
     assert torch.equal(read, value)
 
@@ -148,7 +152,7 @@ def test_merges_that_do_not_fit_the_tokens_are_refused() -> None:
     [
         ({"llama.attention.sliding_window": 4096}, "sliding window"),
         ({"llama.expert_count": 8}, "mixture of experts"),
-        ({"llama.rope.scaling.type": "yarn"}, "scaled"),
+        ({"llama.rope.scaling.type": "longrope"}, "longrope"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count is 8"),
         ({"llama.attention.value_length": 8}, "value_length is 8"),
     ],
@@ -195,3 +199,48 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(ConversionError, match="'gptneox'"):
         convert(tmp_path / "t.gguf", tmp_path / "out")
+
+
+LLAMA3_SCALING = RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
+ARCHITECTURES: dict[str, tuple[str, dict[str, str | int | float], RopeScaling | None]] = {
+    "llama-3.1-8b": ("llama", {}, LLAMA3_SCALING),
+    "mistral-7b-v0.3": ("llama", {}, None),
+    "vicuna-16k": ("llama", {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, None),
+    "qwen2.5-0.5b": ("qwen2", {}, None),
+    "qwen2.5-7b-1m": (
+        "qwen2",
+        {
+            "qwen2.rope.scaling.type": "yarn",
+            "qwen2.rope.scaling.factor": 4.0,
+            "qwen2.rope.scaling.original_context_length": 64,
+        },
+        None,
+    ),
+    "qwen3-0.6b": ("qwen3", {}, None),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_gguf_of_every_architecture_is_its_teacher(name: str, tmp_path: Path) -> None:
+    architecture, metadata, scaling = ARCHITECTURES[name]
+    teacher, factors = tiny_teacher(name), None
+    if scaling is not None:  # the divisors of Llama 3 are those of its own range, not of the tiny model's
+        theta = teacher.config.rope_parameters["rope_theta"]
+        plain = rotary_frequencies(teacher.config.head_dim, theta=theta)
+        factors = np.array(plain) / np.array(scaling.scaled(plain, theta=theta))
+        document = {**shrunk(PUBLISHED[name]), "rope_scaling": PUBLISHED[name]["rope_scaling"]}
+        del document["model_type"]
+        weights = teacher.state_dict()
+        teacher = LlamaForCausalLM(LlamaConfig(**document)).eval()
+        teacher.load_state_dict(weights)
+    path = write_gguf(teacher, tmp_path / "t.gguf", architecture=architecture, metadata=metadata, rope_factors=factors)
+    convert(path, tmp_path / "out", window=60)
+    model = load_model(tmp_path / "out")
+    assert scaling is None or model.config.rope_scaling == scaling
+    assert_close_in_norm(logits_of(model, TEXT), teacher_logits(teacher), tolerance=1e-5)
+
+
+def test_rotary_factors_that_nobody_knows_are_refused(tmp_path: Path) -> None:
+    path = write_gguf(llama_teacher(), tmp_path / "t.gguf", rope_factors=np.linspace(1, 3, 8))
+    with pytest.raises(ConversionError, match="has factors of its own"):
+        convert(path, tmp_path / "out")

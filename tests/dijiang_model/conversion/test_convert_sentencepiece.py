@@ -11,9 +11,10 @@ import sentencepiece
 from tokenizers import Tokenizer
 
 from dijiang_model.conversion.convert import convert
+from dijiang_model.conversion.sources.gguf_source import GgufSource
 from dijiang_model.conversion.sources.tokenizer_files import write_tokenizer
 from dijiang_model.errors import ConversionError
-from dijiang_model.formats.gguf_source import GgufSource
+from dijiang_model.families import FAMILIES
 from tests.dijiang_model.teachers import llama_teacher, save_teacher, write_gguf
 
 TEXT = [
@@ -127,7 +128,7 @@ def test_a_gguf_with_a_sentencepiece_vocabulary_keeps_it(tmp_path: Path, sentenc
 
     teacher = llama_teacher(vocab_size=VOCAB_SIZE, eos_token_id=2, bos_token_id=1)
     path = write_gguf(teacher, tmp_path / "t.gguf", pre_tokenizer=None, add_vocabulary=add_vocabulary)
-    assert GgufSource(path).eos_token_ids() == (2,)
+    assert GgufSource(path, FAMILIES.values()).eos_token_ids() == (2,)
     assert convert(path, tmp_path / "out").has_tokenizer
     tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     for text in SAMPLES:

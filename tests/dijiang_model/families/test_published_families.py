@@ -14,11 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dijiang_model.checkpoints.checkpoint import load_model
+from dijiang_model.checkpoints.config_json import base_document
 from dijiang_model.checkpoints.hf_config import base_model_config
 from dijiang_model.conversion.convert import convert
 from dijiang_model.conversion.evaluation.teacher import load_teacher
+from dijiang_model.errors import ConfigError, ConversionError
+from dijiang_model.native.library import load_library
 from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention
 from dijiang_model.segments import run_segments
+from dijiang_model.serving.network import freeze
 from tests.dijiang_model.checkpoints.published_configs import PUBLISHED, save, tiny_teacher
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, logits_of, random_text
 
@@ -43,6 +47,15 @@ EXPECTED = {
     "llama-3.2-1b": (16, 32, 8, 64, 64, True, 2048, True),
     "vicuna-16k": (32, 32, 32, 128, 128, True, 4096, False),
     "yarn-llama-2-7b": (32, 32, 32, 128, 128, True, 4096, False),
+    "mistral-7b-v0.1": (32, 32, 8, 128, 128, True, 4096, False),
+    "mistral-7b-v0.3": (32, 32, 8, 128, 128, True, 4096, False),
+    "qwen2.5-0.5b": (24, 14, 2, 64, 64, True, 896, True),
+    "qwen2.5-7b-1m": (28, 28, 4, 128, 128, True, 3584, False),
+    "phi-3-mini-4k": (32, 32, 32, 96, 96, True, 3072, False),
+    "phi-4": (40, 40, 10, 128, 128, True, 5120, False),
+    "phi-4-mini, plain rotation": (32, 24, 8, 128, 96, True, 3072, True),
+    "qwen3-0.6b": (28, 16, 8, 128, 128, True, 1024, True),
+    "qwen3-8b": (36, 32, 8, 128, 128, True, 4096, False),
 }
 
 
@@ -79,7 +92,10 @@ def test_full_softmax_through_our_blocks_gives_the_logits_of_hf(name: str, tmp_p
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_conversion_with_a_window_over_the_whole_text_gives_them_too(name: str, tmp_path: Path) -> None:
     teacher = tiny_teacher(name)
-    convert(save(teacher, tmp_path / "hf"), tmp_path / "out", window=len(TEXT) - 4, sinks=4)
+    # A teacher with a sliding window is met by a window that is just as long.
+    seen = base_model_config(teacher.config.to_dict()).teacher_window
+    window, sinks = (seen, 0) if seen else (len(TEXT) - 4, 4)
+    convert(save(teacher, tmp_path / "hf"), tmp_path / "out", window=window, sinks=sinks)
     model, expected = load_model(tmp_path / "out"), logits(teacher)
     assert_close_in_norm(logits_of(model, TEXT), expected, tolerance=TOLERANCE)
     with torch.no_grad():
@@ -88,6 +104,49 @@ def test_a_conversion_with_a_window_over_the_whole_text_gives_them_too(name: str
     stepper = Stepper(model).open(1)
     decoded = [stepper.step({1: TEXT[:33]})[1], *(stepper.step(decode={1: token})[1] for token in TEXT[33:])]
     assert_close_in_norm(torch.cat(decoded), expected, tolerance=TOLERANCE)
+
+
+GREEDY = ("mistral-7b-v0.1", "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "yarn-llama-2-7b", "phi-3-mini-4k")
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_200_greedy_tokens_are_those_of_hf_in_the_compiled_kernels(name: str, tmp_path: Path) -> None:
+    teacher, prompt, num_new = tiny_teacher(name), TEXT[:20], 200
+    seen = base_model_config(teacher.config.to_dict()).teacher_window
+    convert(save(teacher, tmp_path / "hf"), tmp_path / "out", window=seen or len(prompt) + num_new, sinks=0)
+    model = freeze(load_model(tmp_path / "out"))
+    assert load_library() is None or model.decode_path == "native"
+    stepper = Stepper(model).open(1)
+    last, found = stepper.step({1: prompt})[1][-1], []
+    for _ in range(num_new):
+        found.append(int(last.argmax()))
+        last = stepper.step(decode={1: found[-1]})[1][-1]
+    expected = teacher.generate(
+        torch.tensor([prompt]), max_new_tokens=num_new, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert found == expected[0, len(prompt) :].tolist()
+
+
+def test_a_window_wider_than_the_teachers_is_refused(tmp_path: Path) -> None:
+    teacher = tiny_teacher("mistral-7b-v0.1")
+    with pytest.raises(ConversionError, match="sees the last 32 tokens alone: --window is 32 at most"):
+        convert(save(teacher, tmp_path / "hf"), tmp_path / "out", window=33)
+
+
+def test_a_window_that_is_switched_on_is_refused_and_one_that_is_absent_is_hfs_default() -> None:
+    with pytest.raises(ConfigError, match="a sliding window is not supported"):
+        base_model_config({**PUBLISHED["qwen2.5-0.5b"], "use_sliding_window": True})
+    silent = {name: value for name, value in PUBLISHED["qwen2.5-0.5b"].items() if name != "use_sliding_window"}
+    assert base_model_config(silent).teacher_window == 0
+    mistral = {name: value for name, value in PUBLISHED["mistral-7b-v0.1"].items() if name != "sliding_window"}
+    assert base_model_config(mistral).teacher_window == 4096
+    assert base_model_config(PUBLISHED["mistral-7b-v0.3"]).teacher_window == 0
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_config_that_is_written_is_read_as_it_was(name: str) -> None:
+    config = base_model_config(PUBLISHED[name])
+    assert base_model_config(base_document(config)) == config
 
 
 def _sharded_safetensors(teacher: PreTrainedModel, folder: Path) -> None:

@@ -22,6 +22,8 @@ from tests.tiny_models import (
     gpt_neox_config,
     llama_config,
     opt_config,
+    qwen2_config,
+    qwen3_config,
     tiny_model,
     tiny_network,
 )
@@ -58,6 +60,8 @@ CONFIGS: dict[str, ModelConfig] = {
     "far queries beside interleaved heads": gpt_neox_config(
         FAR_QUERIES, replace(PURE, features=replace(PURE.features, far_rank=16))
     ),
+    "biases of queries, keys and values": qwen2_config(),
+    "normed queries and keys": qwen3_config(HYBRID, UNROTATED),
     "long rows": replace(llama_config(), intermediate_size=700, mlp_bias=True),
 }
 # The order of fp32 sums, through a few layers. GroupNorm over three channels each divides by a spread that may be

@@ -31,6 +31,8 @@ from tests.tiny_models import (
     gpt_neox_config,
     llama_config,
     opt_config,
+    qwen2_config,
+    qwen3_config,
     random_tensors,
     tiny_model,
     write_tiny_model,
@@ -53,6 +55,8 @@ SPLITS: dict[str, tuple[ModelConfig, int]] = {
     "gpt_neox, tables, norm groups across ranks": (with_heads(gpt_neox_config(), 6), 3),
     "gpt_neox, sequential, hybrid": (gpt_neox_config(HYBRID, PURE, parallel_residual=False), 3),
     "gpt_neox, whole projection, static decay": (with_heads(gpt_neox_config(RELEASED, TABLES), 4), 2),
+    "qwen2, biases of queries, keys and values": (qwen2_config(), 2),
+    "qwen3, normed queries and keys": (qwen3_config(), 2),
     "opt, pre-norm": (with_heads(opt_config(), 4), 4),
     "opt, post-norm, projected embedding": (with_heads(opt_config(pre_norm=False, embedding_size=20), 4), 2),
 }

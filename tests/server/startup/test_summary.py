@@ -36,7 +36,7 @@ def test_model_capacity_keys_and_the_url_to_paste_are_told(tmp_path: Path, host:
     settings = Settings(host=host)
     config = engine_config(settings, tmp_path, Device("cpu", 1 << 30))
     options = ServiceOptions(model_name="org/[tiny]", key_hashes=frozenset({hash_key(b"k")}))
-    info = replace(FakeEngine().info, num_slots=512, state_bytes_per_slot=4_613_734)
+    info = replace(FakeEngine().info, num_slots=512, state_bytes_per_slot=4_613_734, memory="284 places a head")
     console = Console(width=120)
     with socket.socket() as listener:
         listener.bind((host, 0))
@@ -45,7 +45,8 @@ def test_model_capacity_keys_and_the_url_to_paste_are_told(tmp_path: Path, host:
     with console.capture() as captured:
         console.print(summary.table(info))
     text = captured.get()
-    for part in ("org/[tiny]", "hybrid", "512 conversations of 4.4 MiB", "float32", "1 let in", "token ids only"):
+    for part in ("org/[tiny]", "hybrid", "512 conversations of 4.4 MiB", "float32", "1 let in", "token ids only",
+                 "4.4 MiB: 284 places a head"):  # fmt: skip
         assert part in text
     assert f"http://{shown}:{port}/v1" in text
     assert "warning" not in text

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from server.states.embedded import open_embedded_store
+from server.states.index.upkeep import RECORD_BYTES
 from server.states.indexed import HEARTBEAT_S, IndexedStore, StoreOptions
 from server.states.shared import SharedOptions, open_shared_store
 from server.states.store import NewState, ResponseRecord, Room, SnapshotRecord, StateRecord, StateStore, Turn
@@ -14,6 +15,11 @@ from tests.server.states.postgres_server import PostgresServer
 
 SIZE = 100
 Eviction = Literal["lru", "refuse"]
+
+
+def budget(num_states: int) -> int:
+    """Bytes that so many states take, with their rows."""
+    return num_states * (SIZE + RECORD_BYTES)
 
 
 class Clock:
@@ -29,7 +35,12 @@ class Kind(Protocol):
     """One kind of store, with its data in a place of its own."""
 
     def open(
-        self, *, max_bytes: int = 10_000, eviction: Eviction = "lru", clock: Callable[[], float] | None = None
+        self,
+        *,
+        max_bytes: int = 100_000,
+        eviction: Eviction = "lru",
+        clock: Callable[[], float] | None = None,
+        max_owner_bytes: int | None = None,
     ) -> StateStore:
         """A server's store; what was kept before is in it."""
         ...
@@ -50,10 +61,15 @@ class EmbeddedKind:
         self._folder = folder
 
     def open(
-        self, *, max_bytes: int = 10_000, eviction: Eviction = "lru", clock: Callable[[], float] | None = None
+        self,
+        *,
+        max_bytes: int = 100_000,
+        eviction: Eviction = "lru",
+        clock: Callable[[], float] | None = None,
+        max_owner_bytes: int | None = None,
     ) -> IndexedStore:
         clock = Clock() if clock is None else clock
-        return open_embedded_store(self._folder, StoreOptions(max_bytes, eviction), clock=clock)
+        return open_embedded_store(self._folder, StoreOptions(max_bytes, eviction, max_owner_bytes), clock=clock)
 
     async def settle(self, store: StateStore) -> None:
         assert isinstance(store, IndexedStore)
@@ -74,15 +90,16 @@ class SharedKind:
     def open(
         self,
         *,
-        max_bytes: int = 10_000,
+        max_bytes: int = 100_000,
         eviction: Eviction = "lru",
         clock: Callable[[], float] | None = None,
+        max_owner_bytes: int | None = None,
         beat_s: float = HEARTBEAT_S,
         patience_s: float = 0.0,
         **more: Any,
     ) -> IndexedStore:
         clock = Clock() if clock is None else clock
-        options = StoreOptions(max_bytes, eviction, heartbeat_s=beat_s, patience_s=patience_s)
+        options = StoreOptions(max_bytes, eviction, max_owner_bytes, heartbeat_s=beat_s, patience_s=patience_s)
         shared = SharedOptions(self.postgres.url, **{"schema": self.schema, "timeout_s": 10.0, **more})
         return open_shared_store(self.folder, shared, options, clock=clock)
 
@@ -129,18 +146,18 @@ async def make(
     parent: str | None = None,
     content: bytes = b"x" * SIZE,
 ) -> StateRecord:
-    async with store.room(1, bytes_each=len(content)) as room:
+    async with store.room(1, bytes_each=len(content), owner=owner) as room:
         return await store.add(NewState(owner, write(room, content=content), name, parent, ttl_s))
 
 
 async def advance(store: StateStore, state: StateRecord) -> StateRecord:
-    async with store.room(1, bytes_each=SIZE) as room:
+    async with store.room(1, bytes_each=SIZE, owner=state.owner) as room:
         return await store.advance(state, write(room))
 
 
 async def put_response(store: StateStore, response_id: str, status: str, *, owner: str = "ann") -> ResponseRecord:
     """One with a conversation."""
-    async with store.room(1, bytes_each=SIZE) as room:
+    async with store.room(1, bytes_each=SIZE, owner=owner) as room:
         body = {"id": response_id, "status": status, "background": True}
         response = ResponseRecord(response_id, owner, 5.0, None, body, ({"role": "user"},), write(room))
         await store.put_response(response)

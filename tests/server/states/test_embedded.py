@@ -18,7 +18,7 @@ def kind(tmp_path: Path) -> EmbeddedKind:
 async def test_what_a_crash_leaves_behind_is_swept(kind: EmbeddedKind) -> None:
     first = kind.open()
     whole = await make(first)
-    room = first.room(2, bytes_each=SIZE)
+    room = first.room(2, bytes_each=SIZE, owner="ann")
     write(await room.__aenter__())
     (first.files_folder / f".{whole.head.file}.partial").write_bytes(b"never renamed")
     die(first)

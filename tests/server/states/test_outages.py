@@ -49,7 +49,7 @@ async def test_while_the_server_is_away_every_call_says_so_and_then_all_is_as_it
         lambda: make(store),
         lambda: store.heartbeat(),
     ]
-    room = store.room(1, bytes_each=SIZE)
+    room = store.room(1, bytes_each=SIZE, owner="ann")
     await room.__aenter__()
     kind.postgres.stop()
     try:
@@ -76,7 +76,7 @@ async def test_an_answer_that_is_to_be_kept_waits_for_a_server_that_is_away_for_
     store = kind.open(patience_s=60.0)
     state = await make(store)
     response = await put_response(store, "resp_1", "in_progress")
-    async with store.room(2, bytes_each=SIZE) as room:
+    async with store.room(2, bytes_each=SIZE, owner="ann") as room:
         kind.postgres.stop()
         keeping = asyncio.gather(
             store.add(NewState("ann", write(room, 0), "talk")),
@@ -96,7 +96,7 @@ async def test_an_answer_that_is_to_be_kept_waits_for_a_server_that_is_away_for_
 
 async def test_what_was_kept_without_an_answer_may_be_kept_again(kind: SharedKind) -> None:
     store = kind.open()
-    async with store.room(2, bytes_each=SIZE) as room:
+    async with store.room(2, bytes_each=SIZE, owner="ann") as room:
         first, second = (write(room, number) for number in (0, 1))
         for _ in range(2):
             store._files.upload(first, owner="ann")

@@ -19,7 +19,7 @@ from server.states.index.schema import CHUNK_BYTES
 from server.states.indexed import IndexedStore
 from server.states.shared import LEASE_S
 from server.states.store import NewState
-from tests.server.states.stores import SIZE, Clock, SharedKind, advance, die, make, put_response, snapshot
+from tests.server.states.stores import SIZE, Clock, SharedKind, advance, budget, die, make, put_response, snapshot
 
 pytestmark = pytest.mark.anyio
 PATIENCE_S = 60.0
@@ -34,7 +34,7 @@ from tests.server.states.stores import snapshot
 
 async def main(url, schema, folder, pipe):
     store = open_shared_store(Path(folder), SharedOptions(url, schema=schema), StoreOptions(1 << 30))
-    async with store.room(1, bytes_each=1 << 20) as room:
+    async with store.room(1, bytes_each=1 << 20, owner="ann") as room:
         room.path(0).symlink_to(pipe)
         await store.add(NewState("ann", snapshot(room.files[0], num_bytes=1 << 30)))
 
@@ -145,7 +145,7 @@ async def test_what_a_replica_holds_is_there_until_it_lets_go(
 
 
 async def test_what_another_replica_holds_is_not_evicted(kind: SharedKind) -> None:
-    first, second = kind.open(max_bytes=SIZE), kind.open(max_bytes=SIZE)
+    first, second = kind.open(max_bytes=budget(1)), kind.open(max_bytes=budget(1))
     state = await make(first)
     async with second.hold(state.head):
         await second.heartbeat()
@@ -160,8 +160,8 @@ async def test_what_another_replica_holds_is_not_evicted(kind: SharedKind) -> No
 
 
 async def test_room_that_another_replica_is_using_counts(kind: SharedKind) -> None:
-    first, second = (kind.open(max_bytes=2 * SIZE, eviction="refuse") for _ in range(2))
-    async with first.room(2, bytes_each=SIZE):
+    first, second = (kind.open(max_bytes=budget(2), eviction="refuse") for _ in range(2))
+    async with first.room(2, bytes_each=SIZE, owner="ann"):
         with pytest.raises(StorageFullError):
             await make(second)
     await make(second)
@@ -241,16 +241,16 @@ async def test_beats_take_nothing_for_lost_that_has_just_begun(kind: SharedKind,
 
 
 async def test_a_replica_that_was_killed_is_buried_by_the_next_in_its_folder(kind: SharedKind) -> None:
-    dead, other = kind.open(max_bytes=3 * SIZE, eviction="refuse"), kind.open(max_bytes=3 * SIZE, eviction="refuse")
+    dead, other = kind.open(max_bytes=budget(4), eviction="refuse"), kind.open(max_bytes=budget(4), eviction="refuse")
     await put_response(dead, "resp_1", "in_progress")
     await put_response(other, "resp_2", "in_progress")
-    room = dead.room(1, bytes_each=SIZE)
+    room = dead.room(1, bytes_each=SIZE, owner="ann")
     await room.__aenter__()
     with pytest.raises(StorageFullError):
         await make(other)
     die(dead)
     assert (await other.get_response("ann", "resp_1")).body["status"] == "in_progress"
-    again = kind.open(max_bytes=3 * SIZE, eviction="refuse")
+    again = kind.open(max_bytes=budget(4), eviction="refuse")
     assert again.files_folder == dead.files_folder
     assert [*again.files_folder.iterdir()] == []
     assert (await other.get_response("ann", "resp_1")).body["status"] == "failed"
@@ -317,7 +317,7 @@ async def test_a_client_who_leaves_in_the_middle_of_writing_leaves_nothing(kind:
     store = kind.open(max_bytes=1 << 30)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    async with store.room(1, bytes_each=len(LARGE)) as room:
+    async with store.room(1, bytes_each=len(LARGE), owner="ann") as room:
         room.path(0).symlink_to(pipe)
         adding = asyncio.create_task(store.add(NewState("ann", snapshot(room.files[0], num_bytes=len(LARGE)))))
         content = await asyncio.to_thread(pipe.open, "wb")
@@ -332,7 +332,7 @@ async def test_a_client_who_leaves_in_the_middle_of_writing_leaves_nothing(kind:
 
 
 async def test_a_file_that_the_engine_has_not_written_is_not_kept(kind: SharedKind, first: IndexedStore) -> None:
-    async with first.room(1, bytes_each=SIZE) as room:
+    async with first.room(1, bytes_each=SIZE, owner="ann") as room:
         with pytest.raises(FileNotFoundError):
             await first.add(NewState("ann", snapshot(room.files[0])))
     assert kind.num_files() == 0

@@ -209,3 +209,27 @@ def test_a_conversation_goes_on_after_everything_was_killed(tiny: Path, tmp_path
         assert second.usage == undisturbed.usage
         lost = server.client.responses.retrieve(half.id)
         assert lost.status in ("failed", "completed")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param"),
+    [
+        ("metadata", {f"k{number}": "v" for number in range(17)}, "metadata"),
+        ("metadata", {"k" * 65: "v"}, "metadata"),
+        ("metadata", {"k": "v" * 513}, "metadata"),
+        ("user", "u" * 513, "user"),
+        ("text", {"format": {"type": "text", "padding": "x" * (1 << 20)}}, "text.format"),
+        ("tools", [{"type": "function", "name": "f", "description": "x" * (1 << 20)}], "tools"),
+    ],
+)
+def test_what_comes_back_with_a_response_has_a_length(server: Running, field: str, value: object, param: str) -> None:
+    status, _, told = server.refused("POST", "/v1/responses", json={"input": "x", field: value})
+    assert status == 400
+    assert told is not None
+    assert told.startswith(param)
+
+
+def test_what_comes_back_with_a_response_may_have_that_length(server: Running) -> None:
+    metadata = {f"{number:064d}": "v" * 512 for number in range(16)}
+    answer = server.post("/v1/responses", input="x", metadata=metadata, user="u" * 512, max_output_tokens=1)
+    assert (answer["metadata"], answer["user"]) == (metadata, "u" * 512)

@@ -289,15 +289,18 @@ def test_a_file_damaged_on_the_disk_fails_that_request_alone(tiny: Path, tmp_pat
             path.write_bytes(content)
         body = {"prompt": "x", "state_id": first["state_id"], "cache_prompt": False}
         assert server.refused("POST", "/v1/completions", json=body) == (400, "state_invalid", "state_id")
+        assert server.refused("GET", f"/v1/states/{first['state_id']}/export")[:2] == (400, "state_invalid")
         for path in files:
             path.unlink()
         body = {"prompt": "x", "state_id": second["state_id"], "cache_prompt": False}
         assert server.refused("POST", "/v1/completions", json=body) == (404, "state_not_found", "state_id")
+        assert server.refused("GET", f"/v1/states/{second['state_id']}/export")[:2] == (404, "state_not_found")
         assert len(server.complete(TEXT)["token_ids"]) == 8
 
 
 def test_a_full_store_that_may_not_evict_refuses_before_anything_is_computed(tiny: Path, tmp_path: Path) -> None:
-    with running(tiny, tmp_path / "full", "--states-disk", "80KiB", "--states-eviction", "refuse") as server:
+    limits = ("--states-disk", "160KiB", "--states-eviction", "refuse")
+    with running(tiny, tmp_path / "full", *limits) as server:  # two keys share it
         saved(server)
         before = server.gauge("dijiang_engine_prefill_tokens_total")
         body = {"prompt": "x", "return_state": True}

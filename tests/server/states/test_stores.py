@@ -1,5 +1,6 @@
 """What every store of states promises: owned, named, bounded, and there again after a restart."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,19 @@ import pytest
 from server.errors import NotFoundError
 from server.http.errors import on_wire
 from server.states.errors import StateConflictError, StorageFullError
-from server.states.store import NewState, StateStore
-from tests.server.states.stores import SIZE, Clock, EmbeddedKind, Kind, SharedKind, advance, make, put_response, write
+from server.states.store import NewState, ResponseRecord, StateStore
+from tests.server.states.stores import (
+    SIZE,
+    Clock,
+    EmbeddedKind,
+    Kind,
+    SharedKind,
+    advance,
+    budget,
+    make,
+    put_response,
+    write,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -79,6 +91,19 @@ async def test_listing_is_newest_first_in_pages(kind: Kind, store: StateStore) -
     assert await store.list_states("ann", limit=9, after=None, name="\0") == []
 
 
+async def test_a_page_begins_where_the_last_one_ended_though_its_states_are_gone(kind: Kind, store: StateStore) -> None:
+    ids = [(await make(store)).id for _ in range(5)]
+    page = await store.list_states("ann", limit=2, after=None, name=None)
+    for state in page:
+        await store.delete("ann", state.id)
+    rest = await store.list_states("ann", limit=9, after=page[-1].cursor, name=None)
+    assert [state.id for state in rest] == [ids[2], ids[1], ids[0]]
+    assert await store.list_states("bob", limit=9, after=page[-1].cursor, name=None) == []
+    for nonsense in ("page_", "page_-1", "page_1 OR 1=1", "page_" + "f" * 40):
+        with pytest.raises(NotFoundError):
+            await store.list_states("ann", limit=9, after=nonsense, name=None)
+
+
 async def test_a_name_is_used_once(kind: Kind, store: StateStore) -> None:
     await make(store, name="one")
     with pytest.raises(StateConflictError) as caught:
@@ -139,7 +164,7 @@ async def test_a_point_of_the_same_name_moves(kind: Kind, store: StateStore) -> 
 
 async def test_the_slower_of_two_that_advance_one_state_is_told(kind: Kind, store: StateStore) -> None:
     state = await make(store)
-    async with store.room(2, bytes_each=SIZE) as room:
+    async with store.room(2, bytes_each=SIZE, owner="ann") as room:
         first, second = (write(room, number) for number in (0, 1))
         await store.advance(state, first)
         with pytest.raises(StateConflictError) as caught:
@@ -167,7 +192,7 @@ async def test_what_is_not_used_for_its_time_to_live_is_gone(kind: Kind) -> None
 
 async def test_the_least_recently_used_states_make_room(kind: Kind) -> None:
     clock = Clock()
-    store = kind.open(max_bytes=3 * SIZE, clock=clock)
+    store = kind.open(max_bytes=budget(3), clock=clock)
     states = []
     for _ in range(3):
         clock.now += 1
@@ -179,12 +204,12 @@ async def test_the_least_recently_used_states_make_room(kind: Kind) -> None:
     assert states[1].id not in kept
     assert {states[0].id, states[2].id} <= kept
     await kind.settle(store)
-    assert (store.totals.num_states, store.totals.num_bytes, store.totals.max_bytes) == (3, 3 * SIZE, 3 * SIZE)
+    assert (store.totals.num_states, store.totals.num_bytes, store.totals.max_bytes) == (3, budget(3), budget(3))
     await store.close()
 
 
 async def test_what_is_held_is_not_evicted(kind: Kind) -> None:
-    store = kind.open(max_bytes=SIZE)
+    store = kind.open(max_bytes=budget(1))
     state = await make(store)
     async with store.hold(state.head):
         with pytest.raises(StorageFullError):
@@ -194,10 +219,10 @@ async def test_what_is_held_is_not_evicted(kind: Kind) -> None:
 
 
 async def test_a_full_store_that_may_not_evict_refuses_with_the_numbers(kind: Kind) -> None:
-    store = kind.open(max_bytes=2 * SIZE, eviction="refuse")
+    store = kind.open(max_bytes=budget(2), eviction="refuse")
     state = await make(store)
     await make(store)
-    with pytest.raises(StorageFullError, match=r"300 bytes .* limit of 200 bytes") as caught:
+    with pytest.raises(StorageFullError, match=r"1,836 bytes .* limit of 1,224 bytes; .*DELETE /v1/states") as caught:
         await make(store)
     assert (on_wire(caught.value).status, on_wire(caught.value).code) == (507, "state_storage_full")
     await store.delete("ann", state.id)
@@ -205,18 +230,80 @@ async def test_a_full_store_that_may_not_evict_refuses_with_the_numbers(kind: Ki
     await store.close()
 
 
+async def test_an_owner_who_saves_too_much_costs_nobody_else_anything(kind: Kind) -> None:
+    store = kind.open(max_bytes=budget(6), max_owner_bytes=budget(3))
+    theirs = [await make(store, "bob", name=f"n{number}") for number in range(3)]
+    mine = [await make(store, "ann") for _ in range(8)]
+    kept = {state.id for state in await store.list_states("ann", limit=9, after=None, name=None)}
+    assert kept == {state.id for state in mine[-3:]}
+    for state in theirs:
+        assert (await store.get("bob", state.id)).head == state.head
+    await store.close()
+
+
+async def test_a_store_that_others_have_filled_says_so_and_evicts_nothing_of_theirs(kind: Kind) -> None:
+    store = kind.open(max_bytes=budget(2), max_owner_bytes=budget(2))
+    for _ in range(2):
+        await make(store, "bob")
+    with pytest.raises(StorageFullError, match=r"what all keys have saved .*--states-disk"):
+        await make(store, "ann")
+    assert len(await store.list_states("bob", limit=9, after=None, name=None)) == 2
+    await store.close()
+
+
+async def test_texts_of_responses_points_and_forks_count(kind: Kind) -> None:
+    store = kind.open(max_owner_bytes=budget(8), eviction="refuse")
+    state = await make(store)
+    long = {"id": "r", "status": "in_progress", "background": True, "user": "x" * 3 * budget(1)}
+    response = ResponseRecord("r", "ann", 5.0, None, long, (), None)
+    await store.put_response(response)
+    with pytest.raises(StorageFullError, match="your saved states and responses would take"):
+        await store.put_response(replace(response, id="r2", body={**long, "user": "x" * 5 * budget(1)}))
+    with pytest.raises(StorageFullError):
+        await store.put_response(replace(response, body={**long, "status": "completed", "output": "x" * 5 * budget(1)}))
+    await store.put_response(response.failed(code="state_storage_full", message="no room"))
+    assert (await store.get_response("ann", "r")).body["status"] == "failed"
+    calls = (
+        lambda number: store.mark("ann", state.id, f"p{number}"),
+        lambda _: store.fork("ann", state.id, point=None, name=None, ttl_s=None),
+    )
+    for call in calls:
+        results = await asyncio.gather(*(call(number) for number in range(9)), return_exceptions=True)
+        assert {type(result) for result in results} >= {StorageFullError}
+    await store.delete_response("ann", "r")
+    await make(store)
+    await store.close()
+
+
+async def test_responses_that_are_being_made_or_wait_are_not_evicted(kind: Kind) -> None:
+    clock = Clock()
+    store = kind.open(max_bytes=budget(6), clock=clock)
+    await put_response(store, "made", "in_progress")
+    waiting = await put_response(store, "waits", "in_progress")
+    await store.put_response(waiting.put_off())
+    await put_response(store, "old", "completed")
+    for _ in range(6):
+        clock.now += 1
+        await make(store)
+    for response_id in ("made", "waits"):
+        assert not (await store.get_response("ann", response_id)).has_ended
+    with pytest.raises(NotFoundError):
+        await store.get_response("ann", "old")
+    await store.close()
+
+
 async def test_room_that_is_being_used_counts(kind: Kind) -> None:
-    store = kind.open(max_bytes=2 * SIZE, eviction="refuse")
-    async with store.room(2, bytes_each=SIZE):
+    store = kind.open(max_bytes=budget(2), eviction="refuse")
+    async with store.room(2, bytes_each=SIZE, owner="ann"):
         with pytest.raises(StorageFullError):
-            async with store.room(1, bytes_each=SIZE):
+            async with store.room(1, bytes_each=SIZE, owner="ann"):
                 pass
     await make(store)
     await store.close()
 
 
 async def test_a_file_that_was_written_but_not_kept_is_removed(kind: Kind, store: StateStore) -> None:
-    async with store.room(2, bytes_each=SIZE) as room:
+    async with store.room(2, bytes_each=SIZE, owner="ann") as room:
         first, _ = (write(room, number) for number in (0, 1))
         await store.add(NewState("ann", first))
     assert kind.num_files() == 1
@@ -300,7 +387,7 @@ async def test_a_response_in_progress_when_its_server_stops_has_failed(kind: Kin
 
 
 async def test_a_response_that_was_put_off_is_taken_up_once(kind: Kind) -> None:
-    store = kind.open(max_bytes=1000)
+    store = kind.open()
     for number in range(3):
         response = await put_response(store, f"r{number}", "in_progress")
         if number == 0:
@@ -309,7 +396,7 @@ async def test_a_response_that_was_put_off_is_taken_up_once(kind: Kind) -> None:
         await store.end_response(f"r{number}")
     assert (await store.get_response("ann", "r0")).body["status"] == "queued"
     await store.close()
-    store = kind.open(max_bytes=1000)  # as after a restart
+    store = kind.open()  # as after a restart
     taken = [*await store.take_up_responses(2), *await store.take_up_responses(2)]
     assert sorted(response.id for response in taken) == ["r0", "r1", "r2"]
     assert {response.body["status"] for response in taken} == {"in_progress"}

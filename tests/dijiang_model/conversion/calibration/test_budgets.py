@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dijiang_model.conversion.calibration.budgets import allocate, anchored_config, place_budget
 from dijiang_model.errors import ConversionError
 from dijiang_model.families import build_model
-from tests.tiny_models import HYBRID, llama_config
+from tests.tiny_models import HYBRID, PURE, llama_config
 
 CONFIG = llama_config(HYBRID, HYBRID, HYBRID)
 
@@ -36,6 +36,16 @@ def test_what_is_too_small_names_what_is_enough() -> None:
     assert place_budget(CONFIG, 10_560, sinks=4).num_anchors == 0
     with pytest.raises(ConversionError):
         place_budget(CONFIG, 10_559, sinks=4)
+
+
+def test_what_a_state_holds_is_said_in_words() -> None:
+    config = llama_config(HYBRID, HYBRID, num_heads=10, num_kv_heads=5)
+    anchors = torch.arange(10).view(2, 5) * 1000
+    assert anchored_config(config, anchors, window=64, sinks=4).memory == (
+        "4,568 places a head; one head in ten holds the last 8,068 tokens whole, and chosen ones for longer"
+    )
+    assert config.memory == "the last 7 tokens exactly"
+    assert llama_config(PURE, PURE).memory == "no token exactly"
 
 
 def test_small_budgets_have_small_windows() -> None:

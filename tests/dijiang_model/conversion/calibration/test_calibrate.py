@@ -12,7 +12,9 @@ from dijiang_model.checkpoints.config_json import read_stored_config
 from dijiang_model.checkpoints.outputs import CALIBRATION_FILE
 from dijiang_model.conversion.calibration.calibrate import Calibration
 from dijiang_model.conversion.convert import convert
+from dijiang_model.conversion.merge import merge
 from dijiang_model.conversion.recipes import Recipe
+from dijiang_model.conversion.training.adapters import kernel_adapter, save_adapter
 from dijiang_model.errors import ConversionError
 from tests.dijiang_model.stepping import logits_of, random_text
 from tests.dijiang_model.teachers import gpt_neox_teacher, llama_teacher, opt_teacher, save_teacher
@@ -84,9 +86,22 @@ def test_what_was_found_stays_with_the_model_and_divides_other_budgets(converted
     assert Calibration.read(converted / "other") is None
 
 
+def test_an_adapter_spares_others_the_calibration(converted: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter.safetensors"
+    save_adapter(kernel_adapter(converted, recipe="calibrated"), adapter)
+    convert(converted.parent / "teacher", tmp_path / "plain")
+    merge(tmp_path / "plain", adapter, tmp_path / "merged")
+    assert read_stored_config(tmp_path / "merged").config == read_stored_config(converted).config
+    assert (tmp_path / "merged" / CALIBRATION_FILE).read_text() == (converted / CALIBRATION_FILE).read_text()
+    assert "## What a state holds" in (tmp_path / "merged" / "README.md").read_text()
+    tokens = random_text(100)
+    models = (load_model(folder) for folder in (converted, tmp_path / "merged"))
+    assert torch.equal(*(logits_of(model, tokens) for model in models))
+
+
 def test_a_damaged_calibration_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / CALIBRATION_FILE).write_text("{}")
-    with pytest.raises(ConversionError, match="lacks 'state_bytes'"):
+    with pytest.raises(ConversionError, match=r"calibration\.json is damaged"):
         Calibration.read(tmp_path)
 
 

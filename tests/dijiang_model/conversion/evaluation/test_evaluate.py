@@ -13,8 +13,10 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from dijiang_model.checkpoints.checkpoint import load_model
+from dijiang_model.conversion.calibration.contexts import Context, Recalled
 from dijiang_model.conversion.convert import convert
 from dijiang_model.conversion.evaluation import cli as evaluate_cli
+from dijiang_model.conversion.evaluation import recall
 from dijiang_model.conversion.evaluation.cli import Measurements, evaluate, evaluate_command, load_subjects
 from dijiang_model.conversion.evaluation.evaluate import (
     Score,
@@ -25,7 +27,7 @@ from dijiang_model.conversion.evaluation.evaluate import (
     variants,
 )
 from dijiang_model.conversion.evaluation.long_texts import long_score
-from dijiang_model.conversion.evaluation.recall import recall_probe
+from dijiang_model.conversion.evaluation.recall import fact_chats, far_recall, recall_probe
 from dijiang_model.conversion.evaluation.report import (
     LONG_RANGES,
     RANGES,
@@ -35,13 +37,14 @@ from dijiang_model.conversion.evaluation.report import (
     write_report,
 )
 from dijiang_model.conversion.evaluation.teacher import load_teacher
+from dijiang_model.conversion.training.chat_prompt import plain_chat
 from dijiang_model.conversion.training.cli import train_command
 from dijiang_model.conversion.training.text_windows import load_tokenizer
 from dijiang_model.errors import ConversionError
 from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention
 from dijiang_model.segments import run_segments
 from tests.byte_tokenizer import write_byte_tokenizer
-from tests.dijiang_model.teachers import gpt_neox_teacher, llama_teacher
+from tests.dijiang_model.teachers import gpt_neox_teacher, llama_teacher, save_teacher
 from tests.tiny_models import HYBRID, PURE, llama_config, tiny_model, write_tiny_model
 
 WIDER = replace(HYBRID, window=9)
@@ -122,13 +125,57 @@ def test_the_gap_is_measured_between_window_and_teacher() -> None:
     assert gap_closed(scores, ["window", "teacher", "ours"]) is None
 
 
-def test_the_probe_asks_at_every_distance_that_fits(tmp_path: Path) -> None:
+def test_facts_are_asked_for_by_distance_as_far_as_the_range_goes(tmp_path: Path) -> None:
     model = tiny_model(llama_config(HYBRID, HYBRID))
     write_byte_tokenizer(tmp_path)
+    tokenizer, filler = load_tokenizer(tmp_path), torch.tensor(list(TEXT.encode()))
+    chats = fact_chats(tokenizer, filler, render=plain_chat, num=2, longest=8192)
+    assert [len(chat.token_ids) <= length for chat, length in zip(chats, (2048, 2048, 8192), strict=True)] == [True] * 3
     variant = Variant("x", model, HybridAttention(), None)
-    results = recall_probe([variant], tokens(400), load_tokenizer(tmp_path), num_facts=2, distances=(50, 200, 500))
-    assert [result.distance for result in results] == [50, 200]
+    results = recall_probe([variant], chats)
+    assert sum(result.num for result in results) == sum(len(chat.recalled) for chat in chats)
+    assert [result.low for result in results] == sorted({result.low for result in results})
     assert all(0 <= result.right["x"] <= 1 and math.isfinite(result.loss["x"]) for result in results)
+    assert fact_chats(tokenizer, filler, render=plain_chat, num=2, longest=64) == []
+    assert recall_probe([variant], []) == []
+
+
+def test_an_answer_is_right_where_every_token_is_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = Context(tokens(700), (Recalled((10, 12), (600, 602)), Recalled((20, 21), (610, 611))))
+    is_likeliest = torch.zeros(699, dtype=torch.bool)
+    is_likeliest[[599, 609]] = True  # of the first answer's two tokens one, of the second answer its only one
+    monkeypatch.setattr(recall, "token_scores", lambda variant, ids: (torch.arange(699.0), is_likeliest))
+    variant = Variant("x", tiny_model(), HybridAttention(), None)
+    (result,) = recall_probe([variant], [chat])
+    assert (result.distance, result.num, result.right) == ("500-1,000", 2, {"x": 0.5})
+    assert result.loss["x"] == pytest.approx((599.5 + 609) / 2)
+    better = replace(result, right={"x": 0.5, "teacher": 1.0})
+    assert far_recall([better, replace(better, low=64)], "x", "teacher") == 0.5
+
+
+def test_a_calibrated_model_is_measured_with_states_of_other_sizes(tmp_path: Path, text: Path) -> None:
+    save_teacher(llama_teacher(), tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "model", state_bytes=40_000, calibration_text=[text])
+    wanted = Measurements(num_windows=1, length=400, budgets=(20_000, 80_000))
+    evaluation = evaluate(
+        load_subjects(tmp_path / "model", tmp_path / "hf"),
+        [text],
+        load_tokenizer(tmp_path / "model"),
+        wanted,
+        console=Console(quiet=True),
+    )
+    assert [name for name in evaluation.scores if name.startswith("ours")] == [
+        "ours", "ours, anchors off", "ours, 0.0190735 MiB", "ours, 0.0762939 MiB",
+    ]  # fmt: skip
+    sizes = [point.state_bytes for point in evaluation.by_size]
+    assert sizes == sorted(sizes)
+    assert [size <= budget for size, budget in zip(sizes, (20_000, 40_000, 80_000), strict=True)] == [True] * 3
+    assert "### Quality by the bytes of a state" in markdown(evaluation, plots=[])
+    plain = convert(tmp_path / "hf", tmp_path / "plain").out
+    with pytest.raises(ConversionError, match="converted with --state-bytes"):
+        evaluate(
+            load_subjects(plain, tmp_path / "hf"), [text], load_tokenizer(plain), wanted, console=Console(quiet=True)
+        )
 
 
 def test_a_dijiang_checkpoint_of_the_authors_is_no_teacher() -> None:
@@ -147,7 +194,7 @@ def test_reports_hold_every_number(tmp_path: Path, text: Path) -> None:
         console=Console(quiet=True),
     )
     write_report(evaluation, tmp_path / "report")
-    plots = ["nll.png", "recall.png", "speed.png"]
+    plots = ["nll.png", "speed.png"]
     drawn = [name for name in plots if (tmp_path / "report" / name).exists()]
     assert drawn in (plots, [])
     report = (tmp_path / "report" / "report.md").read_text()

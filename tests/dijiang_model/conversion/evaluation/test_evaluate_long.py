@@ -8,7 +8,8 @@ from torch.nn import functional
 from dijiang_model.batch import decode
 from dijiang_model.conversion.evaluation import long_texts as evaluate_long
 from dijiang_model.conversion.evaluation import speed as evaluate_speed
-from dijiang_model.conversion.evaluation.long_texts import long_score, silenced, stream_losses, streams, tokens_to_read
+from dijiang_model.conversion.evaluation.ablations import silenced
+from dijiang_model.conversion.evaluation.long_texts import long_score, stream_losses, streams, tokens_to_read
 from dijiang_model.conversion.evaluation.speed import GrowingCache, cache_token_bytes, measure_speed
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp

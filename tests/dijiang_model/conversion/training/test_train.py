@@ -1,6 +1,7 @@
 """Training: it learns, repeats bit for bit, survives kills, and refuses what it cannot do."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer import Typer
+from typer.testing import CliRunner
 
 from dijiang_model.checkpoints.checkpoint import load_model
-from dijiang_model.config import FeatureConfig
+from dijiang_model.config import FeatureConfig, ModelConfig
 from dijiang_model.conversion.training.adapters import ADAPTER_FILE
+from dijiang_model.conversion.training.cli import train_command
 from dijiang_model.conversion.training.kernel_training import kernel_tensors
 from dijiang_model.conversion.training.log import LOG_FILE, read_log
 from dijiang_model.conversion.training.setup import StudentOptions, prepare_run
@@ -19,7 +23,16 @@ from dijiang_model.conversion.training.text_mixture import load_mixture, parse_s
 from dijiang_model.conversion.training.text_windows import TokenWindows, load_tokenizer, load_windows
 from dijiang_model.conversion.training.train import Trainer, TrainingOptions, train
 from dijiang_model.errors import CheckpointError, ConversionError
-from tests.tiny_models import BYTE_VOCAB_SIZE, HYBRID, PURE, RELEASED, llama_config, write_tiny_model
+from tests.tiny_models import (
+    BYTE_VOCAB_SIZE,
+    HYBRID,
+    PURE,
+    RELEASED,
+    llama_config,
+    qwen2_config,
+    qwen3_config,
+    write_tiny_model,
+)
 
 STUDENT = StudentOptions(FeatureConfig(bases=("dct2", "dct4"), nodes="signed_sphere", far_rank=2), windows="keep")
 
@@ -238,3 +251,38 @@ def test_data_that_is_not_text_is_named(model: Path, tmp_path: Path, name: str, 
     if name != "empty.txt":
         with pytest.raises(ConversionError, match=words):
             prepared(model, str(folder), tmp_path / "run")
+
+
+@pytest.mark.parametrize("make", [qwen2_config, qwen3_config], ids=["qwen2", "qwen3"])
+def test_other_families_train_in_both_stages(make: Callable[..., ModelConfig], text: str, tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model", make(HYBRID, HYBRID))
+    trainer = prepared(model, text, tmp_path / "run", tokens=512)
+    assert train(trainer, tmp_path / "run")
+    assert {name.rsplit(".", 2)[-2] for name in weights(tmp_path / "run") if name.endswith("lora_up")} == {"weight"}
+    losses = [line["loss"] for line in read_log(tmp_path / "run" / LOG_FILE)]
+    assert len(losses) == 4
+    assert np.isfinite(losses).all()
+
+
+def test_a_run_that_is_done_says_so(model: Path, text: str, tmp_path: Path) -> None:
+    app = Typer()
+    app.command()(train_command)
+    command = [
+        str(model),
+        "--data",
+        text,
+        "--out",
+        str(tmp_path / "run"),
+        "--tokens",
+        "256",
+        "--sequence-length",
+        "128",
+    ]
+    environment = {"COLUMNS": "200", "NO_COLOR": "1"}
+    assert CliRunner().invoke(app, command, env=environment).exit_code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.suffix != ".png"}
+    result = CliRunner().invoke(app, [*command, "--resume"], env=environment)
+    assert result.exit_code == 0
+    assert "The run is done already: 256 tokens" in result.output
+    assert "nan" not in result.output
+    assert all((tmp_path / "run" / name).read_bytes() == content for name, content in before.items())

@@ -1,14 +1,14 @@
-"""A GGUF file of the llama architecture as an HF config and HF tensors, dequantized one by one.
+"""A GGUF file as an HF config and HF tensors, dequantized one by one.
 
-llama.cpp stores the rows of q and k in another order (its rotary embedding pairs neighbouring channels,
-HF's pairs the halves of a head); reading undoes that. Kinds of models that share the architecture's name
-but compute something else (rope scaling, sliding windows, experts) are refused, all reasons listed.
+Of LLaMA's models llama.cpp stores the rows of q and k in another order (`families.family.Gguf`); reading undoes that.
+Kinds of models that share an architecture's name but compute something else (sliding windows, experts, rotary factors
+of their own) are refused, all reasons listed.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -19,6 +19,11 @@ from torch import Tensor
 from dijiang_model.errors import CheckpointError, ConversionError
 from dijiang_model.formats.problem_list import problem_list
 from dijiang_model.formats.tensor_files import TensorInfo
+from dijiang_model.rotary import RopeScaling, rotary_frequencies
+
+if TYPE_CHECKING:
+    from dijiang_model.families.family import Family
+    from dijiang_model.paths import Paths
 
 CHUNK_ELEMENTS = 2**20
 
@@ -30,32 +35,42 @@ _PLAIN_DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F64": torch.float64,
 }
-_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+_BLOCK_PARTS = {
+    "attn_norm": "input_norm",
+    "attn_q": "query",
+    "attn_k": "key",
+    "attn_v": "value",
+    "attn_output": "output",
+    "attn_q_norm": "query_norm",
+    "attn_k_norm": "key_norm",
+    "ffn_norm": "mlp_norm",
+    "ffn_gate": "mlp_gate",
+    "ffn_up": "mlp_up",
+    "ffn_down": "mlp_down",
 }
+"""Attributes of `families.family.Paths` by the names of llama.cpp."""
+_PARTS = {"token_embd": "embedding", "output_norm": "final_norm", "output": "head"}
+_ROPE_FACTORS = "rope_freqs.weight"
+_LLAMA3_FACTORS = (8.0, 32.0)
+"""Of Llama 3.1 and 3.3, and of 3.2: a file holds the divisors of the frequencies, not what they come from."""
 
 
 class GgufSource:
-    """An opened GGUF file; a `TensorSource` under HF's LLaMA names.
+    """An opened GGUF file; a `TensorSource` under HF's names.
 
     Attributes:
         metadata: scalar and array values by GGUF key.
+        family: of the model.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, families: Iterable["Family"]) -> None:
         """Opens a file and reads its metadata.
 
+        Args:
+            families: that may be read.
+
         Raises:
-            ConversionError: not a readable GGUF file, or not of the llama architecture.
+            ConversionError: not a readable GGUF file, or of another architecture.
         """
         self._path = path
         try:
@@ -71,9 +86,14 @@ class GgufSource:
                 f"{path} is one of {parts} parts; join them first: llama-gguf-split --merge FIRST_PART WHOLE"
             )
         architecture = self.metadata.get("general.architecture")
-        if architecture != "llama":
-            raise ConversionError(f"{path} has the GGUF architecture {architecture!r}; only llama is supported")
-        self._tensors = {_hf_name(tensor.name): tensor for tensor in self._reader.tensors}
+        known = {family.gguf.architecture: family for family in families if family.gguf is not None}
+        if architecture not in known:
+            raise ConversionError(
+                f"{path} has the GGUF architecture {architecture!r}; supported are {', '.join(known)}"
+            )
+        self.family = known[architecture]
+        self._tensors = {_hf_name(tensor.name, self.family.paths): tensor for tensor in self._reader.tensors}
+        self._rope_factors = self._tensors.pop(_ROPE_FACTORS, None)
         self._infos = {name: _info(tensor) for name, tensor in self._tensors.items()}
 
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -95,14 +115,18 @@ class GgufSource:
             value = _dequantized(data, tensor, info) if info.dtype != torch.bfloat16 else _bfloat16(data, info)
         except (NotImplementedError, ValueError) as error:
             raise CheckpointError(f"{tensor.name} of type {tensor.tensor_type.name} cannot be read: {error}") from error
-        if ".self_attn.q_proj." in name:
+        assert self.family.gguf is not None
+        if not self.family.gguf.pairs_neighbours:
+            return value
+        paths = self.family.paths
+        if f".{paths.query}." in name:
             return _unpermuted(value, self._value("attention.head_count"))
-        if ".self_attn.k_proj." in name:
+        if f".{paths.key}." in name:
             return _unpermuted(value, self._num_kv_heads)
         return value
 
     def hf_config(self) -> dict[str, object]:
-        """The HF LLaMA config that the metadata describes.
+        """The HF config that the metadata describes.
 
         Raises:
             ConversionError: a missing value, or something that this code does not compute; all of it listed.
@@ -112,10 +136,11 @@ class GgufSource:
             raise ConversionError(problem_list("this GGUF file cannot be converted", problems))
         token_ids = {name: self.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _TOKEN_IDS.items()}
         hidden, heads = self._value("embedding_length"), self._value("attention.head_count")
+        paths = self.family.paths
+        first = f"{paths.layers}.0"
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": self._infos["model.embed_tokens.weight"].shape[0],
+            "model_type": self.family.name,
+            "vocab_size": self._infos[f"{paths.embedding}.weight"].shape[0],
             "hidden_size": hidden,
             "intermediate_size": self._value("feed_forward_length"),
             "num_hidden_layers": self._value("block_count"),
@@ -125,10 +150,11 @@ class GgufSource:
             "hidden_act": "silu",
             "max_position_embeddings": self._value("context_length"),
             "rms_norm_eps": self._value("attention.layer_norm_rms_epsilon"),
-            "rope_theta": self._value("rope.freq_base", 10_000.0),
-            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._infos,
-            "mlp_bias": "model.layers.0.mlp.up_proj.bias" in self._infos,
-            "tie_word_embeddings": "lm_head.weight" not in self._infos,
+            "rope_theta": self._theta,
+            "attention_bias": f"{first}.{paths.query}.bias" in self._infos,
+            "mlp_bias": f"{first}.{paths.mlp_up}.bias" in self._infos,
+            "tie_word_embeddings": f"{paths.head}.weight" not in self._infos,
+            **({} if (scaling := self._rope_scaling()) is None else {"rope_scaling": scaling}),
             **token_ids,
         }
 
@@ -138,7 +164,46 @@ class GgufSource:
         return tuple(dict.fromkeys(item for item in ids if isinstance(item, int)))
 
     def _value(self, key: str, default: Any = None) -> Any:
-        return self.metadata.get(f"llama.{key}", default)
+        return self.metadata.get(self._key(key), default)
+
+    def _key(self, key: str) -> str:
+        assert self.family.gguf is not None
+        return f"{self.family.gguf.architecture}.{key}"
+
+    @property
+    def _theta(self) -> float:
+        return float(self._value("rope.freq_base", 10_000.0))
+
+    def _rope_scaling(self) -> dict[str, object] | None:
+        """As HF's configs say it; None: there is none."""
+        if self._rope_factors is not None:
+            return self._llama3_scaling(self._rope_factors)
+        kind, factor = self._value("rope.scaling.type", "none"), self._value("rope.scaling.factor", 1.0)
+        if kind == "none" or factor == 1:
+            return None
+        original = self._value("rope.scaling.original_context_length")
+        return {
+            "rope_type": kind,
+            "factor": factor,
+            **({} if original is None else {"original_max_position_embeddings": original}),
+        }
+
+    def _llama3_scaling(self, tensor: gguf.ReaderTensor) -> dict[str, object] | None:
+        """The scaling of llama3 whose divisors a file holds; None: they are others."""
+        divisors = np.asarray(tensor.data, dtype=np.float64)
+        plain = rotary_frequencies(self._head_size, theta=self._theta)
+        for factor in _LLAMA3_FACTORS:
+            scaling = RopeScaling("llama3", factor, 8192, 1.0, 4.0)
+            expected = np.array(plain) / np.array(scaling.scaled(plain, theta=self._theta))
+            if expected.shape == divisors.shape and np.allclose(expected, divisors, rtol=1e-3):
+                return {
+                    "rope_type": "llama3",
+                    "factor": factor,
+                    "low_freq_factor": scaling.low,
+                    "high_freq_factor": scaling.high,
+                    "original_max_position_embeddings": scaling.original_positions,
+                }
+        return None
 
     @property
     def _num_kv_heads(self) -> Any:
@@ -153,22 +218,25 @@ class GgufSource:
         return max(int(self._value("attention.head_count")), 1)
 
     def _problems(self) -> list[str]:
-        missing = [f"llama.{key} is missing or not a number" for key in _NEEDED if not _is_number(self._value(key))]
-        if "model.embed_tokens.weight" not in self._infos:
+        key = self._key
+        missing = [f"{key(name)} is missing or not a number" for name in _NEEDED if not _is_number(self._value(name))]
+        if f"{self.family.paths.embedding}.weight" not in self._infos:
             missing.append("token_embd.weight is missing")
         if missing or not _is_number(self._num_kv_heads):
-            return missing or ["llama.attention.head_count_kv differs between layers, which is not supported"]
+            return missing or [f"{key('attention.head_count_kv')} differs between layers, which is not supported"]
         problems = [
-            f"llama.{key} is set: {words} is not supported" for key, words in _REFUSED.items() if self._value(key)
+            f"{key(name)} is set: {words} is not supported" for name, words in _REFUSED.items() if self._value(name)
         ]
-        is_linear_one = self._value("rope.scaling.type") == "linear" and self._value("rope.scaling.factor", 1.0) == 1.0
-        is_scaled = self._value("rope.scaling.type", "none") != "none" and not is_linear_one
-        if is_scaled or "rope_freqs.weight" in self._infos:
-            problems.append("the rotary embedding is scaled, which is not supported")
-        sizes = {key: self._value(key, self._head_size) for key in ("rope.dimension_count", "attention.value_length")}
+        if self._value("rope.scaling.type", "none") not in ("none", "linear", "yarn"):
+            problems.append(f"{key('rope.scaling.type')} {self._value('rope.scaling.type')!r} is not supported")
+        if self._rope_factors is not None and self._llama3_scaling(self._rope_factors) is None:
+            problems.append("the rotary embedding has factors of its own, which are not supported")
+        sizes = {
+            name: self._value(name, self._head_size) for name in ("rope.dimension_count", "attention.value_length")
+        }
         return problems + [
-            f"llama.{key} is {size}, must be the head size {self._head_size}"
-            for key, size in sizes.items()
+            f"{key(name)} is {size}, must be the head size {self._head_size}"
+            for name, size in sizes.items()
             if size != self._head_size
         ]
 
@@ -207,13 +275,15 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, paths: "Paths") -> str:
     """HF's name of a GGUF tensor; unknown ones keep theirs and show up as surplus."""
     block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if block and block[2] in _BLOCK_NAMES:
-        return f"model.layers.{block[1]}.{_BLOCK_NAMES[block[2]]}.{block[3]}"
+    if block:
+        part = _BLOCK_PARTS.get(block[2])
+        path = None if part is None else getattr(paths, part)
+        return name if path is None else f"{paths.layers}.{block[1]}.{path}.{block[3]}"
     stem, _, kind = name.rpartition(".")
-    return f"{_NAMES[stem]}.{kind}" if stem in _NAMES else name
+    return f"{getattr(paths, _PARTS[stem])}.{kind}" if stem in _PARTS else name
 
 
 def _info(tensor: gguf.ReaderTensor) -> TensorInfo:
