@@ -46,7 +46,7 @@ def convert_command(
     ] = None,
     calibrate: Annotated[
         list[Path] | None,
-        typer.Option(help="With --state-bytes: UTF-8 text to calibrate on, file or folder. Default: one that ships."),
+        typer.Option(help="With --state-bytes: text to calibrate on, as for `train --data`. Default: one that ships."),
     ] = None,
     window: Annotated[
         int | None,

@@ -174,6 +174,11 @@ def _calibrated(
 ) -> Calibrated:
     if origin.recipe != Recipe.HYBRID:
         raise ConversionError(f"a budget of bytes is for the recipe hybrid, not for {origin.recipe}")
+    if config.teacher_window > 0:
+        raise ConversionError(
+            f"the teacher sees the last {config.teacher_window:,} tokens alone and never learned to recall older ones: "
+            f"give --window {config.teacher_window} or less in place of --state-bytes"
+        )
     contexts = calibration_contexts(config, tokenizer.folder if tokenizer.is_there else None, text)
     return calibrate(config, opened.tensors.read, contexts, state_bytes=state_bytes, on_layer=on_layer)
 

@@ -70,6 +70,13 @@ class Attention(ctypes.Structure):
         ("late_cos", Pointer),
         ("late_sin", Pointer),
         ("far_up", Pointer),
+        ("first_place", Pointer),
+        ("windows", Pointer),
+        ("log_decay", Pointer),
+        ("frequencies", Pointer),
+        ("age", ctypes.c_double),
+        ("grid", ctypes.c_double),
+        ("span", Integer),
         ("far_rank", Integer),
         ("table_entries", Integer),
         ("num_features", Integer),
@@ -85,6 +92,9 @@ class Attention(ctypes.Structure):
         ("values_offset", Integer),
         ("key_scales_offset", Integer),
         ("value_scales_offset", Integer),
+        ("positions_offset", Integer),
+        ("scores_offset", Integer),
+        ("recent_offset", Integer),
     )
 
 
@@ -102,6 +112,8 @@ class Heads(ctypes.Structure):
         ("key_step", Integer),
         ("value_start", Integer),
         ("value_step", Integer),
+        ("score_start", Integer),
+        ("num_scores", Integer),
     )
 
 
@@ -122,6 +134,7 @@ class Layer(ctypes.Structure):
         ("mlp_down", Matrix),
         ("attention", Attention),
         ("far_down", Matrix),
+        ("priority", Matrix),
         ("query_norm", Norm),
         ("key_norm", Norm),
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -29,9 +30,10 @@ from dijiang_model.conversion.evaluation.speed import CONTEXTS, Speed, measure_s
 from dijiang_model.conversion.evaluation.teacher import check_teacher, load_teacher
 from dijiang_model.conversion.model_card import title
 from dijiang_model.conversion.training.adapters import adapted_model, load_adapter
-from dijiang_model.conversion.training.chat_prompt import load_chat_template, plain_chat
+from dijiang_model.conversion.training.chat_prompt import RenderChat, load_chat_template, plain_chat
+from dijiang_model.conversion.training.documents import text_files
 from dijiang_model.conversion.training.student import check_trainable
-from dijiang_model.conversion.training.text_windows import load_tokenizer, load_windows, text_files
+from dijiang_model.conversion.training.text_windows import load_tokenizer, load_windows
 from dijiang_model.errors import ModelError
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.serving.network import freeze
@@ -84,7 +86,7 @@ class Subjects:
 def evaluate_command(
     model: Annotated[Path, typer.Argument(help="Folder of a converted model.")],
     teacher: Annotated[Path, typer.Option(help="What it was made from: HF folder, GGUF file or untrained conversion.")],
-    text: Annotated[list[Path], typer.Option(help="Held-out UTF-8 text, file or folder. Again for more.")],
+    text: Annotated[list[Path], typer.Option(help="Held-out text, as for `train --data`. Again for more.")],
     out: Annotated[Path, typer.Option(help="Folder for report.md, report.json, tables.md and plots.")],
     adapter: Annotated[Path | None, typer.Option(help="Adapter to merge into MODEL first.")] = None,
     control: Annotated[
@@ -127,6 +129,7 @@ def evaluate_command(
             load_tokenizer(model),
             wanted,
             console=console,
+            render=load_chat_template(model) or plain_chat,
         )
         write_report(evaluation, out)
     except ModelError as error:
@@ -180,9 +183,15 @@ def load_subjects(
 
 
 def evaluate(
-    subjects: Subjects, text: list[Path], tokenizer: HfTokenizer, wanted: Measurements, *, console: Console
+    subjects: Subjects,
+    text: list[Path],
+    tokenizer: HfTokenizer,
+    wanted: Measurements,
+    *,
+    console: Console,
+    render: RenderChat = plain_chat,
 ) -> Evaluation:
-    """Measures everything; see `Evaluation`.
+    """Measures everything; see `Evaluation`. `render` makes text of conversations (`documents.read_text`).
 
     Raises:
         ModelError: the text cannot be read or is too short.
@@ -190,8 +199,8 @@ def evaluate(
     compared = variants(subjects.model, subjects.teacher, control=subjects.control)
     compared += budget_variants(subjects.model, Calibration.read(subjects.folder), wanted.budgets)
     vocab_size = subjects.model.config.vocab_size
-    segments = _windows(text, tokenizer, wanted.length, wanted.num_windows, vocab_size)
-    long_texts = _windows(text, tokenizer, LENGTH, wanted.num_long, vocab_size)[: wanted.num_long]
+    cut = partial(_windows, text, tokenizer, vocab_size=vocab_size, render=render)
+    segments, long_texts = cut(wanted.length, wanted.num_windows), cut(LENGTH, wanted.num_long)[: wanted.num_long]
     scored = [*compared, *rounded_variants(subjects.model, wanted.rounded)]
     scores = _scores(scored, segments, console)
     return Evaluation(
@@ -223,12 +232,14 @@ def _load_control(path: Path, teacher: DiJiangForCausalLM) -> tuple[DiJiangForCa
     return adapted_model(teacher, adapter), f"{adapter.info.tokens_trained:,} tokens, {adapter.info.recipe}"
 
 
-def _windows(text: list[Path], tokenizer: HfTokenizer, length: int, num: int, vocab_size: int) -> list[Tensor]:
+def _windows(
+    text: list[Path], tokenizer: HfTokenizer, length: int, num: int, *, vocab_size: int, render: RenderChat
+) -> list[Tensor]:
     """`num` windows of each file, [length] int64."""
     if num == 0:
         return []
-    rows = load_windows(text, tokenizer, length=length, seed=0, vocab_size=vocab_size, first=num).tokens
-    return [torch.from_numpy(row.astype("int64")) for row in rows]
+    windows = load_windows(text, tokenizer, length=length, seed=0, vocab_size=vocab_size, first=num, render=render)
+    return [torch.from_numpy(row.astype("int64")) for row in windows.tokens]
 
 
 def _progress(console: Console) -> Progress:

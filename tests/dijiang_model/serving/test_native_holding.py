@@ -19,7 +19,13 @@ from tests.tiny_models import tiny_model, tiny_network
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the kernels were not built: no compiler at install")
 
-NARROW = ("hybrid and pure with two bases", "position tables", "features before rotation")
+NARROW = (
+    "hybrid and pure with two bases",
+    "position tables",
+    "features before rotation",
+    "anchors",
+    "anchors, features before rotation",
+)
 KINDS = [
     *((name, torch.float32) for name in CONFIGS),
     *((name, dtype) for name in NARROW for dtype in (torch.bfloat16, torch.int8)),
