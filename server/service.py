@@ -65,6 +65,7 @@ class ServiceOptions:
         version: of this server.
         fingerprint: `system_fingerprint` of answers.
         max_prompt_tokens: longest prompt in tokens; 0: no limit.
+        max_answer_tokens: of each answer; 0: no limit.
         max_n: most answers per prompt.
         max_prompts: most prompts in one request.
         max_choices: most answers in one request (prompts times `n`).
@@ -92,6 +93,7 @@ class ServiceOptions:
     version: str = "0"
     fingerprint: str = "fp_0"
     max_prompt_tokens: int = 0
+    max_answer_tokens: int = 0
     max_n: int = 16
     max_prompts: int = 128
     max_choices: int = 128
