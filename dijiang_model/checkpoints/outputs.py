@@ -97,7 +97,7 @@ def check_new_run(out: Path, names: Iterable[str]) -> None:
     found = next((name for name in names if (out / name).is_symlink() or (out / name).exists()), None)
     if found is not None:
         raise CheckpointError(
-            f"{out} holds {found} of an earlier run, which is not overwritten: `--resume` goes on with that run, "
+            f"{out} holds {found} of an earlier run, which is not overwritten: `--resume` continues that run, "
             "another `--out` begins a new one"
         )
 

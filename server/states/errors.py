@@ -63,7 +63,7 @@ def disk_full() -> StorageFullError:
 
 def state_conflict() -> StateConflictError:
     """Somebody was faster."""
-    return StateConflictError("another request has advanced this state meanwhile")
+    return StateConflictError("another request has updated this state meanwhile")
 
 
 def name_taken(name: str) -> StateNameTakenError:

@@ -224,7 +224,7 @@ def test_refusals_come_before_any_work(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("name", RUN_FILES)
 def test_an_earlier_run_is_refused_and_both_choices_are_named(pattern: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("earlier")
-    with pytest.raises(CheckpointError, match=r"`--resume` goes on .* another `--out`"):
+    with pytest.raises(CheckpointError, match=r"`--resume` continues .* another `--out`"):
         prepare_run(pattern / "model", [str(pattern / "texts" / "text.txt")], tmp_path, options(), STUDENT)
     assert (tmp_path / name).read_text() == "earlier"
 
