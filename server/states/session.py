@@ -13,7 +13,15 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from server.engine.types.requests import EngineError, FinishReason, GenerationRequest, SamplingParams, TokenEvent
+from server.engine.types.requests import (
+    ANYBODY,
+    EngineError,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    Tenant,
+    TokenEvent,
+)
 from server.engine.types.state import Resumption, SavedState, StateLayout, StateOptions
 from server.errors import (
     EngineUnavailableError,
@@ -97,6 +105,7 @@ class StateSession:
         cache: CacheUse | None = None,
         rescue: Rescue | None = None,
         cut_off_at: SnapshotRecord | None = None,
+        tenant: Tenant = ANYBODY,
     ) -> None:
         """
         Args:
@@ -111,6 +120,7 @@ class StateSession:
             cache: None: neither used nor filled.
             rescue: for when the server stops; None: nothing is kept then.
             cut_off_at: of an answer that was cut off and is gone on with: its state then; None: it had none.
+            tenant: whose the requests are.
         """
         self.base = base
         self._engine = engine
@@ -123,6 +133,7 @@ class StateSession:
         self.rescue = rescue
         self._base_of = base_of
         self._cut_off_at = cut_off_at
+        self._tenant = tenant
         self._files: tuple[str, ...] = ()
 
     @property
@@ -167,7 +178,7 @@ class StateSession:
             cache_namespace=None if self._cache is None else self._cache.namespace(self.base),
             cache_points=() if self._cache is None else self._cache.points,
         )
-        return replace(request, states=states)
+        return replace(request, states=states, tenant=self._tenant)
 
     def resumed(self, request: GenerationRequest, outputs: Sequence[int]) -> GenerationRequest:
         """The engine's request for an answer that was cut off behind these tokens."""

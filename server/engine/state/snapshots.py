@@ -196,8 +196,9 @@ class Snapshots:
         if namespace is None:
             return
         prompt = sequence.request.prompt_token_ids
-        # Where the prompt is scored, all of it must be computed.
-        hit = None if sequence.scores_prompt else self._cache.find(namespace, prompt, at_most=len(prompt) - 1)
+        # Where the prompt is scored, all of it must be computed; a copy of a leader's slot has all that it can have.
+        looks = not sequence.scores_prompt and sequence.start.source_slot is None
+        hit = self._cache.find(namespace, prompt, at_most=len(prompt) - 1) if looks else None
         if hit is not None:
             sequence.skip(hit.num_tokens, hit.snapshot)
         sequence.stops = self._stops(sequence)
@@ -224,7 +225,8 @@ class Snapshots:
         if event.finish_reason is FinishReason.SUSPENDED:
             if options.save_to is None or sequence.start.position + sequence.num_fed == 0:
                 return False
-            self._save(sequence, event, options.save_to, self._access.take(sequence.slot))
+            snapshot = sequence.parked if sequence.is_preempted else self._access.take(sequence.slot)
+            self._save(sequence, event, options.save_to, sequence.start.snapshot if snapshot is None else snapshot)
             return True
         if event.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
             self._distrust(sequence)
