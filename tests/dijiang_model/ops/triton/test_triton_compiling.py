@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.waiting import PATIENCE_S
+
 pytest.importorskip("triton", reason="needs the extra `triton`; run by `make test` where it is installed")
 
 SHARED_MEMORY_BYTES = {80: 99 * 1024, 90: 227 * 1024}
@@ -46,6 +48,6 @@ def compiled(shape: str) -> list[dict[str, int]]:
     """What `triton_compiling` prints of a shape."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.dijiang_model.ops.triton.triton_compiling", shape]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]
