@@ -229,6 +229,13 @@ def test_an_earlier_run_is_refused_and_both_choices_are_named(pattern: Path, tmp
     assert (tmp_path / name).read_text() == "earlier"
 
 
+def test_a_run_that_ended_before_its_first_step_stands_in_nobodys_way(pattern: Path, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").touch()
+    small = options(tokens=64, sequence_length=64, stages=(1,), lora_rank=0)
+    trainer = prepare_run(pattern / "model", [str(pattern / "texts")], tmp_path, small, STUDENT)
+    assert train(trainer, tmp_path)
+
+
 def test_a_run_killed_while_the_teacher_wrote_begins_again_with_its_answers(pattern: Path, tmp_path: Path) -> None:
     (tmp_path / "answers.txt").write_text("".join(f"Answer {n}.\n" for n in range(60)))
     small = options(tokens=64, sequence_length=64, stages=(1,), lora_rank=0)
