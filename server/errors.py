@@ -102,9 +102,9 @@ class ShutdownError(UnavailableError):
         self.choices = choices
         ids = [choice["state_id"] for choice in choices if choice["state_id"] is not None]
         self.state_id: str | None = ids[0] if len(choices) == len(ids) == 1 else None
-        what = "send the request again" if self.state_id is None else f"go on from its state, {self.state_id}"
+        what = "send the request again" if self.state_id is None else f"resume from its state, {self.state_id}"
         if len(choices) > 1 and ids:
-            what = "go on from the states in `choices`"
+            what = "resume from the states in `choices`"
         super().__init__(
             f"the server was stopped before the answer was complete; {what}", retry_after_s=SHUTDOWN_RETRY_S
         )

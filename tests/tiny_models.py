@@ -27,9 +27,11 @@ RELEASED = AttentionConfig(features=FeatureConfig(bases=("matrix",), nodes="chec
 TABLES = replace(RELEASED, decay="table")
 
 
-def anchored(num_kv_heads: int, *, base: AttentionConfig = HYBRID) -> AttentionConfig:
+def anchored(
+    num_kv_heads: int, *, base: AttentionConfig = HYBRID, places: tuple[int, ...] = (13, 7, 24)
+) -> AttentionConfig:
     """A hybrid with places of unequal number in each head; one head of several has no anchors."""
-    places = tuple((13, 7, 24)[head % 3] for head in range(num_kv_heads))
+    places = tuple(places[head % len(places)] for head in range(num_kv_heads))
     windows = tuple((4, 5, 7)[head % 3] for head in range(num_kv_heads))
     return replace(base, window=max(windows), anchors=AnchorConfig(places, windows, age=0.02))
 

@@ -70,6 +70,13 @@ class Attention(ctypes.Structure):
         ("late_cos", Pointer),
         ("late_sin", Pointer),
         ("far_up", Pointer),
+        ("first_place", Pointer),
+        ("windows", Pointer),
+        ("log_decay", Pointer),
+        ("frequencies", Pointer),
+        ("age", ctypes.c_double),
+        ("grid", ctypes.c_double),
+        ("span", Integer),
         ("far_rank", Integer),
         ("table_entries", Integer),
         ("num_features", Integer),
@@ -85,6 +92,9 @@ class Attention(ctypes.Structure):
         ("values_offset", Integer),
         ("key_scales_offset", Integer),
         ("value_scales_offset", Integer),
+        ("positions_offset", Integer),
+        ("scores_offset", Integer),
+        ("recent_offset", Integer),
     )
 
 
@@ -102,6 +112,8 @@ class Heads(ctypes.Structure):
         ("key_step", Integer),
         ("value_start", Integer),
         ("value_step", Integer),
+        ("score_start", Integer),
+        ("num_scores", Integer),
     )
 
 
@@ -122,6 +134,7 @@ class Layer(ctypes.Structure):
         ("mlp_down", Matrix),
         ("attention", Attention),
         ("far_down", Matrix),
+        ("priority", Matrix),
         ("query_norm", Norm),
         ("key_norm", Norm),
     )
@@ -174,7 +187,7 @@ def why_missing() -> str | None:
     if any(_path(variant).exists() for variant in VARIANTS):
         reason = "the compiled kernels were built from other sources than those at hand"
     else:
-        reason = "the kernels were not compiled when this was installed, or not for this interpreter and processor"
+        reason = "the kernels were not compiled when this was installed, or not for this interpreter and CPU"
     return f"{reason}; `make kernels` (or `python setup.py build_ext --inplace`), which needs a C++ compiler, mends it"
 
 

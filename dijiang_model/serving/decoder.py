@@ -58,7 +58,8 @@ class NativeDecoder:
         self._vocab_size = model.config.vocab_size
         self._num_layers = model.config.num_layers
         layer = self._weights.network.layers[0]
-        self._projected_width = layer.query.rows + layer.key.rows + layer.value.rows
+        num_scores = self._weights.network.heads.num_scores
+        self._projected_width = layer.query.rows + layer.key.rows + layer.value.rows + num_scores
 
     def step(
         self,

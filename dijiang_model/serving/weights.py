@@ -6,13 +6,14 @@ Nothing large is copied: projections and embeddings are used in place, mapped fi
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import accumulate
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from dijiang_model.attention import DiJiangAttention
-from dijiang_model.config import AttentionConfig, FeatureConfig
+from dijiang_model.config import AnchorConfig, AttentionConfig, FeatureConfig
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.native import library
 from dijiang_model.ops.layout import Rotary
@@ -34,17 +35,19 @@ NUMBERS: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch
 KERNEL_PARAMETERS = frozenset(
     {
         *("nodes", "log_weights", "projection", "log_decay", "read_table", "write_table"),
-        *("far_query_down", "far_query_up", "mix_bias", "mix_weight"),
+        *("far_query_down", "far_query_up", "mix_bias", "mix_weight", "priority_weight", "priority_bias"),
     }
 )
 KNOWN_SETTINGS = frozenset(
     {
-        *("features", "read_out", "decay", "window", "sinks"),
+        *("features", "read_out", "decay", "window", "sinks", "anchors"),
         *("bases", "normalisation", "scale", "nodes", "far_rank", "rotated"),
     }
 )
 """What the kernels compute of `AttentionConfig` and `FeatureConfig`; a setting added there is refused unless it
 has its default, and so is a parameter that is not among `KERNEL_PARAMETERS`, until the kernels learn it."""
+MAX_CODE_CHANNELS = 512
+"""Of a head whose places are read in whole numbers: their sums have room in 32 bits."""
 HEAD_SIZE_MULTIPLE = 16
 """Features and values are worked on in whole vectors, of up to 16 floats."""
 
@@ -61,6 +64,9 @@ def why_unsupported(model: DiJiangForCausalLM) -> str | None:
         return f"head size {model.config.head_size} is no multiple of {HEAD_SIZE_MULTIPLE}"
     if not model.config.pre_norm or model.config.embedding_width != model.config.hidden_size:
         return "norms after the residuals and projected embeddings are not among the kernels"
+    has_anchors = any(layer.anchors is not None for layer in model.config.layers)
+    if has_anchors and model.config.head_size > MAX_CODE_CHANNELS:
+        return f"head size {model.config.head_size} is more than {MAX_CODE_CHANNELS}, the most with anchors"
     for layer in model.config.layers:
         unknown = _unknown_settings(layer) | _unknown_settings(layer.features)
         if unknown:
@@ -192,7 +198,9 @@ def _heads(model: DiJiangForCausalLM, half: int) -> library.Heads:
         places = (0, 3 * size, size, 3 * size, 2 * size, 3 * size)
     else:  # queries, keys, values
         places = (0, size, heads * size, size, (heads + groups) * size, size)
-    return library.Heads(heads, groups, size, half, *places)
+    num_scores = groups if any(layer.anchors is not None for layer in config.layers) else 0
+    width = (heads + 2 * groups) * size
+    return library.Heads(heads, groups, size, half, *places, width, num_scores)
 
 
 def _layer(weights: NetworkWeights, block: nn.Module, names: "Paths", offsets: Mapping[str, int]) -> library.Layer:
@@ -218,6 +226,8 @@ def _layer(weights: NetworkWeights, block: nn.Module, names: "Paths", offsets: M
         layer.key_norm = weights.norm(block.get_submodule(names.key_norm))
     if attention.linear.attention.features.far_rank > 0:
         layer.far_down = weights.matrix(attention.linear.far_query_down)
+    if attention.anchors is not None:
+        layer.priority = weights.matrix(attention.linear.priority_weight, attention.linear.priority_bias)
     if attention.read_out == "group_norm":
         layer.gate = weights.linear(attention.gate)
         layer.group_norm = weights.norm(attention.group_norm)
@@ -251,12 +261,18 @@ def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mappi
         values_offset=place.get("near_values", -1),
         key_scales_offset=place.get("near_key_scales", -1),
         value_scales_offset=place.get("near_value_scales", -1),
+        positions_offset=place.get("near_positions", -1),
+        scores_offset=place.get("near_scores", -1),
+        recent_offset=place.get("recent_scores", -1),
     )
     if config.features.far_rank > 0:
         up = kernel.far_query_up
         attention.far_up, attention.far_rank = weights.derived(up.T.contiguous()), up.shape[1]
-    if config.window > 0:
+    if config.anchors is not None:
+        _add_places(attention, config.anchors, weights, module)
+    elif config.window > 0:
         attention.late = weights.derived((kernel.log_decay * config.window).exp())
+    if config.window > 0:
         attention.mix_bias = weights.pointer(kernel.mix_bias)
         attention.mix_weight = weights.pointer(kernel.mix_weight)
     if not config.features.rotated:
@@ -269,3 +285,16 @@ def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mappi
         attention.table_read = weights.pointer(kernel.table_read)
         attention.table_entries = kernel.table_write.shape[0]
     return attention
+
+
+def _add_places(
+    attention: library.Attention, anchors: AnchorConfig, weights: NetworkWeights, module: DiJiangAttention
+) -> None:
+    config = module.config
+    first = torch.tensor([0, *accumulate(anchors.places)])
+    windows, frequencies = torch.tensor(anchors.windows), torch.tensor(config.frequencies, dtype=torch.float64)
+    weights.kept += [first, windows, frequencies]
+    attention.first_place, attention.windows = first.data_ptr(), windows.data_ptr()
+    attention.log_decay = weights.derived(module.linear.log_decay)
+    attention.frequencies = frequencies.data_ptr()
+    attention.age, attention.grid, attention.span = anchors.age, anchors.grid, anchors.span

@@ -59,14 +59,14 @@ class DrainingServer(uvicorn.Server):
         self._drain_timeout_s = drain_timeout_s
         self._give_up = give_up
         self._drain_until: float | None = None
-        self._ends_at: float | None = None
+        self.ends_at: float | None = None
         self._closing: asyncio.Task[None] | None = None
         self._saving: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by uvicorn for SIGTERM and SIGINT."""
-        if self._service.draining and self._ends_at is None:
-            self._ends_at = time.monotonic() + LAST_ERRORS_S
+        if self._service.draining and self.ends_at is None:
+            self.ends_at = time.monotonic() + LAST_ERRORS_S
             self._limit(FORCED_S)
         elif self._service.draining:
             self.should_exit = self.force_exit = True
@@ -85,11 +85,11 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether it is time to stop."""
-        if self._ends_at is not None:
+        if self.ends_at is not None:
             if self._closing is None:
                 self._closing = asyncio.create_task(self._engine.close())  # what runs gets a clean error
             self.should_exit |= self._service.num_active == 0
-            if time.monotonic() > self._ends_at:
+            if time.monotonic() > self.ends_at:
                 self.should_exit = self.force_exit = True
         if self._engine.status == "failed":
             self.should_exit = True

@@ -15,12 +15,13 @@ from server.protocol.sampling import MAX_TOKENS, SamplingFields
 from server.protocol.structure import ResponseFormat
 from server.protocol.tools import (
     MAX_TOOLS,
+    AllowedTools,
+    AllowedToolsChoice,
     FunctionDefinition,
     FunctionName,
     NamedFunction,
     NamedToolChoice,
     Tool,
-    check_tools,
 )
 from server.protocol.unsupported import RESPONSE_FIELDS
 from server.protocol.usage import Usage
@@ -102,11 +103,30 @@ def _tools(value: object) -> object:
     return value
 
 
+class AllowedFunctionTools(RequestModel):
+    """These functions and no others; the prompt still names all."""
+
+    type: Literal["allowed_tools"]
+    """Kind of the choice."""
+    mode: Literal["auto", "required"]
+    """Whether one of them must be called."""
+    tools: list[NamedFunctionTool] = Field(min_length=1, max_length=MAX_TOOLS)
+    """Which ones."""
+
+    @property
+    def chat(self) -> AllowedToolsChoice:
+        """As the chat API spells it."""
+        allowed = AllowedTools(mode=self.mode, tools=[tool.chat for tool in self.tools])
+        return AllowedToolsChoice(type="allowed_tools", allowed_tools=allowed)
+
+
 def _tool_choice(value: object) -> object:
     if value is None or (isinstance(value, str) and value in ("none", "auto", "required")):
         return value
     if isinstance(value, dict) and value.get("type") == "function":
         return NamedFunctionTool.model_validate(value)
+    if isinstance(value, dict) and value.get("type") == "allowed_tools":
+        return AllowedFunctionTools.model_validate(value)
     raise PydanticCustomError("tool_choice", 'must be "none", "auto", "required" or {"type": "function", "name": ...}')
 
 
@@ -133,7 +153,7 @@ class Reasoning(RequestModel):
     effort: ReasoningEffort | None = None
     """`none`, or what the model's chat template understands; without effect where it has no place for it."""
     summary: Literal["auto", "concise", "detailed"] | None = None
-    """Without effect: what a model thinks is told in full."""
+    """Without effect: reasoning is reported in full."""
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
     """The same under its older name."""
 
@@ -150,7 +170,7 @@ class ResponseRequest(SamplingFields):
     instructions: Annotated[str, StringConstraints(max_length=MAX_INSTRUCTIONS_CHARACTERS)] | None = None
     """A system message before the input. After `previous_response_id` those of earlier responses stay in force."""
     previous_response_id: Annotated[str, StringConstraints(min_length=1, max_length=100)] | None = None
-    """A stored response to go on from; only what is new is computed."""
+    """A stored response to continue from; only what is new is computed."""
     max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     """Most tokens of the answer; no limit if absent."""
     text: TextOptions | None = None
@@ -160,7 +180,7 @@ class ResponseRequest(SamplingFields):
     stream_options: dict[str, Any] | None = None
     """Only with `stream`; there is nothing to choose."""
     store: bool | None = None
-    """Keep the response, to be read again and gone on from (default true)."""
+    """Keep the response, to be read and continued later (default true)."""
     background: bool | None = None
     """Answer at once and generate meanwhile; read the response later. Needs `store`."""
     truncation: Literal["auto", "disabled"] | None = None
@@ -170,7 +190,7 @@ class ResponseRequest(SamplingFields):
     tools: Annotated[list[FunctionTool] | None, BeforeValidator(_tools)] = Field(None, max_length=MAX_TOOLS)
     """Functions that the answer may call. They are not taken over from the previous response: name them again."""
     tool_choice: Annotated[
-        Literal["none", "auto", "required"] | NamedFunctionTool | None,
+        Literal["none", "auto", "required"] | NamedFunctionTool | AllowedFunctionTools | None,
         BeforeValidator(_tool_choice),
         WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}, {"type": "null"}]}),
     ] = None
@@ -180,7 +200,7 @@ class ResponseRequest(SamplingFields):
     max_tool_calls: int | None = Field(None, ge=1)
     """Most calls of built-in tools, of which there are none here."""
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    """Return the log-probability of each token of the text, and those of that many likeliest tokens in its place."""
+    """Return the log-probability of each token of the text, and of that many most likely tokens in its place."""
     include: Annotated[list[str] | None, AfterValidator(_include)] = Field(None, max_length=20)
     """What else to return; `message.output_text.logprobs`: the log-probability of each token of the text."""
     reasoning: Reasoning | None = None
@@ -204,7 +224,6 @@ class ResponseRequest(SamplingFields):
             raise InvalidRequestError("`background` needs `store`: the answer is read later", param="background")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("`stream_options` is only allowed with `stream: true`", param="stream_options")
-        check_tools([tool.name for tool in self.tools or ()], self._named_choice)
         _check_echo("tools", self.told_tools)
         _check_echo("text.format", None if self.text is None else self.text.format)
         if self.previous_response_id is None:
@@ -227,11 +246,6 @@ class ResponseRequest(SamplingFields):
         """The instructions, if there are any, and the input."""
         own = [MessageIn(role="system", content=self.instructions)] if self.instructions is not None else []
         return own + chat_messages(self.input)
-
-    @property
-    def _named_choice(self) -> str | None:
-        choice = self.tool_choice
-        return f"function {choice.name}" if isinstance(choice, NamedFunctionTool) else choice
 
     @property
     def told_tools(self) -> list[dict[str, Any]]:
@@ -259,7 +273,7 @@ class ResponseRequest(SamplingFields):
             logprobs=wants_logprobs,
             top_logprobs=(self.top_logprobs or 0) if wants_logprobs else None,
             tools=[Tool(type="function", function=tool) for tool in self.tools or ()] or None,
-            tool_choice=choice.chat if isinstance(choice, NamedFunctionTool) else choice,
+            tool_choice=choice.chat if isinstance(choice, NamedFunctionTool | AllowedFunctionTools) else choice,
             parallel_tool_calls=self.parallel_tool_calls,
             response_format=None if self.text is None else self.text.response_format,
             reasoning_effort=self.reasoning_effort,

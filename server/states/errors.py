@@ -65,7 +65,7 @@ def storage_full(num_bytes: int, max_bytes: int) -> StorageFullError:
 
 def state_conflict() -> StateConflictError:
     """Somebody was faster."""
-    return StateConflictError("another request has advanced this state meanwhile")
+    return StateConflictError("another request has updated this state meanwhile")
 
 
 def name_taken(name: str) -> StateNameTakenError:

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "attention.h"
+#include "places.h"
+#include "score_codes.h"
 
 namespace dijiang {
 
@@ -11,15 +13,18 @@ class HeadGroup {
   // Floats of scratch that one needs.
   static int64_t scratch_size(const Attention& a, const Heads& heads) {
     const int64_t shared = heads.num_heads / heads.num_groups, d = heads.head_size;
-    return (6 * shared + 4) * d + (shared + 1) * a.num_features + shared * padded_near(a.window + a.sinks) +
-           2 * shared + 16 * 16;
+    const int64_t planes = 2 * shared * plane_bytes(std::max(d, a.most_places(heads.num_groups))) / 4;
+    return (6 * shared + 4) * d + (shared + 1) * a.num_features +
+           shared * padded_near(a.most_places(heads.num_groups)) + 2 * shared + 2 * heads.rotary_half +
+           (a.has_anchors() ? planes : 0) + shared * static_cast<int64_t>(sizeof(Words)) / 4 + 20 * 16;
   }
 
   // `next`: keys that this thread is likely to read next, or null.
   HeadGroup(const Attention& a, const Heads& heads, int64_t group, const GroupState& state, float* scratch,
             const uint8_t* next)
       : a_(a), heads_(heads), at_(state), next_(next), group_(group), shared_(heads.num_heads / heads.num_groups),
-        d_(heads.head_size), near_(a.window + a.sinks), first_head_(group * shared_) {
+        d_(heads.head_size), near_(a.places(group)), first_head_(group * shared_),
+        places_(a, state, group, heads.head_size) {
     auto take = [&scratch](int64_t count) {
       float* taken = scratch;
       scratch += (count + 15) / 16 * 16;
@@ -37,6 +42,9 @@ class HeadGroup {
     weights_ = take(shared_ * padded_near(near_));
     sums_ = take(shared_);
     mix_ = take(shared_);
+    angles_ = take(2 * heads.rotary_half);
+    words_ = reinterpret_cast<Words*>(take(shared_ * static_cast<int64_t>(sizeof(Words)) / 4));
+    planes_ = reinterpret_cast<int8_t*>(take(a.has_anchors() ? 2 * shared_ * plane_bytes(std::max(d_, near_)) / 4 : 0));
     far_key_ = far_rows_ + shared_ * d_;
     phi_key_ = phi_ + shared_ * a.num_features;
   }
@@ -50,7 +58,11 @@ class HeadGroup {
     reads_ = is_asked;
     rotate(key(projected), d_, heads_.rotary_half, token.cos, token.sin, new_key_);
     if (is_asked) turn_queries(token, projected, far_low);
-    if (a_.window > 0) {
+    if (a_.has_anchors()) {
+      leaves = move_places(token, value(projected), projected[heads_.score_start + group_]);
+      if (is_asked) read_places(token);
+      if (is_asked) weigh(projected);
+    } else if (a_.window > 0) {
       with_kept(a_.near_numbers, [&](auto* kept) {
         using Kept = std::remove_pointer_t<decltype(kept)>;
         leaves = move_window<Kept>(token, value(projected));
@@ -156,6 +168,67 @@ class HeadGroup {
     weighted(shared_, weights_, stride, values, d_, near_, close_, d_, ahead(at_.linear));
   }
 
+  // The new token takes its place; whoever is evicted for it goes over into the linear state: then true.
+  bool move_places(const Token& token, const float* value, float score) {
+    auto* keys = reinterpret_cast<int8_t*>(at_.keys);
+    auto* values = reinterpret_cast<int8_t*>(at_.values);
+    const bool leaves = places_.make_room(token.position, score, [&](const Evicted& evicted) {
+      const int64_t row = evicted.column;
+      take_row(keys + row * d_, d_, at_.key_scales[row], far_key_);
+      take_row(values + row * d_, d_, at_.value_scales[row], far_value_);
+      late_ = exponential(a_.log_decay[group_] * static_cast<float>(token.position - evicted.position));
+      if (!is_rotated()) unrotate(far_key_, evicted.position);
+    });
+    if (!leaves) std::memset(far_value_, 0, row_bytes());  // it is multiplied by zeros
+    const int64_t row = places_.column_of(token.position);
+    at_.key_scales[row] = put_row(new_key_, d_, keys + row * d_);
+    at_.value_scales[row] = put_row(value, d_, values + row * d_);
+    return leaves;
+  }
+
+  // Undoes the rotation of a key in place.
+  void unrotate(float* x, int64_t position) {
+    const int64_t half = heads_.rotary_half;
+    float *cos = angles_, *sin = angles_ + half;
+    back_angles(position, a_.frequencies, half, cos, sin);
+    rotate(x, d_, half, cos, sin, close_);
+    std::memcpy(x, close_, row_bytes());
+  }
+
+  // As `read_window`, over what the places hold.
+  void read_places(const Token& token) {
+    const auto *keys = reinterpret_cast<const int8_t*>(at_.keys), *values = reinterpret_cast<const int8_t*>(at_.values);
+    const int64_t used = places_.used(token.position), stride = padded_near(used), sinks = std::min(a_.sinks, used);
+    auto score = [&](const float* queries, int64_t first, int64_t last) {
+      if (!kReadsCodes)
+        return scores(shared_, queries, d_, keys, at_.key_scales, first, last, weights_, stride, ahead(at_.values));
+      round_rows(queries, d_, d_);
+      score_codes(shared_, words_, d_, keys, at_.key_scales, first, last, weights_, stride, ahead(at_.values));
+    };
+    if (sinks > 0) score(sink_query_, 0, sinks);
+    score(near_query_, sinks, used);
+    for (int64_t r = 0; r < shared_; ++r) {
+      float* w = weights_ + r * stride;
+      places_.hide(token.position, w);
+      sums_[r] = exponentials(w, stride);
+      for (int64_t j = 0; j < used; ++j) w[j] *= at_.value_scales[j];
+    }
+    if (!kReadsCodes) return weighted(shared_, weights_, stride, values, d_, used, close_, d_, ahead(at_.linear));
+    round_rows(weights_, used, stride);
+    weigh_codes(shared_, words_, values, d_, used, close_, d_, ahead(at_.linear));
+  }
+
+  // A row of numbers of each query head in 16 bits: `words_`.
+  void round_rows(const float* rows, int64_t count, int64_t stride) {
+    const int64_t plane = plane_bytes(std::max(d_, near_));
+    for (int64_t r = 0; r < shared_; ++r) {
+      Words& words = words_[r];
+      words.high = planes_ + 2 * r * plane;
+      words.low = words.high + plane;
+      round_words(rows + r * stride, count, words);
+    }
+  }
+
   // How much the linear part counts beside the window.
   void weigh(const float* projected) {
     reads_ = false;
@@ -192,10 +265,11 @@ class HeadGroup {
       for (int64_t j = 0; is_asked && j < features; ++j) phi_[j] *= a_.table_read[entry_at];
     } else {
       decay = a_.decay[group_];
+      if (a_.has_anchors()) write = late_;
       if (a_.late != nullptr) write = a_.late[group_];
     }
     for (int64_t j = 0; j < features; ++j) phi_key_[j] = leaves ? phi_key_[j] * write : 0.0f;
-    const int64_t next_bytes = (GroupBytes(a_, heads_).near / features + 63) / 64 * 64;
+    const int64_t next_bytes = (GroupBytes(a_, heads_, group_).near / features + 63) / 64 * 64;
     const Update update{decay, phi_key_, far_value_, chance_salt(token.position), ahead(next_), next_bytes};
     const int64_t num_read = reads_ ? shared_ : 0;
     if (a_.linear_numbers == Numbers::kFloat) {
@@ -233,10 +307,15 @@ class HeadGroup {
   const GroupState at_;
   const uint8_t* next_;
   const int64_t group_, shared_, d_, near_, first_head_;
+  Places places_;
   bool reads_ = true, is_warm_ = false;
   float *far_rows_;                                // the far queries, then the key that enters the state
   float *new_key_, *far_value_, *near_query_, *sink_query_, *rotated_, *far_, *close_, *phi_, *weights_, *sums_, *mix_;
   float *far_key_, *phi_key_;
+  float* angles_;
+  Words* words_;  // [R]
+  int8_t* planes_;
+  float late_ = 1.0f;  // decay of whoever was evicted last
 };
 
 }  // namespace dijiang

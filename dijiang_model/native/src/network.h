@@ -18,6 +18,7 @@ struct Layer {
   Matrix mlp_gate, mlp_up, mlp_down;  // an ungated MLP has mlp_gate.rows = 0
   Attention attention;
   Matrix far_down;                // [far_rank, H * d], the first half of the far branch's update; rows = 0 without
+  Matrix priority;                // [G, D] fp32, scores of the normed input; rows = 0 without anchors
   Norm query_norm, key_norm;      // of each head before it is rotated; weight = null without
 };
 

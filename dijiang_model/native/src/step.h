@@ -25,7 +25,7 @@ class Step {
       : model_(model), num_rows_(num_rows), threads_(num_threads), hidden_(hidden) {
     const Heads& heads = model.heads;
     const Layer& layer = model.layers[0];
-    projected_width_ = layer.query.rows + layer.key.rows + layer.value.rows;
+    projected_width_ = layer.query.rows + layer.key.rows + layer.value.rows + heads.num_scores;
     const int64_t width = heads.num_heads * heads.head_size;
     normed_ = rows(scratch, 1, model.hidden_size);
     mlp_normed_ = rows(scratch, 4, model.hidden_size);
@@ -41,7 +41,8 @@ class Step {
       const Attention& attention = model.layers[i].attention;
       rank = std::max(rank, attention.far_rank);
       arena_size_ = std::max(arena_size_, HeadGroup::scratch_size(attention, heads));
-      held_bytes_ = std::max(held_bytes_, (GroupBytes(attention, heads).most() + 63) / 64 * 64);
+      for (int64_t group = 0; group < heads.num_groups; ++group)
+        held_bytes_ = std::max(held_bytes_, (GroupBytes(attention, heads, group).most() + 63) / 64 * 64);
     }
     far_low_ = scratch.floats(19, num_rows * rank);
     arenas_ = scratch.floats(17, arena_size_ * kMaxThreads);
@@ -74,6 +75,7 @@ class Step {
     norm(layer.input_norm, normed_, layer.query);
     if (is_parallel) norm(layer.mlp_norm, mlp_normed_, layer.mlp_up);
     project(layer);
+    score(layer);
     if (layer.query_norm.weight != nullptr) norm_heads(layer);
     for (const Segment& segment : segments_) {
       if (!segment.is_held) continue;
@@ -172,7 +174,8 @@ class Step {
   void project(const Layer& layer) const {
     const Matrix* parts[] = {&layer.query, &layer.key, &layer.value, &layer.gate};
     const Activations x = normed_.activations();
-    for_outputs(projected_width_ + layer.gate.rows, num_rows_, [&](int64_t first, int64_t last) {
+    const int64_t count = projected_width_ - model_.heads.num_scores + layer.gate.rows;
+    for_outputs(count, num_rows_, [&](int64_t first, int64_t last) {
       int64_t start = 0;
       for (const Matrix* part : parts) {
         const int64_t from = first > start ? first - start : 0;
@@ -182,6 +185,21 @@ class Step {
         if (from < to)
           product(*part, x, num_rows_, from, to, target, is_gate ? layer.gate.rows : projected_width_, false);
         start += part->rows;
+      }
+    });
+  }
+
+  // Scores of the tokens, behind their projected rows; on a grid, so that sums in another order choose alike.
+  void score(const Layer& layer) const {
+    if (layer.priority.rows == 0) return;
+    const Matrix& priority = layer.priority;
+    const double grid = layer.attention.grid;
+    for_rows([&](int64_t n) {
+      float* scores = projected_ + n * projected_width_ + model_.heads.score_start;
+      for (int64_t g = 0; g < priority.rows; ++g) {
+        const float* weight = priority.weight + g * priority.columns;
+        const float sum = dot(normed_.values + n * normed_.width, weight, priority.columns) + priority.bias[g];
+        scores[g] = static_cast<float>(std::nearbyint(static_cast<double>(sum) / grid) * grid);
       }
     });
   }
@@ -224,7 +242,7 @@ class Step {
   GroupState state_of(const Attention& attention, const Segment& segment, int64_t group, int thread) const {
     uint8_t* slot = tokens_[static_cast<size_t>(segment.first)].slot;
     const GroupState state = group_state(attention, model_.heads, slot, group);
-    return segment.is_held ? copied(attention, model_.heads, state, held_ + thread * held_bytes_) : state;
+    return segment.is_held ? copied(attention, model_.heads, group, state, held_ + thread * held_bytes_) : state;
   }
 
   // The keys that are read `ahead` tasks after this one.

@@ -124,12 +124,16 @@ static inline Vec exponential(Vec x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p, r * r, r) + splat(1.0f);
+#if defined(__AVX512F__)
+  Vec result = _mm512_scalef_ps(p, n);
+#else
   // 2^n in two factors: n = 128 has no exponent of its own.
   IntVec whole = __builtin_convertvector(n, IntVec);
   IntVec half = whole >> 1;
   Vec first = reinterpret_cast<Vec>((half + 127) << 23);
   Vec second = reinterpret_cast<Vec>((whole - half + 127) << 23);
   Vec result = p * first * second;
+#endif
   result = x < low ? splat(0.0f) : result;
   return x > high ? splat(std::numeric_limits<float>::infinity()) : result;
 }

@@ -53,6 +53,36 @@ def test_the_command_converts_and_says_how_to_serve(source: Path, tmp_path: Path
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
 
 
+def test_a_budget_of_bytes_is_calibrated_for(source: Path, tmp_path: Path) -> None:
+    text = tmp_path / "rain.txt"
+    text.write_text("It rained all day. Nobody went out. The cat slept on the stove. " * 60)
+    code, output = run(source, tmp_path / "out", "--state-bytes", "40K", "--calibrate", text)
+    assert code == 0, output
+    assert "calibrating" in output
+    assert "2/2 layers" in output
+    config = load_model(tmp_path / "out").config
+    assert config.memory in " ".join(output.split())
+    code, output = run(source, tmp_path / "small", "--state-bytes", "1K")
+    assert code == 1
+    assert "give --state-bytes" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--state-bytes", "8MiB", "--window", 60), "calibration chooses the window"),
+        (("--calibrate", "text.txt"), "calibration needs a budget"),
+        (("--state-bytes", "much"), "is not a size such as"),
+    ],
+)
+def test_options_that_contradict_a_budget_are_refused(
+    options: tuple[object, ...], words: str, source: Path, tmp_path: Path
+) -> None:
+    code, output = run(source, tmp_path / "out", *options)
+    assert code == 2
+    assert words in " ".join(output.replace("│", " ").split())
+
+
 def test_the_command_warns_of_recipes_that_need_training(source: Path, tmp_path: Path) -> None:
     code, output = run(source, tmp_path / "out", "--recipe", "pure")
     assert code == 0, output

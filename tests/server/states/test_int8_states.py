@@ -1,4 +1,4 @@
-"""With `--state-dtype int8` everything that is done with states goes on exactly as if undisturbed."""
+"""With `--state-dtype int8`, beside a window or anchors, whatever is done with states goes on as if undisturbed."""
 
 import json
 import signal
@@ -10,17 +10,21 @@ import pytest
 
 from tests.server.states.postgres_server import PostgresServer
 from tests.server.states.running import ANN, Running, bearer, cached, running, start
+from tests.tiny_models import anchored, llama_config, write_tiny_model
+from tests.waiting import PATIENCE_S
 
-pytestmark = pytest.mark.timeout(120)
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. "
 FILE = {"content-type": "application/octet-stream", **bearer(ANN)}
 INT8 = ("--state-dtype", "int8", "--admin-keys", "key-of-admin", "--max-conversations", "4")
 
 
-@pytest.fixture(scope="module")
-def int8(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+@pytest.fixture(scope="module", params=["window", "anchors"])
+def int8(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("int8")
     options = ("--prefix-cache-memory", "48KiB", "--prefix-cache-disk", "16MiB")
-    with running(tiny, tmp_path_factory.mktemp("int8") / "states", *INT8, *options) as server:
+    if request.param == "anchors":
+        tiny = write_tiny_model(folder / "anchors", llama_config(anchored(2), anchored(2)))
+    with running(tiny, folder / "states", *INT8, *options) as server:
         yield server
 
 
@@ -56,7 +60,10 @@ def test_an_exported_state_goes_on_after_its_import_and_not_in_other_numbers(int
     content = int8.http.get(f"/v1/states/{state_id}/export").content
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # numpy knows no BF16
     dtypes = {name.partition(".near_")[2]: part["dtype"] for name, part in header.items() if ".near_" in name}
-    assert dtypes == {"keys": "I8", "values": "I8", "key_scales": "F32", "value_scales": "F32"}
+    expected_dtypes = {"keys": "I8", "values": "I8", "key_scales": "F32", "value_scales": "F32"}
+    if "positions" in dtypes:
+        expected_dtypes |= {"positions": "I32", "scores": "F32"}
+    assert dtypes == expected_dtypes
     answer = int8.http.post("/v1/states/import", content=content, headers=FILE)
     assert answer.status_code == 200, answer.text
     expected = int8.complete(" So", state_id=state_id)["token_ids"]
@@ -89,7 +96,7 @@ def test_a_stop_saves_what_runs_and_it_goes_on_in_int8(tiny: Path, tmp_path: Pat
             next(lines)
             first.process.send_signal(signal.SIGTERM)
             error = [line for line in lines if '"error"' in line][-1]
-        first.process.wait(20)
+        first.process.wait(PATIENCE_S)
     finally:
         first.kill()
         first.close()

@@ -1,5 +1,6 @@
 """Any family converts to a byte budget and is served; what was found divides other budgets as well."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,4 +119,8 @@ def test_budgets_are_for_hybrids_and_large_enough(tmp_path: Path) -> None:
         convert(source, tmp_path / "model", recipe=Recipe.PURE, state_bytes=BUDGET)
     with pytest.raises(ConversionError, match="a state of 1,000 bytes is too small for this model"):
         convert(source, tmp_path / "model", state_bytes=1000)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "mistral", "sliding_window": 64}))
+    with pytest.raises(ConversionError, match="the teacher sees the last 64 tokens alone"):
+        convert(source, tmp_path / "model", state_bytes=BUDGET)
     assert not (tmp_path / "model").exists()

@@ -1,0 +1,143 @@
+// The places of one key-value head: sinks, a ring of recent tokens, anchors; who is evicted when a token comes.
+//
+// As `ops/anchors.py`, token by token: nothing depends on how a text is cut or on what runs beside it.
+#pragma once
+
+#include "attention.h"
+
+namespace dijiang {
+
+typedef int32_t PartIntAt __attribute__((vector_size(kLanes * 2), aligned(4), may_alias));
+
+// Who was evicted: its column, while nothing has been written there, and its position.
+struct Evicted {
+  int64_t column;
+  int64_t position;
+};
+
+class Places {
+ public:
+  Places(const Attention& a, const GroupState& state, int64_t group, int64_t head_size)
+      : at_(state), age_(a.age), sinks_(a.sinks), window_(a.has_anchors() ? a.windows[group] : 0), span_(a.span),
+        limit_(a.places(group) - a.sinks - window_), d_(head_size) {}
+
+  // Columns that may hold a token once that at `position` has come: the first so many.
+  int64_t used(int64_t position) const {
+    const int64_t left = position + 1 - sinks_ - window_;
+    return sinks_ + window_ + (left < 0 ? 0 : left < limit_ ? left : limit_);
+  }
+
+  int64_t column_of(int64_t position) const {
+    return position < sinks_ ? position : sinks_ + position % window_;
+  }
+
+  // Notes the new token's score and lets the token that leaves the window join the anchors. evict(Evicted) is called for
+  // whoever loses its place, before that is overwritten. The new token's own place is free afterwards.
+  template <class Evict>
+  bool make_room(int64_t position, float score, const Evict& evict) {
+    const int64_t own = column_of(position), leaving = position - window_;
+    const float shared = remember(position, score);
+    const int64_t known = position - span_;
+    if (span_ > 0 && known >= sinks_) at_.scores[column_of(known)] = shared;
+    bool is_evicted = false;
+    if (leaving >= sinks_) {
+      const int64_t count = leaving - sinks_;
+      if (count < limit_) {
+        move(own, sinks_ + window_ + count);
+        lowest_ = -1;
+      } else {
+        const int64_t lowest = limit_ > 0 ? lowest_anchor() : own;
+        const int64_t loser = limit_ > 0 && priority(own) >= priority(lowest) ? lowest : own;
+        evict(Evicted{loser, at_.positions[loser]});
+        is_evicted = true;
+        if (loser != own) {
+          move(own, loser);
+          lowest_ = -1;
+        }
+      }
+    }
+    at_.positions[own] = static_cast<int32_t>(position);
+    at_.scores[own] = score;
+    return is_evicted;
+  }
+
+  // -inf in the scores of columns that hold nothing, up to whole vectors.
+  void hide(int64_t position, float* scores) const {
+    const float hidden = -std::numeric_limits<float>::infinity();
+    const int64_t count = used(position);
+    for (int64_t j = count; j < padded_near(count); ++j) scores[j] = hidden;
+    for (int64_t z = position + 1; z < sinks_; ++z) scores[z] = hidden;
+    if (position - window_ + 1 >= sinks_) return;
+    for (int64_t c = 0; c < window_; ++c)
+      if (position - modulo(position - c, window_) < sinks_) scores[sinks_ + c] = hidden;
+  }
+
+ private:
+  double priority(int64_t column) const {
+    return static_cast<double>(at_.scores[column]) + age_ * static_cast<double>(at_.positions[column]);
+  }
+
+  // The score that the token `span` before this one shares.
+  float remember(int64_t position, float score) {
+    const int64_t size = 2 * span_ + 1, first = position - 2 * span_;
+    at_.recent[position % size] = score;
+    float most = score;
+    for (int64_t j = first < 0 ? 0 : first; j < position; ++j)
+      most = at_.recent[j % size] > most ? at_.recent[j % size] : most;
+    return most;
+  }
+
+  void move(int64_t from, int64_t to) {
+    const auto row = static_cast<size_t>(d_);
+    std::memcpy(at_.keys + to * d_, at_.keys + from * d_, row);
+    std::memcpy(at_.values + to * d_, at_.values + from * d_, row);
+    at_.key_scales[to] = at_.key_scales[from];
+    at_.value_scales[to] = at_.value_scales[from];
+    at_.positions[to] = at_.positions[from];
+    at_.scores[to] = at_.scores[from];
+  }
+
+  // The column of the anchor of the lowest priority, all places being taken; of equals the oldest.
+  int64_t lowest_anchor() {
+    if (lowest_ >= 0) return lowest_;
+    const int64_t start = sinks_ + window_;
+    int64_t j = 0;
+    lowest_ = start;
+    double best = priority(start);
+    auto take = [&](double p, int64_t column) {
+      if (p < best || (p == best && at_.positions[column] < at_.positions[lowest_])) {
+        best = p;
+        lowest_ = column;
+      }
+    };
+    if (limit_ >= kWide) {
+      const Wide age = wide(age_);
+      Wide least, oldest;
+      WideInt where;
+      for (; j + kWide <= limit_; j += kWide) {
+        const Wide score = __builtin_convertvector(*reinterpret_cast<const PartAt*>(at_.scores + start + j), Wide);
+        const Wide place = __builtin_convertvector(*reinterpret_cast<const PartIntAt*>(at_.positions + start + j), Wide);
+        const Wide p = score + age * place;
+        const WideInt here = j - WideInt{};
+        if (j == 0) {
+          least = p, oldest = place, where = here;
+          continue;
+        }
+        const WideInt is_less = (p < least) | ((p == least) & (place < oldest));
+        least = is_less ? p : least;
+        oldest = is_less ? place : oldest;
+        where = is_less ? here : where;
+      }
+      for (int lane = 0; lane < kWide; ++lane) take(least[lane], start + where[lane] + lane);
+    }
+    for (; j < limit_; ++j) take(priority(start + j), start + j);
+    return lowest_;
+  }
+
+  const GroupState at_;
+  const double age_;
+  const int64_t sinks_, window_, span_, limit_, d_;
+  int64_t lowest_ = -1;  // as long as no anchor changes
+};
+
+}  // namespace dijiang

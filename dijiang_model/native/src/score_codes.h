@@ -1,0 +1,224 @@
+// Places read in whole numbers: queries and weights are rounded to 16 bits, keys and values are int8 codes, and the sums
+// are exact, so that their order does not matter: a block of rows and a single one give the same bits.
+//
+// A number of 16 bits is 256 high + low, both signed bytes; codes are shifted by 128 to be unsigned, as the instruction
+// (vpdpbusd) wants one of each, and 128 times the sum of the other side is taken off in the end.
+#pragma once
+
+#include "window.h"
+
+namespace dijiang {
+
+constexpr int64_t kCodeChannels = 64;  // of a row at once, zeros behind its end
+constexpr float kLargestWord = 32639.0f;  // 256 * 127 + 127
+static inline int64_t padded_codes(int64_t d) { return (d + kCodeChannels - 1) / kCodeChannels * kCodeChannels; }
+
+// Whether places are read so: elsewhere codes are widened to fp32.
+constexpr bool kReadsCodes = DIJIANG_VNNI != 0;
+
+// Numbers in 16 bits: x[i] / scale as 256 high[i] + low[i], and their sums.
+struct Words {
+  int8_t *high, *low;
+  float scale;  // NaN if a number is not finite
+  int32_t high_sum, low_sum;
+};
+
+// Bytes of the two planes of `count` numbers, padded to whole vectors of any kind.
+static inline int64_t plane_bytes(int64_t count) { return (count + kCodeChannels - 1) / kCodeChannels * kCodeChannels; }
+
+#if DIJIANG_VNNI
+
+typedef int32_t FourBytes __attribute__((aligned(1), may_alias));
+
+// The first `count` numbers of x [padded to vectors] in 16 bits, zeros up to the planes' end.
+static inline void round_words(const float* x, int64_t count, Words& words) {
+  const float most = magnitude(x, count);
+  const __m512 inverse = _mm512_set1_ps(most > 0.0f ? kLargestWord / most : 0.0f);
+  __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < plane_bytes(count); i += 16) {
+    const int64_t left = count - i;
+    const __mmask16 here = left >= 16 ? 0xffffu : left > 0 ? (1u << left) - 1u : 0u;
+    // A number that is not finite becomes some integer; the scale says that it is none.
+    const __m512i word = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(here, x + i), inverse));
+    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(word, _mm512_set1_epi32(128)), 8);
+    const __m512i low = _mm512_sub_epi32(word, _mm512_slli_epi32(high, 8));
+    high_sum = _mm512_add_epi32(high_sum, high);
+    low_sum = _mm512_add_epi32(low_sum, low);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(words.high + i), _mm512_cvtepi32_epi8(high));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(words.low + i), _mm512_cvtepi32_epi8(low));
+  }
+  words.scale = most / kLargestWord;
+  words.high_sum = _mm512_reduce_add_epi32(high_sum);
+  words.low_sum = _mm512_reduce_add_epi32(low_sum);
+}
+
+// total += four unsigned codes in each lane times the four signed bytes at `bytes`, in every lane. Not the intrinsic: the
+// compiler loads the bytes apart and moves the sums about, for want of registers.
+static inline DIJIANG_INLINE void add_four(__m512i& total, __m512i codes, const int8_t* bytes) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(total) : "v"(codes), "m"(*reinterpret_cast<const FourBytes*>(bytes)));
+}
+
+static inline DIJIANG_INLINE __m512i row_codes(const int8_t* row, int64_t channels) {
+  const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+  if (channels >= kCodeChannels) return _mm512_xor_si512(_mm512_loadu_si512(row), sign);
+  return _mm512_xor_si512(_mm512_maskz_loadu_epi8((1ull << channels) - 1ull, row), sign);
+}
+
+// Sixteen rows of sixteen 32-bit numbers the other way round.
+static inline DIJIANG_INLINE void transpose(__m512i* x) {
+  __m512i y[16];
+  each<8>([&](auto i) DIJIANG_INLINE {
+    y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+    y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+  });
+  each<4>([&](auto i) DIJIANG_INLINE {
+    x[4 * i] = _mm512_unpacklo_epi64(y[4 * i], y[4 * i + 2]);
+    x[4 * i + 1] = _mm512_unpackhi_epi64(y[4 * i], y[4 * i + 2]);
+    x[4 * i + 2] = _mm512_unpacklo_epi64(y[4 * i + 1], y[4 * i + 3]);
+    x[4 * i + 3] = _mm512_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
+  });
+  each<4>([&](auto i) DIJIANG_INLINE {
+    y[i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);
+    y[4 + i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);
+    y[8 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);
+    y[12 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
+  });
+  each<4>([&](auto i) DIJIANG_INLINE {
+    x[i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0x88);
+    x[8 + i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0xdd);
+    x[4 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0x88);
+    x[12 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0xdd);
+  });
+}
+
+// scores[r][j] = q[r] . keys[j] scales[j] for up to sixteen keys.
+template <int R>
+static inline DIJIANG_INLINE void score_sixteen(const Words* queries, int64_t d, const int8_t* keys,
+                                                const float* scales, int64_t count, float* scores, int64_t stride) {
+  __m512i high[R], low[R];
+  each<R>([&](auto r) DIJIANG_INLINE { high[r] = low[r] = _mm512_setzero_si512(); });
+  for (int64_t c = 0; c < d; c += kCodeChannels) {
+    __m512i x[16];
+    if (count >= 16) {
+      each<16>([&](auto j) DIJIANG_INLINE { x[j] = row_codes(keys + j * d + c, d - c); });
+    } else {
+      for (int64_t j = 0; j < 16; ++j) x[j] = j < count ? row_codes(keys + j * d + c, d - c) : _mm512_setzero_si512();
+    }
+    transpose(x);
+    each<16>([&](auto i) DIJIANG_INLINE {
+      each<R>([&](auto r) DIJIANG_INLINE {
+        add_four(high[r], x[i], queries[r].high + c + 4 * i);
+        add_four(low[r], x[i], queries[r].low + c + 4 * i);
+      });
+    });
+  }
+  const __mmask16 here = count >= 16 ? 0xffffu : (1u << count) - 1u;
+  const __m512 key_scales = _mm512_maskz_loadu_ps(here, scales);
+  each<R>([&](auto r) DIJIANG_INLINE {
+    const int32_t shift = -128 * (256 * queries[r].high_sum + queries[r].low_sum);
+    const __m512i whole = _mm512_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(high[r], 8), low[r]),
+                                           _mm512_set1_epi32(shift));  // modulo 2^32, in which it has room
+    const __m512 score = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(queries[r].scale));
+    _mm512_mask_storeu_ps(scores + r * stride, here, _mm512_mul_ps(score, key_scales));
+  });
+}
+
+template <int R>
+static inline void score_code_rows(const Words* queries, int64_t d, const int8_t* keys, const float* scales,
+                                   int64_t first, int64_t last, float* scores, int64_t stride, const uint8_t* behind) {
+  for (int64_t j = first; j < last; j += 16) {
+    fetch_bytes(behind, j * d, (j + 16) * d);
+    score_sixteen<R>(queries, d, keys + j * d, scales + j, last - j, scores + j, stride);
+  }
+}
+
+// out[r] = sum_j w[r][j] rows[j] for `num_rows` rows, up to 64 channels from `c` on.
+template <int R>
+static inline void weigh_channels(const Words* weights, const int8_t* rows, int64_t d, int64_t c, int64_t num_rows,
+                                  float* out, int64_t stride, const uint8_t* behind) {
+  __m512i high[R][4], low[R][4];
+  each<R>([&](auto r) DIJIANG_INLINE {
+    each<4>([&](auto k) DIJIANG_INLINE { high[r][k] = low[r][k] = _mm512_setzero_si512(); });
+  });
+  for (int64_t j = 0; j < num_rows; j += 4) {
+    fetch_bytes(behind, j * d, (j + 4) * d);
+    __m512i row[4];
+    each<4>([&](auto o) DIJIANG_INLINE {  // rows behind the last one have no weight
+      row[o] = row_codes(rows + (j + o < num_rows ? j + o : j) * d + c, d - c);
+    });
+    const __m512i a = _mm512_unpacklo_epi8(row[0], row[1]), b = _mm512_unpackhi_epi8(row[0], row[1]);
+    const __m512i e = _mm512_unpacklo_epi8(row[2], row[3]), f = _mm512_unpackhi_epi8(row[2], row[3]);
+    // Four rows to a lane: lane p of quarter L has channel 16 L + 4 k + p.
+    const __m512i four[4] = {_mm512_unpacklo_epi16(a, e), _mm512_unpackhi_epi16(a, e), _mm512_unpacklo_epi16(b, f),
+                             _mm512_unpackhi_epi16(b, f)};
+    each<R>([&](auto r) DIJIANG_INLINE {
+      each<4>([&](auto k) DIJIANG_INLINE {
+        add_four(high[r][k], four[k], weights[r].high + j);
+        add_four(low[r][k], four[k], weights[r].low + j);
+      });
+    });
+  }
+  each<R>([&](auto r) DIJIANG_INLINE {
+    const __m512i high_shift = _mm512_set1_epi32(-128 * weights[r].high_sum);
+    const __m512i low_shift = _mm512_set1_epi32(-128 * weights[r].low_sum);
+    const __m512 scale = _mm512_set1_ps(weights[r].scale);
+    each<4>([&](auto k) DIJIANG_INLINE {
+      const __m512 above = _mm512_cvtepi32_ps(_mm512_add_epi32(high[r][k], high_shift));
+      const __m512 below = _mm512_cvtepi32_ps(_mm512_add_epi32(low[r][k], low_shift));
+      float lanes[16];
+      _mm512_storeu_ps(lanes, _mm512_mul_ps(_mm512_fmadd_ps(above, _mm512_set1_ps(256.0f), below), scale));
+      for (int64_t quarter = 0; quarter < 4 && c + 16 * quarter < d; ++quarter)
+        std::memcpy(out + r * stride + c + 16 * quarter + 4 * k, lanes + 4 * quarter, 4 * sizeof(float));
+    });
+  });
+}
+
+template <int R>
+static inline void weigh_code_rows(const Words* weights, const int8_t* rows, int64_t d, int64_t num_rows, float* out,
+                                   int64_t stride, const uint8_t* behind) {
+  for (int64_t c = 0; c < d; c += kCodeChannels, behind = nullptr)
+    weigh_channels<R>(weights, rows, d, c, num_rows, out, stride, behind);
+}
+
+#else
+
+static inline void round_words(const float*, int64_t, Words&) {}
+template <int R>
+static inline void score_code_rows(const Words*, int64_t, const int8_t*, const float*, int64_t, int64_t, float*,
+                                   int64_t, const uint8_t*) {}
+template <int R>
+static inline void weigh_code_rows(const Words*, const int8_t*, int64_t, int64_t, float*, int64_t, const uint8_t*) {}
+
+#endif
+
+// body(r, std::integral_constant<int, R>) for queries r ... r + R - 1, as many as registers have room for.
+template <class Body>
+static inline void by_threes(int64_t num_queries, const Body& body) {
+  for (int64_t r = 0; r < num_queries; r += 3) {
+    switch (num_queries - r) {
+      case 1: body(r, std::integral_constant<int, 1>{}); break;
+      case 2: body(r, std::integral_constant<int, 2>{}); break;
+      default: body(r, std::integral_constant<int, 3>{}); break;
+    }
+  }
+}
+
+// scores[r][j] = q[r] . keys[j] scales[j] for rows first ... last - 1.
+static inline void score_codes(int64_t num_queries, const Words* queries, int64_t d, const int8_t* keys,
+                               const float* scales, int64_t first, int64_t last, float* out, int64_t stride,
+                               const uint8_t* behind) {
+  by_threes(num_queries, [&](int64_t r, auto some) {
+    score_code_rows<some>(queries + r, d, keys, scales, first, last, out + r * stride, stride,
+                          r == 0 ? behind : nullptr);
+  });
+}
+
+// out[r] = sum_j w[r][j] rows[j].
+static inline void weigh_codes(int64_t num_queries, const Words* weights, const int8_t* rows, int64_t d,
+                               int64_t num_rows, float* out, int64_t stride, const uint8_t* behind) {
+  by_threes(num_queries, [&](int64_t r, auto some) {
+    weigh_code_rows<some>(weights + r, rows, d, num_rows, out + r * stride, stride, r == 0 ? behind : nullptr);
+  });
+}
+
+}  // namespace dijiang
