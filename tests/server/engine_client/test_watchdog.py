@@ -13,7 +13,8 @@ from server.engine_client.client import EngineStatus
 from server.engine_client.watchdog import STEPS, Watchdog
 from server.errors import EngineUnavailableError, RateLimitError
 from tests.server.engine.fakes import expected_output, request
-from tests.server.engine_client.test_engine_client import collect, fake_client, tokens_of, until
+from tests.server.engine_client.test_engine_client import collect, fake_client, tokens_of
+from tests.waiting import until_async
 
 pytestmark = pytest.mark.anyio
 
@@ -30,7 +31,7 @@ async def test_who_had_begun_in_a_process_that_fails_ends_and_who_waited_is_answ
             await anext(first)
             await anext(second)
             waiting = asyncio.create_task(collect(client, request("waits", 8, max_tokens=5)))
-            await until(lambda: client.num_requests == 3)
+            await until_async(lambda: client.num_requests == 3)
             os.kill(failed, number)
             ends = [[event async for event in stream][-1] for stream in (first, second)]
             assert client.status is EngineStatus.RESTARTING
@@ -49,7 +50,7 @@ async def test_an_idle_engine_that_is_stopped_is_noticed_too() -> None:
         await client.wait_ready()
         assert client.pid is not None
         os.kill(client.pid, signal.SIGSTOP)
-        await until(lambda: client.status is EngineStatus.RESTARTING)
+        await until_async(lambda: client.status is EngineStatus.RESTARTING)
         await client.wait_ready()
         assert tokens_of(await collect(client, request("next", 8, max_tokens=3))) == expected_output((8,), 3)
 
@@ -61,7 +62,7 @@ async def test_a_request_that_two_processes_lost_ends() -> None:
             await anext(first)
             await anext(second)
             lost = asyncio.create_task(collect(client, request("lost", max_tokens=1)))
-            await until(lambda: client.num_requests == 3)
+            await until_async(lambda: client.num_requests == 3)
             for submission in client._submissions._by_name.values():
                 submission.num_processes += submission.request.request_id == "lost"
             assert client.pid is not None
@@ -79,7 +80,7 @@ async def test_a_request_that_waits_for_the_next_process_can_be_left_and_suspend
             async with client.submit(request("waits")) as stream:
                 assert client.pid is not None
                 os.kill(client.pid, signal.SIGKILL)
-                await until(lambda: client.status is EngineStatus.RESTARTING)
+                await until_async(lambda: client.status is EngineStatus.RESTARTING)
                 client.suspend("waits", save_to=None, note="", in_prompt=True)
                 assert [event.finish_reason async for event in stream] == [FinishReason.SUSPENDED]
         await client.wait_ready()
@@ -105,7 +106,7 @@ async def test_a_key_has_its_own_limits_before_anything_is_sent() -> None:
         ):
             with pytest.raises(RateLimitError, match="2 requests of this key are running or queued, limit 2"):
                 await collect(client, replace(request("4"), tenant=few))
-            await until(lambda: client.stats is not None and client.stats.num_running == 2)
+            await until_async(lambda: client.stats is not None and client.stats.num_running == 2)
             async with client.submit(replace(request("5", *range(40)), tenant=short)):
                 with pytest.raises(RateLimitError, match="43 prompt tokens of this key would be queued, limit 10"):
                     await collect(client, replace(request("6"), tenant=short))
