@@ -18,6 +18,7 @@ from torch import Tensor
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import CONFIG_FILE, read_stored_config
 from dijiang_model.checkpoints.outputs import output_folder
+from dijiang_model.config import ModelConfig
 from dijiang_model.conversion.calibration.calibrate import Calibration
 from dijiang_model.conversion.cli import parse_size
 from dijiang_model.conversion.evaluation.evaluate import Score, Variant, budget_variants, gap_closed, score, variants
@@ -221,7 +222,13 @@ def evaluate(
         num_long=len(long_texts),
         speed=_speed(subjects, console) if wanted.with_speed else [],
         decode_path=freeze(subjects.model).decode_path,
+        cache_bytes=_cache_bytes(subjects.model.config),
     )
+
+
+def _cache_bytes(config: ModelConfig) -> int:
+    """Key and value of a token in all layers, in 16-bit numbers."""
+    return 2 * torch.bfloat16.itemsize * config.num_layers * config.num_kv_heads * config.head_size
 
 
 def _load_control(path: Path, teacher: DiJiangForCausalLM) -> tuple[DiJiangForCausalLM, str]:

@@ -49,6 +49,7 @@ class Evaluation:
         recall, long_scores, speed: empty where they were not asked for.
         control: how the control was trained; None without one.
         num_long: texts behind `long_scores`.
+        cache_bytes: that ordinary attention of this shape keeps of each token, in 16-bit numbers; 0: not known.
         decode_path: what ran our steps, `native` or `torch`.
     """
 
@@ -69,6 +70,7 @@ class Evaluation:
     num_long: int = 0
     speed: Sequence[Speed] = ()
     decode_path: str = "torch"
+    cache_bytes: int = 0
 
     @property
     def by_size(self) -> list[SizePoint]:
