@@ -31,9 +31,9 @@ def convert_command(
     recipe: Annotated[
         Recipe | None,
         typer.Option(
-            help="How attention is replaced. hybrid: a window of exact softmax beside the silent linear part, answers "
-            "sensibly without training. pure: the paper's normalised kernel alone. released: as the authors' code "
-            "starts. pure and released generate no sense before they are trained. "
+            help="How attention is replaced. hybrid: a window of exact softmax beside a linear branch of weight zero, "
+            "answers sensibly without training. pure: the paper's normalised kernel alone. released: as the authors' "
+            "code starts. pure and released generate no sense before they are trained. "
             "Default: hybrid; a DiJiang checkpoint keeps its attention."
         ),
     ] = None,

@@ -139,7 +139,9 @@ def _go(
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from error
     if not is_done:
-        console.print(f"Stopped; go on with the same command and `--resume`. So far: {escape(str(out / ADAPTER_FILE))}")
+        console.print(
+            f"Stopped; resume with the same command and `--resume`. So far: {escape(str(out / ADAPTER_FILE))}"
+        )
         raise typer.Exit(130)
     console.print(f"Adapter: {escape(str(out / ADAPTER_FILE))}", highlight=False)
 
