@@ -1,4 +1,4 @@
-"""The model that is served when none is named: SmolLM2-135M-Instruct as a hybrid whose state holds 8 MiB, made once and kept.
+"""The model that is served when none is named: SmolLM2-135M-Instruct with a state of 8 MiB, made once and kept.
 
 The teacher's weights travel in a package that is never imported, only looked up; nothing is downloaded.
 """
