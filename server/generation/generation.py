@@ -19,6 +19,8 @@ from server.generation.logprobs import check_num_entries
 from server.generation.planning import RequestPlan
 from server.protocol.usage import Usage
 from server.service import Service
+from server.states.errors import StorageFullError, StoreUnavailableError
+from server.states.session import error_of
 
 MAX_INLINE_TOKENS = 4096
 MAX_UNREAD_DELTAS = 100_000
@@ -212,7 +214,7 @@ class Generation:
             check_num_entries(num_entries)
             if delta.finish_reason is not None:
                 answer.finish_reason = delta.finish_reason
-                answer.state_id = delta.state_id
+                answer.state_id, answer.state_error = delta.state_id, delta.state_error
 
     async def _wait(self, now: float, idle_s: float | None) -> TextDelta | ServiceError | None:
         """The next delta; None when there was none for `idle_s`, or until the deadline."""
@@ -294,14 +296,25 @@ class Generation:
         task.add_done_callback(self._endings.discard)
 
     async def _kept(self, choice: Choice, event: TokenEvent, delta: TextDelta) -> None:
-        """Keeps the state after the tokens that were taken."""
+        """Keeps the state after the tokens that were taken; an answer is worth something without it, too."""
+        try:
+            delta = replace(delta, state_id=await self._keep(choice, event))
+        except (StoreUnavailableError, StorageFullError) as error:
+            logger.error("the state of an answer could not be kept", problem=str(error))
+            delta = replace(delta, state_error=error)
+        self._note_end(choice, delta)
+
+    async def _keep(self, choice: Choice, event: TokenEvent) -> str:
+        """Where the state after the tokens that were taken is kept."""
         assert choice.token_ids is not None
+        if event.save_error is not None:
+            raise error_of(event.save_error)
         if event.saved is not None and choice.num_tokens == choice.num_received:
             saved = event.saved
         else:  # the engine's state has seen more than the answer says
             prompt = (*self._request(choice).prompt_token_ids, *choice.token_ids)
             saved, _ = await self._session.feed(prompt, choice.index)
-        self._note_end(choice, replace(delta, state_id=await self._session.keep(saved)))
+        return await self._session.keep(saved)
 
     async def _cut_off(self, choice: Choice, event: TokenEvent) -> None:
         """Keeps the state of a choice that the engine has suspended."""

@@ -58,8 +58,7 @@ class Settings(BaseSettings):
     model: Path | None = _in("Model", None)
     """Folder of the model. Default: SmolLM2-135M-Instruct, converted once to a DiJiang hybrid and kept."""
     served_model_name: CommaList = _in("Model", ())
-    """Names that clients ask for, separated by commas; answers to requests without one have the first. Default: that
-    of the folder."""
+    """Names that clients ask for, separated by commas; the first is the default. Default: the name of the folder."""
     context_length: int = _in("Model", 1 << 20, ge=1)
     """Number of tokens that /v1/models tells clients who want to know one; there is no longest conversation."""
     cache_dir: Path | None = _in("Model", None)

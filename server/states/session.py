@@ -31,6 +31,7 @@ from server.errors import (
     OverloadedError,
     ServiceError,
 )
+from server.states.errors import DiskFullError
 from server.states.store import ResponseRecord, SnapshotRecord, StateRecord, StateStore, Turn
 
 HEADER_BYTES = 64 << 10
@@ -247,6 +248,8 @@ class StateSession:
             async for event in events:
                 if event.saved is not None:
                     return event.saved, event.num_cached_tokens
+                if event.save_error is not None:
+                    raise error_of(event.save_error)
                 if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                     raise error_of(event.error)
         raise InternalError("the engine has not saved the state")
@@ -279,5 +282,7 @@ def error_of(error: EngineError | None) -> ServiceError:
             return InvalidRequestError(error.message, param="state_id", code=error.code)
         case "state_not_found":
             return NotFoundError(error.message, param="state_id", code=error.code)
+        case "state_storage_full":
+            return DiskFullError()
         case _:
             return InternalError(error.message, code=error.code)

@@ -7,6 +7,7 @@ event of one that saves its state comes once the file is on the disk. A fault wi
 Knows no torch: snapshots are opaque, and `SlotAccess` takes them.
 """
 
+import errno
 import logging
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -353,9 +354,8 @@ def _not_saved(event: TokenEvent, error: SnapshotError | OSError) -> TokenEvent:
         code = "numerical_error" if error.code == "state_invalid" else error.code
         return _failed(event.request_id, SnapshotError(str(error), code=code))
     _log.error("a state could not be saved: %s", error.strerror)
-    return _failed(
-        event.request_id, SnapshotError(f"the state could not be saved: {error.strerror}", code="state_not_saved")
-    )
+    code = "state_storage_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "state_not_saved"
+    return replace(event, save_error=EngineError(code, f"the state could not be saved: {error.strerror}"))
 
 
 def _failed(request_id: str, error: SnapshotError) -> TokenEvent:

@@ -159,7 +159,7 @@ class EngineError:
     Attributes:
         code: stable machine-readable name: `grammar_invalid`, `grammar_failed`, `numerical_error`,
             `engine_restarting`, `overloaded`, `internal_error`, or of a state's file `state_invalid`,
-            `state_of_another_model`, `state_not_found`, `state_not_saved`, `states_unavailable`.
+            `state_of_another_model`, `state_not_found`, `state_not_saved`, `state_storage_full`, `states_unavailable`.
     """
 
     code: str
@@ -176,6 +176,7 @@ class TokenEvent:
     Attributes:
         num_cached_tokens: with the first token: tokens of the prompt that were not computed again.
         saved: in the terminal event of a request that asked for it: its state, on the disk.
+        save_error: instead of that: why the disk did not take it.
         logprobs: of `token_ids`, a row for each, if the request wants them.
         prompt_logprobs: of the next tokens of the prompt, from its second one on, if the request wants them; all
             of them have come with the first token at the latest.
@@ -189,6 +190,7 @@ class TokenEvent:
     error: EngineError | None = None
     num_cached_tokens: int = 0
     saved: SavedState | None = None
+    save_error: EngineError | None = None
     logprobs: LogprobTable | None = None
     prompt_logprobs: LogprobTable | None = None
     num_accepted: int = 0
