@@ -26,7 +26,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
        print(*p["dependencies"], *p["optional-dependencies"]["postgres"], sep="\n")' > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt
-COPY README.md setup.py ./
+COPY LICENSE README.md setup.py ./
 COPY clients clients
 COPY dijiang_model dijiang_model
 COPY server server

@@ -34,7 +34,7 @@ serve: $(VENV)/.model ## Serve a model, the default one unless MODEL=folder is g
 	$(BIN)/dijiang serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 .PHONY: test
-test: $(VENV)/.dev $(VENV)/.model ## Run all tests; some of them: make test TESTS=tests/clients
+test: $(VENV)/.dev $(VENV)/.model ## Run all tests, in random order; some of them: make test TESTS=tests/clients
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
 .PHONY: test-clients
@@ -42,11 +42,12 @@ test-clients: $(VENV)/.dev $(VENV)/.model $(CLIENTS)/.python-clients $(CLIENTS)/
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/compat
 
 .PHONY: check
-check: $(VENV)/.dev ## Formatting, lint, types, import contracts, Docker files
+check: $(VENV)/.dev ## Formatting, lint, types, import contracts, layout, words, links, Docker files
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/test_layout.py tests/test_words.py tests/test_docs.py
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/docker-compose --profile cpu --profile gpu --profile shared config --quiet
 

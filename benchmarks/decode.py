@@ -255,7 +255,7 @@ def decode_command(
 def _twin(folder: Path, models: Mapping[str, DiJiangForCausalLM], told: report.Report) -> Any:
     plain = next((model for kind, model in models.items() if kind in DTYPES), None)
     if plain is None or not has_transformers_twin(folder):
-        told.note("Without HF: its model is made of unrounded weights of the LLaMA family (add fp32 to --weights).")
+        told.note("Without HF: its model is made of plain weights of the LLaMA family (add fp32 to --weights).")
         return None
     return transformers_twin(folder, plain)
 

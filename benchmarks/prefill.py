@@ -168,7 +168,7 @@ def prefill_command(
     plain = next((each for kind, each in models.items() if kind in DTYPES), None)
     twin = transformers_twin(folder, plain) if hf and plain is not None and has_transformers_twin(folder) else None
     if hf and twin is None:
-        told.note("Without HF: its model is made of unrounded weights of the LLaMA family (add fp32 to --weights).")
+        told.note("Without HF: its model is made of plain weights of the LLaMA family (add fp32 to --weights).")
     found: list[Line] = []
     for case in cases:
         found += run_case(models, twin, case, machine=machine, device=device, num_rounds=rounds, clock=clock)

@@ -27,9 +27,9 @@ ApiKey = Annotated[str | None, typer.Option(envvar="DIJIANG_API_KEY", help="Sent
 ModelName = Annotated[str | None, typer.Option("--model", help="Model to ask; the first one served if not given.")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer; the server's limit if absent.")]
 Temperature = Annotated[
-    float | None, typer.Option(min=0.0, help="0 always takes the likeliest token; the server's default if absent.")
+    float | None, typer.Option(min=0.0, help="0 is greedy decoding; the server's default if absent.")
 ]
-TopP = Annotated[float | None, typer.Option(help="Choose among the likeliest tokens up to this probability.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from the fewest tokens that together have this probability.")]
 Seed = Annotated[int | None, typer.Option(help="Equal seeds give equal answers.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
 
@@ -101,7 +101,7 @@ def _resumed(
 ) -> ResumedConversation:
     conversation = ResumedConversation(client, model, name=name, options=options, system=system)
     state = conversation.state
-    text = f"{name}: a new conversation" if state is None else f"{name}: going on after {state.num_tokens:,} tokens"
+    text = f"{name}: a new conversation" if state is None else f"{name}: resumed after {state.num_tokens:,} tokens"
     notices.print(text, style="dim", markup=False, highlight=False)
     return conversation
 

@@ -49,7 +49,7 @@ class ResumedConversation(Conversation):
                 pieces.append(chunk.text)
                 yield from spoken(chunk)
         if state_id is None:
-            raise APIResponseError("the server has not saved the conversation; it keeps no states")
+            raise APIResponseError("the server has not saved the conversation; it saves no states")
         self.state = self._states.get(state_id)
         self._system_sent = self.system
         self._keep(question, "".join(pieces))

@@ -107,8 +107,8 @@ class SelfCheck:
             await asyncio.gather(*others, return_exceptions=True)
         tail = scores[len(prompt) :]
         return [
-            _compare("read in company", read, scores),
-            _compare("decoded in company, one prefill for two", decoded, tail[: len(decoded)]),
+            _compare("read in a batch with others", read, scores),
+            _compare("decoded in a batch with others, one prefill for two", decoded, tail[: len(decoded)]),
         ]
 
     async def _in_pieces(self, tokens: list[int]) -> tuple[list[int], list[float]]:

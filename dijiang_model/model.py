@@ -141,7 +141,7 @@ class DiJiangForCausalLM(nn.Module):
             ValueError: slots are to be held by a model that cannot.
         """
         if batch.num_held > 0:
-            raise ValueError("only the compiled kernels can hold slots")
+            raise ValueError("only the compiled kernels can defer commits")
         return self.logits(self.hidden_states(batch, state)[-1][batch.logit_rows])
 
     def hidden_states(self, batch: PackedBatch, state: StateBuffer, *, all_layers: bool = False) -> list[Tensor]:

@@ -130,9 +130,9 @@ class ShutdownError(UnavailableError):
 
     def __init__(self, choices: list[dict[str, Any]]) -> None:
         ids = [choice["state_id"] for choice in choices if choice["state_id"] is not None]
-        what = f"go on from its state, {ids[0]}" if len(choices) == len(ids) == 1 else "send the request again"
+        what = f"resume from its state, {ids[0]}" if len(choices) == len(ids) == 1 else "send the request again"
         if len(choices) > 1 and ids:
-            what = "go on from the states in `choices`"
+            what = "resume from the states in `choices`"
         super().__init__(
             f"the server was stopped before the answer was complete; {what}",
             code="server_shutdown",

@@ -64,7 +64,7 @@ def find_device(wanted: str, *, num_ranks: int = 1) -> Device:
     if number + num_ranks > len(free):
         raise HardwareError(
             f"tensor_parallel is {num_ranks} and needs {num_ranks} CUDA devices from cuda:{number} on, but there are "
-            f"{len(free)} that torch can use here; device cpu puts all of it on the processor"
+            f"{len(free)} that torch can use here; --device cpu runs all of it on the CPU"
         )
     return Device(f"cuda:{number}", min(free[number : number + num_ranks]))
 

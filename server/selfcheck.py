@@ -129,8 +129,8 @@ class SelfCheck:
         decoded = [row[1 + place] for place, row in enumerate(again.output[:num_alike])]
         tail = scores[len(self._prompt) - 1 :]
         return [
-            _compare("read in company", read, scores),
-            _compare("decoded in company, one prefill for two", decoded, tail[:num_alike]),
+            _compare("read in a batch with others", read, scores),
+            _compare("decoded in a batch with others, one prefill for two", decoded, tail[:num_alike]),
         ]
 
     async def _decode(
@@ -184,7 +184,7 @@ def chunkings(num_tokens: int) -> dict[str, tuple[int, ...]]:
     alone = range(max(1, num_tokens - NUM_SINGLE_TOKENS), num_tokens)
     ways: Mapping[str, Iterable[int]] = {
         "read in chunks of 1, 2, 3, ...": growing,
-        "read in halves of what is left": halving,
+        "read in chunks that halve what is left": halving,
         "read in chunks of 31": range(31, num_tokens, 31),
         "the end read token by token": alone,
     }

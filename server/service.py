@@ -285,7 +285,7 @@ class Service:
             await self.engine.reload(until_idle, beside=beside)
         except EngineLoadError as error:
             _log.error("the model could not be loaded again: %s", error)
-            message = f"the model cannot be loaded, and the one that was loaded goes on: {error}"
+            message = f"the model cannot be loaded; the loaded one keeps serving: {error}"
             raise InvalidRequestError(message, code="reload_failed", status=409) from error
         self.options, self.tokenizer, self.chat_template = options, tokenizer, template
         self.thoughts = thought_form(options.reasoning_parser, tokenizer)

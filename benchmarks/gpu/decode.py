@@ -299,7 +299,10 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
         "--states", type=names, default=["float32"], help=f"what ours are in: {', '.join(STATE_DTYPES)}"
     )
     parser.add_argument(
-        "--weights", type=names, default=["plain"], help=f"how ours are rounded: {', '.join(WEIGHTS)}; HF's need plain"
+        "--weights",
+        type=names,
+        default=["plain"],
+        help=f"ours: {', '.join(WEIGHTS)}; HF's need plain",
     )
     parser.add_argument("--compile", action="store_true", help="HF's step with a static cache compiled, too")
     arguments = parsed(parser, argv, tiny={"batches": [1, 2], "contexts": [8]})

@@ -188,7 +188,7 @@ def fill_model(model: DiJiangForCausalLM, source: TensorSource, path: Path, *, d
         f"{name} has values that are not finite" for name, value in loaded.items() if not has_valid(name, value)
     ]
     if problems:
-        raise CheckpointError(problem_list(f"{path} is damaged, or {model.dtype} is too narrow for it", problems))
+        raise CheckpointError(problem_list(f"{path} is damaged, or {model.dtype} cannot represent it", problems))
     model.load_state_dict(loaded, strict=True, assign=True)
     problems = [f"{name}: {text}" for name, weight in quantized_weights(model) for text in weight.problems()]
     if problems:

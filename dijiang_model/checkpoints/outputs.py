@@ -92,14 +92,19 @@ def check_new_run(out: Path, names: Iterable[str]) -> None:
         names: files that a run writes.
 
     Raises:
-        CheckpointError: one of them is there already.
+        CheckpointError: one of them is there already; an empty one, of a run that ended before its first step, does
+            not count.
     """
-    found = next((name for name in names if (out / name).is_symlink() or (out / name).exists()), None)
+    found = next((name for name in names if _holds_something(out / name)), None)
     if found is not None:
         raise CheckpointError(
-            f"{out} holds {found} of an earlier run, which is not overwritten: `--resume` goes on with that run, "
+            f"{out} holds {found} of an earlier run, which is not overwritten: `--resume` continues that run, "
             "another `--out` begins a new one"
         )
+
+
+def _holds_something(path: Path) -> bool:
+    return path.is_symlink() or (path.exists() and not (path.is_file() and path.stat().st_size == 0))
 
 
 def foreign_entry(folder: Path) -> str | None:

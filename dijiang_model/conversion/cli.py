@@ -31,9 +31,9 @@ def convert_command(
     recipe: Annotated[
         Recipe | None,
         typer.Option(
-            help="How attention is replaced. hybrid: a window of exact softmax beside the silent linear part, answers "
-            "sensibly without training. pure: the paper's normalised kernel alone. released: as the authors' code "
-            "starts. pure and released generate no sense before they are trained. "
+            help="How attention is replaced. hybrid: a window of exact softmax beside a linear branch of weight zero, "
+            "answers sensibly without training. pure: the paper's normalised kernel alone. released: as the authors' "
+            "code starts. pure and released generate no sense before they are trained. "
             "Default: hybrid; a DiJiang checkpoint keeps its attention."
         ),
     ] = None,
@@ -46,7 +46,7 @@ def convert_command(
     ] = None,
     calibrate: Annotated[
         list[Path] | None,
-        typer.Option(help="With --state-bytes: UTF-8 text to calibrate on, file or folder. Default: one that ships."),
+        typer.Option(help="With --state-bytes: text to calibrate on, as for `train --data`. Default: one that ships."),
     ] = None,
     window: Annotated[
         int | None,

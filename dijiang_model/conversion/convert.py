@@ -271,7 +271,7 @@ class _Reader:
         read = self._source.tensors.read
         damaged = [first, *(name for name in later if not has_valid(name, read(name).to(self._infos[name].dtype)))]
         problems = [f"{name} has values that are not finite in {self._infos[name].dtype}" for name in damaged]
-        return ConversionError(problem_list("the source is damaged, or --dtype is too narrow for it", problems))
+        return ConversionError(problem_list("the source is damaged, or --dtype cannot represent it", problems))
 
 
 def _fresh_parts(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple[int, str]]:
@@ -339,5 +339,5 @@ def _warnings(config: ModelConfig, origin: Origin, opened: Source, *, has_tokeni
     if not has_tokenizer:
         warnings.append("The source has no tokenizer: the model serves prompts of token ids only.")
     if not config.eos_token_ids:
-        warnings.append("The source names no end of sequence: answers go on to their token limit.")
+        warnings.append("The source names no end of sequence: answers run to their token limit.")
     return tuple(warnings)

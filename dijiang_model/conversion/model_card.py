@@ -118,7 +118,7 @@ def _attention(layer: AttentionConfig) -> str:
     window = f", window {layer.window}+{layer.sinks} of exact softmax" if layer.window else ""
     features = layer.features
     place = "" if features.rotated else " before the rotary embedding"
-    queries = f" with far queries of rank {features.far_rank}" if features.far_rank > 0 else ""
+    queries = f" with a query update of rank {features.far_rank}" if features.far_rank > 0 else ""
     return (
         f"{bases}, nodes {features.nodes}, {features.normalisation} features{place}{queries}, "
         f"{layer.decay} decay, {layer.read_out} read-out{window}"
@@ -135,7 +135,7 @@ def _training(origin: Origin, config: ModelConfig) -> str:
     lines = ["Nothing was trained after the swap: all projections, norms and embeddings are the teacher's."]
     if any(layer.window for layer in config.layers):
         lines.append(
-            "The linear part is silent (its mixing weight is zero), so the model computes exactly what attention to "
+            "The linear branch is disabled (its mixing weight is zero), so the model computes what attention to "
             "the tokens that it holds computes. What it does not hold is not used."
         )
     else:

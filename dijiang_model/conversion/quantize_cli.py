@@ -15,7 +15,7 @@ from dijiang_model.quantization.config import DEFAULT_GROUP_SIZE, GROUP_SIZES, W
 
 
 def quantize_command(
-    model: Annotated[Path, typer.Argument(help="Folder of a DiJiang model whose weights are not rounded yet.")],
+    model: Annotated[Path, typer.Argument(help="Folder of a DiJiang model whose weights are not quantized yet.")],
     out: Annotated[Path, typer.Argument(help="Folder to write. It appears complete or not at all.")],
     weights: Annotated[
         str, typer.Option(help="int8: a scale for each row. int4: projections in groups; embedding and head int8.")

@@ -187,7 +187,7 @@ def why_missing() -> str | None:
     if any(_path(variant).exists() for variant in VARIANTS):
         reason = "the compiled kernels were built from other sources than those at hand"
     else:
-        reason = "the kernels were not compiled when this was installed, or not for this interpreter and processor"
+        reason = "the kernels were not compiled when this was installed, or not for this interpreter and CPU"
     return f"{reason}; `make kernels` (or `python setup.py build_ext --inplace`), which needs a C++ compiler, mends it"
 
 

@@ -82,7 +82,7 @@ class FrozenModel(ABC):
         Raises:
             ValueError: `can_hold` is False.
         """
-        raise ValueError("only the compiled kernels can hold slots")
+        raise ValueError("only the compiled kernels can defer commits")
 
 
 class TensorModel(FrozenModel):

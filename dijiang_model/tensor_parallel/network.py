@@ -4,6 +4,8 @@ Embedding and head are split by the vocabulary, tied or not: a rank then reads a
 more sum as wide as the hidden state and one collection of logits a step. See docs/parallel.md for the alternatives.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,7 +19,7 @@ from dijiang_model.families.parts import empty_embedding
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.quantization.config import Quantization
 from dijiang_model.quantization.modules import QuantizedEmbedding, QuantizedLinear
-from dijiang_model.state import StateBuffer
+from dijiang_model.state import StateBuffer, StateSpec
 from dijiang_model.tensor_parallel.group import TensorGroup
 from dijiang_model.tensor_parallel.modules import (
     ParallelKernel,
@@ -28,6 +30,7 @@ from dijiang_model.tensor_parallel.modules import (
     group_norm,
 )
 from dijiang_model.tensor_parallel.shards import Shard, local_config
+from dijiang_model.tensor_parallel.states import rank_specs
 
 COLLECTED_ROWS = 256
 """Rows of logits on their way to rank 0 at once, so that scoring long prompts takes no second copy of them all."""
@@ -108,6 +111,16 @@ class ShardedModel:
         self.config = config
         self.group = group
         self._vocabularies = [len(Shard(rank, group.size).vocabulary(config.vocab_size)) for rank in range(group.size)]
+
+    @cached_property
+    def state_specs(self) -> tuple[StateSpec, ...]:
+        """What a slot holds on each rank."""
+        return rank_specs(self.local.state_spec, self.config, size=self.group.size)
+
+    @property
+    def state_spec(self) -> StateSpec:
+        """What a slot holds on this rank."""
+        return self.state_specs[self.group.rank]
 
     def __call__(self, batch: PackedBatch, state: StateBuffer) -> Tensor | None:
         """Runs a step on this rank's part of the slots.

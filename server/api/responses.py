@@ -166,7 +166,7 @@ async def _previous(service: Service, info: EngineInfo, body: ResponseRequest, o
         raise NotFoundError(error.message, param="previous_response_id", code="previous_response_not_found") from error
     if record.snapshot is None or not record.has_ended:
         raise InvalidRequestError(
-            f"the previous response is {record.body['status']} and cannot be gone on from",
+            f"the previous response is {record.body['status']} and cannot be continued",
             param="previous_response_id",
             code="invalid_value",
         )

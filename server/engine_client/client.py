@@ -265,7 +265,7 @@ class EngineClient:
         assert self._info is not None
         limit = self._info.num_slots + self._config.max_waiting
         if len(self._streams) >= limit:
-            raise OverloadedError(f"the server is full: {len(self._streams)} requests run or wait, {limit} may")
+            raise OverloadedError(f"at capacity: {len(self._streams)} requests running or queued, limit {limit}")
 
     def _require_ready(self) -> None:
         if self._status is not EngineStatus.READY or self._info is None:

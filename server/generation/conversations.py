@@ -76,7 +76,7 @@ def _check_cut_off(service: Service, base: SnapshotRecord, param: str) -> None:
     ends = () if service.engine.info is None else service.engine.info.eos_token_ids
     if base.turn is not Turn.OPEN or base.last_token in ends:
         raise InvalidRequestError(
-            "there is no answer to go on with: the state does not end inside one, so at least one message is needed",
+            "there is no answer to continue: the state does not end inside one, so at least one message is needed",
             param=param,
             code="invalid_value",
         )

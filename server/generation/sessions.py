@@ -40,7 +40,7 @@ def admit(request: Request, service: Service) -> None:
 def require_store(service: Service, *, param: str | None) -> StateStore:
     """Raises a 400 where no states are kept."""
     if service.states is None:
-        raise InvalidRequestError("this server keeps no states", param=param, code="states_unavailable")
+        raise InvalidRequestError("this server saves no states", param=param, code="states_unavailable")
     return service.states
 
 
@@ -164,5 +164,6 @@ async def _check_name(request: Request, service: Service, name: str | None) -> N
 def _check_return(wish: ReturnState, num_choices: int) -> None:
     if num_choices > 1 and (wish.name is not None or wish.update):
         raise InvalidRequestError(
-            f"`return_state` can name or advance one state, and there are {num_choices} answers", param="return_state"
+            f"`return_state` can name or update one state, and this request has {num_choices} answers",
+            param="return_state",
         )

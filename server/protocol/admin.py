@@ -26,8 +26,8 @@ class ReloadRequest(RequestModel):
     timeout_s: float = Field(30.0, ge=0, le=86400)
     """How long running answers may take, once the new model is loaded, before they are ended with an error."""
     beside: bool = True
-    """Load the model beside the one that serves, which goes on if it cannot be loaded. false, for want of memory for
-    two: the old one is ended first, and a model that cannot be loaded then ends the server, as at its start."""
+    """Load the model beside the one that serves, which keeps serving if it cannot be loaded. false, for want of memory
+    for two: the old one is ended first, and a model that cannot be loaded then ends the server, as at its start."""
 
 
 class SelfCheckRequest(RequestModel):

@@ -150,7 +150,7 @@ class ConversationFields(RequestModel):
     """Messages, and how they become a prompt."""
 
     messages: Annotated[list[MessageIn], FailFast()] = Field(max_length=MAX_MESSAGES)
-    """The conversation so far; with `state_id`: what is new, and nothing to go on with an answer that was cut off."""
+    """The conversation so far; with `state_id`: what is new, and nothing to continue an answer that was cut off."""
     add_generation_prompt: bool | None = None
     """Open the assistant's turn after the last message (default true)."""
     continue_final_message: bool | None = None
@@ -183,7 +183,7 @@ class ChatRequest(GenerationFields, ConversationFields, ToolFields):
     logprobs: bool | None = None
     """Return the log-probability of each token of the answer."""
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    """With `logprobs`: return that many likeliest tokens at each place too."""
+    """With `logprobs`: return that many of the most likely tokens at each place too."""
 
     reasoning_effort: ReasoningEffort | None = None
     """How much to think before answering: `none`, or what the model's chat template understands."""
@@ -207,7 +207,7 @@ class ChatRequest(GenerationFields, ConversationFields, ToolFields):
 
     @property
     def num_top_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are shown at each place; None: no log-probabilities are."""
+        """How many of the most likely tokens are shown at each place; None: no log-probabilities are."""
         if not self.logprobs:
             return super().num_top_logprobs
         return 0 if self.top_logprobs is None else self.top_logprobs

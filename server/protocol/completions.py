@@ -16,15 +16,15 @@ DEFAULT_MAX_TOKENS = 16
 
 
 class CompletionRequest(GenerationFields):
-    """Text or tokens to go on from."""
+    """Text or tokens to continue."""
 
     prompt: Prompts | None = None
-    """A text, token ids, a list of texts, or a list of lists of token ids. May be absent only with `state_id`, to go on
-    from where the state's answer was cut off."""
+    """A text, token ids, a list of texts, or a list of lists of token ids. May be absent only with `state_id`, to
+    continue where the state's answer was cut off."""
     echo: bool | None = None
     """Begin the text, and the log-probabilities, with the prompt."""
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    """Return the log-probability of each token, and those of that many likeliest tokens in its place."""
+    """Return the log-probability of each token, and of that many most likely tokens in its place."""
     add_special_tokens: bool | None = None
     """Put the tokenizer's special tokens (such as a beginning-of-sequence token) around texts (default true, and false
     with `state_id`)."""
@@ -48,7 +48,7 @@ class CompletionRequest(GenerationFields):
 
     @property
     def num_top_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are shown at each place; None: no log-probabilities are."""
+        """How many of the most likely tokens are shown at each place; None: no log-probabilities are."""
         return self.logprobs if self.logprobs is not None else super().num_top_logprobs
 
     @property
@@ -67,7 +67,7 @@ class CompletionChoice(ResponseModel):
     logprobs: CompletionLogprobs | None
     """With `logprobs`: those of the tokens; in a stream of the tokens since the last chunk."""
     finish_reason: FinishReasonText | None
-    """`stop`: end of sequence, stop token or stop string; `length`: the token limit; null: goes on."""
+    """`stop`: end of sequence, stop token or stop string; `length`: the token limit; null: more follows."""
     token_ids: tuple[int, ...] = ()
     """The generated tokens; with `return_token_ids`, or if the model has no tokenizer."""
     prompt_token_ids: tuple[int, ...] = ()

@@ -16,7 +16,7 @@ class CompletionLogprobs(ResponseModel):
     token_logprobs: list[float | None]
     """Of each token; null for the first token of an echoed prompt."""
     top_logprobs: list[dict[str, float] | None]
-    """Likeliest tokens at each place, the token itself always among them; of tokens of equal text the likeliest."""
+    """The most likely tokens at each place and the token itself; of tokens of equal text the most likely one."""
     text_offset: list[int]
     """Where in the text each token begins, in characters; in a stream from the beginning of the first chunk."""
 
@@ -36,7 +36,7 @@ class ChatTokenLogprob(ChatTopLogprob):
     """A token of the answer."""
 
     top_logprobs: list[ChatTopLogprob]
-    """The likeliest tokens at its place, `top_logprobs` of them, then those of `logprob_token_ids`."""
+    """The most likely tokens at its place, `top_logprobs` of them, then those of `logprob_token_ids`."""
 
 
 class ChatLogprobs(ResponseModel):
@@ -60,4 +60,4 @@ class PromptLogprob(ResponseModel):
 
 
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
-"""For each token of the prompt: by token id, the token itself and the likeliest ones; null for the first token."""
+"""For each token of the prompt: by token id, the token itself and the most likely ones; null for the first token."""

@@ -129,7 +129,7 @@ class Reasoning(RequestModel):
     effort: ReasoningEffort | None = None
     """`none`, or what the model's chat template understands; refused where it has no place for it."""
     summary: Literal["auto", "concise", "detailed"] | None = None
-    """Not supported: what a model thinks is told in full."""
+    """Not supported: reasoning is reported in full."""
 
     @model_validator(mode="after")
     def _no_summary(self) -> Self:
@@ -144,7 +144,7 @@ class ResponseGeneration(GenerationFields):
     """The part of a request that says how to generate."""
 
     shown_logprobs: int | None = None
-    """How many of the likeliest tokens are shown at each place; None: no log-probabilities are."""
+    """How many of the most likely tokens are shown at each place; None: no log-probabilities are."""
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -162,13 +162,13 @@ class ResponseRequest(RequestModel):
     instructions: Annotated[str, StringConstraints(max_length=MAX_INSTRUCTIONS_CHARACTERS)] | None = None
     """A system message before the input. After `previous_response_id` those of earlier responses stay in force."""
     previous_response_id: Annotated[str, StringConstraints(min_length=1, max_length=100)] | None = None
-    """A stored response to go on from; only what is new is computed."""
+    """A stored response to continue from; only what is new is computed."""
     max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     """Most tokens of the answer; no limit if absent."""
     temperature: float | None = Field(None, ge=0, le=2)
-    """0 always takes the likeliest token. Default 1."""
+    """0: greedy decoding. Default 1."""
     top_p: float | None = Field(None, ge=0, le=1)
-    """Choose among the likeliest tokens up to this probability. Default 1."""
+    """Sample from the fewest tokens that together have this probability. Default 1."""
     text: TextOptions | None = None
     """What the text must look like."""
     stream: bool | None = None
@@ -176,7 +176,7 @@ class ResponseRequest(RequestModel):
     stream_options: dict[str, Any] | None = None
     """Only with `stream`; there is nothing to choose."""
     store: bool | None = None
-    """Keep the response, to be read again and gone on from (default true)."""
+    """Keep the response, to be read and continued later (default true)."""
     background: bool | None = None
     """Answer at once and generate meanwhile; read the response later. Needs `store`."""
     truncation: Literal["auto", "disabled"] | None = None
@@ -196,7 +196,7 @@ class ResponseRequest(RequestModel):
     max_tool_calls: int | None = Field(None, ge=1)
     """Most calls of built-in tools, of which there are none here."""
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    """Return the log-probability of each token of the text, and those of that many likeliest tokens in its place."""
+    """Return the log-probability of each token of the text, and of that many most likely tokens in its place."""
     include: Annotated[list[str] | None, AfterValidator(_include), Field(max_length=20)] = None
     """What else to return; `message.output_text.logprobs`: the log-probability of each token of the text."""
     reasoning: Reasoning | None = None

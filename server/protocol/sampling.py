@@ -82,13 +82,13 @@ class GenerationFields(StateFields):
     min_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     """No end of sequence, stop token or stop string before that many tokens."""
     temperature: Annotated[float | None, BeforeValidator(_temperature)] = Field(None, ge=0, le=2)
-    """0: always the likeliest token; 1 (default): the model's own distribution."""
+    """0: greedy decoding; 1 (default): the model's own distribution."""
     top_p: float | None = Field(None, ge=0, le=1)
     """Sample from the smallest set of tokens whose probability reaches it; 1 (default): from all."""
     top_k: int | None = Field(None, ge=-1, le=MAX_TOKENS)
-    """Sample from the k likeliest tokens; 0 or -1: from all (default)."""
+    """Sample from the k most likely tokens; 0 or -1: from all (default)."""
     min_p: float | None = Field(None, ge=0, le=1)
-    """Leave out tokens less likely than this fraction of the likeliest; 0 (default): none."""
+    """Leave out tokens less likely than this fraction of the most likely one; 0 (default): none."""
     typical_p: float | None = Field(None, ge=0, le=1)
     """Sample from the tokens that surprise about as much as is to be expected, as many as reach this probability; 1
     (default): from all."""
@@ -136,7 +136,7 @@ class GenerationFields(StateFields):
     return_tokens_as_token_ids: bool | None = None
     """In log-probabilities write `token_id:7` for the text of token 7, so that tokens of equal text stay apart."""
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    """Return the log-probability of each token of the prompt, and those of that many likeliest tokens in its place."""
+    """Return the log-probability of each token of the prompt, and of that many most likely tokens in its place."""
     logprob_token_ids: list[int] | None = Field(None, max_length=MAX_LOGPROB_TOKEN_IDS)
     """Wherever log-probabilities are returned, return those of these tokens too. Without `logprobs`: for the answer."""
     truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
@@ -179,7 +179,7 @@ class GenerationFields(StateFields):
 
     @property
     def num_top_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are shown at each place of the answer; None: no log-probabilities are."""
+        """How many of the most likely tokens are shown at each place of the answer; None: no log-probabilities are."""
         return 0 if self.logprob_token_ids else None
 
     @property

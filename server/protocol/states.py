@@ -37,7 +37,7 @@ class StateFields(RequestModel):
     """Where a conversation comes from and what is kept of it; a part of every generating request."""
 
     state_id: StateId | None = None
-    """A saved state to go on from: the prompt, or the messages, are what comes after it."""
+    """A saved state to continue from: the prompt, or the messages, are what comes after it."""
     return_state: Annotated[
         ReturnState | None,
         BeforeValidator(_return_state),
@@ -54,9 +54,9 @@ class StateFields(RequestModel):
     @model_validator(mode="after")
     def _state_fields(self) -> Self:
         if self.return_state is not None and self.return_state.update and self.state_id is None:
-            raise InvalidRequestError("`return_state.update` needs the `state_id` to advance", param="return_state")
+            raise InvalidRequestError("`return_state.update` needs the `state_id` to update", param="return_state")
         if self.return_state is not None and self.return_state.update and self.return_state.name is not None:
-            raise InvalidRequestError("`return_state`: a state that is advanced keeps its name", param="return_state")
+            raise InvalidRequestError("`return_state`: a state that is updated keeps its name", param="return_state")
         if self.cache_salt is not None and self.cache_prompt is False:
             raise InvalidRequestError("`cache_salt` has no effect with `cache_prompt: false`", param="cache_salt")
         return self
@@ -107,7 +107,7 @@ class State(ResponseModel):
     """A saved conversation."""
 
     id: str
-    """`state_...`; whoever has it and your key can go on from it."""
+    """`state_...`; whoever has it and your key can resume it."""
     object: Literal["state"]
     """Kind of this object."""
     created_at: int
@@ -123,11 +123,11 @@ class State(ResponseModel):
     model: str
     """Name of the model."""
     model_fingerprint: str
-    """What the model computes; only a model with the same fingerprint can go on from this state."""
+    """What the model computes; only a model with the same fingerprint can resume this state."""
     num_tokens: int
     """Length of the conversation."""
     num_pending_tokens: int
-    """How many of them are fed when it goes on: the last sampled token of an answer, or none."""
+    """How many of them are fed when it is resumed: the last sampled token of an answer, or none."""
     bytes: int
     """Size of the state, whatever the conversation's length."""
     points: list[StatePoint]

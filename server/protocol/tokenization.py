@@ -64,7 +64,7 @@ class ApplyTemplateResponse(ResponseModel):
     """The rendered conversation."""
 
     prompt: str
-    """The text, special tokens spelled out. A special token that a message itself spells is not told apart here; it
+    """The text, special tokens spelled out. A special token that a message itself spells is not distinguished here; it
     is when a conversation is answered."""
 
 

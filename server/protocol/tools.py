@@ -95,7 +95,7 @@ class ToolUse:
     """The tools that an answer may or must call.
 
     Attributes:
-        offered: what the model is told of.
+        offered: what the model sees.
         callable: what it may call; fewer if one is named.
         is_forced: whether the answer is calls and nothing else.
         is_parallel: whether there may be several calls.

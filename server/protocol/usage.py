@@ -7,7 +7,7 @@ class PromptTokensDetails(ResponseModel):
     """Where prompt tokens came from."""
 
     cached_tokens: int
-    """Prompt tokens that were not computed again: those of the state that was gone on from, and of cached prefixes."""
+    """Prompt tokens that were not computed again: those of the state that was resumed, and of cached prefixes."""
 
 
 class CompletionTokensDetails(ResponseModel):

@@ -39,7 +39,7 @@ class ErrorDetails(ResponseModel):
     code: str | None
     """Stable name for programs, such as `context_length_exceeded`."""
     state_id: str | None = None
-    """Only with the code `server_shutdown`: the state to go on from, if there is one answer and it has one."""
+    """Only with the code `server_shutdown`: the state to resume from, if there is one answer and it has one."""
     choices: list[dict[str, Any]] = []
     """Only with the code `server_shutdown`: how far each answer had come, and its `state_id`."""
 

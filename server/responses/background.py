@@ -38,7 +38,7 @@ async def take_up_forever(service: Service) -> None:
         except UnavailableError:
             pass  # said already; the next time comes
         except Exception:
-            logger.exception("responses that were put off could not be taken up")
+            logger.exception("suspended responses could not be resumed")
         await asyncio.sleep(POLL_S)
 
 
@@ -68,7 +68,7 @@ async def _take_up(service: Service, record: ResponseRecord) -> bool:
     except ApiError as error:
         await _not_taken_up(service, record, error)
         return False
-    logger.info("a response in the background goes on", id=run.id, num_tokens=len(before.token_ids))
+    logger.info("a background response is resumed", id=run.id, num_tokens=len(before.token_ids))
     make_in_background(service, run)
     return True
 
@@ -79,7 +79,7 @@ async def _not_taken_up(service: Service, record: ResponseRecord, error: ApiErro
     if isinstance(error, UnavailableError):
         await service.states.put_response(record.put_off())
         return
-    logger.error("a response in the background cannot go on", id=record.id, problem=str(error))
+    logger.error("a background response cannot be resumed", id=record.id, problem=str(error))
     await service.states.put_response(record.failed(code=error.code, message=error.message))
 
 

@@ -262,7 +262,7 @@ class ResponseRun:
         try:
             await self.put_off()
         except ApiError as error:
-            logger.error("a response in the background is lost: it could not be kept", problem=str(error))
+            logger.error("a background response is lost: it could not be saved", problem=str(error))
 
     async def _failed(self, error: ApiError) -> dict[str, Any]:
         """The response that could not be made, kept."""

@@ -54,7 +54,7 @@ def run(settings: Settings, console: Console) -> None:
     if misplaced_key(settings):
         console.print(
             "[yellow]warning:[/yellow] DIJIANG_API_KEY is for clients; the server's keys are DIJIANG_API_KEYS, "
-            "and without them everybody is let in",
+            "and without them everybody has access",
             highlight=False,
         )
     model, default_name = find_model(settings, console)

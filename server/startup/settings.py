@@ -64,25 +64,25 @@ class Settings(BaseSettings):
     device: str = _in("Model", "auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
     """auto, cpu, cuda or cuda:N. auto takes the first CUDA device if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = _in("Model", "auto")
-    """Numbers of the weights: auto is what they are stored in if that is int8 or int4, else float32 on a CPU and
-    bfloat16 on CUDA; int8 and int4 round them while loading, for memory, and on a CPU for speed, as bfloat16 there.
+    """Data type of the weights: auto is what they are stored in if that is int8 or int4, else float32 on a CPU and
+    bfloat16 on CUDA; int8 and int4 quantize while loading, for memory, and on a CPU for speed, as bfloat16 there.
     Running sums are float32 (`state_dtype`)."""
     threads: Annotated[int, Field(ge=1, le=1024)] | Auto = _in("Model", "auto")
     """CPU threads for tensor work. auto: both of two cores, one less than there are up to 8, then half."""
     decode_graphs: bool = _in("Model", True)
-    """On CUDA: decode steps are recorded at the start for every number of rows and replayed, which leaves the processor
-    hardly anything to do per step. Off: every step runs freshly."""
+    """On CUDA: capture decode steps as CUDA graphs at the start, one for each batch size, and replay them, which leaves
+    the CPU hardly anything to do per step. Off: every step is launched anew."""
     reasoning_parser: Literal["auto", "none", "think"] = _in("Model", "auto")
-    """think: what chat answers say between <think> and </think> at their beginning is told apart, as reasoning_content.
+    """think: split the text between <think> and </think> at the beginning of chat answers out, as reasoning_content.
     auto: if the model's chat template or vocabulary has these marks."""
     tensor_parallel: int = _in("Model", 1, ge=1, le=1024)
     """Processes that heads, states and weights are split over, each on a CUDA device of its own (device and those that
     follow it) or with its share of the threads. Must divide the model's key-value heads."""
 
     state_dtype: Literal["float32", "bfloat16", "int8"] = _in("Capacity", "float32")
-    """Numbers of a conversation's state. bfloat16 halves its memory, so that twice as many conversations fit; sums are
-    rounded by chance so that long ones do not drift. int8 keeps the window's keys and values in a quarter.
-    Saved states go on in the same alone."""
+    """Data type of a conversation's state. bfloat16 halves its memory: twice as many conversations fit; its sums are
+    rounded stochastically, so that long ones do not drift. int8 keeps the window's keys and values in a quarter.
+    A saved state can only be resumed with the dtype it was saved in."""
     state_memory: Annotated[ByteSize, Field(ge=1)] | Auto = _in("Capacity", "auto")
     """Memory for the states of conversations, such as 2GiB. auto: a share of what is free."""
     max_conversations: int = _in("Capacity", 512, ge=1, le=1_000_000)
@@ -91,7 +91,7 @@ class Settings(BaseSettings):
     """Tokens computed in one step, prompts and answers together: more is faster for long prompts, but makes running
     answers wait longer. auto: 512 on a CPU, 2048 on CUDA, or max_conversations if that is more."""
     speculate: Annotated[int, Field(ge=0, le=64)] | Auto = _in("Capacity", "auto")
-    """Guess up to so many next tokens of an answer from what it repeats, and verify them in one step: faster answers,
+    """Draft up to so many next tokens of an answer from what it repeats, and verify them in one step: faster answers,
     the same tokens. 0: never; auto: 8 where the compiled CPU kernels run, which it needs."""
     max_queue: int = _in("Capacity", 1024, ge=0, le=1_000_000)
     """Requests that may wait for a free conversation before new ones are refused with 503."""
@@ -147,11 +147,11 @@ class Settings(BaseSettings):
     """Web origins whose pages may call the server, separated by commas, or *. Default: none."""
 
     api_keys: SecretList = _in("Keys", ())
-    """Keys that are let in, separated by commas: as they are, or as sha256:HEX. Default: everybody is."""
+    """Keys that give access, separated by commas: as they are, or as sha256:HEX. Default: everybody has access."""
     api_keys_file: Path | None = _in("Keys", None)
     """File with further keys, one a line."""
     admin_keys: SecretList = _in("Keys", ())
-    """Keys for /admin/ alone, separated by commas: as they are, or as sha256:HEX. Default: nobody may go there."""
+    """Keys for /admin/ alone, separated by commas: as they are, or as sha256:HEX. Default: nobody has access."""
     admin_keys_file: Path | None = _in("Keys", None)
     """File with further ones, one a line."""
     metrics_need_key: bool = _in("Keys", False)
@@ -189,12 +189,12 @@ class Settings(BaseSettings):
     playground: bool = _in("Operation", True)
     """Serve a page at / to talk to the model, to look at probabilities, and to save, fork and rewind conversations."""
     retry_after_s: int = _in("Operation", 2, ge=1, le=3600)
-    """When clients are told to try again while the server starts or takes no requests, seconds; while its engine starts
+    """Retry-After of answers while the server starts or takes no requests, seconds; while its engine starts
     again, not before it can be there."""
     drain_timeout_s: float = _in("Operation", 30.0, ge=0)
     """After SIGTERM: longest time to finish what runs, seconds."""
     keepalive_s: float = _in("Operation", 15.0, gt=0)
-    """A silent stream gets a comment after that many seconds, so that proxies keep it open."""
+    """A stream that sends nothing gets a comment after that many seconds, so that proxies keep it open."""
     log_level: Literal["debug", "info", "warning", "error"] = _in("Operation", "info")
     """Least important messages to log."""
     log_format: Literal["console", "json"] = _in("Operation", "console")

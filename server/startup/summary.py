@@ -43,7 +43,7 @@ class Summary:
         self._recipe = recipe
         self._text = "token ids only (the model has no tokenizer)" if tokenizer is None else "yes"
         self._keys = len(options.key_hashes)
-        self._states = "none are kept"
+        self._states = "not saved"
         if settings.state_store is not None:
             address = urlsplit(settings.state_store.get_secret_value())
             place = f"{address.hostname or 'its default address'}{address.path}, schema {settings.state_store_schema}"
@@ -67,7 +67,7 @@ class Summary:
             "prefix cache": self._cache_text(),
             "saved states": self._states,
             "text": self._text,
-            "keys": f"{self._keys} let in" if self._keys else "none: everybody is let in",
+            "keys": f"{self._keys} accepted" if self._keys else "none: everybody has access",
             "address": self._address,
             "base_url": self.base_url,
             "playground": self._playground,

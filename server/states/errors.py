@@ -33,8 +33,8 @@ def owner_full(num_bytes: int, max_bytes: int) -> StorageFullError:
     """What the owner keeps would take so many bytes with what is wanted."""
     return StorageFullError(
         f"your saved states and responses would take {num_bytes:,} bytes with this one, over your limit of "
-        f"{max_bytes:,} bytes; delete some (DELETE /v1/states/{{id}}, DELETE /v1/responses/{{id}}), give them less time "
-        "(`ttl_s`), or do not keep answers (`store: false`, no `return_state`)"
+        f"{max_bytes:,} bytes; delete some (DELETE /v1/states/{{id}}, DELETE /v1/responses/{{id}}), give them "
+        "less time (`ttl_s`), or do not keep answers (`store: false`, no `return_state`)"
     )
 
 
@@ -55,7 +55,7 @@ def disk_full() -> StorageFullError:
 def state_conflict() -> StateConflictError:
     """The state has another head than it had."""
     return StateConflictError(
-        "another request has advanced this state meanwhile", param="state_id", code="state_conflict"
+        "another request has updated this state meanwhile", param="state_id", code="state_conflict"
     )
 
 

@@ -57,7 +57,7 @@ def encode_continuation(
     )
     if whole[: len(past)] != past:
         raise TemplateFailure(
-            "the model's chat template cannot go on with these messages: it rewrites what came before"
+            "the model's chat template cannot continue with these messages: it rewrites what came before"
         )
     new = whole[len(past) :]
     return new[1:] if ends_open and new and new[0] == last_token else new

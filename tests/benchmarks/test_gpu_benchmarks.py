@@ -17,6 +17,7 @@ from benchmarks.transformers_twin import decode_step
 from dijiang_model.ops.training.attention import SoftmaxAttention
 from dijiang_model.quantization.modules import quantized_weights
 from dijiang_model.segments import run_segments
+from tests.waiting import PATIENCE_S
 
 
 @pytest.mark.slow
@@ -129,7 +130,7 @@ def test_ours_are_measured_although_the_rival_cannot_be_made(
 
 def test_ours_need_no_transformers() -> None:
     code = "import sys; sys.modules['transformers'] = None; import benchmarks.gpu.decode, benchmarks.gpu.prefill"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)
 
 
 def test_the_first_failure_is_told_where_the_device_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

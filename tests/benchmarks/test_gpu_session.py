@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from benchmarks import gpu_all
 from benchmarks.gpu_all import Session, Stage
+from tests.waiting import PATIENCE_S, until
 
 KEEPS_A_LINE = """
 import sys
@@ -32,10 +35,31 @@ def kept(out: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.usefixtures("modules")
-def test_a_stage_that_breaks_or_is_cut_off_loses_no_line_and_holds_up_no_other(tmp_path: Path) -> None:
+def test_a_stage_that_breaks_or_is_cut_off_loses_no_line_and_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
-    stages = [Stage("b", "breaks", (), 0.3), Stage("g", "goes_on", (), 0.05), Stage("m", "measures", (), 0.3)]
-    outcomes = Session(out, 1.0, is_tiny=False).run(stages)
+
+    class Timer:
+        """Time is up for the stage that goes on for ever once it has kept its line; for the others never."""
+
+        def __init__(self, _: float, end: Callable[..., None], args: tuple[subprocess.Popen[str], threading.Event]):
+            self._end, self._args = end, args
+
+        def start(self) -> None:
+            if "goes_on" in self._args[0].args:
+                threading.Thread(target=self._wait).start()
+
+        def _wait(self) -> None:
+            until(lambda: '"ms"' in (out / "gpu-session.jsonl").read_text())
+            self._end(*self._args)
+
+        def cancel(self) -> None:
+            """It is never late."""
+
+    monkeypatch.setattr("benchmarks.gpu_all.threading.Timer", Timer)
+    stages = [Stage("b", "breaks", (), 0.3), Stage("g", "goes_on", (), 0.3), Stage("m", "measures", (), 0.3)]
+    outcomes = Session(out, 60.0, is_tiny=False).run(stages)
     assert [(one.stage, one.status) for one in outcomes] == [("b", "failed"), ("g", "out of time"), ("m", "passed")]
     assert outcomes[0].said == ("CUDA error: an illegal memory access",)
     found = [line.get("stage", line.get("ms")) for line in kept(out)]
@@ -47,7 +71,7 @@ def test_a_stage_that_breaks_or_is_cut_off_loses_no_line_and_holds_up_no_other(t
 def test_without_time_stages_are_left_out_and_a_later_call_goes_on_in_the_same_files(tmp_path: Path) -> None:
     out, stage = tmp_path / "out", Stage("m", "measures", (), 0.3)
     assert [one.status for one in Session(out, 0.1, is_tiny=False).run([stage])] == ["left out"]
-    assert [one.status for one in Session(out, 1.0, is_tiny=False).run([stage])] == ["passed"]
+    assert [one.status for one in Session(out, 60.0, is_tiny=False).run([stage])] == ["passed"]
     assert [line.get("status") for line in kept(out)] == ["left out", None, "passed"]
 
 
@@ -72,7 +96,7 @@ def test_unknown_stages_and_a_missing_device_are_refused(capsys: pytest.CaptureF
 @pytest.mark.slow
 def test_the_whole_runs_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stages = ["decode-pythia", "prefill-llama"]
-    assert gpu_all.main(["--tiny", "--minutes", "3", "--stages", ",".join(stages), "--out", str(tmp_path)]) == 0
+    assert gpu_all.main(["--tiny", "--minutes", "60", "--stages", ",".join(stages), "--out", str(tmp_path)]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(one["stage"], one["status"]) for one in result["stages"]] == [(name, "passed") for name in stages]
     names = {str(line.get("name")) for line in kept(tmp_path)}
@@ -99,9 +123,9 @@ def test_fails(): assert 3 == 4
 
 def test_a_fault_of_the_device_costs_the_tests_behind_it_nothing(tmp_path: Path) -> None:
     (tmp_path / "test_faults.py").write_text(FAULTS)
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "tests.cuda_faults", "-p", "no:cacheprovider", "-n", "1"]
-    command += ["-o", "addopts=", "--rootdir", str(tmp_path), str(tmp_path)]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "tests.cuda_faults", "-p", "no:cacheprovider"]
+    command += ["-p", "no:randomly", "-n", "1", "-o", "addopts=", "--rootdir", str(tmp_path), str(tmp_path)]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert "2 failed, 2 passed" in answer.stdout
     assert "crashed while running 'test_faults.py::test_leaves_a_fault'" in answer.stdout
     assert "left the device unusable: CUDA error: an illegal memory access" in answer.stderr

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.waiting import PATIENCE_S
+
 Handler = Callable[["Exchange"], None]
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 
@@ -60,7 +62,7 @@ class Exchange:
 
     def wait_for_disconnect(self) -> None:
         """Returns when the client has closed the connection."""
-        self.handler.connection.settimeout(30)
+        self.handler.connection.settimeout(PATIENCE_S)
         try:
             while self.handler.connection.recv(1024):
                 pass

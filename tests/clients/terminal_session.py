@@ -10,9 +10,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
+from tests.waiting import PATIENCE_S
+
 CTRL_C = "\x03"
 CTRL_D = "\x04"
-PATIENCE_S = 60
 _ESCAPE_SEQUENCES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 # Only the controlling terminal of a session turns a typed Ctrl-C into a signal, which a program that was started in a
@@ -56,7 +57,7 @@ class TerminalSession:
 
     def interrupt_until(self, text: str) -> str:
         """Types Ctrl-C until `text` appears: one that comes just before a blocking call is lost, in any program."""
-        for _ in range(PATIENCE_S):
+        for _ in range(int(PATIENCE_S)):
             self.type(CTRL_C)
             with suppress(TimeoutError):
                 return self.read_until(text, patience_s=1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.clients import answers
 from tests.clients.loopback import Exchange, loopback_server
 from tests.clients.terminal_session import CTRL_D, chat_at_terminal
+from tests.waiting import PATIENCE_S
 
 PROMPT = "you> "
 
@@ -74,7 +75,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
         terminal.type("one\n")
         terminal.read_until("begun")
         terminal.interrupt_until("(stopped)")
-        assert stopped.wait(30), "stopping an answer must close its connection"
+        assert stopped.wait(PATIENCE_S), "stopping an answer must close its connection"
         terminal.read_until(PROMPT)
         terminal.type("half a li")
         terminal.read_until("half a li")
@@ -145,5 +146,5 @@ def test_a_pipe_gets_the_answer_without_the_thought() -> None:
     with loopback_server(_thinking_server) as server:
         program = "import typer; from clients.cli import chat_command; typer.run(chat_command)"
         command = [sys.executable, "-c", program, "--base-url", server.url, "--model", "tiny"]
-        done = subprocess.run(command, input="2+2?\n", capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(command, input="2+2?\n", capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert done.stdout == "It is 4.\n"

@@ -13,6 +13,7 @@ from clients import exchange as exchange_module
 from clients.cli import BROKEN_PIPE, chat_command, complete_command
 from tests.clients import answers
 from tests.clients.loopback import Exchange, loopback_server
+from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture(autouse=True)
@@ -154,5 +155,5 @@ def test_reader_that_goes_away_ends_complete_quietly_and_cancels_the_request() -
         assert process.stdout.read(4) == b"more"
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(60) == BROKEN_PIPE
-        assert server.disconnected.wait(30)
+        assert process.wait(PATIENCE_S) == BROKEN_PIPE
+        assert server.disconnected.wait(PATIENCE_S)

@@ -13,6 +13,7 @@ from clients.types import Model, Usage
 from tests.clients import answers
 from tests.clients.drivers import Driver
 from tests.clients.loopback import Exchange, loopback_server
+from tests.waiting import PATIENCE_S
 
 Connect = Callable[..., Driver]
 
@@ -165,7 +166,7 @@ def test_pieces_arrive_before_the_answer_ends(connect: Connect) -> None:
 
     with loopback_server(handle) as server:
         streamed = connect(server.url, model="tiny").stream("stream_complete", "x", limit=1)
-        assert server.disconnected.wait(10), "leaving the stream must close the connection"
+        assert server.disconnected.wait(PATIENCE_S), "leaving the stream must close the connection"
     assert streamed.pieces == ["first"]
     assert streamed.finish_reason is None
 

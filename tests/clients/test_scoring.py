@@ -23,6 +23,7 @@ from dijiang_model.serving.network import freeze
 from dijiang_model.state import StateBuffer
 from tests.e2e.serving import Server, serving
 from tests.tiny_models import write_tiny_model
+from tests.waiting import PATIENCE_S
 
 TEXT = "naïve 東京, and so on. " * 8
 
@@ -57,7 +58,7 @@ def log_probability(folder: Path, text: str) -> float:
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "server", *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def test_a_text_is_as_likely_as_the_model_finds_it(server: Server, folder: Path) -> None:
@@ -148,6 +149,6 @@ def test_a_server_that_computes_something_else_is_found_out() -> None:
         "read up to many places": 0.0,
         "read piece by piece into a state": 0.0,
         "read behind cached prefixes": 0.5,
-        "read in company": 0.0,
-        "decoded in company, one prefill for two": 0.25,
+        "read in a batch with others": 0.0,
+        "decoded in a batch with others, one prefill for two": 0.25,
     }

@@ -28,7 +28,7 @@ class Tiny:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
     folder = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
     states = tmp_path_factory.mktemp("states")
-    with serving(folder, "--states-folder", str(states), timeout_s=240) as server:
+    with serving(folder, "--states-folder", str(states)) as server:
         yield Tiny(server, folder)
 
 

@@ -33,7 +33,7 @@ def folder() -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    with serving(folder, timeout_s=600) as running:
+    with serving(folder) as running:
         yield running
 
 

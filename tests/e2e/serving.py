@@ -5,8 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +14,7 @@ import openai
 import psutil
 
 from tests.ports import free_port
-
-START_TIMEOUT_S = 60.0
-POLL_S = 0.05
+from tests.waiting import PATIENCE_S, until
 
 
 @dataclass
@@ -35,7 +32,7 @@ class Server:
         return next(child for child in self.process.children() if "server.engine.process.main" in child.cmdline())
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"{self.base_url}{path}", timeout=30)
+        return httpx.get(f"{self.base_url}{path}", timeout=PATIENCE_S)
 
     def gauge(self, name: str) -> float:
         """A number from /metrics."""
@@ -51,16 +48,8 @@ class Server:
         return answer.choices[0].text
 
 
-def until(condition: Callable[[], bool], *, timeout_s: float = 20.0) -> None:
-    """Waits for something the server does by itself; fails if it does not."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(POLL_S)
-
-
 @contextlib.contextmanager
-def serving(model: Path, *options: str, timeout_s: float = START_TIMEOUT_S) -> Iterator[Server]:
+def serving(model: Path, *options: str) -> Iterator[Server]:
     """Starts the real command on a free port, waits until it is ready, ends it and checks that it ends."""
     port = free_port()
     command = [sys.executable, "-m", "server", "serve", str(model), "--port", str(port), "--threads", "1", *options]
@@ -71,7 +60,7 @@ def serving(model: Path, *options: str, timeout_s: float = START_TIMEOUT_S) -> I
     client = openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0)
     server = Server(base_url, psutil.Process(process.pid), client)
     try:
-        until(lambda: process.poll() is not None or _is_ready(server), timeout_s=timeout_s)
+        until(lambda: process.poll() is not None or _is_ready(server))
         assert process.poll() is None, f"the server ended with status {process.poll()}"
         server.model = server.get("/v1/models").json()["data"][0]["id"]
         yield server
@@ -80,7 +69,7 @@ def serving(model: Path, *options: str, timeout_s: float = START_TIMEOUT_S) -> I
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)
         try:
-            process.wait(timeout=20)
+            process.wait(timeout=PATIENCE_S)
         finally:
             process.kill()
 

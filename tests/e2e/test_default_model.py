@@ -15,7 +15,7 @@ QUESTION = {"role": "user", "content": "What is the capital of France?"}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving(Path(ensure_default_model()), timeout_s=120) as running:
+    with serving(Path(ensure_default_model())) as running:
         yield running
 
 

@@ -12,8 +12,9 @@ import openai
 import pytest
 from safetensors.torch import load_file
 
-from tests.e2e.serving import Server, serving, until
+from tests.e2e.serving import Server, serving
 from tests.tiny_models import write_tiny_model
+from tests.waiting import until
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 NUM_SLOTS = 48
@@ -22,7 +23,8 @@ NUM_SLOTS = 48
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-    with serving(folder, "--max-conversations", str(NUM_SLOTS), "--max-step-tokens", "128") as running:
+    options = ("--max-conversations", str(NUM_SLOTS), "--max-step-tokens", "128", "--unread-timeout-s", "3600")
+    with serving(folder, *options) as running:
         yield running
 
 
@@ -65,7 +67,7 @@ def test_200_clients_that_leave_at_once_free_every_slot(server: Server, prompt_l
     before = server.greedy("after the storm", max_tokens=20)
     host, port = server.base_url.removeprefix("http://").split(":")
     body = (
-        f'{{"model": "{server.model}", "prompt": "{"x" * prompt_length}", "max_tokens": 100000, '
+        f'{{"model": "{server.model}", "prompt": "{"x" * prompt_length}", "max_tokens": 100000000, '
         '"ignore_eos": true, "stream": true}'
     )
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
@@ -73,8 +75,8 @@ def test_200_clients_that_leave_at_once_free_every_slot(server: Server, prompt_l
         for _ in range(200):
             client = clients.enter_context(socket.create_connection((host, int(port))))
             client.sendall(f"{head}\r\n\r\n{body}".encode())
-        until(lambda: _num_requests(server) == 200, timeout_s=60)
-    until(lambda: server.gauge("dijiang_slots_free") == NUM_SLOTS, timeout_s=60)
+        until(lambda: _num_requests(server) == 200)
+    until(lambda: server.gauge("dijiang_slots_free") == NUM_SLOTS)
     assert _num_requests(server) == 0
     assert server.greedy("after the storm", max_tokens=20) == before
 
@@ -98,7 +100,7 @@ def test_killing_the_engine_ends_answers_cleanly_and_it_comes_back(server: Serve
     server.engine.send_signal(signal.SIGKILL)
     with pytest.raises(openai.APIError, match="restart"):
         list(stream)
-    until(lambda: server.get("/ready").status_code == 200, timeout_s=60)
+    until(lambda: server.get("/ready").status_code == 200)
     assert server.get("/health").json()["engine_restarts"] == restarts + 1
     assert server.greedy("once more", max_tokens=20) == before
     assert server.gauge("dijiang_slots_free") == NUM_SLOTS

@@ -5,7 +5,6 @@ import logging
 import signal
 import socket
 import threading
-import time
 from asyncio.trsock import TransportSocket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,8 +24,8 @@ from server.startup.logs import configure_logging
 from server.text.tokenizer import Tokenizer, load_tokenizer
 from tests.byte_tokenizer import write_byte_tokenizer
 from tests.server.fake_engine import FakeEngine
+from tests.waiting import PATIENCE_S, until
 
-PATIENCE_S = 10.0
 OPTIONS = ServiceOptions(
     model_name="org/tiny", version="1.2.3", max_n=8, max_prompts=8, max_choices=16, keepalive_s=5.0
 )
@@ -58,10 +57,7 @@ class Loopback:
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Waits for something that another thread brings about."""
-        deadline = time.monotonic() + PATIENCE_S
-        while not condition():
-            assert time.monotonic() < deadline, "it did not happen"
-            time.sleep(0.005)
+        until(condition)
 
 
 @contextmanager
@@ -89,10 +85,7 @@ def serve(
         server = DrainingServer(config, service, engine, drain_timeout_s=drain_timeout_s)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
-    deadline = time.monotonic() + PATIENCE_S
-    while not server.started:
-        assert time.monotonic() < deadline, "the server did not start"
-        time.sleep(0.005)
+    until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
     loopback = Loopback(service, engine, port, thread)
     loopback.listener = server.servers[0].sockets[0]
@@ -107,7 +100,7 @@ def serve(
 
 def raw_exchange(server: Loopback, *chunks: bytes) -> bytes:
     """Sends bytes as they are and reads until the server closes."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection:
         for chunk in chunks:
             connection.sendall(chunk)
         answer = b""

@@ -99,7 +99,7 @@ class FakeEngine:
         if self.status != "ready":
             raise EngineUnavailableError(f"the engine is {self.status}")
         if len(self.running) >= self.capacity:
-            raise OverloadedError("the server is full")
+            raise OverloadedError("at capacity")
         self.submitted.append(request)
         self.running.add(request.request_id)
         try:

@@ -7,7 +7,8 @@ from dijiang_model.config import ModelConfig
 from dijiang_model.conversion.calibration.contexts import Context, random_contexts, text_and_chats
 from dijiang_model.conversion.calibration.facts import KINDS
 from dijiang_model.conversion.training.chat_prompt import load_chat_template, plain_chat
-from dijiang_model.conversion.training.text_windows import load_tokenizer, read_text, text_files
+from dijiang_model.conversion.training.documents import read_text, text_files
+from dijiang_model.conversion.training.text_windows import load_tokenizer
 
 TEXT = Path(__file__).with_name("text.txt")
 """Read where the user names none; `text.md` says where it comes from."""
@@ -31,11 +32,12 @@ def calibration_contexts(config: ModelConfig, tokenizer_folder: Path | None, tex
     length = min(CONTEXT_TOKENS, config.max_position_embeddings)
     if tokenizer_folder is None:
         return random_contexts(vocab_size=config.vocab_size, num=NUM_CONTEXTS, length=length, seed=SEED)
-    texts = "\n\n".join(read_text(file) for file in text_files(text or [TEXT]))
+    render = load_chat_template(tokenizer_folder) or plain_chat
+    texts = "\n\n".join(read_text(file, render=render) for file in text_files(text or [TEXT]))
     return text_and_chats(
         load_tokenizer(tokenizer_folder),
         texts[:MAX_CHARACTERS],
-        render=load_chat_template(tokenizer_folder) or plain_chat,
+        render=render,
         kinds=KINDS,
         num=NUM_CONTEXTS,
         length=length,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -25,16 +26,15 @@ from dijiang_model.conversion.evaluation.measured import Evaluation
 from dijiang_model.conversion.evaluation.quantized import Rounding, rounded_variants
 from dijiang_model.conversion.evaluation.recall import Recall, fact_chats, recall_probe
 from dijiang_model.conversion.evaluation.report import card_table, check_report_folder, json_line, write_report
-from dijiang_model.conversion.evaluation.speed import CONTEXTS, Speed, measure_speed
 from dijiang_model.conversion.evaluation.teacher import check_teacher, load_teacher
 from dijiang_model.conversion.model_card import title
 from dijiang_model.conversion.training.adapters import adapted_model, load_adapter
-from dijiang_model.conversion.training.chat_prompt import load_chat_template, plain_chat
+from dijiang_model.conversion.training.chat_prompt import RenderChat, load_chat_template, plain_chat
+from dijiang_model.conversion.training.documents import text_files
 from dijiang_model.conversion.training.student import check_trainable
-from dijiang_model.conversion.training.text_windows import load_tokenizer, load_windows, text_files
+from dijiang_model.conversion.training.text_windows import load_tokenizer, load_windows
 from dijiang_model.errors import ModelError
 from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.serving.network import freeze
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,6 @@ class Measurements:
         num_facts: chats of 2,048 tokens in which facts are told and asked for; 0: none.
         budgets: other bytes of a state, for a curve; only of a calibrated model.
         num_long: texts of `evaluate_long.LENGTH` tokens to read; 0: none.
-        with_speed: time steps by context.
         rounded: in fewer bits, as the model is served.
     """
 
@@ -54,7 +53,6 @@ class Measurements:
     length: int
     num_facts: int = 0
     num_long: int = 0
-    with_speed: bool = False
     rounded: tuple[Rounding, ...] = ()
     budgets: tuple[int, ...] = ()
 
@@ -84,7 +82,7 @@ class Subjects:
 def evaluate_command(
     model: Annotated[Path, typer.Argument(help="Folder of a converted model.")],
     teacher: Annotated[Path, typer.Option(help="What it was made from: HF folder, GGUF file or untrained conversion.")],
-    text: Annotated[list[Path], typer.Option(help="Held-out UTF-8 text, file or folder. Again for more.")],
+    text: Annotated[list[Path], typer.Option(help="Held-out text, as for `train --data`. Again for more.")],
     out: Annotated[Path, typer.Option(help="Folder for report.md, report.json, tables.md and plots.")],
     adapter: Annotated[Path | None, typer.Option(help="Adapter to merge into MODEL first.")] = None,
     control: Annotated[
@@ -105,7 +103,6 @@ def evaluate_command(
         typer.Option(help="Of a calibrated model: also with states of so many bytes, e.g. 4MiB. Again for a curve."),
     ] = None,
     long: Annotated[int, typer.Option(min=0, help=f"Texts of {LENGTH:,} tokens to read in one go; 0: none.")] = 0,
-    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time tokens per second by context.")] = True,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's choice.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
 ) -> None:
@@ -117,7 +114,7 @@ def evaluate_command(
     if unknown := set(rounded or ()) - set(kinds):
         raise typer.BadParameter(f"{min(unknown)!r} is none of {', '.join(get_args(Rounding))}", param_hint="--rounded")
     budgets = tuple(sorted(parse_size(size, "--state-bytes") for size in state_bytes or ()))
-    wanted = Measurements(windows, length, facts, long, speed, kinds, budgets)
+    wanted = Measurements(windows, length, facts, long, kinds, budgets)
     try:
         inputs = [model, teacher, *text, *(path for path in (adapter, control) if path is not None)]
         check_report_folder(output_folder(out, inputs=inputs))
@@ -127,6 +124,7 @@ def evaluate_command(
             load_tokenizer(model),
             wanted,
             console=console,
+            render=load_chat_template(model) or plain_chat,
         )
         write_report(evaluation, out)
     except ModelError as error:
@@ -180,9 +178,15 @@ def load_subjects(
 
 
 def evaluate(
-    subjects: Subjects, text: list[Path], tokenizer: HfTokenizer, wanted: Measurements, *, console: Console
+    subjects: Subjects,
+    text: list[Path],
+    tokenizer: HfTokenizer,
+    wanted: Measurements,
+    *,
+    console: Console,
+    render: RenderChat = plain_chat,
 ) -> Evaluation:
-    """Measures everything; see `Evaluation`.
+    """Measures everything; see `Evaluation`. `render` makes text of conversations (`documents.read_text`).
 
     Raises:
         ModelError: the text cannot be read or is too short.
@@ -190,8 +194,8 @@ def evaluate(
     compared = variants(subjects.model, subjects.teacher, control=subjects.control)
     compared += budget_variants(subjects.model, Calibration.read(subjects.folder), wanted.budgets)
     vocab_size = subjects.model.config.vocab_size
-    segments = _windows(text, tokenizer, wanted.length, wanted.num_windows, vocab_size)
-    long_texts = _windows(text, tokenizer, LENGTH, wanted.num_long, vocab_size)[: wanted.num_long]
+    cut = partial(_windows, text, tokenizer, vocab_size=vocab_size, render=render)
+    segments, long_texts = cut(wanted.length, wanted.num_windows), cut(LENGTH, wanted.num_long)[: wanted.num_long]
     scored = [*compared, *rounded_variants(subjects.model, wanted.rounded)]
     scores = _scores(scored, segments, console)
     return Evaluation(
@@ -210,8 +214,6 @@ def evaluate(
         control=subjects.control_training,
         long_scores=_long_scores(subjects, long_texts, console) if long_texts else {},
         num_long=len(long_texts),
-        speed=_speed(subjects, console) if wanted.with_speed else [],
-        decode_path=freeze(subjects.model).decode_path,
     )
 
 
@@ -223,12 +225,14 @@ def _load_control(path: Path, teacher: DiJiangForCausalLM) -> tuple[DiJiangForCa
     return adapted_model(teacher, adapter), f"{adapter.info.tokens_trained:,} tokens, {adapter.info.recipe}"
 
 
-def _windows(text: list[Path], tokenizer: HfTokenizer, length: int, num: int, vocab_size: int) -> list[Tensor]:
+def _windows(
+    text: list[Path], tokenizer: HfTokenizer, length: int, num: int, *, vocab_size: int, render: RenderChat
+) -> list[Tensor]:
     """`num` windows of each file, [length] int64."""
     if num == 0:
         return []
-    rows = load_windows(text, tokenizer, length=length, seed=0, vocab_size=vocab_size, first=num).tokens
-    return [torch.from_numpy(row.astype("int64")) for row in rows]
+    windows = load_windows(text, tokenizer, length=length, seed=0, vocab_size=vocab_size, first=num, render=render)
+    return [torch.from_numpy(row.astype("int64")) for row in windows.tokens]
 
 
 def _progress(console: Console) -> Progress:
@@ -272,9 +276,3 @@ def _long_scores(subjects: Subjects, texts: Sequence[Tensor], console: Console) 
             name: long_score(model, texts, with_fresh=name == "ours", on_tokens=lambda num: progress.advance(task, num))
             for name, model in compared.items()
         }
-
-
-def _speed(subjects: Subjects, console: Console) -> list[Speed]:
-    with _progress(console) as progress:
-        task = progress.add_task("speed", total=len(CONTEXTS))
-        return measure_speed(subjects.model, subjects.teacher, on_context=lambda: progress.advance(task))

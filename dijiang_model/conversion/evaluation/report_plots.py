@@ -28,13 +28,6 @@ def write_plots(evaluation: Evaluation, folder: Path) -> list[str]:
         drawn["recall.png"] = _figure(shares, places, "tokens back", "facts answered rightly, %", from_zero=True)
     if len(evaluation.by_size) > 1:
         drawn["sizes.png"] = _sizes(evaluation)
-    if evaluation.speed:
-        places = [f"{result.context:,}" for result in evaluation.speed]
-        rates: Lines = {
-            "ours": [result.ours for result in evaluation.speed],
-            "teacher": [result.teacher for result in evaluation.speed],
-        }
-        drawn["speed.png"] = _figure(rates, places, "context, tokens", "tokens per second", from_zero=True)
     for name, figure in drawn.items():
         save_figure(figure, folder / name)
     return list(drawn)

@@ -24,7 +24,10 @@ from dijiang_model.errors import ConversionError, ModelError
 Model = Annotated[Path, typer.Argument(help="Folder of a converted model, recipe hybrid or pure, not trained yet.")]
 Data = Annotated[
     list[str],
-    typer.Option(help="UTF-8 text: a file or a folder of .txt, .md, .rst. Again for more; FILE=3 weighs 3 times."),
+    typer.Option(
+        help="UTF-8 text, or JSON lines with a text or messages each: a file or a folder of .txt, .md, .rst, .jsonl. "
+        "Again for more; FILE=3 weighs 3 times."
+    ),
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the run: checkpoint, log, loss plot, adapter.safetensors.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens to train on, all stages together.")]
@@ -136,7 +139,9 @@ def _go(
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from error
     if not is_done:
-        console.print(f"Stopped; go on with the same command and `--resume`. So far: {escape(str(out / ADAPTER_FILE))}")
+        console.print(
+            f"Stopped; resume with the same command and `--resume`. So far: {escape(str(out / ADAPTER_FILE))}"
+        )
         raise typer.Exit(130)
     console.print(f"Adapter: {escape(str(out / ADAPTER_FILE))}", highlight=False)
 

@@ -19,7 +19,7 @@ from dijiang_model.conversion.training.adapters import (
     load_adapter,
     model_fingerprint,
 )
-from dijiang_model.conversion.training.chat_prompt import load_chat_prompt
+from dijiang_model.conversion.training.chat_prompt import load_chat_prompt, load_chat_template, plain_chat
 from dijiang_model.conversion.training.log import LOG_FILE
 from dijiang_model.conversion.training.process_group import ALONE, Peers
 from dijiang_model.conversion.training.self_distill import write_answers
@@ -92,7 +92,12 @@ def prepare_run(
         peers.any(False)  # the others wait for the file
         sources.append(parse_source(str(written)))
     text = load_mixture(
-        sources, tokenizer, length=options.sequence_length, seed=options.seed, vocab_size=base.config.vocab_size
+        sources,
+        tokenizer,
+        length=options.sequence_length,
+        seed=options.seed,
+        vocab_size=base.config.vocab_size,
+        render=load_chat_template(folder) or plain_chat,
     )
     info = AdapterInfo(
         base=folder.resolve().name,
@@ -128,7 +133,9 @@ def _write_answers(
 
     @cache
     def text() -> Mixture:
-        return load_mixture(sources, tokenizer, length=OPENING_TOKENS, seed=seed, vocab_size=base.config.vocab_size)
+        render = load_chat_template(folder) or plain_chat
+        vocab_size = base.config.vocab_size
+        return load_mixture(sources, tokenizer, length=OPENING_TOKENS, seed=seed, vocab_size=vocab_size, render=render)
 
     write_answers(
         base,

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer as HfTokenizer
 from torch import Tensor
 
+from dijiang_model.conversion.training.chat_prompt import RenderChat, plain_chat
 from dijiang_model.conversion.training.text_windows import TokenWindows, load_windows
 from dijiang_model.errors import ConversionError
 
@@ -72,11 +73,18 @@ def parse_source(text: str) -> TextSource:
 
 
 def load_mixture(
-    sources: Sequence[TextSource], tokenizer: HfTokenizer, *, length: int, seed: int, vocab_size: int
+    sources: Sequence[TextSource],
+    tokenizer: HfTokenizer,
+    *,
+    length: int,
+    seed: int,
+    vocab_size: int,
+    render: RenderChat = plain_chat,
 ) -> Mixture:
     """Tokenises all sources; see `load_windows`, also for what it raises."""
     texts = tuple(
-        load_windows([source.path], tokenizer, length=length, seed=seed, vocab_size=vocab_size) for source in sources
+        load_windows([source.path], tokenizer, length=length, seed=seed, vocab_size=vocab_size, render=render)
+        for source in sources
     )
     if not texts:
         raise ConversionError("no text is given")

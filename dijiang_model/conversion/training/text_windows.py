@@ -15,20 +15,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from dijiang_model.conversion.training.chat_prompt import RenderChat, plain_chat
+from dijiang_model.conversion.training.documents import read_text, text_files
 from dijiang_model.errors import ConversionError
-from dijiang_model.formats.stub_files import stub_problem
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
-_OTHER_FORMATS = {
-    ".jsonl": "JSON lines; write the texts alone: jq -r .text FILE > FILE.txt",
-    ".json": "JSON; write the texts alone: jq -r '.[].text' FILE > FILE.txt",
-    ".parquet": "Parquet; write the texts alone: pandas.read_parquet(FILE).text.to_csv(FILE.txt, index=False)",
-    ".arrow": "Arrow; write the texts alone into a .txt file",
-    **dict.fromkeys((".gz", ".zst", ".xz", ".bz2", ".zip"), "compressed; unpack it first"),
-    **dict.fromkeys((".pdf", ".docx", ".epub"), "a document; extract its text first"),
-    **dict.fromkeys((".safetensors", ".bin", ".pt", ".gguf"), "a file of tensors"),
-}
-"""Files whose bytes are not the text that somebody would train on."""
 BLOCK_CHARACTERS = 2**16
 
 
@@ -62,39 +52,15 @@ class TokenWindows:
         return int(np.random.default_rng((self.seed, epoch)).permutation(len(self))[place])
 
 
-def text_files(paths: Sequence[Path]) -> list[Path]:
-    """The files themselves, and the text files under folders, in order of their names.
-
-    Raises:
-        ConversionError: a path does not exist, or a folder holds no text file.
-    """
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXT_SUFFIXES and file.is_file())
-            if not inside:
-                others = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in _OTHER_FORMATS)
-                for file in others:
-                    _refuse_other_format(file)
-                raise ConversionError(f"{path} holds no text files ({', '.join(TEXT_SUFFIXES)})")
-            found += inside
-        elif path.is_file():
-            _refuse_other_format(path)
-            found.append(path)
-        else:
-            raise ConversionError(f"{path} does not exist")
-    return list(dict.fromkeys(found))
-
-
-def _refuse_other_format(file: Path) -> None:
-    form = _OTHER_FORMATS.get(file.suffix.lower())
-    problem = f"{file} is {form.replace('FILE', file.name)}" if form is not None else stub_problem(file)
-    if problem is not None:
-        raise ConversionError(problem)
-
-
 def load_windows(
-    paths: Sequence[Path], tokenizer: Tokenizer, *, length: int, seed: int, vocab_size: int, first: int | None = None
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    seed: int,
+    vocab_size: int,
+    first: int | None = None,
+    render: RenderChat = plain_chat,
 ) -> TokenWindows:
     """Tokenises files and cuts each into windows; a file's ragged rest is left out.
 
@@ -103,11 +69,12 @@ def load_windows(
         seed: of the windows' order.
         vocab_size: of the model.
         first: only so many windows of each file, evenly spread over it; None: all.
+        render: makes text of conversations (`documents.read_text`).
 
     Raises:
         ConversionError: unreadable or wrongly encoded files, a tokenizer that does not fit, or too little text.
     """
-    parts = [_cut(_encode(file, tokenizer), length, first) for file in text_files(paths)]
+    parts = [_cut(_encode(read_text(file, render=render), tokenizer), length, first) for file in text_files(paths)]
     tokens = np.concatenate(parts) if parts else np.zeros((0, length), np.int32)
     if len(tokens) == 0:
         raise ConversionError(f"the text has no {length:,} tokens in a row: give more, or a shorter --sequence-length")
@@ -131,22 +98,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise ConversionError(f"{path} is not a readable tokenizer: {error}") from error
 
 
-def read_text(file: Path) -> str:
-    """A UTF-8 file.
-
-    Raises:
-        ConversionError: it cannot be read, or is encoded otherwise.
-    """
-    try:
-        return file.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConversionError(f"{file} is not UTF-8: byte {error.start:,} cannot be read; convert it first") from error
-    except OSError as error:
-        raise ConversionError(f"{file} cannot be read: {error.strerror}") from error
-
-
-def _encode(file: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int32]:
-    encoded = tokenizer.encode_batch(list(_blocks(read_text(file))), add_special_tokens=False)
+def _encode(text: str, tokenizer: Tokenizer) -> npt.NDArray[np.int32]:
+    encoded = tokenizer.encode_batch(list(_blocks(text)), add_special_tokens=False)
     return np.array([token for block in encoded for token in block.ids], dtype=np.int32)
 
 

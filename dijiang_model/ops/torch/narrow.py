@@ -5,7 +5,7 @@ Keys and values of the window in int8: to the nearest of 255 codes, once, with a
 Running sums in bf16: rounding by chance, so that a sum that is rounded after every token keeps its mean.
 
 To the nearest number, what a token adds below half a unit in the last place is lost, and so is a decay that takes off
-less: where the half-life is long the error grows without end (`docs/log.md`). Here the 16 bits that bf16 drops are the
+less: where the half-life is long the error grows without end (see `docs/log`). Here the 16 bits that bf16 drops are the
 chance of going up. The dice are a hash of position and place, so that a state does not depend on its company.
 The compiled kernels do the same (`native/src/narrow.h`); the naive twin is `reference.narrow`.
 """

@@ -31,7 +31,7 @@ from server.engine.state.snapshot_files import (
 from server.engine.types.requests import EngineError, FinishReason, GenerationRequest, TokenEvent
 from server.engine.types.state import NO_PREFIX_CACHE, PrefixCacheStats, SavedState, StateLayout
 
-NO_STATES = EngineError("states_unavailable", "this server keeps no states")
+NO_STATES = EngineError("states_unavailable", "this server saves no states")
 _log = logging.getLogger(__name__)
 
 

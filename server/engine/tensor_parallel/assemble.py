@@ -56,7 +56,7 @@ def load_parallel_engine(config: EngineConfig) -> Engine:
         ranks.wait_loaded()
         ranks.watch()
         ranks.tell(JoinGroup(num_slots))
-        parts = StateParts(whole.state_spec, model.local.state_spec, size=size)
+        parts = StateParts(whole.state_spec, model.state_specs)
         pool = LeadingPool(parts, num_slots, device, model=model, ranks=ranks)
         group.connect(device, ranks.meeting_point)
     except BaseException:

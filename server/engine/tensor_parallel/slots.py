@@ -52,7 +52,7 @@ class LeadingPool(StatePool):
     def __init__(
         self, parts: StateParts, num_slots: int, device: torch.device, *, model: ShardedModel, ranks: Ranks
     ) -> None:
-        super().__init__(parts.part, num_slots, device)
+        super().__init__(parts.parts[0], num_slots, device)
         self._parts = parts
         self._group = model.group
         self._ranks = ranks

@@ -106,7 +106,7 @@ def _join(
 ) -> RankLoop:
     join = next_plan(connection)
     assert isinstance(join, JoinGroup)
-    pool = FollowingPool(model.local.state_spec, join.num_slots, device)
+    pool = FollowingPool(model.state_spec, join.num_slots, device)
     assert isinstance(model.group, DistributedGroup)
     model.group.connect(device, meeting_point(Path(start.folder)))
     return RankLoop(model, pool, device)

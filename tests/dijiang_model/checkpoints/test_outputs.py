@@ -224,9 +224,16 @@ def test_refusals_come_before_any_work(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("name", RUN_FILES)
 def test_an_earlier_run_is_refused_and_both_choices_are_named(pattern: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("earlier")
-    with pytest.raises(CheckpointError, match=r"`--resume` goes on .* another `--out`"):
+    with pytest.raises(CheckpointError, match=r"`--resume` continues .* another `--out`"):
         prepare_run(pattern / "model", [str(pattern / "texts" / "text.txt")], tmp_path, options(), STUDENT)
     assert (tmp_path / name).read_text() == "earlier"
+
+
+def test_a_run_that_ended_before_its_first_step_stands_in_nobodys_way(pattern: Path, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").touch()
+    small = options(tokens=64, sequence_length=64, stages=(1,), lora_rank=0)
+    trainer = prepare_run(pattern / "model", [str(pattern / "texts")], tmp_path, small, STUDENT)
+    assert train(trainer, tmp_path)
 
 
 def test_a_run_killed_while_the_teacher_wrote_begins_again_with_its_answers(pattern: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_libraries_of_one_process_share_no_objects(variant: str) -> None:
     """Static objects of inline functions have one address for all libraries that name them alike."""
     path = library._path(variant)
     if not path.exists():
-        pytest.skip(f"no {variant} kernels on this kind of processor")
+        pytest.skip(f"no {variant} kernels on this kind of CPU")
     names = set(re.findall(rb"_ZZN(\d+dijiang\w*?)4Pool8instance", path.read_bytes()))
     own = f"dijiang_{variant}_{source_digest(library.SOURCES)[:12]}"
     assert names == {f"{len(own)}{own}".encode()}

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(load_library() is None, reason="the kernels were
 def library(request: pytest.FixtureRequest) -> CDLL:
     library = load_variant(request.param)
     if library is None:
-        pytest.skip(f"no {request.param} kernels for this processor")
+        pytest.skip(f"no {request.param} kernels for this CPU")
     return library
 
 

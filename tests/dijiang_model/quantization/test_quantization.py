@@ -63,7 +63,7 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Products run in the kernels of one kind of processor."""
     library = load_variant(request.param)
     if library is None:
-        pytest.skip(f"no {request.param} kernels for this processor")
+        pytest.skip(f"no {request.param} kernels for this CPU")
     monkeypatch.setattr(weight_module, "load_library", lambda: library)
     return str(request.param)
 
@@ -209,7 +209,7 @@ def test_quantised_networks_compute_with_the_rounded_weights(config: ModelConfig
 def test_decoding_equals_prefill_with_quantized_weights(variant: str, config: ModelConfig, form: Quantization) -> None:
     library = load_variant(variant)
     if library is None:
-        pytest.skip(f"no {variant} kernels for this processor")
+        pytest.skip(f"no {variant} kernels for this CPU")
     text, model = random_text(20), quantize_(tiny_model(config), form)
     expected = logits_of(model, text)
     stepper = Stepper(NativeModel(model, library=library)).open(1, 2, 3)

@@ -52,7 +52,7 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
 def library(request: pytest.FixtureRequest) -> CDLL:
     library = load_variant(request.param)
     if library is None:
-        pytest.skip(f"no {request.param} kernels for this processor")
+        pytest.skip(f"no {request.param} kernels for this CPU")
     return library
 
 

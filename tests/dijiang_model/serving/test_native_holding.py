@@ -122,7 +122,7 @@ def test_held_slots_stay_and_go_on_by_any_count_to_the_bits_of_single_steps(
 def test_every_build_and_any_number_of_threads_does_the_same(variant: str, num_threads: int) -> None:
     library = load_variant(variant)
     if library is None:
-        pytest.skip(f"{variant} is not for this processor")
+        pytest.skip(f"{variant} is not for this CPU")
     torch.set_num_threads(num_threads)
     model = NativeModel(tiny_model(), library=library)
     state = StateBuffer(model.state_spec, 2)

@@ -20,7 +20,7 @@ from dijiang_model.state import StateBuffer
 from dijiang_model.tensor_parallel.loading import load_shard
 from dijiang_model.tensor_parallel.network import ShardedModel
 from dijiang_model.tensor_parallel.shards import local_config, working_degrees
-from dijiang_model.tensor_parallel.states import StateParts
+from dijiang_model.tensor_parallel.states import StateParts, rank_specs
 from tests.dijiang_model.checkpoints.golden_checkpoints import FOLDER
 from tests.dijiang_model.conversion.training.thread_ranks import ThreadGroup, on_ranks, shard_of
 from tests.tiny_models import (
@@ -28,6 +28,7 @@ from tests.tiny_models import (
     PURE,
     RELEASED,
     TABLES,
+    anchored,
     gpt_neox_config,
     llama_config,
     opt_config,
@@ -51,6 +52,8 @@ SPLITS: dict[str, tuple[ModelConfig, int]] = {
     "llama, three queries a head": (llama_config(num_heads=9, num_kv_heads=3), 3),
     "llama, far queries": (llama_config(FAR, UNROTATED), 2),
     "llama, head not tied": (replace(llama_config(), tie_word_embeddings=False), 2),
+    "llama, anchors": (llama_config(anchored(2), FAR, anchored(2, base=UNROTATED)), 2),
+    "opt, anchors": (opt_config(anchored(3), PURE), 3),
     "gpt_neox, tables, norm groups within ranks": (with_heads(gpt_neox_config(), 4), 2),
     "gpt_neox, tables, norm groups across ranks": (with_heads(gpt_neox_config(), 6), 3),
     "gpt_neox, sequential, hybrid": (gpt_neox_config(HYBRID, PURE, parallel_residual=False), 3),
@@ -95,15 +98,17 @@ def test_a_split_network_gives_the_logits_and_states_of_the_whole_one(name: str)
 
     def work(group: ThreadGroup) -> tuple[list[Tensor | None], StateBuffer]:
         model = shard_of(tensors, config, group)
-        state = StateBuffer(model.local.state_spec, 3)
+        state = StateBuffer(model.state_spec, 3)
         return run(model, state), state
 
     ranks = on_ranks(size, work)
     for logits, wanted in zip(ranks[0][0], expected, strict=True):
         torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-11)  # fp64 sums in another order
     assert all(logits is None for rank in ranks[1:] for logits in rank[0])
-    parts = StateParts(whole_state.spec, ranks[0][1].spec, size=size)
-    assert parts.part.bytes_per_slot < (1.05 / size) * parts.whole.bytes_per_slot + 64 * len(parts.part.tensors)
+    parts = StateParts(whole_state.spec, [state.spec for _, state in ranks])
+    (part_bytes,) = {part.bytes_per_slot for part in parts.parts}
+    if not any(layer.anchors for layer in config.layers):
+        assert part_bytes < (1.05 / size) * parts.whole.bytes_per_slot + 64 * len(parts.whole.tensors)
     joined = StateBuffer(whole_state.spec, 3)
     for slot in range(3):
         joined.storage[slot] = parts.join([state.storage[slot] for _, state in ranks])
@@ -130,22 +135,23 @@ def test_a_layer_costs_two_sums_and_a_far_rank_one_more() -> None:
     assert num_sums(replace(neox, parallel_residual=False)) == num_steps * (1 + 2 + 2)
 
 
-def test_a_row_of_states_comes_back_from_its_parts() -> None:
-    config = llama_config()
+@pytest.mark.parametrize("config", [llama_config(), llama_config(anchored(2), PURE)], ids=["window", "anchors"])
+def test_a_row_of_states_comes_back_from_its_parts(config: ModelConfig) -> None:
     spec, part = tiny_model(config).state_spec, tiny_model(local_config(config, 2)).state_spec
-    parts = StateParts(spec, part, size=2)
+    parts = StateParts(spec, rank_specs(part, config, size=2))
     buffer = StateBuffer(spec, 1)
     buffer.storage.zero_()
     for number, tensor in enumerate(buffer.tensors.values()):
         tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) + 1_000 * number)
     row = buffer.storage[0]
     split = parts.split(row)
-    assert [len(piece) for piece in split] == [part.bytes_per_slot] * 2
+    assert [len(piece) for piece in split] == [parts.parts[0].bytes_per_slot] * 2
     assert torch.equal(parts.join(split), row)
-    own = StateBuffer(part, 2)
-    own.storage.copy_(torch.stack(split))
-    for name, tensor in own.tensors.items():
-        assert torch.equal(tensor.flatten(0, 1), buffer.tensors[name][0])
+    ranks = [StateBuffer(of_rank, 1) for of_rank in parts.parts]
+    for rank, piece in zip(ranks, split, strict=True):
+        rank.storage[0] = piece
+    for name, tensor in buffer.tensors.items():
+        assert torch.equal(torch.cat([rank.tensors[name][0] for rank in ranks]), tensor[0])
 
 
 @pytest.mark.parametrize("config", [llama_config(), with_heads(opt_config(), 4)], ids=["llama", "opt"])

@@ -16,6 +16,7 @@ from tests.server.conftest import OPTIONS, Loopback, raw_exchange, serve
 from tests.server.fake_engine import EOS_TOKEN_ID, FakeEngine
 from tests.server.tiny_engine import TinyEngine
 from tests.tiny_models import tiny_network
+from tests.waiting import PATIENCE_S
 
 GIBIBYTE = 1 << 30
 
@@ -47,7 +48,7 @@ def listener() -> Iterator[tuple[str, list[bytes]]]:
     """An address, and what was asked for there."""
     asked: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        listening.settimeout(10)
+        listening.settimeout(PATIENCE_S)
 
         def listen() -> None:
             try:
@@ -61,7 +62,7 @@ def listener() -> Iterator[tuple[str, list[bytes]]]:
         thread.start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/cat.png", asked
         listening.shutdown(socket.SHUT_RDWR)
-    thread.join(10)
+    thread.join(PATIENCE_S)
 
 
 def test_nothing_that_a_request_names_is_fetched(server: Loopback, listener: tuple[str, list[bytes]]) -> None:
@@ -177,7 +178,7 @@ def test_a_client_that_leaves_at_the_last_chunk_leaves_nothing(server: Loopback,
     body = b'{"prompt": "x", "max_tokens": 1000, "stream": true}'
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     for _ in range(5):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection:
             connection.sendall(head % len(body) + body)
             received = b""
             while last not in received:

@@ -1,15 +1,15 @@
 """Streams of stored responses told again, and of responses in the background, on a real server with a tiny model."""
 
 import json
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.server.states.running import ANN, BOB, PATIENCE_S, Running, bearer, running
+from tests.server.states.running import ANN, BOB, Running, bearer, running
 from tests.tiny_models import write_tiny_model
+from tests.waiting import until
 
 PLACE = {
     "type": "object",
@@ -106,11 +106,8 @@ LONG = {
 
 
 def wait_for_end(server: Running, response_id: str) -> dict[str, Any]:
-    deadline = time.monotonic() + PATIENCE_S
-    while (body := server.get(f"/v1/responses/{response_id}"))["status"] == "in_progress":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return body
+    until(lambda: server.get(f"/v1/responses/{response_id}")["status"] != "in_progress")
+    return server.get(f"/v1/responses/{response_id}")
 
 
 def test_a_cancelled_response_ends_its_streams(server: Running) -> None:

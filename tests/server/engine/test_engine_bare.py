@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from tests.waiting import PATIENCE_S
+
 PROGRAM = """\
 import sys
 
@@ -26,5 +28,7 @@ assert [len(tokens) for tokens in outputs.values()] == [8] * 6, outputs
 
 
 def test_an_engine_runs_where_nothing_of_the_service_is_installed() -> None:
-    program = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=100, check=False)
+    program = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
     assert program.returncode == 0, program.stderr

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from server.errors import EngineUnavailableError, InvalidRequestError, Overloade
 from tests.server.engine.fakes import expected_output, request
 from tests.server.engine_client.fake_process import BREAKING_TOKEN, EXIT_STATUS, MODULE
 from tests.tiny_models import write_tiny_model
+from tests.waiting import until_async
 
 pytestmark = pytest.mark.anyio
 
@@ -53,12 +54,6 @@ async def shared() -> AsyncIterator[EngineClient]:
     async with fake_client() as client:
         await client.wait_ready()
         yield client
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Waits for what is bound to come; pytest's time limit ends what does not."""
-    while not condition():  # noqa: ASYNC110 (processes set no asyncio.Event)
-        await asyncio.sleep(0.005)
 
 
 async def collect(client: EngineClient, wanted: GenerationRequest) -> list[TokenEvent]:
@@ -130,14 +125,14 @@ async def test_leaving_frees_the_slot_in_every_phase(shared: EngineClient, phase
         await anext(second)
         if phase == "waiting":
             async with shared.submit(leaver):
-                await until(lambda: shared.stats is not None and shared.stats.num_waiting == 1)
+                await until_async(lambda: shared.stats is not None and shared.stats.num_waiting == 1)
     if phase != "waiting":
         async with shared.submit(leaver) as stream:
             if phase == "prefill":
-                await until(lambda: shared.stats is not None and shared.stats.num_running == 1)
+                await until_async(lambda: shared.stats is not None and shared.stats.num_running == 1)
             elif phase != "before the engine saw it":
                 await anext(stream)
-    await until(lambda: num_free(shared) == NUM_SLOTS and shared.num_requests == 0)
+    await until_async(lambda: num_free(shared) == NUM_SLOTS and shared.num_requests == 0)
     assert tokens_of(await collect(shared, request("next", 8, max_tokens=3))) == expected_output((8,), 3)
 
 
@@ -153,18 +148,18 @@ async def test_an_exception_inside_the_context_aborts_too(shared: EngineClient) 
     with pytest.raises(ZeroDivisionError):
         async with shared.submit(request("a")):
             raise ZeroDivisionError
-    await until(lambda: num_free(shared) == NUM_SLOTS)
+    await until_async(lambda: num_free(shared) == NUM_SLOTS)
 
 
 async def test_200_cancelled_at_once_leave_every_slot_free_and_the_next_answer_right() -> None:
     async with fake_client(max_waiting=300) as client:
         await client.wait_ready()
         tasks = [asyncio.create_task(collect(client, request(f"r{number}"))) for number in range(200)]
-        await until(lambda: client.num_requests == 200 and client.stats is not None)
+        await until_async(lambda: client.num_requests == 200 and client.stats is not None)
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-        await until(lambda: num_free(client) == NUM_SLOTS)
+        await until_async(lambda: num_free(client) == NUM_SLOTS)
         assert client.num_requests == 0
         assert tokens_of(await collect(client, request("next", 8, max_tokens=3))) == expected_output((8,), 3)
 

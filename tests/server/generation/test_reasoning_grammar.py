@@ -13,6 +13,7 @@ import pytest
 from tests.e2e.serving import Server, serving
 from tests.server.thinking_models import CLOSE_ID, OPEN_ID, OPENING_TEMPLATE, marked_json
 from tests.tiny_models import write_tiny_model
+from tests.waiting import PATIENCE_S
 
 SCHEMA = {
     "type": "object",
@@ -40,7 +41,7 @@ def ask(server: Server, **fields: Any) -> dict[str, Any]:
     body = {"messages": [{"role": "user", "content": "Hé?"}], "max_tokens": 400, **fields}
     # The random model would think for ever: its marks are made likely.
     body["logit_bias"] = {str(OPEN_ID): 100, str(CLOSE_ID): 3.0}
-    answer = httpx.post(f"{server.base_url}/v1/chat/completions", json=body, timeout=60)
+    answer = httpx.post(f"{server.base_url}/v1/chat/completions", json=body, timeout=PATIENCE_S)
     assert answer.status_code == 200, answer.text
     return answer.json()  # type: ignore[no-any-return]
 
@@ -68,6 +69,6 @@ def test_a_forced_call_comes_behind_a_thought(server: Server) -> None:
 def test_thoughts_are_not_to_be_found_without_a_tokenizer(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "tiny", with_tokenizer=False)
     command = [sys.executable, "-m", "server", "serve", str(folder), "--port", "0", "--no-states"]
-    done = subprocess.run([*command, "--reasoning-parser", "think"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, "--reasoning-parser", "think"], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1
     assert "reasoning_parser think has no effect: the model has no tokenizer" in " ".join(done.stderr.split())

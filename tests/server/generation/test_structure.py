@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -212,11 +211,9 @@ def test_keywords_that_cannot_be_kept_are_left_out_of_account_only_if_not_strict
 
 def test_a_grammar_that_breaks_its_compiler_leaves_the_others_alone(server: Server) -> None:
     rules = "\n".join(f'r{number}: "x" r{number + 1} | "y" r{number + 1}' for number in range(8_000))
-    begin = time.monotonic()
     with pytest.raises(openai.BadRequestError, match="too large or nested too deeply"):
         complete(server, {"grammar": f'start: r0\n{rules}\nr8000: "z"'})
     assert complete(server, {"choice": ["fine"]}).choices[0].text == "fine"
-    assert time.monotonic() - begin < 60  # a bound on a hang, not on speed
 
 
 def test_the_official_client_parses_answers_into_its_own_types(server: Server) -> None:

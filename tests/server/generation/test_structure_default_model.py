@@ -40,7 +40,7 @@ PERSON: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving(Path(ensure_default_model()), "--max-conversations", "16", timeout_s=120) as running:
+    with serving(Path(ensure_default_model()), "--max-conversations", "16") as running:
         running.client = running.client.with_options(timeout=600)
         yield running
 

@@ -13,6 +13,7 @@ from server.service import Service, ServiceOptions
 from server.text.tokenizer import Tokenizer
 from tests.server.conftest import Loopback, serve
 from tests.server.fake_engine import ANSWER, FakeEngine
+from tests.waiting import PATIENCE_S
 
 BODY = {"prompt": "x", "max_tokens": 1000, "stream": True}
 
@@ -26,9 +27,11 @@ class Reader(threading.Thread):
         self.lines: list[str] = []
 
     def run(self) -> None:
-        client = httpx.Client(trust_env=False, verify=False, timeout=10)
+        client = httpx.Client(trust_env=False, verify=False, timeout=PATIENCE_S)
         with client, client.stream("POST", self._url, json=BODY) as answer:
-            self.lines += (line for line in answer.iter_lines() if line)
+            for line in answer.iter_lines():
+                if line:
+                    self.lines.append(line)
 
     @property
     def text(self) -> str:
@@ -37,7 +40,7 @@ class Reader(threading.Thread):
 
 
 def wait_for_end(server: Loopback) -> None:
-    server.thread.join(10)
+    server.thread.join(PATIENCE_S)
     assert not server.thread.is_alive()
 
 
@@ -59,7 +62,7 @@ def test_what_runs_is_finished_while_new_work_is_refused(byte_tokenizer: Tokeniz
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         assert server.http.get("/health").json()["status"] == "draining"
         gate.set()
-        reader.join(10)
+        reader.join(PATIENCE_S)
         wait_for_end(server)
     assert reader.text == ANSWER
     assert reader.lines[-1] == "data: [DONE]"
@@ -71,9 +74,9 @@ def test_after_the_deadline_what_runs_ends_with_a_clean_error(
     with serve(FakeEngine(hold_after=1), options, byte_tokenizer, drain_timeout_s=0.2) as server:
         reader = Reader(server)
         reader.start()
-        server.wait_until(lambda: len(reader.lines) > 0 or server.service.num_active == 1)
+        server.wait_until(lambda: reader.lines)
         server.signal()
-        reader.join(10)
+        reader.join(PATIENCE_S)
         wait_for_end(server)
     error, done = reader.lines[-2:]
     told = json.loads(error.removeprefix("data: "))["error"]
@@ -91,12 +94,13 @@ def test_choices_that_wait_for_a_prompts_scores_are_ended_with_the_one_that_scor
     answers: list[httpx.Response] = []
     with serve(FakeEngine(hold_after=0), options, byte_tokenizer, drain_timeout_s=0.2) as server:
         sender = threading.Thread(
-            target=lambda: answers.append(server.http.post("/v1/completions", json=body, timeout=60)), daemon=True
+            target=lambda: answers.append(server.http.post("/v1/completions", json=body, timeout=PATIENCE_S)),
+            daemon=True,
         )
         sender.start()
         server.wait_until(lambda: server.service.num_active == 1)
         server.signal()
-        sender.join(30)
+        sender.join(PATIENCE_S)
         wait_for_end(server)
     (answer,) = answers
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "server_shutdown")
@@ -120,7 +124,7 @@ def test_a_process_that_something_keeps_is_ended_all_the_same(
     )
     for _ in range(num_signals):  # and nobody ever looks at what they ask for
         server.handle_exit(signal.SIGTERM, None)
-    assert gave_up.wait(10)
+    assert gave_up.wait(PATIENCE_S)
     assert server.force_exit is (num_signals == 2)
 
 
@@ -133,9 +137,9 @@ def test_what_takes_too_long_to_save_does_not_hold_up_the_end(
     with serve(engine, options, byte_tokenizer, drain_timeout_s=0.05) as server:
         reader = Reader(server)
         reader.start()
-        server.wait_until(lambda: server.service.num_active == 1)
+        server.wait_until(lambda: reader.lines)
         server.signal()
-        reader.join(10)
+        reader.join(PATIENCE_S)
         wait_for_end(server)
     assert json.loads(reader.lines[-2].removeprefix("data: "))["error"]["code"] == "engine_stopped"
 

@@ -7,6 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 
+from tests.waiting import PATIENCE_S
+
 DROPPED = frozenset(("connection", "transfer-encoding", "content-length", "keep-alive"))
 
 
@@ -42,7 +44,7 @@ def below(path: str, upstream: str) -> Iterator[str]:
             """Tests need no access log."""
 
     with (
-        httpx.Client(base_url=upstream, timeout=60, trust_env=False) as client,
+        httpx.Client(base_url=upstream, timeout=PATIENCE_S, trust_env=False) as client,
         ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as http,
     ):
         http.daemon_threads = True

@@ -9,6 +9,7 @@ import pytest
 from tests.server.playground.proxy import below
 from tests.server.states.running import ANN, running
 from tests.tiny_models import write_tiny_model
+from tests.waiting import PATIENCE_S
 
 HERE = Path(__file__).parent
 MODULES = HERE.parents[2] / "server/playground"
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node
 
 def run_node(program: str, *arguments: str) -> None:
     command = ["node", str(HERE / program), str(MODULES), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "ok\n"
 

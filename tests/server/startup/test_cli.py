@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.startup.settings import Settings, flag_of
+from tests.waiting import PATIENCE_S
 
 HEAVY = "torch", "transformers", "fastapi", "uvicorn", "tokenizers"
 
@@ -20,7 +21,7 @@ def dijiang(*arguments: str, environment: dict[str, str] | None = None) -> subpr
         **(environment if environment is not None else {}),
     }
     command = [sys.executable, "-m", "server", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=PATIENCE_S, check=False)
 
 
 def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
@@ -29,7 +30,9 @@ def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
         "try: cli.app(['--help'], prog_name='dijiang')\n"
         f"finally: print('heavy:', [name for name in {HEAVY!r} if name in sys.modules])"
     )
-    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S, check=True
+    )
     assert "heavy: []" in answer.stdout
     for command in ("serve", "convert", "chat", "complete"):
         assert command in answer.stdout

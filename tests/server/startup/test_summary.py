@@ -45,7 +45,7 @@ def test_model_capacity_keys_and_the_url_to_paste_are_told(tmp_path: Path, host:
     with console.capture() as captured:
         console.print(summary.table(info))
     text = captured.get()
-    for part in ("org/[tiny]", "hybrid", "512 conversations of 4.4 MiB", "float32", "1 let in", "token ids only",
+    for part in ("org/[tiny]", "hybrid", "512 conversations of 4.4 MiB", "float32", "1 accepted", "token ids only",
                  "4.4 MiB: 284 places a head"):  # fmt: skip
         assert part in text
     assert f"http://{shown}:{port}/v1" in text

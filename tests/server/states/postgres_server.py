@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ import psutil
 import psycopg
 
 from tests.ports import free_port
+from tests.waiting import PATIENCE_S, until
 
 USER = "dijiang"
-START_TIMEOUT_S, POLL_S = 60.0, 0.02
 OPTIONS = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
@@ -74,7 +73,7 @@ class PostgresServer:
         """At once: open transactions are lost, as in a crash."""
         if self._process is not None:
             self._process.send_signal(signal.SIGQUIT)
-            self._process.wait(30)
+            self._process.wait(PATIENCE_S)
             self._process = None
 
     @property
@@ -103,14 +102,14 @@ class PostgresServer:
             return [] if cursor.description is None else cursor.fetchall()
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
+        def is_ready() -> bool:
             with contextlib.suppress(psycopg.OperationalError):
                 psycopg.connect(self.url, connect_timeout=5).close()
-                return
+                return True
             assert process.poll() is None, (self._folder / "log").read_text()
-            assert time.monotonic() < deadline, (self._folder / "log").read_text()
-            time.sleep(POLL_S)
+            return False
+
+        until(is_ready, or_fail=(self._folder / "log").read_text)
 
     def _can_run(self) -> bool:
         try:

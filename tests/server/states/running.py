@@ -4,7 +4,6 @@ import contextlib
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,8 @@ import openai
 import psutil
 
 from tests.ports import free_port
+from tests.waiting import PATIENCE_S, until
 
-START_TIMEOUT_S, POLL_S, PATIENCE_S = 60.0, 0.05, 60.0
 ANN, BOB = "key-of-ann", "key-of-bob"
 
 
@@ -85,7 +84,7 @@ class Running:
             parent = psutil.Process(self.process.pid)
             for process in (*parent.children(), parent):
                 process.kill()
-        self.process.wait(20)
+        self.process.wait(PATIENCE_S)
 
     def close(self) -> None:
         self.http.close()
@@ -93,7 +92,7 @@ class Running:
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(20)
+                self.process.wait(PATIENCE_S)
             finally:
                 self.kill()
 
@@ -126,16 +125,13 @@ def start(model: Path, states: Path, *options: str) -> Running:
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=output)
     server = Running(f"http://127.0.0.1:{port}", process)
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not _is_ready(server):
+
+    def is_ready() -> bool:
         assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(POLL_S)
+        try:
+            return server.http.get("/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    until(is_ready, or_fail=log.read_text)
     return server
-
-
-def _is_ready(server: Running) -> bool:
-    try:
-        return server.http.get("/ready").status_code == 200
-    except httpx.TransportError:
-        return False

@@ -11,8 +11,8 @@ import pytest
 from tests.server.states.postgres_server import PostgresServer
 from tests.server.states.running import ANN, Running, bearer, cached, running, start
 from tests.tiny_models import anchored, llama_config, write_tiny_model
+from tests.waiting import PATIENCE_S
 
-pytestmark = pytest.mark.timeout(120)
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. "
 FILE = {"content-type": "application/octet-stream", **bearer(ANN)}
 INT8 = ("--state-dtype", "int8", "--admin-keys", "key-of-admin", "--max-conversations", "4")
@@ -96,7 +96,7 @@ def test_a_stop_saves_what_runs_and_it_goes_on_in_int8(tiny: Path, tmp_path: Pat
             next(lines)
             first.process.send_signal(signal.SIGTERM)
             error = [line for line in lines if '"error"' in line][-1]
-        first.process.wait(20)
+        first.process.wait(PATIENCE_S)
     finally:
         first.kill()
         first.close()

@@ -2,13 +2,13 @@
 
 import asyncio
 import random
-import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from tests.server.states.running import ANN, PATIENCE_S, Running, bearer, running
+from tests.server.states.running import ANN, Running, bearer, running
+from tests.waiting import PATIENCE_S, until
 
 
 async def ask(http: httpx.AsyncClient, body: dict[str, Any], leave_after: int | None) -> str | None:
@@ -54,11 +54,8 @@ def test_nothing_is_lost_when_clients_leave(tiny: Path, tmp_path: Path) -> None:
         kept = asyncio.run(rush(server, base, random.Random(3)))
         assert len(kept) > 10
         files = tmp_path / "states" / "files"
-        deadline = time.monotonic() + PATIENCE_S
-        while server.gauge("dijiang_num_requests_running") + server.gauge("dijiang_num_requests_waiting") > 0:
-            assert time.monotonic() < deadline
-        while len([*files.iterdir()]) != server.gauge("dijiang_saved_states"):
-            assert time.monotonic() < deadline, "files and states differ"
+        until(lambda: server.gauge("dijiang_num_requests_running") + server.gauge("dijiang_num_requests_waiting") == 0)
+        until(lambda: len([*files.iterdir()]) == server.gauge("dijiang_saved_states"))
         ids = {state["id"] for state in server.get("/v1/states?limit=100")["data"]}
         assert {*kept} <= ids
         for state_id in ids:

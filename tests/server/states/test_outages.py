@@ -15,6 +15,7 @@ from server.states.indexed import StoreOptions
 from server.states.shared import SharedOptions, open_shared_store
 from server.states.store import NewState
 from tests.server.states.stores import SIZE, SharedKind, make, put_response, write
+from tests.waiting import until_async
 
 pytestmark = pytest.mark.anyio
 Call = Callable[[], Coroutine[Any, Any, object]]
@@ -82,8 +83,7 @@ async def test_an_answer_that_is_to_be_kept_waits_for_a_server_that_is_away_for_
             store.advance(state, write(room, 1)),
             store.put_response(replace(response, body={**response.body, "status": "completed"})),
         )
-        while store.totals.is_up:  # noqa: ASYNC110 (nobody tells)
-            await asyncio.sleep(0.01)
+        await until_async(lambda: not store.totals.is_up)
         await asyncio.to_thread(kind.postgres.start)
         added, advanced, _ = await keeping
     assert (await store.get("ann", added.id)).name == "talk"

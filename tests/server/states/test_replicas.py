@@ -4,7 +4,6 @@ import asyncio
 import os
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,9 +18,9 @@ from server.states.indexed import IndexedStore
 from server.states.shared import LEASE_S
 from server.states.store import NewState
 from tests.server.states.stores import SIZE, Clock, SharedKind, advance, budget, die, make, put_response, snapshot
+from tests.waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.anyio
-PATIENCE_S = 60.0
 LARGE = bytes(range(256)) * (10 * CHUNK_BYTES // 1024)  # two chunks and a half
 TORN_UPLOAD = """
 import asyncio, sys
@@ -68,15 +67,12 @@ def killed_afterwards(command: list[str]) -> Iterator[None]:
         yield
     finally:
         process.kill()
-        process.wait(20)
+        process.wait(PATIENCE_S)
 
 
 def wait_for(kind: SharedKind, statement: str) -> None:
     """Until a statement has a row."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not kind.ask(statement):
-        assert time.monotonic() < deadline, statement
-        time.sleep(0.01)
+    until(lambda: kind.ask(statement), or_fail=lambda: statement)
 
 
 async def test_a_state_of_one_replica_goes_on_at_another(kind: SharedKind) -> None:

@@ -1,13 +1,13 @@
 """The Responses API as the official client sees it, on a real server with a tiny model."""
 
-import time
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from tests.server.states.running import BOB, PATIENCE_S, Running, running, start
+from tests.server.states.running import BOB, Running, running, start
+from tests.waiting import until
 
 OPTIONS: dict[str, Any] = {"temperature": 0, "max_output_tokens": 12}
 TALK = "Tell me about the sea, the ships, the wind and the long way home."
@@ -18,11 +18,8 @@ def create(server: Running, said: Any = TALK, **more: Any) -> Any:
 
 
 def until_ended(server: Running, response_id: str) -> Any:
-    deadline = time.monotonic() + PATIENCE_S
-    while (response := server.client.responses.retrieve(response_id)).status in ("queued", "in_progress"):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return response
+    until(lambda: server.client.responses.retrieve(response_id).status not in ("queued", "in_progress"))
+    return server.client.responses.retrieve(response_id)
 
 
 def test_an_answer_has_the_form_that_the_client_expects(server: Running) -> None:
@@ -151,10 +148,7 @@ def test_a_response_in_the_background_is_cancelled(server: Running) -> None:
     cancelled = server.client.responses.cancel(started.id)
     assert cancelled.status in ("cancelled", "completed")  # it may have said its last word before
     assert server.client.responses.retrieve(started.id).status == cancelled.status
-    deadline = time.monotonic() + PATIENCE_S
-    while server.gauge("dijiang_num_requests_running") > 0:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: server.gauge("dijiang_num_requests_running") == 0)
 
 
 def test_only_background_responses_are_cancelled(server: Running) -> None:

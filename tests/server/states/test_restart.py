@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from tests.server.states.running import Running, bearer, cached, running, start
+from tests.waiting import PATIENCE_S, until
 
 NUM_TOKENS = 30_000
 
@@ -47,7 +48,9 @@ def test_a_kill_while_states_are_saved_leaves_whole_states_or_none(tiny: Path, t
     kept: list[str] = []
 
     def save_on_and_on() -> None:
-        with httpx.Client(base_url=server.base_url, headers=bearer("key-of-ann"), timeout=20, trust_env=False) as http:
+        with httpx.Client(
+            base_url=server.base_url, headers=bearer("key-of-ann"), timeout=PATIENCE_S, trust_env=False
+        ) as http:
             while not stop.is_set():
                 try:
                     answer = http.post("/v1/states", json={"prompt": "Some text to be kept."})
@@ -59,13 +62,12 @@ def test_a_kill_while_states_are_saved_leaves_whole_states_or_none(tiny: Path, t
     try:
         for thread in threads:
             thread.start()
-        while len(kept) < 20:
-            pass_time()
+        until(lambda: len(kept) >= 20)
     finally:
         server.kill()
         stop.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(PATIENCE_S)
         server.close()
     with running(tiny, tmp_path / "states") as again:
         assert {*kept} <= all_ids(again)
@@ -82,11 +84,8 @@ def test_a_dying_engine_leaves_states_untouched(tiny: Path, tmp_path: Path) -> N
         answer = server.complete(" After.", state_id=state["id"])
         for child in children_of(server):
             child.kill()
-        deadline = 400
-        while server.http.get("/ready").status_code != 200 or server.http.get("/health").json()["engine_restarts"] < 1:
-            pass_time()
-            deadline -= 1
-            assert deadline > 0
+        until(lambda: server.http.get("/health").json()["engine_restarts"] == 1)
+        until(lambda: server.http.get("/ready").status_code == 200)
         assert server.complete(" After.", state_id=state["id"])["token_ids"] == answer["token_ids"]
 
 
@@ -108,7 +107,3 @@ def all_ids(server: Running) -> set[str]:
 
 def children_of(server: Running) -> list[psutil.Process]:
     return psutil.Process(server.process.pid).children()
-
-
-def pass_time() -> None:
-    threading.Event().wait(0.05)

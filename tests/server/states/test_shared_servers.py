@@ -4,8 +4,7 @@ import contextlib
 import secrets
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ import httpx
 import pytest
 
 from tests.server.states.postgres_server import PostgresServer
-from tests.server.states.running import BOB, PATIENCE_S, Running, bearer, cached, running, start
+from tests.server.states.running import BOB, Running, bearer, cached, running, start
+from tests.waiting import PATIENCE_S, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-STEP_S = 0.05
+pytestmark = pytest.mark.slow
 FOR_EVER: dict[str, Any] = {"input": "Hi", "temperature": 0, "max_output_tokens": 1_000_000, "background": True}
 
 
@@ -97,10 +96,7 @@ def test_another_key_finds_nothing_at_either(two: Two) -> None:
 
 def test_a_time_to_live_ends_everywhere(two: Two) -> None:
     state = two.one.post("/v1/states", prompt="Brief", ttl_s=2)["id"]
-    deadline = time.monotonic() + PATIENCE_S
-    while two.two.http.get(f"/v1/states/{state}").status_code != 404:
-        assert time.monotonic() < deadline
-        time.sleep(STEP_S)
+    until(lambda: two.two.http.get(f"/v1/states/{state}").status_code == 404)
 
 
 def test_responses_go_on_at_the_other_server(two: Two) -> None:
@@ -159,7 +155,7 @@ def test_a_server_that_stops_finishes_its_answers_and_a_second_signal_ends_the_r
         body = {"max_tokens": 20_000, "ignore_eos": True, "return_state": True}  # longer than the gauge is old
         asking = threading.Thread(target=lambda: answers.append(third.complete("On", **body)))
         asking.start()
-        wait_until(lambda: third.gauge("dijiang_num_requests_running") == 2)
+        until(lambda: third.gauge("dijiang_num_requests_running") == 2)
         third.process.send_signal(signal.SIGTERM)
         asking.join(PATIENCE_S)
         third.process.send_signal(signal.SIGTERM)
@@ -179,7 +175,7 @@ def test_a_kill_leaves_whole_states_and_no_response_for_ever_in_progress(two: Tw
     kept: list[str] = []
 
     def save_on_and_on() -> None:
-        with httpx.Client(base_url=third.base_url, headers=bearer(BOB), timeout=20, trust_env=False) as http:
+        with httpx.Client(base_url=third.base_url, headers=bearer(BOB), timeout=PATIENCE_S, trust_env=False) as http:
             while not stop.is_set():
                 with contextlib.suppress(httpx.TransportError):
                     kept.append(http.post("/v1/states", json={"prompt": "To be kept."}).json()["id"])
@@ -189,12 +185,12 @@ def test_a_kill_leaves_whole_states_and_no_response_for_ever_in_progress(two: Tw
         started = third.post("/v1/responses", **FOR_EVER)
         for thread in threads:
             thread.start()
-        wait_until(lambda: len(kept) >= 15)
+        until(lambda: len(kept) >= 15)
     finally:
         third.kill()
         stop.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(PATIENCE_S)
         third.close()
     again = two.start("killed", "--drain-timeout-s", "0.2")
     try:
@@ -209,18 +205,11 @@ def test_a_kill_leaves_whole_states_and_no_response_for_ever_in_progress(two: Tw
         started = again.post("/v1/responses", **FOR_EVER)
         again.process.send_signal(signal.SIGTERM)
         assert again.process.wait(PATIENCE_S) == 0
-        wait_until(lambda: two.one.get(f"/v1/responses/{started['id']}")["status"] == "in_progress")
+        until(lambda: two.one.get(f"/v1/responses/{started['id']}")["status"] == "in_progress")
         assert two.two.post(f"/v1/responses/{started['id']}/cancel")["status"] == "cancelled"
     finally:
         again.close()
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(STEP_S)
-
-
 def wait_until_idle(server: Running) -> None:
-    wait_until(lambda: server.gauge("dijiang_num_requests_running") == 0)
+    until(lambda: server.gauge("dijiang_num_requests_running") == 0)

@@ -3,8 +3,7 @@
 import json
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ import httpx
 import openai
 import pytest
 
-from tests.server.states.running import ANN, BOB, PATIENCE_S, Running, bearer, running, start
+from tests.server.states.running import ANN, BOB, Running, bearer, running, start
+from tests.waiting import PATIENCE_S, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 LONG: dict[str, Any] = {"max_tokens": 100_000, "ignore_eos": True, "return_token_ids": True}
 GREEDY, SEEDED = {"temperature": 0}, {"temperature": 1, "seed": 5}
 TALK = [{"role": "user", "content": "Tell me about the sea."}]
@@ -59,13 +59,6 @@ class Asking(threading.Thread):
         assert self.lines[-1] == "data: [DONE]"
         *chunks, last = [json.loads(line.removeprefix("data: ")) for line in self.lines[:-1] if line[0] != ":"]
         return chunks, last["error"]
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not is_so():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def tokens_of(chunks: list[dict[str, Any]]) -> list[int]:
@@ -198,7 +191,7 @@ def test_a_second_signal_ends_at_once_and_leaves_nothing_half(
         server.process.send_signal(signal.SIGTERM)
         until(lambda: server.http.get("/ready").status_code == 503)
         server.process.send_signal(second)
-        assert server.process.wait(20) == 0
+        assert server.process.wait(PATIENCE_S) == 0
     finally:
         server.kill()
         server.close()

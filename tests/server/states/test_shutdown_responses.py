@@ -10,10 +10,11 @@ import pytest
 
 from tests.server.api.test_responses_streams import events_of
 from tests.server.states.postgres_server import PostgresServer
-from tests.server.states.running import ANN, BOB, PATIENCE_S, Running, running, start
-from tests.server.states.test_shutdown import Asking, stop, until
+from tests.server.states.running import ANN, BOB, Running, running, start
+from tests.server.states.test_shutdown import Asking, stop
+from tests.waiting import PATIENCE_S, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 OPTIONS = ("--drain-timeout-s", "0.1", "--max-conversations", "4", "--speculate", "0")
 """Without guesses, which would end an answer of a model that repeats itself before the signal arrives."""
 WORDS = {"type": "string", "minLength": 1800, "maxLength": 1900}

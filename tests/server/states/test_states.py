@@ -114,6 +114,7 @@ def test_a_state_is_made_by_prefill_of_messages(server: Running) -> None:
 
 
 def test_states_are_listed_got_and_deleted(server: Running) -> None:
+    saved(server)
     answer = server.complete(TEXT, return_state={"name": "listed", "ttl_s": 60})
     state = server.get(f"/v1/states/{answer['state_id']}")
     assert (state["name"], state["expires_at"] - state["last_used_at"]) == ("listed", 60)

@@ -234,8 +234,7 @@ def test_the_teacher_writes_chat_and_trains_on_it(model: Path, text: str, tmp_pa
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("chats.jsonl", r"is JSON lines; write the texts alone: jq -r \.text chats\.jsonl > chats\.jsonl\.txt"),
-        ("texts.parquet", "is Parquet; write the texts alone"),
+        ("texts.parquet", r"is Parquet; make JSON lines of it: pandas\.read_parquet\(texts\.parquet\)"),
         ("texts.txt.gz", "is compressed; unpack it first"),
         ("book.pdf", "is a document; extract its text first"),
         ("model.safetensors", "is a file of tensors"),

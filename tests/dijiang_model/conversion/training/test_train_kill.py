@@ -4,7 +4,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from dijiang_model.conversion.training.setup import prepare_run
 from dijiang_model.conversion.training.train import CHECKPOINT_FILE, train
 from tests.dijiang_model.conversion.training.test_train import STUDENT, options
 from tests.tiny_models import HYBRID, llama_config, write_tiny_model
+from tests.waiting import PATIENCE_S
 
 app = Typer()
 app.command()(train_command)
@@ -39,22 +39,31 @@ def arguments(model: Path, text: Path, out: Path, *more: object) -> list[str]:
     return [str(value) for value in (model, *options, *ranks, "--save-every", 0.2, "--out", out, *more)]
 
 
+KILLED = """
+import os, pathlib, signal, sys, threading, time
+log, num_lines, delay_s = pathlib.Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+def kill():
+    while not log.exists() or log.read_bytes().count(b"\\n") < num_lines:
+        time.sleep(0.001)
+    time.sleep(delay_s)
+    os.kill(os.getpid(), signal.SIGKILL)
+threading.Thread(target=kill, daemon=True).start()
+sys.argv = ["dijiang", *sys.argv[4:]]
+from server.cli import main
+main()
+"""
+"""From within: on a loaded machine the run could end before another process comes to kill it."""
+
+
 def killed_at_some_moment(command: list[str], out: Path, num_steps: int, delay_s: float) -> None:
-    """Starts a run and kills it when so many more steps are logged, and a little later."""
-    already = len(read_log(out / LOG_FILE))
-    process = subprocess.Popen([sys.executable, "-m", "server", "train", *command], stderr=subprocess.DEVNULL)
-    try:
-        while len(read_log(out / LOG_FILE)) < already + num_steps:
-            assert process.poll() is None, "the run ended before it was killed"
-            time.sleep(0.01)
-        time.sleep(delay_s)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(timeout=20) == -signal.SIGKILL, "the run ended before it was killed"
+    """Starts a run that is killed when so many more steps are logged, and a little later."""
+    num_lines = len(read_log(out / LOG_FILE)) + num_steps
+    line = [sys.executable, "-c", KILLED, str(out / LOG_FILE), str(num_lines), str(delay_s), "train", *command]
+    done = subprocess.run(line, stderr=subprocess.DEVNULL, timeout=PATIENCE_S, check=False)
+    assert done.returncode == -signal.SIGKILL, "the run ended before it was killed"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_a_run_killed_twice_ends_with_the_weights_of_an_undisturbed_one(text: Path, tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model", llama_config(HYBRID, HYBRID))
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
@@ -87,12 +96,11 @@ main()
 def limited(max_bytes: int, *command: object) -> tuple[int, str]:
     """Runs `dijiang` where no file may become larger."""
     line = [sys.executable, "-c", LIMITED, str(max_bytes), *map(str, command)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_disk_that_fills_up_ends_training_with_a_sentence_and_keeps_the_last_checkpoint(
     text: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +114,7 @@ def test_a_disk_that_fills_up_ends_training_with_a_sentence_and_keeps_the_last_c
     assert (status, "Traceback" in output) == (1, False), output
     assert "cannotbewritten" in "".join(output.split())
     assert [path.name for path in out.iterdir()] == [LOG_FILE]
+    out = tmp_path / "another run"
     status, output = limited(room, "train", *arguments(model, text, out))
     assert (status, "Traceback" in output) == (1, False), output
     assert f"{CHECKPOINT_FILE}cannotbewritten" in "".join(output.split())  # the terminal's width cuts lines anywhere

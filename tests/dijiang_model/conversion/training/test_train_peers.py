@@ -26,6 +26,7 @@ from dijiang_model.errors import CheckpointError, ConversionError
 from dijiang_model.model import DiJiangForCausalLM
 from tests.dijiang_model.conversion.training.test_train import STUDENT, options
 from tests.tiny_models import HYBRID, llama_config, tiny_model, write_tiny_model
+from tests.waiting import PATIENCE_S
 
 app = Typer()
 app.command()(train_command)
@@ -86,7 +87,7 @@ def test_two_processes_see_the_gradients_of_the_double_batch(stage: int) -> None
     both = torch.stack([quiet, loud])
     loss, expected = gradients(stage, both, ALONE)
     table: list[Sequence[Tensor]] = [[], []]
-    barrier = threading.Barrier(2, timeout=60)
+    barrier = threading.Barrier(2, timeout=PATIENCE_S)
     results: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
 
     def work(rank: int) -> None:
@@ -143,12 +144,11 @@ def launched(num: int, *arguments: object) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num}"]
     command += ["-m", "server", "train", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_two_processes_of_torchrun_give_the_weights_of_one_with_the_double_batch(text: str, tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model", llama_config(HYBRID, HYBRID))
     common = [model, "--data", text, "--tokens", 2048, "--stage-one-share", 0.5, "--sequence-length", 128]

@@ -11,9 +11,9 @@ from torch import Tensor
 from dijiang_model.config import ModelConfig
 from dijiang_model.tensor_parallel.network import ShardedModel, build_shard
 from dijiang_model.tensor_parallel.shards import Shard, part_of
+from tests.waiting import PATIENCE_S
 
 T = TypeVar("T")
-PATIENCE_S = 30.0
 
 
 class ThreadGroup:

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.waiting import PATIENCE_S
+
 pytest.importorskip("triton", reason="needs the extra `triton`; run by `make test` where it is installed")
 
 SHARED_MEMORY_BYTES = {80: 99 * 1024, 90: 227 * 1024}
@@ -19,7 +21,7 @@ SHAPES = ("SmolLM2-135M, hybrid", "LLaMA-2-7B, pure", "Pythia-2.8B, released")
 def test_every_launch_of_a_step_compiles_and_fits(shape: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.dijiang_model.ops.triton.triton_compiling", shape]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     assert [line for line in lines if "variants" in line] == [], "a kernel is compiled anew while the model is served"

@@ -27,6 +27,7 @@ from dijiang_model.quantization.weight import Int4Weight, Int8Weight, QuantizedW
 from dijiang_model.reference.quantization import weight_naive
 from tests.dijiang_model.stepping import assert_close_in_norm, logits_of, random_text
 from tests.tiny_models import HYBRID, gpt_neox_config, llama_config, tiny_model
+from tests.waiting import PATIENCE_S
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -247,7 +248,7 @@ def test_every_kernel_compiles_and_fits_without_spills() -> None:
     """Of devices that run code for 8.0 the smallest have 99 KiB of shared memory."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.dijiang_model.ops.triton.triton_rounded_compiling", "bf16"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert run.returncode == 0, run.stderr
     *lines, variants = [json.loads(line) for line in run.stdout.splitlines()]
     tiles = {"rounded_product_kernel": 4, "sum_splits_kernel": 1}

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from server.engine_client.client import EngineClient
 from server.errors import EngineUnavailableError
 from tests.server.engine.some_requests import make_request, mixed_requests
 from tests.tiny_models import gpt_neox_config, llama_config, random_tensors, write_tiny_model
+from tests.waiting import until_async
 
 pytestmark = pytest.mark.anyio
 
@@ -97,12 +98,6 @@ async def together(client: EngineClient, requests: Iterable[GenerationRequest]) 
     requests = list(requests)
     answers = await asyncio.gather(*(ask(client, request) for request in requests))
     return {request.request_id: answer for request, answer in zip(requests, answers, strict=True)}
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Waits for what is bound to come; pytest's time limit ends what does not."""
-    while not condition():  # noqa: ASYNC110 (processes set no asyncio.Event)
-        await asyncio.sleep(0.01)
 
 
 def ranks_of(client: EngineClient) -> list[psutil.Process]:
@@ -226,7 +221,7 @@ async def test_an_abort_frees_the_slot_and_leaves_nothing_behind(pair: EngineCli
         await anext(stream)
     after = make_request("after", 21, seed=2)
     assert (await ask(pair, after)).tokens == alone(single, [after])["after"].tokens
-    await until(lambda: pair.stats is not None and pair.stats.num_free_slots == 4)
+    await until_async(lambda: pair.stats is not None and pair.stats.num_free_slots == 4)
 
 
 async def test_the_death_of_a_rank_restarts_the_engine(pair: EngineClient, single: Engine, temporary: Path) -> None:
@@ -253,8 +248,8 @@ async def test_the_death_of_a_rank_restarts_the_engine(pair: EngineClient, singl
 async def test_ranks_end_with_the_engine_and_leave_nothing(pair: EngineClient, temporary: Path) -> None:
     (worker,) = ranks_of(pair)
     await pair.close()  # kills the engine
-    await until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
-    await until(lambda: not list(temporary.iterdir()))
+    await until_async(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+    await until_async(lambda: not list(temporary.iterdir()))
 
 
 @pytest.mark.slow
