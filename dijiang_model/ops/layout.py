@@ -198,7 +198,9 @@ class PrefillLayout:
         # Not those that are valid: the host would wait for their number.
         sequence = self.sequence_of_token
         offset = torch.arange(len(sequence), device=sequence.device) - self.sequence_start[sequence]
-        return (self.first_chunks[sequence] + offset // CHUNK_TOKENS) * CHUNK_TOKENS + offset % CHUNK_TOKENS
+        chunk = self.first_chunks[sequence] + offset // CHUNK_TOKENS
+        places: Tensor = chunk * CHUNK_TOKENS + offset % CHUNK_TOKENS
+        return places
 
     @cached_property
     def rounds(self) -> list[tuple[Tensor, Tensor]]:

@@ -2,7 +2,7 @@
 
 Its tensors have a shape, a dtype and a device, and no memory. An operation on tensors of two devices raises, and so
 does one that would make the host wait for the device: `.item()`, a mask as an index, a copy from or to memory that is
-not pinned. What the host is meant to read (copied into pinned memory, not waited for, and an event waited for) is zeros.
+not pinned. What the host is meant to read is zeros: copied into pinned memory, not waited for, and an event waited for.
 """
 
 import ctypes

@@ -58,7 +58,7 @@ def leading_engine(config: ModelConfig, machine: Machine, folder: Path, *, size:
         whole = build_model(config, dtype=torch.bfloat16)
         local = on_device(build_shard(config, EchoGroup(0, size), dtype=torch.bfloat16))
         model, ranks = ShardedModel(local, config, EchoGroup(0, size)), SilentRanks()
-        parts = StateParts(whole.state_spec, local.state_spec, size=size)
+        parts = StateParts(whole.state_spec, model.state_specs)
         pool = LeadingPool(parts, 3, CUDA, model=model, ranks=ranks)  # type: ignore[arg-type]
         network = Network(LeadingModel(model, ranks), pool, config, 0)  # type: ignore[arg-type]
         settings = EngineConfig(
