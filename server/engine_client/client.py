@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -76,8 +76,7 @@ class _End:
 class EventStream:
     """The events of one request; ends after the terminal one."""
 
-    def __init__(self, request_id: str) -> None:
-        self.request_id = request_id
+    def __init__(self) -> None:
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
         self._has_ended = False
         self._is_read = False
@@ -88,10 +87,9 @@ class EventStream:
         return self._has_ended
 
     def push(self, event: TokenEvent) -> None:
-        """Adds an event under the caller's request id; nothing comes after a terminal one."""
-        if not self._has_ended:
-            self._has_ended = event.finish_reason is not None
-            self._events.put_nowait(replace(event, request_id=self.request_id))
+        """Adds an event."""
+        self._has_ended = event.finish_reason is not None
+        self._events.put_nowait(event)
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]:
         return self
@@ -125,7 +123,7 @@ class EngineClient:
         self._candidate: Candidate | None = None
         self._link: EngineLink | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._streams: dict[str, EventStream] = {}
+        self._submitted: dict[str, tuple[str, Callable[[TokenEvent], None]]] = {}
         self._request_ids: set[str] = set()
         self._numbers = itertools.count()
 
@@ -156,7 +154,7 @@ class EngineClient:
     @property
     def num_requests(self) -> int:
         """Requests that have not had their terminal event."""
-        return len(self._streams)
+        return len(self._submitted)
 
     @property
     def pid(self) -> int | None:
@@ -191,7 +189,7 @@ class EngineClient:
 
     def suspend(self, request_id: str, *, save_to: str | None, note: str, in_prompt: bool) -> None:
         """Lets a request end with `SUSPENDED`; see `SuspendRequest`. Nothing happens to one that has ended."""
-        names = [name for name, stream in self._streams.items() if stream.request_id == request_id]
+        names = [name for name, (own_id, _) in self._submitted.items() if own_id == request_id]
         if self._link is not None and names:
             with suppress(EngineEndedError):  # and the request with it
                 self._link.send(SuspendRequest(names[0], save_to, note, in_prompt))
@@ -235,28 +233,50 @@ class EngineClient:
 
     @asynccontextmanager
     async def submit(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[TokenEvent]]:
-        """Runs a request for as long as the context is open; gives its events.
+        """One request of `generate`, its events as an iterator."""
+        stream = EventStream()
+        async with self.generate((request,), stream.push):
+            yield stream
+
+    @asynccontextmanager
+    async def generate(
+        self, requests: Sequence[GenerationRequest], on_event: Callable[[TokenEvent], None]
+    ) -> AsyncIterator[Callable[[str], None]]:
+        """Runs requests, all or none, for as long as the context is open.
+
+        Args:
+            on_event: called with each event of any of them, on the event loop. It must not raise.
+
+        Yields:
+            A function that ends one of them before, by its id; nothing happens if it has ended.
 
         Raises:
             EngineUnavailableError: loading, restarting, failed or stopped.
             OverloadedError: as many requests wait as may.
             InvalidRequestError: another request of this id is running.
         """
-        self._check_admission(request)
         # The engine knows each submission by a name of its own: a late event of an earlier request
         # that was called the same can then never reach this one.
-        name = f"{next(self._numbers)}/{request.request_id}"
-        stream = EventStream(request.request_id)
-        self._send(AddRequest(replace(request, request_id=name)))
-        self._streams[name] = stream
-        self._request_ids.add(request.request_id)
+        names: dict[str, str] = {}
+
+        def abort(request_id: str) -> None:
+            if self._submitted.pop(names[request_id], None) is not None:
+                self._send_abort(names[request_id])
+                on_event(TokenEvent(request_id, finish_reason=FinishReason.ABORT))
+
         try:
-            yield stream
+            for request in requests:
+                self._check_admission(request)
+                name = f"{next(self._numbers)}/{request.request_id}"
+                self._send(AddRequest(replace(request, request_id=name)))
+                self._submitted[name] = (request.request_id, on_event)
+                self._request_ids.add(request.request_id)
+                names[request.request_id] = name
+            yield abort
         finally:
-            self._request_ids.discard(request.request_id)
-            if self._streams.pop(name, None) is not None:
-                self._send_abort(name)
-                stream.push(TokenEvent(name, finish_reason=FinishReason.ABORT))
+            for request_id in names:
+                abort(request_id)
+                self._request_ids.discard(request_id)
 
     def _check_admission(self, request: GenerationRequest) -> None:
         self._require_ready()
@@ -264,8 +284,8 @@ class EngineClient:
             raise InvalidRequestError(f"request_id {request.request_id!r} is in use", param="request_id")
         assert self._info is not None
         limit = self._info.num_slots + self._config.max_waiting
-        if len(self._streams) >= limit:
-            raise OverloadedError(f"at capacity: {len(self._streams)} requests running or queued, limit {limit}")
+        if len(self._submitted) >= limit:
+            raise OverloadedError(f"at capacity: {len(self._submitted)} requests running or queued, limit {limit}")
 
     def _require_ready(self) -> None:
         if self._status is not EngineStatus.READY or self._info is None:
@@ -358,16 +378,17 @@ class EngineClient:
         for event in report.events:
             is_last = event.finish_reason is not None
             name = event.request_id
-            stream = self._streams.pop(name, None) if is_last else self._streams.get(name)
-            if stream is not None:
-                stream.push(event)
+            submitted = self._submitted.pop(name, None) if is_last else self._submitted.get(name)
+            if submitted is not None:
+                request_id, on_event = submitted
+                on_event(replace(event, request_id=request_id))
         if report.stats is not None:
             self._stats = report.stats
 
     def _end_all(self, event: TokenEvent) -> None:
-        while self._streams:
-            _, stream = self._streams.popitem()
-            stream.push(event)
+        while self._submitted:
+            _, (request_id, on_event) = self._submitted.popitem()
+            on_event(replace(event, request_id=request_id))
 
     def _set_status(self, status: EngineStatus, failure: str | None = None) -> None:
         self._status, self._failure = status, failure

@@ -5,6 +5,8 @@
 - What was sent must be read: a client that leaves it lying is cut off after a time. Until then the answer waits (see
   `HttpToolsProtocol.pause_writing`), so that no more of it than that piles up here.
 - What cannot be read as HTTP is answered in the error envelope.
+- An offer to upgrade to another protocol (HTTP/2 in the clear, WebSocket) is ignored, as RFC 9110 allows: the request
+  is read as if nobody had offered anything.
 
 Bodies are limited by `server.http.middleware.BodyMiddleware`.
 """
@@ -17,9 +19,10 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, ClassVar
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.errors import InvalidRequestError
+from server.http.errors import HttpError, error_json
 
 LINGER_S = 1.0
 """How long what still comes is thrown away after a refusal: closing at once would keep clients from reading it."""
@@ -58,13 +61,51 @@ def limited_protocol(limits: ConnectionLimits, on_cut: Callable[[str], None]) ->
     return Protocol
 
 
+class OfferIgnoringParser:
+    """httptools' parser, which stops at an offer to upgrade; here another one reads on with the body of the request."""
+
+    def __init__(self, protocol: "LimitedProtocol") -> None:
+        self._protocol = protocol
+        self._parser = self._new()
+
+    def _new(self) -> Any:
+        parser = httptools.HttpRequestParser(self._protocol)
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        return parser
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._parser, name)
+
+    def feed_data(self, data: bytes) -> None:
+        """Raises `httptools.HttpParserError`."""
+        while True:
+            try:
+                self._parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                data = data[offer.args[0] :]
+            head = self._protocol.head_of_body()
+            self._parser = self._new()
+            self._protocol.is_repeating = True
+            try:
+                self._parser.feed_data(head)
+            finally:
+                self._protocol.is_repeating = False
+
+
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection; made by `limited_protocol`."""
+    """One connection; made by `limited_protocol`.
+
+    Attributes:
+        is_repeating: the parser is told of a head again that was read already.
+    """
 
     _limits: ClassVar[ConnectionLimits]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.is_repeating = False
+        self.parser = OfferIgnoringParser(self)  # type: ignore[assignment]
         self._awaits_head = True  # no body is being read
         self._has_begun_head = False
         self._num_heads = 0
@@ -117,10 +158,21 @@ class LimitedProtocol(HttpToolsProtocol):
     # What the parser calls.
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._has_begun_head = True
+        if not self.is_repeating:
+            super().on_message_begin()
+            self._has_begun_head = True
+
+    def on_url(self, url: bytes) -> None:
+        if not self.is_repeating:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.is_repeating:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self.is_repeating:
+            return
         self._awaits_head = self._has_begun_head = False
         self._num_heads += 1
         self._num_head_bytes = 0
@@ -130,8 +182,22 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # the parser takes an offer for the end of the request; what follows it is read as its body
         self._awaits_head = True
         super().on_message_complete()
+
+    def head_of_body(self) -> bytes:
+        """A head that says of the request's body what its own head says, and offers nothing."""
+        framing = (b"content-length", b"transfer-encoding", b"connection")
+        lines = [b"POST / HTTP/1.1"]
+        for name, value in self.headers:
+            if name == b"connection":
+                tokens = [token.strip() for token in value.split(b",")]
+                value = b", ".join(token for token in tokens if token.lower() in (b"close", b"keep-alive"))
+            if name in framing and value:
+                lines.append(name + b": " + value)
+        return b"\r\n".join((*lines, b"", b""))
 
     # What uvicorn calls.
 
@@ -185,7 +251,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._is_answering:
             self.transport.close()  # an answer to an earlier request is on its way: nothing may come between
             return
-        body = InvalidRequestError(message, code=_CODES[status], status=status).to_json()
+        body = error_json(HttpError(message, code=_CODES[status], status=status))
         head = (
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"

@@ -2,14 +2,15 @@
 
 import asyncio
 
-import orjson
 import structlog
 
-from server.errors import ApiError, UnavailableError
+from server.errors import ServiceError, UnavailableError
 from server.generation.sessions import check_fingerprint
 from server.generation.streaming import charged_tokens
+from server.http.errors import on_wire
+from server.protocol.bodies import parse_body
 from server.protocol.responses import ResponseRequest
-from server.responses.plan import plan_response
+from server.responses.plan import plan_resumed
 from server.responses.run import ResponseRun
 from server.responses.suspended import Unfinished
 from server.service import Service
@@ -52,20 +53,19 @@ async def _take_up_some(service: Service) -> int:
 async def _take_up(service: Service, record: ResponseRecord) -> bool:
     """Whether it goes on."""
     source = Unfinished.of(record.body).source
-    body = ResponseRequest.model_validate(orjson.loads(source))
-    run = ResponseRun(
-        service, body, owner=record.owner, store=service.states, ttl_s=record.ttl_s, source=source, before=record
-    )
     try:
+        body = parse_body(source.encode(), ResponseRequest)
+        run = ResponseRun(
+            service, body, owner=record.owner, store=service.states, ttl_s=record.ttl_s, source=source, before=record
+        )
         info, before = service.require_open(), run.unfinished
         for snapshot in (record.snapshot, before.base):
             if snapshot is not None:
                 check_fingerprint(snapshot, info)
-        prompt = before.prompt_token_ids
-        generation = await plan_response(service, info, body, run, prompt=prompt, base=before.base, goes_on=True)
+        generation = await plan_resumed(service, info, body, run)
         run.go_on()
         await generation.start()
-    except ApiError as error:
+    except ServiceError as error:
         await _not_taken_up(service, record, error)
         return False
     logger.info("a background response is resumed", id=run.id, num_tokens=len(before.token_ids))
@@ -73,14 +73,14 @@ async def _take_up(service: Service, record: ResponseRecord) -> bool:
     return True
 
 
-async def _not_taken_up(service: Service, record: ResponseRecord, error: ApiError) -> None:
+async def _not_taken_up(service: Service, record: ResponseRecord, error: ServiceError) -> None:
     """It waits on for better times, or fails if there will be none."""
     assert service.states is not None
     if isinstance(error, UnavailableError):
         await service.states.put_response(record.put_off())
         return
     logger.error("a background response cannot be resumed", id=record.id, problem=str(error))
-    await service.states.put_response(record.failed(code=error.code, message=error.message))
+    await service.states.put_response(record.failed(code=on_wire(error).code, message=error.message))
 
 
 async def _made(service: Service, run: ResponseRun) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 
 import structlog
 
-from server.errors import ApiError, InternalError, ShutdownError
+from server.errors import InternalError, ServiceError, ShutdownError
 from server.event_log import EventLog
-from server.generation.choice import Piece
+from server.generation.choice import TextDelta
 from server.generation.generation import Generation
 from server.generation.logprobs import LogprobFormat, check_num_entries
+from server.http.errors import on_wire
 from server.http.sse import KEEP_ALIVE
 from server.protocol.logprobs import ChatLogprobs
 from server.protocol.response_items import stored_item
@@ -28,6 +29,10 @@ from server.states.store import ResponseRecord, SnapshotRecord, StateStore
 
 logger = structlog.stdlib.get_logger("dijiang.responses")
 _TEXT_FORMAT = {"type": "text"}
+
+
+def _new(source: str, seed: int | None) -> Unfinished:
+    return Unfinished(source, secrets.randbits(63) if seed is None else seed)
 
 
 class ResponseRun:
@@ -68,7 +73,7 @@ class ResponseRun:
         self.id = f"resp_{uuid.uuid4().hex}" if before is None else before.id
         self.owner = owner
         self.log = EventLog()
-        self.unfinished = Unfinished(source, secrets.randbits(63)) if before is None else Unfinished.of(before.body)
+        self.unfinished = _new(source, body.seed) if before is None else Unfinished.of(before.body)
         self._service = service
         self._body = body
         self._store = store
@@ -122,7 +127,7 @@ class ResponseRun:
         """The whole response, kept.
 
         Raises:
-            ApiError: it could not be made.
+            ServiceError: it could not be made.
         """
         async with aclosing(self._told()) as events:
             async for _ in events:
@@ -185,14 +190,19 @@ class ResponseRun:
             "error": error,
             "incomplete_details": {"reason": self._incomplete_for} if status == "incomplete" else None,
             "instructions": body.instructions,
+            "frequency_penalty": body.frequency_penalty or 0.0,
             "max_output_tokens": body.max_output_tokens,
             "max_tool_calls": body.max_tool_calls,
             "metadata": {} if body.metadata is None else body.metadata,
-            "model": self._service.options.model_name,
+            "model": body.model or self._service.options.model_name,
             "output": output,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "presence_penalty": body.presence_penalty or 0.0,
             "previous_response_id": body.previous_response_id,
+            "prompt_cache_key": body.prompt_cache_key,
             "reasoning": {"effort": body.reasoning_effort, "summary": None},
+            "safety_identifier": body.safety_identifier,
+            "service_tier": "default",
             "store": self._store is not None,
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": {"format": text_format},
@@ -211,7 +221,7 @@ class ResponseRun:
             async with aclosing(self._told()) as events:
                 async for told in events:
                     yield told
-        except ApiError as error:
+        except ServiceError as error:
             if isinstance(error, ShutdownError) and self._body.background:
                 await self._put_off_if_possible()
                 raise
@@ -226,11 +236,11 @@ class ResponseRun:
             for told in (*begun(self.object("in_progress")), *self.output.begin()):
                 yield told
         try:
-            async for piece in self.generation.pieces(idle_s=self._service.options.keepalive_s):
-                if piece is None:
+            async for delta in self.generation.deltas(idle_s=self._service.options.keepalive_s):
+                if delta is None:
                     yield None
                     continue
-                for told in self._take(piece):
+                for told in self._take(delta):
                     yield told
         except ShutdownError:
             if self._body.background or self.generation.usage.completion_tokens == 0:
@@ -242,32 +252,32 @@ class ResponseRun:
         await self.put(self._response)
         yield ended(self._response)
 
-    def _take(self, piece: Piece) -> list[Event]:
-        events = self.output.push(piece.text, self._logprobs_of(piece), is_last=piece.finish_reason is not None)
-        if piece.finish_reason is not None:
-            self._status = "completed" if piece.finish_reason == "stop" else "incomplete"
-            events += self.output.finish(piece.finish_reason)
+    def _take(self, delta: TextDelta) -> list[Event]:
+        events = self.output.push(delta.text, self._logprobs_of(delta), delta.finish_reason)
+        if delta.finish_reason is not None:
+            self._status = "completed" if delta.finish_reason == "stop" else "incomplete"
+            events += self.output.finish(delta.finish_reason)
         return events
 
-    def _logprobs_of(self, piece: Piece) -> Logprobs:
-        if self.logprobs is None or piece.output is None:
+    def _logprobs_of(self, delta: TextDelta) -> Logprobs:
+        if self.logprobs is None or delta.output is None:
             return []
-        self._num_entries += piece.num_entries
+        self._num_entries += delta.num_entries
         check_num_entries(self._num_entries)
         num_top = 0 if self._body.top_logprobs is None else self._body.top_logprobs
-        written: ChatLogprobs = self.logprobs.chat([piece.output], num_top=num_top)
+        written: ChatLogprobs = self.logprobs.chat([delta.output], num_top=num_top)
         return [entry.model_dump() for entry in written.content]
 
     async def _put_off_if_possible(self) -> None:
         try:
             await self.put_off()
-        except ApiError as error:
+        except ServiceError as error:
             logger.error("a background response is lost: it could not be saved", problem=str(error))
 
-    async def _failed(self, error: ApiError) -> dict[str, Any]:
+    async def _failed(self, error: ServiceError) -> dict[str, Any]:
         """The response that could not be made, kept."""
         self.output.break_off()
-        told = {"code": error.code or "server_error", "message": error.message}
+        told = {"code": on_wire(error).code or "server_error", "message": error.message}
         response = self.object("failed", with_output=True, error=told)
         await self.put(response)
         return response

@@ -153,19 +153,34 @@ def _stored_rounded(model: Path) -> str | None:
         return None
 
 
+LOCAL_HOSTS = ("localhost", ".localhost", "127.", "::1")
+"""Names of this machine; one with a dot at its end or beginning stands for all that begin or end so."""
+
+
 def service_options(settings: Settings, model: Path, default_name: str) -> ServiceOptions:
     """The frozen part of the settings that the HTTP side gets."""
-    name = settings.served_model_name if settings.served_model_name is not None else default_name
+    name, *other_names = settings.served_model_name or (default_name,)
     number = version("dijiang")
     digest = hashlib.sha256(f"{number}\n{name}\n".encode() + (model / "config.json").read_bytes()).hexdigest()
     return ServiceOptions(
         model_name=name,
+        other_names=tuple(other_names),
+        host_names=_host_names(settings),
         version=number,
         fingerprint=f"fp_{digest[:12]}",
         key_hashes=key_hashes(settings),
         admin_key_hashes=admin_key_hashes(settings),
         **_taken_over(settings, ServiceOptions),
     )
+
+
+def _host_names(settings: Settings) -> tuple[str, ...]:
+    """Those that requests may name; empty: any."""
+    has_keys = bool(settings.api_keys) or settings.api_keys_file is not None
+    is_local = settings.host in ("localhost", "::1") or settings.host.startswith("127.")
+    if not settings.allowed_hosts and (has_keys or not is_local):
+        return ()
+    return (*settings.allowed_hosts, *LOCAL_HOSTS)
 
 
 def grammar_limits(settings: Settings) -> GrammarLimits:

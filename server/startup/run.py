@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -185,6 +186,7 @@ def _http_config(settings: Settings, service: Service) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=LAST_ANSWERS_S,
+        timeout_keep_alive=math.ceil(settings.idle_connection_s),
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
     )

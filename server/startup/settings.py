@@ -57,8 +57,11 @@ class Settings(BaseSettings):
 
     model: Path | None = _in("Model", None)
     """Folder of the model. Default: SmolLM2-135M-Instruct, converted once to a DiJiang hybrid and kept."""
-    served_model_name: str | None = _in("Model", None, min_length=1, max_length=200)
-    """Name that clients ask for. Default: the name of the folder."""
+    served_model_name: CommaList = _in("Model", ())
+    """Names that clients ask for, separated by commas; answers to requests without one have the first. Default: that
+    of the folder."""
+    context_length: int = _in("Model", 1 << 20, ge=1)
+    """Number of tokens that /v1/models tells clients who want to know one; there is no longest conversation."""
     cache_dir: Path | None = _in("Model", None)
     """Where the converted default model is kept. Default: ~/.cache/dijiang."""
     device: str = _in("Model", "auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
@@ -143,6 +146,9 @@ class Settings(BaseSettings):
     """Certificate chain (PEM) for HTTPS; needs tls_key."""
     tls_key: Path | None = _in("Address", None)
     """Private key (PEM) of tls_cert."""
+    allowed_hosts: CommaList = _in("Address", ())
+    """Host names that requests may name, separated by commas. Default: any; only local ones where the server listens on
+    this machine alone and asks for no key, so that no web page reaches it by a name of its own."""
     cors_origins: CommaList = _in("Address", ())
     """Web origins whose pages may call the server, separated by commas, or *. Default: none."""
 
@@ -195,6 +201,8 @@ class Settings(BaseSettings):
     """After SIGTERM: longest time to finish what runs, seconds."""
     keepalive_s: float = _in("Operation", 15.0, gt=0)
     """A stream that sends nothing gets a comment after that many seconds, so that proxies keep it open."""
+    idle_connection_s: float = _in("Operation", 120.0, gt=0)
+    """A connection without a request is closed after that many seconds; keep it above what proxies before it keep."""
     log_level: Literal["debug", "info", "warning", "error"] = _in("Operation", "info")
     """Least important messages to log."""
     log_format: Literal["console", "json"] = _in("Operation", "console")

@@ -16,12 +16,12 @@ from typing import Protocol
 from server.engine.types.requests import EngineError, FinishReason, GenerationRequest, SamplingParams, TokenEvent
 from server.engine.types.state import Resumption, SavedState, StateLayout, StateOptions
 from server.errors import (
-    ApiError,
     EngineUnavailableError,
     InternalError,
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
+    ServiceError,
 )
 from server.states.store import ResponseRecord, SnapshotRecord, StateRecord, StateStore, Turn
 
@@ -200,7 +200,7 @@ class StateSession:
                         self._store.room(num_answers, bytes_each=bytes_each, owner=self._owner)
                     )
                     files = room.files
-                except ApiError as error:
+                except ServiceError as error:
                     _log.error("no room for the states of answers that are cut off: %s", error)
             yield files
 
@@ -228,7 +228,7 @@ class StateSession:
             What was saved, and how many of the prompt's tokens came from the prefix cache.
 
         Raises:
-            ApiError: the engine cannot do it.
+            ServiceError: the engine cannot do it.
         """
         request = self.attach(GenerationRequest(f"feed-{uuid.uuid4().hex}", prompt, _PREFILL), number)
         request = replace(request, states=replace(request.states, prompt_only=True))
@@ -237,7 +237,7 @@ class StateSession:
                 if event.saved is not None:
                     return event.saved, event.num_cached_tokens
                 if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                    raise api_error(event.error)
+                    raise error_of(event.error)
         raise InternalError("the engine has not saved the state")
 
     @asynccontextmanager
@@ -253,7 +253,7 @@ class StateSession:
             yield
 
 
-def api_error(error: EngineError | None) -> ApiError:
+def error_of(error: EngineError | None) -> ServiceError:
     """What a client is told when the engine gives up on its request."""
     if error is None:
         return EngineUnavailableError("the server stopped before the answer was complete", code="engine_stopped")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.errors import NotFoundError
+from server.http.errors import on_wire
 from server.states.errors import StateConflictError, StorageFullError
 from server.states.store import NewState, ResponseRecord, StateStore
 from tests.server.states.stores import (
@@ -64,7 +65,7 @@ async def test_unknown_ids_are_not_found(kind: Kind, store: StateStore, state_id
     for call in (store.get, store.use, store.delete):
         with pytest.raises(NotFoundError) as caught:
             await call("ann", state_id)
-        assert caught.value.code == "state_not_found"
+        assert on_wire(caught.value).code == "state_not_found"
 
 
 async def test_another_owner_finds_nothing(kind: Kind, store: StateStore) -> None:
@@ -107,7 +108,7 @@ async def test_a_name_is_used_once(kind: Kind, store: StateStore) -> None:
     await make(store, name="one")
     with pytest.raises(StateConflictError) as caught:
         await make(store, name="one")
-    assert caught.value.code == "state_name_taken"
+    assert on_wire(caught.value).code == "state_name_taken"
     assert kind.num_files() == 1
 
 
@@ -149,7 +150,7 @@ async def test_points_keep_their_place_and_a_state_can_go_back(kind: Kind, store
     assert kind.num_files() == 1
     with pytest.raises(NotFoundError) as caught:
         await store.rewind("ann", state.id, "no such point")
-    assert caught.value.code == "point_not_found"
+    assert on_wire(caught.value).code == "point_not_found"
 
 
 async def test_a_point_of_the_same_name_moves(kind: Kind, store: StateStore) -> None:
@@ -168,7 +169,7 @@ async def test_the_slower_of_two_that_advance_one_state_is_told(kind: Kind, stor
         await store.advance(state, first)
         with pytest.raises(StateConflictError) as caught:
             await store.advance(state, second)
-    assert caught.value.code == "state_conflict"
+    assert on_wire(caught.value).code == "state_conflict"
     assert kind.num_files() == 1
 
 
@@ -223,7 +224,7 @@ async def test_a_full_store_that_may_not_evict_refuses_with_the_numbers(kind: Ki
     await make(store)
     with pytest.raises(StorageFullError, match=r"1,836 bytes .* limit of 1,224 bytes; .*DELETE /v1/states") as caught:
         await make(store)
-    assert (caught.value.status, caught.value.code) == (507, "state_storage_full")
+    assert (on_wire(caught.value).status, on_wire(caught.value).code) == (507, "state_storage_full")
     await store.delete("ann", state.id)
     await make(store)
     await store.close()
@@ -316,7 +317,7 @@ async def test_a_fork_of_a_point_begins_there(kind: Kind, store: StateStore) -> 
     assert fork.head == state.head
     with pytest.raises(NotFoundError) as caught:
         await store.fork("ann", state.id, point="there", name=None, ttl_s=None)
-    assert caught.value.code == "point_not_found"
+    assert on_wire(caught.value).code == "point_not_found"
     with pytest.raises(NotFoundError):
         await store.fork("bob", state.id, point=None, name=None, ttl_s=None)
     with pytest.raises(StateConflictError):
@@ -335,7 +336,7 @@ async def test_responses_are_kept_with_their_conversation(kind: Kind, store: Sta
     assert kind.num_files() == 0
     with pytest.raises(NotFoundError) as caught:
         await store.get_response("ann", "resp_1")
-    assert caught.value.code == "response_not_found"
+    assert on_wire(caught.value).code == "response_not_found"
 
 
 async def test_a_response_becomes_what_its_maker_says_until_it_has_ended(store: StateStore) -> None:
