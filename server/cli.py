@@ -9,6 +9,34 @@ import typer
 
 # Everything behind the command's name goes to the real command, `--help` included.
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
+COMMANDS = {
+    "serve": ("server.startup.flags.serve", "Serve a model over HTTP; without a model: the default one."),
+    "convert": ("dijiang_model.conversion.cli.convert_command", "Make a DiJiang model of a pretrained transformer."),
+    "quantize": (
+        "dijiang_model.conversion.quantize_cli.quantize_command",
+        "Quantize a model's weights to int8 or int4 and save it.",
+    ),
+    "train": (
+        "dijiang_model.conversion.training.cli.train_command",
+        "Train the linear branch of a converted model to imitate its teacher.",
+    ),
+    "evaluate": (
+        "dijiang_model.conversion.evaluation.cli.evaluate_command",
+        "Measure what a conversion lost, and what its linear branch brings.",
+    ),
+    "merge": (
+        "dijiang_model.conversion.merge.merge_command",
+        "Merge a trained adapter into its model, ready to be served.",
+    ),
+    "chat": ("clients.cli.chat_command", "Talk to a served model in the terminal."),
+    "complete": ("clients.cli.complete_command", "Complete the text on standard input."),
+    "score": ("clients.measuring_cli.score_command", "Say how likely a served model finds texts."),
+    "selfcheck": (
+        "clients.measuring_cli.selfcheck_command",
+        "Measure on a running server that its answers do not depend on how they are computed.",
+    ),
+}
+"""What each imports and runs, and what it is for."""
 
 app = typer.Typer(
     name="dijiang",
@@ -35,64 +63,25 @@ def _options(
         typer.echo(context.get_help())
 
 
-@app.command(context_settings=PASS_ON, add_help_option=False)
-def serve(context: typer.Context) -> None:
-    """Serve a model over HTTP; without a model: the default one."""
-    _call(import_module("server.startup.flags").serve_command(), context)
+def run_as_program(target: str, name: str, args: list[str]) -> None:
+    """Runs the function `package.module.function` as a program of that name."""
+    module, _, function = target.rpartition(".")
+    command: Callable[..., Any] = getattr(import_module(module), function)
+    program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    program.command()(command)
+    program(args=args, prog_name=name)
 
 
-@app.command(context_settings=PASS_ON, add_help_option=False)
-def convert(context: typer.Context) -> None:
-    """Make a DiJiang model of a pretrained transformer."""
-    _call(import_module("dijiang_model.conversion.cli").convert_command, context)
+def add_command(group: typer.Typer, name: str, target: str, purpose: str) -> None:
+    """Adds a command, the last word of `name`, that imports and runs `target` when it is called."""
+
+    @group.command(name.split()[-1], help=purpose, context_settings=PASS_ON, add_help_option=False)
+    def _run(context: typer.Context) -> None:
+        run_as_program(target, name, context.args)
 
 
-@app.command(context_settings=PASS_ON, add_help_option=False)
-def quantize(context: typer.Context) -> None:
-    """Round a model's weights to int8 or int4 and save it."""
-    _call(import_module("dijiang_model.conversion.quantize_cli").quantize_command, context)
-
-
-@app.command(context_settings=PASS_ON, add_help_option=False)
-def train(context: typer.Context) -> None:
-    """Train the linear part of a converted model to imitate its teacher."""
-    _call(import_module("dijiang_model.conversion.training.cli").train_command, context)
-
-
-@app.command(context_settings=PASS_ON, add_help_option=False)
-def evaluate(context: typer.Context) -> None:
-    """Measure what a conversion lost, and what its linear part brings."""
-    _call(import_module("dijiang_model.conversion.evaluation.cli").evaluate_command, context)
-
-
-@app.command(context_settings=PASS_ON, add_help_option=False)
-def merge(context: typer.Context) -> None:
-    """Merge a trained adapter into its model, ready to be served."""
-    _call(import_module("dijiang_model.conversion.merge").merge_command, context)
-
-
-@app.command(context_settings=PASS_ON, add_help_option=False)
-def chat(context: typer.Context) -> None:
-    """Talk to a served model in the terminal."""
-    _call(import_module("clients.cli").chat_command, context)
-
-
-@app.command(context_settings=PASS_ON, add_help_option=False)
-def complete(context: typer.Context) -> None:
-    """Complete the text on standard input."""
-    _call(import_module("clients.cli").complete_command, context)
-
-
-@app.command(context_settings=PASS_ON, add_help_option=False)
-def score(context: typer.Context) -> None:
-    """Say how likely a served model finds texts."""
-    _call(import_module("clients.measuring_cli").score_command, context)
-
-
-@app.command(context_settings=PASS_ON, add_help_option=False)
-def selfcheck(context: typer.Context) -> None:
-    """Measure on a running server that its answers do not depend on how they are computed."""
-    _call(import_module("clients.measuring_cli").selfcheck_command, context)
+for _name, (_target, _purpose) in COMMANDS.items():
+    add_command(app, f"dijiang {_name}", _target, _purpose)
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
@@ -105,14 +94,6 @@ def bench(context: typer.Context) -> None:
 def state(context: typer.Context) -> None:
     """List, export, import, fork, rewind and delete saved conversations; `repair FOLDER` mends a server's store."""
     if context.args[:1] == ["repair"]:
-        program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        program.command()(import_module("server.states.repair").repair_command)
-        program(args=context.args[1:], prog_name="dijiang state repair")
-    import_module("clients.state_cli").app(args=context.args, prog_name="dijiang state")
-
-
-def _call(command: Callable[..., Any], context: typer.Context) -> None:
-    """Runs a command as a program of its own, with the arguments that were left for it."""
-    program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    program.command()(command)
-    program(args=context.args, prog_name=f"dijiang {context.info_name}")
+        run_as_program("server.states.repair.repair_command", "dijiang state repair", context.args[1:])
+    else:
+        import_module("clients.state_cli").app(args=context.args, prog_name="dijiang state")

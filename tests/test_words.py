@@ -40,7 +40,6 @@ ALLOWED = (
     "mm_processor_kwargs",
     "processor",  # a key of the results of benchmarks
     "processor_seconds",
-    "The state of a conversation has a constant size, so nothing that was said",  # a text to be read, of fixed length
 )
 
 

@@ -7,8 +7,8 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.json_body import JsonRoute, ServiceDependency
 from server.errors import EngineUnavailableError
-from server.generation.streaming import ClientGoneResponse, json_response
-from server.http.sse import ClientDisconnectedError, unless_disconnected
+from server.generation.streaming import json_response
+from server.http.sse import unless_disconnected
 from server.protocol.admin import (
     AdminStatus,
     ReloadRequest,
@@ -75,10 +75,7 @@ async def reload(service: ServiceDependency, body: ReloadRequest | None = None) 
 async def self_check(request: Request, service: ServiceDependency, body: SelfCheckRequest | None = None) -> Response:
     """Measures on the running engine that decoding, reading in any chunks, caching and company change no answer."""
     wish = SelfCheckRequest() if body is None else body
-    try:
-        return json_response(await unless_disconnected(request.receive, _checked(service, wish)))
-    except ClientDisconnectedError:
-        return ClientGoneResponse()
+    return json_response(await unless_disconnected(request.receive, _checked(service, wish)))
 
 
 async def _checked(service: Service, wish: SelfCheckRequest) -> SelfCheckReport:

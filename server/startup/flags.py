@@ -1,7 +1,6 @@
 """`dijiang serve` as typer sees it: one option for each setting, made from `Settings` itself."""
 
 import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -14,32 +13,24 @@ from server.startup.settings import Settings, SettingsError, StoreUrl, flag_of, 
 METAVARS = {int: "N", float: "SECONDS", ByteSize: "SIZE", Path: "PATH", str: "TEXT", SecretStr: "KEYS", StoreUrl: "URL"}
 
 
-def serve_command() -> Callable[..., None]:
-    """The typer command: one option for each setting, taken from `Settings` itself."""
+def serve(**values: Any) -> None:
+    """Serve a model over HTTP, with the OpenAI API.
 
-    def serve(**values: Any) -> None:
-        """Serve a model over HTTP, with the OpenAI API.
+    Every option is an environment variable too: --state-memory 2GiB is DIJIANG_STATE_MEMORY=2GiB.
+    """
+    console = Console(stderr=True)
+    try:
+        settings = read_settings({name: value for name, value in values.items() if value is not None})
+    except SettingsError as error:
+        raise _failed(console, error) from error
+    # Imported late: `--help` and mistakes in settings need nothing of the server.
+    from server.startup.assemble import StartError
+    from server.startup.run import run
 
-        Every option is an environment variable too: --state-memory 2GiB is DIJIANG_STATE_MEMORY=2GiB.
-        """
-        console = Console(stderr=True)
-        try:
-            settings = read_settings({name: value for name, value in values.items() if value is not None})
-        except SettingsError as error:
-            raise _failed(console, error) from error
-        # Imported late: `--help` and mistakes in settings need nothing of the server.
-        from server.startup.assemble import StartError
-        from server.startup.run import run
-
-        try:
-            run(settings, console)
-        except StartError as error:
-            raise _failed(console, error) from error
-
-    parameters = [_parameter(name) for name in Settings.model_fields]
-    serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    serve.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return serve
+    try:
+        run(settings, console)
+    except StartError as error:
+        raise _failed(console, error) from error
 
 
 def _escaped(text: str) -> str:
@@ -98,3 +89,8 @@ def _leaves(annotation: Any) -> list[Any]:
     """Types and literal words in an annotation, from left to right."""
     arguments = get_args(annotation)
     return [leaf for part in arguments for leaf in _leaves(part)] if arguments else [annotation]
+
+
+_PARAMETERS = [_parameter(name) for name in Settings.model_fields]
+serve.__signature__ = inspect.Signature(_PARAMETERS)  # type: ignore[attr-defined]
+serve.__annotations__ = {parameter.name: parameter.annotation for parameter in _PARAMETERS}

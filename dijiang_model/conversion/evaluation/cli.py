@@ -18,6 +18,7 @@ from torch import Tensor
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import CONFIG_FILE, read_stored_config
 from dijiang_model.checkpoints.outputs import output_folder
+from dijiang_model.config import ModelConfig
 from dijiang_model.conversion.calibration.calibrate import Calibration
 from dijiang_model.conversion.cli import parse_size
 from dijiang_model.conversion.evaluation.evaluate import Score, Variant, budget_variants, gap_closed, score, variants
@@ -26,7 +27,6 @@ from dijiang_model.conversion.evaluation.measured import Evaluation
 from dijiang_model.conversion.evaluation.quantized import Rounding, rounded_variants
 from dijiang_model.conversion.evaluation.recall import Recall, fact_chats, recall_probe
 from dijiang_model.conversion.evaluation.report import card_table, check_report_folder, json_line, write_report
-from dijiang_model.conversion.evaluation.speed import CONTEXTS, Speed, measure_speed
 from dijiang_model.conversion.evaluation.teacher import check_teacher, load_teacher
 from dijiang_model.conversion.model_card import title
 from dijiang_model.conversion.training.adapters import adapted_model, load_adapter
@@ -36,7 +36,6 @@ from dijiang_model.conversion.training.student import check_trainable
 from dijiang_model.conversion.training.text_windows import load_tokenizer, load_windows
 from dijiang_model.errors import ModelError
 from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.serving.network import freeze
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,6 @@ class Measurements:
         num_facts: chats of 2,048 tokens in which facts are told and asked for; 0: none.
         budgets: other bytes of a state, for a curve; only of a calibrated model.
         num_long: texts of `evaluate_long.LENGTH` tokens to read; 0: none.
-        with_speed: time steps by context.
         rounded: in fewer bits, as the model is served.
     """
 
@@ -56,7 +54,6 @@ class Measurements:
     length: int
     num_facts: int = 0
     num_long: int = 0
-    with_speed: bool = False
     rounded: tuple[Rounding, ...] = ()
     budgets: tuple[int, ...] = ()
 
@@ -107,7 +104,6 @@ def evaluate_command(
         typer.Option(help="Of a calibrated model: also with states of so many bytes, e.g. 4MiB. Again for a curve."),
     ] = None,
     long: Annotated[int, typer.Option(min=0, help=f"Texts of {LENGTH:,} tokens to read in one go; 0: none.")] = 0,
-    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time tokens per second by context.")] = True,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's choice.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
 ) -> None:
@@ -119,7 +115,7 @@ def evaluate_command(
     if unknown := set(rounded or ()) - set(kinds):
         raise typer.BadParameter(f"{min(unknown)!r} is none of {', '.join(get_args(Rounding))}", param_hint="--rounded")
     budgets = tuple(sorted(parse_size(size, "--state-bytes") for size in state_bytes or ()))
-    wanted = Measurements(windows, length, facts, long, speed, kinds, budgets)
+    wanted = Measurements(windows, length, facts, long, kinds, budgets)
     try:
         inputs = [model, teacher, *text, *(path for path in (adapter, control) if path is not None)]
         check_report_folder(output_folder(out, inputs=inputs))
@@ -219,9 +215,13 @@ def evaluate(
         control=subjects.control_training,
         long_scores=_long_scores(subjects, long_texts, console) if long_texts else {},
         num_long=len(long_texts),
-        speed=_speed(subjects, console) if wanted.with_speed else [],
-        decode_path=freeze(subjects.model).decode_path,
+        cache_bytes=_cache_bytes(subjects.model.config),
     )
+
+
+def _cache_bytes(config: ModelConfig) -> int:
+    """Key and value of a token in all layers, in 16-bit numbers."""
+    return 2 * torch.bfloat16.itemsize * config.num_layers * config.num_kv_heads * config.head_size
 
 
 def _load_control(path: Path, teacher: DiJiangForCausalLM) -> tuple[DiJiangForCausalLM, str]:
@@ -283,9 +283,3 @@ def _long_scores(subjects: Subjects, texts: Sequence[Tensor], console: Console) 
             name: long_score(model, texts, with_fresh=name == "ours", on_tokens=lambda num: progress.advance(task, num))
             for name, model in compared.items()
         }
-
-
-def _speed(subjects: Subjects, console: Console) -> list[Speed]:
-    with _progress(console) as progress:
-        task = progress.add_task("speed", total=len(CONTEXTS))
-        return measure_speed(subjects.model, subjects.teacher, on_context=lambda: progress.advance(task))

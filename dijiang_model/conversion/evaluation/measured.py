@@ -9,7 +9,6 @@ from dijiang_model.conversion.evaluation.evaluate import EDGES, Score
 from dijiang_model.conversion.evaluation.long_texts import EDGES as LONG_EDGES
 from dijiang_model.conversion.evaluation.long_texts import LongScore
 from dijiang_model.conversion.evaluation.recall import Recall, far_recall
-from dijiang_model.conversion.evaluation.speed import Speed
 
 RANGES = (*(f"{low}-{high}" for low, high in pairwise(EDGES)), f"{EDGES[-1]}+")
 SIZED = re.compile(r"ours(, [\d.]+ MiB)?")
@@ -46,10 +45,10 @@ class Evaluation:
         scores: by variant, in the order of tables.
         state_bytes: by variant; None: grows with the text.
         gap_closed: share of the gap from `FAR_FROM` on; None where there is none.
-        recall, long_scores, speed: empty where they were not asked for.
+        recall, long_scores: empty where they were not asked for.
         control: how the control was trained; None without one.
         num_long: texts behind `long_scores`.
-        decode_path: what ran our steps, `native` or `torch`.
+        cache_bytes: that ordinary attention of this shape keeps of each token, in 16-bit numbers; 0: not known.
     """
 
     model: str
@@ -67,8 +66,7 @@ class Evaluation:
     control: str | None = None
     long_scores: Mapping[str, LongScore] = field(default_factory=dict)
     num_long: int = 0
-    speed: Sequence[Speed] = ()
-    decode_path: str = "torch"
+    cache_bytes: int = 0
 
     @property
     def by_size(self) -> list[SizePoint]:

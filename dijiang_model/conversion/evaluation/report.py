@@ -14,13 +14,13 @@ from dijiang_model.formats.atomic_file import write_atomically
 from dijiang_model.formats.json_fields import read_json_object
 
 REPORT_FILE, JSON_FILE, TABLES_FILE = "report.md", "report.json", "tables.md"
-REPORT_FILES = (JSON_FILE, TABLES_FILE, REPORT_FILE, "nll.png", "long.png", "recall.png", "sizes.png", "speed.png")
+REPORT_FILES = (JSON_FILE, TABLES_FILE, REPORT_FILE, "nll.png", "long.png", "recall.png", "sizes.png")
 _JSON_MEMBERS = {"model", "teacher", "title", "scores", "state_bytes"}
 
 
 def json_line(evaluation: Evaluation) -> str:
     """One line, for tables over many evaluations."""
-    measured = ("scores", "recall", "long_scores", "speed")
+    measured = ("scores", "recall", "long_scores")
     plain = {name: getattr(evaluation, name) for name in evaluation.__dataclass_fields__ if name not in measured}
     scores = {
         name: {"by_position": dict(zip(RANGES, score.means, strict=True)), f"from_{FAR_FROM}": score.far}
@@ -30,11 +30,8 @@ def json_line(evaluation: Evaluation) -> str:
         name: {"by_position": dict(zip(LONG_RANGES, score.means, strict=True)), "fresh": score.fresh}
         for name, score in evaluation.long_scores.items()
     }
-    lists = {
-        "recall": [asdict(result) for result in evaluation.recall],
-        "speed": [asdict(result) for result in evaluation.speed],
-    }
-    return json.dumps({**plain, "scores": scores, "long_scores": long_scores, **lists})
+    recall = [asdict(result) for result in evaluation.recall]
+    return json.dumps({**plain, "scores": scores, "long_scores": long_scores, "recall": recall})
 
 
 def card_table(evaluation: Evaluation) -> str:
@@ -64,8 +61,6 @@ def tables(evaluation: Evaluation) -> str:
         parts += ["### Facts told in chats", _recall_table(evaluation)]
     if len(evaluation.by_size) > 1:
         parts += ["### Quality by the bytes of a state", _size_table(evaluation)]
-    if evaluation.speed:
-        parts += ["### Tokens per second by context", _speed_table(evaluation)]
     return "\n\n".join(parts)
 
 
@@ -182,25 +177,6 @@ def _size_table(evaluation: Evaluation) -> str:
         for point in evaluation.by_size
     ]
     return f"{text}\n\n{_table(['state, bytes', 'gap', 'facts'], rows)}"
-
-
-def _speed_table(evaluation: Evaluation) -> str:
-    text = (
-        f"One conversation, token by token ({evaluation.decode_path} steps). The teacher runs through the same blocks "
-        "in torch with all keys and values kept, as far as its range goes."
-    )
-    header = ["context", "ours", "state, bytes", "teacher", "keys and values, bytes"]
-    rows = [
-        [
-            f"{result.context:,}",
-            f"{result.ours:.1f}",
-            f"{result.state_bytes:,}",
-            "" if result.teacher is None else f"{result.teacher:.1f}",
-            f"{result.cache_bytes:,}",
-        ]
-        for result in evaluation.speed
-    ]
-    return f"{text}\n\n{_table(header, rows)}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -5,6 +5,7 @@ to int8 before they are first read, so that decode and prefill see the same numb
 """
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -65,24 +66,54 @@ class PlaceRows:
         return self.values.to(dtype) * self.value_scales[..., None].to(dtype)
 
 
+class DecodeRows(Protocol):
+    """A kernel for the decode rows of a layer with anchors, in the place of the torch operations here."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        kernel: LinearKernel,
+        layout: StepLayout,
+        state: LayerState,
+        out: Tensor,
+    ) -> None:
+        """Answers q [N, H, d], k and v [N, G, d], as projected, in `out` [N, H, d], and moves the states on."""
+
+
 def anchored_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kernel: LinearKernel,
+    layout: StepLayout,
+    state: LayerState,
+    decode_rows: DecodeRows | None = None,
 ) -> Tensor:
     """[T, H, d]; `state.token_scores` has the scores of the step's tokens."""
+    split, parts = layout.num_decode, []
+    if split > 0 and decode_rows is not None:
+        out = torch.empty((split, *q.shape[1:]), dtype=q.dtype, device=q.device)
+        decode_rows(q[:split], k[:split], v[:split], kernel=kernel, layout=layout, state=state, out=out)
+        if layout.prefill is None:
+            return out
+        parts.append(out)
     dtype = kernel.log_decay.dtype
     q, k, v, scores = q.to(dtype), layout.rotary.apply(k.to(dtype)), v.to(dtype), _present(state.token_scores)
     queries = branch_queries(q, kernel=kernel, layout=layout)
-    split = layout.num_decode
     positions = layout.positions[:, None].expand(-1, kernel.num_kv_heads)
     new = PlaceRows.rounded(k, v, positions, scores)
-    parts = []
-    if split > 0:
+    if split > 0 and decode_rows is None:
         own = PlaceRows(*(tensor[:split] for tensor in new.tensors()))
-        parts.append(_decode(queries.rows(0, split), own, kernel=kernel, layout=layout, state=state))
+        parts.append(_decode(queries.rows(0, split), own, kernel=kernel, layout=layout, state=state).flatten(1, 2))
     if layout.prefill is not None:
         own = PlaceRows(*(tensor[split:] for tensor in new.tensors()))
-        parts.append(_prefill(queries.rows(split, None), own, kernel=kernel, step=layout, state=state))
-    return torch.cat(parts).flatten(1, 2)
+        rows = queries.rows(split, None)
+        parts.append(_prefill(rows, own, kernel=kernel, step=layout, state=state).flatten(1, 2))
+    return torch.cat([part.to(parts[-1].dtype) for part in parts])
 
 
 def _decode(q: Queries, new: PlaceRows, *, kernel: LinearKernel, layout: StepLayout, state: LayerState) -> Tensor:

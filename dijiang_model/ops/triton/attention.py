@@ -7,6 +7,7 @@ from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import Rotary, StepLayout
 from dijiang_model.ops.torch.anchors import anchored_attention
+from dijiang_model.ops.triton.anchors import decode_anchors
 from dijiang_model.ops.triton.decode import decode
 from dijiang_model.ops.triton.device import on_device_of
 from dijiang_model.ops.triton.prefill import prefill
@@ -18,7 +19,7 @@ STATE_DTYPES = (torch.float32, torch.bfloat16)
 class TritonAttention:
     """Decode rows in one launch, prefill segments in five; sums and decays in fp32, products in the weights' dtype.
 
-    Layers with anchors are computed by torch operations.
+    Prompts of layers with anchors are computed by torch operations.
 
     Fp64 models are not for it (`dijiang_model.ops.attention_for` gives them torch's).
     """
@@ -32,14 +33,14 @@ class TritonAttention:
         if state.linear_state.dtype not in STATE_DTYPES:
             raise ValueError(f"on CUDA states are kept in float32 or bfloat16, not {state.linear_state.dtype}")
         assert not (torch.is_grad_enabled() and q.requires_grad), "the kernels know no gradients"
-        if kernel.attention.anchors is not None:  # there is no kernel for them yet
-            return anchored_attention(q, k, v, kernel=kernel, layout=layout, state=state)
         with on_device_of(q):  # Triton launches on the current device, wherever its arguments are
             return self._answer(q, k, v, kernel=kernel, layout=layout, state=state)
 
     def _answer(
         self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
     ) -> Tensor:
+        if kernel.attention.anchors is not None:
+            return anchored_attention(q, k, v, kernel=kernel, layout=layout, state=state, decode_rows=decode_anchors)
         split = layout.num_decode
         # Raw sums go through a norm before they are rounded.
         dtype = q.dtype if kernel.attention.read_out == "denominator" else torch.float32

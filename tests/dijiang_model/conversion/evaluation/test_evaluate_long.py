@@ -5,19 +5,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dijiang_model.batch import decode
 from dijiang_model.conversion.evaluation import long_texts as evaluate_long
-from dijiang_model.conversion.evaluation import speed as evaluate_speed
 from dijiang_model.conversion.evaluation.ablations import silenced
 from dijiang_model.conversion.evaluation.long_texts import long_score, stream_losses, streams, tokens_to_read
-from dijiang_model.conversion.evaluation.speed import GrowingCache, cache_token_bytes, measure_speed
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp
-from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention
+from dijiang_model.ops.training.attention import HybridAttention, WindowAttention
 from dijiang_model.segments import run_segments
-from dijiang_model.state import StateBuffer
-from tests.dijiang_model.stepping import assert_close_in_norm
-from tests.tiny_models import HYBRID, gpt_neox_config, llama_config, opt_config, tiny_model
+from tests.tiny_models import HYBRID, llama_config, tiny_model
 
 EDGES = (16, 32, 64, 150)
 
@@ -80,31 +75,3 @@ def test_a_silenced_model_is_its_window() -> None:
 def test_long_texts_compare_the_model_its_ablation_and_the_window_of_equal_bytes() -> None:
     model, teacher = tiny_model(llama_config(HYBRID, HYBRID)), tiny_model(llama_config(HYBRID, HYBRID), seed=1)
     assert list(streams(model, teacher)) == ["ours", "ours, linear part off", "window 13+2, no training"]
-
-
-@pytest.mark.parametrize("config", [llama_config, gpt_neox_config, opt_config], ids=["llama", "gpt_neox", "opt"])
-def test_the_timed_teacher_computes_full_softmax(config: object) -> None:
-    model, text = tiny_model(config(HYBRID, HYBRID)), tokens(20)  # type: ignore[operator]
-    with torch.no_grad():
-        expected = model.logits(run_segments(model, text[None], SoftmaxAttention()))
-    model.attention_op = GrowingCache(capacity=20)
-    state = StateBuffer(model.state_spec, 2)
-    state.storage.zero_()
-    with torch.inference_mode():
-        rows = [
-            decode(model, token[None], slots=torch.tensor([1]), positions=torch.tensor([place]), state=state)
-            for place, token in enumerate(text)
-        ]
-    assert_close_in_norm(torch.cat(rows), expected, tolerance=1e-5)
-
-
-def test_speeds_know_the_bytes_of_both_and_the_teachers_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate_speed, "NUM_STEPS", 3)
-    model = tiny_model(llama_config(HYBRID, HYBRID))
-    own = model.attention_op
-    short, long = measure_speed(model, model, contexts=(100, 126))
-    assert short.teacher is not None
-    assert long.teacher is None
-    assert short.state_bytes == long.state_bytes == model.state_spec.bytes_per_slot
-    assert short.cache_bytes == 100 * cache_token_bytes(model) == 100 * 2 * 2 * 2 * 16 * 4
-    assert model.attention_op is own

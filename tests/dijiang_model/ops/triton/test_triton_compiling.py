@@ -19,11 +19,7 @@ SHAPES = ("SmolLM2-135M, hybrid", "LLaMA-2-7B, pure", "Pythia-2.8B, released")
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_launch_of_a_step_compiles_and_fits(shape: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.dijiang_model.ops.triton.triton_compiling", shape]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
-    assert run.returncode == 0, run.stderr
-    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    lines = compiled(shape)
     assert [line for line in lines if "variants" in line] == [], "a kernel is compiled anew while the model is served"
     for capability, most in SHARED_MEMORY_BYTES.items():
         launches = [line for line in lines if line["capability"] == capability]
@@ -35,3 +31,23 @@ def test_every_launch_of_a_step_compiles_and_fits(shape: str) -> None:
             if "hybrid" not in shape or launch["kernel"] != "outputs_kernel":
                 assert launch["stack_bytes"] <= 96, launch
         assert sum(launch["kernel"] == "decode_kernel" for launch in launches) == 3 + ("hybrid" in shape)
+
+
+@pytest.mark.slow
+def test_the_decode_kernel_of_places_compiles_and_fits() -> None:
+    lines = compiled("SmolLM2-135M, anchors")
+    assert {(line["capability"], line["kernel"]) for line in lines} == {
+        (capability, "anchored_decode_kernel") for capability in SHARED_MEMORY_BYTES
+    }
+    for line in lines:
+        assert line["shared_bytes"] <= SHARED_MEMORY_BYTES[line["capability"]], line
+        assert line["stack_bytes"] <= 96, line
+
+
+def compiled(shape: str) -> list[dict[str, int]]:
+    """What `triton_compiling` prints of a shape."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.dijiang_model.ops.triton.triton_compiling", shape]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]

@@ -25,12 +25,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
+from dijiang_model.attention import DiJiangAttention
+from dijiang_model.config import AnchorConfig, AttentionConfig, FeatureConfig, ModelConfig
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
-from dijiang_model.ops.triton import TritonAttention, around, decode, prefill, read_out, rounded
+from dijiang_model.ops.triton import TritonAttention, anchors, around, decode, prefill, read_out, rounded
 from dijiang_model.rotary import rotary_frequencies
+from dijiang_model.state import StateBuffer, StateSpec
 
 CAPABILITIES = (80, 90)
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
@@ -116,7 +118,7 @@ class _Recorder:
 def recorded() -> Iterator[list[Launch]]:
     """Every launch of the operator's kernels goes into the list, and nothing runs."""
     launches: list[Launch] = []
-    hosts = (decode, prefill, read_out, around, rounded)
+    hosts = (decode, anchors, prefill, read_out, around, rounded)
     kernels = [(host, name) for host in hosts for name in vars(host) if name.endswith("_kernel")]
     originals = [(host, name, getattr(host, name)) for host, name in kernels]
     try:
@@ -138,6 +140,10 @@ SHAPES: dict[str, tuple[int, int, int, AttentionConfig]] = {
     "LLaMA-2-7B, hybrid, two bases": (32, 32, 128, replace(HYBRID, features=replace(FEATURES, bases=("dct2", "dct4")))),
     "Pythia-2.8B, released": (32, 32, 80, RELEASED),
     "Pythia-1B, hybrid": (8, 8, 256, HYBRID),
+}
+ANCHORED: dict[str, tuple[int, int, int, AttentionConfig]] = {
+    "SmolLM2-135M, anchors": (9, 3, 64, replace(HYBRID, anchors=AnchorConfig((1400, 356, 588), (60, 60, 60)))),
+    "LLaMA-2-7B, anchors": (32, 32, 128, replace(HYBRID, anchors=AnchorConfig((588,) * 32, (60,) * 32))),
 }
 """Query heads, key-value heads, head size and attention of a layer."""
 
@@ -192,6 +198,31 @@ def launches_of(
     return launches
 
 
+def anchored_launches(shape: str, *, dtype: torch.dtype, state_dtype: torch.dtype, num_decode: int = 2) -> list[Launch]:
+    """The launches of a decode step of one of `ANCHORED`."""
+    num_heads, num_groups, size, attention = ANCHORED[shape]
+    config = ModelConfig(
+        "llama", 260, num_heads * size, 64, num_heads, num_groups, size, size, 1e4, 2048, 1e-5, "silu", False, False,
+        False, True, (attention,), position_table_length=64,
+    )  # fmt: skip
+    module = DiJiangAttention(config, 0, dtype=dtype)
+    module.is_narrow = state_dtype == torch.bfloat16
+    for parameter in module.parameters():
+        parameter.data.fill_(0.5)
+    module.linear.prepare()
+    buffer = StateBuffer(StateSpec(module.state_tensors()), num_decode + 1, cleared=True)
+    positions, slots = torch.arange(num_decode), torch.arange(1, num_decode + 1)
+    frequencies = rotary_frequencies(size, theta=1e4)
+    rotary = Rotary.at(positions, frequencies=frequencies, dtype=torch.float32)
+    layout = StepLayout(num_decode, positions, slots, rotary, rotary, None)
+    q = torch.zeros(num_decode, num_heads, size, dtype=dtype)
+    k, v = torch.zeros(2, num_decode, num_groups, size, dtype=dtype)
+    state = replace(module.layer_state(buffer), token_scores=torch.zeros(num_decode, num_groups))
+    with recorded() as launches:
+        TritonAttention()(q, k, v, kernel=module.linear, layout=layout, state=state)
+    return launches
+
+
 def resources(compiled: Any) -> dict[str, int]:
     """Registers of a thread, bytes of its spills and of a program's shared memory."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -224,7 +255,10 @@ def num_variants(shape: str, **kind: Any) -> dict[str, int]:
 
 def main() -> None:
     """Compiles all of `SHAPES`, or of those named on the command line; in bf16, fp32, with states in bf16 and int8."""
-    for shape in sys.argv[1:] or SHAPES:
+    for shape in sys.argv[1:] or [*SHAPES, *ANCHORED]:
+        if shape in ANCHORED:
+            compile_anchored(shape)
+            continue
         narrow = launches_of(shape, state_dtype=torch.bfloat16)
         kinds = {
             "bf16": launches_of(shape),
@@ -244,6 +278,16 @@ def main() -> None:
             for name, number in num_variants(shape, **options).items():
                 if number > 1:
                     _say({"shape": shape, "kind": kind, "kernel": name, "variants": number})
+
+
+def compile_anchored(shape: str) -> None:
+    """Compiles the decode kernel of one of `ANCHORED`."""
+    for capability in CAPABILITIES:
+        for dtype, state_dtype in ((torch.bfloat16, torch.float32), (torch.bfloat16,) * 2, (torch.float32,) * 2):
+            kind = f"{dtype}, states in {state_dtype}".replace("torch.", "")
+            for launch in anchored_launches(shape, dtype=dtype, state_dtype=state_dtype):
+                about = {"shape": shape, "capability": capability, "kind": kind, "kernel": launch.kernel.__name__}
+                _say({**about, **resources(launch.compiled(capability))})
 
 
 def _say(line: dict[str, object]) -> None:
