@@ -5,7 +5,7 @@ The first `num_decode` sequences have one token each and take the recurrent path
 segments, cut into chunks of at most `CHUNK_TOKENS`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 
 import torch
@@ -262,6 +262,7 @@ class StepLayout:
         rotary: at the true positions.
         sink_rotary: at positions capped to the teacher's trained range, for queries that look at sinks.
         prefill: None in a pure decode step.
+        local: the same step for layers that rotate in their own way; None: there are none.
     """
 
     num_decode: int
@@ -270,7 +271,12 @@ class StepLayout:
     rotary: Rotary
     sink_rotary: Rotary
     prefill: PrefillLayout | None
+    local: "StepLayout | None" = None
     _decode_windows: dict[tuple[int, int], DecodeWindow] = field(default_factory=dict)
+
+    def rotated(self, rotary: Rotary, sink_rotary: Rotary) -> "StepLayout":
+        """The same step with other angles; what both ask for is computed once."""
+        return replace(self, rotary=rotary, sink_rotary=sink_rotary, local=None)
 
     @property
     def decode_positions(self) -> Tensor:
