@@ -298,3 +298,4 @@ def _add_places(
     attention.log_decay = weights.derived(module.linear.log_decay)
     attention.frequencies = frequencies.data_ptr()
     attention.age, attention.grid, attention.span = anchors.age, anchors.grid, anchors.span
+    attention.value_bits = anchors.value_bits

@@ -48,9 +48,11 @@ def test_a_text_leaves_the_same_places_in_any_cut_and_any_company(weights: str) 
     [
         replace(llama_config(anchored(1, places=(150,)), num_heads=2, num_kv_heads=1), head_size=128, rotary_dims=128),
         replace(llama_config(anchored(2), num_heads=2, num_kv_heads=2), head_size=64, rotary_dims=64),
+        replace(llama_config(anchored(2, value_bits=4), num_heads=2, num_kv_heads=2), head_size=64, rotary_dims=64),
+        replace(llama_config(anchored(1, value_bits=4), num_heads=4, num_kv_heads=1), head_size=80, rotary_dims=80),
         qwen3_config(anchored(2)),
     ],
-    ids=["heads of 128", "heads of 64", "normed queries and keys"],
+    ids=["heads of 128", "heads of 64", "values of 4 bits", "values of 4 bits, heads of 80", "normed queries and keys"],
 )
 def test_heads_of_real_sizes_equal_torch(config: ModelConfig) -> None:
     text = random_text(200)
