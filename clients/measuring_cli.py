@@ -1,6 +1,5 @@
 """The commands `dijiang score` and `dijiang selfcheck`."""
 
-import asyncio
 import json
 import math
 import sys
@@ -11,10 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from clients.calls import Call
 from clients.cli import ApiKey, BaseUrl, ModelName, connected
-from clients.client import DEFAULT_BASE_URL, AsyncClient
+from clients.client import DEFAULT_BASE_URL
 from clients.scoring import Score, score
-from clients.selfcheck import Finding, SelfCheck, largest_difference
+from clients.types import SelfCheckReport
 
 DEFAULT_TOLERANCE = 0.01
 PIPE = Path("-")
@@ -51,30 +51,27 @@ def score_command(
 def selfcheck_command(
     base_url: Annotated[str, typer.Argument(help="Address of the server, with or without /v1.")] = DEFAULT_BASE_URL,
     api_key: ApiKey = None,
-    model: ModelName = None,
     tolerance: Annotated[
         float, typer.Option(min=0.0, help="Largest difference of log-probabilities that is still right.")
     ] = DEFAULT_TOLERANCE,
 ) -> None:
-    """Measure on a running server that decoding, reading in any chunks, caching and company change no answer."""
+    """Measure on a running server that decoding, reading in any chunks, caching and batching change no answer.
+
+    The server does it itself, `POST /admin/selfcheck`: `--api-key` is one of its `--admin-keys`.
+    """
     notices = Console(stderr=True)
-    with connected(base_url, api_key, model, notices) as (client, name):
-        findings = asyncio.run(_check(client.root, api_key, name))
-    table = Table("compared with a prompt read at once, alone", "values", "largest difference")
-    for finding in findings:
-        shown = f"{finding.largest:.2e}" if finding.num_values else "not possible here"
+    check = Call("POST", "/admin/selfcheck", SelfCheckReport.model_validate, {"tolerance": tolerance}, retry=False)
+    with connected(base_url, api_key, "", notices) as (client, _):
+        report = client.answer(check)
+    table = Table("compared with a prompt read at once, by itself", "values", "largest difference")
+    for finding in report.findings:
+        shown = f"{finding.largest_difference:.2e}" if finding.num_values else "not possible here"
         table.add_row(finding.name, str(finding.num_values), shown)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
-    largest = largest_difference(findings)
-    typer.echo(f"largest difference: {largest:.2e}")
-    if not largest <= tolerance:
+    typer.echo(f"largest difference: {report.largest_difference:.2e}")
+    if not report.passed:
         notices.print(f"error: that is more than {tolerance:g}", style="red", highlight=False)
         raise typer.Exit(1)
-
-
-async def _check(root: str, api_key: str | None, model: str) -> list[Finding]:
-    async with AsyncClient(root, api_key=api_key) as client:
-        return await SelfCheck(client, model).run()
 
 
 def _read(file: Path, notices: Console) -> str:

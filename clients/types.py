@@ -285,6 +285,23 @@ class Detokenized(_Wire):
     prompt: str
 
 
+class SelfCheckFinding(_Wire):
+    """One way to compute the same tokens, compared with reading them at once; no values: the server cannot do it."""
+
+    name: str
+    num_values: int
+    largest_difference: float
+
+
+class SelfCheckReport(_Wire):
+    """Answer of `/admin/selfcheck`."""
+
+    passed: bool
+    tolerance: float
+    largest_difference: float
+    findings: tuple[SelfCheckFinding, ...]
+
+
 class Health(_Wire):
     """Answer of `/health`; what else the server tells about itself is kept as attributes."""
 

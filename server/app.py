@@ -10,18 +10,20 @@ from starlette.middleware.cors import CORSMiddleware
 
 from server.api import admin, chat, completions, models, operations, responses, states, tokenization
 from server.api.playground import playground_router
-from server.errors import ApiError, InvalidRequestError
+from server.errors import ServiceError
+from server.http.errors import HttpError, error_response
 from server.http.middleware import (
     AuthenticationMiddleware,
     BodyMiddleware,
     RequestContextMiddleware,
-    error_response,
     printable,
 )
+from server.http.sse import ClientDisconnectedError
 from server.playground import load_assets
 from server.protocol.wire import ErrorEnvelope, validation_error
 from server.service import Service
 
+CLIENT_CLOSED_REQUEST = 499
 DESCRIPTION = "OpenAI-compatible inference for DiJiang models: linear attention with a constant-size state."
 
 
@@ -38,9 +40,10 @@ def create_app(service: Service) -> FastAPI:
         responses={"default": {"model": ErrorEnvelope, "description": "Every error has this body."}},
         middleware=_middleware(service, frozenset(assets)),
         exception_handlers={
-            ApiError: _api_error,
+            ServiceError: _service_error,
             RequestValidationError: _validation_error,
             HTTPException: _http_error,
+            ClientDisconnectedError: _client_gone,
         },
     )
     app.state.service = service
@@ -62,13 +65,14 @@ def _middleware(service: Service, open_paths: frozenset[str]) -> list[Middleware
             "allow_methods": ["GET", "POST", "DELETE"],
             "allow_headers": ["*"],
             "expose_headers": ["x-request-id", "retry-after"],
+            "allow_private_network": True,
         }
         layers.insert(0, Middleware(CORSMiddleware, **cors))
     return layers
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
+async def _service_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)
     return error_response(error)
 
 
@@ -77,16 +81,21 @@ async def _validation_error(_: Request, error: Exception) -> Response:
     return error_response(validation_error(error.errors()))
 
 
+async def _client_gone(_: Request, __: Exception) -> Response:
+    """For the log only: nobody reads it."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
 async def _http_error(request: Request, error: Exception) -> Response:
     """Unknown routes and wrong methods."""
     assert isinstance(error, HTTPException)
     asked = f"{request.method} {printable(request.url.path)}"
     match error.status_code:
         case 404:
-            problem = InvalidRequestError(f"unknown route: {asked}", code="not_found", status=404)
+            problem = HttpError(f"unknown route: {asked}", code="not_found", status=404)
         case 405:
-            problem = InvalidRequestError(f"wrong method: {asked}", code="method_not_allowed", status=405)
+            problem = HttpError(f"wrong method: {asked}", code="method_not_allowed", status=405)
         case status:
-            problem = InvalidRequestError(str(error.detail)[:200], status=status)
+            problem = HttpError(str(error.detail)[:200], status=status)
     problem.headers.update(error.headers or {})
     return error_response(problem)

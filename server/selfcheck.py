@@ -17,7 +17,7 @@ from server.engine.types.logprobs import LogprobOptions, LogprobTable
 from server.engine.types.requests import FinishReason, GenerationRequest, SamplingParams, TokenEvent
 from server.engine.types.state import NO_STATE
 from server.errors import InternalError
-from server.states.session import api_error
+from server.states.session import error_of
 
 NUM_PLACES = 6
 NOT_FINITE = 1e9
@@ -79,7 +79,7 @@ class SelfCheck:
         """All comparisons.
 
         Raises:
-            ApiError: the engine cannot do it now.
+            ServiceError: the engine cannot do it now.
         """
         decoded = await self._decode(self._prompt)
         whole = (*self._prompt, *decoded.token_ids)
@@ -167,7 +167,7 @@ class SelfCheck:
         async with self._engine.submit(request) as events:
             async for event in events:
                 if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                    raise api_error(event.error)
+                    raise error_of(event.error)
                 answer.token_ids += event.token_ids
                 answer.prompt += [row[0] for row in _rows(event.prompt_logprobs)]
                 answer.output += _rows(event.logprobs)

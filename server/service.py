@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,9 +16,9 @@ from typing import Protocol
 from dijiang_model.text.folder import UnsupportedTokenizerError
 from dijiang_model.text.template import TemplateSyntaxFailure
 from server.engine.state.snapshot_files import MAX_HEADER_BYTES
-from server.engine.types.requests import EngineInfo, EngineStats, GenerationRequest, TokenEvent
+from server.engine.types.requests import EngineInfo, EngineStats, GenerationRequest, Tenant, TokenEvent
 from server.engine_client.candidate import EngineLoadError
-from server.errors import EngineUnavailableError, InvalidRequestError, NotFoundError
+from server.errors import ConflictError, EngineUnavailableError, NotFoundError
 from server.event_log import EventLog
 from server.grammar_check.checker import GrammarChecker
 from server.metrics import Metrics
@@ -44,6 +44,9 @@ class Engine(Protocol):
     @property
     def num_restarts(self) -> int: ...
     def submit(self, request: GenerationRequest) -> AbstractAsyncContextManager[AsyncIterator[TokenEvent]]: ...
+    def generate(
+        self, requests: Sequence[GenerationRequest], on_event: Callable[[TokenEvent], None]
+    ) -> AbstractAsyncContextManager[Callable[[str], None]]: ...
     def suspend(self, request_id: str, *, save_to: str | None, note: str, in_prompt: bool) -> None: ...
     def reset_cache(self) -> None: ...
     async def reload(self, until_idle: Callable[[], Awaitable[None]], *, beside: bool = True) -> EngineInfo: ...
@@ -55,9 +58,14 @@ class ServiceOptions:
 
     Attributes:
         model_name: the name clients ask for.
+        other_names: further names of it.
+        host_names: that requests may name in their Host header; one with a dot at its end or beginning stands for all
+            that begin or end so; empty: any.
+        context_length: what clients are told who want to know a longest conversation.
         version: of this server.
         fingerprint: `system_fingerprint` of answers.
         max_prompt_tokens: longest prompt in tokens; 0: no limit.
+        max_answer_tokens: of each answer; 0: no limit.
         max_n: most answers per prompt.
         max_prompts: most prompts in one request.
         max_choices: most answers in one request (prompts times `n`).
@@ -75,12 +83,17 @@ class ServiceOptions:
         playground: whether the playground is served at `/`.
         reasoning_parser: `think`: answers may begin with a thought; `none`; `auto`: as the tokenizer says.
         retry_after_s: when clients are told to try again while no requests are taken; see `Service.retry_after_s`.
+        max_running_per_key / max_queue_per_key / max_queue_tokens_per_key / priority_across_keys: see `Tenant`.
     """
 
     model_name: str
+    other_names: tuple[str, ...] = ()
+    host_names: tuple[str, ...] = ()
+    context_length: int = 1 << 20
     version: str = "0"
     fingerprint: str = "fp_0"
     max_prompt_tokens: int = 0
+    max_answer_tokens: int = 0
     max_n: int = 16
     max_prompts: int = 128
     max_choices: int = 128
@@ -99,6 +112,10 @@ class ServiceOptions:
     playground: bool = True
     reasoning_parser: str = "auto"
     retry_after_s: int = 2
+    max_running_per_key: int = 0
+    max_queue_per_key: int = 0
+    max_queue_tokens_per_key: int = 0
+    priority_across_keys: bool = False
 
 
 class Suspendable(Protocol):
@@ -215,6 +232,34 @@ class Service:
             return wanted
         return max(wanted, min(math.ceil(info.load_s), MAX_RETRY_AFTER_S))
 
+    def admit(self, owner: str, model: str | None) -> EngineInfo:
+        """Lets a request in that will make the engine work, and counts it.
+
+        Args:
+            owner: whose request it is.
+            model: that it names; None: any.
+
+        Raises:
+            NotFoundError: there is no such model.
+            EngineUnavailableError: loading, restarting, draining or failed.
+            RateLimitError: the owner has used up its minute.
+        """
+        self.require_model(model)
+        info = self.require_open()
+        self.rate_limits.admit(owner)
+        return info
+
+    def tenant_of(self, owner: str) -> Tenant:
+        """What the engine is told of the owner of a request."""
+        options = self.options
+        return Tenant(
+            owner,
+            max_running=options.max_running_per_key,
+            max_waiting=options.max_queue_per_key,
+            max_waiting_tokens=options.max_queue_tokens_per_key,
+            outranks=options.priority_across_keys,
+        )
+
     def require_open(self) -> EngineInfo:
         """The loaded engine's facts.
 
@@ -232,8 +277,8 @@ class Service:
         return self.engine.info
 
     def require_model(self, name: str | None) -> None:
-        """Raises `NotFoundError` for any name but that of the served model."""
-        if name is not None and name != self.options.model_name:
+        """Raises `NotFoundError` for any name but those of the served model."""
+        if name is not None and name != self.options.model_name and name not in self.options.other_names:
             raise NotFoundError(
                 f"the model {name[:100]!r} does not exist here; this server has {self.options.model_name!r}",
                 param="model",
@@ -256,11 +301,11 @@ class Service:
             beside: load beside the model that serves, which goes on serving if this one cannot be loaded.
 
         Raises:
-            InvalidRequestError: 409, the model cannot be used; nothing has changed.
+            ConflictError: the model cannot be used; nothing has changed.
             EngineUnavailableError: the engine is not loaded, or (not `beside`) cannot be loaded any more.
         """
         if self._is_reloading:
-            raise InvalidRequestError("the model is being loaded already", code="reload_failed", status=409)
+            raise ConflictError("the model is being loaded already", code="reload_failed")
         self._is_reloading = True
         try:
             await self._reload(until_idle, beside=beside)
@@ -269,24 +314,23 @@ class Service:
 
     async def _reload(self, until_idle: Callable[[], Awaitable[None]], *, beside: bool) -> None:
         if self._read_again is None:
-            raise InvalidRequestError("this server cannot load its model again", code="reload_failed", status=409)
+            raise ConflictError("this server cannot load its model again", code="reload_failed")
         try:
             options, tokenizer = await asyncio.to_thread(self._read_again)
             template = _template_of(tokenizer)
         except (UnsupportedTokenizerError, TemplateSyntaxFailure, OSError) as error:
-            raise InvalidRequestError(f"the model cannot be used: {error}", code="reload_failed", status=409) from error
+            raise ConflictError(f"the model cannot be used: {error}", code="reload_failed") from error
         if (tokenizer is None) != (self.tokenizer is None):
-            raise InvalidRequestError(
+            raise ConflictError(
                 "the model has a tokenizer now and had none, or the other way round: start the server again",
                 code="reload_failed",
-                status=409,
             )
         try:
             await self.engine.reload(until_idle, beside=beside)
         except EngineLoadError as error:
             _log.error("the model could not be loaded again: %s", error)
             message = f"the model cannot be loaded; the loaded one keeps serving: {error}"
-            raise InvalidRequestError(message, code="reload_failed", status=409) from error
+            raise ConflictError(message, code="reload_failed") from error
         self.options, self.tokenizer, self.chat_template = options, tokenizer, template
         self.thoughts = thought_form(options.reasoning_parser, tokenizer)
         if self.grammars is not None:

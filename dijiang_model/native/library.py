@@ -138,6 +138,9 @@ class Layer(ctypes.Structure):
         ("priority", Matrix),
         ("query_norm", Norm),
         ("key_norm", Norm),
+        ("attention_output_norm", Norm),
+        ("mlp_output_norm", Norm),
+        ("is_local", Integer),
     )
 
 
@@ -151,6 +154,7 @@ class Network(ctypes.Structure):
         ("head", Matrix),
         ("heads", Heads),
         ("frequencies", Pointer),
+        ("local_frequencies", Pointer),
         ("hidden_size", Integer),
         ("inner_size", Integer),
         ("last_sink_position", Integer),

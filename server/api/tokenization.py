@@ -4,9 +4,15 @@ from fastapi import APIRouter, Response
 
 from dijiang_model.text.template import TemplateFailure
 from server.api.json_body import JsonRoute, ServiceDependency
-from server.errors import InvalidRequestError
-from server.generation.conversations import chat_message, encode_messages, template_variables
-from server.generation.planning import require_chat_template, require_tokenizer, run_if_long
+from server.errors import InvalidRequestError, NotFoundError
+from server.generation.prompts import (
+    chat_message,
+    encode_messages,
+    require_chat_template,
+    require_tokenizer,
+    run_if_long,
+    template_variables,
+)
 from server.generation.streaming import json_response
 from server.generation.tools import told_tools
 from server.protocol.tokenization import (
@@ -41,16 +47,8 @@ async def tokenize(body: TokenizeRequest, service: ServiceDependency) -> Respons
 
 
 async def _encode(body: TokenizeRequest, service: Service) -> list[int]:
-    if body.messages is not None:
-        return list(
-            await encode_messages(
-                service,
-                body.messages,
-                add_generation_prompt=body.add_generation_prompt is not False,
-                add_special_tokens=body.add_special_tokens is True,
-                tools=told_tools(body.tool_use),
-            )
-        )
+    if body.conversation is not None:
+        return list(await encode_messages(service, body.conversation, tools=told_tools(body.tool_use)))
     assert body.prompt is not None
     text, add_special_tokens = body.prompt, body.add_special_tokens is not False
     tokenizer = require_tokenizer(service, param="prompt")
@@ -69,7 +67,7 @@ async def apply_template(body: ApplyTemplateRequest, service: ServiceDependency)
         return template.render(
             conversation,
             tools=told_tools(body.tool_use),
-            variables=template_variables(service, body.chat_template_kwargs, None),
+            variables=template_variables(service, body),
             add_generation_prompt=body.add_generation_prompt is not False,
             continue_final_message=body.continue_final_message is True,
         )
@@ -95,7 +93,7 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDependency) -> Res
     stream = TextStream(tokenizer.vocabulary, skip_special=body.skip_special_tokens is True, at_start=True)
 
     def decode() -> str:
-        return "".join([stream.push(token_id) for token_id in body.tokens] + [stream.finish()])
+        return "".join([stream.push(token_id) for token_id in body.tokens] + [stream.finish(is_whole=True)])
 
     return json_response(DetokenizeResponse(prompt=await run_if_long(len(body.tokens), decode)))
 
@@ -103,7 +101,9 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDependency) -> Res
 @router.get("/tokenizer_info", responses={200: {"model": TokenizerInfo}}, response_class=Response)
 async def tokenizer_info(service: ServiceDependency) -> Response:
     """Special tokens and chat template."""
-    tokenizer = require_tokenizer(service, param=None, status=404)
+    tokenizer = service.tokenizer
+    if tokenizer is None:
+        raise NotFoundError("this model has no tokenizer", code="no_tokenizer")
     tokens = tokenizer.special_tokens
     return json_response(
         TokenizerInfo(

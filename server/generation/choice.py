@@ -1,45 +1,25 @@
-"""One choice of a request: what is planned, what comes of it piece by piece, and what it was as a whole."""
+"""One choice of a request: its text while the events of its engine request come, and what it was as a whole."""
 
-import asyncio
 import time
 from dataclasses import dataclass, field
 
-from server.engine.types.requests import FinishReason, GenerationRequest, TokenEvent
-from server.generation.answer_text import AnswerText
-from server.generation.logprobs import Places
+from server.engine.types.requests import FinishReason, TokenEvent
+from server.errors import ServiceError
+from server.generation.logprobs import ScoredTokens
+from server.generation.planning import RequestPlan
 from server.metrics import Metrics
 from server.protocol.sampling import FinishReasonText
-from server.states.session import api_error
-from server.text.reasoning import ThoughtCounter
-from server.text.stream import TextStream
+from server.states.session import error_of
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """One choice to generate.
-
-    Attributes:
-        request: what the engine gets.
-        text: where its tokens become text; None if the model has no tokenizer.
-        echoes: whether the text begins with the prompt.
-        scored_by: number of the choice whose request scores the prompt for this one too; None: its own does, if any.
-        thought: counts the tokens of what is thought before the answer; None: nothing is.
-    """
-
-    request: GenerationRequest
-    text: TextStream | None
-    echoes: bool = False
-    scored_by: int | None = None
-    thought: ThoughtCounter | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What is new in one choice: text and tokens since the last piece, and the end if there is one.
+class TextDelta:
+    """What is new in one choice: text and tokens since the last delta, and the end if there is one.
 
     Attributes:
         state_id: with the end: where the state after this answer is kept, if it is.
-        prompt, output: the tokens whose log-probabilities are wanted, since the last piece.
+        state_error: with the end: why it is not, though it was to be.
+        prompt, output: the tokens whose log-probabilities are wanted, since the last delta.
     """
 
     index: int
@@ -47,13 +27,14 @@ class Piece:
     token_ids: tuple[int, ...]
     finish_reason: FinishReasonText | None
     state_id: str | None = None
-    prompt: Places | None = None
-    output: Places | None = None
+    state_error: ServiceError | None = None
+    prompt: ScoredTokens | None = None
+    output: ScoredTokens | None = None
 
     @property
     def num_entries(self) -> int:
         """Log-probabilities in it."""
-        return sum(places.num_entries for places in (self.prompt, self.output) if places is not None)
+        return sum(scored.num_entries for scored in (self.prompt, self.output) if scored is not None)
 
 
 @dataclass(slots=True)
@@ -64,120 +45,170 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReasonText = "stop"
     state_id: str | None = None
-    prompt: list[Places] = field(default_factory=list)
-    output: list[Places] = field(default_factory=list)
+    state_error: ServiceError | None = None
+    prompt: list[ScoredTokens] = field(default_factory=list)
+    output: list[ScoredTokens] = field(default_factory=list)
 
     @property
     def num_entries(self) -> int:
         """Log-probabilities in it."""
-        return sum(places.num_entries for places in (*self.prompt, *self.output))
+        return sum(scored.num_entries for scored in (*self.prompt, *self.output))
 
 
 class Choice:
-    """Turns the events of one engine request into pieces, and measures it.
+    """Turns the events of one engine request into deltas, and measures it.
 
     Attributes:
+        has_ended: nothing of it comes any more.
         followers: choices that get the log-probabilities of the prompt from this one.
-        prompt_is_scored: set when they have got all of them.
+        deferred: events of a follower that came before all of these.
+        prompt_is_scored: the followers have got all of them.
     """
 
-    def __init__(self, index: int, plan: Plan, metrics: Metrics, *, keeps_tokens: bool = False) -> None:
-        """`keeps_tokens`: whether `token_ids` will be asked for."""
+    def __init__(self, index: int, plan: RequestPlan, metrics: Metrics) -> None:
+        request = plan.requests[index]
+        scores_prompt = plan.fields.logprob_options.num_prompt is not None
         self.index = index
-        self.text = AnswerText(
-            plan.text, plan.request, echoes=plan.echoes, is_scored_elsewhere=plan.scored_by is not None
-        )
-        self.thought = plan.thought
+        self.has_ended = False
+        self.is_follower = scores_prompt and index % plan.num_per_prompt > 0
         self.followers: list[Choice] = []
-        self.prompt_is_scored = asyncio.Event()
+        self.deferred: list[TokenEvent] = []
+        self.prompt_is_scored = False
+        self.thought = plan.thought_counter()
+        self.num_tokens = self.num_received = self.num_cached_tokens = 0
+        self.num_predicted_right = self.num_predicted_wrong = 0
+        self.token_ids: list[int] | None = [] if plan.session.keeps else None
+        self._stream = plan.text_stream(index)
+        self._prompt = request.prompt_token_ids
+        self._scores_prompt = scores_prompt
+        self._scores_output = request.logprobs.num_output is not None
+        self._echoes = plan.fields.echoes
+        self._num_prompt_done = 0
+        self._echo = ""
         self._metrics = metrics
-        self._num_prompt_tokens = len(plan.request.prompt_token_ids)
         self._begin = self._last = time.perf_counter()
         self._reason: str | None = None
-        self.num_tokens = 0
-        self.num_received = 0
-        self.num_cached_tokens = 0
-        self.num_predicted_right = 0
-        self.num_predicted_wrong = 0
-        self.token_ids: list[int] | None = [] if keeps_tokens else None
 
-    def take(self, event: TokenEvent) -> Piece:
-        """The piece that one event makes.
+    def take(self, event: TokenEvent) -> TextDelta:
+        """The delta that one event makes.
 
         Raises:
-            ApiError: the engine ended the request with an error, or stopped.
+            ServiceError: the engine ended the request with an error, or stopped.
         """
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             self._reason = str(event.finish_reason)
-            raise api_error(event.error)
+            raise error_of(event.error)
+        text, prompt = self._take_prompt(event)
+        more, num_taken, offsets = self._push_output(event)
         reason: FinishReasonText | None = None
         if event.finish_reason is not None:
             reason = "stop" if event.finish_reason is FinishReason.STOP else "length"
-        taken = self.text.take(event)
-        num_taken = taken.num_tokens
-        if self.text.stopped:
+        if self._stream is not None and self._stream.stopped:
             reason = "stop"
-        self._measure(num_taken)
-        self.num_received += len(event.token_ids)
-        num_right = min(event.num_accepted, num_taken)
-        self.num_predicted_right += num_right
-        self.num_predicted_wrong += event.num_rejected + event.num_accepted - num_right
-        self.num_cached_tokens += event.num_cached_tokens
-        if self.thought is not None:
-            self.thought.take(event.token_ids[:num_taken])
-        if self.token_ids is not None:
-            self.token_ids += event.token_ids[:num_taken]
+        elif event.finish_reason is not None and self._stream is not None:
+            more += self._stream.finish()
+        output = None
+        if self._scores_output and event.logprobs is not None and num_taken > 0:
+            output = ScoredTokens(event.token_ids[:num_taken], offsets, event.logprobs.head(num_taken))
+        token_ids = event.token_ids[:num_taken]
+        self._count(event, token_ids)
         if reason is not None:
             self._reason = reason
-        return Piece(
-            self.index,
-            taken.text,
-            event.token_ids[:num_taken],
-            reason,
-            prompt=taken.prompt,
-            output=taken.output,
-        )
+        return TextDelta(self.index, text + more, token_ids, reason, prompt=prompt, output=output)
 
-    def shared(self, event: TokenEvent) -> list[Piece]:
-        """What an event's log-probabilities of the prompt are to the followers."""
-        if event.prompt_logprobs is None:
-            return []
-        return [
-            follower.take(TokenEvent(event.request_id, prompt_logprobs=event.prompt_logprobs))
-            for follower in self.followers
-        ]
-
-    def go_on_behind(self, token_ids: tuple[int, ...], *, num_cached_tokens: int) -> str:
+    def resume(self, token_ids: tuple[int, ...], *, num_cached_tokens: int) -> str:
         """The text of tokens that came before it was cut off; they were measured then."""
-        taken = self.text.take(TokenEvent("", token_ids))
+        text, num_taken, _ = self._push_output(TokenEvent("", token_ids))
         self.num_tokens = self.num_received = len(token_ids)
         self.num_cached_tokens = num_cached_tokens
-        if self.thought is not None:
-            self.thought.take(token_ids)
-        if self.token_ids is not None:
-            self.token_ids += token_ids
-        return taken.text
+        self._remember(token_ids[:num_taken])
+        return text
 
     def cut_off(self) -> str:
         """The text that was held back for what might have come."""
         self._reason = str(FinishReason.SUSPENDED)
-        return self.text.held_back()
+        return "" if self._stream is None or self._stream.stopped else self._stream.finish()
 
-    def close(self) -> None:
-        """Counts the end, whatever it was."""
+    def end(self) -> None:
+        """Counts the end, whatever it was. May be called twice."""
+        if self.has_ended:
+            return
+        self.has_ended = True
         self._metrics.finished.labels(self._reason if self._reason is not None else "abort").inc()
         self._metrics.e2e_latency.observe(time.perf_counter() - self._begin)
-        self._metrics.prompt_length.observe(self._num_prompt_tokens)
+        self._metrics.prompt_length.observe(len(self._prompt))
         self._metrics.answer_length.observe(self.num_tokens)
 
-    def _measure(self, num_tokens: int) -> None:
-        if num_tokens == 0:
+    @property
+    def num_unread(self) -> int:
+        """Tokens that `read_prompt` would take."""
+        is_at_once = self._echoes and not self._scores_prompt
+        return len(self._prompt) - self._num_prompt_done if is_at_once else 0
+
+    def read_prompt(self) -> None:
+        """Reads the prompt that is to be echoed before the first event; worth a thread for a long one."""
+        self._echo, _ = self._push_prompt(self.num_unread)
+
+    def _take_prompt(self, event: TokenEvent) -> tuple[str, ScoredTokens | None]:
+        """New text of an echoed prompt, and the next tokens of one that is scored."""
+        if not self._scores_prompt:
+            if self.num_unread:
+                self.read_prompt()
+            echo, self._echo = self._echo, ""
+            return echo, None
+        table, begin = event.prompt_logprobs, self._num_prompt_done
+        num_rows = 0 if table is None else table.num_rows
+        echo, offsets = self._push_prompt(num_rows + (1 if begin == 0 else 0))
+        return echo, ScoredTokens(self._prompt[begin : self._num_prompt_done], offsets, table) if offsets else None
+
+    def _push_prompt(self, num_tokens: int) -> tuple[str, tuple[int, ...]]:
+        """Text (if the prompt is echoed) and offsets of its next tokens."""
+        begin = self._num_prompt_done
+        self._num_prompt_done += num_tokens
+        parts, offsets = [], []
+        for token_id in self._prompt[begin : self._num_prompt_done]:
+            offsets.append(self._position)
+            if self._echoes and self._stream is not None:
+                parts.append(self._stream.push(token_id))
+        return "".join(parts), tuple(offsets)
+
+    def _push_output(self, event: TokenEvent) -> tuple[str, int, tuple[int, ...]]:
+        """Text, number and offsets of the tokens taken before a stop string was complete."""
+        parts, offsets = [], []
+        ends_with_stop_token = event.finish_reason is FinishReason.STOP
+        for number, token_id in enumerate(event.token_ids, start=1):
+            offsets.append(self._position)
+            if self._stream is None or (ends_with_stop_token and number == len(event.token_ids)):
+                continue  # the token that ended the sequence is no text
+            parts.append(self._stream.push(token_id))
+            if self._stream.stopped:
+                break
+        return "".join(parts), len(offsets), tuple(offsets)
+
+    @property
+    def _position(self) -> int:
+        return 0 if self._stream is None else self._stream.num_characters
+
+    def _count(self, event: TokenEvent, token_ids: tuple[int, ...]) -> None:
+        num_right = min(event.num_accepted, len(token_ids))
+        self.num_received += len(event.token_ids)
+        self.num_predicted_right += num_right
+        self.num_predicted_wrong += event.num_rejected + event.num_accepted - num_right
+        self.num_cached_tokens += event.num_cached_tokens
+        if not token_ids:
             return
+        self._remember(token_ids)
         now = time.perf_counter()
         if self.num_tokens == 0:
             self._metrics.time_to_first_token.observe(now - self._begin)
         else:
-            self._metrics.inter_token_latency.observe((now - self._last) / num_tokens)
+            self._metrics.inter_token_latency.observe((now - self._last) / len(token_ids))
         self._last = now
-        self.num_tokens += num_tokens
-        self._metrics.generation_tokens.inc(num_tokens)
+        self.num_tokens += len(token_ids)
+        self._metrics.generation_tokens.inc(len(token_ids))
+
+    def _remember(self, token_ids: tuple[int, ...]) -> None:
+        if self.thought is not None:
+            self.thought.take(token_ids)
+        if self.token_ids is not None:
+            self.token_ids += token_ids

@@ -19,8 +19,6 @@ from server.protocol.logprobs import (
     PromptLogprob,
     PromptLogprobs,
 )
-from server.protocol.sampling import GenerationFields
-from server.service import Service
 
 NOT_FINITE = -9999.0
 MAX_WHOLE_ENTRIES = 1_000_000
@@ -28,7 +26,7 @@ MAX_WHOLE_ENTRIES = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class ScoredTokens:
     """Consecutive tokens and what was likely in their place.
 
     Attributes:
@@ -69,7 +67,7 @@ class LogprobFormat:
         self._as_token_ids = as_token_ids or vocabulary is None
         self._text = cache(self._decode)
 
-    def completion(self, places: Iterable[Places], *, num_top: int) -> CompletionLogprobs:
+    def completion(self, places: Iterable[ScoredTokens], *, num_top: int) -> CompletionLogprobs:
         """The parallel lists of a completion."""
         answer = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         for part in places:
@@ -80,7 +78,7 @@ class LogprobFormat:
                 answer.top_logprobs.append(None if row is None else self._by_text(row, num_top))
         return answer
 
-    def chat(self, places: Iterable[Places], *, num_top: int) -> ChatLogprobs:
+    def chat(self, places: Iterable[ScoredTokens], *, num_top: int) -> ChatLogprobs:
         """The list of a chat answer."""
         content = []
         for part in places:
@@ -91,7 +89,7 @@ class LogprobFormat:
                 content.append(ChatTokenLogprob.model_construct(**token.__dict__, top_logprobs=top))
         return ChatLogprobs(content=content, refusal=None)
 
-    def prompt(self, places: Iterable[Places], *, num_top: int) -> PromptLogprobs:
+    def prompt(self, places: Iterable[ScoredTokens], *, num_top: int) -> PromptLogprobs:
         """The list of dictionaries by token id."""
         return [None if row is None else self._by_token_id(row, num_top) for part in places for row in part.rows()]
 
@@ -131,15 +129,6 @@ class LogprobFormat:
 def finite(value: float) -> float:
     """JSON has no -inf and no NaN."""
     return value if math.isfinite(value) else NOT_FINITE
-
-
-def logprob_format(service: Service, fields: GenerationFields) -> LogprobFormat:
-    """How a request wants them written."""
-    return LogprobFormat(
-        None if service.tokenizer is None else service.tokenizer.vocabulary,
-        num_extra=len(fields.logprob_options.token_ids),
-        as_token_ids=fields.return_tokens_as_token_ids is True,
-    )
 
 
 def check_num_entries(num_entries: int) -> None:

@@ -1,320 +1,229 @@
-"""From a validated request to engine requests: tokens of the prompts, sampling parameters, and all limits.
+"""From a validated request to a plan: all that is settled before the engine sees any of it.
 
-Whatever depends on the model (vocabulary) or on the operator (limits) is checked here, before anything
-is allocated.
+Every endpoint that generates comes through here, whatever its dialect. Whatever depends on the model or on the operator
+is checked here, before anything is allocated.
 """
 
-import asyncio
-import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from server.engine.types.requests import EngineInfo, GenerationRequest, GrammarSpec, SamplingParams
-from server.errors import ContextLengthError, InvalidRequestError
-from server.generation.bad_words import bad_word_tokens
-from server.generation.checks import check_known_prompt, check_no_tokens, check_scored
-from server.generation.choice import Plan
-from server.generation.generation import Generation
-from server.protocol.prompts import Prompt
+from server.engine.types.requests import EngineInfo, GenerationRequest, GrammarSpec
+from server.generation.deadline import Deadline
+from server.generation.logprobs import LogprobFormat
+from server.generation.prompts import encode_messages, encode_prompts, predicted_tokens, system_prefix
+from server.generation.sampling import (
+    bad_words_of,
+    check_counts,
+    check_fields,
+    given,
+    sampling_params,
+    timeout_of,
+    within_limit,
+)
+from server.generation.sessions import Past, cache_use
+from server.generation.tools import call_token_ids, checked_grammar, form_of, told_tools
+from server.protocol.chat import ChatRequest
+from server.protocol.completions import CompletionRequest
 from server.protocol.sampling import GenerationFields
-from server.service import Service, ServiceOptions
+from server.protocol.tools import ToolUse
+from server.service import Service
 from server.states.session import StateSession
-from server.text.reasoning import Thinking, ThoughtCounter
+from server.text.reasoning import AnswerParser, Thinking, ThoughtCounter, begin_of
 from server.text.stream import TextStream
-from server.text.template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
-MAX_INLINE_CHARACTERS = 4096
-LEAST_TOP_P = 1e-6
-SEED_RANGE = 2**64
-T = TypeVar("T")
+Body = ChatRequest | CompletionRequest
 
 
-def require_tokenizer(service: Service, *, param: str | None, status: int = 400) -> Tokenizer:
-    """Raises a 400 (or `status`) when the model has no tokenizer."""
-    if service.tokenizer is None:
-        raise InvalidRequestError(
-            "this model has no tokenizer: send prompts as token ids to /v1/completions",
-            param=param,
-            code="no_tokenizer",
-            status=status,
-        )
-    return service.tokenizer
+@dataclass(frozen=True, slots=True)
+class RequestPlan:
+    """One request as it will be generated.
 
-
-def require_chat_template(service: Service) -> ChatTemplate:
-    """Raises a 400 when the model has no chat template."""
-    require_tokenizer(service, param="messages")
-    if service.chat_template is None:
-        raise InvalidRequestError(
-            "this model has no chat template: use /v1/completions", param="messages", code="no_chat_template"
-        )
-    return service.chat_template
-
-
-async def encode_prompts(
-    service: Service, prompts: Sequence[Prompt], *, add_special_tokens: bool, continues: bool = False
-) -> list[tuple[int, ...]]:
-    """Token ids of each prompt.
-
-    Args:
-        continues: something comes before them, so they do not begin a text.
-
-    Raises:
-        InvalidRequestError: text without a tokenizer.
-    """
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    if not texts:
-        return [tuple(prompt) for prompt in prompts if not isinstance(prompt, str)]
-    tokenizer = require_tokenizer(service, param="prompt")
-
-    def encode() -> list[tuple[int, ...]]:
-        if continues and not add_special_tokens and tokenizer.vocabulary.num_leading_spaces:
-            return [tuple(tokenizer.encode_plain(text, continues=True)) for text in texts]
-        return [tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens)) for text in texts]
-
-    return await run_if_long(sum(map(len, texts)), encode)
-
-
-async def run_if_long(num_characters: int, work: Callable[[], T]) -> T:
-    """Runs `work` here if it is short, else in a thread, so that the event loop goes on."""
-    return work() if num_characters <= MAX_INLINE_CHARACTERS else await asyncio.to_thread(work)
-
-
-def check_counts(options: ServiceOptions, fields: GenerationFields, *, num_prompts: int) -> None:
-    """Limits of the operator that need nothing but numbers; first of all, before anything is made."""
-    n = fields.num_choices
-    _at_most("n", n, options.max_n, "answers per prompt")
-    _at_most("prompt", num_prompts, options.max_prompts, "prompts")
-    _at_most("n", n * num_prompts, options.max_choices, "answers (prompts times n)")
-    _at_most("stop", 0 if fields.stop is None else len(fields.stop), options.max_stop, "stop strings")
-
-
-def plan_generation(
-    service: Service,
-    info: EngineInfo,
-    fields: GenerationFields,
-    prompts: Sequence[tuple[int, ...]],
-    *,
-    param: str,
-    max_tokens: int | None,
-    session: StateSession,
-    grammar: GrammarSpec | None = None,
-    shown_token_ids: frozenset[int] = frozenset(),
-    thinking: Thinking | None = None,
-    predicted: tuple[int, ...] | None = None,
-) -> Generation:
-    """The engine requests for every prompt and choice.
-
-    Args:
-        param: the field that the prompts come from.
+    Attributes:
+        owner: whose request it is.
+        fields: how to generate, and what to tell.
+        requests: what the engine gets for each choice; those of one prompt next to each other, as many for each.
+        num_prompts: how many prompts they belong to.
         session: the states that they begin from and leave behind.
-        max_tokens: when the request sets none; None: no limit.
-        grammar: the language of the answers; None: any text.
+        deadline: when the whole request ends with an error.
+        tokenizer: None if the model has none.
+        tools: what may be called; None: nothing.
+        thinking: how the answers begin; None: the model does not think.
         shown_token_ids: special tokens that are part of the text.
-        thinking: how the answers begin; None: nothing is thought.
-        predicted: what the answers may well be; None: nothing is predicted.
-
-    Raises:
-        InvalidRequestError: token ids outside the vocabulary, prompts too long or empty.
+        counts_predicted: whether the usage says what became of guesses from a prediction.
     """
-    if fields.truncate_prompt_tokens is not None:
-        prompts = [prompt[-fields.truncate_prompt_tokens :] for prompt in prompts]
-    limit = fields.token_limit if fields.token_limit is not None else max_tokens
-    _check_plan(service, info, fields, prompts, param=param, limit=limit, session=session, grammar=grammar)
-    bad_words = _bad_words(service, fields)
-    name, logprobs = fields.own_id, fields.logprob_options
-    plans: list[Plan] = []
-    for number, prompt in enumerate(prompts):
-        for choice in range(fields.num_choices):
-            # The first answer computes the prompt for all, and scores it for all.
-            scored_by = len(plans) - choice if choice > 0 and logprobs.num_prompt is not None else None
-            sampling = sampling_params(fields, max_tokens=limit, number=len(plans))
-            request = GenerationRequest(
-                f"{name}-{len(plans)}",
-                prompt,
-                replace(sampling, bad_words=bad_words),
-                grammar=grammar,
-                logprobs=logprobs if scored_by is None else replace(logprobs, num_prompt=None),
-                group=f"{name}-{number}" if fields.num_choices > 1 else None,
-                priority=_given(fields.priority, 0),
-                predicted_token_ids=_given(predicted, ()),
-            )
-            is_start = session.base is None
-            text = _text_stream(service.tokenizer, fields, prompt, is_start=is_start, shown=shown_token_ids)
-            thought = _thought_counter(service, thinking)
-            plans.append(Plan(request, text, echoes=fields.echoes, scored_by=scored_by, thought=thought))
-    return Generation(
-        service,
-        plans,
-        counts_predicted=predicted is not None,
-        session=session,
-        num_prompts=len(prompts),
-        timeout_s=_timeout(fields, service.options),
-    )
 
+    owner: str
+    fields: GenerationFields
+    requests: tuple[GenerationRequest, ...]
+    num_prompts: int
+    session: StateSession
+    deadline: Deadline
+    tokenizer: Tokenizer | None
+    tools: ToolUse | None = None
+    thinking: Thinking | None = None
+    shown_token_ids: frozenset[int] = frozenset()
+    counts_predicted: bool = False
 
-def _check_plan(
-    service: Service,
-    info: EngineInfo,
-    fields: GenerationFields,
-    prompts: Sequence[tuple[int, ...]],
-    *,
-    param: str,
-    limit: int | None,
-    session: StateSession,
-    grammar: GrammarSpec | None,
-) -> None:
-    """What can be wrong with a request only in view of its tokens, its state and the model; `limit`: of new tokens."""
-    for prompt in prompts:
-        if prompt or session.base is None or not session.base.pending:
-            check_prompt(prompt, info.vocab_size, service.options.max_prompt_tokens, param=param)
-    _check_vocabulary(fields, info.vocab_size)
-    if session.base is not None:
-        _check_without_past(fields)
-        check_known_prompt(fields)
-    if fields.stop and service.tokenizer is None:
-        raise InvalidRequestError(
-            "`stop` needs text, and this model has no tokenizer", param="stop", code="no_tokenizer"
+    @property
+    def num_per_prompt(self) -> int:
+        """Choices of each prompt."""
+        return len(self.requests) // self.num_prompts
+
+    def text_stream(self, index: int) -> TextStream | None:
+        """Where the tokens of a choice become text; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        fields, prompt = self.fields, self.requests[index].prompt_token_ids
+        return TextStream(
+            self.tokenizer.vocabulary,
+            stop=fields.stop or (),
+            include_stop=fields.include_stop_str_in_output is True,
+            skip_special=fields.skip_special_tokens is not False,
+            # No stop string is looked for in an echoed prompt.
+            min_tokens=given(fields.min_tokens, 0) + (len(prompt) if fields.echoes else 0),
+            at_start=self.session.base is None and (fields.echoes or self.tokenizer.is_all_special(prompt)),
+            shown=self.shown_token_ids,
         )
-    _check_min_tokens(fields, limit)
-    check_no_tokens(fields, limit)
-    check_scored(fields, prompts)
-    if grammar is not None and fields.allowed_token_ids is not None:
-        raise InvalidRequestError(
-            "`allowed_token_ids` cannot be combined with tools or structured output", param="allowed_token_ids"
+
+    def thought_counter(self) -> ThoughtCounter | None:
+        """Counts the tokens of one answer's thought; None: nothing is thought."""
+        if self.thinking is None or self.tokenizer is None:
+            return None
+        return ThoughtCounter(self.thinking, self.tokenizer.vocabulary)
+
+    def answer_parser(self) -> AnswerParser:
+        """Takes one answer apart."""
+        begin = None if self.thinking is None else self.thinking.begin
+        if self.tools is None:
+            return AnswerParser(begin, None)
+        calls = form_of(self.tokenizer).parser([function.name for function in self.tools.callable])
+        return AnswerParser(begin, calls, is_forced=self.tools.is_forced)
+
+    def logprob_format(self) -> LogprobFormat:
+        """How log-probabilities are written."""
+        return LogprobFormat(
+            None if self.tokenizer is None else self.tokenizer.vocabulary,
+            num_extra=len(self.fields.logprob_options.token_ids),
+            as_token_ids=self.fields.return_tokens_as_token_ids is True,
         )
 
 
-def sampling_params(fields: GenerationFields, *, max_tokens: int | None, number: int) -> SamplingParams:
-    """What the engine needs of the request; null means the default of each field.
+async def plan_request(service: Service, info: EngineInfo, owner: str, body: Body, past: Past) -> RequestPlan:
+    """The one builder of plans.
 
     Args:
-        number: of the choice; its seed is `seed + number`.
+        info: of the engine, which has let the request in.
+        past: where the conversation begins, and what becomes of its states.
+
+    Raises:
+        ServiceError: the request can never work, or not now.
     """
-    seed = secrets.randbits(63) if fields.seed is None else _wrap(fields.seed + number)
-    bias = {} if fields.logit_bias is None else fields.logit_bias
-    return SamplingParams(
-        max_tokens=max_tokens,
-        min_tokens=_given(fields.min_tokens, 0),
-        temperature=_given(fields.temperature, 1.0) + 0.0,  # -0.0 becomes 0.0
-        top_k=max(0, _given(fields.top_k, 0)),
-        top_p=max(LEAST_TOP_P, _given(fields.top_p, 1.0)),  # 0 means: the likeliest token alone
-        min_p=_given(fields.min_p, 0.0) + 0.0,
-        typical_p=max(LEAST_TOP_P, _given(fields.typical_p, 1.0)),
-        repetition_penalty=_given(fields.repetition_penalty, 1.0),
-        presence_penalty=_given(fields.presence_penalty, 0.0),
-        frequency_penalty=_given(fields.frequency_penalty, 0.0),
-        logit_bias=tuple(sorted(bias.items())),
-        seed=seed,
-        stop_token_ids=() if fields.stop_token_ids is None else tuple(fields.stop_token_ids),
-        ignore_eos=fields.ignore_eos is True,
-        allowed_token_ids=() if fields.allowed_token_ids is None else tuple(sorted(set(fields.allowed_token_ids))),
+    deadline = Deadline.starting_now(timeout_of(body, service.options))
+    async with deadline.kept():
+        return await _plan(service, info, owner, body, past, deadline)
+
+
+async def _plan(
+    service: Service, info: EngineInfo, owner: str, body: Body, past: Past, deadline: Deadline
+) -> RequestPlan:
+    check_counts(service.options, body)
+    tools = told_tools(body.tool_use) if past.tells_tools else ()
+    prompts = past.prompts if past.prompts is not None else await _encode(service, body, past, tools)
+    if body.truncate_prompt_tokens is not None:
+        num = body.truncate_prompt_tokens
+        from_left = body.truncation_side != "right"
+        prompts = [prompt[-num:] if from_left else prompt[:num] for prompt in prompts]
+    thinking = _thinking(service, body, prompts[0])
+    points: tuple[int, ...] = ()
+    if isinstance(body, ChatRequest) and past.base is None and past.uses_cache:
+        points = system_prefix(service, body.messages, prompts[0], tools=tools)
+    grammar, wanted = None, body.wanted_grammar
+    if wanted is not None or body.tool_use is not None:
+        grammar = await checked_grammar(service, info, wanted, owner=owner, use=body.tool_use, thinking=thinking)
+    limit = within_limit(given(body.token_limit, body.default_max_tokens), service.options)
+    check_fields(
+        service,
+        body,
+        prompts,
+        vocab_size=info.vocab_size,
+        base=past.base,
+        limit=limit,
+        has_grammar=grammar is not None,
+    )
+    session = StateSession(
+        service.engine,
+        owner=owner,
+        store=service.states,
+        layout=info.state_layout,
+        base=past.base,
+        base_of=past.base_of,
+        keep=past.keep,
+        turn=body.turn,
+        cache=cache_use(owner, body, points=points) if past.uses_cache else None,
+        rescue=past.rescue,
+        cut_off_at=past.cut_off_at,
+        tenant=service.tenant_of(owner),
+    )
+    calls = call_token_ids(service.tokenizer) if body.tool_use is not None else frozenset()
+    return RequestPlan(
+        owner=owner,
+        fields=body,
+        requests=await _requests(service, body, prompts, grammar=grammar, limit=limit),
+        num_prompts=len(prompts),
+        session=session,
+        deadline=deadline,
+        tokenizer=service.tokenizer,
+        tools=body.tool_use,
+        thinking=thinking,
+        shown_token_ids=calls if thinking is None else calls | thinking.form.token_ids,
+        counts_predicted=isinstance(body, ChatRequest) and body.prediction is not None,
     )
 
 
-def _bad_words(service: Service, fields: GenerationFields) -> tuple[tuple[int, ...], ...]:
-    """Raises a 400 when the model has no tokenizer to spell them with."""
-    if not fields.bad_words:
-        return ()
-    return bad_word_tokens(require_tokenizer(service, param="bad_words"), fields.bad_words)
+async def _encode(
+    service: Service, body: Body, past: Past, tools: Sequence[Mapping[str, Any]]
+) -> list[tuple[int, ...]]:
+    if isinstance(body, ChatRequest):
+        return [await encode_messages(service, body, base=past.base, tools=tools)]
+    is_start = past.base is None
+    with_special = is_start if body.add_special_tokens is None else body.add_special_tokens
+    return await encode_prompts(service, body.prompts, add_special_tokens=with_special, continues=not is_start)
 
 
-def _given(value: T | None, default: T) -> T:
-    return default if value is None else value
+def _thinking(service: Service, body: Body, prompt: Sequence[int]) -> Thinking | None:
+    """How the answers to a rendered conversation begin; None: the model does not think, or this is none."""
+    if service.thoughts is None or not isinstance(body, ChatRequest):
+        return None
+    assert service.tokenizer is not None
+    continued = body.messages[-1].text if body.continue_final_message else ""
+    return Thinking(service.thoughts, begin_of(prompt, service.tokenizer, continued=continued))
 
 
-def _wrap(seed: int) -> int:
-    """Into the range of 64-bit signed integers."""
-    return (seed + SEED_RANGE // 2) % SEED_RANGE - SEED_RANGE // 2
-
-
-def _text_stream(
-    tokenizer: Tokenizer | None,
-    fields: GenerationFields,
-    prompt: tuple[int, ...],
+async def _requests(
+    service: Service,
+    body: Body,
+    prompts: Sequence[tuple[int, ...]],
     *,
-    is_start: bool,
-    shown: frozenset[int],
-) -> TextStream | None:
-    if tokenizer is None:
-        return None
-    return TextStream(
-        tokenizer.vocabulary,
-        stop=() if fields.stop is None else fields.stop,
-        include_stop=fields.include_stop_str_in_output is True,
-        skip_special=fields.skip_special_tokens is not False,
-        # No stop string is looked for in an echoed prompt.
-        min_tokens=_given(fields.min_tokens, 0) + (len(prompt) if fields.echoes else 0),
-        at_start=is_start and (fields.echoes or tokenizer.is_all_special(prompt)),
-        shown=shown,
+    grammar: GrammarSpec | None,
+    limit: int | None,
+) -> tuple[GenerationRequest, ...]:
+    """What the engine gets for every prompt and choice."""
+    bad_words = bad_words_of(service, body)
+    predicted = await predicted_tokens(service, body.prediction) if isinstance(body, ChatRequest) else None
+    name, logprobs, num = body.own_id, body.logprob_options, body.num_choices
+    return tuple(
+        GenerationRequest(
+            f"{name}-{index}",
+            prompts[index // num],
+            sampling_params(body, max_tokens=limit, number=index, bad_words=bad_words),
+            grammar=grammar,
+            # The first answer scores the prompt for all, as it computes it for all.
+            logprobs=logprobs if index % num == 0 else replace(logprobs, num_prompt=None),
+            group=f"{name}-{index // num}" if num > 1 else None,
+            priority=given(body.priority, 0),
+            predicted_token_ids=given(predicted, ()),
+        )
+        for index in range(len(prompts) * num)
     )
-
-
-def _thought_counter(service: Service, thinking: Thinking | None) -> ThoughtCounter | None:
-    if thinking is None or service.tokenizer is None:
-        return None
-    return ThoughtCounter(thinking, service.tokenizer.vocabulary)
-
-
-def _timeout(fields: GenerationFields, options: ServiceOptions) -> float | None:
-    limits = [fields.timeout, options.request_timeout_s if options.request_timeout_s > 0 else None]
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
-def check_prompt(prompt: tuple[int, ...], vocab_size: int, limit: int, *, param: str) -> None:
-    """Raises `InvalidRequestError` for a prompt that is empty, over the limit (0: none), or outside the vocabulary."""
-    if not prompt:
-        raise InvalidRequestError("the prompt has no tokens; at least one is needed", param=param, code="invalid_value")
-    if limit and len(prompt) > limit:
-        raise ContextLengthError(f"the prompt has {len(prompt):,} tokens, the limit set here is {limit:,}", param=param)
-    _check_token_id(max(prompt), vocab_size, param=param)
-
-
-def _check_min_tokens(fields: GenerationFields, limit: int | None) -> None:
-    if limit is not None and fields.min_tokens is not None and fields.min_tokens > limit:
-        raise InvalidRequestError(
-            f"min_tokens is {fields.min_tokens:,}, more than the limit of {limit:,} tokens",
-            param="min_tokens",
-            code="invalid_value",
-        )
-
-
-def _check_without_past(fields: GenerationFields) -> None:
-    """Refuses what needs the tokens before a state, which nobody has."""
-    if fields.repetition_penalty not in (None, 1):
-        raise InvalidRequestError(
-            "`repetition_penalty` covers the whole conversation, and a state does not say which tokens it has seen; "
-            "use `presence_penalty` or `frequency_penalty`",
-            param="repetition_penalty",
-            code="unsupported_parameter",
-        )
-
-
-def _check_vocabulary(fields: GenerationFields, vocab_size: int) -> None:
-    for token_id in fields.logit_bias if fields.logit_bias is not None else ():
-        _check_token_id(token_id, vocab_size, param="logit_bias")
-    for token_id in fields.stop_token_ids if fields.stop_token_ids is not None else ():
-        _check_token_id(token_id, vocab_size, param="stop_token_ids")
-    for token_id in fields.logprob_options.token_ids:
-        _check_token_id(token_id, vocab_size, param="logprob_token_ids")
-    for token_id in fields.allowed_token_ids if fields.allowed_token_ids is not None else ():
-        _check_token_id(token_id, vocab_size, param="allowed_token_ids")
-
-
-def _check_token_id(token_id: int, vocab_size: int, *, param: str) -> None:
-    if not 0 <= token_id < vocab_size:
-        shown = str(token_id)[:24]
-        raise InvalidRequestError(
-            f"{param}: the token id {shown} is outside the vocabulary of {vocab_size:,} tokens",
-            param=param,
-            code="invalid_value",
-        )
-
-
-def _at_most(param: str, value: int, limit: int, noun: str) -> None:
-    if value > limit:
-        raise InvalidRequestError(
-            f"{value:,} {noun} are more than the {limit:,} allowed here", param=param, code="invalid_value"
-        )

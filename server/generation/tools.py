@@ -1,4 +1,4 @@
-"""Tools on their way through a request: told to the model, and kept to by a grammar.
+"""Tools, grammars and reasoning on their way through a request: told to the model, kept to, and found in its answers.
 
 What a model thinks before it answers is no part of what a grammar is about: it comes first, unconstrained.
 """
@@ -9,15 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 from server.engine.types.requests import EngineInfo, GrammarSpec
-from server.errors import InvalidRequestError
-from server.generation.structure import checked_grammar
+from server.errors import InvalidRequestError, OverloadedError
+from server.grammar_check.checker import GrammarRefusedError, GrammarsBusyError
 from server.grammar_check.sources import GrammarKind, GrammarSource, Lead, SourceError
 from server.protocol.structure import WantedGrammar
 from server.protocol.tools import FunctionDefinition, ToolUse
 from server.service import Service
 from server.text.reasoning import Begin, Thinking
 from server.text.tokenizer import Tokenizer
-from server.tools.tool_calls import CallParser
 from server.tools.tool_forms import ToolForm, tool_form
 from server.tools.tool_grammar import Callable, tool_grammar
 
@@ -27,50 +26,62 @@ def told_tools(use: ToolUse | None) -> tuple[Mapping[str, Any], ...]:
     return () if use is None else tuple(_told(function) for function in use.offered)
 
 
-def form_of(service: Service) -> ToolForm:
+def form_of(tokenizer: Tokenizer | None) -> ToolForm:
     """How the model writes calls."""
-    return tool_form(None if service.tokenizer is None else service.tokenizer.chat_template)
-
-
-def call_parser(service: Service, use: ToolUse | None) -> CallParser | None:
-    """Finds the calls in an answer; None where nothing may be called."""
-    if use is None:
-        return None
-    return form_of(service).parser([function.name for function in use.callable])
+    return tool_form(None if tokenizer is None else tokenizer.chat_template)
 
 
 def call_token_ids(tokenizer: Tokenizer | None) -> frozenset[int]:
     """Special tokens that are the marks around calls, in vocabularies that have them; they are text, then."""
     if tokenizer is None:
         return frozenset()
-    marks = tool_form(tokenizer.chat_template).marks
+    marks = form_of(tokenizer).marks
     if any(tokenizer.find_special_tokens(mark) != [(0, len(mark))] for mark in marks):
         return frozenset()
     return frozenset(map(tokenizer.special_token_id, marks))
 
 
-async def checked_form(
+async def checked_grammar(
     service: Service,
     info: EngineInfo,
     wanted: WantedGrammar | None,
-    use: ToolUse | None,
+    *,
+    owner: str,
+    use: ToolUse | None = None,
     thinking: Thinking | None = None,
 ) -> GrammarSpec | None:
-    """The grammar of answers that may call tools, and must look as `wanted` says where they do not.
+    """The grammar of answers that may call tools, and must look as `wanted` says where they do not; None: any text.
 
     Args:
+        owner: whose request it is.
         thinking: what comes before; None: nothing.
 
     Raises:
-        InvalidRequestError: a schema or grammar is refused, or does not go with tools.
+        InvalidRequestError: a schema or grammar is refused or does not go with tools, or the model has no text.
         OverloadedError: too many grammars wait to be compiled.
     """
-    if use is None or (use.is_free and wanted is None):
-        return await checked_grammar(service, info, _behind(thinking, wanted))
-    await checked_grammar(service, info, wanted)
-    is_special = bool(call_token_ids(service.tokenizer))
-    source = _source(use, None if wanted is None else wanted.source, form=form_of(service), is_special=is_special)
-    return await checked_grammar(service, info, _behind(thinking, WantedGrammar(source, "tools")))
+    if use is not None and (wanted is not None or not use.is_free):
+        await _checked(service, info, wanted, owner)
+        is_special = bool(call_token_ids(service.tokenizer))
+        content = None if wanted is None else wanted.source
+        source = _source(use, content, form=form_of(service.tokenizer), is_special=is_special)
+        wanted = WantedGrammar(source, "tools")
+    return await _checked(service, info, _behind(thinking, wanted), owner)
+
+
+async def _checked(service: Service, info: EngineInfo, wanted: WantedGrammar | None, owner: str) -> GrammarSpec | None:
+    if wanted is None:
+        return None
+    if service.grammars is None:
+        raise InvalidRequestError(
+            f"`{wanted.param}` needs text, and this model has no tokenizer", param=wanted.param, code="no_tokenizer"
+        )
+    try:
+        return await service.grammars.check(wanted.source, info, key=owner)
+    except GrammarRefusedError as error:
+        raise InvalidRequestError(f"{wanted.param}: {error}", param=wanted.param, code="invalid_value") from error
+    except GrammarsBusyError as error:
+        raise OverloadedError("too many grammars wait to be compiled") from error
 
 
 def _behind(thinking: Thinking | None, wanted: WantedGrammar | None) -> WantedGrammar | None:

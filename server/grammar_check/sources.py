@@ -57,7 +57,7 @@ class SourceError(ValueError):
 
 
 def schema_text(schema: dict[str, Any], *, strict: bool) -> str:
-    """A JSON schema with the options that it is compiled by.
+    """A JSON schema with the options that it is compiled by; objects have no properties but those that they name.
 
     Args:
         schema: as a client sent it.
@@ -68,9 +68,36 @@ def schema_text(schema: dict[str, Any], *, strict: bool) -> str:
     """
     options = {"whitespace_pattern": WHITESPACE, "lenient": not strict}
     try:
-        return json.dumps(schema | {"x-guidance": options}, separators=(",", ":"))
+        return json.dumps(_closed(schema) | {"x-guidance": options}, separators=(",", ":"))
     except (RecursionError, ValueError) as error:
         raise SourceError("the schema is nested too deeply") from error
+
+
+_OPEN = ("additionalProperties", "unevaluatedProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref")
+_NAMED = ("properties", "$defs", "definitions")
+_SCHEMAS = ("items", "additionalProperties", "prefixItems", "anyOf", "oneOf", "not")
+_NULLABLE = ("const", "default", "examples")
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with every object closed that names properties and does not say what else it may have.
+
+    Keywords that are null are left out, as if they were not there.
+    """
+    closed: dict[str, Any] = {}
+    for key, value in schema.items():
+        if value is None and key not in _NULLABLE:
+            continue
+        if key in _NAMED and isinstance(value, dict):
+            value = {name: _closed(item) if isinstance(item, dict) else item for name, item in value.items()}
+        elif key in _SCHEMAS and isinstance(value, dict):
+            value = _closed(value)
+        elif key in _SCHEMAS and isinstance(value, list):
+            value = [_closed(item) if isinstance(item, dict) else item for item in value]
+        closed[key] = value
+    if closed.get("properties") and not any(key in closed for key in _OPEN):
+        closed["additionalProperties"] = False
+    return closed
 
 
 def translate(source: GrammarSource) -> str:

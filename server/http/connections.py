@@ -4,7 +4,10 @@
   after its first byte on a connection that was used before, and may not be larger than a limit before that.
 - What was sent must be read: a client that leaves it lying is cut off after a time. Until then the answer waits (see
   `HttpToolsProtocol.pause_writing`), so that no more of it than that piles up here.
-- What cannot be read as HTTP is answered in the error envelope.
+- What cannot be read as HTTP is answered in the error envelope, and so is a connection for which no descriptor could be
+  spared; that is logged, once a second.
+- An offer to upgrade to another protocol (HTTP/2 in the clear, WebSocket) is ignored, as RFC 9110 allows: the request
+  is read as if nobody had offered anything.
 
 Bodies are limited by `server.http.middleware.BodyMiddleware`.
 """
@@ -17,9 +20,10 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, ClassVar
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.errors import InvalidRequestError
+from server.http.errors import HttpError, error_json
 
 LINGER_S = 1.0
 """How long what still comes is thrown away after a refusal: closing at once would keep clients from reading it."""
@@ -34,11 +38,13 @@ class ConnectionLimits:
         head_timeout_s: longest time for the head of a request to arrive.
         unread_timeout_s: longest time without what was sent being read.
         max_head_bytes: of a head that is not complete yet; one that comes in one piece may be larger.
+        max_connections: open at once; 0: any number.
     """
 
     head_timeout_s: float
     unread_timeout_s: float
     max_head_bytes: int = 64 << 10
+    max_connections: int = 0
 
 
 def limited_protocol(limits: ConnectionLimits, on_cut: Callable[[str], None]) -> type[asyncio.Protocol]:
@@ -46,7 +52,8 @@ def limited_protocol(limits: ConnectionLimits, on_cut: Callable[[str], None]) ->
 
     Args:
         limits: of each connection.
-        on_cut: called with a word for why a connection was cut off: `slow_head`, `large_head`, `unreadable`, `unread`.
+        on_cut: called with a word for why a connection was cut off: `slow_head`, `large_head`, `unreadable`,
+            `unread`, `too_many`.
     """
 
     class Protocol(LimitedProtocol):
@@ -58,13 +65,52 @@ def limited_protocol(limits: ConnectionLimits, on_cut: Callable[[str], None]) ->
     return Protocol
 
 
+class OfferIgnoringParser:
+    """httptools' parser, which stops at an offer to upgrade; here another one reads on with the body of the request."""
+
+    def __init__(self, protocol: "LimitedProtocol") -> None:
+        self._protocol = protocol
+        self._parser = self._new()
+
+    def _new(self) -> Any:
+        parser = httptools.HttpRequestParser(self._protocol)
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        return parser
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._parser, name)
+
+    def feed_data(self, data: bytes) -> None:
+        """Raises `httptools.HttpParserError`."""
+        while True:
+            try:
+                self._parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                data = data[offer.args[0] :]
+            head = self._protocol.head_of_body()
+            self._parser = self._new()
+            self._protocol.is_repeating = True
+            try:
+                self._parser.feed_data(head)
+            finally:
+                self._protocol.is_repeating = False
+
+
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection; made by `limited_protocol`."""
+    """One connection; made by `limited_protocol`.
+
+    Attributes:
+        is_repeating: the parser is told of a head again that was read already.
+    """
 
     _limits: ClassVar[ConnectionLimits]
+    _next_log_s: ClassVar[float] = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.is_repeating = False
+        self.parser = OfferIgnoringParser(self)  # type: ignore[assignment]
         self._awaits_head = True  # no body is being read
         self._has_begun_head = False
         self._num_heads = 0
@@ -82,7 +128,11 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._expect_head()
+        if 0 < self._limits.max_connections < len(self.connections):
+            self._refuse("too_many", 503, f"more than {self._limits.max_connections:,} connections are open")
+            self._log_refusal()
+        else:
+            self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._head_timer, self._unread_timer, self._linger_timer):
@@ -117,10 +167,21 @@ class LimitedProtocol(HttpToolsProtocol):
     # What the parser calls.
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._has_begun_head = True
+        if not self.is_repeating:
+            super().on_message_begin()
+            self._has_begun_head = True
+
+    def on_url(self, url: bytes) -> None:
+        if not self.is_repeating:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.is_repeating:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self.is_repeating:
+            return
         self._awaits_head = self._has_begun_head = False
         self._num_heads += 1
         self._num_head_bytes = 0
@@ -130,8 +191,22 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # the parser takes an offer for the end of the request; what follows it is read as its body
         self._awaits_head = True
         super().on_message_complete()
+
+    def head_of_body(self) -> bytes:
+        """A head that says of the request's body what its own head says, and offers nothing."""
+        framing = (b"content-length", b"transfer-encoding", b"connection")
+        lines = [b"POST / HTTP/1.1"]
+        for name, value in self.headers:
+            if name == b"connection":
+                tokens = [token.strip() for token in value.split(b",")]
+                value = b", ".join(token for token in tokens if token.lower() in (b"close", b"keep-alive"))
+            if name in framing and value:
+                lines.append(name + b": " + value)
+        return b"\r\n".join((*lines, b"", b""))
 
     # What uvicorn calls.
 
@@ -173,6 +248,12 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.transport.get_write_buffer_size() > 0:
             self._expect_reader()
 
+    def _log_refusal(self) -> None:
+        now = self.loop.time()
+        if now >= LimitedProtocol._next_log_s:
+            LimitedProtocol._next_log_s = now + 1.0
+            _log.warning("connections are refused: %s are open, as many as may be", f"{len(self.connections) - 1:,}")
+
     def _is_unread(self) -> None:
         _log.info("a connection was cut off: its client did not read for %g s", self._limits.unread_timeout_s)
         self._cut("unread")
@@ -185,7 +266,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._is_answering:
             self.transport.close()  # an answer to an earlier request is on its way: nothing may come between
             return
-        body = InvalidRequestError(message, code=_CODES[status], status=status).to_json()
+        body = error_json(HttpError(message, code=_CODES[status], status=status))
         head = (
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
@@ -197,4 +278,4 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.close()
 
 
-_CODES = {400: "invalid_http", 408: "headers_timeout", 431: "headers_too_large"}
+_CODES = {400: "invalid_http", 408: "headers_timeout", 431: "headers_too_large", 503: "too_many_connections"}

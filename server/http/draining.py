@@ -15,6 +15,8 @@ from server.service import Service
 
 SAVE_S = 15.0
 """How long saving what still runs after the drain limit may take."""
+LAST_ERRORS_S = 2.0
+"""How long the last errors may take to be written after a second signal."""
 FORCED_S, MARGIN_S = 5.0, 15.0
 """When the process is ended at the latest: so long after a second signal, or after all other limits."""
 _log = logging.getLogger(__name__)
@@ -32,8 +34,8 @@ class DrainingServer(uvicorn.Server):
     """Uvicorn that finishes its answers.
 
     The first signal drains: no new work is taken, what runs is finished. At the drain limit the states of what still
-    runs are saved, and each client is told which. The second signal ends at once; what was being saved then is whole
-    or not there.
+    runs are saved, and each client is told which. The second signal ends what runs, each with an error of its own, and
+    then at once; what was being saved then is whole or not there.
     """
 
     def __init__(
@@ -57,13 +59,17 @@ class DrainingServer(uvicorn.Server):
         self._drain_timeout_s = drain_timeout_s
         self._give_up = give_up
         self._drain_until: float | None = None
+        self.ends_at: float | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._saving: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by uvicorn for SIGTERM and SIGINT."""
-        if self._service.draining:
-            self.should_exit = self.force_exit = True
+        if self._service.draining and self.ends_at is None:
+            self.ends_at = time.monotonic() + LAST_ERRORS_S
             self._limit(FORCED_S)
+        elif self._service.draining:
+            self.should_exit = self.force_exit = True
         self._service.draining = True
         if self._drain_until is None:
             self._drain_until = time.monotonic() + self._drain_timeout_s
@@ -79,6 +85,12 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether it is time to stop."""
+        if self.ends_at is not None:
+            if self._closing is None:
+                self._closing = asyncio.create_task(self._engine.close())  # what runs gets a clean error
+            self.should_exit |= self._service.num_active == 0
+            if time.monotonic() > self.ends_at:
+                self.should_exit = self.force_exit = True
         if self._engine.status == "failed":
             self.should_exit = True
         if self._drain_until is not None and self._is_saved and self._service.num_active == 0:

@@ -10,10 +10,10 @@ from typing import Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ApiError, AuthenticationError, InternalError, InvalidRequestError
+from server.errors import AuthenticationError, InternalError, ServiceError
+from server.http.errors import HttpError, error_response
 from server.service import Service
 
 MAX_HEADERS = 200
@@ -23,15 +23,24 @@ POLLED_PATHS = frozenset({"/health", "/ready", "/metrics"})
 OPEN_PATHS = frozenset({"/health", "/ready"})
 ADMIN_PATHS = "/admin/"
 DRAIN_S = 5.0
+CLOSING = {"connection": "close"}
+"""The connection cannot be used again: the rest of a body may still be on its way."""
 STATE_IMPORT_PATH = "/v1/states/import"
+PROMPT_PATHS = frozenset(
+    (
+        *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/states", "/v1/conversations"),
+        *("/v1/messages", "/v1/messages/count_tokens", "/api/chat", "/api/generate"),
+        *("/tokenize", "/detokenize", "/apply-template"),
+    )
+)
+"""Where bodies may be as large as the operator allows; elsewhere none carries a prompt."""
+MAX_SMALL_BODY_BYTES = 256 << 10
+WITHOUT_VERSION = ("/chat/completions", "/completions", "/responses", "/models", "/messages", "/conversations")
 JSON_MEDIA_TYPES = ("application/json",)
 STATE_MEDIA_TYPES = ("application/octet-stream", "application/vnd.safetensors")
+EVERYBODY = "everybody"
+"""The owner where no keys are asked for."""
 logger = structlog.stdlib.get_logger("dijiang.http")
-
-
-def error_response(error: ApiError) -> Response:
-    """The error envelope as a response."""
-    return Response(error.to_json(), status_code=error.status, media_type="application/json", headers=error.headers)
 
 
 class RequestContextMiddleware:
@@ -45,6 +54,9 @@ class RequestContextMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # HEAD is GET whose body the server leaves out.
+        scope = {**scope, "path": canonical_path(scope["path"])}
+        scope["method"] = "GET" if scope["method"] == "HEAD" else scope["method"]
         request_id = _request_id(Headers(scope=scope))
         facts: dict[str, Any] = {}
         scope.setdefault("state", {}).update(request_id=request_id, facts=facts)
@@ -61,8 +73,9 @@ class RequestContextMiddleware:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 _check_headers(scope)
+                _check_host(scope, self._service.options.host_names)
                 await self._app(scope, receive, send_with_id)
-            except ApiError as error:
+            except ServiceError as error:
                 await error_response(error)(scope, receive, send_with_id)
             except Exception:
                 logger.exception("request failed")
@@ -88,6 +101,16 @@ class RequestContextMiddleware:
         )
 
 
+def canonical_path(path: str) -> str:
+    """The path of a route, however the base URL of a client was written: without `/v1`, with two, with a last slash."""
+    if len(path) > 1 and path.endswith("/") and not path.endswith("//"):
+        path = path[:-1]
+    if path.startswith("/v1/v1/"):
+        return path.removeprefix("/v1")
+    lacks_version = any(path == root or path.startswith(f"{root}/") for root in WITHOUT_VERSION)
+    return f"/v1{path}" if lacks_version else path
+
+
 class AuthenticationMiddleware:
     """Lets in who knows a key, on every route but `/health`, `/ready` and the playground's (and `/metrics` by setting).
 
@@ -104,7 +127,9 @@ class AuthenticationMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            self._check(scope["path"], Headers(scope=scope).get("authorization", ""))
+            authorization = Headers(scope=scope).get("authorization", "")
+            self._check(scope["path"], authorization)
+            scope["state"]["owner"] = _owner(authorization) if self._key_hashes else EVERYBODY
         await self._app(scope, receive, send)
 
     def _check(self, path: str, authorization: str) -> None:
@@ -114,6 +139,12 @@ class AuthenticationMiddleware:
             _check_key(authorization, self._admin_key_hashes, kind="an admin key")
         elif self._key_hashes and path not in self._open_paths:
             _check_key(authorization, self._key_hashes, kind="a key")
+
+
+def _owner(authorization: str) -> str:
+    """Whose states a request may see: one owner for each key, without the key."""
+    _, _, key = authorization.partition(" ")
+    return hashlib.sha256(b"owner of states" + hash_key(key.strip().encode("latin-1"))).hexdigest()
 
 
 def _check_key(authorization: str, known_hashes: frozenset[bytes], *, kind: str) -> None:
@@ -146,18 +177,25 @@ class BodyMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+            encoding = printable(headers["content-encoding"], 40)
+            raise HttpError(
+                f"bodies of content encoding {encoding!r} are not read here: send them as they are",
+                code="unsupported_content_encoding",
+                status=415,
+            )
         is_state = scope["path"] == STATE_IMPORT_PATH
         if is_state or not _is_empty(headers):
             _check_content_type(headers, STATE_MEDIA_TYPES if is_state else JSON_MEDIA_TYPES)
         max_bytes = self._service.max_state_file_bytes if is_state else self._service.options.max_body_bytes
+        if not is_state and scope["path"] not in PROMPT_PATHS:
+            max_bytes = min(max_bytes, MAX_SMALL_BODY_BYTES)
         try:
             async with asyncio.timeout(self._timeout_s):
                 body = await self._read(headers, receive, max_bytes)
         except TimeoutError:
-            raise _closing(
-                InvalidRequestError(
-                    f"the body did not arrive within {self._timeout_s:g} s", code="body_timeout", status=408
-                )
+            raise HttpError(
+                f"the body did not arrive within {self._timeout_s:g} s", None, "body_timeout", 408, dict(CLOSING)
             ) from None
         if body is None:
             return  # the client left
@@ -201,17 +239,9 @@ class BodyMiddleware:
                     more = message.get("more_body", False)  # false in a disconnect too
         except TimeoutError:
             pass
-        raise _closing(
-            InvalidRequestError(
-                f"the body is larger than the {max_bytes:,} bytes allowed here", code="body_too_large", status=413
-            )
+        raise HttpError(
+            f"the body is larger than the {max_bytes:,} bytes allowed here", None, "body_too_large", 413, dict(CLOSING)
         )
-
-
-def _closing(error: ApiError) -> ApiError:
-    """The connection cannot be used again: the rest of a body may still be on its way."""
-    error.headers["connection"] = "close"
-    return error
 
 
 def _is_empty(headers: Headers) -> bool:
@@ -222,18 +252,35 @@ def _is_empty(headers: Headers) -> bool:
 def _check_content_type(headers: Headers, allowed: tuple[str, ...]) -> None:
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in allowed:
-        raise InvalidRequestError(
-            f"the content type must be {' or '.join(allowed)}", code="unsupported_media_type", status=415
-        )
+        raise HttpError(f"the content type must be {' or '.join(allowed)}", code="unsupported_media_type", status=415)
 
 
 def _check_headers(scope: Scope) -> None:
     headers = scope["headers"]
     if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
-        raise InvalidRequestError(
+        raise HttpError(
             f"more than {MAX_HEADERS} headers, or more than {MAX_HEADER_BYTES:,} bytes of them",
             code="headers_too_large",
             status=431,
+        )
+
+
+def _check_host(scope: Scope, names: tuple[str, ...]) -> None:
+    """Refuses names that are not this server's: a page of another site may have one that leads here."""
+    host = Headers(scope=scope).get("host", "").lower()
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if not names or not name:
+        return
+    if not any(
+        name == known
+        or (known.endswith(".") and name.startswith(known) and name.replace(".", "").isdigit())
+        or (known.startswith(".") and name.endswith(known))
+        for known in names
+    ):
+        raise HttpError(
+            f"this server does not answer to the host {printable(name, 100)!r} (see --allowed-hosts)",
+            code="host_not_allowed",
+            status=403,
         )
 
 

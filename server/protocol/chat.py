@@ -3,7 +3,16 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, FailFast, Field, ValidationInfo, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    FailFast,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequestError
@@ -11,9 +20,10 @@ from server.protocol.logprobs import MAX_TOP_LOGPROBS, ChatLogprobs, PromptLogpr
 from server.protocol.prediction import Prediction
 from server.protocol.sampling import FinishReasonText, GenerationFields
 from server.protocol.tools import MAX_TOOLS, ToolCallIn, ToolCallOut, ToolFields
-from server.protocol.unsupported import CHAT_FIELDS, refuse_unsupported
+from server.protocol.unsupported import CHAT_FIELDS
 from server.protocol.usage import Usage
-from server.protocol.wire import RequestModel, ResponseModel
+from server.protocol.wire import RequestModel, ResponseModel, StateError
+from server.states.store import Turn
 
 MAX_MESSAGES = 10_000
 MAX_TEMPLATE_VARIABLES = 16
@@ -24,11 +34,7 @@ RESERVED_VARIABLES = frozenset(
         *("range", "dict", "lipsum", "cycler", "joiner", "namespace"),
     )
 )
-MESSAGE_FIELDS: Mapping[str, tuple[Any, ...]] = {
-    "function_call": (),
-    "audio": (),
-    "refusal": (),
-}
+MESSAGE_FIELDS: Mapping[str, tuple[Any, ...]] = {"function_call": (), "audio": ()}
 
 
 def _joined_parts(value: object) -> object:
@@ -42,19 +48,21 @@ def _joined_parts(value: object) -> object:
     texts: list[str] = []
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
+        if kind not in ("text", "refusal"):
             raise PydanticCustomError(
                 "content", "only parts of type 'text' are supported (images, audio and files are not)"
             )
-        text = part.get("text")
+        text = part.get(kind)
         if not isinstance(text, str):
-            raise PydanticCustomError("content", "a text part needs `text`, a string")
+            raise PydanticCustomError("content", "a part of type '{kind}' needs `{kind}`, a string", {"kind": kind})
         texts.append(text)
     return "".join(texts)
 
 
 def _needed(value: str | None, info: ValidationInfo) -> str | None:
-    if value is None and not info.data.get("tool_calls"):
+    # What is wrong with the calls is said already.
+    is_alone = "tool_calls" in info.data and not info.data["tool_calls"] and info.data.get("refusal") is None
+    if value is None and is_alone:
         raise PydanticCustomError("content", "must be a string or a list of text parts")
     return value
 
@@ -62,10 +70,15 @@ def _needed(value: str | None, info: ValidationInfo) -> str | None:
 class MessageIn(RequestModel):
     """One message of the conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    """Who speaks; `tool`: the answer of a tool that was called."""
+    refused = MESSAGE_FIELDS
+
+    role: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    """Who speaks: `system`, `developer`, `user`, `assistant`, `tool` (the answer of a tool that was called), or
+    whatever else the model's template knows."""
     tool_calls: list[ToolCallIn] | None = Field(None, max_length=MAX_TOOLS)
     """Calls that the assistant made; only in its messages."""
+    refusal: str | None = None
+    """What the assistant said instead of an answer; its text where there is no `content`."""
     content: Annotated[
         str | None,
         BeforeValidator(_joined_parts),
@@ -87,7 +100,7 @@ class MessageIn(RequestModel):
             }
         ),
     ] = Field(None, validate_default=True)
-    """The text, or a list of text parts, which are put together; may be absent beside `tool_calls`."""
+    """The text, or a list of text parts, which are put together; may be absent beside `tool_calls` and `refusal`."""
     name: str | None = Field(None, max_length=256)
     """Name of the speaker, if the model's template has a place for it."""
     tool_call_id: str | None = Field(None, max_length=256)
@@ -97,17 +110,16 @@ class MessageIn(RequestModel):
     reasoning: str | None = None
     """The same under its newer name; `reasoning_content` wins."""
 
-    @model_validator(mode="before")
+    @field_validator("role", mode="before")
     @classmethod
-    def _known_fields(cls, message: Any) -> Any:
-        if isinstance(message, dict) and message.get("role") == "function":
+    def _known_role(cls, role: Any) -> Any:
+        if role == "function":
             raise InvalidRequestError(
                 "functions in their old form are not supported by this server: use tools and the role `tool`",
                 param="messages",
                 code="unsupported_parameter",
             )
-        refuse_unsupported(message, MESSAGE_FIELDS)
-        return message
+        return role
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
@@ -120,7 +132,7 @@ class MessageIn(RequestModel):
     @property
     def text(self) -> str:
         """The content; empty if there is none."""
-        return "" if self.content is None else self.content
+        return self.refusal or "" if self.content is None else self.content
 
     @property
     def thought(self) -> str | None:
@@ -146,6 +158,15 @@ def _template_variables(values: dict[str, Any] | None) -> dict[str, Any] | None:
     return values
 
 
+class ThinkingOption(RequestModel):
+    """Whether to think before answering."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    """`adaptive`: as the model does by itself."""
+    budget_tokens: int | None = Field(None, ge=0)
+    """Without effect."""
+
+
 class ConversationFields(RequestModel):
     """Messages, and how they become a prompt."""
 
@@ -159,6 +180,20 @@ class ConversationFields(RequestModel):
     """Put the tokenizer's special tokens around what the template wrote (default false)."""
     chat_template_kwargs: Annotated[dict[str, Any] | None, AfterValidator(_template_variables)] = None
     """Further variables of the model's chat template, such as `enable_thinking`: texts, numbers, booleans, null."""
+    reasoning_effort: ReasoningEffort | None = None
+    """How much to think before answering: `none`, or what the model's chat template understands; without effect where
+    it has no use for it."""
+    enable_thinking: bool | None = None
+    """Think before answering; of models whose chat template can turn it on and off."""
+    thinking: ThinkingOption | None = None
+    """The same as `{"type": "enabled"}` or `{"type": "disabled"}`."""
+
+    @property
+    def thinks(self) -> bool | None:
+        """Whether to think before answering; None: as the model does by itself."""
+        if self.enable_thinking is not None or self.thinking is None or self.thinking.type == "adaptive":
+            return self.enable_thinking
+        return self.thinking.type == "enabled"
 
     @model_validator(mode="after")
     def _turns(self) -> Self:
@@ -180,30 +215,40 @@ class ConversationFields(RequestModel):
 class ChatRequest(GenerationFields, ConversationFields, ToolFields):
     """A conversation to answer."""
 
+    refused = CHAT_FIELDS
+
     logprobs: bool | None = None
     """Return the log-probability of each token of the answer."""
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     """With `logprobs`: return that many of the most likely tokens at each place too."""
 
-    reasoning_effort: ReasoningEffort | None = None
-    """How much to think before answering: `none`, or what the model's chat template understands."""
     include_reasoning: bool | None = None
     """Tell what was thought before the answer, of models that think (default true)."""
     prediction: Prediction | None = None
     """What the answer is expected to be, in large part: makes it faster where the server speculates, and changes
     nothing else. With any other field, `n` and `stream` included."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, body: Any) -> Any:
-        refuse_unsupported(body, CHAT_FIELDS)
-        return body
-
     @model_validator(mode="after")
     def _logprobs_wanted(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
         return self
+
+    @property
+    def prompt_field(self) -> str:
+        """Where the prompt comes from."""
+        return "messages"
+
+    @property
+    def default_max_tokens(self) -> int | None:
+        """Most tokens of an answer where the request says nothing; None: no limit."""
+        return None
+
+    @property
+    def turn(self) -> Turn:
+        """Where a state that is saved at the end of an answer ends."""
+        reads_only = self.token_limit == 0 and not self.continue_final_message
+        return Turn.CLOSED if reads_only and self.add_generation_prompt is False else Turn.OPEN
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -243,8 +288,10 @@ class ChatChoice(ResponseModel):
     """`stop`: end of turn, stop token or stop string; `tool_calls`: likewise, after calls; `length`: the limit."""
     token_ids: tuple[int, ...] = ()
     """The generated tokens, with `return_token_ids`."""
-    state_id: str = ""
-    """The state after this answer, with `return_state`; in a stream with the `finish_reason`."""
+    state_id: str | None = ""
+    """The state after this answer, with `return_state`; in a stream with the `finish_reason`. null: it was not kept."""
+    state_error: StateError | None = None
+    """Why the state was not kept, though the answer is whole."""
 
 
 class ChatCompletion(ResponseModel):
@@ -298,8 +345,10 @@ class ChatChunkChoice(ResponseModel):
     """Set in the last chunk of each answer."""
     token_ids: tuple[int, ...] = ()
     """The tokens since the last chunk, with `return_token_ids`."""
-    state_id: str = ""
-    """The state after this answer, with `return_state`; in a stream with the `finish_reason`."""
+    state_id: str | None = ""
+    """The state after this answer, with `return_state`; in a stream with the `finish_reason`. null: it was not kept."""
+    state_error: StateError | None = None
+    """Why the state was not kept, though the answer is whole."""
 
 
 class ChatChunk(ResponseModel):

@@ -1,6 +1,6 @@
 """`POST /v1/completions`."""
 
-from typing import Any, Literal, Self, cast
+from typing import Literal, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -8,15 +8,19 @@ from server.errors import InvalidRequestError
 from server.protocol.logprobs import MAX_TOP_LOGPROBS, CompletionLogprobs, PromptLogprobs
 from server.protocol.prompts import Prompt, Prompts
 from server.protocol.sampling import FinishReasonText, GenerationFields
-from server.protocol.unsupported import COMPLETION_FIELDS, refuse_unsupported
+from server.protocol.tools import ToolUse
+from server.protocol.unsupported import COMPLETION_FIELDS
 from server.protocol.usage import Usage
-from server.protocol.wire import ResponseModel
+from server.protocol.wire import ResponseModel, StateError
+from server.states.store import Turn
 
 DEFAULT_MAX_TOKENS = 16
 
 
 class CompletionRequest(GenerationFields):
     """Text or tokens to continue."""
+
+    refused = COMPLETION_FIELDS
 
     prompt: Prompts | None = None
     """A text, token ids, a list of texts, or a list of lists of token ids. May be absent only with `state_id`, to
@@ -29,17 +33,31 @@ class CompletionRequest(GenerationFields):
     """Put the tokenizer's special tokens (such as a beginning-of-sequence token) around texts (default true, and false
     with `state_id`)."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, body: Any) -> Any:
-        refuse_unsupported(body, COMPLETION_FIELDS)
-        return body
-
     @model_validator(mode="after")
     def _prompt_or_state(self) -> Self:
         if self.prompt is None and self.state_id is None:
             raise InvalidRequestError("`prompt` is missing", param="prompt")
         return self
+
+    @property
+    def num_prompts(self) -> int:
+        """How many there are."""
+        return len(self.prompts)
+
+    @property
+    def default_max_tokens(self) -> int | None:
+        """Most tokens of an answer where the request says nothing."""
+        return DEFAULT_MAX_TOKENS
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """Only chats have tools."""
+        return None
+
+    @property
+    def turn(self) -> Turn:
+        """Where a state that is saved at the end of an answer ends."""
+        return Turn.TEXT
 
     @property
     def echoes(self) -> bool:
@@ -74,8 +92,10 @@ class CompletionChoice(ResponseModel):
     """The prompt's tokens; with `return_token_ids`, in a stream only in the first piece."""
     prompt_logprobs: PromptLogprobs | None = None
     """With `prompt_logprobs`; in a stream the next ones, as the prompt is read."""
-    state_id: str = ""
-    """The state after this answer, with `return_state`; in a stream with the `finish_reason`."""
+    state_id: str | None = ""
+    """The state after this answer, with `return_state`; in a stream with the `finish_reason`. null: it was not kept."""
+    state_error: StateError | None = None
+    """Why the state was not kept, though the answer is whole."""
 
 
 class Completion(ResponseModel):

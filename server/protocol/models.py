@@ -16,7 +16,12 @@ class ModelCard(ResponseModel):
     """When the server started to serve it, seconds since 1970."""
     owned_by: str
     """Always `dijiang`."""
-    max_model_len: int | None
+    max_model_len: int
+    """For clients that want a number: the operator's limit of prompt tokens, or else one to plan with
+    (`--context-length`). A conversation may be longer: nothing grows with its length."""
+    context_length: int
+    """The same, as other clients call it."""
+    max_prompt_tokens: int | None
     """Most prompt tokens that the operator allows; null: as many as you like."""
 
 

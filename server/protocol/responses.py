@@ -2,20 +2,28 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequestError
-from server.protocol.chat import MessageIn, ReasoningEffort
+from server.protocol.chat import ChatRequest, MessageIn, ReasoningEffort
 from server.protocol.logprobs import MAX_TOP_LOGPROBS
 from server.protocol.response_items import InputFunctionCall, InputFunctionCallOutput, InputItems, chat_messages
-from server.protocol.sampling import MAX_TOKENS, GenerationFields
-from server.protocol.structure import ResponseFormat, WantedGrammar
-from server.protocol.tools import MAX_TOOLS, FunctionDefinition, FunctionName, ToolUse, check_tools, tool_use_of
-from server.protocol.unsupported import refuse_unsupported
+from server.protocol.sampling import MAX_TOKENS, SamplingFields
+from server.protocol.structure import ResponseFormat
+from server.protocol.tools import (
+    MAX_TOOLS,
+    AllowedTools,
+    AllowedToolsChoice,
+    FunctionDefinition,
+    FunctionName,
+    NamedFunction,
+    NamedToolChoice,
+    Tool,
+)
+from server.protocol.unsupported import RESPONSE_FIELDS
 from server.protocol.usage import Usage
 from server.protocol.wire import RequestModel
 
@@ -24,13 +32,6 @@ MAX_ECHO_BYTES = 1 << 20
 MetadataKey = Annotated[str, StringConstraints(max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 MAX_INSTRUCTIONS_CHARACTERS = 1 << 20
-# Field -> values besides null that ask for nothing.
-RESPONSE_FIELDS: Mapping[str, tuple[Any, ...]] = {
-    "conversation": (),
-    "context_management": ([],),
-    "moderation": (),
-    "prompt": (),
-}
 LOGPROBS = "message.output_text.logprobs"
 _INCLUDABLE = (
     LOGPROBS,
@@ -54,20 +55,19 @@ class TextOptions(RequestModel):
     """Only the default."""
 
     @property
-    def wanted_grammar(self) -> WantedGrammar | None:
-        """The grammar of such answers; None: any text. Raises `InvalidRequestError`."""
+    def response_format(self) -> ResponseFormat | None:
+        """The form as the chat API spells it; None: any text. Raises `InvalidRequestError`."""
         if self.format is None:
             return None
         wanted = dict(self.format)
         if wanted.get("type") == "json_schema" and "json_schema" not in wanted:
             wanted = {"type": "json_schema", "json_schema": {k: v for k, v in wanted.items() if k != "type"}}
         try:
-            grammar = ResponseFormat.model_validate(wanted).wanted
+            return ResponseFormat.model_validate(wanted)
         except ValueError as error:
             raise InvalidRequestError(
                 "`text.format` is not valid", param="text.format", code="invalid_value"
             ) from error
-        return None if grammar is None else replace(grammar, param="text.format")
 
 
 class FunctionTool(FunctionDefinition):
@@ -85,6 +85,11 @@ class NamedFunctionTool(RequestModel):
     name: FunctionName
     """Of one of the tools."""
 
+    @property
+    def chat(self) -> NamedToolChoice:
+        """As the chat API spells it."""
+        return NamedToolChoice(type="function", function=NamedFunction(name=self.name))
+
 
 def _tools(value: object) -> object:
     for tool in value if isinstance(value, list) else ():
@@ -98,11 +103,30 @@ def _tools(value: object) -> object:
     return value
 
 
+class AllowedFunctionTools(RequestModel):
+    """These functions and no others; the prompt still names all."""
+
+    type: Literal["allowed_tools"]
+    """Kind of the choice."""
+    mode: Literal["auto", "required"]
+    """Whether one of them must be called."""
+    tools: list[NamedFunctionTool] = Field(min_length=1, max_length=MAX_TOOLS)
+    """Which ones."""
+
+    @property
+    def chat(self) -> AllowedToolsChoice:
+        """As the chat API spells it."""
+        allowed = AllowedTools(mode=self.mode, tools=[tool.chat for tool in self.tools])
+        return AllowedToolsChoice(type="allowed_tools", allowed_tools=allowed)
+
+
 def _tool_choice(value: object) -> object:
     if value is None or (isinstance(value, str) and value in ("none", "auto", "required")):
         return value
     if isinstance(value, dict) and value.get("type") == "function":
         return NamedFunctionTool.model_validate(value)
+    if isinstance(value, dict) and value.get("type") == "allowed_tools":
+        return AllowedFunctionTools.model_validate(value)
     raise PydanticCustomError("tool_choice", 'must be "none", "auto", "required" or {"type": "function", "name": ...}')
 
 
@@ -127,33 +151,17 @@ class Reasoning(RequestModel):
     """How much to think before answering."""
 
     effort: ReasoningEffort | None = None
-    """`none`, or what the model's chat template understands; refused where it has no place for it."""
+    """`none`, or what the model's chat template understands; without effect where it has no place for it."""
     summary: Literal["auto", "concise", "detailed"] | None = None
-    """Not supported: reasoning is reported in full."""
-
-    @model_validator(mode="after")
-    def _no_summary(self) -> Self:
-        if self.summary not in (None, "auto"):
-            raise InvalidRequestError(
-                "`reasoning.summary` is not supported by this server", param="reasoning", code="unsupported_parameter"
-            )
-        return self
+    """Without effect: reasoning is reported in full."""
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    """The same under its older name."""
 
 
-class ResponseGeneration(GenerationFields):
-    """The part of a request that says how to generate."""
-
-    shown_logprobs: int | None = None
-    """How many of the most likely tokens are shown at each place; None: no log-probabilities are."""
-
-    @property
-    def num_top_logprobs(self) -> int | None:
-        """See `GenerationFields`."""
-        return self.shown_logprobs
-
-
-class ResponseRequest(RequestModel):
+class ResponseRequest(SamplingFields):
     """Something to answer, alone or after an earlier response."""
+
+    refused = RESPONSE_FIELDS
 
     model: str | None = None
     """Name of the model; the one that is served if absent."""
@@ -165,10 +173,6 @@ class ResponseRequest(RequestModel):
     """A stored response to continue from; only what is new is computed."""
     max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     """Most tokens of the answer; no limit if absent."""
-    temperature: float | None = Field(None, ge=0, le=2)
-    """0: greedy decoding. Default 1."""
-    top_p: float | None = Field(None, ge=0, le=1)
-    """Sample from the fewest tokens that together have this probability. Default 1."""
     text: TextOptions | None = None
     """What the text must look like."""
     stream: bool | None = None
@@ -183,10 +187,10 @@ class ResponseRequest(RequestModel):
     """Nothing is ever cut off here: there is no longest conversation."""
     metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=MAX_METADATA)
     """Up to 16 texts that come back with the response, of 512 characters under names of 64."""
-    tools: Annotated[list[FunctionTool] | None, BeforeValidator(_tools), Field(max_length=MAX_TOOLS)] = None
+    tools: Annotated[list[FunctionTool] | None, BeforeValidator(_tools)] = Field(None, max_length=MAX_TOOLS)
     """Functions that the answer may call. They are not taken over from the previous response: name them again."""
     tool_choice: Annotated[
-        Literal["none", "auto", "required"] | NamedFunctionTool | None,
+        Literal["none", "auto", "required"] | NamedFunctionTool | AllowedFunctionTools | None,
         BeforeValidator(_tool_choice),
         WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}, {"type": "null"}]}),
     ] = None
@@ -197,24 +201,22 @@ class ResponseRequest(RequestModel):
     """Most calls of built-in tools, of which there are none here."""
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     """Return the log-probability of each token of the text, and of that many most likely tokens in its place."""
-    include: Annotated[list[str] | None, AfterValidator(_include), Field(max_length=20)] = None
+    include: Annotated[list[str] | None, AfterValidator(_include)] = Field(None, max_length=20)
     """What else to return; `message.output_text.logprobs`: the log-probability of each token of the text."""
     reasoning: Reasoning | None = None
     """How much to think before answering."""
-    user: Annotated[str, StringConstraints(max_length=MAX_USER_CHARACTERS)] | None = None
-    """Comes back with the response, and is without effect."""
+    user: str | None = Field(None, max_length=MAX_USER_CHARACTERS)
+    """Without effect; comes back with the response, like the three that follow."""
+    safety_identifier: str | None = Field(None, max_length=MAX_USER_CHARACTERS)
+    """Without effect."""
+    prompt_cache_key: str | None = Field(None, max_length=MAX_USER_CHARACTERS)
+    """Without effect: prefixes are found by themselves."""
+    service_tier: str | None = Field(None, max_length=64)
+    """Without effect."""
     cache_prompt: bool | None = None
     """Use and fill the prefix cache (default true)."""
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
     """Cached prefixes are shared only among requests of the same key with the same salt."""
-    timeout: float | None = Field(None, gt=0, le=86400)
-    """Seconds after which the request ends with an error."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, body: Any) -> Any:
-        refuse_unsupported(body, RESPONSE_FIELDS)
-        return body
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -222,7 +224,6 @@ class ResponseRequest(RequestModel):
             raise InvalidRequestError("`background` needs `store`: the answer is read later", param="background")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("`stream_options` is only allowed with `stream: true`", param="stream_options")
-        check_tools([tool.name for tool in self.tools or ()], self._named_choice)
         _check_echo("tools", self.told_tools)
         _check_echo("text.format", None if self.text is None else self.text.format)
         if self.previous_response_id is None:
@@ -247,23 +248,6 @@ class ResponseRequest(RequestModel):
         return own + chat_messages(self.input)
 
     @property
-    def _named_choice(self) -> str | None:
-        choice = self.tool_choice
-        return f"function {choice.name}" if isinstance(choice, NamedFunctionTool) else choice
-
-    @property
-    def tool_use(self) -> ToolUse | None:
-        """How tools are used; None: not at all."""
-        return tool_use_of(
-            tuple(self.tools or ()), self._named_choice, is_parallel=self.parallel_tool_calls is not False
-        )
-
-    @property
-    def wanted_grammar(self) -> WantedGrammar | None:
-        """What a text must look like; None: any text. Raises `InvalidRequestError`."""
-        return None if self.text is None else self.text.wanted_grammar
-
-    @property
     def told_tools(self) -> list[dict[str, Any]]:
         """The tools as a response repeats them."""
         names = ("type", "name", "description", "parameters")
@@ -277,18 +261,35 @@ class ResponseRequest(RequestModel):
         """How much to think; None: as the model does by itself."""
         return None if self.reasoning is None else self.reasoning.effort
 
-    @property
-    def generation(self) -> ResponseGeneration:
-        """How to generate."""
+    def chat(self, *, seed: int) -> ChatRequest:
+        """The same as a request of the chat API, but for the conversation before it."""
         wants_logprobs = LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
-        shown = (0 if self.top_logprobs is None else self.top_logprobs) if wants_logprobs else None
-        return ResponseGeneration(
+        choice = self.tool_choice
+        return ChatRequest(
+            messages=self.messages,
+            model=self.model,
             max_completion_tokens=self.max_output_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            timeout=self.timeout,
-            shown_logprobs=shown,
+            **{name: getattr(self, name) for name in SamplingFields.model_fields} | {"seed": seed},
+            logprobs=wants_logprobs,
+            top_logprobs=(self.top_logprobs or 0) if wants_logprobs else None,
+            tools=[Tool(type="function", function=tool) for tool in self.tools or ()] or None,
+            tool_choice=choice.chat if isinstance(choice, NamedFunctionTool | AllowedFunctionTools) else choice,
+            parallel_tool_calls=self.parallel_tool_calls,
+            response_format=None if self.text is None else self.text.response_format,
+            reasoning_effort=self.reasoning_effort,
+            cache_prompt=self.cache_prompt,
+            cache_salt=self.cache_salt,
+            stream=self.stream,
         )
+
+
+FIELD_NAMES: Mapping[str, str] = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning",
+    "response_format": "text.format",
+}
+"""What is called otherwise in `ResponseRequest.chat`."""
 
 
 def response_usage(usage: Usage) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import uuid
 from functools import cached_property
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
@@ -11,7 +11,14 @@ from server.engine.types.logprobs import LogprobOptions
 from server.errors import InvalidRequestError
 from server.protocol.logprobs import MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS
 from server.protocol.states import StateFields
-from server.protocol.structure import ResponseFormat, StructuredOutputs, WantedGrammar, wanted_grammar
+from server.protocol.structure import (
+    STRUCTURE_NAMES,
+    ResponseFormat,
+    StructuredOutputs,
+    WantedGrammar,
+    wanted_grammar,
+    with_structure,
+)
 from server.protocol.wire import RequestModel
 
 MAX_TOKENS = 2**31 - 1
@@ -20,7 +27,7 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 4096
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARACTERS = 256
-LEAST_TEMPERATURE = 1e-4
+MAX_ALLOWED = 1 << 20
 
 
 def _stop_list(value: object) -> object:
@@ -46,18 +53,14 @@ def _bias_by_token(value: object) -> object:
         raise PydanticCustomError("logit_bias", "has {n} entries, the limit is 4096", {"n": len(value)})
     biases: dict[int, float] = {}
     for key, bias in value.items():
-        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 12):
-            raise PydanticCustomError("logit_bias", "keys must be token ids")
+        about = {"key": str(key)[:40]}
+        is_read = type(key) is int  # of a body in another dialect
+        if not is_read and not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 12):
+            raise PydanticCustomError("logit_bias", "keys must be token ids, and '{key}' is none", about)
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
-            raise PydanticCustomError("logit_bias", "values must be numbers from -100 to 100")
+            raise PydanticCustomError("logit_bias", "the value of '{key}' must be a number from -100 to 100", about)
         biases[int(key)] = float(bias)
     return biases
-
-
-def _temperature(value: object) -> object:
-    if isinstance(value, float) and 0 < value < LEAST_TEMPERATURE:
-        raise PydanticCustomError("temperature", "must be 0, or at least 0.0001")
-    return value
 
 
 class StreamOptions(RequestModel):
@@ -69,20 +72,13 @@ class StreamOptions(RequestModel):
     """With `include_usage`: send the token counts so far in every chunk."""
 
 
-class GenerationFields(StateFields):
-    """How to generate; the same for every endpoint that does."""
+class SamplingFields(RequestModel):
+    """How tokens are chosen and when an answer ends; the same for every endpoint that generates, of every dialect."""
 
-    model: str | None = None
-    """Name of the model; the one that is served if absent."""
-    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
-    """Most tokens of one answer. Completions: 16 if absent. Chat: no limit if absent. 0 only with `echo`,
-    `prompt_logprobs` or `return_state`: the prompt is read and nothing is generated."""
-    max_completion_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
-    """Newer name of `max_tokens`; wins when both are given."""
-    min_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
-    """No end of sequence, stop token or stop string before that many tokens."""
-    temperature: Annotated[float | None, BeforeValidator(_temperature)] = Field(None, ge=0, le=2)
-    """0: greedy decoding; 1 (default): the model's own distribution."""
+    other_names = STRUCTURE_NAMES
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    """0 (and below 0.0001): greedy decoding; 1 (default): the model's own distribution."""
     top_p: float | None = Field(None, ge=0, le=1)
     """Sample from the smallest set of tokens whose probability reaches it; 1 (default): from all."""
     top_k: int | None = Field(None, ge=-1, le=MAX_TOKENS)
@@ -92,6 +88,8 @@ class GenerationFields(StateFields):
     typical_p: float | None = Field(None, ge=0, le=1)
     """Sample from the tokens that surprise about as much as is to be expected, as many as reach this probability; 1
     (default): from all."""
+    min_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
+    """No end of sequence, stop token or stop string before that many tokens."""
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     """Above 1: tokens already in prompt or answer become less likely. Default 1."""
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -106,8 +104,6 @@ class GenerationFields(StateFields):
     """Token id (as a string) -> bias from -100 to 100 added to its logit."""
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     """Equal seeds give equal answers. Choice number i uses seed + i. Absent: a random one."""
-    n: int | None = Field(None, ge=1)
-    """Answers per prompt. Default 1."""
     stop: Annotated[
         list[str] | None,
         BeforeValidator(_stop_list),
@@ -118,12 +114,11 @@ class GenerationFields(StateFields):
     """Texts that end the answer (a string or a list of them); not part of it."""
     stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
     """Further tokens that end the answer."""
-    allowed_token_ids: list[int] | None = Field(None, min_length=1, max_length=MAX_TOKENS)
+    allowed_token_ids: list[int] | None = Field(None, min_length=1, max_length=MAX_ALLOWED)
     """The only tokens that may come, the end of the sequence included. Not together with a grammar."""
-    bad_words: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARACTERS)]] | None,
-        Field(max_length=MAX_BAD_WORDS),
-    ] = None
+    bad_words: list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARACTERS)]] | None = Field(
+        None, max_length=MAX_BAD_WORDS
+    )
     """Words that are not generated, as the tokenizer spells them, with and without a space before."""
     include_stop_str_in_output: bool | None = None
     """Keep the stop string at the end of the text."""
@@ -131,6 +126,35 @@ class GenerationFields(StateFields):
     """Go on through the model's end-of-sequence token."""
     skip_special_tokens: bool | None = None
     """Leave special tokens out of the text (default true)."""
+    truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    """Use only that many tokens of the prompt, the last ones."""
+    truncation_side: Literal["left", "right"] | None = None
+    """With `truncate_prompt_tokens`: which end is left out; `right`: the first tokens are used."""
+    priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
+    """Requests of lower numbers are begun first when all conversations are taken; default 0."""
+    timeout: float | None = Field(None, gt=0, le=86400)
+    """Seconds after which the request ends with an error."""
+    structured_outputs: StructuredOutputs | None = None
+    """The form of the answer as a JSON schema, a regular expression, a choice of texts or a grammar."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _structure(cls, body: Any) -> Any:
+        return with_structure(body)
+
+
+class GenerationFields(StateFields, SamplingFields):
+    """How to generate; the same for every endpoint that does."""
+
+    model: str | None = None
+    """Name of the model; the one that is served if absent."""
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
+    """Most tokens of one answer. Completions: 16 if absent. Chat: no limit if absent. 0 only with `echo`,
+    `prompt_logprobs` or `return_state`: the prompt is read and nothing is generated."""
+    max_completion_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
+    """Newer name of `max_tokens`; wins when both are given."""
+    n: int | None = Field(None, ge=1)
+    """Answers per prompt. Default 1."""
     return_token_ids: bool | None = None
     """Return token ids beside the text: `token_ids`, and `prompt_token_ids` of the prompt."""
     return_tokens_as_token_ids: bool | None = None
@@ -139,18 +163,10 @@ class GenerationFields(StateFields):
     """Return the log-probability of each token of the prompt, and of that many most likely tokens in its place."""
     logprob_token_ids: list[int] | None = Field(None, max_length=MAX_LOGPROB_TOKEN_IDS)
     """Wherever log-probabilities are returned, return those of these tokens too. Without `logprobs`: for the answer."""
-    truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    """Use only that many last tokens of the prompt."""
-    priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
-    """Requests of lower numbers are begun first when all conversations are taken; default 0."""
     request_id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,64}$")
     """Name of the request, part of the answer's `id`; no two may run at once under one name."""
-    timeout: float | None = Field(None, gt=0, le=86400)
-    """Seconds after which the request ends with an error."""
     response_format: ResponseFormat | None = None
     """The form of the answer: any text (default), a JSON object, or JSON that follows a schema."""
-    structured_outputs: StructuredOutputs | None = None
-    """The form of the answer as a JSON schema, a regular expression, a choice of texts or a grammar."""
     stream: bool | None = None
     """Send the answer as server-sent events while it grows."""
     stream_options: StreamOptions | None = None
@@ -194,6 +210,16 @@ class GenerationFields(StateFields):
     def wanted_grammar(self) -> WantedGrammar | None:
         """What the answer must look like; None: any text. Raises `InvalidRequestError`."""
         return wanted_grammar(self.response_format, self.structured_outputs)
+
+    @property
+    def prompt_field(self) -> str:
+        """Where prompts come from."""
+        return "prompt"
+
+    @property
+    def num_prompts(self) -> int:
+        """How many there are."""
+        return 1
 
     @property
     def num_choices(self) -> int:

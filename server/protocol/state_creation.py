@@ -1,15 +1,15 @@
 """`POST /v1/states`: a state made by feeding a prompt."""
 
-from typing import Self, cast
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from server.errors import InvalidRequestError
-from server.protocol.chat import MAX_MESSAGES, MessageIn
-from server.protocol.prompts import Prompt, Prompts
-from server.protocol.states import Name, State, StateFields, TimeToLive
+from server.protocol.chat import MAX_MESSAGES, ChatRequest, MessageIn
+from server.protocol.completions import CompletionRequest
+from server.protocol.prompts import Prompts
+from server.protocol.states import Name, ReturnState, State, StateFields, TimeToLive
 from server.protocol.usage import Usage
-from server.states.store import Turn
 
 
 class CreateStateRequest(StateFields):
@@ -41,16 +41,18 @@ class CreateStateRequest(StateFields):
         return self
 
     @property
-    def prompts(self) -> list[Prompt]:
-        """The one prompt, in a list."""
-        return cast(list[Prompt], self.prompt)
-
-    @property
-    def turn(self) -> Turn:
-        """Where the state will end."""
+    def generation(self) -> ChatRequest | CompletionRequest:
+        """The same as a request that generates nothing and returns its state."""
+        shared: dict[str, Any] = {
+            **{name: getattr(self, name) for name in ("model", "state_id", "cache_prompt", "cache_salt")},
+            "add_special_tokens": self.add_special_tokens,
+            "return_state": ReturnState(name=self.name, ttl_s=self.ttl_s),
+            "max_tokens": 0,
+        }
         if self.messages is None:
-            return Turn.TEXT
-        return Turn.OPEN if self.add_generation_prompt else Turn.CLOSED
+            return CompletionRequest(prompt=self.prompt, **shared)
+        opens = self.add_generation_prompt is True
+        return ChatRequest(messages=self.messages, add_generation_prompt=opens, **shared)
 
 
 class CreatedState(State):

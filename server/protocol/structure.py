@@ -1,6 +1,7 @@
 """What an answer must look like: `response_format` and vLLM's `structured_outputs`."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -9,7 +10,6 @@ from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequestError
 from server.grammar_check.sources import ANY_OBJECT, GrammarKind, GrammarSource, SourceError, schema_text
-from server.protocol.unsupported import refuse_unsupported
 from server.protocol.wire import RequestModel
 
 MAX_CHOICES = 4096
@@ -19,6 +19,34 @@ _UNSUPPORTED_OPTIONS: dict[str, tuple[Any, ...]] = {
     "structural_tag": (),
     "whitespace_pattern": (),
 }
+
+
+STRUCTURE_NAMES: Mapping[str, str] = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "regex": "regex",
+    "ebnf": "grammar",
+    "grammar": "grammar",
+    "json_schema": "json",
+}
+"""Fields of vLLM (earlier), SGLang and llama.cpp, and what they are in `structured_outputs`."""
+
+
+def with_structure(body: Any) -> Any:
+    """A request body with `structured_outputs` for whatever it calls them; raises `InvalidRequestError` for two."""
+    if not isinstance(body, dict):
+        return body
+    given = [name for name in STRUCTURE_NAMES if body.get(name) not in (None, "", {})]
+    if not given:
+        return body
+    if len(given) > 1 or body.get("structured_outputs") is not None:
+        others = [*given, "structured_outputs"][1]
+        raise InvalidRequestError(
+            f"`{given[0]}` and `{others}` exclude each other", param=given[0], code="invalid_value"
+        )
+    return {**body, "structured_outputs": {STRUCTURE_NAMES[given[0]]: body[given[0]]}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +101,8 @@ class ResponseFormat(RequestModel):
 class StructuredOutputs(RequestModel):
     """The form of the answer in one of several languages, as vLLM takes it; exactly one."""
 
+    refused = _UNSUPPORTED_OPTIONS
+
     json_schema: dict[str, Any] | str | None = Field(None, alias="json")
     """A JSON schema, as an object or as text."""
     json_object: bool | None = None
@@ -83,12 +113,6 @@ class StructuredOutputs(RequestModel):
     """The texts that the answer may be."""
     grammar: str | None = None
     """A grammar in Lark or GBNF."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, fields: Any) -> Any:
-        refuse_unsupported(fields, _UNSUPPORTED_OPTIONS)
-        return fields
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:

@@ -35,6 +35,17 @@ class TokenizeRequest(ToolFields):
             raise InvalidRequestError("`tools` go with `messages`", param="tools")
         return self
 
+    @property
+    def conversation(self) -> ConversationFields | None:
+        """The messages, and how they become a prompt; None: a text is given."""
+        if self.messages is None:
+            return None
+        return ConversationFields(
+            messages=self.messages,
+            add_generation_prompt=self.add_generation_prompt,
+            add_special_tokens=self.add_special_tokens,
+        )
+
 
 class TokenizeResponse(ResponseModel):
     """The tokens."""

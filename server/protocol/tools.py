@@ -31,7 +31,10 @@ class FunctionDefinition(RequestModel):
     @field_validator("parameters")
     @classmethod
     def _of_an_object(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
-        if schema is not None and schema.get("type", "object") != "object":
+        if schema is None:
+            return None
+        schema = {key: value for key, value in schema.items() if value is not None}  # null: as if it were not there
+        if schema.get("type", "object") != "object":
             raise PydanticCustomError("parameters", "must be the schema of an object")
         return schema
 
@@ -61,18 +64,40 @@ class NamedToolChoice(RequestModel):
     """Which one."""
 
 
+class AllowedTools(RequestModel):
+    """Some of the tools."""
+
+    mode: Literal["auto", "required"]
+    """Whether one of them must be called."""
+    tools: list[NamedToolChoice] = Field(min_length=1, max_length=MAX_TOOLS)
+    """Which ones."""
+
+
+class AllowedToolsChoice(RequestModel):
+    """These tools and no others; the prompt still names all."""
+
+    type: Literal["allowed_tools"]
+    """Kind of the choice."""
+    allowed_tools: AllowedTools
+    """Which ones, and whether they must be called."""
+
+
 def _tool_choice(value: object) -> object:
-    if value is None or (isinstance(value, str) and value in ("none", "auto", "required")):
+    if value is None or isinstance(value, NamedToolChoice | AllowedToolsChoice):
+        return value
+    if isinstance(value, str) and value in ("none", "auto", "required"):
         return value
     if isinstance(value, dict) and value.get("type") == "function":
         return NamedToolChoice.model_validate(value)
+    if isinstance(value, dict) and value.get("type") == "allowed_tools":
+        return AllowedToolsChoice.model_validate(value)
     raise PydanticCustomError(
         "tool_choice", 'must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
     )
 
 
 ToolChoice = Annotated[
-    Literal["none", "auto", "required"] | NamedToolChoice | None,
+    Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolsChoice | None,
     BeforeValidator(_tool_choice),
     WithJsonSchema(
         {
@@ -112,12 +137,26 @@ class ToolUse:
         return not self.is_forced and self.is_parallel and not any(tool.strict for tool in self.callable)
 
 
-def check_tools(names: Sequence[str], choice: str | None) -> None:
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which of the tools an answer may or must call.
+
+    Attributes:
+        mode: `none`, `auto` or `required`.
+        names: the only ones that may be called; empty: all.
+        is_one: whether exactly one is called.
+    """
+
+    mode: str = "auto"
+    names: tuple[str, ...] = ()
+    is_one: bool = False
+
+
+def check_tools(names: Sequence[str], choice: Choice) -> None:
     """Refuses tools of one name, and a choice that there is not.
 
     Args:
         names: of the tools offered.
-        choice: `none`, `auto`, `required`, `function NAME`, or None.
 
     Raises:
         InvalidRequestError: 400.
@@ -125,27 +164,20 @@ def check_tools(names: Sequence[str], choice: str | None) -> None:
     for name in names:
         if names.count(name) > 1:
             raise InvalidRequestError(f"two tools are called {name!r}", param="tools", code="invalid_value")
-    if not names and choice not in (None, "none", "auto"):
+    if not names and (choice.mode == "required" or choice.names):
         raise InvalidRequestError("`tool_choice` needs `tools`", param="tool_choice", code="invalid_value")
-    named = _named(choice)
-    if named is not None and named not in names:
-        raise InvalidRequestError(f"there is no tool called {named!r}", param="tool_choice", code="invalid_value")
+    for name in choice.names:
+        if name not in names:
+            raise InvalidRequestError(f"there is no tool called {name!r}", param="tool_choice", code="invalid_value")
 
 
-def tool_use_of(offered: tuple[FunctionDefinition, ...], choice: str | None, *, is_parallel: bool) -> ToolUse | None:
-    """How tools are used; None: not at all. `choice` as in `check_tools`."""
-    if not offered or choice == "none":
+def tool_use_of(offered: tuple[FunctionDefinition, ...], choice: Choice, *, is_parallel: bool) -> ToolUse | None:
+    """How tools are used; None: not at all."""
+    if not offered or choice.mode == "none":
         return None
-    named = _named(choice)
-    if named is not None:
-        only = tuple(function for function in offered if function.name == named)
-        return ToolUse(offered, only, is_forced=True, is_parallel=False)
-    return ToolUse(offered, offered, is_forced=choice == "required", is_parallel=is_parallel)
-
-
-def _named(choice: str | None) -> str | None:
-    prefix = "function "
-    return choice.removeprefix(prefix) if choice is not None and choice.startswith(prefix) else None
+    callable_ = tuple(function for function in offered if not choice.names or function.name in choice.names)
+    is_forced = choice.mode == "required"
+    return ToolUse(offered, callable_, is_forced=is_forced, is_parallel=is_parallel and not choice.is_one)
 
 
 class ToolFields(RequestModel):
@@ -164,9 +196,14 @@ class ToolFields(RequestModel):
         return self
 
     @property
-    def _choice(self) -> str | None:
+    def _choice(self) -> Choice:
         choice = self.tool_choice
-        return f"function {choice.function.name}" if isinstance(choice, NamedToolChoice) else choice
+        if isinstance(choice, NamedToolChoice):
+            return Choice("required", (choice.function.name,), is_one=True)
+        if isinstance(choice, AllowedToolsChoice):
+            allowed = choice.allowed_tools
+            return Choice(allowed.mode, tuple(tool.function.name for tool in allowed.tools))
+        return Choice("auto" if choice is None else choice)
 
     @property
     def tool_use(self) -> ToolUse | None:

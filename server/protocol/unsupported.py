@@ -18,15 +18,8 @@ _SHARED: Mapping[str, tuple[Any, ...]] = {
     "custom_logit_processor": (),
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
-    "ebnf": (),
-    "grammar": ("",),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "guided_whitespace_pattern": (),
     "id_slot": (-1,),
-    "json_schema": ({},),
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
@@ -39,7 +32,6 @@ _SHARED: Mapping[str, tuple[Any, ...]] = {
     "n_predict": (),
     "n_probs": (0,),
     "prompt_embeds": (),
-    "regex": (),
     "repeat_penalty": (1,),
     "repetition_detection": (),
     "return_hidden_states": (False,),
@@ -58,19 +50,18 @@ _SHARED: Mapping[str, tuple[Any, ...]] = {
     "xtc_probability": (0,),
 }
 _INSTEAD: Mapping[str, str] = {
-    "ebnf": "structured_outputs",
-    "grammar": "structured_outputs",
-    "guided_choice": "structured_outputs",
-    "guided_grammar": "structured_outputs",
-    "guided_json": "structured_outputs",
-    "guided_regex": "structured_outputs",
-    "json_schema": "response_format",
+    "logprobs": "include",
+    "max_completion_tokens": "max_output_tokens",
     "max_new_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "messages": "input",
     "min_new_tokens": "min_tokens",
     "n_predict": "max_tokens",
     "n_probs": "logprobs",
-    "regex": "structured_outputs",
+    "reasoning_effort": "reasoning",
     "repeat_penalty": "repetition_penalty",
+    "response_format": "text.format",
+    "state_id": "previous_response_id",
     "t_max_predict_ms": "timeout",
     "functions": "tools",
     "function_call": "tool_choice",
@@ -78,11 +69,13 @@ _INSTEAD: Mapping[str, str] = {
 """Field -> the one that does the same here."""
 COMPLETION_FIELDS: Mapping[str, tuple[Any, ...]] = {
     **_SHARED,
+    "max_output_tokens": (),
     "prediction": (),
     "suffix": ("",),
 }
 CHAT_FIELDS: Mapping[str, tuple[Any, ...]] = {
     **_SHARED,
+    "max_output_tokens": (),
     "documents": ([],),
     "echo": (False,),
     "function_call": ("none", "auto"),
@@ -90,6 +83,31 @@ CHAT_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "verbosity": ("medium",),
     "web_search_options": (),
+}
+RESPONSE_FIELDS: Mapping[str, tuple[Any, ...]] = {
+    **_SHARED,
+    "context_management": ([],),
+    "conversation": (),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logprob_token_ids": ([],),
+    "logprobs": (False,),
+    "max_completion_tokens": (),
+    "max_tokens": (),
+    "messages": (),
+    "modalities": (["text"],),
+    "moderation": (),
+    "n": (1,),
+    "prediction": (),
+    "prompt": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": (),
+    "response_format": (),
+    "return_state": (False,),
+    "return_token_ids": (False,),
+    "state_id": (),
+    "verbosity": ("medium",),
 }
 
 
@@ -100,7 +118,13 @@ def refuse_unsupported(body: object, fields: Mapping[str, tuple[Any, ...]]) -> N
     for name, neutral_values in fields.items():
         value = body.get(name)
         if value is not None and not any(_same(value, neutral) for neutral in neutral_values):
-            hint = f": use `{_INSTEAD[name]}`" if name in _INSTEAD else ""
+            instead = _INSTEAD.get(name)
+            if (fields is RESPONSE_FIELDS and instead == "max_tokens") or name in (
+                "max_tokens",
+                "max_completion_tokens",
+            ):
+                instead = "max_output_tokens"
+            hint = "" if instead is None else f": use `{instead}`"
             message = f"`{name}` is not supported by this server{hint}"
             raise InvalidRequestError(message, param=name, code="unsupported_parameter")
 

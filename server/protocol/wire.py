@@ -1,11 +1,12 @@
 """The base of all wire types, and the one way in which a validation error becomes an API error."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from server.errors import InvalidRequestError
+from server.protocol.unsupported import refuse_unsupported
 
 MAX_ERRORS = 10
 MAX_ERROR_CHARACTERS = 200
@@ -15,6 +16,16 @@ class RequestModel(BaseModel):
     """Base of requests: `"5"` is not 5, `true` is not 1, floats are finite, unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True)
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Known fields that are not built, and the values of each that ask for nothing."""
+    other_names: ClassVar[Mapping[str, str]] = {}
+    """Names of other servers for what has a field here."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, body: Any) -> Any:
+        refuse_unsupported(body, cls.refused)
+        return body
 
 
 class ResponseModel(BaseModel):
@@ -42,6 +53,15 @@ class ErrorDetails(ResponseModel):
     """Only with the code `server_shutdown`: the state to resume from, if there is one answer and it has one."""
     choices: list[dict[str, Any]] = []
     """Only with the code `server_shutdown`: how far each answer had come, and its `state_id`."""
+
+
+class StateError(ResponseModel):
+    """Why the state of an answer, or a response, was not kept; the answer is whole."""
+
+    code: str | None
+    """Stable name for programs: `state_store_unavailable`, `state_storage_full`, `state_not_saved`."""
+    message: str
+    """In words, for a person."""
 
 
 class ErrorEnvelope(ResponseModel):

@@ -1,15 +1,16 @@
-"""Responses that are made while nobody waits, and those among them that a stopped server has put off."""
+"""Responses that are made while nobody waits, and those among them whose server was stopped, or is gone."""
 
 import asyncio
 
-import orjson
 import structlog
 
-from server.errors import ApiError, UnavailableError
+from server.errors import ServiceError, UnavailableError
 from server.generation.sessions import check_fingerprint
 from server.generation.streaming import charged_tokens
+from server.http.errors import on_wire
+from server.protocol.bodies import parse_body
 from server.protocol.responses import ResponseRequest
-from server.responses.plan import plan_response
+from server.responses.plan import plan_resumed
 from server.responses.run import ResponseRun
 from server.responses.suspended import Unfinished
 from server.service import Service
@@ -45,27 +46,29 @@ async def take_up_forever(service: Service) -> None:
 async def _take_up_some(service: Service) -> int:
     if service.states is None:
         return 0
-    records = await service.states.take_up_responses(MAX_AT_ONCE)
+    info = service.engine.info
+    if info is None or info.state_layout is None:
+        return 0
+    records = await service.states.take_up_responses(MAX_AT_ONCE, fingerprint=info.state_layout.fingerprint)
     return sum([await _take_up(service, record) for record in records])
 
 
 async def _take_up(service: Service, record: ResponseRecord) -> bool:
     """Whether it goes on."""
     source = Unfinished.of(record.body).source
-    body = ResponseRequest.model_validate(orjson.loads(source))
-    run = ResponseRun(
-        service, body, owner=record.owner, store=service.states, ttl_s=record.ttl_s, source=source, before=record
-    )
     try:
+        body = parse_body(source.encode(), ResponseRequest)
+        run = ResponseRun(
+            service, body, owner=record.owner, store=service.states, ttl_s=record.ttl_s, source=source, before=record
+        )
         info, before = service.require_open(), run.unfinished
-        for snapshot in (record.snapshot, before.base):
+        for snapshot in (run.snapshot, before.base):
             if snapshot is not None:
                 check_fingerprint(snapshot, info)
-        prompt = before.prompt_token_ids
-        generation = await plan_response(service, info, body, run, prompt=prompt, base=before.base, goes_on=True)
+        generation = await plan_resumed(service, info, body, run)
         run.go_on()
         await generation.start()
-    except ApiError as error:
+    except ServiceError as error:
         await _not_taken_up(service, record, error)
         return False
     logger.info("a background response is resumed", id=run.id, num_tokens=len(before.token_ids))
@@ -73,14 +76,14 @@ async def _take_up(service: Service, record: ResponseRecord) -> bool:
     return True
 
 
-async def _not_taken_up(service: Service, record: ResponseRecord, error: ApiError) -> None:
+async def _not_taken_up(service: Service, record: ResponseRecord, error: ServiceError) -> None:
     """It waits on for better times, or fails if there will be none."""
     assert service.states is not None
     if isinstance(error, UnavailableError):
         await service.states.put_response(record.put_off())
         return
     logger.error("a background response cannot be resumed", id=record.id, problem=str(error))
-    await service.states.put_response(record.failed(code=error.code, message=error.message))
+    await service.states.put_response(record.failed(code=on_wire(error).code, message=error.message))
 
 
 async def _made(service: Service, run: ResponseRun) -> None:

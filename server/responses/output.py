@@ -59,11 +59,11 @@ class ResponseOutput:
         """Before the first text. Where nothing is thought or called, there is a message from the start."""
         return self._open(_new_message()) if self._parser.is_plain else []
 
-    def push(self, text: str, logprobs: Logprobs, *, is_last: bool) -> list[Event]:
-        """Takes more text, and the log-probabilities of its tokens."""
+    def push(self, text: str, logprobs: Logprobs, reason: FinishReasonText | None = None) -> list[Event]:
+        """Takes more text, and the log-probabilities of its tokens; `reason`: why it ends, if it does."""
         self._pending += logprobs
         events: list[Event] = []
-        for part in self._parser.push(text, is_last=is_last):
+        for part in self._parser.push(text, is_last=reason is not None, is_cut=reason == "length"):
             match part:
                 case ThoughtPart(new):
                     events += self._thought(new)
@@ -80,7 +80,8 @@ class ResponseOutput:
 
     def finish(self, reason: FinishReasonText) -> list[Event]:
         """After the last text."""
-        events: list[Event] = [] if self.items else self._open(_new_message())
+        is_empty = not self.items and not self._parser.is_forced
+        events: list[Event] = self._open(_new_message()) if is_empty else []
         if self._is_open and self._pending and self.items[-1]["type"] == "message":
             self.items[-1]["content"][0]["logprobs"] += self._pending  # of the token that ended it
         return events + self._close(COMPLETED if reason == "stop" else INCOMPLETE)
@@ -92,7 +93,7 @@ class ResponseOutput:
     def go_on(self, text: str, before: Mapping[str, Any], pieces: Pieces) -> None:
         """Goes on where it was put off; `text` is all that was pushed until then."""
         self.begin()
-        self.push(text, [], is_last=False)
+        self.push(text, [])
         self.items, self._pending, self.pieces = before["items"], before["pending"], pieces
 
     def break_off(self) -> None:

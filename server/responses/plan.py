@@ -1,77 +1,85 @@
-"""From a request of the Responses API to its generation: the same when it begins and when it goes on after a stop."""
+"""From a request of the Responses API to its generation, when it begins and when it is resumed after a stop."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from server.engine.types.requests import EngineInfo
+from server.errors import InvalidRequestError, NotFoundError, renamed_fields
 from server.generation.generation import Generation
-from server.generation.logprobs import logprob_format
-from server.generation.planning import plan_generation
-from server.generation.thinking import answer_parser, shown_token_ids, thinking_of
-from server.generation.tools import checked_form
-from server.protocol.responses import ResponseRequest
+from server.generation.planning import plan_request
+from server.generation.sessions import Past, check_fingerprint, require_store
+from server.generation.tools import form_of, told_tools
+from server.protocol.chat import ChatRequest, MessageIn
+from server.protocol.responses import FIELD_NAMES, ResponseRequest
 from server.responses.output import ResponseOutput
 from server.responses.run import ResponseRun
 from server.service import Service
-from server.states.session import CacheUse, Rescue, StateSession
-from server.states.store import ResponseRecord, SnapshotRecord, Turn
+from server.states.session import Rescue
+from server.states.store import ResponseRecord
 
 
-async def plan_response(
-    service: Service,
-    info: EngineInfo,
-    body: ResponseRequest,
-    run: ResponseRun,
-    *,
-    prompt: tuple[int, ...],
-    base: SnapshotRecord | None,
-    base_of: ResponseRecord | None = None,
-    cache_points: Sequence[int] = (),
-    goes_on: bool = False,
-) -> Generation:
+async def plan_response(service: Service, info: EngineInfo, body: ResponseRequest, run: ResponseRun) -> Generation:
     """Gives a run its output and its generation.
 
-    Args:
-        prompt: what comes after `base`.
-        base: the conversation that it goes on from; None: it begins one.
-        base_of: the response that this is of.
-        cache_points: lengths of prefixes of the prompt that others are likely to share.
-        goes_on: it was put off, at `run.snapshot`.
-
     Raises:
-        InvalidRequestError: it can never be made.
+        ServiceError: it can never be made, or not now.
     """
-    use, fields = body.tool_use, body.generation
-    fields = fields.model_copy(update={"seed": run.unfinished.seed})
-    thinking = thinking_of(service, prompt)
-    is_kept = body.store is not False and service.states is not None
-    salt = "" if body.cache_salt is None else body.cache_salt
-    session = StateSession(
-        service.engine,
-        owner=run.owner,
-        store=service.states,
-        layout=info.state_layout,
-        base=base,
-        base_of=base_of,
-        keep=run.keep_state if is_kept else None,
-        turn=Turn.OPEN,
-        # The cache is for prompts, and what goes on has an answer behind its own.
-        cache=None if body.cache_prompt is False or goes_on else CacheUse(run.owner, salt, tuple(cache_points)),
-        rescue=Rescue(run.keep_state, is_own=body.background is True, in_any_form=True) if is_kept else None,
-        cut_off_at=run.snapshot if goes_on else None,
-    )
-    shows_logprobs = fields.num_top_logprobs is not None
-    run.output = ResponseOutput(answer_parser(service, thinking, use), with_logprobs=shows_logprobs)
-    run.logprobs = logprob_format(service, fields) if shows_logprobs else None
-    run.generation = plan_generation(
-        service,
-        info,
-        fields,
-        [prompt],
-        param="input",
-        max_tokens=None,
-        session=session,
-        grammar=await checked_form(service, info, body.wanted_grammar, use, thinking),
-        shown_token_ids=shown_token_ids(service, thinking, use),
-        thinking=thinking,
-    )
+    previous = await _previous(service, info, body, run.owner)
+    base = None if previous is None else previous.snapshot
+    run.unfinished = replace(run.unfinished, base=base)
+    with renamed_fields(FIELD_NAMES):
+        chat = body.chat(seed=run.unfinished.seed)
+        past = Past(base=base, base_of=previous)
+        if previous is not None and chat.tools and previous.body.get("tools") != body.told_tools:
+            # Tools stand at the beginning of a conversation, and nothing can be added to the beginning of a state.
+            past = replace(past, tells_tools=False)
+            chat = chat.model_copy(update={"messages": [_tools_message(service, chat), *chat.messages]})
+        return await _planned(service, info, body, run, chat, past)
+
+
+async def plan_resumed(service: Service, info: EngineInfo, body: ResponseRequest, run: ResponseRun) -> Generation:
+    """Likewise, of one that was suspended at `run.snapshot`."""
+    before = run.unfinished
+    # The cache is for prompts, and what is resumed has an answer behind its own.
+    past = Past(base=before.base, cut_off_at=run.snapshot, prompts=[before.prompt_token_ids], uses_cache=False)
+    with renamed_fields(FIELD_NAMES):
+        return await _planned(service, info, body, run, body.chat(seed=before.seed), past)
+
+
+async def _planned(
+    service: Service, info: EngineInfo, body: ResponseRequest, run: ResponseRun, chat: ChatRequest, past: Past
+) -> Generation:
+    if body.store is not False and service.states is not None:
+        rescue = Rescue(run.keep_state, is_own=body.background is True, in_any_form=True)
+        past = replace(past, keep=run.keep_state, rescue=rescue)
+    plan = await plan_request(service, info, run.owner, chat, past)
+    run.output = ResponseOutput(plan.answer_parser(), with_logprobs=chat.logprobs is True)
+    run.logprobs = plan.logprob_format() if chat.logprobs else None
+    run.generation = Generation(service, plan)
     return run.generation
+
+
+def _tools_message(service: Service, chat: ChatRequest) -> MessageIn:
+    tools: tuple[Mapping[str, Any], ...] = told_tools(chat.tool_use)
+    return MessageIn(role="system", content=form_of(service.tokenizer).told(tools))
+
+
+async def _previous(service: Service, info: EngineInfo, body: ResponseRequest, owner: str) -> ResponseRecord | None:
+    """The response that this one comes after."""
+    if body.previous_response_id is None:
+        return None
+    store = require_store(service, param="previous_response_id")
+    try:
+        record = await store.get_response(owner, body.previous_response_id)
+    except NotFoundError as error:
+        raise NotFoundError(error.message, param="previous_response_id", code="previous_response_not_found") from error
+    if record.snapshot is None or not record.has_ended:
+        raise InvalidRequestError(
+            f"the previous response is {record.body['status']} and cannot be continued",
+            param="previous_response_id",
+            code="invalid_value",
+        )
+    check_fingerprint(record.snapshot, info)
+    await store.use_response(record.id)
+    return record

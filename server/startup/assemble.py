@@ -112,6 +112,7 @@ def engine_config(settings: Settings, model: Path, device: Device, store: StateS
         "max_num_slots": settings.max_conversations,
         "max_step_tokens": auto_step if step_tokens == "auto" else step_tokens,
         "max_waiting": settings.max_queue,
+        "reserved_waiting": _reserved_places(settings),
         "max_drafts": None if settings.speculate == "auto" else settings.speculate,
         "states_folder": None if store is None else str(store.files_folder),
         "prefix_cache_host_bytes": auto_cache if cache_memory == "auto" else int(cache_memory),
@@ -122,6 +123,13 @@ def engine_config(settings: Settings, model: Path, device: Device, store: StateS
         ),
     }
     return EngineConfig(**_taken_over(settings, EngineConfig) | decided)
+
+
+def _reserved_places(settings: Settings) -> int:
+    """Places in the queue for keys of which nothing waits."""
+    if settings.reserved_queue != "auto":
+        return settings.reserved_queue
+    return settings.max_queue // 8 if len(key_hashes(settings)) > 1 else 0
 
 
 def _taken_over(settings: Settings, kind: type[EngineConfig] | type[ServiceOptions]) -> dict[str, Any]:
@@ -153,19 +161,34 @@ def _stored_rounded(model: Path) -> str | None:
         return None
 
 
+LOCAL_HOSTS = ("localhost", ".localhost", "127.", "::1")
+"""Names of this machine; one with a dot at its end or beginning stands for all that begin or end so."""
+
+
 def service_options(settings: Settings, model: Path, default_name: str) -> ServiceOptions:
     """The frozen part of the settings that the HTTP side gets."""
-    name = settings.served_model_name if settings.served_model_name is not None else default_name
+    name, *other_names = settings.served_model_name or (default_name,)
     number = version("dijiang")
     digest = hashlib.sha256(f"{number}\n{name}\n".encode() + (model / "config.json").read_bytes()).hexdigest()
     return ServiceOptions(
         model_name=name,
+        other_names=tuple(other_names),
+        host_names=_host_names(settings),
         version=number,
         fingerprint=f"fp_{digest[:12]}",
         key_hashes=key_hashes(settings),
         admin_key_hashes=admin_key_hashes(settings),
         **_taken_over(settings, ServiceOptions),
     )
+
+
+def _host_names(settings: Settings) -> tuple[str, ...]:
+    """Those that requests may name; empty: any."""
+    has_keys = bool(settings.api_keys) or settings.api_keys_file is not None
+    is_local = settings.host in ("localhost", "::1") or settings.host.startswith("127.")
+    if not settings.allowed_hosts and (has_keys or not is_local):
+        return ()
+    return (*settings.allowed_hosts, *LOCAL_HOSTS)
 
 
 def grammar_limits(settings: Settings) -> GrammarLimits:

@@ -1,40 +1,56 @@
-"""What can go wrong with a store of states: sentences for operators, and errors of the wire."""
+"""What can go wrong with a store of states."""
 
-from server.errors import ApiError, InvalidRequestError, NotFoundError, UnavailableError
+from server.errors import ConflictError, NotFoundError, ServiceError, UnavailableError
 
 
 class StoreError(Exception):
     """The store cannot be used; the text is a sentence for the operator."""
 
 
-class StateConflictError(InvalidRequestError):
-    """Something else has the name, or was faster."""
-
-    def __init__(self, message: str, *, param: str, code: str) -> None:
-        super().__init__(message, param=param, code=code, status=409)
-        self.headers["x-should-retry"] = "false"
+class StateNotFoundError(NotFoundError):
+    """The one answer to ids that are unknown, expired, deleted, or another owner's."""
 
 
-class StorageFullError(ApiError):
-    """The budget for states is used up."""
+class PointNotFoundError(NotFoundError):
+    """The state has no point of that name."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code="state_storage_full", status=507, headers={"x-should-retry": "false"})
+
+class ResponseNotFoundError(NotFoundError):
+    """The one answer to ids of responses that are unknown, expired, deleted, or another owner's."""
+
+
+class StateConflictError(ConflictError):
+    """The state has another head than it had."""
+
+
+class StateNameTakenError(StateConflictError):
+    """The owner has a state of that name."""
+
+
+class StorageFullError(ServiceError):
+    """The budget for states is used up, or the disk is full."""
+
+
+class DiskFullError(StorageFullError):
+    """The disk under the store has no room, whatever the budget says."""
+
+    def __init__(self) -> None:
+        super().__init__("the disk of the saved states is full; reading and deleting them still works")
 
 
 class StoreUnavailableError(UnavailableError):
     """The store that replicas share does not answer just now. The message names no host."""
 
     def __init__(self, message: str = "the store of states does not answer; try again soon") -> None:
-        super().__init__(message, code="state_store_unavailable", retry_after_s=2)
+        super().__init__(message)
 
 
 def owner_full(num_bytes: int, max_bytes: int) -> StorageFullError:
     """What the owner keeps would take so many bytes with what is wanted."""
     return StorageFullError(
         f"your saved states and responses would take {num_bytes:,} bytes with this one, over your limit of "
-        f"{max_bytes:,} bytes; delete some (DELETE /v1/states/{{id}}, DELETE /v1/responses/{{id}}), give them "
-        "less time (`ttl_s`), or do not keep answers (`store: false`, no `return_state`)"
+        f"{max_bytes:,} bytes; delete some (DELETE /v1/states/{{id}}, DELETE /v1/responses/{{id}}), give them less "
+        "time (`ttl_s`), or do not keep answers (`store: false`, no `return_state`)"
     )
 
 
@@ -47,38 +63,31 @@ def storage_full(num_bytes: int, max_bytes: int) -> StorageFullError:
     )
 
 
-def disk_full() -> StorageFullError:
-    """The disk under the store has no room, whatever the budget says."""
-    return StorageFullError("the disk of the saved states is full; reading and deleting them still works")
-
-
 def state_conflict() -> StateConflictError:
-    """The state has another head than it had."""
-    return StateConflictError(
-        "another request has updated this state meanwhile", param="state_id", code="state_conflict"
-    )
+    """Somebody was faster."""
+    return StateConflictError("another request has updated this state meanwhile")
 
 
-def name_taken(name: str) -> StateConflictError:
-    """The owner has a state of that name."""
-    return StateConflictError(f"you have a state named {name!r}", param="name", code="state_name_taken")
+def name_taken(name: str) -> StateNameTakenError:
+    """Somebody has it."""
+    return StateNameTakenError(f"you have a state named {name!r}")
 
 
-def state_not_found(state_id: str, *, param: str | None = "state_id") -> NotFoundError:
-    """The one answer to ids that are unknown, expired, deleted, or another owner's."""
-    return NotFoundError(f"there is no state {state_id[:100]!r}", param=param, code="state_not_found")
+def state_not_found(state_id: str) -> StateNotFoundError:
+    """Of this id."""
+    return StateNotFoundError(f"there is no state {state_id[:100]!r}")
 
 
-def point_not_found(point: str) -> NotFoundError:
-    """The state has no point of that name."""
-    return NotFoundError(f"the state has no point {point[:100]!r}", param="point", code="point_not_found")
+def point_not_found(point: str) -> PointNotFoundError:
+    """Of this name."""
+    return PointNotFoundError(f"the state has no point {point[:100]!r}")
 
 
-def response_not_found(response_id: str, *, param: str | None = None) -> NotFoundError:
-    """The one answer to ids of responses that are unknown, expired, deleted, or another owner's."""
-    return NotFoundError(f"there is no response {response_id[:100]!r}", param=param, code="response_not_found")
+def response_not_found(response_id: str) -> ResponseNotFoundError:
+    """Of this id."""
+    return ResponseNotFoundError(f"there is no response {response_id[:100]!r}")
 
 
-def snapshot_gone() -> NotFoundError:
+def snapshot_gone() -> StateNotFoundError:
     """It was deleted between the moment when it was looked up and now."""
-    return NotFoundError("the state was deleted meanwhile", param="state_id", code="state_not_found")
+    return StateNotFoundError("the state was deleted meanwhile")

@@ -130,12 +130,14 @@ class ThoughtSplitter:
 class AnswerParser:
     """Takes the text of one answer apart: what was thought, what is said, what is called."""
 
-    def __init__(self, begin: Begin | None, calls: CallParser | None) -> None:
+    def __init__(self, begin: Begin | None, calls: CallParser | None, *, is_forced: bool = False) -> None:
         """
         Args:
             begin: what the prompt says about a thought; None: the model does not think.
             calls: finds calls of tools in what is said; None: nothing may be called.
+            is_forced: whether the answer is calls and nothing else, so that other text is a call that was cut off.
         """
+        self.is_forced = is_forced
         self._splitter = None if begin is None else ThoughtSplitter(begin)
         self._calls = calls
 
@@ -149,8 +151,13 @@ class AnswerParser:
         """Calls that have begun."""
         return 0 if self._calls is None else self._calls.num_calls
 
-    def push(self, text: str, *, is_last: bool) -> list[AnswerPart]:
-        """Takes more text; returns what is certain by now. With `is_last`: everything that was held back, too."""
+    def push(self, text: str, *, is_last: bool, is_cut: bool = False) -> list[AnswerPart]:
+        """Takes more text; returns what is certain by now.
+
+        Args:
+            is_last: return everything that was held back, too.
+            is_cut: with `is_last`: a limit ended the answer.
+        """
         split: list[ThoughtPart | TextPart] = [TextPart(text)] if text else []
         if self._splitter is not None:
             split = self._splitter.push(text, is_last=is_last)
@@ -160,8 +167,8 @@ class AnswerParser:
         for part in split:
             parts.extend([part] if isinstance(part, ThoughtPart) else self._calls.push(part.text))
         if is_last:
-            parts.extend(self._calls.finish())
-        return parts
+            parts.extend(self._calls.finish(is_cut=is_cut))
+        return [part for part in parts if not isinstance(part, TextPart)] if self.is_forced else parts
 
 
 class ThoughtCounter:

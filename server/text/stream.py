@@ -69,9 +69,14 @@ class TextStream:
         self.stopped = self._matcher.matched
         return released
 
-    def finish(self) -> str:
-        """Returns what was held back: a beginning of a stop string that never came."""
-        return "" if self._matcher is None else self._matcher.flush()
+    def finish(self, *, is_whole: bool = False) -> str:
+        """Returns what was held back: a beginning of a stop string that never came.
+
+        Args:
+            is_whole: all tokens of a text were given, so that a character that is not complete is written as U+FFFD.
+        """
+        held = "" if self._matcher is None else self._matcher.flush()
+        return held + self._decoder.decode(b"", True) if is_whole else held
 
     def _strip(self, text: str) -> str:
         stripped = text[: self._spaces_to_strip].lstrip(" ") + text[self._spaces_to_strip :]

@@ -108,16 +108,33 @@ class ChatTemplate:
     def _finished(
         self, conversation: Mapping[str, Any], add_generation_prompt: bool, continue_final_message: bool
     ) -> str:
-        opens = add_generation_prompt and not continue_final_message
+        if not continue_final_message:
+            return self._rendered(conversation, add_generation_prompt=add_generation_prompt)
+        *before, last = conversation["messages"]
+        content = last["content"] or ""
+        if not content and last.get("tool_calls"):
+            return self._rendered(conversation, add_generation_prompt=False)
+        # A mark at its end, so that the end is found whatever the content is, and no template trims it.
+        mark = next((mark for mark in MARKERS if not any(mark in text for text in _texts(conversation))), None)
+        if mark is None:
+            raise TemplateFailure("the messages use every private-use character")
+        marked = {**conversation, "messages": [*before, {**last, "content": content + mark}]}
+        text, found, _ = self._rendered(marked, add_generation_prompt=False).rpartition(mark)
+        if found and text.endswith(content):
+            return text
+        if not found or not text.endswith(content.lstrip()):
+            raise TemplateFailure("continue_final_message: the chat template does not write the last message as it is")
+        return text.removesuffix(content.lstrip()) + content
+
+    def _rendered(self, conversation: Mapping[str, Any], *, add_generation_prompt: bool) -> str:
         try:
-            text = self._render(conversation, add_generation_prompt=opens)
+            return self._render(conversation, add_generation_prompt=add_generation_prompt)
         except TemplateFailure:
             if all(message["content"] is not None for message in conversation["messages"]):
                 raise
             # Beside calls there is no content; templates that cannot have none get an empty one.
             messages = [{**message, "content": message["content"] or ""} for message in conversation["messages"]]
-            text = self._render({**conversation, "messages": messages}, add_generation_prompt=opens)
-        return _cut_after(text, conversation["messages"][-1]["content"] or "") if continue_final_message else text
+            return self._render({**conversation, "messages": messages}, add_generation_prompt=add_generation_prompt)
 
     def _render(self, conversation: Mapping[str, Any], *, add_generation_prompt: bool) -> str:
         size = sum(map(len, _texts(conversation)))
@@ -200,14 +217,3 @@ def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, Mapping):
         return {change(key): _map_texts(item, change) for key, item in value.items()}
     return [_map_texts(item, change) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _cut_after(text: str, content: str) -> str:
-    """The rendering up to the end of the last message, so that an answer goes on with it."""
-    wanted = content.strip()
-    begin = text.rfind(wanted)
-    if begin < 0:
-        raise TemplateFailure("continue_final_message: the chat template does not write the last message as it is")
-    end = begin + len(wanted)
-    trailing = content[len(content.rstrip()) :]
-    return text[:end] + (trailing if text.startswith(trailing, end) else "")

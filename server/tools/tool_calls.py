@@ -75,16 +75,20 @@ class CallParser:
         self._follows_call = False
         self._scanner = ObjectScanner()
         self._object: ObjectScanner | None = None
-        self._is_last = False
+        self._is_last = self._is_cut = False
 
     def push(self, text: str) -> list[Part]:
         """Takes more text; returns what is certain by now."""
         self._buffer += text
         return self._advance()
 
-    def finish(self) -> list[Part]:
-        """Takes the end of the text; returns what was held back."""
-        self._is_last = True
+    def finish(self, *, is_cut: bool = False) -> list[Part]:
+        """Takes the end of the text; returns what was held back.
+
+        Args:
+            is_cut: a limit ended the text: of a mark that has begun, nothing is text.
+        """
+        self._is_last, self._is_cut = True, is_cut
         return self._advance()
 
     def _advance(self) -> list[Part]:
@@ -109,7 +113,8 @@ class CallParser:
 
     def _release(self, parts: list[Part], num_held: int) -> bool:
         """Hands on text without a call, but for what may be the beginning of one."""
-        end = len(self._buffer) - (0 if self._is_last else num_held)
+        is_kept = self._is_last and not (self._is_cut and num_held > 1)  # one character is rather text
+        end = len(self._buffer) - (0 if is_kept else num_held)
         self._emit(parts, self._buffer[:end])
         self._buffer = self._buffer[end:]
         if self._is_last and self._held and not self.num_calls:
@@ -132,7 +137,8 @@ class CallParser:
         try:
             head = read_head(self._buffer[:MAX_HEAD_CHARACTERS], self._names)
         except IncompleteError:
-            if not self._is_last and len(self._buffer) < MAX_HEAD_CHARACTERS:
+            is_cut = self._is_cut and bool(self._opening)
+            if (is_cut or not self._is_last) and len(self._buffer) < MAX_HEAD_CHARACTERS:
                 return False
             return self._no_call(parts)
         except NoCallError:

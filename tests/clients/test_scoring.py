@@ -1,26 +1,24 @@
 """`dijiang score` and `dijiang selfcheck` against the real service with a tiny model."""
 
-import asyncio
 import json
 import math
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+import typer
 
 from clients.client import Client
+from clients.measuring_cli import selfcheck_command
 from clients.scoring import score, summary
-from clients.selfcheck import Finding, SelfCheck, largest_difference
-from clients.states import States
-from clients.types import Completion
 from dijiang_model.batch import prefill
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.serving.network import freeze
 from dijiang_model.state import StateBuffer
+from tests.clients.loopback import loopback_server
 from tests.e2e.serving import Server, serving
 from tests.tiny_models import write_tiny_model
 from tests.waiting import PATIENCE_S
@@ -34,8 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(folder, "--states-folder", str(tmp_path_factory.mktemp("states"))) as running:
+def server(folder: Path) -> Iterator[Server]:
+    with serving(folder, "--admin-keys", "key-of-admin") as running:
         yield running
 
 
@@ -101,54 +99,34 @@ def test_a_sum_of_many_values_loses_nothing() -> None:
 
 
 def test_the_server_finds_itself_in_order(server: Server) -> None:
-    done = run("selfcheck", server.base_url)
+    done = run("selfcheck", server.base_url, "--api-key", "key-of-admin")
     assert done.returncode == 0, done.stdout + done.stderr
     last = done.stdout.splitlines()[-1]
     assert last.startswith("largest difference: ")
     # fp32 on a CPU: far below the tolerance that weights in bfloat16 need.
     assert float(last.rpartition(" ")[2]) < 1e-4
-    for name in ("decoded token by token", "many places", "piece by piece", "cached prefixes", "one prefill for two"):
+    for name in ("decoded token by token", "many places", "chunks of 31", "cached prefixes", "one prefill for two"):
         assert name in done.stdout
     assert "not possible" not in done.stdout
-    with Client(server.base_url) as client:
-        assert States(client).list() == ()
 
 
-def test_more_than_the_tolerance_is_a_failure(server: Server) -> None:
-    done = run("selfcheck", server.base_url, "--tolerance", "0")
-    assert done.returncode in (0, 1)
-    assert (done.returncode == 1) == ("error:" in done.stderr)
-    assert largest_difference([Finding("a", 1, 0.1), Finding("b", 1, 0.2)]) == 0.2
+def test_more_than_the_tolerance_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    finding = {"name": "decoded token by token", "num_values": 48, "largest_difference": 0.25}
+    nothing = {"name": "read behind cached prefixes", "num_values": 0, "largest_difference": 0.0}
+    report = {"passed": False, "tolerance": 0.1, "largest_difference": 0.25, "findings": [finding, nothing]}
+    with loopback_server(lambda exchange: exchange.answer(200, json.dumps(report))) as remote:
+        with pytest.raises(typer.Exit) as ended:
+            selfcheck_command(remote.url, tolerance=0.1)
+        assert (remote.requests[0].path, remote.requests[0].body) == ("/admin/selfcheck", {"tolerance": 0.1})
+    assert ended.value.exit_code == 1
+    shown = capsys.readouterr()
+    assert "2.50e-01" in shown.out
+    assert "not possible here" in shown.out
+    assert "that is more than 0.1" in shown.err
 
 
-class Drifting:
-    """A client of a server whose decoding is off by a little: token n has the log-probability -n, and so on."""
-
-    async def tokenize(self, text: str, *, model: str) -> tuple[int, ...]:
-        return tuple(range(1, 9))
-
-    async def complete(self, prompt: list[int], *, model: str, **options: Any) -> Completion:
-        if options["max_tokens"] == 0:
-            values = [None, *(-float(token) for token in prompt[1:])]
-            logprobs: dict[str, Any] = {"token_logprobs": values, "tokens": [""] * len(values)}
-        elif options["max_tokens"] == 1:
-            (token,) = options["logprob_token_ids"]
-            off = 0.5 if options["cache_prompt"] else 0.0
-            logprobs = {"top_logprobs": [{f"token_id:{token}": off - token}]}
-        else:
-            tops = [{f"token_id:{token}": -0.25 - token} for token in range(20, 68)]
-            logprobs = {"token_logprobs": [-0.25 - token for token in range(20, 68)], "top_logprobs": tops}
-        choice = {"logprobs": logprobs, "token_ids": list(range(20, 68))}
-        return Completion.model_validate({"choices": [choice]})
-
-
-def test_a_server_that_computes_something_else_is_found_out() -> None:
-    findings = asyncio.run(SelfCheck(Drifting(), "any").run())  # type: ignore[arg-type]
-    assert {finding.name: finding.largest for finding in findings} == {
-        "decoded token by token": 0.25,
-        "read up to many places": 0.0,
-        "read piece by piece into a state": 0.0,
-        "read behind cached prefixes": 0.5,
-        "read in a batch with others": 0.0,
-        "decoded in a batch with others, one prefill for two": 0.25,
-    }
+def test_without_an_admin_key_it_is_one_clear_line(server: Server) -> None:
+    done = run("selfcheck", server.base_url)
+    assert done.returncode == 1
+    assert "an admin key is needed" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -15,6 +15,7 @@ from server.engine.types.requests import (
     TokenEvent,
 )
 from server.errors import EngineUnavailableError, OverloadedError
+from tests.server.pushed_events import PushedEvents
 
 BYTE_VOCAB_SIZE, EOS_TOKEN_ID = 260, 258
 """Of `tests.byte_tokenizer`."""
@@ -28,7 +29,7 @@ def answer_tokens(_: GenerationRequest) -> list[int]:
 
 
 @dataclass
-class FakeEngine:
+class FakeEngine(PushedEvents):
     """Everything a test may set or look at.
 
     Attributes:

@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from server.errors import RateLimitError
+from server.http.errors import on_wire
 from server.rate_limits import MAX_KEYS, RateLimits
 from server.service import ServiceOptions
 from server.text.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ def test_requests_come_back_evenly() -> None:
         limits.admit("a")
     with pytest.raises(RateLimitError, match=r"6 requests a minute; try again in 10 s") as caught:
         limits.admit("a")
-    assert (caught.value.status, caught.value.headers) == (429, {"Retry-After": "10"})
+    assert (on_wire(caught.value).status, on_wire(caught.value).headers) == (429, {"Retry-After": "10"})
     limits.admit("b")
     clock.now = 10.0
     limits.admit("a")
@@ -56,7 +57,7 @@ def test_tokens_are_paid_afterwards() -> None:
     limits.charge("a", 90)  # nobody knew how long the answer would be
     with pytest.raises(RateLimitError, match="60 tokens") as caught:
         limits.admit("a")
-    assert caught.value.headers["Retry-After"] == "31"
+    assert on_wire(caught.value).headers["Retry-After"] == "31"
     clock.now = 31.0
     limits.admit("a")
 

@@ -14,9 +14,10 @@ from server.engine.types.requests import (
     GenerationRequest,
     TokenEvent,
 )
+from tests.server.pushed_events import PushedEvents
 
 
-class TinyEngine:
+class TinyEngine(PushedEvents):
     """Steps whenever one of its requests waits for an event.
 
     Attributes:

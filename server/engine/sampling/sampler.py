@@ -1,6 +1,6 @@
 """From logits to tokens, for all rows of a step together, each row by its own parameters.
 
-Order, as in the field: penalties, logit bias, suppression (until `min_tokens`, of bad words), what alone is permitted;
+Order, as in the field: logit bias, penalties, suppression (until `min_tokens`, of bad words), what alone is permitted;
 then, for rows that are not greedy, temperature, min-p, top-k, top-p, typical-p, each over what the one before left.
 Tokens of equal weight are kept or dropped together. A token is drawn by inverse CDF, in vocabulary order, from one
 uniform number that depends on the seed and the output index alone: no row ever depends on another. Work that no row
@@ -135,11 +135,11 @@ class Sampler:
             is_finite = likeliest != FAULTY
         else:
             is_finite = torch.isfinite(logits.sum(dim=-1))  # one pass; NaN and infinities carry through a sum
-        if plan.penalties is not None:
-            self._penalties.apply(logits, plan.penalties, arrived)
         if plan.bias is not None:
             index = (arrived[plan.bias.rows], arrived[plan.bias.token_ids])
             logits.index_put_(index, arrived[plan.bias.values].float(), accumulate=True)
+        if plan.penalties is not None:
+            self._penalties.apply(logits, plan.penalties, arrived)
         if plan.suppression is not None:
             # Not -inf: a row with every token suppressed stays well defined.
             index = (arrived[plan.suppression.rows], arrived[plan.suppression.token_ids])

@@ -23,7 +23,8 @@ def test_models_are_listed_and_found_by_ids_with_slashes(server: Loopback) -> No
     assert [model.id for model in server.openai.models.list()] == [MODEL]
     model = server.openai.models.retrieve(MODEL)
     assert (model.id, model.object, model.owned_by) == (MODEL, "model", "dijiang")
-    assert server.http.get(f"/v1/models/{MODEL}").json()["max_model_len"] is None
+    card = server.http.get(f"/v1/models/{MODEL}").json()
+    assert (card["max_model_len"], card["max_prompt_tokens"]) == (1 << 20, None)
 
 
 @pytest.mark.parametrize("status", ["loading", "restarting", "failed", "stopped"])

@@ -17,6 +17,7 @@ from server.engine.types.requests import EngineConfig, FinishReason, GenerationR
 from server.engine_client.client import MAX_LOAD_FAILURES, EngineClient, EngineStatus
 from server.engine_client.link import EngineLink
 from server.errors import EngineUnavailableError, InvalidRequestError, OverloadedError
+from server.http.errors import on_wire
 from tests.server.engine.fakes import expected_output, request
 from tests.server.engine_client.fake_process import BREAKING_TOKEN, EXIT_STATUS, MODULE
 from tests.tiny_models import write_tiny_model
@@ -95,8 +96,8 @@ async def test_a_full_engine_refuses_on_entering(shared: EngineClient) -> None:
     async with shared.submit(request("1")), shared.submit(request("2")), shared.submit(request("3")):
         with pytest.raises(OverloadedError) as refusal:
             await collect(shared, request("4", max_tokens=1))
-        assert refusal.value.status == 503
-        assert refusal.value.headers["Retry-After"] == "1"
+        assert on_wire(refusal.value).status == 503
+        assert on_wire(refusal.value).headers["Retry-After"] == "1"
     assert len(await collect(shared, request("4", max_tokens=1))) == 1
 
 
@@ -212,7 +213,7 @@ async def test_before_it_is_ready_requests_are_refused_with_a_time_to_come_back(
         with pytest.raises(EngineUnavailableError) as refusal:
             await collect(client, request("a"))
         assert refusal.value.code == "engine_loading"
-        assert int(refusal.value.headers["Retry-After"]) >= 1
+        assert refusal.value.retry_after_s >= 1
 
 
 async def test_a_client_that_was_never_started_is_stopped() -> None:

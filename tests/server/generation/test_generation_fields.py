@@ -5,7 +5,7 @@ from typing import Any
 import openai
 import pytest
 
-from server.generation.bad_words import bad_word_tokens
+from server.generation.sampling import bad_word_tokens
 from server.text.tokenizer import Tokenizer
 from tests.server.conftest import Loopback
 

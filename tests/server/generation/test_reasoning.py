@@ -271,8 +271,8 @@ def test_a_stored_stream_is_told_again_as_it_was() -> None:
     output = ResponseOutput(AnswerParser(Begin.FREE, None), with_logprobs=True)
     events = output.begin()
     for number in range(0, len(ANSWER), 3):
-        events += output.push(ANSWER[number : number + 3], [{"token": "x", "logprob": -1.0}], is_last=False)
-    events += output.push("", [], is_last=True) + output.finish("stop")
+        events += output.push(ANSWER[number : number + 3], [{"token": "x", "logprob": -1.0}])
+    events += output.push("", [], "stop") + output.finish("stop")
     assert [item["type"] for item in output.items] == ["reasoning", "message"]
     again = list(replayed(output.items, output.pieces, was_broken_off=False))
     assert [name for name, _ in again] == [name for name, _ in events]

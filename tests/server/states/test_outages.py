@@ -10,6 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from server.http.errors import on_wire
 from server.states.errors import StoreError, StoreUnavailableError
 from server.states.indexed import StoreOptions
 from server.states.shared import SharedOptions, open_shared_store
@@ -56,7 +57,7 @@ async def test_while_the_server_is_away_every_call_says_so_and_then_all_is_as_it
         for call in calls:
             with pytest.raises(StoreUnavailableError) as caught:
                 await call()
-            assert (caught.value.status, caught.value.code) == (503, "state_store_unavailable")
+            assert (on_wire(caught.value).status, on_wire(caught.value).code) == (503, "state_store_unavailable")
         assert not store.totals.is_up
         await room.__aexit__(None, None, None)  # what is given back meanwhile is no error
         await store.end_response("resp_1")

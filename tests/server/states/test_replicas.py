@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from server.errors import NotFoundError
+from server.http.errors import on_wire
 from server.states.errors import StateConflictError, StorageFullError
 from server.states.index.schema import CHUNK_BYTES
 from server.states.indexed import IndexedStore
@@ -120,7 +121,7 @@ async def test_a_state_that_is_deleted_while_another_replica_reads_it_is_read_wh
     with pytest.raises(NotFoundError) as caught:
         async with second.hold(state.head):
             pass
-    assert caught.value.code == "state_not_found"
+    assert on_wire(caught.value).code == "state_not_found"
     await first.close()
     await second.close()
 

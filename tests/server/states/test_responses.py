@@ -136,7 +136,7 @@ def test_another_key_sees_nothing(server: Running) -> None:
 def test_a_response_in_the_background_is_read_when_it_is_ready(server: Running) -> None:
     whole = create(server)
     started = create(server, background=True)
-    assert (started.status, started.background, started.output) == ("in_progress", True, [])
+    assert (started.status, started.background, started.output) == ("queued", True, [])
     ended = until_ended(server, started.id)
     assert (ended.status, ended.output_text) == ("incomplete", whole.output_text)
     assert create(server, "More", previous_response_id=ended.id).usage.input_tokens > whole.usage.total_tokens
@@ -174,7 +174,10 @@ def test_structured_text(server: Running) -> None:
         ({"input": [{"type": "function_call_output", "call_id": "a", "output": "b"}]}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x"}]}]}, None),
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools"),
-        ({"input": "x", "reasoning": {"effort": "high"}}, "reasoning"),
+        ({"input": "x", "reasoning": {"effort": "much"}}, "reasoning.effort"),
+        ({"input": "x", "n": 2}, "n"),
+        ({"input": "x", "max_tokens": 2}, "max_tokens"),
+        ({"input": "x", "response_format": {"type": "json_object"}}, "response_format"),
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
         ({"input": "x", "background": True, "store": False}, "background"),
         ({"input": "x", "text": {"format": {"type": "xml"}}}, "text.format"),

@@ -3,35 +3,27 @@
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from server.errors import NotFoundError
+from server.http.errors import on_wire
 from server.states.errors import StateConflictError, StorageFullError
-from server.states.store import NewState, ResponseRecord, StateStore
+from server.states.index.upkeep import MAX_CLAIMS
+from server.states.store import REPLAY_KEY, NewState, ResponseRecord, StateStore
 from tests.server.states.stores import (
     SIZE,
     Clock,
-    EmbeddedKind,
     Kind,
-    SharedKind,
     advance,
     budget,
+    die,
     make,
     put_response,
     write,
 )
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(params=["embedded", "shared"])
-def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Kind:
-    if request.param == "embedded":
-        return EmbeddedKind(tmp_path)
-    shared: SharedKind = request.getfixturevalue("shared_kind")
-    return shared
 
 
 @pytest.fixture
@@ -64,7 +56,7 @@ async def test_unknown_ids_are_not_found(kind: Kind, store: StateStore, state_id
     for call in (store.get, store.use, store.delete):
         with pytest.raises(NotFoundError) as caught:
             await call("ann", state_id)
-        assert caught.value.code == "state_not_found"
+        assert on_wire(caught.value).code == "state_not_found"
 
 
 async def test_another_owner_finds_nothing(kind: Kind, store: StateStore) -> None:
@@ -107,7 +99,7 @@ async def test_a_name_is_used_once(kind: Kind, store: StateStore) -> None:
     await make(store, name="one")
     with pytest.raises(StateConflictError) as caught:
         await make(store, name="one")
-    assert caught.value.code == "state_name_taken"
+    assert on_wire(caught.value).code == "state_name_taken"
     assert kind.num_files() == 1
 
 
@@ -149,7 +141,7 @@ async def test_points_keep_their_place_and_a_state_can_go_back(kind: Kind, store
     assert kind.num_files() == 1
     with pytest.raises(NotFoundError) as caught:
         await store.rewind("ann", state.id, "no such point")
-    assert caught.value.code == "point_not_found"
+    assert on_wire(caught.value).code == "point_not_found"
 
 
 async def test_a_point_of_the_same_name_moves(kind: Kind, store: StateStore) -> None:
@@ -168,7 +160,7 @@ async def test_the_slower_of_two_that_advance_one_state_is_told(kind: Kind, stor
         await store.advance(state, first)
         with pytest.raises(StateConflictError) as caught:
             await store.advance(state, second)
-    assert caught.value.code == "state_conflict"
+    assert on_wire(caught.value).code == "state_conflict"
     assert kind.num_files() == 1
 
 
@@ -223,7 +215,7 @@ async def test_a_full_store_that_may_not_evict_refuses_with_the_numbers(kind: Ki
     await make(store)
     with pytest.raises(StorageFullError, match=r"1,836 bytes .* limit of 1,224 bytes; .*DELETE /v1/states") as caught:
         await make(store)
-    assert (caught.value.status, caught.value.code) == (507, "state_storage_full")
+    assert (on_wire(caught.value).status, on_wire(caught.value).code) == (507, "state_storage_full")
     await store.delete("ann", state.id)
     await make(store)
     await store.close()
@@ -316,7 +308,7 @@ async def test_a_fork_of_a_point_begins_there(kind: Kind, store: StateStore) -> 
     assert fork.head == state.head
     with pytest.raises(NotFoundError) as caught:
         await store.fork("ann", state.id, point="there", name=None, ttl_s=None)
-    assert caught.value.code == "point_not_found"
+    assert on_wire(caught.value).code == "point_not_found"
     with pytest.raises(NotFoundError):
         await store.fork("bob", state.id, point=None, name=None, ttl_s=None)
     with pytest.raises(StateConflictError):
@@ -335,7 +327,7 @@ async def test_responses_are_kept_with_their_conversation(kind: Kind, store: Sta
     assert kind.num_files() == 0
     with pytest.raises(NotFoundError) as caught:
         await store.get_response("ann", "resp_1")
-    assert caught.value.code == "response_not_found"
+    assert on_wire(caught.value).code == "response_not_found"
 
 
 async def test_a_response_becomes_what_its_maker_says_until_it_has_ended(store: StateStore) -> None:
@@ -390,22 +382,48 @@ async def test_a_response_that_was_put_off_is_taken_up_once(kind: Kind) -> None:
     for number in range(3):
         response = await put_response(store, f"r{number}", "in_progress")
         if number == 0:
-            assert await store.take_up_responses(2) == []
+            assert await store.take_up_responses(2, fingerprint="dj") == []
         await store.put_response(response.put_off())
         await store.end_response(f"r{number}")
     assert (await store.get_response("ann", "r0")).body["status"] == "queued"
     await store.close()
     store = kind.open()  # as after a restart
-    taken = [*await store.take_up_responses(2), *await store.take_up_responses(2)]
+    taken = [*await store.take_up_responses(2, fingerprint="dj"), *await store.take_up_responses(2, fingerprint="dj")]
     assert sorted(response.id for response in taken) == ["r0", "r1", "r2"]
     assert {response.body["status"] for response in taken} == {"in_progress"}
-    assert await store.take_up_responses(2) == []
+    assert await store.take_up_responses(2, fingerprint="dj") == []
     await kind.settle(store)
     assert (await store.get_response("ann", "r1")).body["status"] == "in_progress"
     await store.put_response(replace(taken[0], body={**taken[0].body, "status": "completed"}))
     assert (await store.get_response("ann", taken[0].id)).body["status"] == "completed"
     assert (await store.cancel_response("ann", taken[1].id)).body["status"] == "cancelled"
     await store.close()
+
+
+async def test_a_response_whose_server_is_gone_waits_for_another_one_and_not_for_ever(kind: Kind) -> None:
+    store = kind.open()
+    response = await put_response(store, "resp_1", "in_progress")
+    await store.put_response(replace(response, body={**response.body, REPLAY_KEY: {"source": "{}"}}))
+    for _ in range(MAX_CLAIMS):
+        die(store)
+        store = kind.open()
+        assert (await store.get_response("ann", "resp_1")).body["status"] == "queued"
+        (taken,) = await store.take_up_responses(9, fingerprint="dj")
+        assert (taken.id, taken.body["status"], taken.body[REPLAY_KEY]) == ("resp_1", "in_progress", {"source": "{}"})
+    die(store)
+    store = kind.open()
+    assert (await store.get_response("ann", "resp_1")).body["status"] == "failed"
+    await store.close()
+
+
+async def test_a_response_waits_for_a_server_of_its_model(kind: Kind, store: StateStore) -> None:
+    response = replace(await put_response(store, "resp_1", "in_progress"), fingerprint="dj-one")
+    await store.put_response(response)
+    await store.put_response(response.put_off())
+    assert await store.take_up_responses(9, fingerprint="dj-two") == []
+    assert (await store.get_response("ann", "resp_1")).body["status"] == "queued"
+    (taken,) = await store.take_up_responses(9, fingerprint="dj-one")
+    assert taken.fingerprint == "dj-one"
 
 
 @pytest.mark.parametrize("ttl_s", [10.0, 100.0])

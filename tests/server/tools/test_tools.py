@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 
 from dijiang_model.text.folder import TokenizerFiles
+from server.generation.chat_answers import ChatAnswer
 from server.text.continuation import encode_continuation
+from server.text.reasoning import AnswerParser
 from server.text.template import ChatMessage, ChatTemplate
 from server.text.tokenizer import Tokenizer
+from server.tools.tool_calls import ToolCallParser
 from server.tools.tool_grammar import Callable, tool_grammar
 from tests.server.conftest import Loopback
 from tests.server.fake_engine import EOS_TOKEN_ID
@@ -257,3 +260,50 @@ def test_only_what_must_hold_is_constrained(server: Loopback, fields: dict[str, 
     body = {"messages": HELLO, "tools": [WEATHER], **fields}
     answer = server.http.post("/v1/chat/completions", json=body)
     assert answer.status_code == (400 if is_constrained else 200)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 6, 11, 12, 30])
+@pytest.mark.parametrize("stream", [False, True])
+def test_of_a_call_that_is_cut_off_nothing_is_text(server: Loopback, num_tokens: int, stream: bool) -> None:
+    say(server, CALL)
+    if stream:
+        deltas = [chunk.choices[0].delta for chunk in ask(server, max_tokens=num_tokens, stream=True)]
+        content = "".join(delta.content or "" for delta in deltas)
+    else:
+        content = ask(server, max_tokens=num_tokens).choices[0].message.content or ""
+    assert content == ""
+
+
+def test_what_only_may_become_a_mark_stays_text_at_a_natural_end(server: Loopback) -> None:
+    say(server, "1 <tool")
+    assert ask(server).choices[0].message.content == "1 <tool"
+    say(server, "1 <")
+    assert ask(server, max_tokens=3).choices[0].message.content == "1 <"
+
+
+@pytest.mark.parametrize("text", ["<", "<tool_", "<tool_call>", '<tool_call>\n{"na', "\n"])
+@pytest.mark.parametrize("reason", ["length", "stop"])
+def test_a_forced_answer_has_no_content(text: str, reason: Any) -> None:
+    def answer() -> ChatAnswer:
+        return ChatAnswer(AnswerParser(None, ToolCallParser(["get_weather"]), is_forced=True))
+
+    assert answer().message(text, reason).content is None
+    assert answer().deltas(text, reason) == []
+    whole = answer().message(CALL, "stop")
+    assert (whole.content, len(whole.tool_calls)) == (None, 1)
+
+
+def test_only_the_allowed_of_several_tools_can_be_called(server: Loopback) -> None:
+    allowed = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "get_time"}}]}
+    say(server, CALL + SECOND)
+    message = ask(server, tool_choice={"type": "allowed_tools", "allowed_tools": allowed}).choices[0].message
+    assert [call.function.name for call in message.tool_calls] == ["get_time"]
+    assert "get_weather" in prompt_of(server), "the model is told of all"
+
+
+def test_keywords_that_are_null_are_not_there(server: Loopback) -> None:
+    parameters = {"type": "object", "properties": None, "required": None, "description": None}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": None}}
+    say(server, "Yes")
+    assert ask(server, tools=[tool]).choices[0].message.content == "Yes"
+    assert "null" not in prompt_of(server)

@@ -14,15 +14,15 @@ def naive_adjust(
     output: list[int],
     eos_token_ids: tuple[int, ...],
 ) -> list[float]:
-    """Penalties, then bias, then suppression before `min_tokens` and of bad words, then what alone is allowed."""
+    """Bias, then penalties, then suppression before `min_tokens` and of bad words, then what alone is allowed."""
     scores = list(logits)
+    for token, bias in sampling.logit_bias:
+        scores[token] += bias
     for token in set(prompt) | set(output):
         penalty = sampling.repetition_penalty
         scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
     for token in set(output):
         scores[token] -= sampling.presence_penalty + sampling.frequency_penalty * output.count(token)
-    for token, bias in sampling.logit_bias:
-        scores[token] += bias
     if len(output) < sampling.min_tokens:
         for token in (*eos_token_ids, *sampling.stop_token_ids):
             scores[token] = -math.inf

@@ -245,6 +245,15 @@ def test_bias_wins_over_penalties_and_suppression_over_bias() -> None:
     assert sample_one(logits, temperature=0.0, logit_bias=bias, min_tokens=1) == 4
 
 
+@pytest.mark.parametrize(("bias", "expected"), [(8.0, 3), (5.0, 5)])
+def test_the_repetition_penalty_is_about_the_biased_logit(bias: float, expected: int) -> None:
+    sampling = SamplingParams(temperature=0.0, logit_bias=((3, bias),), repetition_penalty=2.0)
+    logits = torch.zeros(1, VOCAB_SIZE)
+    logits[0, 3], logits[0, 5] = 4.0, 5.0
+    # Token 3 was in the prompt: (4 + 8) / 2 = 6 is more than 5, and (4 + 5) / 2 = 4.5 is not, though 4 / 2 + 5 is.
+    assert sample(new_sampler(), logits, [(new_sequence(sampling, prompt=(3,)), 0)]) == [expected]
+
+
 def test_a_row_with_every_token_suppressed_still_answers_with_a_token() -> None:
     everything = tuple(range(VOCAB_SIZE))
     for temperature in (0.0, 1.0):
