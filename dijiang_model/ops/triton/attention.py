@@ -41,8 +41,8 @@ class TritonAttention:
     ) -> Tensor:
         anchors = kernel.attention.anchors
         if anchors is not None:
-            rows = decode_anchors if anchors.value_bits == 8 else None  # the kernel knows no others
-            return anchored_attention(q, k, v, kernel=kernel, layout=layout, state=state, decode_rows=rows)
+            decode_rows = decode_anchors if anchors.value_bits == 8 else None  # the kernel knows no others
+            return anchored_attention(q, k, v, kernel=kernel, layout=layout, state=state, decode_rows=decode_rows)
         split = layout.num_decode
         # Raw sums go through a norm before they are rounded.
         dtype = q.dtype if kernel.attention.read_out == "denominator" else torch.float32
