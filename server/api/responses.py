@@ -101,7 +101,7 @@ async def list_input_items(
 
 @router.delete("/{response_id}")
 async def delete_response(response_id: str, request: Request, service: ServiceDependency) -> JSONResponse:
-    """Deletes a stored response and its conversation; later responses that went on from it stay."""
+    """Deletes a stored response and its conversation; later responses that continued it stay."""
     store, owner = require_store(service, param=None), owner_of(request)
     await store.get_response(owner, response_id)
     await _cancel(service, response_id)
