@@ -228,8 +228,9 @@ class PoolAccess:
         return cast(Bytes, snapshot.cpu().numpy())
 
     def from_row(self, row: Bytes) -> object:
-        """Bytes as a host tensor; `StatePool.restore` brings them to the device."""
-        return torch.from_numpy(row)
+        """Bytes as a host tensor, in memory from which `StatePool.restore` copies them without anybody waiting."""
+        snapshot = torch.from_numpy(row)
+        return snapshot.pin_memory() if self._pool.buffer.storage.is_cuda else snapshot
 
 
 def state_layout(spec: StateSpec, vocab_size: int, fingerprint: str) -> StateLayout:
