@@ -18,6 +18,7 @@ class TextDelta:
     Attributes:
         state_id: with the end: where the state after this answer is kept, if it is.
         prompt, output: the tokens whose log-probabilities are wanted, since the last delta.
+        stop: with the end: the stop string that was found, if one was.
     """
 
     index: int
@@ -27,6 +28,7 @@ class TextDelta:
     state_id: str | None = None
     prompt: ScoredTokens | None = None
     output: ScoredTokens | None = None
+    stop: str | None = None
 
     @property
     def num_entries(self) -> int:
@@ -41,6 +43,7 @@ class Answer:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReasonText = "stop"
+    stop: str | None = None
     state_id: str | None = None
     prompt: list[ScoredTokens] = field(default_factory=list)
     output: list[ScoredTokens] = field(default_factory=list)
@@ -97,10 +100,11 @@ class Choice:
         text, prompt = self._take_prompt(event)
         more, num_taken, offsets = self._push_output(event)
         reason: FinishReasonText | None = None
+        stop: str | None = None
         if event.finish_reason is not None:
             reason = "stop" if event.finish_reason is FinishReason.STOP else "length"
         if self._stream is not None and self._stream.stopped:
-            reason = "stop"
+            reason, stop = "stop", self._stream.found
         elif event.finish_reason is not None and self._stream is not None:
             more += self._stream.finish()
         output = None
@@ -110,7 +114,7 @@ class Choice:
         self._count(event, token_ids)
         if reason is not None:
             self._reason = reason
-        return TextDelta(self.index, text + more, token_ids, reason, prompt=prompt, output=output)
+        return TextDelta(self.index, text + more, token_ids, reason, prompt=prompt, output=output, stop=stop)
 
     def resume(self, token_ids: tuple[int, ...], *, num_cached_tokens: int) -> str:
         """The text of tokens that came before it was cut off; they were measured then."""

@@ -216,6 +216,7 @@ class Generation:
             if delta.finish_reason is not None:
                 answer.finish_reason = delta.finish_reason
                 answer.state_id = delta.state_id
+                answer.stop = delta.stop
 
     async def _wait(self, now: float, idle_s: float | None) -> TextDelta | ServiceError | None:
         """The next delta; None when there was none for `idle_s`, or until the deadline."""

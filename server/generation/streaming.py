@@ -95,7 +95,7 @@ async def answer(
     Raises:
         ServiceError: before the first byte.
     """
-    generation = await started(service, owner_of(request), body)
+    generation = await unless_disconnected(request.receive, started(service, owner_of(request), body))
     writer = write(service, generation)
     end = partial(close, request, service, generation)
     if body.stream:

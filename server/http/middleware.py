@@ -76,13 +76,12 @@ class RequestContextMiddleware:
                 _check_host(scope, self._service.options.host_names)
                 await self._app(scope, receive, send_with_id)
             except ServiceError as error:
-                await error_response(error)(scope, receive, send_with_id)
+                await error_response(error, scope["path"])(scope, receive, send_with_id)
             except Exception:
                 logger.exception("request failed")
                 if status is None:
-                    await error_response(InternalError(f"internal error in request {request_id}"))(
-                        scope, receive, send_with_id
-                    )
+                    internal = InternalError(f"internal error in request {request_id}")
+                    await error_response(internal, scope["path"])(scope, receive, send_with_id)
             finally:
                 self._log(scope, status, time.perf_counter() - begin, facts)
 
@@ -127,7 +126,10 @@ class AuthenticationMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            authorization = Headers(scope=scope).get("authorization", "")
+            headers = Headers(scope=scope)
+            authorization = headers.get("authorization", "")
+            if not authorization and "x-api-key" in headers:  # as Anthropic's clients send it
+                authorization = f"Bearer {headers['x-api-key']}"
             self._check(scope["path"], authorization)
             scope["state"]["owner"] = _owner(authorization) if self._key_hashes else EVERYBODY
         await self._app(scope, receive, send)
