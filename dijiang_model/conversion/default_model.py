@@ -1,4 +1,4 @@
-"""The model that is served when none is named: SmolLM2-135M-Instruct as a trained hybrid, made once and kept.
+"""The model that is served when none is named: SmolLM2-135M-Instruct with a state of 8 MiB, made once and kept.
 
 The teacher's weights travel in a package that is never imported, only looked up; nothing is downloaded.
 """
@@ -27,7 +27,7 @@ WINDOW, SINKS = 60, 4
 _ADAPTERS = Path(__file__).parents[1] / "adapters"
 ADAPTER = _ADAPTERS / "smollm2-135m-dijiang.safetensors"
 REPORT = _ADAPTERS / "smollm2-135m-dijiang.md"
-"""What training made of it, and what was measured: a Markdown file with a heading."""
+"""What calibration made of it, and what was measured: a Markdown file with a heading."""
 
 
 def ensure_default_model(home: Path | None = None, *, on_progress: Progress = lambda written, total: None) -> Path:
@@ -61,7 +61,7 @@ def ensure_default_model(home: Path | None = None, *, on_progress: Progress = la
 
 
 def _make(out: Path, on_progress: Progress) -> None:
-    """Converts, merges the trained adapter, and leaves nothing but the result."""
+    """Converts, merges the adapter, and leaves nothing but the result."""
     untrained = out.with_name(f".{MODEL_NAME}.untrained")
     for folder in (untrained, out):
         _set_aside_if_damaged(folder)

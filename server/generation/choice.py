@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from server.engine.types.requests import FinishReason, TokenEvent
+from server.errors import ServiceError
 from server.generation.logprobs import ScoredTokens
 from server.generation.planning import RequestPlan
 from server.metrics import Metrics
@@ -17,6 +18,7 @@ class TextDelta:
 
     Attributes:
         state_id: with the end: where the state after this answer is kept, if it is.
+        state_error: with the end: why it is not, though it was to be.
         prompt, output: the tokens whose log-probabilities are wanted, since the last delta.
         stop: with the end: the stop string that was found, if one was.
     """
@@ -26,6 +28,7 @@ class TextDelta:
     token_ids: tuple[int, ...]
     finish_reason: FinishReasonText | None
     state_id: str | None = None
+    state_error: ServiceError | None = None
     prompt: ScoredTokens | None = None
     output: ScoredTokens | None = None
     stop: str | None = None
@@ -45,6 +48,7 @@ class Answer:
     finish_reason: FinishReasonText = "stop"
     stop: str | None = None
     state_id: str | None = None
+    state_error: ServiceError | None = None
     prompt: list[ScoredTokens] = field(default_factory=list)
     output: list[ScoredTokens] = field(default_factory=list)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import CONFIG_FILE, read_stored_config
 from dijiang_model.checkpoints.outputs import output_folder
+from dijiang_model.config import ModelConfig
 from dijiang_model.conversion.calibration.calibrate import Calibration
 from dijiang_model.conversion.cli import parse_size
 from dijiang_model.conversion.evaluation.evaluate import Score, Variant, budget_variants, gap_closed, score, variants
@@ -214,7 +215,13 @@ def evaluate(
         control=subjects.control_training,
         long_scores=_long_scores(subjects, long_texts, console) if long_texts else {},
         num_long=len(long_texts),
+        cache_bytes=_cache_bytes(subjects.model.config),
     )
+
+
+def _cache_bytes(config: ModelConfig) -> int:
+    """Key and value of a token in all layers, in 16-bit numbers."""
+    return 2 * torch.bfloat16.itemsize * config.num_layers * config.num_kv_heads * config.head_size
 
 
 def _load_control(path: Path, teacher: DiJiangForCausalLM) -> tuple[DiJiangForCausalLM, str]:

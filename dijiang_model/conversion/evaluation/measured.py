@@ -48,6 +48,7 @@ class Evaluation:
         recall, long_scores: empty where they were not asked for.
         control: how the control was trained; None without one.
         num_long: texts behind `long_scores`.
+        cache_bytes: that ordinary attention of this shape keeps of each token, in 16-bit numbers; 0: not known.
     """
 
     model: str
@@ -65,6 +66,7 @@ class Evaluation:
     control: str | None = None
     long_scores: Mapping[str, LongScore] = field(default_factory=dict)
     num_long: int = 0
+    cache_bytes: int = 0
 
     @property
     def by_size(self) -> list[SizePoint]:

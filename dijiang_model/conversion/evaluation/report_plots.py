@@ -62,6 +62,12 @@ def _sizes(evaluation: Evaluation) -> Any:
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
     axes.set_xlabel("state of a conversation, MiB")
+    if evaluation.cache_bytes > 0:
+        tokens = 2**20 / evaluation.cache_bytes
+        scale: Any = (lambda size: size * tokens, lambda length: length / tokens)
+        top = axes.secondary_xaxis("top", functions=scale)
+        top.set_xticks([size * tokens for size in sizes], [f"{size * tokens:,.0f}" for size in sizes])
+        top.set_xlabel("tokens that a 16-bit cache of keys and values of these bytes would hold")
     axes.set_ylabel("nats per token behind the teacher", color="tab:blue")
     axes.set_ylim(bottom=0)
     facts = [(size, 100 * point.facts) for size, point in zip(sizes, points, strict=True) if point.facts is not None]

@@ -9,6 +9,7 @@ import torch
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import read_stored_config
 from dijiang_model.config import FeatureConfig
+from dijiang_model.conversion.calibration.calibrate import Calibration
 from dijiang_model.conversion.default_model import ADAPTER, REPORT
 from dijiang_model.conversion.training.adapters import (
     Adapter,
@@ -146,5 +147,8 @@ def test_the_packaged_adapter_reads_and_is_small() -> None:
     adapter = load_adapter(ADAPTER)
     assert ADAPTER.stat().st_size < 30 * 10**6
     assert len(adapter.layers) == 30
-    assert all(bool(tensor.isfinite().all()) for name, tensor in adapter.tensors.items() if name.endswith("mix_bias"))
-    assert f"{adapter.info.tokens_trained:,} tokens" in REPORT.read_text()
+    assert all("anchors" in layer for layer in adapter.layers)
+    assert adapter.calibration is not None
+    calibration = Calibration.parse(adapter.calibration)
+    assert calibration.state_bytes == 8 * 2**20
+    assert f"{calibration.num_contexts} contexts, {calibration.num_tokens:,} tokens" in REPORT.read_text()
