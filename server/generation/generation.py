@@ -49,12 +49,21 @@ class Generation:
         self._all_ended = asyncio.Event()
         self._ends: dict[int, dict[str, Any]] = {}
         self._is_cut_off = False
+        self._num_handed_out = 0
         self._num_left = len(self._choices)
         self._outputs_before: tuple[int, ...] | None = None
 
     @property
     def usage(self) -> Usage:
-        """Token counts so far."""
+        """Token counts so far, of all that was generated."""
+        return self._usage(sum(choice.num_tokens for choice in self._choices))
+
+    @property
+    def usage_handed_out(self) -> Usage:
+        """Token counts so far, of the deltas that were handed out."""
+        return self._usage(self._num_handed_out)
+
+    def _usage(self, num_tokens: int) -> Usage:
         plan, session = self.plan, self._session
         thoughts = [choice.thought.num_tokens for choice in self._choices if choice.thought is not None]
         predicted = (
@@ -64,9 +73,9 @@ class Generation:
         firsts = self._choices[:: plan.num_per_prompt]
         return Usage.of(
             prompt_tokens=self._num_new_tokens + plan.num_prompts * session.num_past_tokens,
-            completion_tokens=sum(choice.num_tokens for choice in self._choices),
+            completion_tokens=num_tokens,
             cached_tokens=plan.num_prompts * session.num_fed_tokens + sum(c.num_cached_tokens for c in firsts),
-            reasoning_tokens=sum(thoughts) if thoughts else None,
+            reasoning_tokens=min(sum(thoughts), num_tokens) if thoughts else None,
             predicted=predicted if plan.counts_predicted else None,
         )
 
@@ -180,6 +189,7 @@ class Generation:
                 raise delta
             if delta is not None and delta.finish_reason is not None:
                 num_open -= 1
+            self._num_handed_out += 0 if delta is None else len(delta.token_ids)
             yield delta
 
     async def collect(self) -> list[Answer]:

@@ -88,7 +88,7 @@ class OpenAIWriter:
         """Of a chunk that is not the last."""
         if not self._fields.wants_usage:
             return {}
-        return {"usage": self._generation.usage if self._fields.wants_usage_in_every_chunk else None}
+        return {"usage": self._generation.usage_handed_out if self._fields.wants_usage_in_every_chunk else None}
 
 
 async def answer(
