@@ -14,8 +14,8 @@ class KeyFacts:
         name: what it is called in logs.
         is_admin: whether it is for `/admin/` alone.
         weight: its part of slots and prompt tokens, beside others of 1.
-        max_running, max_queue, max_queue_tokens, rate_limit_requests, rate_limit_tokens, priority_across_keys: in place of
-            the settings `max_running_per_key` and so on; None: as those say.
+        max_running, max_queue, max_queue_tokens, rate_limit_requests, rate_limit_tokens, priority_across_keys: in place
+            of the settings `max_running_per_key` and so on; None: as those say.
     """
 
     digest: bytes

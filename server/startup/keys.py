@@ -8,8 +8,8 @@
     max_running = 8              # 0: no limit
     priority_across_keys = true
 
-Further limits: `max_queue`, `max_queue_tokens`, `rate_limit_requests`, `rate_limit_tokens`. Everything but `name` and `key`
-may be left out.
+Further limits: `max_queue`, `max_queue_tokens`, `rate_limit_requests`, `rate_limit_tokens`. Everything but `name` and
+`key` may be left out.
 """
 
 import tomllib
