@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from server.api import admin, chat, completions, messages, models, operations, responses, states, tokenization
 from server.api.playground import playground_router
 from server.errors import ServiceError
-from server.http.errors import HttpError, error_response
+from server.http.errors import HttpError, error_response, on_wire
 from server.http.middleware import (
     AuthenticationMiddleware,
     BodyMiddleware,
@@ -73,6 +73,7 @@ def _middleware(service: Service, open_paths: frozenset[str]) -> list[Middleware
 
 async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
+    request.state.facts["error"] = on_wire(error).code
     return error_response(error, request.url.path)
 
 

@@ -63,6 +63,7 @@ class Choice:
 
     Attributes:
         has_ended: nothing of it comes any more.
+        first_token_s: from its admission to its first token; None: none has come.
         followers: choices that get the log-probabilities of the prompt from this one.
         deferred: events of a follower that came before all of these.
         prompt_is_scored: the followers have got all of them.
@@ -91,6 +92,12 @@ class Choice:
         self._metrics = metrics
         self._begin = self._last = time.perf_counter()
         self._reason: str | None = None
+        self.first_token_s: float | None = None
+
+    @property
+    def end_reason(self) -> str:
+        """Why it ended, or would if it ended now."""
+        return "abort" if self._reason is None else self._reason
 
     def take(self, event: TokenEvent) -> TextDelta:
         """The delta that one event makes.
@@ -138,7 +145,7 @@ class Choice:
         if self.has_ended:
             return
         self.has_ended = True
-        self._metrics.finished.labels(self._reason if self._reason is not None else "abort").inc()
+        self._metrics.finished.labels(self.end_reason).inc()
         self._metrics.e2e_latency.observe(time.perf_counter() - self._begin)
         self._metrics.prompt_length.observe(len(self._prompt))
         self._metrics.answer_length.observe(self.num_tokens)
@@ -204,7 +211,8 @@ class Choice:
         self._remember(token_ids)
         now = time.perf_counter()
         if self.num_tokens == 0:
-            self._metrics.time_to_first_token.observe(now - self._begin)
+            self.first_token_s = now - self._begin
+            self._metrics.time_to_first_token.observe(self.first_token_s)
         else:
             self._metrics.inter_token_latency.observe((now - self._last) / len(token_ids))
         self._last = now

@@ -84,6 +84,18 @@ class Generation:
         """Of all prompts, each counted once."""
         return sum(len(request.prompt_token_ids) for request in self.plan.requests[:: self.plan.num_per_prompt])
 
+    @property
+    def log_facts(self) -> dict[str, object]:
+        """What the request's log line says of it."""
+        usage, firsts = self.usage, [one.first_token_s for one in self._choices if one.first_token_s is not None]
+        return {
+            "model": self._service.options.model_name,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "first_token_ms": round(1e3 * min(firsts), 1) if firsts else None,
+            "finish_reason": ",".join(sorted({choice.end_reason for choice in self._choices})),
+        }
+
     def prompt_token_ids(self, index: int) -> tuple[int, ...]:
         """The prompt of a choice."""
         return self.plan.requests[index].prompt_token_ids

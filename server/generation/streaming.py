@@ -160,7 +160,7 @@ async def close(request: Request, service: Service, generation: Generation) -> N
     await generation.close()
     usage = generation.usage
     service.rate_limits.charge(generation.plan.owner, charged_tokens(usage))
-    request.state.facts.update(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
+    request.state.facts.update(generation.log_facts)
 
 
 def charged_tokens(usage: Usage) -> int:
