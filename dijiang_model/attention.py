@@ -51,6 +51,9 @@ class DiJiangAttention(nn.Module):
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState
     ) -> Tensor:
         """x [T, D] (normed input), q [T, H, d], k and v [T, G, d] -> [T, H * d] in x's dtype, before the output map."""
+        if self.config.is_local(self.layer):
+            assert layout.local is not None
+            layout = layout.local
         if self.anchors is not None:
             state = replace(state, token_scores=self.linear.token_scores(x))
         attended: Tensor = op(q, k, v, kernel=self.linear, layout=layout, state=state)

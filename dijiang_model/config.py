@@ -151,6 +151,21 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LocalLayers:
+    """Layers of a teacher that see a window alone, and rotate in their own way; conversion keeps them as they are.
+
+    Attributes:
+        indices: of the layers, ascending.
+        window: tokens that each sees, itself among them.
+        rope_theta: base of their frequencies, which are not scaled.
+    """
+
+    indices: tuple[int, ...]
+    window: int
+    rope_theta: float
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A whole network.
 
@@ -172,6 +187,10 @@ class ModelConfig:
         output_bias: whether the attention's output projection carries a bias; None: as `attention_bias` says.
         qk_norm: whether each head's queries and keys pass an RMS norm before they are rotated.
         teacher_window: tokens that the unconverted attention sees, itself among them; 0: all before it.
+        local_layers: those that differ from the others in that, and in their rotation; None: there are none.
+        query_scale: factor on normed queries, beside softmax's 1/sqrt(head_size).
+        embedding_scale: factor on the rows of the embedding that the first block reads.
+        norm_offset: RMS norms multiply with their weight plus this.
     """
 
     family: str
@@ -201,6 +220,10 @@ class ModelConfig:
     output_bias: bool | None = None
     qk_norm: bool = False
     teacher_window: int = 0
+    local_layers: LocalLayers | None = None
+    query_scale: float = 1.0
+    embedding_scale: float = 1.0
+    norm_offset: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuses contradictions, all of them at once.
@@ -223,9 +246,12 @@ class ModelConfig:
             found.append("position tables need a length and one key-value head per head")
         if self.num_heads < 2 and any(layer.read_out == "group_norm" for layer in self.layers):
             found.append("the group_norm read-out needs at least 2 heads: its groups have a channel of each")
-        wider = max(layer.window for layer in self.layers) if self.layers else 0
-        if 0 < self.teacher_window < wider:
-            found.append(f"a window of {wider} tokens is wider than the teacher's own, {self.teacher_window} tokens")
+        for i, layer in enumerate(self.layers):
+            if 0 < self.seen_by_teacher(i) < layer.window:
+                found.append(
+                    f"layer {i}: a window of {layer.window} tokens is wider than the teacher's own, "
+                    f"{self.seen_by_teacher(i)} tokens"
+                )
         if found:
             raise ConfigError("; ".join(found))
 
@@ -250,6 +276,22 @@ class ModelConfig:
         return (
             f"{mean:,} places a head; one head in ten holds the last {best:,} tokens whole, and chosen ones for longer"
         )
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a layer is one of `local_layers`."""
+        return self.local_layers is not None and layer in self.local_layers.indices
+
+    def seen_by_teacher(self, layer: int) -> int:
+        """Tokens that a layer's unconverted attention sees, itself among them; 0: all before it."""
+        if self.local_layers is not None and layer in self.local_layers.indices:
+            return self.local_layers.window
+        return self.teacher_window
+
+    @property
+    def local_frequencies(self) -> Frequencies:
+        """As `frequencies`, of the local layers."""
+        assert self.local_layers is not None
+        return _frequencies(self.rotary_dims, self.local_layers.rope_theta, None)
 
     @property
     def frequencies(self) -> Frequencies:

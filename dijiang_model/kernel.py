@@ -50,7 +50,7 @@ class LinearKernel(nn.Module):
         self.attention: AttentionConfig = config.layers[layer]
         self.head_size = config.head_size
         self.num_kv_heads = config.num_kv_heads
-        self.teacher_window = config.teacher_window
+        self.teacher_window = config.seen_by_teacher(layer)
         num_features = config.num_features(layer)
         self.num_features = num_features
 

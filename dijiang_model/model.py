@@ -175,7 +175,7 @@ class DiJiangForCausalLM(nn.Module):
         prefill = None
         if split < len(batch.lengths):
             prefill = PrefillLayout(batch.positions[split:], batch.slots[split:], batch.lengths[split:])
-        return StepLayout(
+        layout = StepLayout(
             num_decode=split,
             positions=batch.positions,
             decode_slots=batch.slots[:split],
@@ -183,3 +183,13 @@ class DiJiangForCausalLM(nn.Module):
             sink_rotary=sink_rotary,
             prefill=prefill,
         )
+        if config.local_layers is not None:
+            layout.local = layout.rotated(
+                *step_angles(
+                    batch.positions,
+                    frequencies=config.local_frequencies,
+                    last_sink=config.last_sink_position,
+                    dtype=kernel_dtype,
+                )
+            )
+        return layout

@@ -14,6 +14,7 @@ class Paths:
         query: with keys and values in it, interleaved by head ([H, 3, d]), where `key` is None.
         mlp_gate: None: the MLP has no gate.
         query_norm, key_norm: of each head, before the rotary embedding; None: there are none.
+        attention_output_norm, mlp_output_norm: of what is added to the hidden state; None: there are none.
     """
 
     embedding: str
@@ -32,6 +33,8 @@ class Paths:
     mlp_gate: str | None = None
     query_norm: str | None = None
     key_norm: str | None = None
+    attention_output_norm: str | None = None
+    mlp_output_norm: str | None = None
 
     @property
     def attention_projections(self) -> list[str]:

@@ -1,7 +1,5 @@
 """Whole segments through a model's blocks with an attention of choice: how training and evaluation run a model."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -47,4 +45,8 @@ def segments_layout(model: DiJiangForCausalLM, num: int, length: int, *, offset:
     config = model.config
     dtype = layout.rotary.cos.dtype
     rotary = Rotary.at(positions + offset, frequencies=config.frequencies, dtype=dtype)
-    return replace(layout, rotary=rotary, sink_rotary=rotary)
+    moved = layout.rotated(rotary, rotary)
+    if config.local_layers is not None:
+        local = Rotary.at(positions + offset, frequencies=config.local_frequencies, dtype=dtype)
+        moved.local = layout.rotated(local, local)
+    return moved

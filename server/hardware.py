@@ -3,6 +3,7 @@
 CUDA is asked about in a short-lived process: a context in this one would hold device memory for ever.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -26,6 +27,8 @@ CONTROL_GROUP_FILES = (
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
 )
+DESCRIPTORS_KEPT = 256
+"""For files, the engine, the store and what is being accepted."""
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
@@ -150,3 +153,21 @@ def default_state_bytes(device: Device, model: Path, *, num_ranks: int = 1) -> i
             f"{weights / 2**30:.1f} GiB of weights and states beside them; set state_memory to try it all the same"
         )
     return budget
+
+
+def raised_descriptor_limit() -> int:
+    """Raises this process's limit of open files as far as it may; returns it, 0 where there is none."""
+    try:
+        import resource
+    except ImportError:  # not made for Windows
+        return 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # more than the system's own limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return 0 if soft == resource.RLIM_INFINITY else soft
+
+
+def max_connections(descriptor_limit: int) -> int:
+    """How many connections leave descriptors for everything else; 0: any number."""
+    return 0 if descriptor_limit == 0 else max(1, descriptor_limit - min(DESCRIPTORS_KEPT, descriptor_limit // 2))

@@ -16,7 +16,7 @@ from typing import Protocol
 from dijiang_model.text.folder import UnsupportedTokenizerError
 from dijiang_model.text.template import TemplateSyntaxFailure
 from server.engine.state.snapshot_files import MAX_HEADER_BYTES
-from server.engine.types.requests import EngineInfo, EngineStats, GenerationRequest, TokenEvent
+from server.engine.types.requests import EngineInfo, EngineStats, GenerationRequest, Tenant, TokenEvent
 from server.engine_client.candidate import EngineLoadError
 from server.errors import ConflictError, EngineUnavailableError, NotFoundError
 from server.event_log import EventLog
@@ -65,6 +65,7 @@ class ServiceOptions:
         version: of this server.
         fingerprint: `system_fingerprint` of answers.
         max_prompt_tokens: longest prompt in tokens; 0: no limit.
+        max_answer_tokens: of each answer; 0: no limit.
         max_n: most answers per prompt.
         max_prompts: most prompts in one request.
         max_choices: most answers in one request (prompts times `n`).
@@ -82,6 +83,7 @@ class ServiceOptions:
         playground: whether the playground is served at `/`.
         reasoning_parser: `think`: answers may begin with a thought; `none`; `auto`: as the tokenizer says.
         retry_after_s: when clients are told to try again while no requests are taken; see `Service.retry_after_s`.
+        max_running_per_key / max_queue_per_key / max_queue_tokens_per_key / priority_across_keys: see `Tenant`.
     """
 
     model_name: str
@@ -91,6 +93,7 @@ class ServiceOptions:
     version: str = "0"
     fingerprint: str = "fp_0"
     max_prompt_tokens: int = 0
+    max_answer_tokens: int = 0
     max_n: int = 16
     max_prompts: int = 128
     max_choices: int = 128
@@ -109,6 +112,10 @@ class ServiceOptions:
     playground: bool = True
     reasoning_parser: str = "auto"
     retry_after_s: int = 2
+    max_running_per_key: int = 0
+    max_queue_per_key: int = 0
+    max_queue_tokens_per_key: int = 0
+    priority_across_keys: bool = False
 
 
 class Suspendable(Protocol):
@@ -241,6 +248,17 @@ class Service:
         info = self.require_open()
         self.rate_limits.admit(owner)
         return info
+
+    def tenant_of(self, owner: str) -> Tenant:
+        """What the engine is told of the owner of a request."""
+        options = self.options
+        return Tenant(
+            owner,
+            max_running=options.max_running_per_key,
+            max_waiting=options.max_queue_per_key,
+            max_waiting_tokens=options.max_queue_tokens_per_key,
+            outranks=options.priority_across_keys,
+        )
 
     def require_open(self) -> EngineInfo:
         """The loaded engine's facts.

@@ -51,10 +51,11 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
         {"runner"},
         {"engine", "fast_steps"},
         {"sampling", "scheduler", "state"},
-        {"batch", "grammars", "groups", "speculation", "waiting"},
-        {"stages"},
+        {"batch", "grammars", "speculation"},
+        {"fairness"},
+        {"groups", "stages"},
         {"placement", "sequence"},
-        {"failures", "slots", "transfer", "types"},
+        {"failures", "followers", "slots", "transfer", "types"},
     ),
 }
 """The rooms of a package, top first: a room imports from the layers below its own alone."""

@@ -1,7 +1,7 @@
 """The words of what users read: messages, help texts, the fields of the API, pages.
 
 REFUSED has what is not to come back, and what to say instead. A string counts wherever it stands in the source; of
-docstrings those count that are the help of a flag or of a field. Tensor names of checkpoints stay as they are.
+docstrings those count that are the help of a flag, a field, a command or a route. Tensor names of checkpoints stay.
 """
 
 import ast
@@ -52,11 +52,21 @@ def _strings(path: Path) -> Iterator[tuple[int, str]]:
         bodies = [getattr(node, name, None) for name in ("body", "orelse", "finalbody")]
         for statement in (statement for body in bodies if isinstance(body, list) for statement in body):
             if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-                is_help = shows_help and isinstance(node, ast.ClassDef)
+                is_help = (shows_help and isinstance(node, ast.ClassDef)) or _is_command_or_route(node)
                 silent |= set() if is_help else {id(statement.value)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in silent:
             yield node.lineno, node.value
+
+
+def _is_command_or_route(node: ast.AST) -> bool:
+    """Whether typer or FastAPI show the docstring of it."""
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return False
+    shown = ("router.", "app.command", "app.callback")
+    return node.name.endswith("_command") or any(
+        ast.unparse(decorator).startswith(shown) for decorator in node.decorator_list
+    )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

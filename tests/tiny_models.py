@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dijiang_model.checkpoints.config_json import Origin, StoredConfig, base_document, stored_config_text
-from dijiang_model.config import AnchorConfig, AttentionConfig, FeatureConfig, ModelConfig
+from dijiang_model.config import AnchorConfig, AttentionConfig, FeatureConfig, LocalLayers, ModelConfig
 from dijiang_model.families import build_model
 from dijiang_model.features import node_radii
 from dijiang_model.kernel import released_log_decay
@@ -72,6 +72,22 @@ def qwen3_config(*layers: AttentionConfig) -> ModelConfig:
     wider = replace(llama_config(*layers), family="qwen3", qk_norm=True, hidden_size=48)
     scaling = RopeScaling("yarn", 4.0, 64, 1.0, 32.0, attention_factor=1.1)
     return replace(wider, rope_scaling=scaling)
+
+
+def gemma3_config(*layers: AttentionConfig) -> ModelConfig:
+    """A local layer with a window of 7, then one that sees everything; norms behind, queries and embedding scaled."""
+    local = replace(HYBRID, window=7, sinks=0)
+    return replace(
+        llama_config(*(layers or (local, HYBRID))),
+        family="gemma3_text",
+        activation="gelu_pytorch_tanh",
+        rope_theta=1_000_000.0,
+        qk_norm=True,
+        local_layers=LocalLayers((0,), 7, 10_000.0),
+        query_scale=0.9,
+        embedding_scale=8.0,
+        norm_offset=1.0,
+    )
 
 
 def gpt_neox_config(*layers: AttentionConfig, parallel_residual: bool = True) -> ModelConfig:

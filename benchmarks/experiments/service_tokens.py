@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from server.app import create_app
-from server.engine.process.messages import AbortRequest, AddRequest, StepDone
+from server.engine.process.messages import AbortRequest, AddRequests, StepDone
 from server.engine.types.requests import EngineConfig, EngineInfo, FinishReason, TokenEvent
 from server.engine_client.client import EngineClient, EngineStatus
 from server.service import Service, ServiceOptions
@@ -47,8 +47,8 @@ class ScriptedClient(EngineClient):
         self.left: dict[str, int] = {}
 
     def _send(self, command: Any) -> None:
-        if isinstance(command, AddRequest):
-            self.left[command.request.request_id] = command.request.sampling.max_tokens or 0
+        if isinstance(command, AddRequests):
+            self.left |= {one.request_id: one.sampling.max_tokens or 0 for one in command.requests}
         elif isinstance(command, AbortRequest):
             self.left.pop(command.request_id, None)
 

@@ -31,8 +31,10 @@ def base_model_config(document: Mapping[str, object]) -> ModelConfig:
     family = FAMILIES.get(str(document.get("model_type")))
     if family is None:
         *others, last = FAMILIES
+        is_multimodal = isinstance(document.get("text_config"), dict)
+        hint = ". Of a model with pictures or sound, save the language model by itself" if is_multimodal else ""
         raise ConfigError(
-            f"model_type {document.get('model_type')!r} is not supported; {', '.join(others)} and {last} are"
+            f"model_type {document.get('model_type')!r} is not supported; {', '.join(others)} and {last} are{hint}"
         )
     fields = Fields(document)
     _refuse_unsupported(fields, family)
@@ -44,11 +46,11 @@ def _refuse_unsupported(fields: Fields, family: Family) -> None:
     is_switched_off = fields.value(_WINDOW_SWITCH) is False or (
         family.sliding_window == "switched" and _WINDOW_SWITCH not in fields
     )
-    if family.sliding_window == "read" or is_switched_off:
+    if family.sliding_window in ("read", "by layer") or is_switched_off:
         del refused["sliding_window"]
     for name, words in refused.items():
         if name in fields and fields.value(name) not in ({}, 0):
             fields.report(f"{name} is set; {words} is not supported")
-    kinds = fields.value("layer_types")
+    kinds = fields.value("layer_types") if family.sliding_window != "by layer" else None
     if isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds):
         fields.report("layer_types names other kinds of layers than full_attention")

@@ -179,6 +179,8 @@ def _calibrated(
             f"the teacher sees the last {config.teacher_window:,} tokens alone and never learned to recall older ones: "
             f"give --window {config.teacher_window} or less in place of --state-bytes"
         )
+    if config.local_layers is not None:
+        raise ConversionError("a budget of bytes needs a teacher whose layers all see everything: give --window")
     contexts = calibration_contexts(config, tokenizer.folder if tokenizer.is_there else None, text)
     return calibrate(config, opened.tensors.read, contexts, state_bytes=state_bytes, on_layer=on_layer)
 

@@ -37,7 +37,8 @@ def converted_config(base: ModelConfig, recipe: Recipe, *, window: int, sinks: i
     """The backbone with the recipe's attention in every layer.
 
     Args:
-        window, sinks: exact-softmax tokens of `hybrid`; other recipes have none, whatever is given.
+        window, sinks: exact-softmax tokens of `hybrid`; other recipes have none, whatever is given. Layers in which the
+            teacher sees a window alone keep that one.
     """
     scale = base.head_size**-0.25
     match recipe:
@@ -47,7 +48,12 @@ def converted_config(base: ModelConfig, recipe: Recipe, *, window: int, sinks: i
             attention = AttentionConfig(FeatureConfig(scale=scale, nodes=NODES))
         case Recipe.RELEASED:
             attention = AttentionConfig(FeatureConfig(scale=1.0, nodes=NODES), read_out="group_norm")
-    return replace(base, layers=(attention,) * base.num_layers)
+    layers = [attention] * base.num_layers
+    if base.local_layers is not None:  # they stay what they are: a window over all that the teacher sees there
+        kept = AttentionConfig(FeatureConfig(scale=scale, nodes=NODES), window=base.local_layers.window)
+        for index in base.local_layers.indices:
+            layers[index] = kept
+    return replace(base, layers=tuple(layers))
 
 
 def is_fresh(name: str) -> bool:

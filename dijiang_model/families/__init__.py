@@ -6,6 +6,7 @@ import torch
 
 from dijiang_model.config import ModelConfig
 from dijiang_model.families.family import Family
+from dijiang_model.families.gemma3 import GEMMA3
 from dijiang_model.families.gpt_neox import GPT_NEOX
 from dijiang_model.families.llama import LLAMA
 from dijiang_model.families.mistral import MISTRAL
@@ -15,7 +16,9 @@ from dijiang_model.families.qwen2 import QWEN2
 from dijiang_model.families.qwen3 import QWEN3
 from dijiang_model.model import DiJiangForCausalLM
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (GPT_NEOX, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3)}
+FAMILIES: Mapping[str, Family] = {
+    family.name: family for family in (GEMMA3, GPT_NEOX, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3)
+}
 """By HF's `model_type`."""
 
 

@@ -106,7 +106,7 @@ def head_size_of(fields: Fields, hidden_size: int, num_heads: int) -> int:
 def read_rope(fields: Fields, *, theta_name: str, factor_name: str, default_factor: float) -> Rope:
     """Reads both spellings; a kind of scaling that is not computed here is a problem."""
     parameters = fields.nested("rope_parameters")
-    scalings = [_scaling(fields, name) for name in ("rope_parameters", "rope_scaling")]
+    scalings = [scaling_of(fields, fields.nested(name), name) for name in ("rope_parameters", "rope_scaling")]
     found = list(dict.fromkeys(scaling for scaling in scalings if scaling is not None))
     if len(found) > 1:
         fields.report("rope_parameters and rope_scaling scale the rotary embedding differently")
@@ -117,8 +117,13 @@ def read_rope(fields: Fields, *, theta_name: str, factor_name: str, default_fact
     return Rope(theta, factor, found[0] if found else None)
 
 
-def _scaling(fields: Fields, name: str) -> RopeScaling | None:
-    values = fields.nested(name)
+def scaling_of(fields: Fields, values: Fields, name: str) -> RopeScaling | None:
+    """The scaling that an object of a config describes; None: there is none, or a problem was reported.
+
+    Args:
+        values: the object.
+        name: of it, for messages.
+    """
     kind = values.value("rope_type") if "rope_type" in values else values.value("type")
     if any(isinstance(values.value(member), dict) for member in values.names()):
         fields.report(f"{name} differs between kinds of layers, which is not supported")

@@ -51,7 +51,8 @@ class Family:
         write_config: what an HF config says beside what all families' say.
         buffers: names of constants that HF checkpoints carry beside the weights; they are derived from the config here.
         sliding_window: what the config's field of that name means: nothing that is known; a window that the field
-            `use_sliding_window` switches on, which is refused; or one that `read_config` reads.
+            `use_sliding_window` switches on, which is refused; or one that `read_config` reads, of all layers or of
+            those that `layer_types` names.
         gguf: None: not read from GGUF files.
         fused: what conversion takes apart.
     """
@@ -62,6 +63,6 @@ class Family:
     read_config: Callable[[Fields], ModelConfig]
     write_config: Callable[[ModelConfig], Mapping[str, object]]
     buffers: re.Pattern[str]
-    sliding_window: Literal["unknown", "switched", "read"] = "unknown"
+    sliding_window: Literal["unknown", "switched", "read", "by layer"] = "unknown"
     gguf: Gguf | None = None
     fused: tuple[Fused, ...] = ()

@@ -1,7 +1,9 @@
 """LLaMA (LLaMA-2, TinyLLaMA, SmolLM): RMSNorm, SwiGLU, grouped-query heads, sequential residual."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +52,8 @@ class LlamaAttention(DiJiangAttention):
         has_output_bias = bias if config.output_bias is None else config.output_bias
         self.o_proj = nn.Linear(queries, hidden, bias=has_output_bias, dtype=dtype)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_size, eps=config.norm_eps, dtype=dtype)
-            self.k_norm = RMSNorm(config.head_size, eps=config.norm_eps, dtype=dtype)
+            self.q_norm = RMSNorm(config.head_size, eps=config.norm_eps, dtype=dtype, offset=config.norm_offset)
+            self.k_norm = RMSNorm(config.head_size, eps=config.norm_eps, dtype=dtype, offset=config.norm_offset)
 
     def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
         heads = (-1, self.config.head_size)
@@ -60,6 +62,8 @@ class LlamaAttention(DiJiangAttention):
         v = self.v_proj(x).unflatten(1, heads)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.query_scale != 1:
+            q = q * self.config.query_scale
         output: Tensor = self.o_proj(self.attend(x, q, k, v, op=op, layout=layout, state=state))
         return output
 
@@ -104,21 +108,22 @@ class LlamaBlock(nn.Module):
 class LlamaBackbone(nn.Module):
     """Embedding, blocks and final norm, under HF's prefix `model`."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, block: Callable[..., nn.Module]) -> None:
         super().__init__()
         self.embed_tokens = empty_embedding(config.vocab_size, config.hidden_size, dtype=dtype)
-        self.layers = nn.ModuleList(LlamaBlock(config, i, dtype=dtype) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+        self.layers = nn.ModuleList(block(config, i, dtype=dtype) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, offset=config.norm_offset)
 
 
 class LlamaForCausalLM(DiJiangForCausalLM):
     """The family's modules under their checkpoint names; `lm_head` is absent when tied."""
 
     paths = PATHS
+    block: ClassVar[Callable[..., nn.Module]] = LlamaBlock
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
         super().__init__(config)
-        self.model = LlamaBackbone(config, dtype=dtype)
+        self.model = LlamaBackbone(config, dtype=dtype, block=self.block)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
         self.is_tied = config.tie_word_embeddings

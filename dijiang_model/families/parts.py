@@ -24,12 +24,16 @@ def empty_embedding(num_rows: int, width: int, *, dtype: torch.dtype) -> nn.Embe
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in fp32 for narrower inputs."""
+    """x / rms(x) * (weight + offset) over the last dimension, computed in fp32 for narrower inputs."""
 
-    def __init__(self, size: int, *, eps: float, dtype: torch.dtype) -> None:
+    def __init__(self, size: int, *, eps: float, dtype: torch.dtype, offset: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
-        self.eps = eps
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if self.offset == 0:
+            return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        wide = x if x.dtype == torch.float64 else x.float()
+        weight = self.weight.to(wide.dtype) + self.offset
+        return functional.rms_norm(wide, self.weight.shape, weight, self.eps).to(x.dtype)

@@ -137,6 +137,9 @@ class Layer(ctypes.Structure):
         ("priority", Matrix),
         ("query_norm", Norm),
         ("key_norm", Norm),
+        ("attention_output_norm", Norm),
+        ("mlp_output_norm", Norm),
+        ("is_local", Integer),
     )
 
 
@@ -150,6 +153,7 @@ class Network(ctypes.Structure):
         ("head", Matrix),
         ("heads", Heads),
         ("frequencies", Pointer),
+        ("local_frequencies", Pointer),
         ("hidden_size", Integer),
         ("inner_size", Integer),
         ("last_sink_position", Integer),

@@ -5,7 +5,7 @@ The first `num_decode` sequences have one token each and take the recurrent path
 segments, cut into chunks of at most `CHUNK_TOKENS`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 
 import torch
@@ -105,8 +105,6 @@ class PrefillWindow:
         band: [M, C + W - 1] indices into [all rings | all segments]: the keys near a chunk.
         band_visible: [M, C, C + W - 1] bool.
         sinks_visible: [M, C, Z] bool.
-        write_rows, write_tokens, write_sequences: near row, token and sequence of each write after the segment.
-        sink_rows, sink_tokens, sink_sequences: the same for tokens that are sinks, written before reading.
     """
 
     ring_rows: Tensor
@@ -115,9 +113,22 @@ class PrefillWindow:
     band: Tensor
     band_visible: Tensor
     sinks_visible: Tensor
-    write_rows: Tensor
-    write_tokens: Tensor
-    write_sequences: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class WindowWrites:
+    """What the segments leave in the near rows for one (window, sinks) pair.
+
+    On a CUDA device the host waits for how many they are; so nobody asks who does not write.
+
+    Attributes:
+        rows, tokens, sequences: near row, token and sequence of each write.
+        sink_rows, sink_tokens, sink_sequences: the same for tokens that are sinks, written before the others.
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    sequences: Tensor
     sink_rows: Tensor
     sink_tokens: Tensor
     sink_sequences: Tensor
@@ -159,6 +170,7 @@ class PrefillLayout:
         self.sequence_start = self.cu_seqlens[:-1]
         self.sequence_length = self.cu_seqlens[1:] - self.sequence_start
         self._windows: dict[tuple[int, int], PrefillWindow] = {}
+        self._writes: dict[tuple[int, int], WindowWrites] = {}
 
     @property
     def num_sequences(self) -> int:
@@ -183,7 +195,12 @@ class PrefillLayout:
 
     @cached_property
     def places(self) -> Tensor:
-        return self.valid.flatten().nonzero().squeeze(1)
+        # Not those that are valid: the host would wait for their number.
+        sequence = self.sequence_of_token
+        offset = torch.arange(len(sequence), device=sequence.device) - self.sequence_start[sequence]
+        chunk = self.first_chunks[sequence] + offset // CHUNK_TOKENS
+        places: Tensor = chunk * CHUNK_TOKENS + offset % CHUNK_TOKENS
+        return places
 
     @cached_property
     def rounds(self) -> list[tuple[Tensor, Tensor]]:
@@ -199,9 +216,7 @@ class PrefillLayout:
     @cached_property
     def sequence_of_token(self) -> Tensor:
         """[T] int64."""
-        return torch.repeat_interleave(
-            torch.arange(self.num_sequences, device=self.positions.device), self.sequence_length
-        )
+        return torch.repeat_interleave(self.sequence_length, output_size=self.starts[-1])
 
     def window(self, *, window: int, sinks: int) -> PrefillWindow:
         """The indices for one (window, sinks) pair; computed once a step."""
@@ -234,8 +249,6 @@ class PrefillLayout:
         query_position = (
             first_position[m_sequence] + self.chunk_offset[:, None] + torch.arange(CHUNK_TOKENS, device=device)
         )
-        kept = (offset >= self.sequence_length[sequence] - window).nonzero().squeeze(1)
-        sink_tokens = (self.positions < sinks).nonzero().squeeze(1)
         return PrefillWindow(
             ring_rows=sinks + ring_positions % window,
             leaving=extended(sequence, offset),
@@ -243,13 +256,25 @@ class PrefillLayout:
             band=extended(m_sequence.expand_as(band_offset), band_offset),
             band_visible=in_window & (band_position >= sinks)[:, None, :],
             sinks_visible=torch.arange(sinks, device=device) <= query_position[:, :, None],
-            write_rows=sinks + self.positions[kept] % window,
-            write_tokens=kept,
-            write_sequences=sequence[kept],
-            sink_rows=self.positions[sink_tokens],
-            sink_tokens=sink_tokens,
-            sink_sequences=sequence[sink_tokens],
         )
+
+    def writes(self, *, window: int, sinks: int) -> WindowWrites:
+        """The writes for one (window, sinks) pair; found once a step."""
+        key = (window, sinks)
+        if key not in self._writes:
+            sequence = self.sequence_of_token
+            left = self.cu_seqlens[1:][sequence] - torch.arange(len(sequence), device=sequence.device)
+            kept = (left <= window).nonzero().squeeze(1)
+            sink_tokens = (self.positions < sinks).nonzero().squeeze(1)
+            self._writes[key] = WindowWrites(
+                rows=sinks + self.positions[kept] % window,
+                tokens=kept,
+                sequences=sequence[kept],
+                sink_rows=self.positions[sink_tokens],
+                sink_tokens=sink_tokens,
+                sink_sequences=sequence[sink_tokens],
+            )
+        return self._writes[key]
 
 
 @dataclass(slots=True)
@@ -262,6 +287,7 @@ class StepLayout:
         rotary: at the true positions.
         sink_rotary: at positions capped to the teacher's trained range, for queries that look at sinks.
         prefill: None in a pure decode step.
+        local: the same step for layers that rotate in their own way; None: there are none.
     """
 
     num_decode: int
@@ -270,7 +296,12 @@ class StepLayout:
     rotary: Rotary
     sink_rotary: Rotary
     prefill: PrefillLayout | None
+    local: "StepLayout | None" = None
     _decode_windows: dict[tuple[int, int], DecodeWindow] = field(default_factory=dict)
+
+    def rotated(self, rotary: Rotary, sink_rotary: Rotary) -> "StepLayout":
+        """The same step with other angles; what both ask for is computed once."""
+        return replace(self, rotary=rotary, sink_rotary=sink_rotary, local=None)
 
     @property
     def decode_positions(self) -> Tensor:

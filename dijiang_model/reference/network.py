@@ -1,6 +1,7 @@
 """Whole forward passes of GPT-NeoX, LLaMA and OPT with the reference attention, from a state dict."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import pi, sqrt
 from typing import Literal
 
@@ -55,7 +56,7 @@ def forward(
     hidden = [x]
     for index, layer in enumerate(config.layers):
         part = _below(weights, f"{paths.layers}.{index}")
-        x = _layer_of(paths)(config, layer, part, x, form)
+        x = _layer_of(paths)(_as_rotated(config, index), layer, part, x, form)
         hidden.append(x)
     if config.pre_norm:
         x = _norm(config, _below(weights, paths.final_norm), x)
@@ -78,7 +79,7 @@ def greedy(
 
 def _embed(config: ModelConfig, weights: Tensors, token_ids: Tensor) -> Tensor:
     """[T, D]. OPT adds learned positions, the first in row 2, and beyond its trained range the last one."""
-    x = weights[f"{FAMILIES[config.family].paths.embedding}.weight"][token_ids]
+    x = weights[f"{FAMILIES[config.family].paths.embedding}.weight"][token_ids] * config.embedding_scale
     if config.embedding_width != config.hidden_size:
         x = x @ weights["model.decoder.project_in.weight"].T
     if "model.decoder.embed_positions.weight" in weights:
@@ -95,13 +96,35 @@ def _norm(config: ModelConfig, part: Tensors, x: Tensor) -> Tensor:
     """LayerNorm where there is a bias, else RMSNorm."""
     if "bias" in part:
         x = x - x.mean(dim=-1, keepdim=True)
-    normed = x / (x.square().mean(dim=-1, keepdim=True) + config.norm_eps).sqrt() * part["weight"]
+    root = (x.square().mean(dim=-1, keepdim=True) + config.norm_eps).sqrt()
+    normed = x / root * (part["weight"] + config.norm_offset)
     return normed + part["bias"] if "bias" in part else normed
 
 
 def _dense(part: Tensors, name: str, x: Tensor) -> Tensor:
     y = x @ part[f"{name}.weight"].T
     return y + part[f"{name}.bias"] if f"{name}.bias" in part else y
+
+
+def _as_rotated(config: ModelConfig, index: int) -> ModelConfig:
+    """The network whose frequencies are those of one layer."""
+    if config.local_layers is None or not config.is_local(index):
+        return config
+    return replace(config, rope_theta=config.local_layers.rope_theta, rope_scaling=None)
+
+
+def _gemma_layer(config: ModelConfig, layer: AttentionConfig, part: Tensors, x: Tensor, form: Form) -> Tensor:
+    attention, mlp = _below(part, "self_attn"), _below(part, "mlp")
+    normed = _norm(config, _below(part, "input_layernorm"), x)
+    q, k, v = (_dense(attention, f"{name}_proj", normed).view(x.shape[0], -1, config.head_size) for name in "qkv")
+    q = config.query_scale * _norm(config, _below(attention, "q_norm"), q)
+    k = _norm(config, _below(attention, "k_norm"), k)
+    attended = _dense(attention, "o_proj", _attention(config, layer, attention, q, k, v, normed=normed, form=form))
+    x = x + _norm(config, _below(part, "post_attention_layernorm"), attended)
+    normed = _norm(config, _below(part, "pre_feedforward_layernorm"), x)
+    activated = ACTIVATIONS[config.activation](_dense(mlp, "gate_proj", normed))
+    grown = _dense(mlp, "down_proj", activated * _dense(mlp, "up_proj", normed))
+    return x + _norm(config, _below(part, "post_feedforward_layernorm"), grown)
 
 
 def _llama_layer(config: ModelConfig, layer: AttentionConfig, part: Tensors, x: Tensor, form: Form) -> Tensor:
@@ -142,6 +165,8 @@ def _opt_layer(config: ModelConfig, layer: AttentionConfig, part: Tensors, x: Te
 
 
 def _layer_of(paths: Paths) -> Callable[[ModelConfig, AttentionConfig, Tensors, Tensor, Form], Tensor]:
+    if paths.attention_output_norm is not None:
+        return _gemma_layer
     if paths.mlp_gate is not None:
         return _llama_layer
     return _neox_layer if paths.key is None else _opt_layer

@@ -146,11 +146,13 @@ class NetworkWeights:
         self.kept += [weight, *weight.buffers()]
         return weight.matrix(None if bias is None else self.floats(bias))
 
-    def norm(self, module: nn.Module) -> library.Norm:
-        """Layer norm, group norm, or RMS norm (which has no bias)."""
+    def norm(self, module: nn.Module, *, scale: float = 1.0) -> library.Norm:
+        """Layer norm, group norm, or RMS norm (which has no bias); its output times `scale`."""
         bias = getattr(module, "bias", None)
+        weight, offset = cast(Tensor, module.weight), cast(float, getattr(module, "offset", 0.0))
+        is_own = offset == 0 and scale == 1
         return library.Norm(
-            weight=self.floats(cast(Tensor, module.weight)),
+            weight=self.floats(weight) if is_own else self.derived((weight.float() + offset) * scale),
             bias=None if bias is None else self.floats(bias),
             eps=cast(float, module.eps),
         )
@@ -174,6 +176,10 @@ def network_weights(model: DiJiangForCausalLM) -> NetworkWeights:
     network.final_norm = weights.norm(model.get_submodule(names.final_norm))
     network.heads = _heads(model, half)
     network.frequencies = frequencies.data_ptr()
+    if config.local_layers is not None:
+        local = torch.tensor(config.local_frequencies, dtype=torch.float64)
+        weights.kept.append(local)
+        network.local_frequencies = local.data_ptr()
     network.hidden_size, network.inner_size = config.hidden_size, config.intermediate_size
     network.last_sink_position = config.last_sink_position
     network.activation = ACTIVATIONS[config.activation]
@@ -183,7 +189,7 @@ def network_weights(model: DiJiangForCausalLM) -> NetworkWeights:
 
 def token_table(weights: NetworkWeights, model: DiJiangForCausalLM) -> library.Matrix | None:
     """What the first block reads of each token; None where it is more than a row of the embedding, in fp32 or bf16."""
-    if model.learns_positions:
+    if model.learns_positions or model.config.embedding_scale != 1:
         return None
     module = model.get_submodule(model.paths.embedding)
     if isinstance(module, QuantizedEmbedding):
@@ -222,8 +228,12 @@ def _layer(weights: NetworkWeights, block: nn.Module, names: "Paths", offsets: M
         attention=_attention(weights, attention, offsets),
     )
     if names.query_norm is not None and names.key_norm is not None:
-        layer.query_norm = weights.norm(block.get_submodule(names.query_norm))
+        layer.query_norm = weights.norm(block.get_submodule(names.query_norm), scale=attention.config.query_scale)
         layer.key_norm = weights.norm(block.get_submodule(names.key_norm))
+    if names.attention_output_norm is not None and names.mlp_output_norm is not None:
+        layer.attention_output_norm = weights.norm(block.get_submodule(names.attention_output_norm))
+        layer.mlp_output_norm = weights.norm(block.get_submodule(names.mlp_output_norm))
+    layer.is_local = int(attention.config.is_local(attention.layer))
     if attention.linear.attention.features.far_rank > 0:
         layer.far_down = weights.matrix(attention.linear.far_query_down)
     if attention.anchors is not None:
@@ -277,7 +287,8 @@ def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mappi
         attention.mix_weight = weights.pointer(kernel.mix_weight)
     if not config.features.rotated:
         model = module.config
-        late = Rotary.at(torch.tensor([config.window]), frequencies=model.frequencies, dtype=torch.float32)
+        own = model.local_frequencies if model.is_local(module.layer) else model.frequencies
+        late = Rotary.at(torch.tensor([config.window]), frequencies=own, dtype=torch.float32)
         attention.late_cos, attention.late_sin = weights.derived(late.cos), weights.derived(late.sin)
     if config.decay == "table":
         attention.decay = weights.derived(kernel.table_log_decay.exp())

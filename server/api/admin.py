@@ -54,7 +54,7 @@ async def reset_cache(service: ServiceDependency) -> Response:
 async def reload(service: ServiceDependency, body: ReloadRequest | None = None) -> Response:
     """Loads the model again, as its folder is now, beside the one that serves, and lets it take over; answers then.
 
-    A model that cannot be loaded is a 409, and the old one goes on serving.
+    A model that cannot be loaded is a 409, and the old one keeps serving.
     """
     wish = ReloadRequest() if body is None else body
     _require_loaded(service)
@@ -73,7 +73,7 @@ async def reload(service: ServiceDependency, body: ReloadRequest | None = None) 
 
 @router.post("/selfcheck", responses={200: {"model": SelfCheckReport}}, response_class=Response)
 async def self_check(request: Request, service: ServiceDependency, body: SelfCheckRequest | None = None) -> Response:
-    """Measures on the running engine that decoding, reading in any chunks, caching and company change no answer."""
+    """Measures on the running engine that decoding, reading in any chunks, caching and batching change no answer."""
     wish = SelfCheckRequest() if body is None else body
     return json_response(await unless_disconnected(request.receive, _checked(service, wish)))
 

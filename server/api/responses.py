@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.api.json_body import JsonRoute, ServiceDependency
-from server.errors import InvalidRequestError
+from server.errors import InvalidRequestError, NotFoundError
 from server.event_log import EventLog
 from server.generation.sessions import require_store, time_to_live
 from server.generation.streaming import close, collected, owner_of
@@ -16,6 +16,7 @@ from server.http.sse import KEEP_ALIVE, EventStreamResponse
 from server.protocol.responses import ResponseRequest
 from server.responses.background import make_in_background
 from server.responses.events import public, told_later
+from server.responses.once import IdempotencyKey
 from server.responses.plan import plan_response
 from server.responses.run import ResponseRun
 from server.service import Service
@@ -26,20 +27,33 @@ router = APIRouter(route_class=JsonRoute, prefix="/v1/responses", tags=["respons
 
 @router.post("", response_class=Response, responses={200: {"content": {"text/event-stream": {}}}})
 async def create_response(body: ResponseRequest, request: Request, service: ServiceDependency) -> Response:
-    """Answers an input, alone or after an earlier response."""
-    owner = owner_of(request)
+    """Answers an input, alone or after an earlier response; with an `Idempotency-Key` the same request only once."""
+    owner, source = owner_of(request), await request.body()
+    once = IdempotencyKey.of(request.headers, owner=owner, source=source)
+    if once is not None and (earlier := await _earlier(service, body, owner, once)) is not None:
+        return earlier
     info = service.admit(owner, body.model)
-    run = _run(service, body, owner, source=(await request.body()).decode())
+    run = _run(service, body, owner, source=source.decode(), once=once)
     generation = await plan_response(service, info, body, run)
     await generation.start()
-    if body.background:
-        response = await _in_background(service, run)
-        return _follow(service, run.log, 0) if body.stream else response
 
     async def end() -> None:
         await close(request, service, generation)
         await run.ended()
 
+    if body.background or once is not None:
+        try:
+            is_new = await run.begin()
+        except BaseException:
+            await end()
+            raise
+        if not is_new and once is not None:  # it came a second time meanwhile
+            await close(request, service, generation)
+            return await _repeated(service, body, owner, once.response_id)
+    if body.background:
+        make_in_background(service, run)
+        response = run.object("in_progress")
+        return _follow(service, run.log, 0) if body.stream else JSONResponse(response | {"status": "queued"})
     if body.stream:
         return EventStreamResponse(run.events(), close=end)
     return JSONResponse(await collected(request, run.whole(), close=end))
@@ -60,11 +74,7 @@ async def get_response(
     record = await store.get_response(owner, response_id)
     if not stream:
         return JSONResponse(public(record.body))
-    begin = 0 if starting_after is None else starting_after + 1
-    log = service.event_logs.get(response_id)
-    if log is not None:
-        return _follow(service, log, begin)
-    return EventStreamResponse(told_later(_bodies(service, owner, response_id), begin), close=_nothing)
+    return _events(service, owner, response_id, 0 if starting_after is None else starting_after + 1)
 
 
 @router.get("/{response_id}/input_items")
@@ -91,7 +101,7 @@ async def list_input_items(
 
 @router.delete("/{response_id}")
 async def delete_response(response_id: str, request: Request, service: ServiceDependency) -> JSONResponse:
-    """Deletes a stored response and its conversation; later responses that went on from it stay."""
+    """Deletes a stored response and its conversation; later responses that continued it stay."""
     store, owner = require_store(service, param=None), owner_of(request)
     await store.get_response(owner, response_id)
     await _cancel(service, response_id)
@@ -113,23 +123,52 @@ async def cancel_response(response_id: str, request: Request, service: ServiceDe
     return JSONResponse(public(record.body))
 
 
-def _run(service: Service, body: ResponseRequest, owner: str, *, source: str) -> ResponseRun:
+def _run(
+    service: Service, body: ResponseRequest, owner: str, *, source: str, once: IdempotencyKey | None
+) -> ResponseRun:
     if body.store or body.background:
         require_store(service, param="store")
     store = None if body.store is False else service.states
-    return ResponseRun(service, body, owner=owner, store=store, ttl_s=time_to_live(service, None), source=source)
+    ttl_s = time_to_live(service, None)
+    return ResponseRun(service, body, owner=owner, store=store, ttl_s=ttl_s, source=source, once=once)
 
 
-async def _in_background(service: Service, run: ResponseRun) -> Response:
-    response = run.object("in_progress")
+async def _earlier(service: Service, body: ResponseRequest, owner: str, once: IdempotencyKey) -> Response | None:
+    """The response that there is for a key; None if there is none, or it has failed and may be tried again."""
+    if body.store is False or service.states is None:
+        return None
     try:
-        await run.put(response)
-    except BaseException:
-        await run.generation.close()
-        await run.ended()
-        raise
-    make_in_background(service, run)
-    return JSONResponse(response | {"status": "queued"})
+        record = await service.states.get_response(owner, once.response_id)
+    except NotFoundError:
+        return None
+    once.check(record)
+    if record.body["status"] == "failed":
+        await service.states.delete_response(owner, once.response_id)
+        return None
+    return await _repeated(service, body, owner, once.response_id)
+
+
+async def _repeated(service: Service, body: ResponseRequest, owner: str, response_id: str) -> Response:
+    """A response that another request has asked for: as it is in the background, else when it has ended."""
+    response: Response
+    if body.stream:
+        response = _events(service, owner, response_id, 0)
+    else:
+        async for found in _bodies(service, owner, response_id):
+            told = public(found)
+            if body.background:
+                break
+        response = JSONResponse(told)
+    response.headers["idempotent-replayed"] = "true"
+    return response
+
+
+def _events(service: Service, owner: str, response_id: str, begin: int) -> Response:
+    """The events of a stored response from number `begin` on, as they were or as they come."""
+    log = service.event_logs.get(response_id)
+    if log is not None:
+        return _follow(service, log, begin)
+    return EventStreamResponse(told_later(_bodies(service, owner, response_id), begin), close=_nothing)
 
 
 def _follow(service: Service, log: EventLog, begin: int) -> Response:

@@ -91,7 +91,7 @@ async def get_state(state_id: str, request: Request, service: ServiceDependency)
 
 @router.delete("/{state_id}")
 async def delete_state(state_id: str, request: Request, service: ServiceDependency) -> StateDeleted:
-    """Deletes a state; answers that are just going on from it are not disturbed."""
+    """Deletes a state; answers that are being computed from it are not disturbed."""
     await require_store(service, param=None).delete(owner_of(request), state_id)
     return StateDeleted(id=state_id, object="state", deleted=True)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from server.engine.sequence import Chunk
+from server.engine.sequence import Chunk, Sequence
 from server.engine.types.logprobs import NO_STEP_LOGPROBS, StepLogprobs
 
 
@@ -15,12 +15,16 @@ class Batch:
         num_decode: how many of the chunks decode.
         num_verified: how many chunks behind them verify drafts.
         sampled: for each token that is sampled, in order, its chunk (of a verification the beginning up to it).
+        preempted: sequences whose state is to be copied before the step, from the slot that they have lost.
+        resumed: sequences whose state and last token are to be put into their new slot before the step.
     """
 
     chunks: tuple[Chunk, ...]
     num_decode: int
     sampled: tuple[Chunk, ...]
     num_verified: int = 0
+    preempted: tuple[tuple[Sequence, int], ...] = ()
+    resumed: tuple[Sequence, ...] = ()
 
     @classmethod
     def of(cls, decoding: list[Chunk], verifying: list[Chunk], prompts: list[Chunk]) -> "Batch | None":

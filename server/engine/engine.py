@@ -6,6 +6,7 @@ step is already on its way to the device when the tokens of this one are read ba
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -45,7 +46,11 @@ class Runner(Protocol):
 
 
 class Engine:
-    """A scheduler and a runner that take turns."""
+    """A scheduler and a runner that take turns.
+
+    Attributes:
+        on_begin: called with the ids of requests that have got their first slot, before the step in which they begin.
+    """
 
     def __init__(
         self,
@@ -69,6 +74,7 @@ class Engine:
             watch: looks at the states of running conversations; None: only logits are looked at.
         """
         self.info = info
+        self.on_begin: Callable[[list[str]], None] = lambda request_ids: None
         self._scheduler = scheduler
         self._runner = runner
         self._num_ahead = num_ahead
@@ -79,7 +85,7 @@ class Engine:
         self._num_steps = 0
         self._num_prefill_tokens = 0
         self._num_decode_tokens = 0
-        self._step_time_s = 0.0
+        self._step_time_s = self._longest_step_s = 0.0
         self._token_times = PositionRecorder(STEP_BUCKETS_S)
         self._num_not_finite = 0
 
@@ -103,8 +109,10 @@ class Engine:
             num_prefill_tokens=self._num_prefill_tokens,
             num_decode_tokens=self._num_decode_tokens + self._scheduler.num_accepted,
             step_time_s=self._step_time_s,
+            longest_step_s=self._longest_step_s,
             num_drafted_tokens=self._scheduler.num_drafted,
             num_accepted_tokens=self._scheduler.num_accepted,
+            num_preemptions=self._scheduler.num_preemptions,
             prefix_cache=self._snapshots.cache_stats,
             token_times=self._token_times.histogram(),
             state_norms=self._watch.norms,
@@ -148,9 +156,8 @@ class Engine:
         if self._stages.cancel(request_id):
             return [TokenEvent(request_id, finish_reason=FinishReason.SUSPENDED)]
         events = self._settle()
-        for sequence in self._scheduler.running:
-            if sequence.request_id == request_id:
-                sequence.save_on_end(save_to if in_prompt or sequence.is_past_prompt else None, note)
+        if (sequence := self._scheduler.find(request_id)) is not None:
+            sequence.save_on_end(save_to if in_prompt or sequence.is_past_prompt else None, note)
         event = self._scheduler.abort(request_id)
         if event is None:
             return events
@@ -175,6 +182,8 @@ class Engine:
         events = self._stages.collect(wait_s=0.0 if self._is_computing else _IDLE_WAIT_S)
         started = time.monotonic()
         batch = self._scheduler.next_batch()
+        if begun := self._scheduler.take_begun():
+            self.on_begin(begun)
         if batch is not None:
             self._runner.launch(batch)
             self._in_flight.append(batch)
@@ -190,6 +199,7 @@ class Engine:
     def _time(self, batch: Batch | None, elapsed_s: float, events: list[TokenEvent]) -> None:
         """Notes what a step took, and what a token cost where it stands; `batch`: the one that was committed in it."""
         self._step_time_s += elapsed_s
+        self._longest_step_s = max(self._longest_step_s, elapsed_s)
         if batch is None:
             return
         self._scheduler.observe(batch, elapsed_s)

@@ -17,7 +17,7 @@ class Groups:
     def holds(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence had better wait for its leader."""
         group = sequence.request.group
-        leader = None if group is None else self._leaders.get(group)
+        leader = None if group is None or sequence.is_preempted else self._leaders.get(group)
         return leader is not None and leader.status is SequenceStatus.PREFILL
 
     def admitted(self, sequence: Sequence) -> None:

@@ -16,6 +16,7 @@ from dijiang_model.quantization.config import Quantization
 from dijiang_model.serving.network import FrozenModel, freeze
 from dijiang_model.state import StateSpec
 from server.engine.engine import Engine
+from server.engine.fairness.step_times import StepTimes
 from server.engine.fast_steps.capture import recorder
 from server.engine.fast_steps.decode_rows import Decode
 from server.engine.grammars.grammar import GrammarCompiler
@@ -156,6 +157,8 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
         max_scored_tokens=max(1, _SCORING_BYTES[device.type] // (4 * vocab_size)),
         speculation=speculation,
         max_unseen=num_ahead,
+        reserved_waiting=config.reserved_waiting,
+        step_times=StepTimes(config.target_gap_ms / 1000) if num_ahead == 0 and config.target_gap_ms > 0 else None,
         on_admission=lambda sequence: _begin(sequence, snapshots, grammars),
     )
     info = EngineInfo(
@@ -225,8 +228,9 @@ class PoolAccess:
         return cast(Bytes, snapshot.cpu().numpy())
 
     def from_row(self, row: Bytes) -> object:
-        """Bytes as a host tensor; `StatePool.restore` brings them to the device."""
-        return torch.from_numpy(row)
+        """Bytes as a host tensor, in memory from which `StatePool.restore` copies them without anybody waiting."""
+        snapshot = torch.from_numpy(row)
+        return snapshot.pin_memory() if self._pool.buffer.storage.is_cuda else snapshot
 
 
 def state_layout(spec: StateSpec, vocab_size: int, fingerprint: str) -> StateLayout:

@@ -103,11 +103,25 @@ class ModelRunner:
     def launch(self, batch: Batch) -> None:
         """Starts a step; on a CPU it is done on return, unless it waits for `complete`."""
         self.complete()
+        if batch.preempted or batch.resumed:
+            self._change_hands(batch)
         kept = None if self._decode_rows is None else self._decode_rows.of(batch)
         if kept is not None and kept.is_greedy:
             self._in_flight.append(_InFlight(batch, len(batch.sampled), None, kept.decoding.choose(), None))
         else:
             self._launch(batch, kept)
+
+    @torch.inference_mode()
+    def _change_hands(self, batch: Batch) -> None:
+        """Copies the states of sequences that lose their slot, and puts back those of others that have one again."""
+        for sequence, slot in batch.preempted:
+            if sequence.num_fed > sequence.num_skipped:
+                sequence.parked = self._pool.snapshot(slot)
+        for sequence in batch.resumed:
+            if isinstance(sequence.parked, Tensor):
+                self._pool.restore(sequence.slot, sequence.parked)
+                sequence.parked = None
+            self._last_token_ids[sequence.slot] = sequence.last_token_id
 
     @torch.inference_mode()
     def _launch(self, batch: Batch, kept: DecodeStep | None) -> None:
@@ -164,7 +178,8 @@ class ModelRunner:
     @torch.inference_mode()
     def release(self, sequence: Sequence) -> None:
         """Clears the slot and the sampler's memory of an ended sequence."""
-        self._pool.reset(sequence.slot)
+        if sequence.slot != SCRATCH_SLOT:
+            self._pool.reset(sequence.slot)
         self._sampler.release(sequence)
 
     def _begin(self, chunk: Chunk) -> None:

@@ -1,15 +1,16 @@
 """Who runs in the next step. Pure bookkeeping: no tensor, no clock, no thread.
 
 Rules:
-    - Continuous batching: every step takes all decoding sequences first, then chunks of prompts, first
-      come first served, until `max_step_tokens` are reached. Several prompts share a step; a prompt
-      longer than what is left goes on in the next one, and only its last chunk samples.
-    - There are never more running sequences than tokens in a step, so decoding never starves, and the
-      oldest prompt moves on by at least one token in every step.
+    - Continuous batching: every step takes all decoding sequences first, then chunks of prompts, until
+      `max_step_tokens` are reached. Several prompts share a step; a prompt longer than its share goes on in the next
+      one, and only its last chunk samples.
+    - There are never more running sequences than tokens in a step, so decoding never starves.
+    - Who gets a slot, and who gives one up, is `fairness.admission`'s to say; how prompts share the tokens of a step
+      is `fairness.prompts`': every tenant by its weight, the oldest prompt of each at least a half of that.
+    - While answers run, prompts take no more tokens of a step than their gap allows (`fairness.step_times`); while
+      none do, all of it. Time is given by `observe`; nothing here looks at a clock.
     - Prompts whose tokens are scored take at most `max_scored_tokens` of a step together, for each of those needs
       the logits of a whole vocabulary: the memory for them is fixed, however long the prompts are.
-    - A request runs as soon as a slot is free, in order of priority, then of arrival. At most `max_waiting` wait;
-      one more is refused.
     - Every request that was added ends in exactly one terminal event.
     - A step may be planned while earlier ones are in flight: rows whose sequence has ended meanwhile are
       ignored by `commit`.
@@ -20,14 +21,14 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
 from server.engine.batch import Batch
-from server.engine.groups import Groups
+from server.engine.fairness.admission import Admission, Moves
+from server.engine.fairness.prompts import PromptShares
+from server.engine.fairness.step_times import StepTimes
 from server.engine.sequence import FROM_NOTHING, Chunk, Sequence, SequenceStatus, Start
-from server.engine.slots import SlotAllocator
 from server.engine.speculation.drafts import num_confirmed
 from server.engine.speculation.rules import Speculation
 from server.engine.types.logprobs import NO_STEP_LOGPROBS, LogprobTable, StepLogprobs
 from server.engine.types.requests import EngineError, FinishReason, GenerationRequest, TokenEvent
-from server.engine.waiting import WaitingQueue
 
 NUMERICAL_ERROR = "numerical_error"
 """Code of a request that ended because something in its computation was not finite."""
@@ -40,9 +41,11 @@ class _Budget:
     num_tokens: int
     num_scored_tokens: int
 
-    def feed(self, sequence: Sequence) -> list[Chunk]:
-        """The next chunk of a prompt; none if nothing is left for it."""
-        most = min(self.num_tokens, self.num_scored_tokens) if sequence.scores_prompt else self.num_tokens
+    def feed(self, sequence: Sequence, most: int) -> list[Chunk]:
+        """The next chunk of a prompt, of up to `most` tokens; none if nothing is left for it."""
+        most = min(most, self.num_tokens)
+        if sequence.scores_prompt:
+            most = min(most, self.num_scored_tokens)
         if most < 1:
             return []
         chunk = sequence.next_chunk(most)
@@ -70,6 +73,9 @@ class Scheduler:
         speculation: Speculation | None = None,
         max_unseen: int = 0,
         on_admission: Callable[[Sequence], None] = lambda sequence: None,
+        reserved_waiting: int = 0,
+        step_times: StepTimes | None = None,
+        can_preempt: bool = True,
     ) -> None:
         """
         Args:
@@ -84,27 +90,35 @@ class Scheduler:
                 seen: 1 where the runner completes a step after the one before it was committed, else 0.
             on_admission: called with a sequence that gets its slot, before its first tokens are scheduled; it may let
                 the sequence begin behind a prefix whose state is known (`Sequence.skip`).
+            reserved_waiting, can_preempt: see `Admission`.
+            step_times: limits the prompt tokens of steps in which answers run; None: they take what is left.
 
         Raises:
             ValueError: the numbers do not fit each other.
         """
         if num_slots > max_step_tokens:
             raise ValueError(f"{num_slots} slots need steps of at least as many tokens, not {max_step_tokens}")
-        if max_waiting < 0:
-            raise ValueError(f"max_waiting must be 0 or more, not {max_waiting}")
-        self._slots = SlotAllocator(num_slots)
+        self._admission = Admission(
+            num_slots=num_slots,
+            max_waiting=max_waiting,
+            reserved_waiting=reserved_waiting,
+            can_preempt=can_preempt,
+            on_admission=self._begin,
+        )
+        self._running, self._waiting = self._admission.running, self._admission.waiting
+        self._num_slots = num_slots
         self._max_step_tokens = max_step_tokens
-        self._max_waiting = max_waiting
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._max_scored_tokens = max_step_tokens if max_scored_tokens is None else max_scored_tokens
         self._speculation = speculation
         self._max_unseen = max_unseen
         self._on_admission = on_admission
-        self._groups = Groups()
-        self._waiting = WaitingQueue()
-        self._running: dict[str, Sequence] = {}
+        self._prompts = PromptShares()
+        self._step_times = step_times
         self._ended: list[Sequence] = []
+        self._begun: list[str] = []
+        self._checked_prompt: tuple[int, ...] = ()
         self.num_drafted = 0
         self.num_accepted = 0
 
@@ -125,7 +139,12 @@ class Scheduler:
 
     @property
     def num_free_slots(self) -> int:
-        return self._slots.num_free
+        return self._admission.slots.num_free
+
+    @property
+    def num_preemptions(self) -> int:
+        """Running sequences that had to wait again."""
+        return self._admission.num_preemptions
 
     @property
     def has_unfinished(self) -> bool:
@@ -134,7 +153,11 @@ class Scheduler:
 
     def has(self, request_id: str) -> bool:
         """Whether a request of this id has not ended yet."""
-        return request_id in self._waiting or request_id in self._running
+        return self.find(request_id) is not None
+
+    def find(self, request_id: str) -> Sequence | None:
+        """The sequence of a request that has not ended; None if there is none."""
+        return self._admission.find(request_id)
 
     def add(self, request: GenerationRequest, start: Start = FROM_NOTHING) -> TokenEvent | None:
         """Takes a request in; returns its terminal event at once if it cannot be taken.
@@ -152,39 +175,33 @@ class Scheduler:
         fault = self._fault(request)
         if fault is not None:
             return _failed(request_id, code="internal_error", message=fault)
-        if self.num_waiting - self.num_free_slots >= self._max_waiting:
-            message = f"the engine is full: {self.num_running} requests run and {self.num_waiting} wait"
-            return _failed(request_id, code="overloaded", message=message)
-        self._waiting.add(Sequence(request, self._eos_token_ids, start))
+        refusal = self._admission.refusal(request.tenant, len(request.prompt_token_ids))
+        if refusal is not None:
+            return _failed(request_id, code="overloaded", message=refusal)
+        self._admission.add(Sequence(request, self._eos_token_ids, start))
         return None
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """Ends a request wherever it is; its terminal event, or None if it is unknown or has ended."""
-        sequence = self._waiting.remove(request_id)
-        if sequence is not None:
-            sequence.finish()
-        elif request_id in self._running:
-            self._end(self._running[request_id])
-        else:
+        sequence = self.find(request_id)
+        if sequence is None:
             return None
+        self._end(sequence)
         return TokenEvent(request_id, finish_reason=FinishReason.ABORT)
 
     def next_batch(self) -> Batch | None:
         """Plans a step and counts its tokens as fed; None when nothing can be scheduled now."""
+        if len(self._waiting) == 0:
+            moves = self._admission.fill(0)
+        else:
+            num_rows = sum(sequence.wants_decode for sequence in self._running.values())
+            moves = self._admission.fill(max(1, self._prompt_tokens(num_rows, num_rows)))
         decoding, verifying = self._decode()
-        if len(decoding) + len(verifying) == len(self._running) and len(self._waiting) == 0:
-            return Batch.of(decoding, verifying, [])  # nobody has a prompt
-        num_tokens = self._max_step_tokens - sum(chunk.length for chunk in (*decoding, *verifying))
-        budget = _Budget(num_tokens, self._max_scored_tokens)
-        chunks: list[Chunk] = []
-        for follower in self._fork():
-            chunks += budget.feed(follower)
-        for sequence in [*self._running.values()]:
-            if sequence.status is SequenceStatus.PREFILL:
-                chunks += budget.feed(sequence)
-        while budget.num_tokens > 0 and (admitted := self._admit()) is not None:
-            chunks += budget.feed(admitted)
-        return Batch.of(decoding, verifying, chunks)
+        prompts = self._read(moves, decoding, verifying)
+        batch = Batch.of(decoding, verifying, prompts)
+        if batch is None or not (moves.preempted or moves.resumed):
+            return batch
+        return replace(batch, preempted=tuple(moves.preempted), resumed=tuple(moves.resumed))
 
     def commit(
         self,
@@ -224,9 +241,19 @@ class Scheduler:
         ]
 
     def observe(self, batch: Batch, seconds: float) -> None:
-        """Learns what a step took, where prompts have no part in it."""
-        if self._speculation is not None and batch.num_prefill_tokens == 0:
+        """Learns what a step took."""
+        num_prompt_tokens = batch.num_prefill_tokens
+        if self._speculation is not None and num_prompt_tokens == 0:
             self._speculation.observe(sum(chunk.length for chunk in batch.chunks), seconds)
+        if self._step_times is not None:
+            self._step_times.observe(batch.num_decode + batch.num_verified, num_prompt_tokens, seconds)
+
+    def take_begun(self) -> list[str]:
+        """Requests that have got their first slot since the last call."""
+        if not self._begun:
+            return self._begun
+        begun, self._begun = self._begun, []
+        return begun
 
     def take_ended(self) -> list[Sequence]:
         """The sequences that gave their slot back since the last call, for the clean-up of the device."""
@@ -237,7 +264,7 @@ class Scheduler:
         """Schedules every sequence that decodes: one token each, or with drafts where those are worth their rows."""
         ready = [sequence for sequence in self._running.values() if sequence.wants_decode]
         # Whoever runs, or might from this step on, gets a token.
-        num_spare = self._max_step_tokens - min(len(self._running) + len(self._waiting), self._slots.num_slots)
+        num_spare = self._max_step_tokens - min(len(self._running) + len(self._waiting), self._num_slots)
         num_rows = len(ready)
         decoding, verifying = [], []
         for sequence in ready:
@@ -251,6 +278,31 @@ class Scheduler:
             else:
                 decoding.append(sequence.next_chunk(1))
         return decoding, verifying
+
+    def _read(self, moves: Moves, decoding: list[Chunk], verifying: list[Chunk]) -> list[Chunk]:
+        """Schedules prompts, each with its share of what the step has left."""
+        num_known = len(decoding) + len(verifying)
+        if num_known == len(self._running):
+            return []
+        reading = [one for one in self._running.values() if one.status is SequenceStatus.PREFILL]
+        if not reading:
+            return []
+        num_rows = sum(chunk.length for chunk in (*decoding, *verifying))
+        budget = _Budget(self._max_step_tokens - num_rows, self._max_scored_tokens)
+        chunks: list[Chunk] = []
+        for follower in moves.followers:  # in this very step, while its leader is where it is
+            chunks += budget.feed(follower, 1)
+        reading = [one for one in reading if one not in moves.followers]
+        budget.num_tokens = min(budget.num_tokens, self._prompt_tokens(num_known, num_rows))
+        for sequence, most in self._prompts.split(reading, budget.num_tokens):
+            chunks += budget.feed(sequence, most)
+        return chunks
+
+    def _prompt_tokens(self, num_decoding: int, num_rows: int) -> int:
+        """Most prompt tokens of a step in which so many sequences decode, in so many rows."""
+        left = self._max_step_tokens - num_rows
+        limit = None if self._step_times is None else self._step_times.prompt_tokens(num_decoding)
+        return left if limit is None else min(left, limit)
 
     def _commit_chunk(self, chunk: Chunk, token_ids: Items[int], faults: Items[bool]) -> TokenEvent:
         """Commits what a chunk sampled, one token or those of a verification that stand."""
@@ -294,45 +346,20 @@ class Scheduler:
         num_cached = sequence.num_cached if sequence.is_first_output else 0
         return TokenEvent(sequence.request_id, (token_id,), reason, num_cached_tokens=num_cached)
 
-    def _admit(self) -> Sequence | None:
-        """The next request, in a slot; None without a request or a slot."""
-        if len(self._waiting) == 0 or self._slots.num_free == 0:
-            return None
-        sequence = next((waiting for waiting in self._waiting if not self._groups.holds(waiting)), None)
-        if sequence is None:
-            return None
-        self._on_admission(sequence)
-        self._groups.admitted(sequence)
-        self._start(sequence)
-        return sequence
-
-    def _fork(self) -> list[Sequence]:
-        """Gives slots to the sequences of groups whose prompt has been computed, as far as there are slots."""
-        followers = []
-        for leader in self._groups.ready():
-            for sequence in self._waiting:
-                if sequence.request.group == leader.request.group and self._slots.num_free > 0:
-                    self._on_admission(sequence)
-                    sequence.fork(leader)
-                    self._start(sequence)
-                    followers.append(sequence)
-        return followers
-
-    def _start(self, sequence: Sequence) -> None:
-        slot = self._slots.allocate()
-        assert slot is not None
-        self._waiting.remove(sequence.request_id)
-        sequence.admit(slot)
+    def _begin(self, sequence: Sequence) -> None:
+        """Prepares a sequence that gets its first slot."""
         sequence.max_unseen = self._max_unseen
-        self._running[sequence.request_id] = sequence
+        self._begun.append(sequence.request_id)
+        self._on_admission(sequence)
         if self._speculation is not None:
             self._speculation.begin(sequence)
 
     def _end(self, sequence: Sequence) -> None:
-        del self._running[sequence.request_id]
+        has_begun = sequence.status is not SequenceStatus.WAITING or sequence.is_preempted
+        self._admission.remove(sequence)
         sequence.finish()
-        self._slots.free(sequence.slot)
-        self._ended.append(sequence)
+        if has_begun:
+            self._ended.append(sequence)
 
     def _fault(self, request: GenerationRequest) -> str | None:
         """Why this request would break a step for everybody; the service has checked before."""
@@ -343,7 +370,7 @@ class Scheduler:
             return f"max_tokens is {sampling.max_tokens}, and must be at least 0"
         bias_ids = (token_id for token_id, _ in sampling.logit_bias)
         for name, token_ids in (
-            ("prompt", request.prompt_token_ids),
+            ("prompt", () if request.prompt_token_ids is self._checked_prompt else request.prompt_token_ids),
             ("stop_token_ids", sampling.stop_token_ids),
             ("logit_bias", tuple(bias_ids)),
             ("predicted_token_ids", request.predicted_token_ids),
@@ -353,6 +380,7 @@ class Scheduler:
         ):
             if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._vocab_size):
                 return f"{name} has a token id outside of the vocabulary (0 to {self._vocab_size - 1})"
+        self._checked_prompt = request.prompt_token_ids  # which a whole group has in common
         return None
 
 

@@ -8,10 +8,10 @@ the last ones for those who need them: a sequence takes the same memory at outpu
 from array import array
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Protocol
 
+from server.engine.followers import Constraint, Drafter
 from server.engine.slots import SCRATCH_SLOT
-from server.engine.types.requests import FinishReason, GenerationRequest, SamplingParams
+from server.engine.types.requests import FinishReason, GenerationRequest, SamplingParams, Tenant
 
 MAX_OUTPUTS_KEPT = 1 << 16
 
@@ -49,56 +49,6 @@ class Start:
 FROM_NOTHING = Start()
 
 
-class Constraint(Protocol):
-    """What the output of a sequence must look like; follows it token by token."""
-
-    has_ended: bool
-    """The end-of-sequence token was accepted."""
-
-    def accept(self, token_id: int) -> str | None:
-        """Takes a sampled token in; a sentence if the output cannot go on with it."""
-        ...
-
-    def num_permitted(self, token_ids: tuple[int, ...]) -> int:
-        """How many of these tokens may come next, one after the other."""
-        ...
-
-    def write_mask(self, words: "array[int]", start: int, *, after: tuple[int, ...] = ()) -> None:
-        """Writes a bit for each token, 1 where it may come after these tokens, into 8-byte words from words[start] on.
-
-        `after` is permitted; it is not accepted by this.
-        """
-        ...
-
-
-class StepCosts(Protocol):
-    """What steps cost, in units of a step of one row."""
-
-    def step(self, num_rows: int) -> float:
-        """Returns the cost of a step of `num_rows` rows, >= 1."""
-        ...
-
-
-class Drafter(Protocol):
-    """Guesses the next tokens of one sequence."""
-
-    last_token_id: int
-    """The token that was pushed last, or the prompt's last one."""
-
-    @property
-    def follows_prediction(self) -> bool:
-        """Whether what it drafts now is from the request's prediction."""
-        ...
-
-    def push(self, token_id: int) -> None:
-        """Takes a token of the output in."""
-        ...
-
-    def draft(self, most: int, *, prices: StepCosts, num_rows: int) -> tuple[int, ...]:
-        """Returns up to `most` tokens that may come next and are worth their rows in a step of `num_rows`."""
-        ...
-
-
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One request in the engine.
@@ -107,6 +57,7 @@ class Sequence:
         request: what the client wants.
         eos_token_ids: the model's end-of-sequence tokens.
         start: the state that it begins from.
+        arrival: its place among all requests, in the order in which they came.
         status: what comes next.
         slot: place of its state, from admission on; kept after the end for the clean-up. Before: none of its own.
         num_fed: tokens scheduled into the model or skipped, hence the place of the next one.
@@ -120,6 +71,11 @@ class Sequence:
             having seen the last token.
         max_unseen: steps that may be planned for such a sequence before their tokens were seen.
         drafter: guesses its next tokens; None: nobody does.
+        last_token_id: the output token committed last.
+        is_preempted: it waits for a slot again, its state in `parked` if it has fed anything.
+        parked: what lay in its slot when another sequence got that.
+        is_yielding: no more of it is scheduled, so that its slot can be taken when its last token was seen.
+        num_admitted: steps planned before it got its slot.
         is_verifying: a step that verifies drafts is in flight; what comes after it is not known before.
         end_token_ids: tokens that end it.
     """
@@ -127,6 +83,7 @@ class Sequence:
     request: GenerationRequest
     eos_token_ids: tuple[int, ...]
     start: Start = FROM_NOTHING
+    arrival: int = 0
     status: SequenceStatus = SequenceStatus.WAITING
     slot: int = SCRATCH_SLOT
     num_fed: int = 0
@@ -139,6 +96,11 @@ class Sequence:
     constraint: Constraint | None = None
     max_unseen: int = 0
     drafter: Drafter | None = None
+    last_token_id: int = 0
+    is_preempted: bool = False
+    parked: object | None = None
+    is_yielding: bool = False
+    num_admitted: int = 0
     is_verifying: bool = False
     end_token_ids: frozenset[int] = field(init=False)
     _outputs: "array[int] | None" = None
@@ -156,6 +118,10 @@ class Sequence:
         return self.request.request_id
 
     @property
+    def tenant(self) -> Tenant:
+        return self.request.tenant
+
+    @property
     def sampling(self) -> SamplingParams:
         return self.request.sampling
 
@@ -170,6 +136,12 @@ class Sequence:
         return max(0, len(self.request.prompt_token_ids) - self.num_fed)
 
     @property
+    def num_chunk_left(self) -> int:
+        """Those up to the next stop: the most that its next chunk may have."""
+        ahead = [stop for stop in self.stops if stop > self.num_fed]
+        return min(self.num_prompt_left, min(ahead, default=self.num_prompt_left + self.num_fed) - self.num_fed)
+
+    @property
     def depends_on_last_token(self) -> bool:
         """Whether the host must have seen the last token before it can say what may come next."""
         return self.constraint is not None or any(len(word) > 1 for word in self.sampling.bad_words)
@@ -179,7 +151,7 @@ class Sequence:
         """Whether another output token may be scheduled; false once `max_tokens` are on their way."""
         limit = self.sampling.max_tokens
         num_unseen = self.num_scheduled - self.num_outputs
-        if self.is_verifying or (self.depends_on_last_token and num_unseen > self.max_unseen):
+        if self.is_yielding or self.is_verifying or (self.depends_on_last_token and num_unseen > self.max_unseen):
             return False
         return self.status is SequenceStatus.DECODE and (limit is None or self.num_scheduled < limit)
 
@@ -244,15 +216,29 @@ class Sequence:
         self.start = Start(self.start.position, source_slot=leader.slot)
 
     def admit(self, slot: int) -> None:
-        """WAITING -> PREFILL, in a slot of its own."""
+        """WAITING -> PREFILL, or DECODE again, in a slot of its own."""
         assert self.status is SequenceStatus.WAITING
         self.slot = slot
-        self.status = SequenceStatus.PREFILL
+        decodes = self.is_preempted and self.num_prompt_left == 0
+        self.status = SequenceStatus.DECODE if decodes else SequenceStatus.PREFILL
+        self.is_preempted = False
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every token that was asked for was seen, so that it can stop here and go on elsewhere."""
+        return self.num_scheduled == self.num_outputs
+
+    def preempt(self) -> int:
+        """PREFILL or DECODE -> WAITING; returns the slot that is another's from the next step on."""
+        assert self.is_settled
+        slot, self.slot = self.slot, SCRATCH_SLOT
+        self.status, self.is_preempted, self.is_yielding = SequenceStatus.WAITING, True, False
+        return slot
 
     def next_chunk(self, max_tokens: int) -> "Chunk":
         """Schedules its next tokens: up to `max_tokens` (>= 1) of the prompt, or one decoded token."""
         is_decode = self.status is SequenceStatus.DECODE
-        length = 1 if is_decode else min(self.num_prompt_left, max_tokens, self._num_to_stop)
+        length = 1 if is_decode else min(self.num_chunk_left, max_tokens)
         assert length > 0
         start = self.num_fed
         self.num_fed += length
@@ -294,6 +280,7 @@ class Sequence:
     def accept(self, token_id: int) -> FinishReason | None:
         """Commits one sampled token; says whether, and why, the sequence ends with it."""
         self.num_outputs += 1
+        self.last_token_id = token_id
         if self.drafter is not None:
             self.drafter.push(token_id)
         if self._outputs is not None:
@@ -317,12 +304,6 @@ class Sequence:
             before = self.request.prompt_token_ids[len(self.request.prompt_token_ids) - num_outputs :]
             self._outputs = array("i", before[-MAX_OUTPUTS_KEPT // 2 :])
         self.num_outputs = self.num_scheduled = self.num_outputs_before = num_outputs
-
-    @property
-    def _num_to_stop(self) -> int:
-        """Prompt tokens up to the next stop."""
-        ahead = [stop for stop in self.stops if stop > self.num_fed]
-        return min(ahead, default=len(self.request.prompt_token_ids)) - self.num_fed
 
     def finish(self) -> None:
         """Any state -> FINISHED, once."""

@@ -2,26 +2,29 @@
 
 Promises:
     - Every submitted request's stream ends with exactly one terminal event: the engine's own, ABORT when
-      the caller leaves first or the client is closed, or ERROR `engine_restarting` when the process dies.
+      the caller leaves first or the client is closed, or ERROR `engine_restarting` when the process dies in which it
+      had begun. One that waited goes to the next process, once.
     - Leaving `async with client.submit(...)`, in whichever way and phase, frees the request's slot.
-    - A process that dies is started again. After several failures in a row to load, or one that cannot
-      get better (a damaged checkpoint), the client gives up and says why.
+    - A process that dies, or is silent for too long (`watchdog`), is started again. After several failures in a row to
+      load, or one that cannot get better (a damaged checkpoint), the client gives up and says why.
 """
 
 import asyncio
-import itertools
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 from server.engine.process.messages import (
     AbortRequest,
-    AddRequest,
+    AddRequests,
+    Alive,
+    Begun,
     Command,
     EngineReady,
+    Heartbeat,
     LoadFailed,
     Report,
     ResetCache,
@@ -39,7 +42,9 @@ from server.engine.types.requests import (
 )
 from server.engine_client.candidate import Candidate
 from server.engine_client.link import EngineEndedError, EngineLink
-from server.errors import EngineUnavailableError, InvalidRequestError, OverloadedError
+from server.engine_client.submissions import Submissions
+from server.engine_client.watchdog import Watchdog
+from server.errors import EngineUnavailableError
 
 MAX_LOAD_FAILURES = 3
 _ENGINE_MODULE = "server.engine.process.main"
@@ -123,9 +128,7 @@ class EngineClient:
         self._candidate: Candidate | None = None
         self._link: EngineLink | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._submitted: dict[str, tuple[str, Callable[[TokenEvent], None]]] = {}
-        self._request_ids: set[str] = set()
-        self._numbers = itertools.count()
+        self._submissions = Submissions(config)
 
     @property
     def status(self) -> EngineStatus:
@@ -154,7 +157,7 @@ class EngineClient:
     @property
     def num_requests(self) -> int:
         """Requests that have not had their terminal event."""
-        return len(self._submitted)
+        return len(self._submissions)
 
     @property
     def pid(self) -> int | None:
@@ -185,14 +188,18 @@ class EngineClient:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.wait({self._supervisor})
-        self._end_all(TokenEvent("", finish_reason=FinishReason.ABORT))
+        self._submissions.end_all(TokenEvent("", finish_reason=FinishReason.ABORT))
 
     def suspend(self, request_id: str, *, save_to: str | None, note: str, in_prompt: bool) -> None:
         """Lets a request end with `SUSPENDED`; see `SuspendRequest`. Nothing happens to one that has ended."""
-        names = [name for name, (own_id, _) in self._submitted.items() if own_id == request_id]
-        if self._link is not None and names:
+        name = self._submissions.name_of(request_id)
+        if name is None:
+            return
+        if self._status is EngineStatus.RESTARTING:  # it waits for the next process, and has nothing to save
+            self._submissions.end(name, TokenEvent(name, finish_reason=FinishReason.SUSPENDED))
+        elif self._link is not None:
             with suppress(EngineEndedError):  # and the request with it
-                self._link.send(SuspendRequest(names[0], save_to, note, in_prompt))
+                self._link.send(SuspendRequest(name, save_to, note, in_prompt))
 
     def reset_cache(self) -> None:
         """Forgets every cached prefix.
@@ -253,43 +260,33 @@ class EngineClient:
         Raises:
             EngineUnavailableError: loading, restarting, failed or stopped.
             OverloadedError: as many requests wait as may.
+            RateLimitError: as many of this key.
             InvalidRequestError: another request of this id is running.
         """
-        # The engine knows each submission by a name of its own: a late event of an earlier request
-        # that was called the same can then never reach this one.
+        info = self._require_ready()
         names: dict[str, str] = {}
 
         def abort(request_id: str) -> None:
-            if self._submitted.pop(names[request_id], None) is not None:
+            if self._submissions.end(names[request_id], TokenEvent(request_id, finish_reason=FinishReason.ABORT)):
                 self._send_abort(names[request_id])
-                on_event(TokenEvent(request_id, finish_reason=FinishReason.ABORT))
 
         try:
+            added = []
             for request in requests:
-                self._check_admission(request)
-                name = f"{next(self._numbers)}/{request.request_id}"
-                self._send(AddRequest(replace(request, request_id=name)))
-                self._submitted[name] = (request.request_id, on_event)
-                self._request_ids.add(request.request_id)
-                names[request.request_id] = name
+                self._submissions.check(request, num_slots=info.num_slots)
+                added.append(self._submissions.add(request, on_event))
+                names[request.request_id] = added[-1].name
+            for message in AddRequests.of(submission.named for submission in added):
+                self._send(message)
             yield abort
         finally:
             for request_id in names:
                 abort(request_id)
-                self._request_ids.discard(request_id)
 
-    def _check_admission(self, request: GenerationRequest) -> None:
-        self._require_ready()
-        if request.request_id in self._request_ids:
-            raise InvalidRequestError(f"request_id {request.request_id!r} is in use", param="request_id")
-        assert self._info is not None
-        limit = self._info.num_slots + self._config.max_waiting
-        if len(self._submitted) >= limit:
-            raise OverloadedError(f"at capacity: {len(self._submitted)} requests running or queued, limit {limit}")
-
-    def _require_ready(self) -> None:
+    def _require_ready(self) -> EngineInfo:
         if self._status is not EngineStatus.READY or self._info is None:
             raise self._unavailable()  # without the reason: it may name files, and goes to any client
+        return self._info
 
     def _send(self, command: Command) -> None:
         assert self._link is not None
@@ -315,7 +312,7 @@ class EngineClient:
         finally:
             if self._candidate is not None:  # which nobody will take over any more
                 await self._candidate.link.close()
-        self._end_all(_engine_died())
+        self._submissions.end_all(_engine_died())
         if self._status is not EngineStatus.STOPPED:
             self._set_status(EngineStatus.FAILED, reason)
 
@@ -345,8 +342,7 @@ class EngineClient:
         try:
             if candidate is None:
                 return await self._follow(self._link, self._link.reports())
-            self._info = candidate.info
-            self._set_status(EngineStatus.READY)
+            self._take_over(self._link, candidate.info)
             return await self._follow(self._link, candidate.reports)
         finally:
             link, self._link = self._link, None
@@ -358,37 +354,52 @@ class EngineClient:
 
     async def _follow(self, link: EngineLink, reports: AsyncIterator[Report]) -> _End:
         failure: LoadFailed | None = None
-        async for report in reports:
-            if isinstance(report, StepDone):
-                self._take(report)
-            elif isinstance(report, EngineReady):
-                self._info = report.info
-                self._set_status(EngineStatus.READY)
-            else:
-                failure = report
+        watchdog = Watchdog(
+            self._config.heartbeat_s, ask=lambda: link.send(Heartbeat()), longest_step_s=lambda: self._longest_step_s
+        )
+        watching: asyncio.Task[None] | None = None
+        try:
+            async for report in reports:
+                watchdog.heard()
+                if isinstance(report, EngineReady):
+                    self._take_over(link, report.info)
+                elif isinstance(report, LoadFailed):
+                    failure = report
+                else:
+                    self._take(report)
+                if watching is None and self._status is EngineStatus.READY and self._config.heartbeat_s > 0:
+                    watching = asyncio.create_task(_end_when_silent(link, watchdog))
+        finally:
+            if watching is not None:
+                watching.cancel()
         was_ready = self._is_reloading or self._status is EngineStatus.READY
         if was_ready:
             self._set_status(EngineStatus.RESTARTING)
-        self._end_all(_engine_died())
+        self._submissions.end_all(_engine_died(), begun_only=True)
         if failure is not None:
             return _End(was_ready, failure.reason, failure.is_permanent)
         return _End(was_ready, f"exit status {link.returncode}")
 
-    def _take(self, report: StepDone) -> None:
-        for event in report.events:
-            is_last = event.finish_reason is not None
-            name = event.request_id
-            submitted = self._submitted.pop(name, None) if is_last else self._submitted.get(name)
-            if submitted is not None:
-                request_id, on_event = submitted
-                on_event(replace(event, request_id=request_id))
-        if report.stats is not None:
-            self._stats = report.stats
+    def _take_over(self, link: EngineLink, info: EngineInfo) -> None:
+        """Lets a process that has loaded serve, requests that the one before it had not begun first."""
+        self._info = info
+        with suppress(EngineEndedError):  # which is seen to when its reports end
+            for message in AddRequests.of(self._submissions.take_again()):
+                link.send(message)
+        self._set_status(EngineStatus.READY)
 
-    def _end_all(self, event: TokenEvent) -> None:
-        while self._submitted:
-            _, (request_id, on_event) = self._submitted.popitem()
-            on_event(replace(event, request_id=request_id))
+    def _take(self, report: Begun | Alive | StepDone) -> None:
+        if isinstance(report, Begun):
+            self._submissions.begun(report.request_ids)
+        elif isinstance(report, StepDone):
+            for event in report.events:
+                self._submissions.pass_on(event)
+            if report.stats is not None:
+                self._stats = report.stats
+
+    @property
+    def _longest_step_s(self) -> float:
+        return 0.0 if self._stats is None else self._stats.longest_step_s
 
     def _set_status(self, status: EngineStatus, failure: str | None = None) -> None:
         self._status, self._failure = status, failure
@@ -405,6 +416,12 @@ class EngineClient:
     def _unavailable(self, message: str | None = None) -> EngineUnavailableError:
         message = f"the engine is not ready: {self._status}" if message is None else message
         return EngineUnavailableError(message, code=f"engine_{self._status}", retry_after_s=self._retry_after_s)
+
+
+async def _end_when_silent(link: EngineLink, watchdog: Watchdog) -> None:
+    silent_s = await watchdog.silence()
+    _log.error("engine process %s has not answered for %.0f s and is ended", link.pid, silent_s)
+    link.kill()
 
 
 def _engine_died() -> TokenEvent:

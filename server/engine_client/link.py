@@ -3,10 +3,12 @@
 import asyncio
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 import msgspec
 import zmq
@@ -67,7 +69,7 @@ class EngineLink:
         link = cls(tempfile.mkdtemp(prefix="dijiang-"))  # mode 0700
         try:
             link._bind()
-            await link._start(config, module)
+            await link._start(replace(config, scratch_folder=link._folder), module)
         except BaseException:
             await link.close()
             raise
@@ -128,10 +130,13 @@ class EngineLink:
                 yield self._decoder.decode(self._events.recv(zmq.NOBLOCK))
 
     def kill(self) -> None:
-        """Ends the process at once, without waiting; it holds nothing that it would have to put away."""
+        """Ends the process and its ranks at once, even stopped ones, without waiting; they hold nothing to put away."""
         if self._process is not None and self._process.returncode is None:
-            with suppress(ProcessLookupError):
-                self._process.kill()
+            with suppress(ProcessLookupError, PermissionError):
+                if hasattr(os, "killpg"):
+                    os.killpg(self._process.pid, signal.SIGKILL)  # it leads a group of its own, see `_start`
+                else:
+                    self._process.kill()
 
     async def close(self) -> None:
         """Ends the process and removes the sockets."""

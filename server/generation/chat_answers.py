@@ -93,7 +93,7 @@ class ChatWriter(OpenAIWriter):
                 logprobs=self._chat_logprobs(answer.output),
                 finish_reason=self._answers[index].finish_reason(answer.finish_reason),
                 **self._token_ids(tuple(answer.token_ids)),
-                **self._state(answer.state_id),
+                **self._state(answer),
             )
             for index, answer in enumerate(answers)
         ]
@@ -131,7 +131,7 @@ class ChatWriter(OpenAIWriter):
             new = {}
         if reason is not None:
             end = answer.finish_reason(reason)
-            chunks.append(self._chunk(index, ChatDelta(), finish_reason=end, state_id=delta.state_id, **new))
+            chunks.append(self._chunk(index, ChatDelta(), finish_reason=end, end=delta, **new))
         return chunks
 
     def end(self) -> Sequence[bytes]:
@@ -147,7 +147,7 @@ class ChatWriter(OpenAIWriter):
         token_ids: tuple[int, ...] = (),
         output: Sequence[ScoredTokens] = (),
         finish_reason: ChatFinishReason | None = None,
-        state_id: str | None = None,
+        end: TextDelta | None = None,
         **more: Any,
     ) -> bytes:
         choice = ChatChunkChoice(
@@ -156,7 +156,7 @@ class ChatWriter(OpenAIWriter):
             logprobs=self._chat_logprobs(output) if output else None,
             finish_reason=finish_reason,
             **self._token_ids(token_ids),
-            **self._state(state_id),
+            **({} if end is None else self._state(end)),
         )
         return self._event(choices=[choice], **self._usage(), **more)
 

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from server.engine.types.requests import FinishReason, TokenEvent
+from server.errors import ServiceError
 from server.generation.logprobs import ScoredTokens
 from server.generation.planning import RequestPlan
 from server.metrics import Metrics
@@ -17,6 +18,7 @@ class TextDelta:
 
     Attributes:
         state_id: with the end: where the state after this answer is kept, if it is.
+        state_error: with the end: why it is not, though it was to be.
         prompt, output: the tokens whose log-probabilities are wanted, since the last delta.
     """
 
@@ -25,6 +27,7 @@ class TextDelta:
     token_ids: tuple[int, ...]
     finish_reason: FinishReasonText | None
     state_id: str | None = None
+    state_error: ServiceError | None = None
     prompt: ScoredTokens | None = None
     output: ScoredTokens | None = None
 
@@ -42,6 +45,7 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReasonText = "stop"
     state_id: str | None = None
+    state_error: ServiceError | None = None
     prompt: list[ScoredTokens] = field(default_factory=list)
     output: list[ScoredTokens] = field(default_factory=list)
 

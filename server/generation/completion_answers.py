@@ -31,7 +31,7 @@ class CompletionWriter(OpenAIWriter):
                 finish_reason=answer.finish_reason,
                 **self._prompt_logprobs(answer.prompt),
                 **self._token_ids(index, tuple(answer.token_ids)),
-                **self._state(answer.state_id),
+                **self._state(answer),
             )
             for index, answer in enumerate(answers)
         ]
@@ -53,7 +53,7 @@ class CompletionWriter(OpenAIWriter):
             finish_reason=delta.finish_reason,
             **(self._prompt_logprobs(prompt) if prompt else {}),
             **self._token_ids(delta.index, delta.token_ids),
-            **self._state(delta.state_id),
+            **self._state(delta),
         )
         return [event(Completion(**self._head, choices=[choice], **self._usage()).to_json())]
 

@@ -19,6 +19,8 @@ from server.generation.logprobs import check_num_entries
 from server.generation.planning import RequestPlan
 from server.protocol.usage import Usage
 from server.service import Service
+from server.states.errors import StorageFullError, StoreUnavailableError
+from server.states.session import error_of
 
 MAX_INLINE_TOKENS = 4096
 MAX_UNREAD_DELTAS = 100_000
@@ -45,7 +47,6 @@ class Generation:
         self._deltas: asyncio.Queue[TextDelta | ServiceError] = asyncio.Queue()
         self._endings: set[asyncio.Task[None]] = set()
         self._all_ended = asyncio.Event()
-        self._deadline: float | None = None
         self._ends: dict[int, dict[str, Any]] = {}
         self._is_cut_off = False
         self._num_left = len(self._choices)
@@ -110,10 +111,11 @@ class Generation:
             self._admitted.enter_context(self._service.generating())
             self._service.running.add(self)
             self._admitted.callback(self._service.running.discard, self)
-            await enter(self._session.opened(len(plan.requests)))
-            for choice in self._choices:
-                if choice.num_unread > MAX_INLINE_TOKENS:
-                    await asyncio.to_thread(choice.read_prompt)
+            async with plan.deadline.kept():
+                await enter(self._session.opened(len(plan.requests)))
+                for choice in self._choices:
+                    if choice.num_unread > MAX_INLINE_TOKENS:
+                        await asyncio.to_thread(choice.read_prompt)
             requests = [self._session.attach(request, number) for number, request in enumerate(plan.requests)]
             if self._outputs_before is not None:
                 requests = [self._session.resumed(request, self._outputs_before) for request in requests]
@@ -124,8 +126,6 @@ class Generation:
             raise
         if self._outputs_before is None:
             self._service.metrics.prompt_tokens.inc(self._num_new_tokens)
-        if plan.timeout_s is not None:
-            self._deadline = asyncio.get_running_loop().time() + plan.timeout_s
 
     async def close(self) -> None:
         """Ends what still runs and frees its slots. May be called twice."""
@@ -174,8 +174,7 @@ class Generation:
         num_open, loop = len(self._choices), asyncio.get_running_loop()
         while num_open:
             now = loop.time()
-            if self._deadline is not None and now >= self._deadline:
-                raise DeadlineError(f"the answer was not complete after {self.plan.timeout_s:g} s")
+            self.plan.deadline.check()
             delta = await self._wait(now, idle_s) if self._deltas.empty() else self._deltas.get_nowait()
             if isinstance(delta, ServiceError):
                 raise delta
@@ -215,12 +214,12 @@ class Generation:
             check_num_entries(num_entries)
             if delta.finish_reason is not None:
                 answer.finish_reason = delta.finish_reason
-                answer.state_id = delta.state_id
+                answer.state_id, answer.state_error = delta.state_id, delta.state_error
 
     async def _wait(self, now: float, idle_s: float | None) -> TextDelta | ServiceError | None:
         """The next delta; None when there was none for `idle_s`, or until the deadline."""
         silent_until = None if idle_s is None else now + idle_s
-        until = min((moment for moment in (silent_until, self._deadline) if moment is not None), default=None)
+        until = min((moment for moment in (silent_until, self.plan.deadline.at) if moment is not None), default=None)
         try:
             async with asyncio.timeout_at(until):
                 return await self._deltas.get()
@@ -297,14 +296,25 @@ class Generation:
         task.add_done_callback(self._endings.discard)
 
     async def _kept(self, choice: Choice, event: TokenEvent, delta: TextDelta) -> None:
-        """Keeps the state after the tokens that were taken."""
+        """Keeps the state after the tokens that were taken; an answer is worth something without it, too."""
+        try:
+            delta = replace(delta, state_id=await self._keep(choice, event))
+        except (StoreUnavailableError, StorageFullError) as error:
+            logger.error("the state of an answer could not be kept", problem=str(error))
+            delta = replace(delta, state_error=error)
+        self._note_end(choice, delta)
+
+    async def _keep(self, choice: Choice, event: TokenEvent) -> str:
+        """Where the state after the tokens that were taken is kept."""
         assert choice.token_ids is not None
+        if event.save_error is not None:
+            raise error_of(event.save_error)
         if event.saved is not None and choice.num_tokens == choice.num_received:
             saved = event.saved
         else:  # the engine's state has seen more than the answer says
             prompt = (*self._request(choice).prompt_token_ids, *choice.token_ids)
             saved, _ = await self._session.feed(prompt, choice.index)
-        self._note_end(choice, replace(delta, state_id=await self._session.keep(saved)))
+        return await self._session.keep(saved)
 
     async def _cut_off(self, choice: Choice, event: TokenEvent) -> None:
         """Keeps the state of a choice that the engine has suspended."""

@@ -9,9 +9,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from server.engine.types.requests import EngineInfo, GenerationRequest, GrammarSpec
+from server.generation.deadline import Deadline
 from server.generation.logprobs import LogprobFormat
 from server.generation.prompts import encode_messages, encode_prompts, predicted_tokens, system_prefix
-from server.generation.sampling import bad_words_of, check_counts, check_fields, given, sampling_params, timeout_of
+from server.generation.sampling import (
+    bad_words_of,
+    check_counts,
+    check_fields,
+    given,
+    sampling_params,
+    timeout_of,
+    within_limit,
+)
 from server.generation.sessions import Past, cache_use
 from server.generation.tools import call_token_ids, checked_grammar, form_of, told_tools
 from server.protocol.chat import ChatRequest
@@ -37,7 +46,7 @@ class RequestPlan:
         requests: what the engine gets for each choice; those of one prompt next to each other, as many for each.
         num_prompts: how many prompts they belong to.
         session: the states that they begin from and leave behind.
-        timeout_s: after which the whole request ends with an error; None: never.
+        deadline: when the whole request ends with an error.
         tokenizer: None if the model has none.
         tools: what may be called; None: nothing.
         thinking: how the answers begin; None: the model does not think.
@@ -50,7 +59,7 @@ class RequestPlan:
     requests: tuple[GenerationRequest, ...]
     num_prompts: int
     session: StateSession
-    timeout_s: float | None
+    deadline: Deadline
     tokenizer: Tokenizer | None
     tools: ToolUse | None = None
     thinking: Thinking | None = None
@@ -111,6 +120,14 @@ async def plan_request(service: Service, info: EngineInfo, owner: str, body: Bod
     Raises:
         ServiceError: the request can never work, or not now.
     """
+    deadline = Deadline.starting_now(timeout_of(body, service.options))
+    async with deadline.kept():
+        return await _plan(service, info, owner, body, past, deadline)
+
+
+async def _plan(
+    service: Service, info: EngineInfo, owner: str, body: Body, past: Past, deadline: Deadline
+) -> RequestPlan:
     check_counts(service.options, body)
     tools = told_tools(body.tool_use) if past.tells_tools else ()
     prompts = past.prompts if past.prompts is not None else await _encode(service, body, past, tools)
@@ -124,8 +141,8 @@ async def plan_request(service: Service, info: EngineInfo, owner: str, body: Bod
         points = system_prefix(service, body.messages, prompts[0], tools=tools)
     grammar, wanted = None, body.wanted_grammar
     if wanted is not None or body.tool_use is not None:
-        grammar = await checked_grammar(service, info, wanted, use=body.tool_use, thinking=thinking)
-    limit = given(body.token_limit, body.default_max_tokens)
+        grammar = await checked_grammar(service, info, wanted, owner=owner, use=body.tool_use, thinking=thinking)
+    limit = within_limit(given(body.token_limit, body.default_max_tokens), service.options)
     check_fields(
         service,
         body,
@@ -147,6 +164,7 @@ async def plan_request(service: Service, info: EngineInfo, owner: str, body: Bod
         cache=cache_use(owner, body, points=points) if past.uses_cache else None,
         rescue=past.rescue,
         cut_off_at=past.cut_off_at,
+        tenant=service.tenant_of(owner),
     )
     calls = call_token_ids(service.tokenizer) if body.tool_use is not None else frozenset()
     return RequestPlan(
@@ -155,7 +173,7 @@ async def plan_request(service: Service, info: EngineInfo, owner: str, body: Bod
         requests=await _requests(service, body, prompts, grammar=grammar, limit=limit),
         num_prompts=len(prompts),
         session=session,
-        timeout_s=timeout_of(body, service.options),
+        deadline=deadline,
         tokenizer=service.tokenizer,
         tools=body.tool_use,
         thinking=thinking,

@@ -83,6 +83,12 @@ def _wrap(seed: int) -> int:
     return (seed + SEED_RANGE // 2) % SEED_RANGE - SEED_RANGE // 2
 
 
+def within_limit(max_tokens: int | None, options: ServiceOptions) -> int | None:
+    """Most tokens of an answer: what is wanted, and no more than the operator allows; None: any number."""
+    most = options.max_answer_tokens
+    return max_tokens if most == 0 else most if max_tokens is None else min(max_tokens, most)
+
+
 def timeout_of(fields: GenerationFields, options: ServiceOptions) -> float | None:
     """Seconds after which the request ends; None: never."""
     limits = [fields.timeout, options.request_timeout_s if options.request_timeout_s > 0 else None]

@@ -16,15 +16,20 @@ from server.generation.generation import Generation
 from server.generation.logprobs import LogprobFormat, ScoredTokens
 from server.generation.planning import Body, plan_request
 from server.generation.sessions import find_past
-from server.http.errors import error_json
+from server.http.errors import error_json, on_wire
 from server.http.sse import DONE, KEEP_ALIVE, EventStreamResponse, event, unless_disconnected
 from server.protocol.usage import Usage
-from server.protocol.wire import ResponseModel
+from server.protocol.wire import ResponseModel, StateError
 from server.service import Service
 
 logger = structlog.stdlib.get_logger("dijiang.answers")
 MAX_INLINE_ENTRIES = 500
 T = TypeVar("T")
+
+
+def state_error(error: ServiceError) -> StateError:
+    """What an answer says whose state could not be kept."""
+    return StateError(code=on_wire(error).code, message=error.message)
 
 
 class AnswerWriter(Protocol):
@@ -74,8 +79,10 @@ class OpenAIWriter:
         num_top = self._fields.prompt_logprobs
         return {} if num_top is None else {"prompt_logprobs": self._logprobs.prompt(prompt, num_top=num_top)}
 
-    def _state(self, state_id: str | None) -> dict[str, Any]:
-        return {} if state_id is None else {"state_id": state_id}
+    def _state(self, end: TextDelta | Answer) -> dict[str, Any]:
+        if end.state_error is not None:
+            return {"state_id": None, "state_error": state_error(end.state_error)}
+        return {} if end.state_id is None else {"state_id": end.state_id}
 
     def _usage(self) -> dict[str, Any]:
         """Of a chunk that is not the last."""

@@ -46,12 +46,14 @@ async def checked_grammar(
     info: EngineInfo,
     wanted: WantedGrammar | None,
     *,
+    owner: str,
     use: ToolUse | None = None,
     thinking: Thinking | None = None,
 ) -> GrammarSpec | None:
     """The grammar of answers that may call tools, and must look as `wanted` says where they do not; None: any text.
 
     Args:
+        owner: whose request it is.
         thinking: what comes before; None: nothing.
 
     Raises:
@@ -59,15 +61,15 @@ async def checked_grammar(
         OverloadedError: too many grammars wait to be compiled.
     """
     if use is not None and (wanted is not None or not use.is_free):
-        await _checked(service, info, wanted)
+        await _checked(service, info, wanted, owner)
         is_special = bool(call_token_ids(service.tokenizer))
         content = None if wanted is None else wanted.source
         source = _source(use, content, form=form_of(service.tokenizer), is_special=is_special)
         wanted = WantedGrammar(source, "tools")
-    return await _checked(service, info, _behind(thinking, wanted))
+    return await _checked(service, info, _behind(thinking, wanted), owner)
 
 
-async def _checked(service: Service, info: EngineInfo, wanted: WantedGrammar | None) -> GrammarSpec | None:
+async def _checked(service: Service, info: EngineInfo, wanted: WantedGrammar | None, owner: str) -> GrammarSpec | None:
     if wanted is None:
         return None
     if service.grammars is None:
@@ -75,7 +77,7 @@ async def _checked(service: Service, info: EngineInfo, wanted: WantedGrammar | N
             f"`{wanted.param}` needs text, and this model has no tokenizer", param=wanted.param, code="no_tokenizer"
         )
     try:
-        return await service.grammars.check(wanted.source, info)
+        return await service.grammars.check(wanted.source, info, key=owner)
     except GrammarRefusedError as error:
         raise InvalidRequestError(f"{wanted.param}: {error}", param=wanted.param, code="invalid_value") from error
     except GrammarsBusyError as error:

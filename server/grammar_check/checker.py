@@ -1,25 +1,23 @@
 """Compiles the grammars of requests once, off the event loop, before anything is answered.
 
 A grammar that takes too long, too much memory, or breaks the compiler is refused, and costs the process that compiles
-(`server.grammar_check.worker`), which is started again for the next one. Answers are remembered by the grammar's text.
+(`server.grammar_check.worker`), which is started again for the next one. Several compile at once, in turns among keys:
+nobody waits for another key's slow ones. What was found is remembered by the text, refusals too, and goes on
+being found when the client who asked has left.
 """
 
 import asyncio
-import contextlib
-import json
-import logging
-import sys
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from server.engine.fairness.turns import Turns
 from server.engine.types.requests import EngineInfo, GrammarSpec
+from server.grammar_check.compiler_process import CompilerProcess, NoGrammarsError
 from server.grammar_check.sources import GrammarSource
 
 MAX_REMEMBERED = 256
-_log = logging.getLogger(__name__)
-_START_TIMEOUT_S = 60.0
-_MAX_LINE_BYTES = 64 << 20
+NUM_PROCESSES = 3
 _WORKER_MODULE = "server.grammar_check.worker"
 
 
@@ -31,10 +29,6 @@ class GrammarsBusyError(Exception):
     """Too many grammars wait to be compiled."""
 
 
-class _WorkerEndedError(Exception):
-    """The process has gone in the middle of its work."""
-
-
 @dataclass(frozen=True, slots=True)
 class GrammarLimits:
     """What a grammar may cost.
@@ -42,7 +36,7 @@ class GrammarLimits:
     Attributes:
         max_bytes: size of its text.
         timeout_s: time to compile it.
-        max_waiting: grammars that may wait for others.
+        max_waiting: grammars that may be compiled or wait for that; of one key three quarters of them.
     """
 
     max_bytes: int = 256 << 10
@@ -62,22 +56,26 @@ class GrammarChecker:
             limits: the defaults if None.
             module: the process, run with `python -m`.
         """
-        self._model_folder = model_folder
         self._limits = GrammarLimits() if limits is None else limits
-        self._module = module
         self._remembered: OrderedDict[GrammarSource, GrammarSpec | str] = OrderedDict()
-        self._turn = asyncio.Lock()
-        self._num_waiting = 0
-        self._process: asyncio.subprocess.Process | None = None
+        self._tasks: dict[GrammarSource, asyncio.Task[None]] = {}
+        self._turns: Turns[asyncio.Future[CompilerProcess]] = Turns(NUM_PROCESSES)
+        self._idle = [CompilerProcess(model_folder, module) for _ in range(NUM_PROCESSES)]
+        self._processes = tuple(self._idle)
         self._refusal: str | None = None
 
     @property
-    def pid(self) -> int | None:
-        """The process; None while there is none."""
-        return None if self._process is None else self._process.pid
+    def pids(self) -> frozenset[int]:
+        """The processes there are."""
+        return frozenset(process.pid for process in self._processes if process.pid is not None)
 
-    async def check(self, source: GrammarSource, info: EngineInfo) -> GrammarSpec:
+    async def check(self, source: GrammarSource, info: EngineInfo, *, key: str = "") -> GrammarSpec:
         """What the engine may be given.
+
+        Args:
+            source: as the client wrote it.
+            info: of the engine.
+            key: whose it is; keys take turns.
 
         Raises:
             GrammarRefusedError: it is not valid, or costs more than the limits allow.
@@ -86,16 +84,10 @@ class GrammarChecker:
         size = len(source.text.encode("utf-8", "replace"))
         if size > self._limits.max_bytes:
             raise GrammarRefusedError(f"it has {size:,} bytes, the limit is {self._limits.max_bytes:,}")
+        if self._refusal is not None:
+            raise GrammarRefusedError(self._refusal)
         if source not in self._remembered:
-            if self._num_waiting >= self._limits.max_waiting:
-                raise GrammarsBusyError
-            self._num_waiting += 1
-            try:
-                async with self._turn:
-                    if source not in self._remembered:
-                        self._remember(source, await self._ask(source, info))
-            finally:
-                self._num_waiting -= 1
+            await asyncio.shield(self._tasks.get(source) or self._begin(source, info, key))
         self._remembered.move_to_end(source)
         found = self._remembered[source]
         if isinstance(found, str):
@@ -104,85 +96,54 @@ class GrammarChecker:
 
     async def reset(self) -> None:
         """Forgets what was compiled: the model has another tokenizer, perhaps."""
-        async with self._turn:
-            await self.close()
-            self._remembered.clear()
-            self._refusal = None
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await self.close()
+        self._remembered.clear()
+        self._refusal = None
 
     async def close(self) -> None:
-        """Ends the process. May be called twice."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        # Its pipes are read to their end, so that nothing of it is left when the event loop closes.
-        await process.communicate()
+        """Ends the processes. May be called twice."""
+        tasks = [*self._tasks.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for process in self._processes:
+            await process.close()
 
-    def _remember(self, source: GrammarSource, found: GrammarSpec | str) -> None:
-        self._remembered[source] = found
-        if len(self._remembered) > MAX_REMEMBERED:
-            self._remembered.popitem(last=False)
+    def _begin(self, source: GrammarSource, info: EngineInfo, key: str) -> "asyncio.Task[None]":
+        most_of_one = max(1, self._limits.max_waiting * 3 // 4)
+        if len(self._tasks) >= self._limits.max_waiting or self._turns.num_of(key) >= most_of_one:
+            raise GrammarsBusyError
+        turn: asyncio.Future[CompilerProcess] = asyncio.get_running_loop().create_future()
+        self._turns.add(key, turn)
+        task = self._tasks[source] = asyncio.create_task(self._find(source, info, key, turn))
+        self._start_next()
+        return task
 
-    async def _ask(self, source: GrammarSource, info: EngineInfo) -> GrammarSpec | str:
-        """The grammar, or why it is refused."""
-        if self._refusal is None:
-            await self._start(info)
-        if self._refusal is not None:
-            return self._refusal
-        process = self._process
-        assert process is not None
+    async def _find(
+        self, source: GrammarSource, info: EngineInfo, key: str, turn: "asyncio.Future[CompilerProcess]"
+    ) -> None:
         try:
-            async with asyncio.timeout(self._limits.timeout_s):
-                answer = await self._exchange(process, asdict(source))
-        except TimeoutError:
-            await self.close()
-            return f"compiling it takes longer than {self._limits.timeout_s:g} s"
-        except _WorkerEndedError:
-            _log.warning("the process that compiles grammars has ended; another one is started when it is needed")
-            await self.close()
-            return "it is too large or nested too deeply to be compiled"
-        except BaseException:  # cancelled: an answer that nobody took would be taken for the next one
-            await self.close()
-            raise
-        return str(answer["error"]) if "error" in answer else GrammarSpec(str(answer["grammar"]))
+            process = await turn
+            try:
+                found = await process.compile(source, info, timeout_s=self._limits.timeout_s)
+            except NoGrammarsError as error:
+                self._refusal = found = str(error)
+            finally:
+                self._idle.append(process)
+                self._turns.done(key)
+                self._start_next()
+            self._remembered[source] = found
+            if len(self._remembered) > MAX_REMEMBERED:
+                self._remembered.popitem(last=False)
+        finally:
+            self._turns.discard(turn)
+            del self._tasks[source]
 
-    async def _start(self, info: EngineInfo) -> None:
-        """Has the process running, unless no grammar can be used at all."""
-        if self._process is not None and self._process.returncode is None:
-            return
-        await self.close()
-        eos = ",".join(map(str, info.eos_token_ids))
-        self._process = process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", self._module, str(self._model_folder), str(info.vocab_size), eos),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,  # a compiler that breaks may repeat what clients wrote
-            limit=_MAX_LINE_BYTES,
-            start_new_session=True,  # a Ctrl-C at the terminal is for the service to handle
-        )
-        try:
-            async with asyncio.timeout(_START_TIMEOUT_S):
-                greeting = await self._exchange(process, None)
-        except BaseException:
-            await self.close()
-            raise
-        if "error" in greeting:
-            self._refusal = str(greeting["error"])
-            await self.close()
-
-    @staticmethod
-    async def _exchange(process: asyncio.subprocess.Process, request: dict[str, object] | None) -> dict[str, object]:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            if request is not None:
-                process.stdin.write(json.dumps(request).encode() + b"\n")
-                await process.stdin.drain()
-            line = await process.stdout.readline()
-        except ConnectionError as error:
-            raise _WorkerEndedError from error
-        if not line.endswith(b"\n"):
-            raise _WorkerEndedError
-        answer: dict[str, object] = json.loads(line)
-        return answer
+    def _start_next(self) -> None:
+        while (job := self._turns.start()) is not None:
+            key, turn = job
+            if turn.cancelled():
+                self._turns.done(key)
+            else:
+                turn.set_result(self._idle.pop())

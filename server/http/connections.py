@@ -4,7 +4,8 @@
   after its first byte on a connection that was used before, and may not be larger than a limit before that.
 - What was sent must be read: a client that leaves it lying is cut off after a time. Until then the answer waits (see
   `HttpToolsProtocol.pause_writing`), so that no more of it than that piles up here.
-- What cannot be read as HTTP is answered in the error envelope.
+- What cannot be read as HTTP is answered in the error envelope, and so is a connection for which no descriptor could be
+  spared; that is logged, once a second.
 - An offer to upgrade to another protocol (HTTP/2 in the clear, WebSocket) is ignored, as RFC 9110 allows: the request
   is read as if nobody had offered anything.
 
@@ -37,11 +38,13 @@ class ConnectionLimits:
         head_timeout_s: longest time for the head of a request to arrive.
         unread_timeout_s: longest time without what was sent being read.
         max_head_bytes: of a head that is not complete yet; one that comes in one piece may be larger.
+        max_connections: open at once; 0: any number.
     """
 
     head_timeout_s: float
     unread_timeout_s: float
     max_head_bytes: int = 64 << 10
+    max_connections: int = 0
 
 
 def limited_protocol(limits: ConnectionLimits, on_cut: Callable[[str], None]) -> type[asyncio.Protocol]:
@@ -49,7 +52,8 @@ def limited_protocol(limits: ConnectionLimits, on_cut: Callable[[str], None]) ->
 
     Args:
         limits: of each connection.
-        on_cut: called with a word for why a connection was cut off: `slow_head`, `large_head`, `unreadable`, `unread`.
+        on_cut: called with a word for why a connection was cut off: `slow_head`, `large_head`, `unreadable`,
+            `unread`, `too_many`.
     """
 
     class Protocol(LimitedProtocol):
@@ -101,6 +105,7 @@ class LimitedProtocol(HttpToolsProtocol):
     """
 
     _limits: ClassVar[ConnectionLimits]
+    _next_log_s: ClassVar[float] = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -123,7 +128,11 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._expect_head()
+        if 0 < self._limits.max_connections < len(self.connections):
+            self._refuse("too_many", 503, f"more than {self._limits.max_connections:,} connections are open")
+            self._log_refusal()
+        else:
+            self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._head_timer, self._unread_timer, self._linger_timer):
@@ -239,6 +248,12 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.transport.get_write_buffer_size() > 0:
             self._expect_reader()
 
+    def _log_refusal(self) -> None:
+        now = self.loop.time()
+        if now >= LimitedProtocol._next_log_s:
+            LimitedProtocol._next_log_s = now + 1.0
+            _log.warning("connections are refused: %s are open, as many as may be", f"{len(self.connections) - 1:,}")
+
     def _is_unread(self) -> None:
         _log.info("a connection was cut off: its client did not read for %g s", self._limits.unread_timeout_s)
         self._cut("unread")
@@ -263,4 +278,4 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.close()
 
 
-_CODES = {400: "invalid_http", 408: "headers_timeout", 431: "headers_too_large"}
+_CODES = {400: "invalid_http", 408: "headers_timeout", 431: "headers_too_large", 503: "too_many_connections"}

@@ -22,7 +22,7 @@ from server.protocol.sampling import FinishReasonText, GenerationFields
 from server.protocol.tools import MAX_TOOLS, ToolCallIn, ToolCallOut, ToolFields
 from server.protocol.unsupported import CHAT_FIELDS
 from server.protocol.usage import Usage
-from server.protocol.wire import RequestModel, ResponseModel
+from server.protocol.wire import RequestModel, ResponseModel, StateError
 from server.states.store import Turn
 
 MAX_MESSAGES = 10_000
@@ -288,8 +288,10 @@ class ChatChoice(ResponseModel):
     """`stop`: end of turn, stop token or stop string; `tool_calls`: likewise, after calls; `length`: the limit."""
     token_ids: tuple[int, ...] = ()
     """The generated tokens, with `return_token_ids`."""
-    state_id: str = ""
-    """The state after this answer, with `return_state`; in a stream with the `finish_reason`."""
+    state_id: str | None = ""
+    """The state after this answer, with `return_state`; in a stream with the `finish_reason`. null: it was not kept."""
+    state_error: StateError | None = None
+    """Why the state was not kept, though the answer is whole."""
 
 
 class ChatCompletion(ResponseModel):
@@ -343,8 +345,10 @@ class ChatChunkChoice(ResponseModel):
     """Set in the last chunk of each answer."""
     token_ids: tuple[int, ...] = ()
     """The tokens since the last chunk, with `return_token_ids`."""
-    state_id: str = ""
-    """The state after this answer, with `return_state`; in a stream with the `finish_reason`."""
+    state_id: str | None = ""
+    """The state after this answer, with `return_state`; in a stream with the `finish_reason`. null: it was not kept."""
+    state_error: StateError | None = None
+    """Why the state was not kept, though the answer is whole."""
 
 
 class ChatChunk(ResponseModel):

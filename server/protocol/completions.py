@@ -11,7 +11,7 @@ from server.protocol.sampling import FinishReasonText, GenerationFields
 from server.protocol.tools import ToolUse
 from server.protocol.unsupported import COMPLETION_FIELDS
 from server.protocol.usage import Usage
-from server.protocol.wire import ResponseModel
+from server.protocol.wire import ResponseModel, StateError
 from server.states.store import Turn
 
 DEFAULT_MAX_TOKENS = 16
@@ -92,8 +92,10 @@ class CompletionChoice(ResponseModel):
     """The prompt's tokens; with `return_token_ids`, in a stream only in the first piece."""
     prompt_logprobs: PromptLogprobs | None = None
     """With `prompt_logprobs`; in a stream the next ones, as the prompt is read."""
-    state_id: str = ""
-    """The state after this answer, with `return_state`; in a stream with the `finish_reason`."""
+    state_id: str | None = ""
+    """The state after this answer, with `return_state`; in a stream with the `finish_reason`. null: it was not kept."""
+    state_error: StateError | None = None
+    """Why the state was not kept, though the answer is whole."""
 
 
 class Completion(ResponseModel):

@@ -55,6 +55,15 @@ class ErrorDetails(ResponseModel):
     """Only with the code `server_shutdown`: how far each answer had come, and its `state_id`."""
 
 
+class StateError(ResponseModel):
+    """Why the state of an answer, or a response, was not kept; the answer is whole."""
+
+    code: str | None
+    """Stable name for programs: `state_store_unavailable`, `state_storage_full`, `state_not_saved`."""
+    message: str
+    """In words, for a person."""
+
+
 class ErrorEnvelope(ResponseModel):
     """The body of every answer that is not a success."""
 

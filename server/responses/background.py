@@ -1,4 +1,4 @@
-"""Responses that are made while nobody waits, and those among them that a stopped server has put off."""
+"""Responses that are made while nobody waits, and those among them whose server was stopped, or is gone."""
 
 import asyncio
 
@@ -46,7 +46,10 @@ async def take_up_forever(service: Service) -> None:
 async def _take_up_some(service: Service) -> int:
     if service.states is None:
         return 0
-    records = await service.states.take_up_responses(MAX_AT_ONCE)
+    info = service.engine.info
+    if info is None or info.state_layout is None:
+        return 0
+    records = await service.states.take_up_responses(MAX_AT_ONCE, fingerprint=info.state_layout.fingerprint)
     return sum([await _take_up(service, record) for record in records])
 
 
@@ -59,7 +62,7 @@ async def _take_up(service: Service, record: ResponseRecord) -> bool:
             service, body, owner=record.owner, store=service.states, ttl_s=record.ttl_s, source=source, before=record
         )
         info, before = service.require_open(), run.unfinished
-        for snapshot in (record.snapshot, before.base):
+        for snapshot in (run.snapshot, before.base):
             if snapshot is not None:
                 check_fingerprint(snapshot, info)
         generation = await plan_resumed(service, info, body, run)

@@ -16,18 +16,22 @@ from server.event_log import EventLog
 from server.generation.choice import TextDelta
 from server.generation.generation import Generation
 from server.generation.logprobs import LogprobFormat, check_num_entries
+from server.generation.streaming import state_error
 from server.http.errors import on_wire
 from server.http.sse import KEEP_ALIVE
 from server.protocol.logprobs import ChatLogprobs
 from server.protocol.response_items import stored_item
 from server.protocol.responses import ResponseRequest, response_usage
 from server.responses.events import begun, begun_again, encoded, ended, put_off, with_pieces
-from server.responses.output import Event, Item, Logprobs, ResponseOutput
+from server.responses.once import IdempotencyKey
+from server.responses.output import Event, Item, Logprobs, Pieces, ResponseOutput
 from server.responses.suspended import Unfinished
 from server.service import Service
+from server.states.errors import StorageFullError, StoreUnavailableError
 from server.states.store import ResponseRecord, SnapshotRecord, StateStore
 
 logger = structlog.stdlib.get_logger("dijiang.responses")
+RETRY_S = 0.5
 _TEXT_FORMAT = {"type": "text"}
 
 
@@ -62,15 +66,18 @@ class ResponseRun:
         ttl_s: float | None,
         source: str,
         before: ResponseRecord | None = None,
+        once: IdempotencyKey | None = None,
     ) -> None:
         """
         Args:
             store: where it is kept; None: it is not.
             ttl_s: how long, without use.
             source: the request as it came, JSON.
-            before: what was stored of it when it was put off; None: it begins here.
+            before: what was stored of it when it was put off, or its server ended; None: it begins here.
+            once: so that the same request, sent again, is the same response; None: it is another one.
         """
-        self.id = f"resp_{uuid.uuid4().hex}" if before is None else before.id
+        new_id = f"resp_{uuid.uuid4().hex}" if once is None else once.response_id
+        self.id = new_id if before is None else before.id
         self.owner = owner
         self.log = EventLog()
         self.unfinished = _new(source, body.seed) if before is None else Unfinished.of(before.body)
@@ -80,11 +87,16 @@ class ResponseRun:
         self._ttl_s = ttl_s
         self._created = time.time() if before is None else before.created
         self._goes_on = before is not None
-        self.snapshot: SnapshotRecord | None = None if before is None else before.snapshot
+        self._hidden: dict[str, Any] = {} if once is None else once.stored()
+        self.snapshot: SnapshotRecord | None = None
+        if before is not None and before.snapshot is not None and before.snapshot.file == self.unfinished.resumes_at:
+            self.snapshot = before.snapshot
+        self._is_left = False
         self._num_entries = 0
         self._status = "incomplete"
         self._incomplete_for = "max_output_tokens"
         self._response: dict[str, Any] = {}
+        self._state_error: ServiceError | None = None
 
     async def keep_state(self, snapshot: SnapshotRecord) -> str:
         """Keeps the conversation at the answer's end, at once, so that nobody removes it."""
@@ -109,18 +121,51 @@ class ResponseRun:
             token_ids=tuple(self.generation.token_ids),
             num_cached_tokens=usage,
             output=self.output.put_off(),
+            resumes_at=None if self.snapshot is None else self.snapshot.file,
         )
         await self.put({**self.object("queued"), **unfinished.stored()})
 
-    async def put(self, response: Mapping[str, Any]) -> None:
-        """Keeps the response as it is now, if it is to be kept."""
+    async def begin(self) -> bool:
+        """Keeps the response before there is anything of it; false if it is there already."""
         if self._store is None:
-            return
+            return True
+        return await self._store.begin_response(self._record(self.object("in_progress")))
+
+    async def put(self, response: Mapping[str, Any]) -> None:
+        """Keeps the response as it is now, if it is to be kept; in the background until that works.
+
+        Raises:
+            StorageFullError: there is no room.
+            StoreUnavailableError: the store is away; not in the background, where nobody waits.
+        """
+        while self._store is not None:
+            try:
+                await self._store.put_response(self._record(response))
+            except StoreUnavailableError:
+                if not self._body.background or self._service.status != "ok":
+                    raise
+                await asyncio.sleep(RETRY_S)
+            else:
+                return
+
+    def _record(self, response: Mapping[str, Any]) -> ResponseRecord:
         suffix = self.id.removeprefix("resp_")
         items = [stored_item(item, number, suffix) for number, item in enumerate(self._body.input)]
-        body = with_pieces(response, self.output.pieces)
-        await self._store.put_response(
-            ResponseRecord(self.id, self.owner, self._created, self._ttl_s, body, tuple(items), self.snapshot)
+        if response["status"] == "in_progress" and self._body.background:
+            anew = self.unfinished.anew(self.generation.prompt_token_ids(0))
+            body = {**with_pieces(response, Pieces()), **anew.stored()}
+        else:
+            body = with_pieces(response, self.output.pieces)
+        info = self._service.engine.info
+        return ResponseRecord(
+            self.id,
+            self.owner,
+            self._created,
+            self._ttl_s,
+            {**body, **self._hidden},
+            tuple(items),
+            self.snapshot,
+            fingerprint="" if info is None or info.state_layout is None else info.state_layout.fingerprint,
         )
 
     async def whole(self) -> dict[str, Any]:
@@ -153,7 +198,8 @@ class ResponseRun:
             self.log.append(encoded(*put_off(self.log.num_events)))
         except asyncio.CancelledError:
             if self._service.is_closing:
-                raise  # nobody has asked for that: it has failed
+                self._is_left = True  # nobody has asked for that: another server makes it
+                raise
             self.output.break_off()
             response = self.object("cancelled", with_output=True)
             self.log.append(encoded(self.log.num_events, ended(response)))
@@ -164,8 +210,8 @@ class ResponseRun:
             await self.ended()
 
     async def ended(self) -> None:
-        """To be called in every case: what is kept as in progress then has failed."""
-        if self._store is not None:
+        """To be called in every case: what is kept as in progress then has failed, unless others go on with it."""
+        if self._store is not None and not self._is_left:
             await self._store.end_response(self.id)
 
     def object(
@@ -249,12 +295,21 @@ class ResponseRun:
             for told in self.output.finish("length"):
                 yield told
         self._response = self.object(self._status, with_output=True)
-        await self.put(self._response)
+        try:
+            await self.put(self._response)
+        except (StoreUnavailableError, StorageFullError) as error:
+            if self._body.background:
+                raise
+            self._state_error = error
+        if self._state_error is not None:  # the answer is worth something without its being kept, too
+            logger.error("a response could not be kept", id=self.id, problem=str(self._state_error))
+            self._response |= {"state_error": state_error(self._state_error).model_dump()}
         yield ended(self._response)
 
     def _take(self, delta: TextDelta) -> list[Event]:
         events = self.output.push(delta.text, self._logprobs_of(delta), delta.finish_reason)
         if delta.finish_reason is not None:
+            self._state_error = delta.state_error
             self._status = "completed" if delta.finish_reason == "stop" else "incomplete"
             events += self.output.finish(delta.finish_reason)
         return events
@@ -279,5 +334,12 @@ class ResponseRun:
         self.output.break_off()
         told = {"code": on_wire(error).code or "server_error", "message": error.message}
         response = self.object("failed", with_output=True, error=told)
-        await self.put(response)
+        for kept in (response, self.object("failed", error=told)):  # without its text there is always room for it
+            try:
+                await self.put(kept)
+            except StorageFullError:
+                continue
+            except StoreUnavailableError:
+                logger.error("a response that failed could not be kept", id=self.id)
+            break
         return response

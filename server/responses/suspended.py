@@ -1,4 +1,4 @@
-"""What is stored of a response in the background that was put off, so that any server can go on with it."""
+"""What is stored of a response in the background, so that any server can go on with it, or make it anew."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -6,10 +6,10 @@ from typing import Any
 
 from server.responses.events import PIECES
 from server.responses.output import Pieces
-from server.states.store import SnapshotRecord, Turn
+from server.states.store import REPLAY_KEY, SnapshotRecord, Turn
 
-UNFINISHED = "_unfinished"
-"""Where a stored response keeps it; not for clients."""
+NOTHING_YET: Mapping[str, Any] = {"items": [], "pending": []}
+"""Output that has not begun; see `ResponseOutput.put_off`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class Unfinished:
         num_cached_tokens: of the prompt, as `usage` counts them.
         output: of `ResponseOutput.put_off`.
         pieces: in which it came.
+        resumes_at: the file of the snapshot behind `token_ids`; None: it is made anew, from its prompt.
     """
 
     source: str
@@ -35,6 +36,11 @@ class Unfinished:
     num_cached_tokens: int = 0
     output: Mapping[str, Any] = field(default_factory=dict)
     pieces: Pieces = field(default_factory=Pieces)
+    resumes_at: str | None = None
+
+    def anew(self, prompt_token_ids: tuple[int, ...]) -> "Unfinished":
+        """What is needed to make it anew, with the same tokens."""
+        return Unfinished(self.source, self.seed, self.base, prompt_token_ids, output=NOTHING_YET)
 
     @property
     def num_past_cached_tokens(self) -> int:
@@ -45,12 +51,12 @@ class Unfinished:
         """As a part of the stored response; the pieces are stored there anyway."""
         values = asdict(self)
         del values["pieces"]
-        return {UNFINISHED: values}
+        return {REPLAY_KEY: values}
 
     @classmethod
     def of(cls, body: Mapping[str, Any]) -> "Unfinished":
         """What `stored` has stored."""
-        values: dict[str, Any] = dict(body[UNFINISHED])
+        values: dict[str, Any] = dict(body[REPLAY_KEY])
         if (base := values.pop("base")) is not None:
             base = SnapshotRecord(**{**base, "pending": tuple(base["pending"]), "turn": Turn(base["turn"])})
         values |= {name: tuple(values[name]) for name in ("prompt_token_ids", "token_ids")}

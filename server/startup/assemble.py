@@ -112,6 +112,7 @@ def engine_config(settings: Settings, model: Path, device: Device, store: StateS
         "max_num_slots": settings.max_conversations,
         "max_step_tokens": auto_step if step_tokens == "auto" else step_tokens,
         "max_waiting": settings.max_queue,
+        "reserved_waiting": _reserved_places(settings),
         "max_drafts": None if settings.speculate == "auto" else settings.speculate,
         "states_folder": None if store is None else str(store.files_folder),
         "prefix_cache_host_bytes": auto_cache if cache_memory == "auto" else int(cache_memory),
@@ -122,6 +123,13 @@ def engine_config(settings: Settings, model: Path, device: Device, store: StateS
         ),
     }
     return EngineConfig(**_taken_over(settings, EngineConfig) | decided)
+
+
+def _reserved_places(settings: Settings) -> int:
+    """Places in the queue for keys of which nothing waits."""
+    if settings.reserved_queue != "auto":
+        return settings.reserved_queue
+    return settings.max_queue // 8 if len(key_hashes(settings)) > 1 else 0
 
 
 def _taken_over(settings: Settings, kind: type[EngineConfig] | type[ServiceOptions]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from server.engine.types.requests import EngineConfig
 from server.engine_client.client import EngineClient
 from server.errors import EngineUnavailableError
 from server.grammar_check.checker import GrammarChecker
-from server.hardware import HardwareError, find_device
+from server.hardware import HardwareError, find_device, max_connections, raised_descriptor_limit
 from server.http.draining import DrainingServer
 from server.service import Service, ServiceOptions
 from server.startup.assemble import (
@@ -176,7 +176,9 @@ def _http_config(settings: Settings, service: Service) -> uvicorn.Config:
     from server.app import create_app
     from server.http.connections import ConnectionLimits, limited_protocol
 
-    limits = ConnectionLimits(settings.header_timeout_s, settings.unread_timeout_s)
+    limits = ConnectionLimits(
+        settings.header_timeout_s, settings.unread_timeout_s, max_connections=max_connections(raised_descriptor_limit())
+    )
     config = uvicorn.Config(
         create_app(service),
         http=limited_protocol(limits, on_cut=lambda reason: service.metrics.connections_cut.labels(reason).inc()),

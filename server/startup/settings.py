@@ -58,8 +58,7 @@ class Settings(BaseSettings):
     model: Path | None = _in("Model", None)
     """Folder of the model. Default: SmolLM2-135M-Instruct, converted once to a DiJiang hybrid and kept."""
     served_model_name: CommaList = _in("Model", ())
-    """Names that clients ask for, separated by commas; answers to requests without one have the first. Default: that
-    of the folder."""
+    """Names that clients ask for, separated by commas; the first is the default. Default: the name of the folder."""
     context_length: int = _in("Model", 1 << 20, ge=1)
     """Number of tokens that /v1/models tells clients who want to know one; there is no longest conversation."""
     cache_dir: Path | None = _in("Model", None)
@@ -98,6 +97,19 @@ class Settings(BaseSettings):
     the same tokens. 0: never; auto: 8 where the compiled CPU kernels run, which it needs."""
     max_queue: int = _in("Capacity", 1024, ge=0, le=1_000_000)
     """Requests that may wait for a free conversation before new ones are refused with 503."""
+    target_gap_ms: int = _in("Capacity", 100, ge=0)
+    """On a CPU: while answers run, a step reads only so many prompt tokens that the next tokens come after that
+    many milliseconds; 0: as many as there is room for."""
+    reserved_queue: Annotated[int, Field(ge=0)] | Auto = _in("Fair shares", "auto")
+    """Places in the queue for keys of which nothing waits. auto: an eighth of max_queue if there are several keys."""
+    max_running_per_key: int = _in("Fair shares", 0, ge=0)
+    """Most requests of one key that run at once; the others wait. 0: no limit."""
+    max_queue_per_key: int = _in("Fair shares", 0, ge=0)
+    """Most requests of one key that wait; further ones are refused with 429. 0: no limit."""
+    max_queue_tokens_per_key: int = _in("Fair shares", 0, ge=0)
+    """Most prompt tokens of one key that wait; further requests are refused with 429. 0: no limit."""
+    priority_across_keys: bool = _in("Fair shares", False)
+    """Let the priority of a request count against the requests of other keys too, not only among those of its own."""
 
     prefix_cache_memory: ByteSize | Auto = _in("Prefix cache", "auto")
     """Memory for states after prompts that were seen before; 0 turns the cache off. auto: a quarter of state_memory, at
@@ -165,6 +177,8 @@ class Settings(BaseSettings):
 
     max_prompt_tokens: int = _in("Limits", 0, ge=0)
     """Longest prompt in tokens; 0: no limit."""
+    max_answer_tokens: int = _in("Limits", 65_536, ge=0)
+    """Longest answer in tokens, also of requests that set no limit; it ends with `length`. 0: no limit."""
     max_body_bytes: ByteSize = _in("Limits", ByteSize(16 << 20), ge=1024)
     """Largest request body, such as 16MiB."""
     max_n: int = _in("Limits", 16, ge=1)
@@ -192,6 +206,9 @@ class Settings(BaseSettings):
     rate_limit_tokens: int = _in("Limits", 0, ge=0)
     """Most tokens a minute of one key, prompts and answers together; 0: no limit."""
 
+    heartbeat_s: float = _in("Operation", 30.0, ge=0)
+    """An engine that says nothing for that many seconds, and for 5 times its longest step, is ended and started again.
+    0: never."""
     playground: bool = _in("Operation", True)
     """Serve a page at / to talk to the model, to look at probabilities, and to save, fork and rewind conversations."""
     retry_after_s: int = _in("Operation", 2, ge=1, le=3600)

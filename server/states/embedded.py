@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from server.states.clock import ClockWatch, seconds_since_boot
 from server.states.errors import StoreError, StoreUnavailableError
 from server.states.files.local import INDEX_FILE, LocalFiles
 from server.states.index.index import StateIndex
@@ -17,12 +18,19 @@ from server.states.index.sqlite import Sqlite
 from server.states.indexed import IndexedStore, StoreOptions
 
 
-def open_embedded_store(folder: Path, options: StoreOptions, *, clock: Callable[[], float] = time.time) -> IndexedStore:
+def open_embedded_store(
+    folder: Path,
+    options: StoreOptions,
+    *,
+    clock: Callable[[], float] = time.time,
+    monotonic: Callable[[], float] = seconds_since_boot,
+) -> IndexedStore:
     """Opens or makes a store.
 
     Args:
         folder: of this store alone; made if it is not there, for this user only.
         clock: seconds since 1970.
+        monotonic: seconds that nobody sets.
 
     Raises:
         StoreError: another server uses it, it cannot be written, or its index cannot be used.
@@ -34,7 +42,8 @@ def open_embedded_store(folder: Path, options: StoreOptions, *, clock: Callable[
     try:
         _require_index(folder / INDEX_FILE, files.folder)
         database = Sqlite(folder / INDEX_FILE, clock=clock)
-        index = StateIndex(database, replica=files.replica, budget=options.budget, home=files)
+        watch = ClockWatch(monotonic)
+        index = StateIndex(database, replica=files.replica, budget=options.budget, home=files, watch=watch)
         return IndexedStore(index, files, options, is_shared=False, num_threads=1)
     except (OSError, sqlite3.Error, StoreUnavailableError) as error:
         files.close()

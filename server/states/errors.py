@@ -31,6 +31,13 @@ class StorageFullError(ServiceError):
     """The budget for states is used up, or the disk is full."""
 
 
+class DiskFullError(StorageFullError):
+    """The disk under the store has no room, whatever the budget says."""
+
+    def __init__(self) -> None:
+        super().__init__("the disk of the saved states is full; reading and deleting them still works")
+
+
 class StoreUnavailableError(UnavailableError):
     """The store that replicas share does not answer just now. The message names no host."""
 
@@ -54,11 +61,6 @@ def storage_full(num_bytes: int, max_bytes: int) -> StorageFullError:
         "here, and you have nothing left that could make room; try again later, or ask the operator for more "
         "(--states-disk)"
     )
-
-
-def disk_full() -> StorageFullError:
-    """The disk under the store has no room, whatever the budget says."""
-    return StorageFullError("the disk of the saved states is full; reading and deleting them still works")
 
 
 def state_conflict() -> StateConflictError:

@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 from server.errors import InternalError
-from server.states.errors import StorageFullError, StoreUnavailableError
+from server.states.errors import DiskFullError, StorageFullError, StoreUnavailableError
+from server.states.files.snapshot_files import SnapshotFiles
 from server.states.index.index import StateIndex
 from server.states.index.upkeep import Budget
 from server.states.index.uses import READING, Heartbeat, InUse, Use, use_of
@@ -39,76 +40,6 @@ HEARTBEAT_S, PATIENCE_S, RETRY_S = 2.0, 10.0, 0.25
 _NOT_NOW = (StoreUnavailableError, StorageFullError)
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class SnapshotFiles(Protocol):
-    """The files of snapshots, as far as they are on this machine. Used on the event loop, unless a method says so."""
-
-    @property
-    def folder(self) -> Path:
-        """Where they are."""
-        ...
-
-    @property
-    def replica(self) -> str:
-        """This server's id."""
-        ...
-
-    @property
-    def left_behind(self) -> Collection[str] | None:
-        """Ids of servers that were here and are gone; None: all others are."""
-        ...
-
-    @property
-    def held(self) -> list[str]:
-        """Files that are held."""
-        ...
-
-    @property
-    def unused(self) -> Collection[str]:
-        """Copies that are here, and not held."""
-        ...
-
-    def path(self, file: str) -> Path:
-        """Where a file is, or is to be."""
-        ...
-
-    def has(self, file: str) -> bool:
-        """Whether it is here, whole; counts as use."""
-        ...
-
-    def hold(self, file: str) -> None:
-        """Keeps a file here, which may not be here yet, until it is released as often as it was held."""
-        ...
-
-    def release(self, file: str) -> None:
-        """See `hold`."""
-        ...
-
-    def add(self, file: str, num_bytes: int) -> None:
-        """A file that is whole may stay for as long as there is room."""
-        ...
-
-    def drop(self, files: Collection[str]) -> None:
-        """Removes copies, except those that are held."""
-        ...
-
-    def upload(self, snapshot: SnapshotRecord, *, owner: str) -> None:
-        """Brings a file to where it is kept, wholly or not at all; on a thread. May be repeated.
-
-        Raises:
-            OSError: it cannot be read.
-            StoreUnavailableError: no room is kept for it (any more).
-        """
-        ...
-
-    def download(self, snapshot: SnapshotRecord) -> None:
-        """Brings a file here, on a thread; raises `OSError`, `NotFoundError`."""
-        ...
-
-    def close(self) -> None:
-        """Everything is kept afterwards."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +121,7 @@ class IndexedStore:
             self._files.hold(file)
         try:
             held = self._files.held
+            self._files.make_way(num_snapshots * bytes_each)
             await self._run(lambda: self._index.reserve(files, use, held=held))
             yield Room(self._files.folder, files)
         finally:
@@ -263,7 +195,7 @@ class IndexedStore:
 
     async def use(self, owner: str, state_id: str) -> StateRecord:
         """See `StateStore.use`."""
-        return await self._run(lambda: self._index.use(owner, state_id))
+        return await self._free(lambda: self._index.use(owner, state_id))
 
     async def list_states(self, owner: str, *, limit: int, after: str | None, name: str | None) -> list[StateRecord]:
         """See `StateStore.list_states`."""
@@ -271,7 +203,7 @@ class IndexedStore:
 
     async def delete(self, owner: str, state_id: str) -> None:
         """See `StateStore.delete`."""
-        await self._run(lambda: self._index.delete(owner, state_id))
+        await self._free(lambda: self._index.delete(owner, state_id))
 
     async def advance(self, record: StateRecord, head: SnapshotRecord) -> StateRecord:
         """See `StateStore.advance`."""
@@ -285,6 +217,20 @@ class IndexedStore:
     async def rewind(self, owner: str, state_id: str, point: str) -> StateRecord:
         """See `StateStore.rewind`."""
         return await self._run(lambda: self._index.rewind(owner, state_id, point))
+
+    async def begin_response(self, response: ResponseRecord) -> bool:
+        """See `StateStore.begin_response`."""
+        is_made_here = response.id in self._making
+        self._making.add(response.id)
+        is_new = False
+        try:
+            is_new = await self._run(lambda: self._index.begin_response(response))
+        finally:
+            if is_new:
+                self._stored.add(response.id)
+            elif not is_made_here:
+                self._making.discard(response.id)
+        return is_new
 
     async def put_response(self, response: ResponseRecord) -> None:
         """See `StateStore.put_response`."""
@@ -301,9 +247,11 @@ class IndexedStore:
         else:
             self._stored.add(response.id)
 
-    async def take_up_responses(self, limit: int) -> list[ResponseRecord]:
+    async def take_up_responses(self, limit: int, *, fingerprint: str) -> list[ResponseRecord]:
         """See `StateStore.take_up_responses`."""
-        return await self._run(lambda: self._index.take_up_responses(limit, on_taken=self._take_up))
+        return await self._run(
+            lambda: self._index.take_up_responses(limit, fingerprint=fingerprint, on_taken=self._take_up)
+        )
 
     def _take_up(self, response_ids: Collection[str]) -> None:
         """Called on a thread of the database's, before anybody else, a heartbeat say, can see that they are ours."""
@@ -316,15 +264,15 @@ class IndexedStore:
 
     async def use_response(self, response_id: str) -> None:
         """See `StateStore.use_response`."""
-        await self._run(lambda: self._index.use_response(response_id))
+        await self._free(lambda: self._index.use_response(response_id))
 
     async def cancel_response(self, owner: str, response_id: str) -> ResponseRecord:
         """See `StateStore.cancel_response`."""
-        return await self._run(lambda: self._index.cancel_response(owner, response_id))
+        return await self._free(lambda: self._index.cancel_response(owner, response_id))
 
     async def delete_response(self, owner: str, response_id: str) -> None:
         """See `StateStore.delete_response`."""
-        await self._run(lambda: self._index.delete_response(owner, response_id))
+        await self._free(lambda: self._index.delete_response(owner, response_id))
 
     async def end_response(self, response_id: str) -> None:
         """See `StateStore.end_response`; if it cannot be told now, the next heartbeat tells."""
@@ -333,7 +281,7 @@ class IndexedStore:
         self._making.discard(response_id)
         self._stored.discard(response_id)
         with suppress(StoreUnavailableError):
-            await self._run(lambda: self._index.break_off(response_id))
+            await self._free(lambda: self._index.break_off(response_id))
 
     async def heartbeat(self) -> Heartbeat:
         """Says that this replica lives; see `StateIndex.heartbeat`."""
@@ -363,6 +311,14 @@ class IndexedStore:
         self._is_up = True
         return result
 
+    async def _free(self, work: Callable[[], T]) -> T:
+        """Like `_run`, for what a full disk does not hinder."""
+        try:
+            return await self._run(work)
+        except DiskFullError:
+            with self._files.spare_space():
+                return await self._run(work)
+
     async def _keep(self, work: Callable[[], T], kept: SnapshotRecord | None) -> T:
         """Work after which something refers to a snapshot, so that no room is kept for it any more."""
         result = await self._patiently(work)
@@ -375,13 +331,14 @@ class IndexedStore:
         patient_until = time.monotonic() + self._options.patience_s
         while True:
             try:
-                return await self._run(work)
+                return await self._free(work)
             except StoreUnavailableError:
                 if time.monotonic() >= patient_until:
                     raise
             await asyncio.sleep(RETRY_S)
 
     async def _beat_on_and_on(self, on_response_gone: Callable[[str], None]) -> None:
+        is_full = False
         while True:
             await asyncio.sleep(self._options.heartbeat_s)
             try:
@@ -389,8 +346,14 @@ class IndexedStore:
                     on_response_gone(response_id)
             except StoreUnavailableError:
                 pass  # said already; the next heartbeat comes
+            except DiskFullError:
+                if not is_full:
+                    _log.error("the disk of the saved states is full")
+                is_full = True
             except Exception:
                 _log.exception("a heartbeat of the store of states failed")
+            else:
+                is_full = False
 
     def _in_use(self) -> InUse:
         """Called on a thread of the database's; each copy is made in one step."""
@@ -420,6 +383,7 @@ class IndexedStore:
             task.exception()  # is told to those who wait; perhaps nobody does any more
 
     async def _bring(self, snapshot: SnapshotRecord) -> None:
+        self._files.make_way(snapshot.num_bytes)
         try:
             await self._run(lambda: self._files.download(snapshot))
         except OSError as error:

@@ -13,7 +13,15 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from server.engine.types.requests import EngineError, FinishReason, GenerationRequest, SamplingParams, TokenEvent
+from server.engine.types.requests import (
+    ANYBODY,
+    EngineError,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    Tenant,
+    TokenEvent,
+)
 from server.engine.types.state import Resumption, SavedState, StateLayout, StateOptions
 from server.errors import (
     EngineUnavailableError,
@@ -23,6 +31,7 @@ from server.errors import (
     OverloadedError,
     ServiceError,
 )
+from server.states.errors import DiskFullError
 from server.states.store import ResponseRecord, SnapshotRecord, StateRecord, StateStore, Turn
 
 HEADER_BYTES = 64 << 10
@@ -96,6 +105,7 @@ class StateSession:
         cache: CacheUse | None = None,
         rescue: Rescue | None = None,
         cut_off_at: SnapshotRecord | None = None,
+        tenant: Tenant = ANYBODY,
     ) -> None:
         """
         Args:
@@ -110,6 +120,7 @@ class StateSession:
             cache: None: neither used nor filled.
             rescue: for when the server stops; None: nothing is kept then.
             cut_off_at: of an answer that was cut off and is gone on with: its state then; None: it had none.
+            tenant: whose the requests are.
         """
         self.base = base
         self._engine = engine
@@ -122,6 +133,7 @@ class StateSession:
         self.rescue = rescue
         self._base_of = base_of
         self._cut_off_at = cut_off_at
+        self._tenant = tenant
         self._files: tuple[str, ...] = ()
 
     @property
@@ -166,7 +178,7 @@ class StateSession:
             cache_namespace=None if self._cache is None else self._cache.namespace(self.base),
             cache_points=() if self._cache is None else self._cache.points,
         )
-        return replace(request, states=states)
+        return replace(request, states=states, tenant=self._tenant)
 
     def resumed(self, request: GenerationRequest, outputs: Sequence[int]) -> GenerationRequest:
         """The engine's request for an answer that was cut off behind these tokens."""
@@ -236,6 +248,8 @@ class StateSession:
             async for event in events:
                 if event.saved is not None:
                     return event.saved, event.num_cached_tokens
+                if event.save_error is not None:
+                    raise error_of(event.save_error)
                 if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                     raise error_of(event.error)
         raise InternalError("the engine has not saved the state")
@@ -268,5 +282,7 @@ def error_of(error: EngineError | None) -> ServiceError:
             return InvalidRequestError(error.message, param="state_id", code=error.code)
         case "state_not_found":
             return NotFoundError(error.message, param="state_id", code=error.code)
+        case "state_storage_full":
+            return DiskFullError()
         case _:
             return InternalError(error.message, code=error.code)

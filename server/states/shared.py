@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psycopg
 
+from server.states.clock import ClockWatch, seconds_since_boot
 from server.states.errors import StoreError, StoreUnavailableError
 from server.states.files.contents import SharedFiles
 from server.states.index.index import StateIndex
@@ -37,13 +38,19 @@ class SharedOptions:
 
 
 def open_shared_store(
-    folder: Path, shared: SharedOptions, options: StoreOptions, *, clock: Callable[[], float] | None = None
+    folder: Path,
+    shared: SharedOptions,
+    options: StoreOptions,
+    *,
+    clock: Callable[[], float] | None = None,
+    monotonic: Callable[[], float] = seconds_since_boot,
 ) -> IndexedStore:
     """Opens or makes a store.
 
     Args:
         folder: for working copies; servers on this machine may share it.
         clock: seconds since 1970; None: the database's own.
+        monotonic: seconds that nobody sets.
 
     Raises:
         StoreError: the database or the folder cannot be used.
@@ -60,7 +67,13 @@ def open_shared_store(
         raise _opening_failed(error) from error
     files = SharedFiles(folder, max_bytes=shared.max_copies_bytes, database=database)
     try:
-        index = StateIndex(database, replica=files.replica, budget=options.budget, lease_s=shared.lease_s)
+        index = StateIndex(
+            database,
+            replica=files.replica,
+            budget=options.budget,
+            lease_s=shared.lease_s,
+            watch=ClockWatch(monotonic),
+        )
         return IndexedStore(index, files, options, is_shared=True, num_threads=shared.max_connections)
     except (psycopg.Error, StoreUnavailableError, StoreError) as error:
         files.close()

@@ -23,6 +23,8 @@ PUT_OFF = "queued"
 """Status of a stored response that nobody makes just now: its server was stopped, and it goes on at any."""
 UNFINISHED = frozenset((PUT_OFF, "in_progress"))
 """Statuses of a stored response that is still being made, or will be."""
+REPLAY_KEY = "_unfinished"
+"""Where the body of a stored response has what a server needs to go on with it, or to begin it again."""
 
 
 CURSOR_PREFIX = "page_"
@@ -141,6 +143,7 @@ class ResponseRecord:
         body: the object as it is on the wire.
         input_items: what it answered.
         snapshot: its conversation at its end; None if there is nothing to go on from.
+        fingerprint: of the model that makes it; empty: any may.
     """
 
     id: str
@@ -150,6 +153,7 @@ class ResponseRecord:
     body: Mapping[str, Any]
     input_items: tuple[Mapping[str, Any], ...]
     snapshot: SnapshotRecord | None
+    fingerprint: str = ""
 
     @property
     def has_ended(self) -> bool:
@@ -160,6 +164,11 @@ class ResponseRecord:
     def is_put_off(self) -> bool:
         """Whether it waits for a server to go on with it."""
         return bool(self.body["status"] == PUT_OFF)
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether any server may go on with it, or begin it again, when its own is gone."""
+        return self.body.get("background") is True and REPLAY_KEY in self.body
 
     def taken_up(self) -> "ResponseRecord":
         """The same response, being made again."""
@@ -335,6 +344,14 @@ class StateStore(Protocol):
         """Puts the state back to a point; raises `NotFoundError` for either."""
         ...
 
+    async def begin_response(self, response: ResponseRecord) -> bool:
+        """Keeps a response that begins to be made here; false, and nothing is changed, if there is one of its id.
+
+        Raises:
+            StorageFullError: see `room`.
+        """
+        ...
+
     async def put_response(self, response: ResponseRecord) -> None:
         """Keeps a response, or what has become of one that is being made here.
 
@@ -346,8 +363,14 @@ class StateStore(Protocol):
         """
         ...
 
-    async def take_up_responses(self, limit: int) -> list[ResponseRecord]:
-        """Responses that were put off and are made here from now on, the oldest first; cheap if there are none."""
+    async def take_up_responses(self, limit: int, *, fingerprint: str) -> list[ResponseRecord]:
+        """Responses that were put off, or whose server is gone, and that are made here from now on, the oldest first.
+
+        Cheap if there are none.
+
+        Args:
+            fingerprint: of the model here; those of another one wait for it.
+        """
         ...
 
     async def end_response(self, response_id: str) -> None:

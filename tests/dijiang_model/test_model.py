@@ -20,6 +20,7 @@ from tests.tiny_models import (
     PURE,
     RELEASED,
     TABLES,
+    gemma3_config,
     gpt_neox_config,
     llama_config,
     opt_config,
@@ -61,6 +62,8 @@ CONFIGS = {
     "gpt_neox: features before rotation": replace(gpt_neox_config(UNROTATED, HYBRID), position_table_length=0),
     "opt: hybrid, pre-norm": opt_config(),
     "qwen2: biases of queries, keys and values": qwen2_config(),
+    "gemma3: local layers, norms behind": gemma3_config(),
+    "gemma3: local features before rotation": gemma3_config(replace(UNROTATED, window=7, sinks=0), PURE),
     "qwen3: normed queries and keys, scaled rotation": qwen3_config(HYBRID, UNROTATED),
     "opt: post-norm, embedding of its own width": opt_config(HYBRID, RELEASED, pre_norm=False, embedding_size=24),
 }

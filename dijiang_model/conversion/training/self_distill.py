@@ -148,8 +148,9 @@ def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 def _with_window(model: DiJiangForCausalLM, window: int) -> DiJiangForCausalLM:
     """The same weights with a window over everything that the teacher sees: its softmax attention."""
-    window = min(window, model.config.teacher_window or window)
-    layers = tuple(replace(layer, window=window, sinks=0) for layer in model.config.layers)
+    config = model.config
+    seen = (min(window, config.seen_by_teacher(layer) or window) for layer in range(config.num_layers))
+    layers = tuple(replace(layer, window=own, sinks=0) for layer, own in zip(config.layers, seen, strict=True))
     teacher = build_model(replace(model.config, layers=layers), dtype=model.dtype)
     missing = {name: torch.zeros(tensor.shape, device=model.device) for name, tensor in teacher.state_dict().items()
                if ".linear.mix_" in name}  # fmt: skip

@@ -64,7 +64,9 @@ def new_student(
         stem, _, part = name.rpartition(".")
         layer = prefixes[f"{stem}."]
         value = torch.zeros(wanted.shape)
-        if look_back is not None:
+        if part == "mix_bias" and config.is_local(layer):
+            value = value - math.inf  # the window there is all that the teacher sees: nothing is left to learn
+        elif look_back is not None:
             value = _start(part, wanted, config.layers[layer].features, layer, look_back, generator)
         tensors[name] = value.to(device=base.device, dtype=wanted.dtype).contiguous()
     student.load_state_dict(tensors, strict=True, assign=True)

@@ -20,6 +20,8 @@ struct Layer {
   Matrix far_down;                // [far_rank, H * d], the first half of the far branch's update; rows = 0 without
   Matrix priority;                // [G, D] fp32, scores of the normed input; rows = 0 without anchors
   Norm query_norm, key_norm;      // of each head before it is rotated; weight = null without
+  Norm attention_output_norm, mlp_output_norm;  // of what is added to the hidden state; weight = null without
+  int64_t is_local;               // rotates by the model's local frequencies
 };
 
 struct Model {
@@ -29,6 +31,7 @@ struct Model {
   Matrix head;
   Heads heads;
   const double* frequencies;      // [rotary_half]
+  const double* local_frequencies;  // [rotary_half] of local layers; null: there are none
   int64_t hidden_size, inner_size;
   int64_t last_sink_position;     // sinks are seen from no further away
   int64_t activation;

@@ -35,7 +35,7 @@ class Step {
     inner_gate_ = scratch.floats(14, num_rows * model.inner_size);
     projected_ = scratch.floats(15, num_rows * projected_width_);
     far_queries_ = scratch.floats(18, num_rows * width);
-    angles_ = scratch.floats(16, num_rows * 4 * heads.rotary_half + 1);
+    angles_ = scratch.floats(16, num_rows * 8 * heads.rotary_half + 1);
     int64_t rank = 0;
     for (int64_t i = 0; i < model.num_layers; ++i) {
       const Attention& attention = model.layers[i].attention;
@@ -53,20 +53,25 @@ class Step {
     segments_ = std::move(segments);
     const bool holds = std::any_of(segments_.begin(), segments_.end(), [](const Segment& s) { return s.is_held; });
     if (holds) held_ = reinterpret_cast<uint8_t*>(scratch.floats(20, held_bytes_ / 4 * kMaxThreads));
-    tokens_.resize(static_cast<size_t>(num_rows_));
-    for_rows([&](int64_t n) {
-      float* angles = angles_ + n * 4 * half;
-      const int64_t position = positions[n];
-      const int64_t sink_position = position < model_.last_sink_position ? position : model_.last_sink_position;
-      fill_angles(position, angles);
-      if (sink_position == position) {
-        std::memcpy(angles + 2 * half, angles, static_cast<size_t>(2 * half) * sizeof(float));
-      } else {
-        fill_angles(sink_position, angles + 2 * half);
-      }
-      tokens_[static_cast<size_t>(n)] = {position,          slots[n],         angles, angles + half,
-                                         angles + 2 * half, angles + 3 * half};
-    });
+    const int64_t sets = model_.local_frequencies == nullptr ? 1 : 2;
+    for (int64_t set = 0; set < sets; ++set) {
+      std::vector<Token>& tokens = set == 0 ? tokens_ : local_tokens_;
+      const double* frequencies = set == 0 ? model_.frequencies : model_.local_frequencies;
+      tokens.resize(static_cast<size_t>(num_rows_));
+      for_rows([&](int64_t n) {
+        float* angles = angles_ + (set * num_rows_ + n) * 4 * half;
+        const int64_t position = positions[n];
+        const int64_t sink_position = position < model_.last_sink_position ? position : model_.last_sink_position;
+        fill_angles(frequencies, position, angles);
+        if (sink_position == position) {
+          std::memcpy(angles + 2 * half, angles, static_cast<size_t>(2 * half) * sizeof(float));
+        } else {
+          fill_angles(frequencies, sink_position, angles + 2 * half);
+        }
+        tokens[static_cast<size_t>(n)] = {position,          slots[n],         angles, angles + half,
+                                          angles + 2 * half, angles + 3 * half};
+      });
+    }
   }
 
   // Projected rows of held segments go to `kept` [held rows, projected width] too: `advance` reads them.
@@ -84,11 +89,11 @@ class Step {
       kept += count;
     }
     attend_all(layer);
-    add_product(layer.output, attended_);
+    add_product(layer.output, attended_, layer.attention_output_norm);
     if (!is_parallel) norm(layer.mlp_norm, mlp_normed_, layer.mlp_up);
     mlp(layer);
     if (layer.mlp_down.reads_rounded()) for_rows([&](int64_t n) { inner_.prepare_row(n, layer.mlp_down); });
-    add_product(layer.mlp_down, inner_);
+    add_product(layer.mlp_down, inner_, layer.mlp_output_norm);
   }
 
   // Moves the slot of the one segment on by its rows, from what `layer` kept: [L, row_stride, projected width].
@@ -101,7 +106,7 @@ class Step {
       HeadGroup head(attention, model_.heads, group, group_state(attention, model_.heads, tokens_[0].slot, group),
                      arenas_ + thread * arena_size_, nullptr);
       for (int64_t n = 0; n < num_rows_; ++n)
-        head.feed(tokens_[static_cast<size_t>(n)], rows + n * projected_width_, nullptr, nullptr);
+        head.feed(tokens_of(model_.layers[layer])[static_cast<size_t>(n)], rows + n * projected_width_, nullptr, nullptr);
     });
   }
 
@@ -128,10 +133,10 @@ class Step {
   }
 
   // Angles in fp64: in fp32 a position of 10^6 is off by 0.06 rad.
-  void fill_angles(int64_t position, float* out) const {
+  void fill_angles(const double* frequencies, int64_t position, float* out) const {
     const int64_t half = model_.heads.rotary_half;
     for (int64_t i = 0; i < half; ++i) {
-      const double angle = static_cast<double>(position) * model_.frequencies[i];
+      const double angle = static_cast<double>(position) * frequencies[i];
       out[i] = static_cast<float>(std::cos(angle));
       out[half + i] = static_cast<float>(std::sin(angle));
     }
@@ -238,6 +243,8 @@ class Step {
     });
   }
 
+  const std::vector<Token>& tokens_of(const Layer& layer) const { return layer.is_local != 0 ? local_tokens_ : tokens_; }
+
   // The state that a segment's group works on: its slot's, or a copy.
   GroupState state_of(const Attention& attention, const Segment& segment, int64_t group, int thread) const {
     uint8_t* slot = tokens_[static_cast<size_t>(segment.first)].slot;
@@ -265,7 +272,7 @@ class Step {
       HeadGroup head(attention, heads, group, state_of(attention, segment, group, thread),
                      arenas_ + thread * arena_size_, keys_of(attention, index + threads_));
       for (int64_t n = segment.first; n < segment.last; ++n)
-        head.feed(tokens_[static_cast<size_t>(n)], projected_ + n * projected_width_,
+        head.feed(tokens_of(layer)[static_cast<size_t>(n)], projected_ + n * projected_width_,
                   rank > 0 ? far_low_ + n * rank : nullptr, attended_.values + n * attended_.width);
     });
     finish_attention(layer);
@@ -298,11 +305,21 @@ class Step {
     });
   }
 
-  void add_product(const Matrix& matrix, const RowBuffer& x) const {
+  // To the hidden rows: the product, or its norm. What the MLP reads is not needed at either time.
+  void add_product(const Matrix& matrix, const RowBuffer& x, const Norm& norm) const {
+    const int64_t size = model_.hidden_size;
+    const bool is_normed = norm.weight != nullptr;
+    float* out = is_normed ? mlp_normed_.values : hidden_;
     auto task = [&](int64_t first, int64_t last) {
-      product(matrix, x.activations(), num_rows_, first, last, hidden_, model_.hidden_size, true);
+      product(matrix, x.activations(), num_rows_, first, last, out, size, !is_normed);
     };
     for_outputs(matrix.rows, num_rows_, task, panel_outputs(matrix));
+    if (!is_normed) return;
+    for_rows([&](int64_t n) {
+      float *row = out + n * size, *hidden = hidden_ + n * size;
+      apply(norm, row, size, row);
+      for (int64_t j = 0; j < size; ++j) hidden[j] += row[j];
+    });
   }
 
   const Model& model_;
@@ -313,7 +330,7 @@ class Step {
   uint8_t* held_ = nullptr;  // by thread: a copy of a group's state
   float *gate_, *inner_gate_, *projected_, *far_queries_, *far_low_, *angles_, *arenas_;
   RowBuffer normed_, mlp_normed_, attended_, inner_;
-  std::vector<Token> tokens_;
+  std::vector<Token> tokens_, local_tokens_;
   std::vector<Segment> segments_;
 };
 

@@ -287,7 +287,7 @@ def _segment(
     heads = torch.arange(len(found), device=q.near.device)[:, None]
     kept = candidates.at(heads, sources)
     for tensor, rows_now in zip(rows.tensors(), kept.tensors(), strict=True):
-        tensor[slot, table.flat[table.is_place]] = rows_now[table.is_place]
+        tensor[slot] = rows_now[table.head_of, table.column_of]
     loser = candidates.at(heads, losers.clamp(min=0))
     return _Segment(near, PlaceRows(*(t.transpose(0, 1) for t in loser.tensors())), (losers >= 0).T)
 

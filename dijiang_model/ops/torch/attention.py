@@ -168,6 +168,7 @@ def _extend_andstore_linear(new: Tensor, rows: NearRows, layout: PrefillLayout, 
     """The extended streams [N * W + T, G, d]; then writes the segment's sinks and last W tokens into `rows`."""
     window = layout.window(window=kernel.attention.window, sinks=kernel.attention.sinks)
     ring = rows[layout.slots[:, None], :, window.ring_rows].flatten(0, 1).to(new.dtype)
-    rows[layout.slots[window.sink_sequences], :, window.sink_rows] = new[window.sink_tokens]
-    rows[layout.slots[window.write_sequences], :, window.write_rows] = new[window.write_tokens]
+    writes = layout.writes(window=kernel.attention.window, sinks=kernel.attention.sinks)
+    rows[layout.slots[writes.sink_sequences], :, writes.sink_rows] = new[writes.sink_tokens]
+    rows[layout.slots[writes.sequences], :, writes.rows] = new[writes.tokens]
     return torch.cat([ring, new])

@@ -33,6 +33,7 @@ class PlaceTable:
         is_place: [G, J] bool.
         window, num_anchors: [G] int64.
         columns: [J] int64, 0 to J - 1.
+        head_of, column_of: [B] int64, of each of the layer's places.
     """
 
     sinks: int
@@ -42,6 +43,8 @@ class PlaceTable:
     window: Tensor
     num_anchors: Tensor
     columns: Tensor
+    head_of: Tensor
+    column_of: Tensor
 
     def holds(self, seen: Tensor) -> Tensor:
         """[N, G, J] bool, which places hold a token after `seen` [N] tokens of each sequence."""
@@ -74,7 +77,8 @@ def _place_table(anchors: AnchorConfig, sinks: int, device: torch.device) -> Pla
     is_place = columns < places[:, None]
     flat = first[:, None] + torch.where(is_place, columns, 0)
     window = torch.tensor(anchors.windows)
-    tensors = (flat, is_place, window, places - sinks - window, columns)
+    own = [(head, column) for head, num_places in enumerate(anchors.places) for column in range(num_places)]
+    tensors = (flat, is_place, window, places - sinks - window, columns, *torch.tensor(own).unbind(1))
     return PlaceTable(sinks, anchors, *(tensor.to(device) for tensor in tensors))
 
 

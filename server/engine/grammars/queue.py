@@ -1,8 +1,8 @@
 """Grammars of requests, compiled beside the steps: a request is scheduled once its grammar is there.
 
 Compiling takes milliseconds, or a second for the largest grammar that the service lets through, and happens on
-a thread of its own; llguidance gives the interpreter lock back meanwhile. Compiled grammars are kept by their
-text, so the next request with the same one does not wait.
+threads of its own, in turns among tenants; llguidance gives the interpreter lock back meanwhile. Compiled grammars are
+kept by their text, so the next request with the same one does not wait.
 """
 
 import logging
@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from server.engine.fairness.turns import Turns
 from server.engine.grammars.grammar import GrammarCompiler, GrammarError
 from server.engine.sequence import Sequence
 from server.engine.stages import Prepared, failed
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 MAX_CACHED = 128
+NUM_THREADS = 2
 _STACK_BYTES = 16 << 20
 """More than the service compiles with: what had room there has room here."""
 _log = logging.getLogger(__name__)
@@ -39,19 +41,23 @@ class GrammarQueue:
         self._load = load
         self._max_cached = max_cached
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
-        self._waiting: dict[str, tuple[GenerationRequest, Future[LLMatcher]]] = {}
-        self._under_way: dict[str, Future[LLMatcher]] = {}
+        self._waiting: dict[str, tuple[GenerationRequest, GrammarSpec]] = {}
+        self._turns: Turns[GrammarSpec] = Turns(NUM_THREADS)
+        self._known: dict[GrammarSpec, Future[LLMatcher] | None] = {}
+        self._keys: dict[GrammarSpec, str] = {}
         previous = threading.stack_size(_STACK_BYTES)
         try:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-            self._thread.submit(int)  # starts the thread while the size of its stack is set
+            self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammars")
+            all_there = threading.Barrier(NUM_THREADS)
+            for _ in range(NUM_THREADS):  # starts the threads while the size of their stacks is set
+                self._threads.submit(all_there.wait)
         finally:
             threading.stack_size(previous)
 
     @cached_property
     def _compiler(self) -> Future[GrammarCompiler]:
-        """Is loaded when it is first asked for, on the compiling thread."""
-        return self._thread.submit(self._load)
+        """Is loaded when it is first asked for, on a thread; grammars that are compiled on others wait for it."""
+        return self._threads.submit(self._load)
 
     @property
     def is_busy(self) -> bool:
@@ -68,35 +74,53 @@ class GrammarQueue:
         if grammar is None or grammar.text in self._compiled:
             return Prepared(request)
         self._compiler  # noqa: B018 (loaded before anything is compiled)
-        future = self._under_way.get(grammar.text)
-        if future is None:
-            future = self._under_way[grammar.text] = self._thread.submit(self._compile, grammar)
-        self._waiting[request.request_id] = (request, future)
+        self._waiting[request.request_id] = (request, grammar)
+        if grammar not in self._known:
+            self._known[grammar] = None
+            self._turns.add(request.tenant.name, grammar)
+            self._start_next()
         return None
 
     def cancel(self, request_id: str) -> bool:
         """Forgets a request that waits; False if it does not."""
-        return self._waiting.pop(request_id, None) is not None
+        waiting = self._waiting.pop(request_id, None)
+        if waiting is None:
+            return False
+        grammar = waiting[1]
+        if self._known[grammar] is None and not any(other == grammar for _, other in self._waiting.values()):
+            self._turns.discard(grammar)
+            del self._known[grammar]
+        return True
 
     def wait(self, timeout_s: float) -> None:
         """Until a grammar is compiled, or the time is over."""
-        wait([future for _, future in self._waiting.values()], timeout_s, return_when=FIRST_COMPLETED)
+        wait([future for future in self._known.values() if future], timeout_s, return_when=FIRST_COMPLETED)
 
     def arrived(self) -> tuple[list[Prepared], list[TokenEvent]]:
         """Requests whose grammar is compiled now; terminal events of those whose grammar cannot be used."""
-        for text in [text for text, future in self._under_way.items() if future.done()]:
-            future = self._under_way.pop(text)
-            if future.exception() is None:
-                self._keep(text, future.result())
         prepared, events = [], []
-        for request, future in [item for item in self._waiting.values() if item[1].done()]:
-            del self._waiting[request.request_id]
+        for grammar, future in [*self._known.items()]:
+            if future is None or not future.done():
+                continue
+            del self._known[grammar]
+            self._turns.done(self._keys.pop(grammar))
             error = future.exception()
             if error is None:
-                prepared.append(Prepared(request))
-            else:
-                events.append(failed(request.request_id, _refusal(error)))
+                self._keep(grammar.text, future.result())
+            for request in [request for request, wanted in self._waiting.values() if wanted == grammar]:
+                del self._waiting[request.request_id]
+                if error is None:
+                    prepared.append(Prepared(request))
+                else:
+                    events.append(failed(request.request_id, _refusal(error)))
+        self._start_next()
         return prepared, events
+
+    def _start_next(self) -> None:
+        while (job := self._turns.start()) is not None:
+            key, grammar = job
+            self._keys[grammar] = key
+            self._known[grammar] = self._threads.submit(self._compile, grammar)
 
     def begin(self, sequence: Sequence) -> None:
         """Gives a sequence that is admitted its constraint, if its request has a grammar."""
@@ -116,8 +140,8 @@ class GrammarQueue:
                 sequence.constraint.accept(token_id)
 
     def close(self) -> None:
-        """Ends the thread; nothing may wait any more."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """Ends the threads; nothing may wait any more."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _compile(self, grammar: GrammarSpec) -> "LLMatcher":
         return self._compiler.result().compile(grammar.text)

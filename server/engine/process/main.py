@@ -12,13 +12,12 @@
 
 import gc
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 
 import msgspec
 import zmq
@@ -29,8 +28,11 @@ from server.engine.process.messages import (
     COMMANDS_SOCKET,
     EVENTS_SOCKET,
     AbortRequest,
+    Alive,
+    Begun,
     Command,
     EngineReady,
+    Heartbeat,
     LoadFailed,
     Report,
     ResetCache,
@@ -56,6 +58,7 @@ class EngineLoop:
         self._decoder = msgspec.msgpack.Decoder(Command)
         self._encoder = msgspec.msgpack.Encoder()
         self._next_stats_s = 0.0
+        engine.on_begin = lambda request_ids: self._send(Begun(request_ids))
 
     def run_forever(self) -> None:
         """Turns until an exception ends it."""
@@ -93,18 +96,24 @@ class EngineLoop:
         if isinstance(command, ResetCache):
             self._engine.reset_cache()
             return []
+        if isinstance(command, Heartbeat):
+            self._send(Alive())
+            return []
         if isinstance(command, AbortRequest):
-            event = self._engine.abort(command.request_id)
+            events = [self._engine.abort(command.request_id)]
         else:
-            event = self._engine.add(command.request)
-        return [] if event is None else [event]
+            events = [self._engine.add(request) for request in command.whole()]
+        return [event for event in events if event is not None]
 
     def _report(self, events: list[TokenEvent], *, with_stats: bool) -> None:
         stats = None
         if with_stats:
             stats = self._engine.stats
             self._next_stats_s = time.monotonic() + STATS_INTERVAL_S
-        self._events.send(self._encoder.encode(StepDone(events, stats)))
+        self._send(StepDone(events, stats))
+
+    def _send(self, report: Report) -> None:
+        self._events.send(self._encoder.encode(report))
 
 
 def run(config: EngineConfig, folder: str, *, load: Load) -> int:
@@ -166,10 +175,9 @@ def _end_with_parent(standard_input: int, folder: str) -> None:
     """Reads the bare descriptor: a thread inside a Python file object would block the interpreter's exit."""
     while os.read(standard_input, 1):
         pass
-    with suppress(OSError):  # a parent that was killed could not remove these
-        for name in (COMMANDS_SOCKET, EVENTS_SOCKET):
-            Path(folder, name).unlink(missing_ok=True)
-        Path(folder).rmdir()
+    shutil.rmtree(folder, ignore_errors=True)  # which a parent that was killed could not remove
+    if hasattr(os, "killpg") and os.getpgid(0) == os.getpid():  # so are the ranks, even one that is stopped
+        os.killpg(0, signal.SIGKILL)
     os._exit(0)  # at once, from whatever the main thread is doing
 
 

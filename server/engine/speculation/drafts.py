@@ -13,7 +13,7 @@ A request may come with a prediction of its answer. Places in it are trusted mor
 
 from collections.abc import Sequence as Items
 
-from server.engine.sequence import StepCosts
+from server.engine.followers import StepCosts
 from server.engine.speculation.index import MAX_MATCH, TokenHistory
 
 _BUCKETS = tuple(max(0, length.bit_length() - 1) for length in range(MAX_MATCH + 1))

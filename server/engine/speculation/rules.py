@@ -1,6 +1,7 @@
 """Who gets drafts of its next tokens in a step, and how many. Standard library only."""
 
-from server.engine.sequence import Drafter, Sequence
+from server.engine.followers import Drafter
+from server.engine.sequence import Sequence
 from server.engine.speculation.cost_model import StepPrices
 from server.engine.speculation.drafts import OwnTextDrafter
 from server.engine.speculation.index import TokenHistory

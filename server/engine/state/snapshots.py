@@ -7,6 +7,7 @@ event of one that saves its state comes once the file is on the disk. A fault wi
 Knows no torch: snapshots are opaque, and `SlotAccess` takes them.
 """
 
+import errno
 import logging
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -195,8 +196,9 @@ class Snapshots:
         if namespace is None:
             return
         prompt = sequence.request.prompt_token_ids
-        # Where the prompt is scored, all of it must be computed.
-        hit = None if sequence.scores_prompt else self._cache.find(namespace, prompt, at_most=len(prompt) - 1)
+        # Where the prompt is scored, all of it must be computed; a copy of a leader's slot has all that it can have.
+        looks = not sequence.scores_prompt and sequence.start.source_slot is None
+        hit = self._cache.find(namespace, prompt, at_most=len(prompt) - 1) if looks else None
         if hit is not None:
             sequence.skip(hit.num_tokens, hit.snapshot)
         sequence.stops = self._stops(sequence)
@@ -223,7 +225,8 @@ class Snapshots:
         if event.finish_reason is FinishReason.SUSPENDED:
             if options.save_to is None or sequence.start.position + sequence.num_fed == 0:
                 return False
-            self._save(sequence, event, options.save_to, self._access.take(sequence.slot))
+            snapshot = sequence.parked if sequence.is_preempted else self._access.take(sequence.slot)
+            self._save(sequence, event, options.save_to, sequence.start.snapshot if snapshot is None else snapshot)
             return True
         if event.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
             self._distrust(sequence)
@@ -351,9 +354,8 @@ def _not_saved(event: TokenEvent, error: SnapshotError | OSError) -> TokenEvent:
         code = "numerical_error" if error.code == "state_invalid" else error.code
         return _failed(event.request_id, SnapshotError(str(error), code=code))
     _log.error("a state could not be saved: %s", error.strerror)
-    return _failed(
-        event.request_id, SnapshotError(f"the state could not be saved: {error.strerror}", code="state_not_saved")
-    )
+    code = "state_storage_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "state_not_saved"
+    return replace(event, save_error=EngineError(code, f"the state could not be saved: {error.strerror}"))
 
 
 def _failed(request_id: str, error: SnapshotError) -> TokenEvent:

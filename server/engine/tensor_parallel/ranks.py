@@ -46,7 +46,7 @@ class Ranks:
         Raises:
             OSError: no process can be started.
         """
-        self.folder = Path(tempfile.mkdtemp(prefix="dijiang-ranks-"))  # mode 0700
+        self.folder = Path(tempfile.mkdtemp(prefix="dijiang-ranks-", dir=config.scratch_folder))  # mode 0700
         # A step may fail for want of a rank before its death is noticed.
         atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self._is_closing = threading.Event()

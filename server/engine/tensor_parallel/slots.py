@@ -83,7 +83,7 @@ class LeadingPool(StatePool):
     def restore(self, slot: int, snapshot: Tensor) -> None:
         self._require_row(snapshot)
         self._ranks.tell(RestoreSlot(slot))
-        self._group.deal(self._parts.split(snapshot.to(self.buffer.storage.device)), self._row(slot))
+        self._group.deal(self._parts.split(snapshot.to(self.buffer.storage.device, non_blocking=True)), self._row(slot))
 
 
 class FollowingPool(StatePool):

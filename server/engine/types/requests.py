@@ -97,6 +97,30 @@ class GrammarSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Tenant:
+    """Whose a request is, and what that one may have.
+
+    Attributes:
+        name: opaque; requests of one name are one tenant's.
+        weight: its part of slots and prompt tokens among those who want any, >= 1.
+        max_running: of its requests at once; the others wait. 0: no limit.
+        max_waiting: of its requests without a slot; further ones are refused. 0: no limit.
+        max_waiting_tokens: of the prompts of these. 0: no limit.
+        outranks: whether its priorities count against other tenants too.
+    """
+
+    name: str = ""
+    weight: int = 1
+    max_running: int = 0
+    max_waiting: int = 0
+    max_waiting_tokens: int = 0
+    outranks: bool = False
+
+
+ANYBODY = Tenant()
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One sequence to generate: a prompt of token ids (at least one) and how to go on from it.
 
@@ -105,7 +129,8 @@ class GenerationRequest:
         logprobs: what is to be reported beside the tokens.
         group: name that requests of one prompt and one `states.load_from` share, so that the prompt is computed once;
             None: there are no others.
-        priority: requests of lower numbers get slots first.
+        tenant: whose it is.
+        priority: of its tenant's requests those of lower numbers get slots first.
         cuts: lengths of the prompt at which a step ends, so that the prompt is computed in exactly these chunks (or
             smaller ones, where a step has no room); for measuring.
         grammar: the language that the answer must be in; None: any text.
@@ -124,6 +149,7 @@ class GenerationRequest:
     cuts: tuple[int, ...] = ()
     resumed: Resumption | None = None
     predicted_token_ids: tuple[int, ...] = ()
+    tenant: Tenant = ANYBODY
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +159,7 @@ class EngineError:
     Attributes:
         code: stable machine-readable name: `grammar_invalid`, `grammar_failed`, `numerical_error`,
             `engine_restarting`, `overloaded`, `internal_error`, or of a state's file `state_invalid`,
-            `state_of_another_model`, `state_not_found`, `state_not_saved`, `states_unavailable`.
+            `state_of_another_model`, `state_not_found`, `state_not_saved`, `state_storage_full`, `states_unavailable`.
     """
 
     code: str
@@ -150,6 +176,7 @@ class TokenEvent:
     Attributes:
         num_cached_tokens: with the first token: tokens of the prompt that were not computed again.
         saved: in the terminal event of a request that asked for it: its state, on the disk.
+        save_error: instead of that: why the disk did not take it.
         logprobs: of `token_ids`, a row for each, if the request wants them.
         prompt_logprobs: of the next tokens of the prompt, from its second one on, if the request wants them; all
             of them have come with the first token at the latest.
@@ -163,6 +190,7 @@ class TokenEvent:
     error: EngineError | None = None
     num_cached_tokens: int = 0
     saved: SavedState | None = None
+    save_error: EngineError | None = None
     logprobs: LogprobTable | None = None
     prompt_logprobs: LogprobTable | None = None
     num_accepted: int = 0
@@ -182,6 +210,11 @@ class EngineConfig:
         max_num_slots: upper bound on the slots, whatever the budget.
         max_step_tokens: tokens (decode rows and prefill chunks together) in one step.
         max_waiting: requests that may wait for a slot before new ones are refused.
+        reserved_waiting: places among these for tenants of whom nothing waits.
+        scratch_folder: of files that end with the process; None: the system's.
+        heartbeat_s: after so long without a sign of life, and after several times its longest step, the process is
+            ended and another one started; 0: never.
+        target_gap_ms: on a CPU: how long a step that reads prompts may keep running answers waiting; 0: any time.
         max_drafts: most guesses of next tokens that a step verifies for one sequence; 0: none; None: as many as are
             good where guesses can be verified.
         decode_graphs: whether a CUDA device replays recorded decode steps.
@@ -203,6 +236,10 @@ class EngineConfig:
     max_num_slots: int
     max_step_tokens: int
     max_waiting: int
+    reserved_waiting: int = 0
+    scratch_folder: str | None = None
+    heartbeat_s: float = 0.0
+    target_gap_ms: int = 100
     max_drafts: int | None = None
     decode_graphs: bool = True
     states_folder: str | None = None
@@ -261,8 +298,12 @@ class EngineStats:
     num_decode_tokens: int
     step_time_s: float
     """Sum over all steps, seconds."""
+    longest_step_s: float = 0.0
+    """The longest of them."""
     num_drafted_tokens: int = 0
     """Guesses of next tokens that were verified."""
+    num_preemptions: int = 0
+    """Running requests that had to wait again, since another tenant was due."""
     num_accepted_tokens: int = 0
     """Those of them that were right; they are among the decoded tokens."""
     prefix_cache: PrefixCacheStats = NO_PREFIX_CACHE

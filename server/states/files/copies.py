@@ -10,9 +10,11 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from server.states.errors import StoreError
+from server.states.files.disk import free_bytes, require_disk
 
 FILES_FOLDER, LOCK_FILE, ID_FILE = "files", "lock", "id"
 
@@ -95,6 +97,18 @@ class WorkingCopies:
         for file in files:
             if file not in self._held and self._sizes.pop(file, None) is not None:
                 self.path(file).unlink(missing_ok=True)
+
+    def make_way(self, num_bytes: int) -> None:
+        """See `SnapshotFiles.make_way`: copies that nobody uses go first."""
+        for file in self.unused:
+            if free_bytes(self.folder) >= num_bytes:
+                return
+            self.drop([file])
+        require_disk(self.folder, num_bytes)
+
+    def spare_space(self) -> AbstractContextManager[None]:
+        """See `SnapshotFiles.spare_space`: the index is elsewhere."""
+        return nullcontext()
 
     def close(self) -> None:
         """Empties and frees the folder."""

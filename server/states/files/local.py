@@ -5,13 +5,17 @@ import logging
 import os
 import secrets
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from server.states.errors import StoreError
+from server.states.files.disk import require_disk
 from server.states.store import SnapshotRecord
 
-FILES_FOLDER, INDEX_FILE, LOCK_FILE = "files", "states.db", "lock"
+FILES_FOLDER, INDEX_FILE, LOCK_FILE, SPARE_FILE = "files", "states.db", "lock", "spare"
+SPARE_BYTES = 1 << 20
+"""On a full disk, so much is there for deleting."""
 _log = logging.getLogger(__name__)
 
 
@@ -38,6 +42,8 @@ class LocalFiles:
         self._held: Counter[str] = Counter()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = _lock(home)
+        self._spare = home / SPARE_FILE
+        self._keep_spare_space()
 
     @property
     def held(self) -> list[str]:
@@ -74,6 +80,23 @@ class LocalFiles:
 
     def download(self, snapshot: SnapshotRecord) -> None:
         """See `SnapshotFiles.download`."""
+
+    def make_way(self, num_bytes: int) -> None:
+        """See `SnapshotFiles.make_way`."""
+        require_disk(self.folder, num_bytes)
+
+    @contextmanager
+    def spare_space(self) -> Iterator[None]:
+        """See `SnapshotFiles.spare_space`."""
+        self._spare.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            self._keep_spare_space()
+
+    def _keep_spare_space(self) -> None:
+        with suppress(OSError), self._spare.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, SPARE_BYTES)
 
     def remove(self, files: Collection[str]) -> None:
         """See `SnapshotHome.remove`."""

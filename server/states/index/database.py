@@ -20,12 +20,13 @@ class Transaction(ABC):
 
     Attributes:
         now: seconds since 1970, by the database's clock.
+        horizon: what has lived its time by then has expired.
         unreferenced: snapshots that this transaction may have left without a reference.
         retired: those that were dropped, whose files are to be removed after the commit.
     """
 
     def __init__(self, now: float) -> None:
-        self.now = now
+        self.now = self.horizon = now
         self.unreferenced: set[str] = set()
         self.retired: list[str] = []
 

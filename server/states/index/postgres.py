@@ -19,7 +19,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import ConnectionPool, PoolTimeout
 
-from server.states.errors import StoreUnavailableError, disk_full
+from server.states.errors import DiskFullError, StoreUnavailableError
 from server.states.index.database import Row, Transaction
 from server.states.index.schema import POSTGRES_MIGRATIONS, POSTGRES_TABLES
 
@@ -202,7 +202,7 @@ class Postgres:
             finally:
                 self._pool.putconn(connection)
         except errors.DiskFull as error:
-            raise disk_full() from error
+            raise DiskFullError from error
         except _UNAVAILABLE as error:
             raise self._unavailable(error, began) from error
         if not self._was_up:

@@ -24,7 +24,7 @@ _SNAPSHOT = "n.file, n.position, n.pending, n.last_token, n.turn, n.num_bytes, n
 _STATES = f"SELECT s.*, {_SNAPSHOT} FROM states AS s JOIN snapshots AS n ON n.file = s.head"  # noqa: S608
 _POINTS = f"SELECT p.*, {_SNAPSHOT} FROM points AS p JOIN snapshots AS n ON n.file = p.snapshot"  # noqa: S608
 _RESPONSES = (
-    f"SELECT r.id, r.owner, r.created, r.ttl_s, r.body, r.input_items, {_SNAPSHOT} "  # noqa: S608
+    f"SELECT r.id, r.owner, r.created, r.ttl_s, r.body, r.input_items, r.fingerprint AS made_by, {_SNAPSHOT} "  # noqa: S608
     "FROM responses AS r LEFT JOIN snapshots AS n ON n.file = r.snapshot"
 )
 
@@ -34,7 +34,7 @@ def find_state(transaction: Transaction, owner: str, state_id: str) -> StateReco
     if not _is_text(state_id):
         raise state_not_found(state_id)
     condition = f"id = %s AND s.owner = %s AND {ALIVE}"
-    rows = transaction.rows(f"{_STATES} WHERE {condition}", state_id, owner, transaction.now)
+    rows = transaction.rows(f"{_STATES} WHERE {condition}", state_id, owner, transaction.horizon)
     if not rows:
         raise state_not_found(state_id)
     return _states(transaction, rows)[0]
@@ -45,7 +45,7 @@ def list_states(
 ) -> list[StateRecord]:
     """Newest first."""
     clauses: list[str] = ["s.owner = %s", ALIVE]
-    values: list[object] = [owner, transaction.now]
+    values: list[object] = [owner, transaction.horizon]
     if after is not None:
         clauses.append("number < %s")
         values.append(_number_of(transaction, owner, after))
@@ -88,7 +88,7 @@ def find_response(transaction: Transaction, owner: str, response_id: str) -> Res
     if not _is_text(response_id):
         raise response_not_found(response_id)
     condition = f"id = %s AND r.owner = %s AND {ALIVE_RESPONSE}"
-    found = find_responses(transaction, condition, response_id, owner, transaction.now)
+    found = find_responses(transaction, condition, response_id, owner, transaction.horizon)
     if not found:
         raise response_not_found(response_id)
     return found[0]
@@ -104,12 +104,13 @@ def write_response(transaction: Transaction, response: ResponseRecord, *, maker:
     body, items = json.dumps(response.body), json.dumps(response.input_items)
     transaction.run(
         "INSERT INTO responses "
-        "(id, owner, created, used, ttl_s, body, input_items, snapshot, maker, text_bytes, claims) "
-        "VALUES (%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,0) ON CONFLICT (id) DO UPDATE SET used = excluded.used, "
+        "(id, owner, created, used, ttl_s, body, input_items, snapshot, maker, text_bytes, fingerprint, claims) "
+        "VALUES (%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,0) ON CONFLICT (id) DO UPDATE SET used = excluded.used, "
         "body = excluded.body, input_items = excluded.input_items, snapshot = excluded.snapshot, "
-        "maker = excluded.maker, text_bytes = excluded.text_bytes",
+        "maker = excluded.maker, text_bytes = excluded.text_bytes, fingerprint = excluded.fingerprint",
         *(response.id, response.owner, response.created, transaction.now, response.ttl_s, body, items),
         *(None if response.snapshot is None else response.snapshot.file, maker, len(body) + len(items)),
+        response.fingerprint,
     )
     return len(body) + len(items)
 
@@ -176,6 +177,7 @@ def _response(row: Row) -> ResponseRecord:
         body=json.loads(row["body"]),
         input_items=tuple(json.loads(row["input_items"])),
         snapshot=None if row["file"] is None else _snapshot(row),
+        fingerprint=row["made_by"],
     )
 
 

@@ -26,11 +26,12 @@ _TABLES = {
     "name {text} NOT NULL, created {real} NOT NULL, snapshot {text} NOT NULL REFERENCES snapshots (file), "
     "PRIMARY KEY (state, name))",
     # `maker`: the server that makes a response; null: it has ended; empty: it was put off, and any may take it up.
-    # `text_bytes`: of body and input_items. `claims`: how often a server has begun to make it.
+    # `text_bytes`: of body and input_items. `claims`: how often a server has taken it up. `fingerprint`: of the model
+    # that may; empty: any.
     "responses": "CREATE TABLE responses (id {text} PRIMARY KEY, owner {text} NOT NULL, created {real} NOT NULL, "
     "used {real} NOT NULL, ttl_s {real}, body TEXT NOT NULL, input_items TEXT NOT NULL, "
     "snapshot {text} REFERENCES snapshots (file), maker TEXT, text_bytes {integer} NOT NULL, "
-    "claims {integer} NOT NULL)",
+    "claims {integer} NOT NULL, fingerprint TEXT NOT NULL)",
 }
 _INDEXES = (
     "CREATE INDEX states_of_owner ON states (owner, number)",
@@ -72,6 +73,7 @@ POSTGRES_MIGRATIONS: Mapping[int, tuple[str, ...]] = {
         "ALTER TABLE uses ADD COLUMN owner TEXT COLLATE \"C\" NOT NULL DEFAULT ''",
         "ALTER TABLE responses ADD COLUMN text_bytes BIGINT NOT NULL DEFAULT 0",
         "ALTER TABLE responses ADD COLUMN claims BIGINT NOT NULL DEFAULT 0",
+        "ALTER TABLE responses ADD COLUMN fingerprint TEXT NOT NULL DEFAULT ''",
         "UPDATE responses SET text_bytes = octet_length(body) + octet_length(input_items)",
         _OWNER_OF_SNAPSHOT,
         "CREATE INDEX responses_of_owner ON responses (owner)",
@@ -86,6 +88,7 @@ SQLITE_MIGRATIONS: Mapping[int, tuple[str, ...]] = {
         "ALTER TABLE responses ADD COLUMN maker TEXT",
         "ALTER TABLE responses ADD COLUMN text_bytes INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE responses ADD COLUMN claims INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE responses ADD COLUMN fingerprint TEXT NOT NULL DEFAULT ''",
         "UPDATE responses SET text_bytes = length(CAST(body AS BLOB)) + length(CAST(input_items AS BLOB))",
         "UPDATE responses SET maker = '' WHERE json_extract(body, '$.status') = 'queued'",
         "UPDATE responses SET maker = 'gone' WHERE json_extract(body, '$.status') = 'in_progress'",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from server.states.errors import StoreUnavailableError, disk_full
+from server.states.errors import DiskFullError, StoreUnavailableError
 from server.states.index.database import Row, Transaction
 from server.states.index.schema import SQLITE_MIGRATIONS, SQLITE_TABLES
 
@@ -97,7 +97,7 @@ class Sqlite:
             except sqlite3.DatabaseError as error:
                 code = error.sqlite_errorcode & 0xFF
                 if code == sqlite3.SQLITE_FULL:
-                    raise disk_full() from error
+                    raise DiskFullError from error
                 if code in _UNUSABLE:
                     _log.error("the index of states cannot be used: %s", error)
                     raise StoreUnavailableError from error

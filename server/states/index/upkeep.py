@@ -17,6 +17,10 @@ from server.states.index.rows import (
 
 RECORD_BYTES = 512
 """What a row costs beside what is in it: a state, a point, a response, room that is kept."""
+NOBODY = ""
+"""The maker of a response that waits: whoever takes it up."""
+MAX_CLAIMS = 3
+"""After so many servers that were gone before it was complete, a response has failed: it may have been their end."""
 _WANTED_BYTES = (
     "SELECT (SELECT coalesce(sum(num_bytes), 0) FROM snapshots {of_owner}) "  # noqa: S608 (constants)
     f"+ (SELECT coalesce(sum(text_bytes + {RECORD_BYTES}), 0) FROM responses {{of_owner}}) "
@@ -77,8 +81,12 @@ def silent_replicas(transaction: Transaction, beat: float) -> list[str]:
 
 
 def reap(transaction: Transaction, replicas: Collection[str]) -> None:
-    """What they were making has failed, and what they used is free."""
+    """What they were making waits for another server, or has failed if it cannot; what they used is free."""
     ids = json.dumps([*replicas])
+    waiting = f"maker {AMONG} AND claims < {MAX_CLAIMS}"
+    for response in find_responses(transaction, waiting, ids):
+        if response.can_go_on:
+            write_response(transaction, response.put_off(), maker=NOBODY)
     break_off(transaction, f"maker {AMONG}", ids)
     if transaction.run(f"DELETE FROM replicas WHERE id {AMONG}", ids):  # noqa: S608 (constants)
         rows = transaction.rows(f"SELECT file FROM snapshots AS n WHERE {UNREFERENCED}")  # noqa: S608 (constants)
@@ -96,10 +104,29 @@ def drop_unused(transaction: Transaction, files: Collection[str]) -> None:
     transaction.unreferenced.update(files)
 
 
+def newest_use(transaction: Transaction) -> float | None:
+    """When the store was used last, by its own times; None: never."""
+    statement = (
+        "SELECT max(used) AS newest FROM (SELECT used FROM states UNION ALL SELECT used FROM responses "
+        "UNION ALL SELECT beat FROM replicas) AS times"
+    )
+    row = transaction.row(statement)
+    return None if row is None or row["newest"] is None else float(row["newest"])
+
+
+def follow_step(transaction: Transaction, step_s: float) -> None:
+    """The clock was set: time that nobody lived through is not time without use, and no use is in the future."""
+    for table in ("states", "responses"):
+        if step_s > 0:
+            transaction.run(f"UPDATE {table} SET used = used + %s", step_s)  # noqa: S608 (constants)
+        now = transaction.now
+        transaction.run(f"UPDATE {table} SET used = %s WHERE used > %s", now, now)  # noqa: S608 (constants)
+
+
 def drop_expired(transaction: Transaction) -> None:
     """Deletes what was not used for its time to live."""
-    files = delete_states(transaction, DEAD, transaction.now)
-    drop_unused(transaction, [*files, *delete_responses(transaction, DEAD_RESPONSE, transaction.now)])
+    files = delete_states(transaction, DEAD, transaction.horizon)
+    drop_unused(transaction, [*files, *delete_responses(transaction, DEAD_RESPONSE, transaction.horizon)])
 
 
 def drop_oldest(transaction: Transaction, owner: str, held: Collection[str], keep: str) -> bool:

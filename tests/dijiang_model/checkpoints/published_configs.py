@@ -161,6 +161,38 @@ def _phi3(hidden: int, inner: int, *, heads: int, groups: int, layers: int, **ch
     return {name: value for name, value in common.items() if name != "pretraining_tp"} | more | changes
 
 
+def _gemma3(hidden: int, inner: int, *, heads: int, groups: int, layers: int, **changes: object) -> Json:
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": None,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "final_logit_softcapping": None,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": inner,
+        "max_position_embeddings": 32768,
+        "model_type": "gemma3_text",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": groups,
+        "pad_token_id": 0,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06,
+        "rope_local_base_freq": 10000,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window_pattern": 6,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 262144,
+    } | changes
+
+
 def _llama3(*, factor: float) -> Json:
     return {
         "factor": factor,
@@ -231,6 +263,12 @@ PUBLISHED: Mapping[str, Json] = {
     "phi-4-mini, plain rotation": _phi3(
         3072, 8192, heads=24, groups=8, layers=32, partial_rotary_factor=0.75, tie_word_embeddings=True,
     ),
+    "gemma-3-270m": _gemma3(640, 2048, heads=4, groups=1, layers=18, sliding_window=512),
+    "gemma-3-1b": _gemma3(1152, 6912, heads=4, groups=1, layers=26, sliding_window=512),
+    "gemma-3-27b, text": _gemma3(
+        5376, 21504, heads=32, groups=16, layers=62, sliding_window=1024, head_dim=128, query_pre_attn_scalar=168,
+        rope_scaling={"factor": 8.0, "rope_type": "linear"}, max_position_embeddings=131072,
+    ),
     "qwen3-0.6b": _qwen3(1024, 3072, heads=16, groups=8, layers=28, tie_word_embeddings=True),
     "qwen3-8b": _qwen3(
         4096, 12288, heads=32, groups=8, layers=36,
@@ -259,6 +297,8 @@ def shrunk(published: Json) -> Json:
         small["intermediate_size"] = 96
     if "num_key_value_heads" in published:
         small["num_key_value_heads"] = 2
+    if published["model_type"] == "gemma3_text":
+        small |= {"sliding_window": MAX_POSITIONS // 4, "sliding_window_pattern": 2}
     scaling = published.get("rope_scaling")
     if isinstance(scaling, dict) and "original_max_position_embeddings" in scaling:
         # So that within a short text some channels are scaled, some are not, and some in part.

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import base_document
 from dijiang_model.checkpoints.hf_config import base_model_config
+from dijiang_model.config import LocalLayers
 from dijiang_model.conversion.convert import convert
 from dijiang_model.conversion.evaluation.teacher import load_teacher
 from dijiang_model.errors import ConfigError, ConversionError
@@ -54,6 +55,9 @@ EXPECTED = {
     "phi-3-mini-4k": (32, 32, 32, 96, 96, True, 3072, False),
     "phi-4": (40, 40, 10, 128, 128, True, 5120, False),
     "phi-4-mini, plain rotation": (32, 24, 8, 128, 96, True, 3072, True),
+    "gemma-3-270m": (18, 4, 1, 256, 256, True, 640, True),
+    "gemma-3-1b": (26, 4, 1, 256, 256, True, 1152, True),
+    "gemma-3-27b, text": (62, 32, 16, 128, 128, True, 5376, True),
     "qwen3-0.6b": (28, 16, 8, 128, 128, True, 1024, True),
     "qwen3-8b": (36, 32, 8, 128, 128, True, 4096, False),
 }
@@ -106,7 +110,15 @@ def test_a_conversion_with_a_window_over_the_whole_text_gives_them_too(name: str
     assert_close_in_norm(torch.cat(decoded), expected, tolerance=TOLERANCE)
 
 
-GREEDY = ("mistral-7b-v0.1", "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "yarn-llama-2-7b", "phi-3-mini-4k")
+GREEDY = (
+    "mistral-7b-v0.1",
+    "qwen2.5-0.5b",
+    "qwen3-0.6b",
+    "llama-3.2-1b",
+    "yarn-llama-2-7b",
+    "phi-3-mini-4k",
+    "gemma-3-1b",
+)
 
 
 @pytest.mark.parametrize("name", GREEDY)
@@ -141,6 +153,11 @@ def test_a_window_that_is_switched_on_is_refused_and_one_that_is_absent_is_hfs_d
     mistral = {name: value for name, value in PUBLISHED["mistral-7b-v0.1"].items() if name != "sliding_window"}
     assert base_model_config(mistral).teacher_window == 4096
     assert base_model_config(PUBLISHED["mistral-7b-v0.3"]).teacher_window == 0
+
+
+def test_a_multimodal_model_is_told_what_to_save() -> None:
+    with pytest.raises(ConfigError, match=r"'gemma3' is not supported.*save the language model by itself"):
+        base_model_config({"model_type": "gemma3", "text_config": PUBLISHED["gemma-3-1b"]})
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -192,3 +209,22 @@ def test_opt_goes_on_past_its_learned_positions(tmp_path: Path) -> None:
     convert(save(tiny_teacher("opt-350m"), tmp_path / "hf"), tmp_path / "out", window=16)
     text = random_text(150)
     assert bool(logits_of(load_model(tmp_path / "out"), text).isfinite().all())
+
+
+def test_only_the_layers_that_see_everything_are_converted(tmp_path: Path) -> None:
+    """With a window over the text there, the others keep theirs to the token: text of any length is the teacher's."""
+    teacher = tiny_teacher("gemma-3-1b")
+    convert(save(teacher, tmp_path / "hf"), tmp_path / "out", window=100, sinks=0)
+    config = load_model(tmp_path / "out").config
+    assert [(layer.window, layer.sinks) for layer in config.layers] == [(32, 0), (100, 0)]
+    assert config.local_layers == LocalLayers((0,), 32, 10_000.0)
+    with pytest.raises(ConversionError, match="a budget of bytes needs a teacher whose layers all see everything"):
+        convert(tmp_path / "hf", tmp_path / "other", state_bytes=2**18)
+    for changes, words in (
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is set"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"layer_types": ["full_attention", "chunked_attention"] * 13}, "layer_types must name"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "a yarn scaling is not supported"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            base_model_config({**PUBLISHED["gemma-3-1b"], **changes})

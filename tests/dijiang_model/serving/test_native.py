@@ -20,6 +20,7 @@ from tests.tiny_models import (
     RELEASED,
     TABLES,
     anchored,
+    gemma3_config,
     gpt_neox_config,
     llama_config,
     opt_config,
@@ -72,6 +73,8 @@ CONFIGS: dict[str, ModelConfig] = {
     "anchors, features before rotation": gpt_neox_config(anchored(3, base=UNROTATED), anchored(3)),
     "anchors, nothing to rotate": opt_config(anchored(3, base=UNROTATED), PURE),
     "biases of queries, keys and values": qwen2_config(),
+    "local layers, norms behind": gemma3_config(),
+    "local features before rotation": gemma3_config(replace(UNROTATED, window=7, sinks=0), UNROTATED),
     "normed queries and keys": qwen3_config(HYBRID, UNROTATED),
     "long rows": replace(llama_config(), intermediate_size=700, mlp_bias=True),
 }

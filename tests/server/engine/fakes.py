@@ -60,11 +60,16 @@ class FakeRunner:
         self._max_step_tokens = max_step_tokens
         self._histories: dict[int, list[int]] = {}
         self._last: dict[int, int] = {}
+        self._parked: dict[Sequence, tuple[list[int], int]] = {}
         self._results: deque[StepResult] = deque()
 
     def launch(self, batch: Batch) -> None:
         self._check(batch)
         self.batches.append(batch)
+        for sequence, slot in batch.preempted:
+            self._parked[sequence] = (self._histories.pop(slot, []), self._last.pop(slot, 0))
+        for sequence in batch.resumed:
+            self._histories[sequence.slot], self._last[sequence.slot] = self._parked.pop(sequence)
         for chunk in batch.chunks:
             source_slot = chunk.sequence.start.source_slot
             if chunk.is_first and source_slot is not None:

@@ -97,9 +97,10 @@ async def test_bad_grammars_are_refused_in_words(tokenizer_folder: Path) -> None
                 await checker.check(bad, INFO)
             assert message in str(refused.value)
             assert len(str(refused.value)) <= 300
-        pid = checker.pid
+        pids = checker.pids
+        assert len(pids) == 1
         await checker.check(GOOD[0], INFO)
-        assert checker.pid == pid
+        assert checker.pids == pids
 
 
 async def test_a_grammar_that_breaks_the_compiler_is_refused_and_the_next_one_is_right(tokenizer_folder: Path) -> None:
@@ -113,8 +114,7 @@ async def test_a_grammar_that_breaks_the_compiler_is_refused_and_the_next_one_is
 async def test_a_grammar_that_takes_too_long_is_refused_and_its_process_ends(tokenizer_folder: Path) -> None:
     async with checking(tokenizer_folder) as checker:
         await checker.check(GOOD[0], INFO)
-        pid = checker.pid
-        assert pid is not None
+        (pid,) = checker.pids
         process = psutil.Process(pid)
         checker._limits = GrammarLimits(timeout_s=0.001)
         slow = schema({"type": "object", "properties": {f"k{number}": {"type": "string"} for number in range(5_000)}})
@@ -127,7 +127,7 @@ async def test_a_grammar_over_the_limit_is_refused_at_once(tokenizer_folder: Pat
     async with checking(tokenizer_folder, max_bytes=1024) as checker:
         with pytest.raises(GrammarRefusedError, match=r"1,025 bytes, the limit is 1,024"):
             await checker.check(source("regex", "a" * 1025), INFO)
-        assert checker.pid is None
+        assert not checker.pids
 
 
 async def test_a_grammar_is_compiled_once(tokenizer_folder: Path) -> None:
@@ -135,7 +135,73 @@ async def test_a_grammar_is_compiled_once(tokenizer_folder: Path) -> None:
         first, second = await asyncio.gather(checker.check(GOOD[0], INFO), checker.check(GOOD[0], INFO))
         await checker.close()
         assert first == second == await checker.check(GOOD[0], INFO)
-        assert checker.pid is None
+        assert not checker.pids
+
+
+SLOW = "tests.server.grammar_check.slow_worker"
+"""Answers when a file named by the grammar is there."""
+
+
+@asynccontextmanager
+async def slowly(tmp_path: Path, **limits: Any) -> AsyncIterator[GrammarChecker]:
+    checker = GrammarChecker(tmp_path, GrammarLimits(**{"timeout_s": 60.0, **limits}), module=SLOW)
+    try:
+        yield checker
+    finally:
+        await checker.close()
+
+
+async def test_slow_grammars_of_one_key_keep_no_other_key_waiting(tmp_path: Path) -> None:
+    async with slowly(tmp_path) as checker:
+        slow = [
+            asyncio.create_task(checker.check(source("regex", str(tmp_path / f"gate{number}")), INFO, key="a"))
+            for number in range(4)
+        ]
+        gate = tmp_path / "open"
+        gate.touch()
+        assert (await checker.check(source("regex", str(gate)), INFO, key="b")).text == str(gate)
+        assert not any(task.done() for task in slow)
+        for number in range(4):
+            (tmp_path / f"gate{number}").touch()
+        assert len({spec.text for spec in await asyncio.gather(*slow)}) == 4
+        assert len(checker.pids) == 3
+
+
+async def test_one_key_cannot_fill_the_queue(tmp_path: Path) -> None:
+    async with slowly(tmp_path, max_waiting=4) as checker:
+        slow = [
+            asyncio.create_task(checker.check(source("regex", str(tmp_path / f"gate{number}")), INFO, key="a"))
+            for number in range(3)
+        ]
+        await asyncio.sleep(0)
+        with pytest.raises(GrammarsBusyError):
+            await checker.check(source("regex", "one more"), INFO, key="a")
+        gate = tmp_path / "open"
+        gate.touch()
+        assert (await checker.check(source("regex", str(gate)), INFO, key="b")).text
+        for task in slow:
+            task.cancel()
+
+
+async def test_what_was_found_for_somebody_who_left_is_there_when_he_comes_again(tmp_path: Path) -> None:
+    async with slowly(tmp_path) as checker:
+        wanted = source("regex", str(tmp_path / "gate"))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await checker.check(wanted, INFO)
+        pids = checker.pids
+        (tmp_path / "gate").touch()
+        assert (await checker.check(wanted, INFO)).text == str(tmp_path / "gate")
+        assert checker.pids >= pids
+
+
+async def test_a_refusal_is_remembered(tokenizer_folder: Path) -> None:
+    async with checking(tokenizer_folder) as checker:
+        for _ in range(2):
+            with pytest.raises(GrammarRefusedError, match="unclosed group"):
+                await checker.check(source("regex", "("), INFO)
+            await checker.close()
+        assert not checker.pids
 
 
 async def test_too_many_at_once_are_refused_for_now(tokenizer_folder: Path) -> None:
@@ -159,7 +225,7 @@ async def test_a_folder_without_tokenizer_refuses_every_grammar_without_a_proces
         for good in GOOD[:2]:
             with pytest.raises(GrammarRefusedError, match="no tokenizer"):
                 await checker.check(good, INFO)
-        assert checker.pid is None
+        assert not checker.pids
 
 
 async def test_a_schema_deeper_than_python_goes_is_refused() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -209,3 +210,21 @@ def test_a_reader_that_is_slow_but_reads_is_not_cut_off(strict: Loopback) -> Non
     assert b"data: [DONE]" in answer[-100:]
     assert answer.count(b"abcd") >= 49_900  # but for those that are cut by an event's end
     assert num_cut(strict, "unread") == 0
+
+
+def test_one_connection_too_many_is_told_so_counted_and_logged(
+    byte_tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serve(FakeEngine(), OPTIONS, byte_tokenizer, limits=replace(LIMITS, max_connections=2)) as server:
+        held = [connect(server) for _ in range(2)]
+        for connection in held:
+            connection.sendall(GET)
+        with connect(server) as refused:
+            answer = read_all(refused)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b'"too_many_connections"' in answer
+        assert "connections are refused: 2 are open" in caplog.text
+        for connection in held:
+            connection.close()
+        server.wait_until(lambda: server.http.get("/health").status_code == 200)
+        assert 'dijiang_connections_cut_total{reason="too_many"} ' in server.http.get("/metrics").text

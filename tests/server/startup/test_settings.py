@@ -1,6 +1,7 @@
 """Settings: flags and variables, and what is refused at start."""
 
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from server.hardware import (
     default_threads,
     find_device,
     free_host_bytes,
+    max_connections,
+    raised_descriptor_limit,
 )
 from server.startup.assemble import StartError, engine_config, key_hashes, recipe_of, service_options
 from server.startup.settings import Settings, SettingsError, flag_of, misplaced_key, read_settings, variable_of
@@ -236,3 +239,21 @@ def test_states_in_bfloat16_reach_the_engine_and_cannot_be_split(model: Path) ->
     assert engine_config(read_settings({"state_dtype": "bfloat16"}), model, CPU).state_dtype == "bfloat16"
     with pytest.raises(SettingsError, match="state_dtype bfloat16 cannot be split over 2 processes"):
         read_settings({"state_dtype": "bfloat16", "tensor_parallel": "2"})
+
+
+def test_the_limit_of_open_files_is_raised_to_what_may_be_and_leaves_some_for_files() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before[0] // 2, before[1]))
+        limit = raised_descriptor_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] in (limit, before[1])
+        assert limit == before[1] or before[1] == resource.RLIM_INFINITY
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert [max_connections(limit) for limit in (0, 100, 1024)] == [0, 50, 768]
+
+
+def test_queue_places_are_reserved_where_there_are_several_keys(model: Path) -> None:
+    assert engine_config(read_settings({"api_keys": "one"}), model, CPU).reserved_waiting == 0
+    assert engine_config(read_settings({"api_keys": "one,two"}), model, CPU).reserved_waiting == 128
+    assert engine_config(read_settings({"reserved_queue": "7"}), model, CPU).reserved_waiting == 7

@@ -7,7 +7,7 @@ import pytest
 
 from tests.server.states.postgres_server import PostgresServer, find_programs, postgres_server
 from tests.server.states.running import Running, running
-from tests.server.states.stores import SharedKind
+from tests.server.states.stores import EmbeddedKind, Kind, SharedKind
 from tests.tiny_models import write_tiny_model
 
 
@@ -41,3 +41,11 @@ def shared_kind(postgres: PostgresServer, tmp_path: Path) -> Iterator[SharedKind
     kind = SharedKind(postgres, tmp_path)
     yield kind
     kind.drop()
+
+
+@pytest.fixture(params=["embedded", "shared"])
+def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Kind:
+    if request.param == "embedded":
+        return EmbeddedKind(tmp_path)
+    shared: SharedKind = request.getfixturevalue("shared_kind")
+    return shared

@@ -40,8 +40,9 @@ class Kind(Protocol):
         max_bytes: int = 100_000,
         eviction: Eviction = "lru",
         clock: Callable[[], float] | None = None,
+        monotonic: Callable[[], float] | None = None,
         max_owner_bytes: int | None = None,
-    ) -> StateStore:
+    ) -> IndexedStore:
         """A server's store; what was kept before is in it."""
         ...
 
@@ -66,10 +67,14 @@ class EmbeddedKind:
         max_bytes: int = 100_000,
         eviction: Eviction = "lru",
         clock: Callable[[], float] | None = None,
+        monotonic: Callable[[], float] | None = None,
         max_owner_bytes: int | None = None,
     ) -> IndexedStore:
         clock = Clock() if clock is None else clock
-        return open_embedded_store(self._folder, StoreOptions(max_bytes, eviction, max_owner_bytes), clock=clock)
+        monotonic = clock if monotonic is None else monotonic
+        return open_embedded_store(
+            self._folder, StoreOptions(max_bytes, eviction, max_owner_bytes), clock=clock, monotonic=monotonic
+        )
 
     async def settle(self, store: StateStore) -> None:
         assert isinstance(store, IndexedStore)
@@ -93,15 +98,17 @@ class SharedKind:
         max_bytes: int = 100_000,
         eviction: Eviction = "lru",
         clock: Callable[[], float] | None = None,
+        monotonic: Callable[[], float] | None = None,
         max_owner_bytes: int | None = None,
         beat_s: float = HEARTBEAT_S,
         patience_s: float = 0.0,
         **more: Any,
     ) -> IndexedStore:
         clock = Clock() if clock is None else clock
+        monotonic = clock if monotonic is None else monotonic
         options = StoreOptions(max_bytes, eviction, max_owner_bytes, heartbeat_s=beat_s, patience_s=patience_s)
         shared = SharedOptions(self.postgres.url, **{"schema": self.schema, "timeout_s": 10.0, **more})
-        return open_shared_store(self.folder, shared, options, clock=clock)
+        return open_shared_store(self.folder, shared, options, clock=clock, monotonic=monotonic)
 
     async def settle(self, store: StateStore) -> None:
         assert isinstance(store, IndexedStore)

@@ -3,36 +3,27 @@
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from server.errors import NotFoundError
 from server.http.errors import on_wire
 from server.states.errors import StateConflictError, StorageFullError
-from server.states.store import NewState, ResponseRecord, StateStore
+from server.states.index.upkeep import MAX_CLAIMS
+from server.states.store import REPLAY_KEY, NewState, ResponseRecord, StateStore
 from tests.server.states.stores import (
     SIZE,
     Clock,
-    EmbeddedKind,
     Kind,
-    SharedKind,
     advance,
     budget,
+    die,
     make,
     put_response,
     write,
 )
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(params=["embedded", "shared"])
-def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Kind:
-    if request.param == "embedded":
-        return EmbeddedKind(tmp_path)
-    shared: SharedKind = request.getfixturevalue("shared_kind")
-    return shared
 
 
 @pytest.fixture
@@ -391,22 +382,48 @@ async def test_a_response_that_was_put_off_is_taken_up_once(kind: Kind) -> None:
     for number in range(3):
         response = await put_response(store, f"r{number}", "in_progress")
         if number == 0:
-            assert await store.take_up_responses(2) == []
+            assert await store.take_up_responses(2, fingerprint="dj") == []
         await store.put_response(response.put_off())
         await store.end_response(f"r{number}")
     assert (await store.get_response("ann", "r0")).body["status"] == "queued"
     await store.close()
     store = kind.open()  # as after a restart
-    taken = [*await store.take_up_responses(2), *await store.take_up_responses(2)]
+    taken = [*await store.take_up_responses(2, fingerprint="dj"), *await store.take_up_responses(2, fingerprint="dj")]
     assert sorted(response.id for response in taken) == ["r0", "r1", "r2"]
     assert {response.body["status"] for response in taken} == {"in_progress"}
-    assert await store.take_up_responses(2) == []
+    assert await store.take_up_responses(2, fingerprint="dj") == []
     await kind.settle(store)
     assert (await store.get_response("ann", "r1")).body["status"] == "in_progress"
     await store.put_response(replace(taken[0], body={**taken[0].body, "status": "completed"}))
     assert (await store.get_response("ann", taken[0].id)).body["status"] == "completed"
     assert (await store.cancel_response("ann", taken[1].id)).body["status"] == "cancelled"
     await store.close()
+
+
+async def test_a_response_whose_server_is_gone_waits_for_another_one_and_not_for_ever(kind: Kind) -> None:
+    store = kind.open()
+    response = await put_response(store, "resp_1", "in_progress")
+    await store.put_response(replace(response, body={**response.body, REPLAY_KEY: {"source": "{}"}}))
+    for _ in range(MAX_CLAIMS):
+        die(store)
+        store = kind.open()
+        assert (await store.get_response("ann", "resp_1")).body["status"] == "queued"
+        (taken,) = await store.take_up_responses(9, fingerprint="dj")
+        assert (taken.id, taken.body["status"], taken.body[REPLAY_KEY]) == ("resp_1", "in_progress", {"source": "{}"})
+    die(store)
+    store = kind.open()
+    assert (await store.get_response("ann", "resp_1")).body["status"] == "failed"
+    await store.close()
+
+
+async def test_a_response_waits_for_a_server_of_its_model(kind: Kind, store: StateStore) -> None:
+    response = replace(await put_response(store, "resp_1", "in_progress"), fingerprint="dj-one")
+    await store.put_response(response)
+    await store.put_response(response.put_off())
+    assert await store.take_up_responses(9, fingerprint="dj-two") == []
+    assert (await store.get_response("ann", "resp_1")).body["status"] == "queued"
+    (taken,) = await store.take_up_responses(9, fingerprint="dj-one")
+    assert taken.fingerprint == "dj-one"
 
 
 @pytest.mark.parametrize("ttl_s", [10.0, 100.0])

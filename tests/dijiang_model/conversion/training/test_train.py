@@ -1,7 +1,6 @@
 """Training: it learns, repeats bit for bit, survives kills, and refuses what it cannot do."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from tests.tiny_models import (
     HYBRID,
     PURE,
     RELEASED,
+    gemma3_config,
     llama_config,
     qwen2_config,
     qwen3_config,
@@ -252,13 +252,20 @@ def test_data_that_is_not_text_is_named(model: Path, tmp_path: Path, name: str, 
             prepared(model, str(folder), tmp_path / "run")
 
 
-@pytest.mark.parametrize("make", [qwen2_config, qwen3_config], ids=["qwen2", "qwen3"])
-def test_other_families_train_in_both_stages(make: Callable[..., ModelConfig], text: str, tmp_path: Path) -> None:
-    model = write_tiny_model(tmp_path / "model", make(HYBRID, HYBRID))
+@pytest.mark.parametrize(
+    "config",
+    [qwen2_config(HYBRID, HYBRID), qwen3_config(HYBRID, HYBRID), gemma3_config()],
+    ids=["qwen2", "qwen3", "gemma3"],
+)
+def test_other_families_train_in_both_stages(config: ModelConfig, text: str, tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model", config)
     trainer = prepared(model, text, tmp_path / "run", tokens=512)
     assert train(trainer, tmp_path / "run")
     assert {name.rsplit(".", 2)[-2] for name in weights(tmp_path / "run") if name.endswith("lora_up")} == {"weight"}
     losses = [line["loss"] for line in read_log(tmp_path / "run" / LOG_FILE)]
+    for layer in range(config.num_layers):  # what sees all that its teacher sees has nothing to learn
+        bias = weights(tmp_path / "run")[f"model.layers.{layer}.self_attn.linear.mix_bias"]
+        assert bool(bias.isneginf().all()) == config.is_local(layer)
     assert len(losses) == 4
     assert np.isfinite(losses).all()
 

@@ -1,7 +1,5 @@
 """CUDA graphs of model and sampling on a device; needs torch and triton alone, so that a bare machine can run it."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +7,7 @@ from torch import Tensor
 pytest.importorskip("transformers", reason="the shapes come from the GPU benchmarks")
 
 from benchmarks.gpu.models import config_of, random_model
+from dijiang_model.batch import decode
 from dijiang_model.state import StateBuffer
 from server.engine.fast_steps import graph_sampling
 from server.engine.fast_steps.graphs import CudaCapture, DecodeGraphs
@@ -63,6 +62,4 @@ def test_recorded_steps_say_what_fresh_ones_say(
 
 @torch.inference_mode()
 def _fresh_step(model: torch.nn.Module, state: StateBuffer, last: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-    decode = partial(model.decode, state=state)  # type: ignore[operator]
-    logits: Tensor = decode(last[slots], slots=slots, positions=positions)
-    return logits
+    return decode(model, last[slots], slots=slots, positions=positions, state=state)

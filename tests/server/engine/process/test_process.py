@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -11,7 +12,7 @@ import zmq
 
 from server.engine.failures import log_failure
 from server.engine.process.main import EngineLoop
-from server.engine.process.messages import AbortRequest, AddRequest, Command, StepDone
+from server.engine.process.messages import AbortRequest, AddRequests, Alive, Begun, Command, Heartbeat, Report, StepDone
 from server.engine.types.requests import FinishReason
 from tests.server.engine.fakes import FakeRunner, engine, expected_output, request
 
@@ -22,6 +23,7 @@ class FakeSocket:
     def __init__(self, *commands: Command) -> None:
         self.incoming = [msgspec.msgpack.encode(command) for command in commands]
         self.sent: list[StepDone] = []
+        self.reports: list[Report] = []
         self.num_waits = 0
 
     def recv(self, flags: int = 0) -> bytes:
@@ -32,7 +34,8 @@ class FakeSocket:
         return self.incoming.pop(0)
 
     def send(self, message: bytes) -> None:
-        self.sent.append(msgspec.msgpack.decode(message, type=StepDone))
+        self.reports.append(msgspec.msgpack.decode(message, type=Report))  # type: ignore[arg-type]
+        self.sent = [report for report in self.reports if isinstance(report, StepDone)]
 
 
 def new_loop(*commands: Command) -> tuple[EngineLoop, FakeSocket]:
@@ -42,7 +45,9 @@ def new_loop(*commands: Command) -> tuple[EngineLoop, FakeSocket]:
 
 
 def test_all_events_of_a_step_travel_in_one_message() -> None:
-    loop, socket = new_loop(AddRequest(request("a", max_tokens=2)), AddRequest(request("b", max_tokens=2)))
+    loop, socket = new_loop(
+        *AddRequests.of([request("a", max_tokens=2)]), *AddRequests.of([request("b", max_tokens=2)])
+    )
     loop.turn()
     loop.turn()
     assert [[event.request_id for event in message.events] for message in socket.sent] == [["a", "b"], ["a", "b"]]
@@ -50,7 +55,7 @@ def test_all_events_of_a_step_travel_in_one_message() -> None:
 
 
 def test_it_waits_for_a_command_only_when_idle() -> None:
-    loop, socket = new_loop(AddRequest(request("a", max_tokens=3)))
+    loop, socket = new_loop(*AddRequests.of([request("a", max_tokens=3)]))
     for _ in range(3):
         loop.turn()
     assert socket.num_waits == 1
@@ -59,7 +64,7 @@ def test_it_waits_for_a_command_only_when_idle() -> None:
 
 
 def test_the_last_message_before_idling_says_that_nothing_runs() -> None:
-    loop, socket = new_loop(AddRequest(request("a", max_tokens=2)))
+    loop, socket = new_loop(*AddRequests.of([request("a", max_tokens=2)]))
     loop.turn()
     loop.turn()
     stats = socket.sent[-1].stats
@@ -70,7 +75,7 @@ def test_the_last_message_before_idling_says_that_nothing_runs() -> None:
 def test_statistics_come_about_once_a_second_and_not_with_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 100.0
     monkeypatch.setattr("server.engine.process.main.time.monotonic", lambda: clock)
-    loop, socket = new_loop(AddRequest(request("a")))
+    loop, socket = new_loop(*AddRequests.of([request("a")]))
     for seconds in (0.0, 0.5, 0.49, 0.02, 0.5):
         clock += seconds
         loop.turn()
@@ -78,21 +83,48 @@ def test_statistics_come_about_once_a_second_and_not_with_every_step(monkeypatch
 
 
 def test_a_refused_request_is_answered_in_the_same_turn() -> None:
-    loop, socket = new_loop(*(AddRequest(request(name)) for name in "abcd"))
+    loop, socket = new_loop(*AddRequests.of(request(name) for name in "abcd"))
     loop.turn()
     refused = [event for event in socket.sent[0].events if event.finish_reason is FinishReason.ERROR]
     assert [event.request_id for event in refused] == ["d"]
 
 
 def test_an_abort_is_answered_once_and_an_unknown_one_not_at_all() -> None:
-    commands = [AddRequest(request("a")), AbortRequest("a"), AbortRequest("a"), AbortRequest("never seen")]
+    commands = [*AddRequests.of([request("a")]), AbortRequest("a"), AbortRequest("a"), AbortRequest("never seen")]
     loop, socket = new_loop(*commands)
     loop.turn()
     assert [(event.request_id, event.finish_reason) for event in socket.sent[0].events] == [("a", FinishReason.ABORT)]
 
 
+def test_a_request_is_said_to_have_begun_before_its_first_step_and_only_then() -> None:
+    loop, socket = new_loop(*AddRequests.of([request("a", max_tokens=2)]), *AddRequests.of([request("b")]))
+    for _ in range(3):
+        loop.turn()
+    assert socket.reports[0] == Begun(["a", "b"])
+    assert sum(isinstance(report, Begun) for report in socket.reports) == 1
+
+
+def test_a_heartbeat_is_answered_by_a_busy_and_by_an_idle_engine() -> None:
+    loop, socket = new_loop(Heartbeat(), *AddRequests.of([request("a", max_tokens=1)]))
+    loop.turn()
+    assert socket.reports[0] == Alive()
+    assert socket.sent[-1].events[0].finish_reason is FinishReason.LENGTH
+
+
+def test_requests_of_one_prompt_cross_in_one_message_and_share_it_in_memory() -> None:
+    prompt = tuple(range(48)) * 1_000
+    group = [replace(request(f"g{number}", max_tokens=1), prompt_token_ids=prompt) for number in range(16)]
+    messages = AddRequests.of([*group, request("other")])
+    assert len(messages) == 2
+    wire = msgspec.msgpack.encode(messages[0])
+    assert len(wire) < 2 * len(msgspec.msgpack.encode(prompt))
+    arrived = msgspec.msgpack.decode(wire, type=AddRequests).whole()
+    assert arrived == group
+    assert len({id(one.prompt_token_ids) for one in arrived}) == 1
+
+
 def test_tokens_survive_the_wire() -> None:
-    loop, socket = new_loop(AddRequest(request("a", 4, 5, max_tokens=3)))
+    loop, socket = new_loop(*AddRequests.of([request("a", 4, 5, max_tokens=3)]))
     for _ in range(3):
         loop.turn()
     tokens = [token for message in socket.sent for event in message.events for token in event.token_ids]

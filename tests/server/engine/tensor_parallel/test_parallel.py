@@ -121,7 +121,7 @@ def single(folder: Path) -> Engine:
 
 
 def rank_folders(temporary: Path) -> list[Path]:
-    return list(temporary.glob("dijiang-ranks-*"))
+    return list(temporary.glob("*/dijiang-ranks-*"))
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +129,7 @@ def temporary() -> Iterator[Path]:
     """Where the engine processes put what goes with them; a short name, for it is part of the names of sockets."""
     with tempfile.TemporaryDirectory(prefix="dj") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
         yield Path(folder)
 
 
@@ -243,6 +244,26 @@ async def test_the_death_of_a_rank_restarts_the_engine(pair: EngineClient, singl
     request = make_request("next", 21, seed=4)
     assert (await ask(pair, request)).tokens == alone(single, [request])["next"].tokens
     assert len(rank_folders(temporary)) == 1, "that of the dead ones is gone"
+
+
+async def test_a_rank_that_is_stopped_is_noticed_and_goes_with_its_engine(folder: Path, temporary: Path) -> None:
+    client = EngineClient(config_of(folder, tensor_parallel=2, heartbeat_s=2.0))
+    await client.start()
+    try:
+        await client.wait_ready()
+        (worker,) = ranks_of(client)
+        endless = replace(make_request("endless", 30), sampling=SamplingParams(temperature=0.0, ignore_eos=True))
+        async with client.submit(endless) as stream:
+            await anext(stream)
+            worker.send_signal(signal.SIGSTOP)
+            events = [event async for event in stream]
+        assert events[-1].error is not None
+        assert events[-1].error.code == "engine_restarting"
+        await client.wait_ready()
+        assert client.num_restarts == 1
+        assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+    finally:
+        await client.close()
 
 
 async def test_ranks_end_with_the_engine_and_leave_nothing(pair: EngineClient, temporary: Path) -> None:

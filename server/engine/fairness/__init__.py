@@ -1,0 +1,1 @@
+"""Whose turn it is: slots, queue places and prompt tokens, shared among tenants and among prompts."""

@@ -1,0 +1,107 @@
+"""The whole CUDA path without a GPU: no device mixing, no hidden wait, arguments that fit kernels, launches counted.
+
+See `tests.fake_cuda`. What kernels compute is tested elsewhere: in Triton's interpreter, and on GPUs.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler"),
+    pytest.mark.timeout(600),  # the first test drives for all of them
+]
+
+ENGINES = (
+    "SmolLM2, hybrid",
+    "SmolLM2, pure, fp32",
+    "SmolLM2, int8 weights and states",
+    "SmolLM2, int4",
+    "LLaMA-2-7B, int4 with minimums",
+    "Pythia-2.8B, released",
+    "OPT",
+)
+LAUNCHES = {
+    "SmolLM2, hybrid": 426,
+    "SmolLM2, hybrid, int8": 636,
+    "SmolLM2, hybrid, int4": 636,
+    "LLaMA-2-7B, hybrid": 454,
+    "LLaMA-2-7B, pure": 390,
+    "Pythia-2.8B, released": 358,
+}
+"""Of a decode step, a captured one too; these only go down."""
+FAULTS = {
+    "parameter_on_the_host": "WrongLaunchError",
+    "norm_on_the_host": "FakeTensorDeviceMismatchError",
+    "item_in_a_step": "HiddenSyncError",
+    "mask_as_an_index": "DynamicOutputShapeException",
+    "memory_that_is_not_pinned": "HiddenSyncError",
+    "copy_to_the_host_that_waits": "HiddenSyncError",
+    "tokens_read_too_early": "HiddenSyncError",
+    "positions_of_another_dtype": "WrongLaunchError",
+    "argument_that_was_forgotten": "WrongLaunchError",
+    "numbers_of_the_host_in_a_captured_step": "CaptureError",
+    "indices_on_the_host": "HiddenSyncError",
+    "tensor_of_another_device": "FakeTensorDeviceMismatchError",
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What every part of the drive has found."""
+    command = [sys.executable, "-m", "tests.fake_cuda.drive", str(tmp_path_factory.mktemp("guard"))]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stderr
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    return {line["part"]: line.get("found", line.get("error")) for line in lines}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_of_every_kind_serve_without_a_hidden_wait(engine: str, found: dict[str, Any]) -> None:
+    parts = found[f"engine of {engine}"]
+    assert isinstance(parts, dict), parts
+    assert parts["ends"] > 0
+    assert parts["replays"] > 0, "no captured step was replayed"
+    assert parts["waits"] == 0
+
+
+def test_anchored_states_decode_in_captured_steps_and_wait_in_prompts_alone(found: dict[str, Any]) -> None:
+    parts = found["engine of anchors"]
+    assert isinstance(parts, dict), parts
+    assert parts["replays"] > 0
+    assert parts["waits"] > 0, "places are found without the host by now: allow no waits"
+
+
+def test_snapshots_state_files_and_every_tier_of_the_cache_keep_the_rules(found: dict[str, Any]) -> None:
+    assert isinstance(found["states"], dict), found["states"]
+    assert found["states"]["cached tokens"] > 0
+
+
+def test_rows_with_grammars_keep_the_rules(found: dict[str, Any]) -> None:
+    assert isinstance(found["grammars"], dict), found["grammars"]
+    assert found["grammars"]["ends"] == 5
+
+
+def test_the_first_of_two_ranks_keeps_the_rules(found: dict[str, Any]) -> None:
+    assert isinstance(found["ranks"], dict), found["ranks"]
+    assert all(number > 0 for number in found["ranks"].values())
+
+
+def test_both_stages_of_training_keep_to_the_device(found: dict[str, Any]) -> None:
+    assert found["training"] == [1, 1, 2, 2], found["training"]
+
+
+@pytest.mark.parametrize(("model", "most"), LAUNCHES.items())
+def test_a_decode_step_launches_no_more_than_it_did(model: str, most: int, found: dict[str, Any]) -> None:
+    launches = found[f"launches of {model}"]
+    assert isinstance(launches, int), launches
+    assert launches <= most
+
+
+@pytest.mark.parametrize(("fault", "error"), FAULTS.items())
+def test_a_mistake_that_a_cpu_forgives_is_found(fault: str, error: str, found: dict[str, Any]) -> None:
+    assert found[f"fault {fault}"] == error

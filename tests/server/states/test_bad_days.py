@@ -1,0 +1,146 @@
+"""What becomes of responses and states when a server dies, a store is away, or an answer gets lost on its way."""
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.states.postgres_server import PostgresServer
+from tests.server.states.running import BOB, PATIENCE_S, Running, bearer, start
+
+ASK: dict[str, Any] = {"input": "Tell me.", "seed": 5, "temperature": 1.0, "max_output_tokens": 600, "ignore_eos": True}
+STEP_S = 0.05
+
+
+def text_of(response: dict[str, Any]) -> str:
+    return "".join(part["text"] for item in response["output"] for part in item["content"])
+
+
+def ended(server: Running, response_id: str) -> dict[str, Any]:
+    """A response, when it has."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (response := server.get(f"/v1/responses/{response_id}"))["status"] in ("queued", "in_progress"):
+        assert time.monotonic() < deadline, response["status"]
+        time.sleep(STEP_S)
+    return response
+
+
+@pytest.mark.slow
+def test_a_response_whose_server_was_killed_is_completed_with_the_same_text(tiny: Path, tmp_path: Path) -> None:
+    server = start(tiny, tmp_path / "states")
+    try:
+        expected = server.post("/v1/responses", **ASK)
+        first = server.post("/v1/responses", input="My name is Ann.", max_output_tokens=4)["id"]
+        follow = {**ASK, "previous_response_id": first}
+        expected_after = server.post("/v1/responses", **follow)
+        started = [server.post("/v1/responses", **body, background=True)["id"] for body in (ASK, follow)]
+        lines = server.http.stream("GET", f"/v1/responses/{started[0]}?stream=true")
+        with lines as stream:
+            for number, _ in enumerate(stream.iter_lines()):
+                if number > 100:  # it has begun
+                    break
+        server.kill()
+    finally:
+        server.close()
+    server = start(tiny, tmp_path / "states")
+    try:
+        for response_id, wanted in zip(started, (expected, expected_after), strict=True):
+            response = ended(server, response_id)
+            assert (response["status"], text_of(response)) == (wanted["status"], text_of(wanted))
+            assert response["usage"]["output_tokens"] == wanted["usage"]["output_tokens"] == 600
+        events = server.http.get(f"/v1/responses/{started[0]}?stream=true").text
+        assert events.count("event: response.created") == 1
+        assert events.count("event: response.incomplete") == 1
+    finally:
+        server.close()
+
+
+def keyed(server: Running, key: str, owner: str | None = None, **body: Any) -> Any:
+    headers = {"idempotency-key": key} | ({} if owner is None else bearer(owner))
+    return server.http.post("/v1/responses", json={"input": "x", "max_output_tokens": 8, **body}, headers=headers)
+
+
+def test_a_request_that_is_sent_again_with_its_key_is_the_same_response(server: Running) -> None:
+    key = secrets.token_hex(8)
+    first, second, third = (keyed(server, key) for _ in range(3))
+    assert first.json() == second.json() == third.json()
+    assert "idempotent-replayed" not in first.headers
+    assert second.headers["idempotent-replayed"] == "true"
+    assert keyed(server, key + "x").json()["id"] != first.json()["id"]
+    assert keyed(server, key, owner=BOB).json()["id"] != first.json()["id"]
+
+
+def test_requests_with_one_key_at_once_are_one_response(server: Running) -> None:
+    key, answers = secrets.token_hex(8), []
+    threads = [
+        threading.Thread(target=lambda: answers.append(keyed(server, key, max_output_tokens=200))) for _ in range(5)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert [answer.status_code for answer in answers] == [200] * 5
+    assert len({answer.text for answer in answers}) == 1
+
+
+def test_streams_and_background_responses_have_keys_too(server: Running) -> None:
+    key = secrets.token_hex(8)
+    first, second = (keyed(server, key, stream=True) for _ in range(2))
+    assert [line for line in first.text.splitlines() if line.startswith("event: ")] == [
+        line for line in second.text.splitlines() if line.startswith("event: ")
+    ]
+    key = secrets.token_hex(8)
+    first, second = (keyed(server, key, background=True) for _ in range(2))
+    assert first.json()["id"] == second.json()["id"]
+
+
+def test_a_key_of_another_request_is_refused(server: Running) -> None:
+    key = secrets.token_hex(8)
+    assert keyed(server, key).status_code == 200
+    other = keyed(server, key, temperature=0.5)
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_key_reused")
+    assert keyed(server, "k" * 256).status_code == 400
+
+
+@pytest.fixture
+def shared(tiny: Path, postgres: PostgresServer, tmp_path: Path) -> Iterator[Running]:
+    options = ("--state-store", postgres.url, "--state-store-schema", f"test_{secrets.token_hex(8)}")
+    server = start(tiny, tmp_path / "copies", *options, "--state-store-timeout-s", "1")
+    yield server
+    server.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_answer_is_told_though_the_store_is_away_at_its_end(shared: Running, postgres: PostgresServer) -> None:
+    answers: list[dict[str, Any]] = []
+    long: dict[str, Any] = {"temperature": 0, "max_tokens": 600, "ignore_eos": True, "return_state": True}
+    threads = [
+        threading.Thread(target=lambda: answers.append(shared.complete("On", **long))),
+        threading.Thread(target=lambda: answers.append(shared.chat(("user", "On"), **long))),
+        threading.Thread(target=lambda: answers.append(shared.post("/v1/responses", **ASK))),
+    ]
+    for thread in threads:
+        thread.start()
+    while shared.gauge("dijiang_num_requests_running") < 3:
+        time.sleep(STEP_S)
+    started = shared.post("/v1/responses", **ASK, background=True)["id"]
+    postgres.hang()
+    try:
+        assert shared.refused("GET", f"/v1/responses/{started}")[:2] == (503, "state_store_unavailable")
+        assert shared.gauge("dijiang_state_store_up") == 0
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert len(answers) == 3
+        for answer in answers:
+            assert answer["state_error"]["code"] == "state_store_unavailable"
+            assert answer.get("state_id") is None
+    finally:
+        postgres.go_on()
+    response = ended(shared, started)
+    text = next(text_of(answer) for answer in answers if "output" in answer)
+    assert (response["status"], text_of(response)) == ("incomplete", text)
