@@ -15,8 +15,8 @@ from dijiang_model.state import ALIGNMENT_BYTES
 SMALLEST_WINDOW, LARGEST_WINDOW = 8, 64
 """Recent tokens that every head holds: a power of two between them, if possible at most a quarter of its places."""
 AGE = 1e-4
-"""What a priority gains with each token: an anchor fades by a factor of e in 10,000 tokens. At five times as much a tenth
-of the attention to facts 1,000 to 2,000 tokens back is lost that is kept without."""
+"""What a priority gains with each token: an anchor fades by a factor of e in 10,000 tokens. With five times as much, a
+tenth of the attention to facts told 1,000 to 2,000 tokens back is lost."""
 PLACE_TENSORS = 6
 """Of a layer; each is aligned."""
 
