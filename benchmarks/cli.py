@@ -7,6 +7,7 @@ from server.cli import add_command
 COMMANDS = {
     "decode": "Decode steps beside HF transformers and llama.cpp, and against the memory they must move.",
     "prefill": "The reading of prompts beside HF transformers, one by one and in ragged batches.",
+    "neighbour": "What one client notices of another that does its worst.",
     "serve": "The service over a real socket: throughput and latencies by the number of clients.",
     "train": "Training steps of both stages: tokens per second and peak memory.",
 }

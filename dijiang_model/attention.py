@@ -85,12 +85,14 @@ class DiJiangAttention(nn.Module):
         return tuple(tensors)
 
     def _place_tensors(self, anchors: AnchorConfig) -> list[StateTensor]:
-        """Of the places of all heads, in int8 whatever the rest of the state is kept in."""
+        """Of the places of all heads, in 8 bits (values perhaps in 4) whatever the rest of the state is kept in."""
         num_places, dtype = sum(anchors.places), state_dtype(self.weights_dtype)
-        rows = (num_places, self.config.head_size)
+        size = self.config.head_size
+        values = ((num_places, size), torch.int8) if anchors.value_bits == 8 else ((num_places, size // 2), torch.uint8)
         scales = ("near_key_scales", "near_value_scales")
         return [
-            *(StateTensor(self._name(name), rows, torch.int8) for name in ("near_keys", "near_values")),
+            StateTensor(self._name("near_keys"), (num_places, size), torch.int8),
+            StateTensor(self._name("near_values"), *values),
             *(StateTensor(self._name(name), (num_places,), torch.float32) for name in scales),
             StateTensor(self._name("near_positions"), (num_places,), torch.int32),
             StateTensor(self._name("near_scores"), (num_places,), dtype),

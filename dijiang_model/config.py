@@ -59,7 +59,7 @@ class AnchorConfig:
         age: what a priority gains with each position, >= 0: old anchors fade.
         grid: scores are rounded to multiples of it, a power of two, so that decode and prefill choose alike.
         span: a token's priority is the largest score of the tokens up to so many away from it.
-        key_bits, value_bits: of the numbers in a place.
+        key_bits, value_bits: of the numbers in a place: 8, values also 4.
     """
 
     places: tuple[int, ...]
@@ -69,6 +69,10 @@ class AnchorConfig:
     span: int = 3
     key_bits: int = 8
     value_bits: int = 8
+
+    def place_bytes(self, head_size: int) -> int:
+        """Of one token in one head: key and value, their scales, position and score."""
+        return (self.key_bits + self.value_bits) * head_size // 8 + 16
 
     @property
     def num_scores(self) -> int:
@@ -100,8 +104,8 @@ class AnchorConfig:
             found.append(f"grid {self.grid} must be a power of two")
         if self.span < 0:
             found.append(f"span {self.span} must be >= 0")
-        if (self.key_bits, self.value_bits) != (8, 8):
-            found.append(f"keys of {self.key_bits} and values of {self.value_bits} bits: only 8 are supported")
+        if self.key_bits != 8 or self.value_bits not in (4, 8):
+            found.append(f"keys have 8 bits and values 4 or 8, not {self.key_bits} and {self.value_bits}")
         return found
 
 

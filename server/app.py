@@ -8,10 +8,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from server.api import admin, chat, completions, models, operations, responses, states, tokenization
+from server.api import admin, chat, completions, messages, models, operations, responses, states, tokenization
 from server.api.playground import playground_router
 from server.errors import ServiceError
-from server.http.errors import HttpError, error_response
+from server.http.errors import HttpError, error_response, on_wire
 from server.http.middleware import (
     AuthenticationMiddleware,
     BodyMiddleware,
@@ -47,7 +47,7 @@ def create_app(service: Service) -> FastAPI:
         },
     )
     app.state.service = service
-    for module in (completions, chat, responses, states, models, tokenization, operations, admin):
+    for module in (completions, chat, messages, responses, states, models, tokenization, operations, admin):
         app.include_router(module.router)
     app.include_router(playground_router(assets))
     return app
@@ -71,14 +71,15 @@ def _middleware(service: Service, open_paths: frozenset[str]) -> list[Middleware
     return layers
 
 
-async def _service_error(_: Request, error: Exception) -> Response:
+async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
-    return error_response(error)
+    request.state.facts["error"] = on_wire(error).code
+    return error_response(error, request.url.path)
 
 
-async def _validation_error(_: Request, error: Exception) -> Response:
+async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return error_response(validation_error(error.errors()))
+    return error_response(validation_error(error.errors()), request.url.path)
 
 
 async def _client_gone(_: Request, __: Exception) -> Response:
@@ -98,4 +99,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
         case status:
             problem = HttpError(str(error.detail)[:200], status=status)
     problem.headers.update(error.headers or {})
-    return error_response(problem)
+    return error_response(problem, request.url.path)

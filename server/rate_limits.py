@@ -7,7 +7,7 @@ them before. So a key may run into debt by what runs at once, and has to wait un
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from server.errors import RateLimitError
@@ -47,8 +47,13 @@ class RateLimits:
             clock: seconds.
         """
         self._limits = {"requests": requests, "tokens": tokens}
+        self._own: Mapping[str, Mapping[str, int | None]] = {}
         self._clock = clock
         self._buckets: dict[tuple[str, str], _Bucket] = {}
+
+    def change_own(self, limits: Mapping[str, tuple[int | None, int | None]]) -> None:
+        """Keys with limits of their own, requests and tokens a minute; None: as for all."""
+        self._own = {key: {"requests": requests, "tokens": tokens} for key, (requests, tokens) in limits.items()}
 
     def admit(self, key: str) -> None:
         """Counts a request.
@@ -72,12 +77,13 @@ class RateLimits:
             tokens.level -= num_tokens
 
     def _bucket(self, key: str, kind: str) -> _Bucket | None:
-        limit = self._limits[kind]
+        own = self._own.get(key, {}).get(kind)
+        limit = self._limits[kind] if own is None else own
         if limit == 0:
             return None
         now = self._clock()
         bucket = self._buckets.get((key, kind))
-        if bucket is None:
+        if bucket is None or bucket.capacity != limit:
             if len(self._buckets) >= 2 * MAX_KEYS:
                 self._forget_full(now)
             bucket = self._buckets[key, kind] = _Bucket(limit, limit, now)

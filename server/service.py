@@ -8,10 +8,10 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 from dijiang_model.text.folder import UnsupportedTokenizerError
 from dijiang_model.text.template import TemplateSyntaxFailure
@@ -21,6 +21,7 @@ from server.engine_client.candidate import EngineLoadError
 from server.errors import ConflictError, EngineUnavailableError, NotFoundError
 from server.event_log import EventLog
 from server.grammar_check.checker import GrammarChecker
+from server.keys import KeyFacts, by_owner
 from server.metrics import Metrics
 from server.rate_limits import RateLimits
 from server.states.store import StateStore
@@ -29,6 +30,8 @@ from server.text.template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
 MAX_RETRY_AFTER_S = 30
+_NOTHING_KNOWN = KeyFacts(b"", "")
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -76,6 +79,7 @@ class ServiceOptions:
         keepalive_s: silence in a stream after which a comment is sent.
         key_hashes: SHA-256 of the keys that are let in; empty: everybody is.
         admin_key_hashes: likewise, of the keys for `/admin/`; empty: nobody may go there.
+        keys: what is known of some of these.
         metrics_need_key: whether `/metrics` asks for a key too.
         cors_origins: web origins that may call; empty: none.
         state_ttl_s: how long states and responses live without being used, unless a request says; 0: for ever.
@@ -104,6 +108,7 @@ class ServiceOptions:
     keepalive_s: float = 15.0
     key_hashes: frozenset[bytes] = frozenset()
     admin_key_hashes: frozenset[bytes] = frozenset()
+    keys: tuple[KeyFacts, ...] = ()
     metrics_need_key: bool = False
     cors_origins: tuple[str, ...] = ()
     state_ttl_s: float = 0.0
@@ -173,6 +178,8 @@ class Service:
         self.thoughts = thought_form(options.reasoning_parser, tokenizer)
         self._read_again = read_again
         self.rate_limits = RateLimits(options.rate_limit_requests, options.rate_limit_tokens)
+        self._facts: Mapping[str, KeyFacts] = {}
+        self._learn_keys()
         self.metrics = Metrics(engine)
         if states is not None:
             self.metrics.watch_states(states)
@@ -251,13 +258,32 @@ class Service:
 
     def tenant_of(self, owner: str) -> Tenant:
         """What the engine is told of the owner of a request."""
-        options = self.options
+        options, facts = self.options, self._facts.get(owner, _NOTHING_KNOWN)
         return Tenant(
             owner,
-            max_running=options.max_running_per_key,
-            max_waiting=options.max_queue_per_key,
-            max_waiting_tokens=options.max_queue_tokens_per_key,
-            outranks=options.priority_across_keys,
+            weight=facts.weight,
+            max_running=_given(facts.max_running, options.max_running_per_key),
+            max_waiting=_given(facts.max_queue, options.max_queue_per_key),
+            max_waiting_tokens=_given(facts.max_queue_tokens, options.max_queue_tokens_per_key),
+            outranks=_given(facts.priority_across_keys, options.priority_across_keys),
+        )
+
+    def name_of(self, owner: str) -> str | None:
+        """What the keys file calls an owner; None if it does not."""
+        facts = self._facts.get(owner)
+        return None if facts is None else facts.name
+
+    def change_keys(
+        self, *, key_hashes: frozenset[bytes], admin_key_hashes: frozenset[bytes], keys: tuple[KeyFacts, ...]
+    ) -> None:
+        """Lets other keys in from now on; what runs is not ended."""
+        self.options = replace(self.options, key_hashes=key_hashes, admin_key_hashes=admin_key_hashes, keys=keys)
+        self._learn_keys()
+
+    def _learn_keys(self) -> None:
+        self._facts = by_owner(self.options.keys)
+        self.rate_limits.change_own(
+            {name: (one.rate_limit_requests, one.rate_limit_tokens) for name, one in self._facts.items()}
         )
 
     def require_open(self) -> EngineInfo:
@@ -332,6 +358,7 @@ class Service:
             message = f"the model cannot be loaded; the loaded one keeps serving: {error}"
             raise ConflictError(message, code="reload_failed") from error
         self.options, self.tokenizer, self.chat_template = options, tokenizer, template
+        self._learn_keys()
         self.thoughts = thought_form(options.reasoning_parser, tokenizer)
         if self.grammars is not None:
             await self.grammars.reset()
@@ -344,6 +371,10 @@ class Service:
             yield
         finally:
             self.num_active -= 1
+
+
+def _given(value: T | None, default: T) -> T:
+    return default if value is None else value
 
 
 def _template_of(tokenizer: Tokenizer | None) -> ChatTemplate | None:

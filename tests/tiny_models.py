@@ -28,12 +28,16 @@ TABLES = replace(RELEASED, decay="table")
 
 
 def anchored(
-    num_kv_heads: int, *, base: AttentionConfig = HYBRID, places: tuple[int, ...] = (13, 7, 24)
+    num_kv_heads: int,
+    *,
+    base: AttentionConfig = HYBRID,
+    places: tuple[int, ...] = (13, 7, 24),
+    value_bits: int = 8,
 ) -> AttentionConfig:
     """A hybrid with places of unequal number in each head; one head of several has no anchors."""
     places = tuple(places[head % len(places)] for head in range(num_kv_heads))
     windows = tuple((4, 5, 7)[head % 3] for head in range(num_kv_heads))
-    return replace(base, window=max(windows), anchors=AnchorConfig(places, windows, age=0.02))
+    return replace(base, window=max(windows), anchors=AnchorConfig(places, windows, age=0.02, value_bits=value_bits))
 
 
 def llama_config(*layers: AttentionConfig, num_heads: int = 4, num_kv_heads: int = 2) -> ModelConfig:

@@ -22,6 +22,7 @@ from dijiang_model.checkpoints.config_json import (
     StoredConfig,
     base_document,
     parse_stored_config,
+    read_config,
     stored_config_text,
 )
 from dijiang_model.checkpoints.quantized import choose, install, weights_to_quantize
@@ -33,7 +34,6 @@ from dijiang_model.checkpoints.released_format import (
 from dijiang_model.config import ModelConfig
 from dijiang_model.errors import CheckpointError, QuantizationError
 from dijiang_model.families import FAMILIES, build_model
-from dijiang_model.formats.json_fields import read_json_object
 from dijiang_model.formats.problem_list import problem_list
 from dijiang_model.formats.safetensors_writer import DEFAULT_SHARD_BYTES, num_bytes, write_tensors, write_text
 from dijiang_model.formats.tensor_files import TensorInfo, TensorSource, open_tensors
@@ -63,7 +63,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ConfigError: unsupported or contradictory values.
         CheckpointError: no weights, damaged files, or the weights of an unconverted model.
     """
-    document = read_json_object(path / CONFIG_FILE)
+    document = read_config(path)
     if document.get("model_type") == MODEL_TYPE:
         stored = parse_stored_config(document)
         return Checkpoint(stored.config, open_tensors(path), is_released=False, quantization=stored.quantization)
@@ -91,7 +91,7 @@ def load_quantization(path: str | Path) -> Quantization | None:
     Raises:
         ConfigError: unsupported or contradictory values.
     """
-    document = read_json_object(Path(path) / CONFIG_FILE)
+    document = read_config(Path(path))
     return parse_stored_config(document).quantization if document.get("model_type") == MODEL_TYPE else None
 
 

@@ -99,7 +99,18 @@ def read_stored_config(path: Path) -> StoredConfig:
     Raises:
         ConfigError: not our format, or unsupported or contradictory values, all of them listed.
     """
-    return parse_stored_config(read_json_object(path / CONFIG_FILE))
+    return parse_stored_config(read_config(path))
+
+
+def read_config(path: Path) -> dict[str, object]:
+    """Returns the `config.json` of a model folder of any format.
+
+    Raises:
+        ConfigError: there is none, it is damaged, or `path` is no folder.
+    """
+    if path.is_file():
+        raise ConfigError(f"{path} is a file, not the folder of a model; `dijiang convert {path} OUT` makes one of it")
+    return read_json_object(path / CONFIG_FILE)
 
 
 def parse_stored_config(document: Mapping[str, object]) -> StoredConfig:

@@ -77,6 +77,7 @@ class Attention(ctypes.Structure):
         ("age", ctypes.c_double),
         ("grid", ctypes.c_double),
         ("span", Integer),
+        ("value_bits", Integer),
         ("far_rank", Integer),
         ("table_entries", Integer),
         ("num_features", Integer),

@@ -27,13 +27,13 @@ def _chance(place: int, position: int) -> int:
     return x >> 16
 
 
-def round_row_naive(row: list[float]) -> tuple[list[int], float]:
-    """A key or a value of one head -> codes from -127 to 127 and their scale; both are rounded to fp32 on the way."""
+def round_row_naive(row: list[float], largest_code: int = 127) -> tuple[list[int], float]:
+    """A key or a value of one head -> codes up to the largest and their scale; both are rounded to fp32 on the way."""
     values = torch.tensor(row)
     if not bool(values.isfinite().all()):
         return [0] * len(row), math.nan
     largest = values.abs().max()
     if largest == 0:
         return [0] * len(row), 0.0
-    inverse = torch.tensor(127.0) / largest
-    return [round(float(value * inverse)) for value in values], float(largest / 127)
+    inverse = torch.tensor(float(largest_code)) / largest
+    return [round(float(value * inverse)) for value in values], float(largest / largest_code)

@@ -212,7 +212,7 @@ def _attention(
     q_mix, k_far = q, k
     q, k = _rotate(config, q, positions), _rotate(config, k, positions)
     if layer.anchors is not None:
-        k, v = _rounded(k), _rounded(v)
+        k, v = _rounded(k, 127), _rounded(v, 127 if layer.anchors.value_bits == 8 else 7)
         k_far = _rotate(config, k, [-t for t in positions])
     if layer.features.rotated:
         q_mix, q_far, k_far = q, _rotate(config, q_far, positions), k
@@ -255,9 +255,9 @@ def _anchored(
     return torch.cat(parts).flatten(1)
 
 
-def _rounded(x: Tensor) -> Tensor:
+def _rounded(x: Tensor, largest_code: int) -> Tensor:
     """Rows [T, G, d] as places hold them."""
-    rows = [round_row_naive(row) for row in x.flatten(0, 1).tolist()]
+    rows = [round_row_naive(row, largest_code) for row in x.flatten(0, 1).tolist()]
     return torch.stack([torch.tensor(codes, dtype=x.dtype) * scale for codes, scale in rows]).view_as(x)
 
 

@@ -303,9 +303,11 @@ def _add_places(
 ) -> None:
     config = module.config
     first = torch.tensor([0, *accumulate(anchors.places)])
-    windows, frequencies = torch.tensor(anchors.windows), torch.tensor(config.frequencies, dtype=torch.float64)
+    own = config.local_frequencies if config.is_local(module.layer) else config.frequencies
+    windows, frequencies = torch.tensor(anchors.windows), torch.tensor(own, dtype=torch.float64)
     weights.kept += [first, windows, frequencies]
     attention.first_place, attention.windows = first.data_ptr(), windows.data_ptr()
     attention.log_decay = weights.derived(module.linear.log_decay)
     attention.frequencies = frequencies.data_ptr()
     attention.age, attention.grid, attention.span = anchors.age, anchors.grid, anchors.span
+    attention.value_bits = anchors.value_bits

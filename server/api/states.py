@@ -18,6 +18,7 @@ from server.engine.types.state import StateLayout
 from server.errors import InvalidRequestError
 from server.generation.sessions import require_store, time_to_live
 from server.generation.streaming import close, collected, json_response, owner_of, started
+from server.http.sse import unless_disconnected
 from server.protocol.state_creation import CreatedState, CreateStateRequest
 from server.protocol.states import (
     ForkRequest,
@@ -42,7 +43,7 @@ router = APIRouter(route_class=JsonRoute, prefix="/v1/states", tags=["states"])
 async def create_state(body: CreateStateRequest, request: Request, service: ServiceDependency) -> Response:
     """Feeds a prompt or messages and saves the state after them; nothing is generated."""
     owner = owner_of(request)
-    generation = await started(service, owner, body.generation)
+    generation = await unless_disconnected(request.receive, started(service, owner, body.generation))
     (fed,) = await collected(request, generation.collect(), close=partial(close, request, service, generation))
     assert fed.state_id is not None
     record = await require_store(service, param=None).get(owner, fed.state_id)

@@ -1,6 +1,6 @@
 """`POST /tokenize`, `POST /detokenize`, `POST /apply-template`, `GET /tokenizer_info`."""
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from dijiang_model.text.template import TemplateFailure
 from server.api.json_body import JsonRoute, ServiceDependency
@@ -15,6 +15,7 @@ from server.generation.prompts import (
 )
 from server.generation.streaming import json_response
 from server.generation.tools import told_tools
+from server.http.sse import unless_disconnected
 from server.protocol.tokenization import (
     ApplyTemplateRequest,
     ApplyTemplateResponse,
@@ -31,11 +32,11 @@ router = APIRouter(route_class=JsonRoute, tags=["tokenizer"])
 
 
 @router.post("/tokenize", responses={200: {"model": TokenizeResponse}}, response_class=Response)
-async def tokenize(body: TokenizeRequest, service: ServiceDependency) -> Response:
+async def tokenize(body: TokenizeRequest, request: Request, service: ServiceDependency) -> Response:
     """Token ids of a text or of a conversation."""
     service.require_model(body.model)
     tokenizer = require_tokenizer(service, param="prompt")
-    token_ids = await _encode(body, service)
+    token_ids = await unless_disconnected(request.receive, _encode(body, service))
     limit = service.options.max_prompt_tokens
     answer = TokenizeResponse(
         count=len(token_ids),

@@ -20,6 +20,7 @@ class TextDelta:
         state_id: with the end: where the state after this answer is kept, if it is.
         state_error: with the end: why it is not, though it was to be.
         prompt, output: the tokens whose log-probabilities are wanted, since the last delta.
+        stop: with the end: the stop string that was found, if one was.
     """
 
     index: int
@@ -30,6 +31,7 @@ class TextDelta:
     state_error: ServiceError | None = None
     prompt: ScoredTokens | None = None
     output: ScoredTokens | None = None
+    stop: str | None = None
 
     @property
     def num_entries(self) -> int:
@@ -44,6 +46,7 @@ class Answer:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReasonText = "stop"
+    stop: str | None = None
     state_id: str | None = None
     state_error: ServiceError | None = None
     prompt: list[ScoredTokens] = field(default_factory=list)
@@ -60,6 +63,7 @@ class Choice:
 
     Attributes:
         has_ended: nothing of it comes any more.
+        first_token_s: from its admission to its first token; None: none has come.
         followers: choices that get the log-probabilities of the prompt from this one.
         deferred: events of a follower that came before all of these.
         prompt_is_scored: the followers have got all of them.
@@ -88,6 +92,12 @@ class Choice:
         self._metrics = metrics
         self._begin = self._last = time.perf_counter()
         self._reason: str | None = None
+        self.first_token_s: float | None = None
+
+    @property
+    def end_reason(self) -> str:
+        """Why it ended, or would if it ended now."""
+        return "abort" if self._reason is None else self._reason
 
     def take(self, event: TokenEvent) -> TextDelta:
         """The delta that one event makes.
@@ -101,10 +111,11 @@ class Choice:
         text, prompt = self._take_prompt(event)
         more, num_taken, offsets = self._push_output(event)
         reason: FinishReasonText | None = None
+        stop: str | None = None
         if event.finish_reason is not None:
             reason = "stop" if event.finish_reason is FinishReason.STOP else "length"
         if self._stream is not None and self._stream.stopped:
-            reason = "stop"
+            reason, stop = "stop", self._stream.found
         elif event.finish_reason is not None and self._stream is not None:
             more += self._stream.finish()
         output = None
@@ -114,7 +125,7 @@ class Choice:
         self._count(event, token_ids)
         if reason is not None:
             self._reason = reason
-        return TextDelta(self.index, text + more, token_ids, reason, prompt=prompt, output=output)
+        return TextDelta(self.index, text + more, token_ids, reason, prompt=prompt, output=output, stop=stop)
 
     def resume(self, token_ids: tuple[int, ...], *, num_cached_tokens: int) -> str:
         """The text of tokens that came before it was cut off; they were measured then."""
@@ -134,7 +145,7 @@ class Choice:
         if self.has_ended:
             return
         self.has_ended = True
-        self._metrics.finished.labels(self._reason if self._reason is not None else "abort").inc()
+        self._metrics.finished.labels(self.end_reason).inc()
         self._metrics.e2e_latency.observe(time.perf_counter() - self._begin)
         self._metrics.prompt_length.observe(len(self._prompt))
         self._metrics.answer_length.observe(self.num_tokens)
@@ -200,7 +211,8 @@ class Choice:
         self._remember(token_ids)
         now = time.perf_counter()
         if self.num_tokens == 0:
-            self._metrics.time_to_first_token.observe(now - self._begin)
+            self.first_token_s = now - self._begin
+            self._metrics.time_to_first_token.observe(self.first_token_s)
         else:
             self._metrics.inter_token_latency.observe((now - self._last) / len(token_ids))
         self._last = now

@@ -49,12 +49,21 @@ class Generation:
         self._all_ended = asyncio.Event()
         self._ends: dict[int, dict[str, Any]] = {}
         self._is_cut_off = False
+        self._num_handed_out = 0
         self._num_left = len(self._choices)
         self._outputs_before: tuple[int, ...] | None = None
 
     @property
     def usage(self) -> Usage:
-        """Token counts so far."""
+        """Token counts so far, of all that was generated."""
+        return self._usage(sum(choice.num_tokens for choice in self._choices))
+
+    @property
+    def usage_handed_out(self) -> Usage:
+        """Token counts so far, of the deltas that were handed out."""
+        return self._usage(self._num_handed_out)
+
+    def _usage(self, num_tokens: int) -> Usage:
         plan, session = self.plan, self._session
         thoughts = [choice.thought.num_tokens for choice in self._choices if choice.thought is not None]
         predicted = (
@@ -64,9 +73,9 @@ class Generation:
         firsts = self._choices[:: plan.num_per_prompt]
         return Usage.of(
             prompt_tokens=self._num_new_tokens + plan.num_prompts * session.num_past_tokens,
-            completion_tokens=sum(choice.num_tokens for choice in self._choices),
+            completion_tokens=num_tokens,
             cached_tokens=plan.num_prompts * session.num_fed_tokens + sum(c.num_cached_tokens for c in firsts),
-            reasoning_tokens=sum(thoughts) if thoughts else None,
+            reasoning_tokens=min(sum(thoughts), num_tokens) if thoughts else None,
             predicted=predicted if plan.counts_predicted else None,
         )
 
@@ -74,6 +83,18 @@ class Generation:
     def _num_new_tokens(self) -> int:
         """Of all prompts, each counted once."""
         return sum(len(request.prompt_token_ids) for request in self.plan.requests[:: self.plan.num_per_prompt])
+
+    @property
+    def log_facts(self) -> dict[str, object]:
+        """What the request's log line says of it."""
+        usage, firsts = self.usage, [one.first_token_s for one in self._choices if one.first_token_s is not None]
+        return {
+            "model": self._service.options.model_name,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "first_token_ms": round(1e3 * min(firsts), 1) if firsts else None,
+            "finish_reason": ",".join(sorted({choice.end_reason for choice in self._choices})),
+        }
 
     def prompt_token_ids(self, index: int) -> tuple[int, ...]:
         """The prompt of a choice."""
@@ -180,6 +201,7 @@ class Generation:
                 raise delta
             if delta is not None and delta.finish_reason is not None:
                 num_open -= 1
+            self._num_handed_out += 0 if delta is None else len(delta.token_ids)
             yield delta
 
     async def collect(self) -> list[Answer]:
@@ -215,6 +237,7 @@ class Generation:
             if delta.finish_reason is not None:
                 answer.finish_reason = delta.finish_reason
                 answer.state_id, answer.state_error = delta.state_id, delta.state_error
+                answer.stop = delta.stop
 
     async def _wait(self, now: float, idle_s: float | None) -> TextDelta | ServiceError | None:
         """The next delta; None when there was none for `idle_s`, or until the deadline."""

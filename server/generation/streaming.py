@@ -88,7 +88,7 @@ class OpenAIWriter:
         """Of a chunk that is not the last."""
         if not self._fields.wants_usage:
             return {}
-        return {"usage": self._generation.usage if self._fields.wants_usage_in_every_chunk else None}
+        return {"usage": self._generation.usage_handed_out if self._fields.wants_usage_in_every_chunk else None}
 
 
 async def answer(
@@ -102,7 +102,7 @@ async def answer(
     Raises:
         ServiceError: before the first byte.
     """
-    generation = await started(service, owner_of(request), body)
+    generation = await unless_disconnected(request.receive, started(service, owner_of(request), body))
     writer = write(service, generation)
     end = partial(close, request, service, generation)
     if body.stream:
@@ -160,7 +160,7 @@ async def close(request: Request, service: Service, generation: Generation) -> N
     await generation.close()
     usage = generation.usage
     service.rate_limits.charge(generation.plan.owner, charged_tokens(usage))
-    request.state.facts.update(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
+    request.state.facts.update(generation.log_facts)
 
 
 def charged_tokens(usage: Usage) -> int:

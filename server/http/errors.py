@@ -1,7 +1,7 @@
 """The one table from what can go wrong to the wire: status, type, param, code and headers; and the envelope."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -80,14 +80,36 @@ def envelope(error: ServiceError) -> dict[str, dict[str, Any]]:
     return {"error": body}
 
 
-def error_json(error: ServiceError) -> bytes:
-    """The envelope as UTF-8 JSON."""
-    return json.dumps(envelope(error)).encode()
+def anthropic_envelope(error: ServiceError) -> dict[str, Any]:
+    """The same in Anthropic's dialect."""
+    wire = on_wire(error)
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"}
+    kinds |= {429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}
+    kind = kinds.get(wire.status, "api_error" if wire.status >= 500 else INVALID)
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
-def error_response(error: ServiceError) -> Response:
+def ollama_envelope(error: ServiceError) -> dict[str, Any]:
+    """The same in Ollama's dialect."""
+    return {"error": error.message}
+
+
+DIALECTS: Mapping[str, Callable[[ServiceError], dict[str, Any]]] = {
+    "/v1/messages": anthropic_envelope,
+    "/api/": ollama_envelope,
+}
+"""Begin of the path -> the envelope of its dialect; elsewhere OpenAI's."""
+
+
+def error_json(error: ServiceError, path: str = "") -> bytes:
+    """The envelope as UTF-8 JSON, in the dialect of a path."""
+    written = next((write for root, write in DIALECTS.items() if path.startswith(root)), envelope)
+    return json.dumps(written(error)).encode()
+
+
+def error_response(error: ServiceError, path: str) -> Response:
     """The envelope as a response."""
     wire = on_wire(error)
     return Response(
-        error_json(error), status_code=wire.status, media_type="application/json", headers=dict(wire.headers)
+        error_json(error, path), status_code=wire.status, media_type="application/json", headers=dict(wire.headers)
     )

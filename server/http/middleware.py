@@ -13,7 +13,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import AuthenticationError, InternalError, ServiceError
-from server.http.errors import HttpError, error_response
+from server.http.errors import HttpError, error_response, on_wire
+from server.keys import owner_of
 from server.service import Service
 
 MAX_HEADERS = 200
@@ -76,13 +77,13 @@ class RequestContextMiddleware:
                 _check_host(scope, self._service.options.host_names)
                 await self._app(scope, receive, send_with_id)
             except ServiceError as error:
-                await error_response(error)(scope, receive, send_with_id)
+                facts["error"] = on_wire(error).code
+                await error_response(error, scope["path"])(scope, receive, send_with_id)
             except Exception:
                 logger.exception("request failed")
                 if status is None:
-                    await error_response(InternalError(f"internal error in request {request_id}"))(
-                        scope, receive, send_with_id
-                    )
+                    internal = InternalError(f"internal error in request {request_id}")
+                    await error_response(internal, scope["path"])(scope, receive, send_with_id)
             finally:
                 self._log(scope, status, time.perf_counter() - begin, facts)
 
@@ -120,31 +121,35 @@ class AuthenticationMiddleware:
     def __init__(self, app: ASGIApp, service: Service, open_paths: frozenset[str] = frozenset()) -> None:
         """`open_paths`: further ones that need no key."""
         self._app = app
-        options = service.options
-        self._key_hashes = options.key_hashes
-        self._admin_key_hashes = options.admin_key_hashes
-        self._open_paths = OPEN_PATHS | open_paths | (frozenset() if options.metrics_need_key else {"/metrics"})
+        self._service = service  # whose keys may change
+        metrics = frozenset() if service.options.metrics_need_key else frozenset({"/metrics"})
+        self._open_paths = OPEN_PATHS | open_paths | metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            authorization = Headers(scope=scope).get("authorization", "")
+            headers = Headers(scope=scope)
+            authorization = headers.get("authorization", "")
+            if not authorization and "x-api-key" in headers:  # as Anthropic's clients send it
+                authorization = f"Bearer {headers['x-api-key']}"
             self._check(scope["path"], authorization)
-            scope["state"]["owner"] = _owner(authorization) if self._key_hashes else EVERYBODY
+            scope["state"]["owner"] = owner = _owner(authorization) if self._service.options.key_hashes else EVERYBODY
+            if (name := self._service.name_of(owner)) is not None:
+                scope["state"]["facts"]["key"] = name
         await self._app(scope, receive, send)
 
     def _check(self, path: str, authorization: str) -> None:
         if path.startswith(ADMIN_PATHS):
-            if not self._admin_key_hashes:
+            if not self._service.options.admin_key_hashes:
                 raise AuthenticationError("this server has no admin key, so nobody may go here (see --admin-keys)")
-            _check_key(authorization, self._admin_key_hashes, kind="an admin key")
-        elif self._key_hashes and path not in self._open_paths:
-            _check_key(authorization, self._key_hashes, kind="a key")
+            _check_key(authorization, self._service.options.admin_key_hashes, kind="an admin key")
+        elif self._service.options.key_hashes and path not in self._open_paths:
+            _check_key(authorization, self._service.options.key_hashes, kind="a key")
 
 
 def _owner(authorization: str) -> str:
     """Whose states a request may see: one owner for each key, without the key."""
     _, _, key = authorization.partition(" ")
-    return hashlib.sha256(b"owner of states" + hash_key(key.strip().encode("latin-1"))).hexdigest()
+    return owner_of(hash_key(key.strip().encode("latin-1")))
 
 
 def _check_key(authorization: str, known_hashes: frozenset[bytes], *, kind: str) -> None:

@@ -3,13 +3,11 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import SecretStr
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -18,8 +16,9 @@ from dijiang_model.conversion import default_folder
 from server.engine.types.requests import EngineConfig
 from server.grammar_check.checker import GrammarLimits
 from server.hardware import Device, HardwareError, default_state_bytes, default_threads
-from server.http.middleware import hash_key
 from server.service import ServiceOptions
+from server.startup.errors import StartError
+from server.startup.keys import key_options
 from server.startup.settings import Settings
 from server.states.embedded import open_embedded_store
 from server.states.errors import StoreError
@@ -27,13 +26,8 @@ from server.states.indexed import StoreOptions
 from server.states.store import StateStore
 
 CPU_STEP_TOKENS, CUDA_STEP_TOKENS = 512, 2048
-HASHED_KEY = "sha256:"
 DEFAULT_HOME = Path("~/.cache/dijiang")
 MAX_AUTO_CACHE_BYTES = 1 << 30
-
-
-class StartError(Exception):
-    """The server cannot start; the text is a sentence for the operator."""
 
 
 def open_store(settings: Settings, model_name: str, console: Console) -> StateStore | None:
@@ -84,7 +78,7 @@ def _open_shared_store(settings: Settings, url: str, folder: Path, options: Stor
 def _bytes_per_key(settings: Settings) -> int:
     """What each owner may keep: without keys there is one, everybody."""
     if settings.states_per_key == "auto":
-        return int(settings.states_disk) // max(1, len(key_hashes(settings)))
+        return int(settings.states_disk) // max(1, len(key_options(settings)["key_hashes"]))
     return int(settings.states_per_key)
 
 
@@ -129,7 +123,7 @@ def _reserved_places(settings: Settings) -> int:
     """Places in the queue for keys of which nothing waits."""
     if settings.reserved_queue != "auto":
         return settings.reserved_queue
-    return settings.max_queue // 8 if len(key_hashes(settings)) > 1 else 0
+    return settings.max_queue // 8 if len(key_options(settings)["key_hashes"]) > 1 else 0
 
 
 def _taken_over(settings: Settings, kind: type[EngineConfig] | type[ServiceOptions]) -> dict[str, Any]:
@@ -176,15 +170,14 @@ def service_options(settings: Settings, model: Path, default_name: str) -> Servi
         host_names=_host_names(settings),
         version=number,
         fingerprint=f"fp_{digest[:12]}",
-        key_hashes=key_hashes(settings),
-        admin_key_hashes=admin_key_hashes(settings),
+        **key_options(settings),
         **_taken_over(settings, ServiceOptions),
     )
 
 
 def _host_names(settings: Settings) -> tuple[str, ...]:
     """Those that requests may name; empty: any."""
-    has_keys = bool(settings.api_keys) or settings.api_keys_file is not None
+    has_keys = bool(settings.api_keys) or bool(settings.api_keys_file or settings.keys_file)
     is_local = settings.host in ("localhost", "::1") or settings.host.startswith("127.")
     if not settings.allowed_hosts and (has_keys or not is_local):
         return ()
@@ -194,43 +187,6 @@ def _host_names(settings: Settings) -> tuple[str, ...]:
 def grammar_limits(settings: Settings) -> GrammarLimits:
     """What the grammar of a request may cost."""
     return GrammarLimits(max_bytes=int(settings.max_grammar_bytes), timeout_s=settings.grammar_timeout_s)
-
-
-def key_hashes(settings: Settings) -> frozenset[bytes]:
-    """SHA-256 of every key that is let in.
-
-    Raises:
-        StartError: a `sha256:` entry that is no SHA-256, or a file of keys without any.
-    """
-    return _hashes(settings.api_keys, settings.api_keys_file, name="api_keys")
-
-
-def admin_key_hashes(settings: Settings) -> frozenset[bytes]:
-    """SHA-256 of every key that is let in to `/admin/`; raises like `key_hashes`."""
-    return _hashes(settings.admin_keys, settings.admin_keys_file, name="admin_keys")
-
-
-def _hashes(given: Sequence[SecretStr], file: Path | None, *, name: str) -> frozenset[bytes]:
-    keys = [key.get_secret_value() for key in given]
-    if file is not None:
-        lines = [line.strip() for line in file.read_text().splitlines()]
-        found = [line for line in lines if line and not line.startswith("#")]
-        if not found:
-            raise StartError(f"{name}_file: {file} holds no key")
-        keys += found
-    return frozenset(_key_hash(key, name) for key in keys)
-
-
-def _key_hash(key: str, name: str) -> bytes:
-    if not key.startswith(HASHED_KEY):
-        return hash_key(key.encode())
-    try:
-        digest = bytes.fromhex(key.removeprefix(HASHED_KEY))
-    except ValueError:
-        digest = b""
-    if len(digest) != hashlib.sha256().digest_size:
-        raise StartError(f"{name}: an entry that begins with sha256: is not followed by 64 hexadecimal digits")
-    return digest
 
 
 def recipe_of(model: Path) -> str:

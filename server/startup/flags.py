@@ -24,7 +24,7 @@ def serve(**values: Any) -> None:
     except SettingsError as error:
         raise _failed(console, error) from error
     # Imported late: `--help` and mistakes in settings need nothing of the server.
-    from server.startup.assemble import StartError
+    from server.startup.errors import StartError
     from server.startup.run import run
 
     try:

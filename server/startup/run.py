@@ -6,6 +6,7 @@ import errno
 import logging
 import math
 import os
+import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,6 @@ from server.hardware import HardwareError, find_device, max_connections, raised_
 from server.http.draining import DrainingServer
 from server.service import Service, ServiceOptions
 from server.startup.assemble import (
-    StartError,
     engine_config,
     find_model,
     grammar_limits,
@@ -34,6 +34,8 @@ from server.startup.assemble import (
     recipe_of,
     service_options,
 )
+from server.startup.errors import StartError
+from server.startup.keys import Files, key_options
 from server.startup.logs import configure_logging
 from server.startup.settings import Settings, misplaced_key
 from server.startup.summary import Summary
@@ -42,6 +44,7 @@ from server.states.store import StateStore
 from server.text.tokenizer import Tokenizer, load_tokenizer
 
 LAST_ANSWERS_S = 5
+LOOK_EVERY_S = 5.0
 EXIT_OVERDUE = 1
 
 
@@ -122,6 +125,7 @@ async def _serve(start: _Start, console: Console) -> None:
         stack.push_async_callback(service.close)
         server = start.make_server(service)
         taking_up = asyncio.create_task(_take_up(service))
+        rereading = asyncio.create_task(_reread(start.settings, service, server.config))
         if service.states is not None:
             await service.states.start(service.end_background)
         recipe = recipe_of(start.model)
@@ -133,7 +137,8 @@ async def _serve(start: _Start, console: Console) -> None:
         finally:
             waiting.cancel()
             taking_up.cancel()
-            await asyncio.gather(waiting, taking_up, return_exceptions=True)
+            rereading.cancel()
+            await asyncio.gather(waiting, taking_up, rereading, return_exceptions=True)
             failure = engine.failure
             await engine.close()  # before the service, which keeps what the engine still writes
     if failure is not None:
@@ -144,6 +149,30 @@ async def _take_up(service: Service) -> None:
     from server.responses.background import take_up_forever  # by now the application was imported
 
     await take_up_forever(service)
+
+
+async def _reread(settings: Settings, service: Service, config: uvicorn.Config) -> None:
+    """Reads keys and certificates again when their files change, and on SIGHUP; what cannot be read changes nothing."""
+    log, told = logging.getLogger(__name__), asyncio.Event()
+    with contextlib.suppress(NotImplementedError, AttributeError):  # not made for Windows
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, told.set)
+    files = Files(
+        (settings.api_keys_file, settings.admin_keys_file, settings.keys_file, settings.tls_cert, settings.tls_key)
+    )
+    while True:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(told.wait(), LOOK_EVERY_S)
+        if not files.have_changed() and not told.is_set():
+            continue
+        told.clear()
+        try:
+            service.change_keys(**await asyncio.to_thread(key_options, settings))
+            if config.ssl is not None and settings.tls_cert is not None:
+                config.ssl.load_cert_chain(settings.tls_cert, settings.tls_key)
+        except (StartError, OSError) as error:  # of which every SSL error is one
+            log.error("keys and certificates stay as they are: %s", error)
+        else:
+            log.info("keys and certificates were read again: %d keys", len(service.options.key_hashes))
 
 
 async def _announce(engine: EngineClient, summary: Summary, console: Console) -> None:

@@ -168,6 +168,9 @@ class Settings(BaseSettings):
     """Keys that give access, separated by commas: as they are, or as sha256:HEX. Default: everybody has access."""
     api_keys_file: Path | None = _in("Keys", None)
     """File with further keys, one a line."""
+    keys_file: Path | None = _in("Keys", None)
+    """TOML file with a [[keys]] for each key: name, key (as it is, or as sha256:HEX), role, weight and limits. Files of
+    keys are read again when they change, and on SIGHUP."""
     admin_keys: SecretList = _in("Keys", ())
     """Keys for /admin/ alone, separated by commas: as they are, or as sha256:HEX. Default: nobody has access."""
     admin_keys_file: Path | None = _in("Keys", None)
@@ -241,7 +244,7 @@ class Settings(BaseSettings):
             else "",
             *(
                 f"{name}: the file {path} does not exist"
-                for name in ("tls_cert", "tls_key", "api_keys_file", "admin_keys_file")
+                for name in ("tls_cert", "tls_key", "api_keys_file", "keys_file", "admin_keys_file")
                 if (path := getattr(self, name)) is not None and not path.is_file()
             ),
             f"max_n is {self.max_n}, but max_choices allows only {self.max_choices} answers in one request"
@@ -268,7 +271,7 @@ class Settings(BaseSettings):
             if self.prefix_cache_memory == 0 and self.prefix_cache_device_memory
             else "",
             "metrics_need_key has no effect without api_keys or api_keys_file"
-            if self.metrics_need_key and not self.api_keys and self.api_keys_file is None
+            if self.metrics_need_key and not (self.api_keys or self.api_keys_file or self.keys_file)
             else "",
         ]
 
@@ -305,7 +308,7 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
 
 def misplaced_key(settings: Settings) -> bool:
     """Whether the clients' key is set but no key of the server: a likely mistake that leaves the server open."""
-    return "DIJIANG_API_KEY" in os.environ and not settings.api_keys and settings.api_keys_file is None
+    return "DIJIANG_API_KEY" in os.environ and not (settings.api_keys or settings.api_keys_file or settings.keys_file)
 
 
 def flag_of(name: str) -> str:

@@ -17,6 +17,7 @@ class TextStream:
 
     Attributes:
         stopped: a stop string was found; all further tokens are ignored.
+        found: which one; empty if there was none.
         num_tokens: tokens pushed until then, the stopping one included.
         num_characters: characters that were complete by then, those held back and of a stop string included.
     """
@@ -43,6 +44,7 @@ class TextStream:
             shown: special tokens that are not left out.
         """
         self.stopped = False
+        self.found = ""
         self.num_tokens = 0
         self.num_characters = 0
         self._vocabulary = vocabulary
@@ -66,7 +68,7 @@ class TextStream:
         if self._matcher is None or self.num_tokens <= self._min_tokens:
             return text
         released = self._matcher.feed(text)
-        self.stopped = self._matcher.matched
+        self.stopped, self.found = self._matcher.matched, self._matcher.found
         return released
 
     def finish(self, *, is_whole: bool = False) -> str:
@@ -95,6 +97,7 @@ class StopMatcher:
         self._include_stop = include_stop
         self._held = ""
         self.matched = False
+        self.found = ""
 
     def feed(self, text: str) -> str:
         """Returns the part of the text so far that cannot belong to a stop string."""
@@ -107,6 +110,7 @@ class StopMatcher:
             if length is not None:
                 self.matched = True
                 end = position + 1
+                self.found = self._held[end - length : end]
                 return self._release(end if self._include_stop else end - length)
         return self._release(len(self._held) - max(self._progress))
 

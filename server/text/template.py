@@ -114,17 +114,16 @@ class ChatTemplate:
         content = last["content"] or ""
         if not content and last.get("tool_calls"):
             return self._rendered(conversation, add_generation_prompt=False)
-        # A mark at its end, so that the end is found whatever the content is, and no template trims it.
+        # A mark at its end, and before leading white space, so that the content is found and nothing of it is trimmed.
         mark = next((mark for mark in MARKERS if not any(mark in text for text in _texts(conversation))), None)
         if mark is None:
             raise TemplateFailure("the messages use every private-use character")
-        marked = {**conversation, "messages": [*before, {**last, "content": content + mark}]}
+        lead = mark if content[:1].isspace() else ""
+        marked = {**conversation, "messages": [*before, {**last, "content": lead + content + mark}]}
         text, found, _ = self._rendered(marked, add_generation_prompt=False).rpartition(mark)
-        if found and text.endswith(content):
-            return text
-        if not found or not text.endswith(content.lstrip()):
+        if not found or not text.endswith(lead + content):
             raise TemplateFailure("continue_final_message: the chat template does not write the last message as it is")
-        return text.removesuffix(content.lstrip()) + content
+        return text.removesuffix(lead + content) + content
 
     def _rendered(self, conversation: Mapping[str, Any], *, add_generation_prompt: bool) -> str:
         try:

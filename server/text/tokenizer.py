@@ -14,6 +14,9 @@ import tokenizers
 from dijiang_model.text.folder import TokenizerFiles, UnsupportedTokenizerError, read_tokenizer_files
 from dijiang_model.text.vocabulary import Vocabulary, build_vocabulary
 
+SHORT_CHARACTERS = 4096
+"""A text up to here is encoded in less time than a batch of one takes to set up."""
+
 
 class _Encoding(Protocol):
     ids: list[int]
@@ -31,6 +34,8 @@ class _RawTokenizer(Protocol):
     encode_special_tokens: bool
 
     def encode(self, sequence: str, add_special_tokens: bool = True) -> _Encoding: ...
+    def encode_batch(self, input: list[str], add_special_tokens: bool = True) -> list[_Encoding]: ...
+    def encode_batch_fast(self, input: list[str], add_special_tokens: bool = True) -> list[_Encoding]: ...
     def get_vocab(self, with_added_tokens: bool = True) -> dict[str, int]: ...
     def get_added_tokens_decoder(self) -> dict[int, _AddedToken]: ...
     def id_to_token(self, id: int) -> str | None: ...
@@ -74,7 +79,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Encodes text in which special tokens are recognised where they are written."""
-        return self._raw.encode(text, add_special_tokens=add_special_tokens).ids
+        return _ids(self._raw, text, add_special_tokens=add_special_tokens)
 
     def find_special_tokens(self, text: str) -> list[tuple[int, int]]:
         """Begin and end of each special token that is written in `text`, from left to right."""
@@ -96,8 +101,8 @@ class Tokenizer:
         if not text:
             return []
         if not (continues and self.vocabulary.num_leading_spaces):
-            return self._plain.encode(text, add_special_tokens=False).ids
-        encoding = self._plain.encode("\n" + text, add_special_tokens=False)
+            return _ids(self._plain, text, add_special_tokens=False)
+        (encoding,) = self._plain.encode_batch(["\n" + text], add_special_tokens=False)
         pairs = zip(encoding.ids, encoding.offsets, strict=True)
         return [token_id for token_id, (_, end) in pairs if end > 1]
 
@@ -110,6 +115,13 @@ class Tokenizer:
         """Whether nothing in `token_ids` is text."""
         special_ids = self.vocabulary.special_ids
         return all(token_id in special_ids for token_id in token_ids)
+
+
+def _ids(raw: _RawTokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids. Of a batch the library lets go of the interpreter lock, so that everybody else goes on meanwhile."""
+    if len(text) <= SHORT_CHARACTERS:
+        return raw.encode(text, add_special_tokens=add_special_tokens).ids
+    return raw.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:

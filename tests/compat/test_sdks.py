@@ -86,6 +86,16 @@ def test_langchain(tiny: Tiny, expected: dict[str, Any], tmp_path: Path) -> None
     assert all(fits(arguments) for arguments in got["arguments"])
 
 
+def test_anthropic(tiny: Tiny, expected: dict[str, Any], tmp_path: Path) -> None:
+    got = run_python("with_anthropic.py", tiny, tmp_path, needs="anthropic")
+    assert got["text"] == got["streamed"] == expected["text"]
+    assert got["stop_reasons"] == ["max_tokens", "max_tokens", "tool_use"]
+    assert got["usage"] == [expected["num_tokens"]] * 2
+    assert got["calls"] == [["look_up", ["key"]]] * 2
+    assert len({*got["input_tokens"]}) == 1
+    assert got["error"] == "not_found_error"
+
+
 def test_instructor(tiny: Tiny, tmp_path: Path) -> None:
     got = run_python("with_instructor.py", tiny, tmp_path, needs="instructor")
     assert len(got) == 2

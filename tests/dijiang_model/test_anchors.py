@@ -11,6 +11,7 @@ from torch import Tensor
 from dijiang_model import reference
 from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.ops.torch.narrow import packed_nibbles, unpacked_nibbles
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, assert_states_close, logits_of, random_text
 from tests.tiny_models import HYBRID, anchored, gpt_neox_config, llama_config, opt_config, random_tensors, tiny_model
 
@@ -27,6 +28,7 @@ CONFIGS = {
     "ranked": llama_config(anchored(4, base=RANKED), num_heads=4, num_kv_heads=4),
     "gpt_neox": neox(anchored(3), anchored(3, base=UNROTATED)),
     "opt": opt_config(anchored(3), anchored(3)),
+    "values of 4 bits": llama_config(anchored(2, value_bits=4), anchored(2, base=UNROTATED, value_bits=4)),
     "opt_350m": opt_config(anchored(3), pre_norm=False, embedding_size=32),
 }
 
@@ -147,6 +149,16 @@ def test_places_are_a_quarter_of_fp32_and_cost_144_bytes_at_64_channels() -> Non
     spec = torch_model(config, torch.float32).state_spec
     near = sum(t.num_bytes for t in spec.tensors if ".near_" in t.name)
     assert near == 20 * 144
+
+
+def test_values_of_4_bits_save_32_bytes_a_place_and_come_back_from_their_bytes() -> None:
+    config = replace(llama_config(anchored(2, value_bits=4)), head_size=64, rotary_dims=64)
+    near = sum(t.num_bytes for t in torch_model(config, torch.float32).state_spec.tensors if ".near_" in t.name)
+    assert near == 20 * 112
+    assert config.layers[0].anchors is not None
+    assert config.layers[0].anchors.place_bytes(64) == 112
+    codes = torch.randint(-7, 8, (5, 3, 16), dtype=torch.int8)
+    assert torch.equal(unpacked_nibbles(packed_nibbles(codes)), codes)
 
 
 def test_what_states_are_kept_in_does_not_change_places(config: ModelConfig) -> None:

@@ -25,7 +25,7 @@ CONFIGS = {
     "gpt_neox": replace(gpt_neox_config(HYBRID, PURE), position_table_length=0),
     "opt": opt_config(),
     "llama, anchors": llama_config(anchored(2), HYBRID, anchored(2, base=UNROTATED)),
-    "opt, anchors": opt_config(anchored(3), anchored(3)),
+    "opt, anchors": opt_config(anchored(3), anchored(3, value_bits=4)),
 }
 TOLERANCE = 1e-10
 """fp64, of the logits' norm; the same operators in another order."""
@@ -97,7 +97,7 @@ def test_baseline_is_the_silent_hybrid(name: str, window: int, sinks: int) -> No
 def test_gradients_are_the_slopes_of_the_loss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each parameter's gradient along a random direction, against a central difference: fp64, steps of 1e-5, whose
     error of second order is near 1e-9 of the loss. gelu for all, as relu has kinks; so has rounding to int8."""
-    monkeypatch.setattr("dijiang_model.ops.training.attention.rounded", lambda x: x)
+    monkeypatch.setattr("dijiang_model.ops.training.attention.rounded", lambda x, bits=8: x)
     model = tiny_model(replace(CONFIGS[name], activation="gelu"), dtype=torch.float64)
     texts = torch.tensor([random_text(40, seed=seed) for seed in range(2)])
     direction = torch.randn(80, 260, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 100

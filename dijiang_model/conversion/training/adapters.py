@@ -20,6 +20,7 @@ from dijiang_model.checkpoints.checkpoint import write_checkpoint
 from dijiang_model.checkpoints.config_json import StoredConfig, attention_document, parse_layers, read_stored_config
 from dijiang_model.checkpoints.outputs import CALIBRATION_FILE
 from dijiang_model.config import ModelConfig
+from dijiang_model.conversion.sources.find_source import peft_problem
 from dijiang_model.conversion.sources.tokenizer_files import write_tokenizer
 from dijiang_model.conversion.training.lora import DOWN, UP, merged
 from dijiang_model.errors import CheckpointError
@@ -115,7 +116,11 @@ def load_adapter(path: Path) -> Adapter:
         CheckpointError: unreadable, or no adapter of this format.
     """
     if path.is_dir():
-        path = path / ADAPTER_FILE
+        folder, path = path, path / ADAPTER_FILE
+        if not path.is_file():
+            raise CheckpointError(
+                peft_problem(folder) or f"{folder} holds no {ADAPTER_FILE}, as `dijiang train` writes it"
+            )
     problem = stub_problem(path) if path.is_file() else None
     if problem is not None:
         raise CheckpointError(problem)

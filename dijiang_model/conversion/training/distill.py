@@ -16,6 +16,7 @@ from torch.nn import functional
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.conversion.training.lora import LoraLinear, inactive
 from dijiang_model.conversion.training.process_group import ALONE, Peers
+from dijiang_model.families import FAMILIES
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
@@ -26,8 +27,6 @@ from dijiang_model.segments import run_segments
 Precision = Literal["fp32", "bf16"]
 
 HYBRID = HybridAttention()
-OUTPUT_MAPS = ("o_proj", "dense", "out_proj")
-"""The families' names of the projection after the attention."""
 HEAD_ROWS = 256
 """Rows of logits held at a time: [rows, vocab] three times."""
 
@@ -90,7 +89,8 @@ class AttentionErrors:
 
 def output_weight(attention: DiJiangAttention) -> Tensor:
     """[hidden, H * d], the projection after the attention."""
-    module = next(getattr(attention, name) for name in OUTPUT_MAPS if hasattr(attention, name))
+    path = FAMILIES[attention.config.family].paths.output
+    module = getattr(attention, path.rpartition(".")[2])
     weight: Tensor = module.base.weight if isinstance(module, LoraLinear) else module.weight
     return weight
 

@@ -33,6 +33,7 @@ struct Attention {
   double age;                  // what a priority gains with each position
   double grid;                 // scores are multiples of it
   int64_t span;                // tokens on either side whose scores a token shares
+  int64_t value_bits;          // of a value's number in a place, 8 or 4
   int64_t far_rank;          // 0: there is none
   int64_t table_entries;
   int64_t num_features;
@@ -79,7 +80,7 @@ struct Token {
 
 // One key-value head's part of a state; null: there is no such part.
 struct GroupState {
-  uint8_t *keys, *values;            // [places, d]
+  uint8_t *keys, *values;            // [places, d]; two numbers to a byte where values have 4 bits
   uint8_t* linear;                   // [K, d]
   float *key_scales, *value_scales;  // [places], for int8
   float* normaliser;                 // [K]
@@ -94,16 +95,17 @@ static inline int64_t bytes_of(Numbers numbers) {
 
 // Bytes of each part of a group's state; 0 where there is none.
 struct GroupBytes {
-  int64_t near, linear, scales, normaliser, recent;
+  int64_t near, values, linear, scales, normaliser, recent;
 
   GroupBytes(const Attention& a, const Heads& heads, int64_t group)
       : near(a.places(group) * heads.head_size * bytes_of(a.near_numbers)),
+        values(a.has_anchors() ? near * a.value_bits / 8 : near),
         linear(a.num_features * heads.head_size * bytes_of(a.linear_numbers)),
         scales(a.places(group) * static_cast<int64_t>(sizeof(float))),
         normaliser(a.num_features * static_cast<int64_t>(sizeof(float))),
         recent(a.has_anchors() ? (2 * a.span + 1) * static_cast<int64_t>(sizeof(float)) : 0) {}
 
-  int64_t most() const { return 2 * near + linear + 4 * scales + normaliser + recent + 9 * 64; }
+  int64_t most() const { return near + values + linear + 4 * scales + normaliser + recent + 9 * 64; }
 };
 
 // The part of group `group` in a slot.
@@ -113,8 +115,9 @@ static inline GroupState group_state(const Attention& a, const Heads& heads, uin
   auto floats = [&at](int64_t offset, int64_t start) { return reinterpret_cast<float*>(at(offset, start)); };
   const int64_t first = a.has_anchors() ? a.first_place[group] : group * a.places(group);  // place
   const int64_t row = heads.head_size * bytes_of(a.near_numbers), number = static_cast<int64_t>(sizeof(float));
+  const int64_t value_row = a.has_anchors() ? row * a.value_bits / 8 : row;
   return {at(a.keys_offset, first * row),
-          at(a.values_offset, first * row),
+          at(a.values_offset, first * value_row),
           at(a.state_offset, group * bytes.linear),
           floats(a.key_scales_offset, first * number),
           floats(a.value_scales_offset, first * number),
@@ -137,7 +140,7 @@ static inline GroupState copied(const Attention& a, const Heads& heads, int64_t 
   };
   GroupState to;
   to.keys = copy(from.keys, bytes.near);
-  to.values = copy(from.values, bytes.near);
+  to.values = copy(from.values, bytes.values);
   to.linear = copy(from.linear, bytes.linear);
   to.key_scales = copy(from.key_scales, bytes.scales);
   to.value_scales = copy(from.value_scales, bytes.scales);

@@ -172,17 +172,23 @@ class HeadGroup {
   bool move_places(const Token& token, const float* value, float score) {
     auto* keys = reinterpret_cast<int8_t*>(at_.keys);
     auto* values = reinterpret_cast<int8_t*>(at_.values);
+    const bool has_nibbles = a_.value_bits == 4;
     const bool leaves = places_.make_room(token.position, score, [&](const Evicted& evicted) {
       const int64_t row = evicted.column;
       take_row(keys + row * d_, d_, at_.key_scales[row], far_key_);
-      take_row(values + row * d_, d_, at_.value_scales[row], far_value_);
+      if (has_nibbles) {
+        take_nibbles(at_.values + row * d_ / 2, d_, at_.value_scales[row], far_value_);
+      } else {
+        take_row(values + row * d_, d_, at_.value_scales[row], far_value_);
+      }
       late_ = exponential(a_.log_decay[group_] * static_cast<float>(token.position - evicted.position));
       if (!is_rotated()) unrotate(far_key_, evicted.position);
     });
     if (!leaves) std::memset(far_value_, 0, row_bytes());  // it is multiplied by zeros
     const int64_t row = places_.column_of(token.position);
     at_.key_scales[row] = put_row(new_key_, d_, keys + row * d_);
-    at_.value_scales[row] = put_row(value, d_, values + row * d_);
+    at_.value_scales[row] = has_nibbles ? put_nibbles(value, d_, at_.values + row * d_ / 2)
+                                        : put_row(value, d_, values + row * d_);
     return leaves;
   }
 
@@ -213,9 +219,14 @@ class HeadGroup {
       sums_[r] = exponentials(w, stride);
       for (int64_t j = 0; j < used; ++j) w[j] *= at_.value_scales[j];
     }
-    if (!kReadsCodes) return weighted(shared_, weights_, stride, values, d_, used, close_, d_, ahead(at_.linear));
-    round_rows(weights_, used, stride);
-    weigh_codes(shared_, words_, values, d_, used, close_, d_, ahead(at_.linear));
+    if (kReadsCodes) {
+      round_rows(weights_, used, stride);
+      weigh_codes(shared_, words_, at_.values, a_.value_bits, d_, used, close_, d_, ahead(at_.linear));
+    } else if (a_.value_bits == 4) {
+      weigh_nibbles(shared_, weights_, stride, at_.values, d_, used, close_, d_, new_key_);
+    } else {
+      weighted(shared_, weights_, stride, values, d_, used, close_, d_, ahead(at_.linear));
+    }
   }
 
   // A row of numbers of each query head in 16 bits: `words_`.

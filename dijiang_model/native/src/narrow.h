@@ -111,6 +111,25 @@ static inline float put_row(const float* x, int64_t size, int8_t* to) {
   return most / 127.0f;
 }
 
+// The same in 4 bits, two numbers to a byte, the even one below; a code stands for code - 8, the scale is the largest
+// magnitude over 7.
+static inline float put_nibbles(const float* x, int64_t size, uint8_t* to) {
+  const float most = magnitude(x, size), inverse = most > 0.0f ? 7.0f / most : 0.0f;
+  auto code = [&](float value) {
+    const float whole = (value * inverse + 12582912.0f) - 12582912.0f;
+    return static_cast<uint8_t>(most > 0.0f ? static_cast<int32_t>(whole) + 8 : 8);
+  };
+  for (int64_t j = 0; j < size; j += 2) to[j / 2] = static_cast<uint8_t>(code(x[j]) | code(x[j + 1]) << 4);
+  return most / 7.0f;
+}
+
+static inline void take_nibbles(const uint8_t* from, int64_t size, float scale, float* to) {
+  for (int64_t j = 0; j < size; j += 2) {
+    to[j] = static_cast<float>((from[j / 2] & 15) - 8) * scale;
+    to[j + 1] = static_cast<float>((from[j / 2] >> 4) - 8) * scale;
+  }
+}
+
 template <class T>
 static inline void take_row(const T* from, int64_t size, float scale, float* to) {
   for (int64_t j = 0; j < size; j += kLanes) store(to + j, load(from + j) * splat(scale));

@@ -19,7 +19,7 @@ class Places {
  public:
   Places(const Attention& a, const GroupState& state, int64_t group, int64_t head_size)
       : at_(state), age_(a.age), sinks_(a.sinks), window_(a.has_anchors() ? a.windows[group] : 0), span_(a.span),
-        limit_(a.places(group) - a.sinks - window_), d_(head_size) {}
+        limit_(a.places(group) - a.sinks - window_), d_(head_size), value_bytes_(head_size * a.value_bits / 8) {}
 
   // Columns that may hold a token once that at `position` has come: the first so many.
   int64_t used(int64_t position) const {
@@ -88,9 +88,8 @@ class Places {
   }
 
   void move(int64_t from, int64_t to) {
-    const auto row = static_cast<size_t>(d_);
-    std::memcpy(at_.keys + to * d_, at_.keys + from * d_, row);
-    std::memcpy(at_.values + to * d_, at_.values + from * d_, row);
+    std::memcpy(at_.keys + to * d_, at_.keys + from * d_, static_cast<size_t>(d_));
+    std::memcpy(at_.values + to * value_bytes_, at_.values + from * value_bytes_, static_cast<size_t>(value_bytes_));
     at_.key_scales[to] = at_.key_scales[from];
     at_.value_scales[to] = at_.value_scales[from];
     at_.positions[to] = at_.positions[from];
@@ -136,7 +135,7 @@ class Places {
 
   const GroupState at_;
   const double age_;
-  const int64_t sinks_, window_, span_, limit_, d_;
+  const int64_t sinks_, window_, span_, limit_, d_, value_bytes_;
   int64_t lowest_ = -1;  // as long as no anchor changes
 };
 

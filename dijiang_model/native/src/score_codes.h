@@ -1,5 +1,5 @@
-// Places read in whole numbers: queries and weights are rounded to 16 bits, keys and values are int8 codes, and the sums
-// are exact, so that their order does not matter: a block of rows and a single one give the same bits.
+// Places read in whole numbers: queries and weights are rounded to 16 bits, keys and values are codes of 8 bits (values
+// perhaps of 4), and the sums are exact, so that their order does not matter: a block of rows and a single one give the same bits.
 //
 // A number of 16 bits is 256 high + low, both signed bytes; codes are shifted by 128 to be unsigned, as the instruction
 // (vpdpbusd) wants one of each, and 128 times the sum of the other side is taken off in the end.
@@ -62,6 +62,15 @@ static inline DIJIANG_INLINE __m512i row_codes(const int8_t* row, int64_t channe
   const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
   if (channels >= kCodeChannels) return _mm512_xor_si512(_mm512_loadu_si512(row), sign);
   return _mm512_xor_si512(_mm512_maskz_loadu_epi8((1ull << channels) - 1ull, row), sign);
+}
+
+// 64 channels from `c` on of a row of values, unsigned: of 8 bits with 128 added, or of 4 with 8.
+template <int Bits>
+static inline DIJIANG_INLINE __m512i value_codes(const uint8_t* row, int64_t c, int64_t d) {
+  if (Bits == 8) return row_codes(reinterpret_cast<const int8_t*>(row) + c, d - c);
+  const __mmask32 here = d - c >= kCodeChannels ? 0xffffffffu : (1u << ((d - c) / 2)) - 1u;
+  const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(here, row + c / 2));
+  return _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(15));
 }
 
 // Sixteen rows of sixteen 32-bit numbers the other way round.
@@ -133,9 +142,11 @@ static inline void score_code_rows(const Words* queries, int64_t d, const int8_t
 }
 
 // out[r] = sum_j w[r][j] rows[j] for `num_rows` rows, up to 64 channels from `c` on.
-template <int R>
-static inline void weigh_channels(const Words* weights, const int8_t* rows, int64_t d, int64_t c, int64_t num_rows,
+template <int R, int Bits>
+static inline void weigh_channels(const Words* weights, const uint8_t* rows, int64_t d, int64_t c, int64_t num_rows,
                                   float* out, int64_t stride, const uint8_t* behind) {
+  constexpr int32_t kShift = Bits == 8 ? 128 : 8;
+  const int64_t bytes = d * Bits / 8;
   __m512i high[R][4], low[R][4];
   each<R>([&](auto r) DIJIANG_INLINE {
     each<4>([&](auto k) DIJIANG_INLINE { high[r][k] = low[r][k] = _mm512_setzero_si512(); });
@@ -144,7 +155,7 @@ static inline void weigh_channels(const Words* weights, const int8_t* rows, int6
     fetch_bytes(behind, j * d, (j + 4) * d);
     __m512i row[4];
     each<4>([&](auto o) DIJIANG_INLINE {  // rows behind the last one have no weight
-      row[o] = row_codes(rows + (j + o < num_rows ? j + o : j) * d + c, d - c);
+      row[o] = value_codes<Bits>(rows + (j + o < num_rows ? j + o : j) * bytes, c, d);
     });
     const __m512i a = _mm512_unpacklo_epi8(row[0], row[1]), b = _mm512_unpackhi_epi8(row[0], row[1]);
     const __m512i e = _mm512_unpacklo_epi8(row[2], row[3]), f = _mm512_unpackhi_epi8(row[2], row[3]);
@@ -159,8 +170,8 @@ static inline void weigh_channels(const Words* weights, const int8_t* rows, int6
     });
   }
   each<R>([&](auto r) DIJIANG_INLINE {
-    const __m512i high_shift = _mm512_set1_epi32(-128 * weights[r].high_sum);
-    const __m512i low_shift = _mm512_set1_epi32(-128 * weights[r].low_sum);
+    const __m512i high_shift = _mm512_set1_epi32(-kShift * weights[r].high_sum);
+    const __m512i low_shift = _mm512_set1_epi32(-kShift * weights[r].low_sum);
     const __m512 scale = _mm512_set1_ps(weights[r].scale);
     each<4>([&](auto k) DIJIANG_INLINE {
       const __m512 above = _mm512_cvtepi32_ps(_mm512_add_epi32(high[r][k], high_shift));
@@ -174,10 +185,15 @@ static inline void weigh_channels(const Words* weights, const int8_t* rows, int6
 }
 
 template <int R>
-static inline void weigh_code_rows(const Words* weights, const int8_t* rows, int64_t d, int64_t num_rows, float* out,
-                                   int64_t stride, const uint8_t* behind) {
-  for (int64_t c = 0; c < d; c += kCodeChannels, behind = nullptr)
-    weigh_channels<R>(weights, rows, d, c, num_rows, out, stride, behind);
+static inline void weigh_code_rows(const Words* weights, const uint8_t* rows, int64_t bits, int64_t d, int64_t num_rows,
+                                   float* out, int64_t stride, const uint8_t* behind) {
+  for (int64_t c = 0; c < d; c += kCodeChannels, behind = nullptr) {
+    if (bits == 8) {
+      weigh_channels<R, 8>(weights, rows, d, c, num_rows, out, stride, behind);
+    } else {
+      weigh_channels<R, 4>(weights, rows, d, c, num_rows, out, stride, behind);
+    }
+  }
 }
 
 #else
@@ -187,7 +203,8 @@ template <int R>
 static inline void score_code_rows(const Words*, int64_t, const int8_t*, const float*, int64_t, int64_t, float*,
                                    int64_t, const uint8_t*) {}
 template <int R>
-static inline void weigh_code_rows(const Words*, const int8_t*, int64_t, int64_t, float*, int64_t, const uint8_t*) {}
+static inline void weigh_code_rows(const Words*, const uint8_t*, int64_t, int64_t, int64_t, float*, int64_t,
+                                   const uint8_t*) {}
 
 #endif
 
@@ -213,12 +230,26 @@ static inline void score_codes(int64_t num_queries, const Words* queries, int64_
   });
 }
 
-// out[r] = sum_j w[r][j] rows[j].
-static inline void weigh_codes(int64_t num_queries, const Words* weights, const int8_t* rows, int64_t d,
+// out[r] = sum_j w[r][j] rows[j] for values of `bits`.
+static inline void weigh_codes(int64_t num_queries, const Words* weights, const uint8_t* rows, int64_t bits, int64_t d,
                                int64_t num_rows, float* out, int64_t stride, const uint8_t* behind) {
   by_threes(num_queries, [&](int64_t r, auto some) {
-    weigh_code_rows<some>(weights + r, rows, d, num_rows, out + r * stride, stride, r == 0 ? behind : nullptr);
+    weigh_code_rows<some>(weights + r, rows, bits, d, num_rows, out + r * stride, stride, r == 0 ? behind : nullptr);
   });
+}
+
+// The same in fp32 for values of 4 bits, one row at a time; `row` [d] is scratch.
+static inline void weigh_nibbles(int64_t num_queries, const float* weights, int64_t weight_stride, const uint8_t* rows,
+                                 int64_t d, int64_t num_rows, float* out, int64_t stride, float* row) {
+  for (int64_t r = 0; r < num_queries; ++r) std::memset(out + r * stride, 0, static_cast<size_t>(d) * sizeof(float));
+  for (int64_t j = 0; j < num_rows; ++j) {
+    take_nibbles(rows + j * d / 2, d, 1.0f, row);
+    for (int64_t r = 0; r < num_queries; ++r) {
+      const Vec weight = splat(weights[r * weight_stride + j]);
+      float* to = out + r * stride;
+      for (int64_t i = 0; i < d; i += kLanes) store(to + i, fma(weight, load(row + i), load(to + i)));
+    }
+  }
 }
 
 }  // namespace dijiang

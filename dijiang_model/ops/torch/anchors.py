@@ -15,17 +15,21 @@ from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
 from dijiang_model.ops.torch.branches import Queries, branch_queries, read_out, store_linear
 from dijiang_model.ops.torch.linear import chunked, recurrent_step
-from dijiang_model.ops.torch.narrow import round_rows
+from dijiang_model.ops.torch.narrow import packed_nibbles, round_rows, unpacked_nibbles
 from dijiang_model.ops.torch.places import Evictions, PlaceTable, evictions, place_table
 from dijiang_model.ops.torch.window import decode_window
 
+LARGEST_NIBBLE = 7
 QUERY_TOKENS = 128
 """Queries that meet all candidates at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlaceRows:
-    """Rows of places: int8 keys and values [..., d], their scales [...], positions and shared scores [...]."""
+    """Rows of places: int8 keys and values [..., d], their scales [...], positions and shared scores [...].
+
+    Values of 4 bits are [..., d / 2] uint8.
+    """
 
     keys: Tensor
     values: Tensor
@@ -47,9 +51,12 @@ class PlaceRows:
         return cls(*(_present(tensor) for tensor in rows))
 
     @classmethod
-    def rounded(cls, k: Tensor, v: Tensor, positions: Tensor, scores: Tensor) -> "PlaceRows":
+    def rounded(cls, k: Tensor, v: Tensor, positions: Tensor, scores: Tensor, *, value_bits: int) -> "PlaceRows":
         """New tokens: k, v [..., d]."""
-        (keys, key_scales), (values, value_scales) = round_rows(k), round_rows(v)
+        keys, key_scales = round_rows(k)
+        values, value_scales = round_values(v, value_bits)
+        if value_bits == 4:
+            values = packed_nibbles(values)
         return cls(keys, values, key_scales, value_scales, positions.to(torch.int32), scores)
 
     def at(self, *index: Tensor) -> "PlaceRows":
@@ -63,7 +70,13 @@ class PlaceRows:
         return self.keys.to(dtype) * self.key_scales[..., None].to(dtype)
 
     def wide_values(self, dtype: torch.dtype) -> Tensor:
-        return self.values.to(dtype) * self.value_scales[..., None].to(dtype)
+        codes = self.values if self.values.dtype == torch.int8 else unpacked_nibbles(self.values)
+        return codes.to(dtype) * self.value_scales[..., None].to(dtype)
+
+
+def round_values(v: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Values [..., d] as places hold them: int8 codes [..., d] and scales [...]."""
+    return round_rows(v) if bits == 8 else round_rows(v, largest_code=LARGEST_NIBBLE)
 
 
 class DecodeRows(Protocol):
@@ -105,7 +118,9 @@ def anchored_attention(
     q, k, v, scores = q.to(dtype), layout.rotary.apply(k.to(dtype)), v.to(dtype), _present(state.token_scores)
     queries = branch_queries(q, kernel=kernel, layout=layout)
     positions = layout.positions[:, None].expand(-1, kernel.num_kv_heads)
-    new = PlaceRows.rounded(k, v, positions, scores)
+    anchors = kernel.attention.anchors
+    assert anchors is not None
+    new = PlaceRows.rounded(k, v, positions, scores, value_bits=anchors.value_bits)
     if split > 0 and decode_rows is None:
         own = PlaceRows(*(tensor[:split] for tensor in new.tensors()))
         parts.append(_decode(queries.rows(0, split), own, kernel=kernel, layout=layout, state=state).flatten(1, 2))

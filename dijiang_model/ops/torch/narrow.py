@@ -71,15 +71,15 @@ class NearRows:
         return kept.to(new.dtype)
 
 
-def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., d] -> int8 codes [..., d] and scales [...] fp32, the largest magnitude over 127.
+def round_rows(x: Tensor, *, largest_code: int = _LARGEST_CODE) -> tuple[Tensor, Tensor]:
+    """[..., d] -> int8 codes [..., d] and scales [...] fp32, the largest magnitude over the largest code.
 
     A row that is not finite becomes zeros with the scale NaN.
     """
     x = x.float()
     largest = x.abs().amax(-1)
     largest = torch.where(x.isfinite().all(-1), largest, torch.nan)
-    bound = torch.full_like(largest, _LARGEST_CODE)  # a number in its place would be multiplied with a reciprocal
+    bound = torch.full_like(largest, largest_code)  # a number in its place would be multiplied with a reciprocal
     inverse = torch.where(largest > 0, bound / largest, 0.0)
     codes = torch.where((largest > 0)[..., None], (x * inverse[..., None]).round(), 0.0)
     return codes.to(torch.int8), largest / bound
@@ -88,3 +88,15 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def widened_rows(codes: Tensor, scales: Tensor) -> Tensor:
     """The same back in fp32."""
     return codes.float() * scales[..., None]
+
+
+def packed_nibbles(codes: Tensor) -> Tensor:
+    """Codes from -7 to 7 [..., d] -> [..., d / 2] uint8: two to a byte, 8 added, the even one below."""
+    raised = (codes + 8).to(torch.uint8)
+    return raised[..., ::2] | (raised[..., 1::2] << 4)
+
+
+def unpacked_nibbles(packed: Tensor) -> Tensor:
+    """The same back, int8."""
+    both = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+    return both.to(torch.int8) - 8

@@ -12,10 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops.layout import PrefillLayout
-from dijiang_model.ops.torch.anchors import attend_until, decayed_features, segment_evictions
+from dijiang_model.ops.torch.anchors import attend_until, decayed_features, round_values, segment_evictions
 from dijiang_model.ops.torch.branches import Queries
 from dijiang_model.ops.torch.linear import LinearResult, chunked
-from dijiang_model.ops.torch.narrow import round_rows
 from dijiang_model.ops.torch.places import PlaceTable, place_table
 
 
@@ -64,10 +63,10 @@ def _segment(scores: Tensor, table: PlaceTable) -> tuple[Tensor, Tensor]:
     return times, torch.where(losers >= 0, losers - num_columns, -1)
 
 
-def rounded(x: Tensor) -> Tensor:
-    """Rows [..., d] as places hold them; gradients pass unchanged."""
+def rounded(x: Tensor, bits: int = 8) -> Tensor:
+    """Rows [..., d] as places hold them in so many bits; gradients pass unchanged."""
     with torch.no_grad():
-        codes, scales = round_rows(x)
+        codes, scales = round_values(x, bits)
         error = codes.to(x.dtype) * scales[..., None].to(x.dtype) - x
     return x + error
 

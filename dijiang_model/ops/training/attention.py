@@ -189,7 +189,9 @@ class _Rotated:
 
     def in_places(self, layout: StepLayout, kernel: LinearKernel) -> "_Rotated":
         """With keys and values as places hold them, and as the features read those."""
-        k, v = rounded(self.k), rounded(self.v)
+        anchors = kernel.attention.anchors
+        assert anchors is not None
+        k, v = rounded(self.k), rounded(self.v, anchors.value_bits)
         return replace(self, k=k, far_k=k if kernel.attention.features.rotated else layout.rotary.undo(k), v=v)
 
 

@@ -19,7 +19,7 @@ STATE_DTYPES = (torch.float32, torch.bfloat16)
 class TritonAttention:
     """Decode rows in one launch, prefill segments in five; sums and decays in fp32, products in the weights' dtype.
 
-    Prompts of layers with anchors are computed by torch operations.
+    Prompts of layers with anchors, and all of those with values of 4 bits, are computed by torch operations.
 
     Fp64 models are not for it (`dijiang_model.ops.attention_for` gives them torch's).
     """
@@ -39,8 +39,10 @@ class TritonAttention:
     def _answer(
         self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
     ) -> Tensor:
-        if kernel.attention.anchors is not None:
-            return anchored_attention(q, k, v, kernel=kernel, layout=layout, state=state, decode_rows=decode_anchors)
+        anchors = kernel.attention.anchors
+        if anchors is not None:
+            decode_rows = decode_anchors if anchors.value_bits == 8 else None  # the kernel knows no others
+            return anchored_attention(q, k, v, kernel=kernel, layout=layout, state=state, decode_rows=decode_rows)
         split = layout.num_decode
         # Raw sums go through a norm before they are rounded.
         dtype = q.dtype if kernel.attention.read_out == "denominator" else torch.float32

@@ -30,6 +30,7 @@ _MAX_LEXER_STATES = 50_000
 _MAX_GRAMMAR_SIZE = 200_000
 _STEP_LEXER_FUEL = 200_000
 _STEP_MAX_ITEMS = 50_000
+_PROBED_TOKENS = 8
 _ALLOWED_S, _ALLOWED_S_PER_TOKEN = 1.0, 0.005
 """Processor time of one answer. A grammar with many ways to read a text costs more with every token, within all the
 limits above: `start: "a"* start | "a"` takes half a second for one token after 400, and everybody waits for it."""
@@ -93,16 +94,29 @@ class GrammarCompiler:
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(text), log_level=0, limits=self._limits)
-        if not matcher.is_error():
-            # The first mask is the most expensive one, and shows grammars that permit nothing.
-            probe = matcher.deep_copy()
-            probe.compute_bitmask()
-            error = probe.get_error()
-        else:
-            error = matcher.get_error()
+        error = matcher.get_error() if matcher.is_error() else self._probe(matcher.deep_copy())
         if error:
             raise GrammarError(_readable(error))
         return matcher
+
+    def _probe(self, matcher: "LLMatcher") -> str:
+        """What is wrong with the first steps of an answer, if anything is.
+
+        The first mask is the most expensive one, and shows grammars that permit nothing; a rule of thousands of ways
+        is over the limit of a step only behind the first token.
+        """
+        ends = sum(1 << token_id for token_id in self._eos_token_ids)
+        num_taken = 0
+        while num_taken < _PROBED_TOKENS:
+            permitted = int.from_bytes(matcher.compute_bitmask(), "little") & ~ends
+            if matcher.is_error() or not permitted:
+                break
+            if not matcher.consume_token((permitted & -permitted).bit_length() - 1):
+                break
+            num_taken += 1
+        error = matcher.get_error()
+        # Behind a token taken at random there may be no other; that says nothing of the grammar.
+        return "" if num_taken > 0 and error.startswith("NoExtension") else error
 
     def constraint(self, matcher: "LLMatcher") -> "GrammarConstraint":
         """One sequence's own, from a matcher of `compile`, which stays at its beginning."""

@@ -225,7 +225,7 @@ def test_anchors_read_back_and_layers_without_are_written_as_before_there_were_a
         ({"grid": 0.3}, "power of two"),
         ({"grid": 0}, "grid"),
         ({"span": -1}, "span"),
-        ({"value_bits": 4}, "only 8"),
+        ({"value_bits": 5}, "4 or 8"),
         ({"rows": 3}, "unknown field"),
     ],
 )

@@ -275,11 +275,22 @@ def test_quantize_of_an_unconverted_model_names_the_converter(source: Path, tmp_
         quantize_folder(source, tmp_path / "out", kind="int8")
 
 
+def test_a_file_in_the_place_of_a_models_folder_names_the_converter(tmp_path: Path) -> None:
+    path = write_gguf(llama_teacher(), tmp_path / "t.gguf")
+    for use in (load_model, lambda file: quantize_folder(file, tmp_path / "out", kind="int8")):
+        with pytest.raises(ConfigError, match=r"is a file, not the folder of a model; `dijiang convert .*t\.gguf OUT`"):
+            use(path)
+
+
 def test_an_adapter_is_found_in_its_runs_folder(tmp_path: Path) -> None:
     base = write_tiny_model(tmp_path / "base", llama_config(HYBRID, HYBRID))
     (tmp_path / "run").mkdir()
     save_adapter(made_for(base), tmp_path / "run" / "adapter.safetensors")
     assert load_adapter(tmp_path / "run").sha256 == load_adapter(tmp_path / "run" / "adapter.safetensors").sha256
+    with pytest.raises(CheckpointError, match=r"holds no adapter\.safetensors, as `dijiang train` writes it"):
+        load_adapter(base)
+    with pytest.raises(CheckpointError, match="holds a PEFT adapter of some/model"):
+        load_adapter(peft_folder(tmp_path / "an adapter"))
     with pytest.raises(CheckpointError, match="one of the library PEFT"):
         load_adapter(peft_folder(tmp_path / "peft") / "adapter_model.safetensors")
 

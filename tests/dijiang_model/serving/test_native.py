@@ -71,6 +71,7 @@ CONFIGS: dict[str, ModelConfig] = {
         rotary_dims=48,
     ),
     "anchors, features before rotation": gpt_neox_config(anchored(3, base=UNROTATED), anchored(3)),
+    "anchors, values of 4 bits": llama_config(anchored(2, value_bits=4), anchored(2, base=UNROTATED, value_bits=4)),
     "anchors, nothing to rotate": opt_config(anchored(3, base=UNROTATED), PURE),
     "biases of queries, keys and values": qwen2_config(),
     "local layers, norms behind": gemma3_config(),
@@ -88,8 +89,10 @@ PLACES_TOLERANCE = 1e-3
 
 def tolerance_of(config: ModelConfig) -> float:
     has_group_norm = any(layer.read_out == "group_norm" for layer in config.layers)
-    has_anchors = any(layer.anchors is not None for layer in config.layers)
-    return PLACES_TOLERANCE if has_anchors else GROUP_NORM_TOLERANCE if has_group_norm else TOLERANCE
+    bits = {layer.anchors.value_bits for layer in config.layers if layer.anchors is not None}
+    if bits:
+        return PLACES_TOLERANCE * 2 ** (8 - min(bits))  # between the codes of fewer bits it is farther
+    return GROUP_NORM_TOLERANCE if has_group_norm else TOLERANCE
 
 
 @pytest.fixture(params=list(CONFIGS))

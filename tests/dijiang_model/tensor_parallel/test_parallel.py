@@ -54,7 +54,7 @@ SPLITS: dict[str, tuple[ModelConfig, int]] = {
     "llama, far queries": (llama_config(FAR, UNROTATED), 2),
     "llama, head not tied": (replace(llama_config(), tie_word_embeddings=False), 2),
     "llama, anchors": (llama_config(anchored(2), FAR, anchored(2, base=UNROTATED)), 2),
-    "opt, anchors": (opt_config(anchored(3), PURE), 3),
+    "opt, anchors": (opt_config(anchored(3, value_bits=4), PURE), 3),
     "gpt_neox, tables, norm groups within ranks": (with_heads(gpt_neox_config(), 4), 2),
     "gpt_neox, tables, norm groups across ranks": (with_heads(gpt_neox_config(), 6), 3),
     "gpt_neox, sequential, hybrid": (gpt_neox_config(HYBRID, PURE, parallel_residual=False), 3),

@@ -294,3 +294,29 @@ def test_a_body_that_trickles_is_a_408(byte_tokenizer: Tokenizer, options: Servi
         answer = raw_exchange(server, head, b'{"prompt"')
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"body_timeout" in answer
+
+
+def test_the_engine_is_told_whose_a_request_is_and_what_that_one_may_have(
+    options: ServiceOptions, byte_tokenizer: Tokenizer
+) -> None:
+    hashes = frozenset(hashlib.sha256(key).digest() for key in (b"one", b"two"))
+    limited = replace(options, key_hashes=hashes, max_running_per_key=3, max_queue_per_key=5, priority_across_keys=True)
+    with serve(FakeEngine(), limited, byte_tokenizer) as server:
+        for key in ("one", "two", "one"):
+            headers = {"authorization": f"Bearer {key}"}
+            server.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}, headers=headers)
+        first, second, third = (request.tenant for request in server.engine.submitted)
+        assert first == third != second
+        assert (first.max_running, first.max_waiting, first.outranks) == (3, 5, True)
+        assert "one" not in first.name
+
+
+@pytest.mark.parametrize(("wanted", "given"), [({}, 40), ({"max_tokens": 7}, 7), ({"max_tokens": 1_000}, 40)])
+def test_no_answer_is_longer_than_the_operator_allows(
+    options: ServiceOptions, byte_tokenizer: Tokenizer, wanted: dict[str, int], given: int
+) -> None:
+    with serve(FakeEngine(), replace(options, max_answer_tokens=40), byte_tokenizer) as server:
+        body = {"messages": [{"role": "user", "content": "x"}], **wanted}
+        answer = server.http.post("/v1/chat/completions", json=body)
+        assert answer.json()["choices"][0]["finish_reason"] == "length"
+        assert server.engine.submitted[0].sampling.max_tokens == given

@@ -115,11 +115,27 @@ def test_a_thought_that_the_template_opens_is_one_too(opening: Loopback) -> None
 
 def test_a_request_may_turn_thinking_off(opening: Loopback) -> None:
     say(opening, "It is 4. </think>")
-    for fields in ({"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}, {"reasoning_effort": "none"}):
+    for fields in (
+        {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}},
+        {"extra_body": {"enable_thinking": False}},
+        {"extra_body": {"thinking": {"type": "disabled"}}},
+        {"reasoning_effort": "none"},
+    ):
         answer = ask(opening, **fields)
         assert prompt_of(opening).endswith("<think>\n</think>\n\n")
         assert answer.choices[0].message.content == "It is 4. </think>"
         assert thought_tokens(answer) == 0
+
+
+def test_thinking_that_cannot_be_turned_off_or_on_is_refused(free: Loopback, server: Loopback) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}]}
+    for running, wanted in ((free, False), (server, True)):
+        for fields in ({"enable_thinking": wanted}, {"thinking": {"type": "enabled" if wanted else "disabled"}}):
+            answer = running.http.post("/v1/chat/completions", json={**body, **fields})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "enable_thinking")
+        assert (
+            running.http.post("/v1/chat/completions", json={**body, "enable_thinking": not wanted}).status_code == 200
+        )
 
 
 def test_a_user_who_types_a_mark_opens_nothing(opening: Loopback, free: Loopback) -> None:

@@ -231,3 +231,35 @@ async def test_a_folder_without_tokenizer_refuses_every_grammar_without_a_proces
 async def test_a_schema_deeper_than_python_goes_is_refused() -> None:
     with pytest.raises(SourceError, match="nested too deeply"):
         schema_text(nested(100_000), strict=True)
+
+
+OBJECT = {"type": "object", "properties": {"a": {"type": "object", "properties": {"b": {"type": "integer"}}}}}
+
+
+def test_objects_that_name_properties_are_closed() -> None:
+    closed = json.loads(schema_text(OBJECT, strict=True))
+    assert (closed["additionalProperties"], closed["properties"]["a"]["additionalProperties"]) == (False, False)
+    assert "additionalProperties" not in closed["properties"]["a"]["properties"]["b"]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object"},
+        {**OBJECT["properties"]["a"], "additionalProperties": True},
+        {**OBJECT["properties"]["a"], "additionalProperties": {"type": "string"}},
+        {**OBJECT["properties"]["a"], "allOf": [{"properties": {"c": {}}}]},
+        {"enum": [{"properties": {"a": 1}}]},
+        {"const": None, "default": None},
+    ],
+    ids=str,
+)
+def test_what_says_otherwise_stays_open(schema: dict[str, Any]) -> None:
+    written = json.loads(schema_text(schema, strict=True))
+    del written["x-guidance"]
+    assert written == schema
+
+
+def test_keywords_that_are_null_are_left_out() -> None:
+    written = json.loads(schema_text({"type": "string", "title": None, "maxLength": None}, strict=True))
+    assert written.keys() == {"type", "x-guidance"}

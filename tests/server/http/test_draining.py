@@ -44,6 +44,30 @@ def wait_for_end(server: Loopback) -> None:
     assert not server.thread.is_alive()
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_second_signal_ends_answers_with_the_error_envelope(
+    byte_tokenizer: Tokenizer, options: ServiceOptions, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    engine = FakeEngine(hold_after=1)
+    answers: list[httpx.Response] = []
+    with serve(engine, options, byte_tokenizer, drain_timeout_s=600) as server:
+        body = {**BODY, "stream": stream}
+        asking = threading.Thread(target=lambda: answers.append(server.http.post("/v1/completions", json=body)))
+        asking.start()
+        server.wait_until(lambda: server.service.num_active == 1)
+        server.signal()
+        server.signal()
+        asking.join(PATIENCE_S)
+        wait_for_end(server)
+    (answer,) = answers
+    if stream:
+        *_, error, done = [line for line in answer.text.splitlines() if line]
+        assert (json.loads(error.removeprefix("data: "))["error"]["code"], done) == ("engine_stopped", "data: [DONE]")
+    else:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_stopped")
+    assert "Traceback" not in caplog.text
+
+
 def test_an_idle_server_stops_at_once(byte_tokenizer: Tokenizer, options: ServiceOptions) -> None:
     with serve(FakeEngine(), options, byte_tokenizer, drain_timeout_s=60) as server:
         server.signal()

@@ -287,3 +287,20 @@ def test_where_no_prompt_is_carried_bodies_are_small(server: Loopback) -> None:
         "/v1/states/state_1/fork", content=b" " * (300 << 10), headers={"content-type": "application/json"}
     )
     assert answer.status_code == 413
+
+
+def test_a_preflight_from_a_page_of_another_network_is_answered(byte_tokenizer: Tokenizer) -> None:
+    origin = "https://app.example"
+    with serve(FakeEngine(), replace(OPTIONS, cors_origins=(origin,)), byte_tokenizer) as server:
+        headers = {"origin": origin, "access-control-request-method": "POST"}
+        headers |= {"access-control-request-headers": "authorization", "access-control-request-private-network": "true"}
+        answer = server.http.options("/v1/chat/completions", headers=headers)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-private-network"] == "true"
+
+
+def test_a_long_text_is_encoded_as_a_short_one(server: Loopback) -> None:
+    long = "ab 1é" * 2000
+    tokens = post(server, "/tokenize", prompt=long).json()["tokens"]
+    assert bytes(token for token in tokens if token < 256).decode() == long
+    assert post(server, "/detokenize", tokens=tokens, skip_special_tokens=True).json()["prompt"] == long

@@ -18,7 +18,9 @@ from server.hardware import (
     max_connections,
     raised_descriptor_limit,
 )
-from server.startup.assemble import StartError, engine_config, key_hashes, recipe_of, service_options
+from server.startup.assemble import engine_config, recipe_of, service_options
+from server.startup.errors import StartError
+from server.startup.keys import key_options
 from server.startup.settings import Settings, SettingsError, flag_of, misplaced_key, read_settings, variable_of
 
 CPU = Device("cpu", 8 << 30)
@@ -110,13 +112,13 @@ def test_keys_are_not_shown_and_may_be_given_hashed(tmp_path: Path) -> None:
     digest = "ab" * 32
     settings = read_settings({"api_keys": f"sk-one,sha256:{digest}", "api_keys_file": str(keys)})
     assert "sk-one" not in repr(settings)
-    assert len(key_hashes(settings)) == 3
-    assert bytes.fromhex(digest) in key_hashes(settings)
+    assert len(key_options(settings)["key_hashes"]) == 3
+    assert bytes.fromhex(digest) in key_options(settings)["key_hashes"]
     with pytest.raises(StartError, match="64 hexadecimal"):
-        key_hashes(read_settings({"api_keys": "sha256:zz"}))
+        key_options(read_settings({"api_keys": "sha256:zz"}))
     keys.write_text("\n")
     with pytest.raises(StartError, match="holds no key"):
-        key_hashes(read_settings({"api_keys_file": str(keys)}))
+        key_options(read_settings({"api_keys_file": str(keys)}))
 
 
 def test_auto_means_float32_on_a_cpu_and_bfloat16_on_cuda(model: Path) -> None:

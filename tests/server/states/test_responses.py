@@ -23,7 +23,8 @@ def until_ended(server: Running, response_id: str) -> Any:
 
 
 def test_an_answer_has_the_form_that_the_client_expects(server: Running) -> None:
-    response = create(server, instructions="Be brief.", metadata={"a": "b"})
+    said = f"Nobody has said this before. {TALK}"
+    response = create(server, said, instructions="Be brief.", metadata={"a": "b"})
     assert (response.object, response.status, response.model) == ("response", "incomplete", "tiny")
     assert response.incomplete_details.reason == "max_output_tokens"
     (message,) = response.output

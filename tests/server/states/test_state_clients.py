@@ -127,7 +127,7 @@ def test_a_chat_is_resumed_by_name_and_sends_only_what_is_new(server: Running, c
     fork = States(client).fork(state.id)
     before = server.gauge("dijiang_engine_prefill_tokens_total")
     second = chat(server, "And of Spain?\n", "--resume", "talk")
-    assert f"talk: going on after {state.num_tokens:,} tokens" in second.stderr
+    assert f"talk: resumed after {state.num_tokens:,} tokens" in second.stderr
     now = States(client).get(state.id)
     assert now.num_tokens > state.num_tokens
     num_fed = server.gauge("dijiang_engine_prefill_tokens_total") - before

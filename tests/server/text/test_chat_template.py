@@ -113,3 +113,46 @@ def test_loops_without_output_end_too() -> None:
 def test_a_template_that_is_no_jinja_is_found_at_start() -> None:
     with pytest.raises(TemplateSyntaxFailure):
         template("{% for %}")
+
+
+PLAIN, TRIMMED = CHATML, CHATML.replace("message['content']", "message['content'] | trim")
+TEMPLATES = {
+    "plain": PLAIN,
+    "trimmed": TRIMMED,
+    "with words of its own behind": CHATML.replace("<|end|>\n{% endfor", "</s> d < h<|end|>\n{% endfor"),
+}
+CONTENTS = [
+    "",
+    " ",
+    "\n",
+    "<",
+    "<|",
+    "<|end",
+    "d",
+    "h",
+    "</s>",
+    "Sure, ",
+    "  two",
+    "a\n\n",
+    "user",
+    "<|end|>",
+    "x <|end|> ",
+]
+
+
+@pytest.mark.parametrize("source", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("content", CONTENTS, ids=repr)
+def test_a_continued_message_ends_the_prompt_exactly(source: str, content: str) -> None:
+    chat = template(source)
+    messages = [USER, ChatMessage("assistant", content)]
+    rendered = chat.render(messages, continue_final_message=True)
+    before = chat.render([USER], add_generation_prompt=True)
+    assert rendered == before + content
+    assert text_of(chat, chat.encode(messages, continue_final_message=True)) == rendered
+
+
+def test_a_template_that_rewrites_the_last_message_cannot_continue_it() -> None:
+    with pytest.raises(TemplateFailure, match="does not write the last message as it is"):
+        template(CHATML.replace("message['content']", "message['content'] | upper")).render(
+            [USER, ChatMessage("assistant", "Sure")], continue_final_message=True
+        )

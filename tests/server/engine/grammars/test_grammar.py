@@ -106,12 +106,21 @@ def test_a_model_without_an_end_takes_no_grammar(folder: Path) -> None:
         GrammarCompiler.load(folder, vocab_size=VOCAB_SIZE, eos_token_ids=())
 
 
+def _ways(prefix: str) -> str:
+    return " | ".join(f'"{prefix}{number}"' for number in range(3000))
+
+
+WIDE = f"start: a b\na: {_ways('x')}\nb: {_ways('y')}"
+"""Small, and its first mask is cheap; behind the first token there are too many ways to go."""
+
+
 @pytest.mark.parametrize(
     ("lark", "message"),
     [
         ("start: start", "permits no text at all"),
         ('start: "a', "line 1, column 10"),
         ("start: /(/", "unclosed group"),
+        (WIDE, "2000"),
         ("start: missing", "missing"),
         ('start: %json {"$ref": "https://example.com/schema.json"}', "does not fetch"),
         ('start: %json {"type": "object", "not": {}}', 'Unimplemented keys: \\["not"\\]'),

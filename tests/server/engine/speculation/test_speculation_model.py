@@ -28,7 +28,15 @@ from server.engine.types.logprobs import LogprobOptions, LogprobRow
 from server.engine.types.requests import EngineConfig, FinishReason, GenerationRequest, GrammarSpec, SamplingParams
 from tests.byte_tokenizer import write_byte_tokenizer
 from tests.server.engine.fakes import FREE, engine_info
-from tests.tiny_models import EOS_TOKEN_ID, gpt_neox_config, llama_config, opt_config, tiny_model, tiny_network
+from tests.tiny_models import (
+    EOS_TOKEN_ID,
+    anchored,
+    gpt_neox_config,
+    llama_config,
+    opt_config,
+    tiny_model,
+    tiny_network,
+)
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the kernels were not built: no compiler at install")
 
@@ -36,6 +44,7 @@ CPU = torch.device("cpu")
 VOCAB_SIZE = 260
 MODELS: dict[str, ModelConfig] = {
     "hybrid llama": llama_config(),
+    "anchors": llama_config(anchored(2), anchored(2)),
     "released gpt_neox": gpt_neox_config(),
     "opt": opt_config(),
 }
@@ -162,10 +171,11 @@ def test_greedy_answers_are_identical(name: str, prompts: list[list[int]], seed:
     assert engine.stats.num_decode_tokens == sum(len(answer.tokens) - 1 for answer in answers.values())
 
 
+@pytest.mark.parametrize("name", ["hybrid llama", "anchors"])
 @settings(max_examples=40, deadline=None)
 @given(num_right=st.lists(st.integers(0, 6), min_size=1, max_size=12), num_requests=st.integers(1, 6))
-def test_drafts_refused_at_any_place_change_nothing(num_right: list[int], num_requests: int) -> None:
-    model = model_of("hybrid llama")
+def test_drafts_refused_at_any_place_change_nothing(name: str, num_right: list[int], num_requests: int) -> None:
+    model = model_of(name)
     requests = [make_request(f"r{n}", [*range(3 * n + 1)], max_tokens=24) for n in range(num_requests)]
     expected, plain = run(model, requests)
     drafts = Prompted({name: [*answer.tokens] for name, answer in expected.items()}, num_right)

@@ -1,0 +1,28 @@
+"""`POST /v1/messages` and `/v1/messages/count_tokens`: Anthropic's dialect, on the same way as every chat."""
+
+from fastapi import APIRouter, Request, Response
+
+from server.api.json_body import JsonRoute, ServiceDependency
+from server.generation.anthropic_answers import AnthropicWriter
+from server.generation.prompts import encode_messages
+from server.generation.streaming import answer, json_response
+from server.generation.tools import told_tools
+from server.http.sse import unless_disconnected
+from server.protocol.anthropic import CountTokensRequest, MessageOut, MessagesRequest, TokenCount
+
+router = APIRouter(route_class=JsonRoute, prefix="/v1/messages", tags=["generation"])
+
+
+@router.post("", responses={200: {"model": MessageOut, "content": {"text/event-stream": {}}}}, response_class=Response)
+async def create_message(body: MessagesRequest, request: Request, service: ServiceDependency) -> Response:
+    """Answers a conversation."""
+    return await answer(request, service, body.chat, AnthropicWriter)
+
+
+@router.post("/count_tokens", responses={200: {"model": TokenCount}}, response_class=Response)
+async def count_tokens(body: CountTokensRequest, request: Request, service: ServiceDependency) -> Response:
+    """How many tokens a conversation has."""
+    service.require_model(body.model)
+    chat = body.chat
+    encoding = encode_messages(service, chat, tools=told_tools(chat.tool_use))
+    return json_response(TokenCount(input_tokens=len(await unless_disconnected(request.receive, encoding))))
