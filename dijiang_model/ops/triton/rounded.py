@@ -1,8 +1,8 @@
 """Products with rounded weights: launches `kernels.rounded`, each of its kernels where it is the better choice.
 
 - Up to `ROWS_AT_ONCE` rows, those of decoding: codes are read once; where there are few outputs of a large matrix the
-  columns are split over programs, whose sums a second launch adds up in order. Splits and tiles but for their rows follow from the matrix
-  and the dtype alone, so a row is added up in the same order beside any others.
+  columns are split over programs, whose sums a second launch adds up in order. Splits and tiles but for their rows
+  follow from the matrix and the dtype alone, so a row is added up in the same order beside any others.
 - Below `WIDENED_FROM` rows: the same kernel in larger tiles, not split.
 - From there on: the matrix is widened once, into memory of its own for as long as the product takes, and torch
   multiplies.
