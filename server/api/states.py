@@ -32,7 +32,7 @@ from server.protocol.states import (
     page_of,
 )
 from server.states.errors import state_not_found
-from server.states.store import NewState, SnapshotRecord, Turn
+from server.states.store import NewState, SnapshotRecord, TurnEnd
 
 MEDIA_TYPE = "application/octet-stream"
 READ_BYTES = 1 << 20
@@ -164,12 +164,12 @@ def _record_of(snapshot: Snapshot, file: str, num_bytes: int, info: EngineInfo) 
     )
 
 
-def _turn_of(note: str) -> Turn:
+def _turn_of(note: str) -> TurnEnd:
     """What the server that saved it has noted; plain text if that says nothing."""
     try:
-        return Turn(json.loads(note)["turn"])
+        return TurnEnd(json.loads(note)["turn"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        return Turn.TEXT
+        return TurnEnd.TEXT
 
 
 def _opened(path: Path, head: SnapshotRecord, layout: StateLayout | None) -> BinaryIO:

@@ -30,7 +30,7 @@ from server.engine.sequence import Chunk, Sequence, SequenceStatus
 from server.engine.slots import SCRATCH_SLOT
 from server.engine.speculation.drafts import num_confirmed
 from server.engine.state.pool import StatePool
-from server.engine.transfer import Arrived, Field, Transfer
+from server.engine.transfer import Field, Transfer, TransferredFields
 from server.engine.types.logprobs import NO_STEP_LOGPROBS
 from server.engine.types.requests import GenerationRequest, SamplingParams
 
@@ -50,7 +50,7 @@ class _Open:
 
     batch: Batch
     scoring: LogprobPlan | None
-    arrived: Arrived
+    arrived: TransferredFields
     logits: Tensor
     slots: Tensor
 
@@ -212,14 +212,14 @@ class ModelRunner:
         self._to_host(batch, None, tokens[: len(batch.sampled)])
         return True
 
-    def _logits(self, batch: Batch, bucket: int | None, fields: "_StepFields", arrived: Arrived) -> Tensor:
+    def _logits(self, batch: Batch, bucket: int | None, fields: "_StepFields", arrived: TransferredFields) -> Tensor:
         """[R, vocab]; of a recorded step those of its `R` first rows."""
         if self._graphs is None or bucket is None:
             return self._model(self._packed(batch, fields, arrived), self._pool.buffer)
         self._graphs.feed(bucket, arrived.words[: 2 * bucket])
         return self._graphs.forward(bucket)[: batch.num_decode]
 
-    def _finish(self, step: _Open, plan: SamplingPlan, planned: Arrived) -> None:
+    def _finish(self, step: _Open, plan: SamplingPlan, planned: TransferredFields) -> None:
         """Samples and sends back; the plan was prepared into `planned`."""
         num_sampled, scoring = len(step.batch.sampled), step.scoring
         kept = None if scoring is None else scoring.keep(step.logits, step.arrived)
@@ -232,7 +232,7 @@ class ModelRunner:
             numbers = torch.cat((token_ids.int(), computed.flatten()))
         self._to_host(step.batch, scoring, numbers)
 
-    def _sample(self, logits: Tensor, plan: SamplingPlan, arrived: Arrived, slots: Tensor) -> Tensor:
+    def _sample(self, logits: Tensor, plan: SamplingPlan, arrived: TransferredFields, slots: Tensor) -> Tensor:
         """[S, vocab] -> [S] int64 tokens, which are the last ones of their slots from now on."""
         if len(logits) == 0:
             return torch.empty(0, dtype=torch.int64, device=self._device)
@@ -251,7 +251,7 @@ class ModelRunner:
             self._last_token_ids[chunk.slot] = max(rows[counts[-1] - 1], 0)
         self._advance(counts, self._pool.buffer)
 
-    def _packed(self, batch: Batch, fields: "_StepFields", arrived: Arrived) -> PackedBatch:
+    def _packed(self, batch: Batch, fields: "_StepFields", arrived: TransferredFields) -> PackedBatch:
         slots = arrived[fields.slots]
         last = self._last_token_ids[slots[: batch.num_decode]]
         return PackedBatch(
@@ -290,7 +290,7 @@ class _StepFields:
     sampled_slots: Field
     is_recorded: bool
 
-    def sampled(self, batch: Batch, arrived: Arrived) -> Tensor:
+    def sampled(self, batch: Batch, arrived: TransferredFields) -> Tensor:
         """[S] slots of the sampled rows."""
         return arrived[self.slots][: batch.num_decode] if self.is_recorded else arrived[self.sampled_slots]
 

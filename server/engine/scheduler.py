@@ -24,7 +24,7 @@ from server.engine.batch import Batch
 from server.engine.fairness.admission import Admission, Moves
 from server.engine.fairness.prompts import PromptShares
 from server.engine.fairness.step_times import StepTimes
-from server.engine.sequence import FROM_NOTHING, Chunk, Sequence, SequenceStatus, Start
+from server.engine.sequence import FROM_NOTHING, Chunk, Sequence, SequenceStatus, StartState
 from server.engine.speculation.drafts import num_confirmed
 from server.engine.speculation.rules import Speculation
 from server.engine.types.logprobs import NO_STEP_LOGPROBS, LogprobTable, StepLogprobs
@@ -159,7 +159,7 @@ class Scheduler:
         """The sequence of a request that has not ended; None if there is none."""
         return self._admission.find(request_id)
 
-    def add(self, request: GenerationRequest, start: Start = FROM_NOTHING) -> TokenEvent | None:
+    def add(self, request: GenerationRequest, start: StartState = FROM_NOTHING) -> TokenEvent | None:
         """Takes a request in; returns its terminal event at once if it cannot be taken.
 
         Args:

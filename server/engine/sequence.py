@@ -30,7 +30,7 @@ class SequenceStatus(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class StartState:
     """Where a sequence begins.
 
     Attributes:
@@ -46,7 +46,7 @@ class Start:
     num_outputs: int = 0
 
 
-FROM_NOTHING = Start()
+FROM_NOTHING = StartState()
 
 
 @dataclass(slots=True, eq=False)
@@ -82,7 +82,7 @@ class Sequence:
 
     request: GenerationRequest
     eos_token_ids: tuple[int, ...]
-    start: Start = FROM_NOTHING
+    start: StartState = FROM_NOTHING
     arrival: int = 0
     status: SequenceStatus = SequenceStatus.WAITING
     slot: int = SCRATCH_SLOT
@@ -206,14 +206,14 @@ class Sequence:
         assert self.num_fed == 0
         assert 0 < num_tokens < len(self.request.prompt_token_ids)
         self.num_fed = self.num_skipped = self.num_cached = num_tokens
-        self.start = Start(self.start.position, snapshot)
+        self.start = StartState(self.start.position, snapshot)
 
     def fork(self, leader: "Sequence") -> None:
         """Begins where the leader, a sequence of the same prompt, is now."""
         assert self.status is SequenceStatus.WAITING
         self.num_fed = self.num_skipped = leader.num_fed
         self.num_cached = 0
-        self.start = Start(self.start.position, source_slot=leader.slot)
+        self.start = StartState(self.start.position, source_slot=leader.slot)
 
     def admit(self, slot: int) -> None:
         """WAITING -> PREFILL, or DECODE again, in a slot of its own."""

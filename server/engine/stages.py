@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from server.engine.sequence import FROM_NOTHING, Start
+from server.engine.sequence import FROM_NOTHING, StartState
 from server.engine.types.requests import EngineError, FinishReason, GenerationRequest, TokenEvent
 
 
@@ -17,7 +17,7 @@ class Prepared:
     """A request that a stage has nothing more to do for, and the state that it begins from."""
 
     request: GenerationRequest
-    start: Start = FROM_NOTHING
+    start: StartState = FROM_NOTHING
 
 
 class Stage(Protocol):
@@ -79,7 +79,7 @@ class NoGrammars(OpenStage):
 class Stages:
     """All stages of an engine, and the way from one to the next."""
 
-    def __init__(self, *stages: Stage, schedule: Callable[[GenerationRequest, Start], TokenEvent | None]) -> None:
+    def __init__(self, *stages: Stage, schedule: Callable[[GenerationRequest, StartState], TokenEvent | None]) -> None:
         """
         Args:
             stages: in the order in which requests pass them.

@@ -21,7 +21,7 @@ class Field:
     stop: int
 
 
-class Arrived:
+class TransferredFields:
     """What a transfer brought to the device; `arrived[field]` is a view, no copy.
 
     Attributes:
@@ -59,12 +59,12 @@ class Transfer:
         self._reals.extend(values)
         return Field(True, start, len(self._reals))
 
-    def send(self, device: torch.device) -> Arrived:
+    def send(self, device: torch.device) -> TransferredFields:
         """One copy to the device; not waited for where the device is CUDA."""
         if not (self._integers or self._reals):
-            return Arrived(torch.empty(0, dtype=torch.int64, device=device), 0)
+            return TransferredFields(torch.empty(0, dtype=torch.int64, device=device), 0)
         content = bytearray(self._integers.tobytes() + self._reals.tobytes())
         words = torch.frombuffer(content, dtype=torch.int64)
         if device.type == "cuda":
             words = words.pin_memory().to(device, non_blocking=True)
-        return Arrived(words, len(self._integers))
+        return TransferredFields(words, len(self._integers))

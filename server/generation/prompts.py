@@ -11,7 +11,7 @@ from server.protocol.chat import ConversationFields, MessageIn
 from server.protocol.prediction import Prediction
 from server.protocol.prompts import Prompt
 from server.service import Service
-from server.states.store import SnapshotRecord, Turn
+from server.states.store import SnapshotRecord, TurnEnd
 from server.text.continuation import encode_continuation
 from server.text.template import NO_VARIABLES, ChatMessage, ChatTemplate, TemplateValue
 from server.text.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ async def encode_messages(
         if base is None:
             how["add_special_tokens"] = body.add_special_tokens is True
             return tuple(template.encode(conversation, **how))
-        ends_open = base.turn is Turn.OPEN
+        ends_open = base.turn is TurnEnd.OPEN
         return tuple(
             encode_continuation(template, conversation, ends_open=ends_open, last_token=base.last_token, **how)
         )
@@ -116,7 +116,7 @@ async def encode_messages(
 def _check_cut_off(service: Service, base: SnapshotRecord) -> None:
     """Raises a 400 unless the state ends in the middle of an answer."""
     ends = () if service.engine.info is None else service.engine.info.eos_token_ids
-    if base.turn is not Turn.OPEN or base.last_token in ends:
+    if base.turn is not TurnEnd.OPEN or base.last_token in ends:
         raise InvalidRequestError(
             "there is no answer to continue: the state does not end inside one, so at least one message is needed",
             param="messages",

@@ -15,7 +15,7 @@ from server.grammar_check.sources import GrammarKind, GrammarSource, Lead, Sourc
 from server.protocol.structure import WantedGrammar
 from server.protocol.tools import FunctionDefinition, ToolUse
 from server.service import Service
-from server.text.reasoning import Begin, Thinking
+from server.text.reasoning import Thinking, ThoughtStart
 from server.text.tokenizer import Tokenizer
 from server.tools.tool_forms import ToolForm, tool_form
 from server.tools.tool_grammar import Callable, tool_grammar
@@ -86,9 +86,9 @@ async def _checked(service: Service, info: EngineInfo, wanted: WantedGrammar | N
 
 def _behind(thinking: Thinking | None, wanted: WantedGrammar | None) -> WantedGrammar | None:
     """The same, behind what is thought."""
-    if wanted is None or thinking is None or thinking.begin is Begin.CLOSED:
+    if wanted is None or thinking is None or thinking.begin is ThoughtStart.CLOSED:
         return wanted
-    lead = Lead.THOUGHT if thinking.begin is Begin.OPENED else Lead.MAYBE_THOUGHT
+    lead = Lead.THOUGHT if thinking.begin is ThoughtStart.OPENED else Lead.MAYBE_THOUGHT
     return replace(wanted, source=replace(wanted.source, lead=lead, is_lead_special=thinking.form.is_special))
 
 

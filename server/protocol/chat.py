@@ -23,7 +23,7 @@ from server.protocol.tools import MAX_TOOLS, ToolCallIn, ToolCallOut, ToolFields
 from server.protocol.unsupported import CHAT_FIELDS
 from server.protocol.usage import Usage
 from server.protocol.wire import RequestModel, ResponseModel, StateError
-from server.states.store import Turn
+from server.states.store import TurnEnd
 
 MAX_MESSAGES = 10_000
 MAX_TEMPLATE_VARIABLES = 16
@@ -245,10 +245,10 @@ class ChatRequest(GenerationFields, ConversationFields, ToolFields):
         return None
 
     @property
-    def turn(self) -> Turn:
+    def turn(self) -> TurnEnd:
         """Where a state that is saved at the end of an answer ends."""
         reads_only = self.token_limit == 0 and not self.continue_final_message
-        return Turn.CLOSED if reads_only and self.add_generation_prompt is False else Turn.OPEN
+        return TurnEnd.CLOSED if reads_only and self.add_generation_prompt is False else TurnEnd.OPEN
 
     @property
     def num_top_logprobs(self) -> int | None:

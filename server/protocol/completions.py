@@ -12,7 +12,7 @@ from server.protocol.tools import ToolUse
 from server.protocol.unsupported import COMPLETION_FIELDS
 from server.protocol.usage import Usage
 from server.protocol.wire import ResponseModel, StateError
-from server.states.store import Turn
+from server.states.store import TurnEnd
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -55,9 +55,9 @@ class CompletionRequest(GenerationFields):
         return None
 
     @property
-    def turn(self) -> Turn:
+    def turn(self) -> TurnEnd:
         """Where a state that is saved at the end of an answer ends."""
-        return Turn.TEXT
+        return TurnEnd.TEXT
 
     @property
     def echoes(self) -> bool:

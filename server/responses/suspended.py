@@ -6,7 +6,7 @@ from typing import Any
 
 from server.responses.events import PIECES
 from server.responses.output import Pieces
-from server.states.store import REPLAY_KEY, SnapshotRecord, Turn
+from server.states.store import REPLAY_KEY, SnapshotRecord, TurnEnd
 
 NOTHING_YET: Mapping[str, Any] = {"items": [], "pending": []}
 """Output that has not begun; see `ResponseOutput.put_off`."""
@@ -58,6 +58,6 @@ class Unfinished:
         """What `stored` has stored."""
         values: dict[str, Any] = dict(body[REPLAY_KEY])
         if (base := values.pop("base")) is not None:
-            base = SnapshotRecord(**{**base, "pending": tuple(base["pending"]), "turn": Turn(base["turn"])})
+            base = SnapshotRecord(**{**base, "pending": tuple(base["pending"]), "turn": TurnEnd(base["turn"])})
         values |= {name: tuple(values[name]) for name in ("prompt_token_ids", "token_ids")}
         return cls(**values, base=base, pieces=Pieces(*body[PIECES]))

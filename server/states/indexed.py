@@ -25,8 +25,8 @@ from server.states.index.upkeep import Budget
 from server.states.index.uses import READING, Heartbeat, InUse, Use, use_of
 from server.states.store import (
     NewState,
+    Reservation,
     ResponseRecord,
-    Room,
     SnapshotRecord,
     StateRecord,
     StoreTotals,
@@ -112,7 +112,7 @@ class IndexedStore:
         self._beating = asyncio.create_task(self._beat_on_and_on(on_response_gone))
 
     @asynccontextmanager
-    async def room(self, num_snapshots: int, *, bytes_each: int, owner: str) -> AsyncIterator[Room]:
+    async def room(self, num_snapshots: int, *, bytes_each: int, owner: str) -> AsyncIterator[Reservation]:
         """See `StateStore.room`."""
         files = tuple(new_file() for _ in range(num_snapshots))
         use = Use(bytes_each, owner)
@@ -123,7 +123,7 @@ class IndexedStore:
             held = self._files.held
             self._files.make_way(num_snapshots * bytes_each)
             await self._run(lambda: self._index.reserve(files, use, held=held))
-            yield Room(self._files.folder, files)
+            yield Reservation(self._files.folder, files)
         finally:
             unused = [file for file in files if self._reserved.pop(file, None) is not None]
             await self._let_go(files, unused)

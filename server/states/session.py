@@ -32,7 +32,7 @@ from server.errors import (
     ServiceError,
 )
 from server.states.errors import DiskFullError
-from server.states.store import ResponseRecord, SnapshotRecord, StateRecord, StateStore, Turn
+from server.states.store import ResponseRecord, SnapshotRecord, StateRecord, StateStore, TurnEnd
 
 HEADER_BYTES = 64 << 10
 """What a state's file is larger than its tensors, at most; room for it is kept."""
@@ -101,7 +101,7 @@ class StateSession:
         base: SnapshotRecord | None = None,
         base_of: StateRecord | ResponseRecord | None = None,
         keep: Keep | None = None,
-        turn: Turn = Turn.TEXT,
+        turn: TurnEnd = TurnEnd.TEXT,
         cache: CacheUse | None = None,
         rescue: Rescue | None = None,
         cut_off_at: SnapshotRecord | None = None,

@@ -30,7 +30,7 @@ REPLAY_KEY = "_unfinished"
 CURSOR_PREFIX = "page_"
 
 
-class Turn(StrEnum):
+class TurnEnd(StrEnum):
     """Where in a conversation a snapshot ends, for those who add messages to it."""
 
     OPEN = "open"
@@ -59,7 +59,7 @@ class SnapshotRecord:
     position: int
     pending: tuple[int, ...]
     last_token: int
-    turn: Turn
+    turn: TurnEnd
     num_bytes: int
     fingerprint: str
 
@@ -204,7 +204,7 @@ class StoreTotals:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class Reservation:
     """Space that is kept free for snapshots that are being written.
 
     Attributes:
@@ -256,7 +256,7 @@ class StateStore(Protocol):
         """
         ...
 
-    def room(self, num_snapshots: int, *, bytes_each: int, owner: str) -> AbstractAsyncContextManager[Room]:
+    def room(self, num_snapshots: int, *, bytes_each: int, owner: str) -> AbstractAsyncContextManager[Reservation]:
         """Space for snapshots; what is not kept when the context is left is removed.
 
         Raises:

@@ -20,7 +20,7 @@ _MAX_TAIL_TOKENS = 64
 """Of a prompt that may open a thought: the mark in single bytes, and white space behind it."""
 
 
-class Begin(Enum):
+class ThoughtStart(Enum):
     """What the prompt says about the thought of its answer."""
 
     FREE = auto()
@@ -62,7 +62,7 @@ class Thinking:
     """How the answers to one prompt begin."""
 
     form: ThoughtForm
-    begin: Begin
+    begin: ThoughtStart
 
 
 class ThoughtSplitter:
@@ -72,9 +72,9 @@ class ThoughtSplitter:
         is_thinking: what comes next belongs to the thought, or to its marks.
     """
 
-    def __init__(self, begin: Begin) -> None:
-        self.is_thinking = begin is Begin.OPENED
-        self._is_undecided = begin is not Begin.CLOSED
+    def __init__(self, begin: ThoughtStart) -> None:
+        self.is_thinking = begin is ThoughtStart.OPENED
+        self._is_undecided = begin is not ThoughtStart.CLOSED
         self._follows_mark = False
         self._buffer = ""
 
@@ -130,7 +130,7 @@ class ThoughtSplitter:
 class AnswerParser:
     """Takes the text of one answer apart: what was thought, what is said, what is called."""
 
-    def __init__(self, begin: Begin | None, calls: CallParser | None, *, is_forced: bool = False) -> None:
+    def __init__(self, begin: ThoughtStart | None, calls: CallParser | None, *, is_forced: bool = False) -> None:
         """
         Args:
             begin: what the prompt says about a thought; None: the model does not think.
@@ -183,7 +183,7 @@ class ThoughtCounter:
         self._num_seen = 0
         self._stream: TextStream | None = None
         self._splitter = ThoughtSplitter(thinking.begin)
-        if thinking.begin is not Begin.CLOSED:
+        if thinking.begin is not ThoughtStart.CLOSED:
             self._stream = TextStream(vocabulary, shown=thinking.form.token_ids)
 
     def take(self, token_ids: Sequence[int]) -> None:
@@ -224,7 +224,7 @@ def _is_token(mark: str, tokenizer: Tokenizer) -> bool:
     return tokenizer.vocabulary.bytes_of(last) == mark.encode()
 
 
-def begin_of(prompt: Sequence[int], tokenizer: Tokenizer, *, continued: str = "") -> Begin:
+def begin_of(prompt: Sequence[int], tokenizer: Tokenizer, *, continued: str = "") -> ThoughtStart:
     """What a rendered prompt says about the thought of its answer.
 
     Args:
@@ -232,9 +232,9 @@ def begin_of(prompt: Sequence[int], tokenizer: Tokenizer, *, continued: str = ""
         continued: the beginning of the answer that is gone on with, if there is one.
     """
     if continued.strip():
-        return Begin.OPENED if continued.rfind(OPEN) > continued.rfind(CLOSE) else Begin.CLOSED
+        return ThoughtStart.OPENED if continued.rfind(OPEN) > continued.rfind(CLOSE) else ThoughtStart.CLOSED
     # Only at the very end, where no message can put it: templates write something behind each.
     tail = b"".join(map(tokenizer.vocabulary.bytes_of, prompt[-_MAX_TAIL_TOKENS:])).rstrip()
     if tail.endswith(OPEN.encode()):
-        return Begin.OPENED
-    return Begin.CLOSED if tail.endswith(CLOSE.encode()) else Begin.FREE
+        return ThoughtStart.OPENED
+    return ThoughtStart.CLOSED if tail.endswith(CLOSE.encode()) else ThoughtStart.FREE

@@ -46,7 +46,7 @@ class ArgumentsPart:
 Part = TextPart | CallPart | ArgumentsPart
 
 
-class Place(Enum):
+class CallPosition(Enum):
     TEXT = "text"
     HEAD = "head"
     """Behind `OPEN`, before the arguments."""
@@ -69,7 +69,7 @@ class CallParser:
         """`names` are those of the tools that may be called."""
         self.num_calls = 0
         self._names = frozenset(names)
-        self._place = Place.TEXT
+        self._place = CallPosition.TEXT
         self._buffer = ""
         self._held = ""
         self._follows_call = False
@@ -93,10 +93,10 @@ class CallParser:
 
     def _advance(self) -> list[Part]:
         steps = {
-            Place.TEXT: self._text,
-            Place.HEAD: self._head,
-            Place.ARGUMENTS: self._arguments,
-            Place.TAIL: self._tail,
+            CallPosition.TEXT: self._text,
+            CallPosition.HEAD: self._head,
+            CallPosition.ARGUMENTS: self._arguments,
+            CallPosition.TAIL: self._tail,
         }
         parts: list[Part] = []
         while steps[self._place](parts):
@@ -148,16 +148,16 @@ class CallParser:
         self.num_calls += 1
         self._buffer = self._buffer[head.position :]
         self._scanner, self._object = ObjectScanner(), ObjectScanner(depth=1)
-        self._place = Place.ARGUMENTS
+        self._place = CallPosition.ARGUMENTS
         if head.arguments is not None:
             parts.append(ArgumentsPart(self.num_calls - 1, head.arguments))
             self._object = None
-            self._place = Place.TAIL
+            self._place = CallPosition.TAIL
         return True
 
     def _no_call(self, parts: list[Part]) -> bool:
         self._emit(parts, self._opening)
-        self._place = Place.TEXT
+        self._place = CallPosition.TEXT
         return True
 
     def _arguments(self, parts: list[Part]) -> bool:
@@ -166,7 +166,7 @@ class CallParser:
             parts.append(ArgumentsPart(self.num_calls - 1, self._buffer[:length]))
             self._buffer = self._buffer[length:]
         if self._scanner.is_done:
-            self._place = Place.TAIL
+            self._place = CallPosition.TAIL
         return self._scanner.is_done
 
     def _object_ended(self) -> bool:
@@ -190,7 +190,7 @@ class ToolCallParser(CallParser):
             return self._release(parts, num_held(self._buffer, OPEN))
         self._emit(parts, self._buffer[:begin])
         self._buffer = self._buffer[begin + len(OPEN) :]
-        self._place = Place.HEAD
+        self._place = CallPosition.HEAD
         return True
 
     def _tail(self, parts: list[Part]) -> bool:
@@ -202,7 +202,7 @@ class ToolCallParser(CallParser):
         else:
             self._buffer = self._buffer[-len(CLOSE) :]
             return False
-        self._place = Place.TEXT
+        self._place = CallPosition.TEXT
         return True
 
 

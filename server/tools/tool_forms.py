@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.tools.call_heads import WHITESPACE
-from server.tools.tool_calls import CLOSE, OPEN, CallParser, Part, Place, ToolCallParser, num_held
+from server.tools.tool_calls import CLOSE, OPEN, CallParser, CallPosition, Part, ToolCallParser, num_held
 
 PYTHON_TAG = "<|python_tag|>"
 MISTRAL_OPEN = "[TOOL_CALLS]"
@@ -50,7 +50,7 @@ class LlamaCallParser(CallParser):
             return True
         self._held += self._buffer[: len(self._buffer) - len(self._buffer.lstrip(WHITESPACE))]
         self._buffer = seen
-        self._place = Place.HEAD
+        self._place = CallPosition.HEAD
         return True
 
     def _tail(self, parts: list[Part]) -> bool:
@@ -60,7 +60,7 @@ class LlamaCallParser(CallParser):
         if not self._buffer and not self._is_last:
             return False
         self._is_at_start = self._buffer.startswith("{") or PYTHON_TAG.startswith(self._buffer[: len(PYTHON_TAG)])
-        self._place = Place.TEXT
+        self._place = CallPosition.TEXT
         return bool(self._buffer)
 
 
@@ -79,7 +79,7 @@ class MistralCallParser(CallParser):
             return False
         self._opening = MISTRAL_OPEN + (opened.group() if opened is not None else "")
         self._buffer = rest if opened is None else rest[opened.end() :]
-        self._place = Place.HEAD
+        self._place = CallPosition.HEAD
         return True
 
     def _tail(self, parts: list[Part]) -> bool:
@@ -89,7 +89,7 @@ class MistralCallParser(CallParser):
         if not self._buffer:
             return False
         self._opening = self._buffer[0]
-        self._place = Place.HEAD if self._opening == "," else Place.TEXT
+        self._place = CallPosition.HEAD if self._opening == "," else CallPosition.TEXT
         self._buffer = self._buffer[1:] if self._opening in ",]" else self._buffer
         return True
 

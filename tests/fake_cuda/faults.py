@@ -14,7 +14,7 @@ from server.engine import runner as runner_module
 from server.engine.runner import ModelRunner
 from server.engine.sampling import sampler as sampler_module
 from server.engine.sampling.sampler import Sampler
-from server.engine.transfer import Arrived, Transfer
+from server.engine.transfer import Transfer, TransferredFields
 from tests.fake_cuda.engines import CUDA
 
 Fault = Callable[[pytest.MonkeyPatch, FrozenModel], None]
@@ -61,10 +61,10 @@ def mask_as_an_index(patch: pytest.MonkeyPatch, network: FrozenModel) -> None:
 def memory_that_is_not_pinned(patch: pytest.MonkeyPatch, network: FrozenModel) -> None:
     """A step's lists wait for the device to have room for them."""
 
-    def send(self: Transfer, device: torch.device) -> Arrived:
+    def send(self: Transfer, device: torch.device) -> TransferredFields:
         content = bytearray(self._integers.tobytes() + self._reals.tobytes()) or bytearray(8)
         words = torch.frombuffer(content, dtype=torch.int64).to(device, non_blocking=True)
-        return Arrived(words, len(self._integers))
+        return TransferredFields(words, len(self._integers))
 
     patch.setattr(Transfer, "send", send)
 

@@ -15,7 +15,7 @@ from server.engine.sampling.penalties import is_penalised
 from server.engine.sampling.randomness import uniform
 from server.engine.sampling.sampler import FAULTY, KEEP_ALL_MASS, DrawPlan, clamped_temperature, draw
 from server.engine.sequence import Chunk
-from server.engine.transfer import Arrived, Field, Transfer
+from server.engine.transfer import Field, Transfer, TransferredFields
 
 Kind = Literal["greedy", "drawn", "filtered"]
 KINDS: tuple[Kind, ...] = ("greedy", "drawn", "filtered")
@@ -94,8 +94,8 @@ def _uniform(chunk: Chunk) -> float:
     return uniform(chunk.sequence.sampling.seed, chunk.output_index)
 
 
-def _arrived(words: Tensor) -> Arrived:
-    return Arrived(words.view(-1), (_NUM_PLACES + 2) * words.shape[1])
+def _arrived(words: Tensor) -> TransferredFields:
+    return TransferredFields(words.view(-1), (_NUM_PLACES + 2) * words.shape[1])
 
 
 def _plan(num_rows: int, vocab_size: int, *, is_filtered: bool) -> DrawPlan:

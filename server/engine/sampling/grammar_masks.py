@@ -14,7 +14,7 @@ from torch import Tensor
 
 from server.engine.sampling.forbidden import permit_only
 from server.engine.sequence import Chunk
-from server.engine.transfer import Arrived, Field, Transfer
+from server.engine.transfer import Field, Transfer, TransferredFields
 
 _WORD_BITS = 64
 
@@ -64,7 +64,7 @@ def prepare_masks(chunks: Items[Chunk], vocab_size: int, transfer: Transfer) -> 
     )
 
 
-def apply_masks(logits: Tensor, plan: MaskPlan, arrived: Arrived) -> None:
+def apply_masks(logits: Tensor, plan: MaskPlan, arrived: TransferredFields) -> None:
     """Device side: -inf for every token that is not permitted in its row, in logits [R, vocab] fp32, in place."""
     is_forbidden = _unpack(arrived[plan.words], plan.num_rows)[:, : logits.shape[-1]]  # [M, vocab] bool
     if plan.rows is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from server.engine.batch import Batch
 from server.engine.sequence import Chunk
-from server.engine.transfer import Arrived, Field, Transfer
+from server.engine.transfer import Field, Transfer, TransferredFields
 from server.engine.types.logprobs import LogprobTable, StepLogprobs
 
 BLOCK_ROWS = 64
@@ -73,11 +73,11 @@ class LogprobPlan:
             num_extra=num_extra,
         )
 
-    def keep(self, logits: Tensor, arrived: Arrived) -> Tensor:
+    def keep(self, logits: Tensor, arrived: TransferredFields) -> Tensor:
         """Logits [R, vocab] -> [A1, vocab], a copy of the sampled rows that ask, before the sampler changes them."""
         return logits[arrived[self.sampled_rows]]
 
-    def compute(self, kept: Tensor, prompt_logits: Tensor, token_ids: Tensor, arrived: Arrived) -> Tensor:
+    def compute(self, kept: Tensor, prompt_logits: Tensor, token_ids: Tensor, arrived: TransferredFields) -> Tensor:
         """Device side, nothing read back.
 
         Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from server.engine.sequence import Chunk, Sequence
-from server.engine.transfer import Arrived, Field, Transfer
+from server.engine.transfer import Field, Transfer, TransferredFields
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class AssumedPlan:
             previous=transfer.integers(chunk.drafts[-1] if chunk.drafts else 0 for chunk in chunks),
         )
 
-    def are_confirmed(self, token_ids: Tensor, arrived: Arrived) -> Tensor:
+    def are_confirmed(self, token_ids: Tensor, arrived: TransferredFields) -> Tensor:
         """[M] int64 sampled tokens -> [M] bool: whether all drafts before them were sampled too."""
         firsts = arrived[self.firsts]
         is_first = firsts == torch.arange(len(firsts), device=firsts.device)
@@ -119,7 +119,7 @@ class PenaltyTables:
             assumed=AssumedPlan.prepare([chunks[row] for row in rows], transfer),
         )
 
-    def apply(self, logits: Tensor, plan: PenaltyPlan, arrived: Arrived) -> None:
+    def apply(self, logits: Tensor, plan: PenaltyPlan, arrived: TransferredFields) -> None:
         """Penalises the planned rows of logits [R, vocab] fp32, in place."""
         for entry, prompt, outputs in plan.started:
             self._in_prompt[entry].index_fill_(0, arrived[prompt], True)
@@ -140,7 +140,7 @@ class PenaltyTables:
         penalised -= (counts > 0) * _column(plan.presence, arrived)
         logits[rows] = penalised
 
-    def count(self, token_ids: Tensor, plan: PenaltyPlan, arrived: Arrived) -> None:
+    def count(self, token_ids: Tensor, plan: PenaltyPlan, arrived: TransferredFields) -> None:
         """Notes the sampled tokens [R] int64 of the planned rows."""
         sampled = token_ids[arrived[plan.rows]]
         index = (arrived[plan.entries], sampled)
@@ -168,5 +168,5 @@ class PenaltyTables:
         return self._free.pop()
 
 
-def _column(field: Field, arrived: Arrived) -> Tensor:
+def _column(field: Field, arrived: TransferredFields) -> Tensor:
     return arrived[field].float().unsqueeze(1)  # [M, 1] fp32

@@ -27,7 +27,7 @@ from server.engine.sampling.grammar_masks import MaskPlan, apply_masks, prepare_
 from server.engine.sampling.penalties import PenaltyPlan, PenaltyTables
 from server.engine.sampling.randomness import uniform
 from server.engine.sequence import Chunk, Sequence
-from server.engine.transfer import Arrived, Field, Transfer
+from server.engine.transfer import Field, Transfer, TransferredFields
 from server.engine.types.requests import SamplingParams
 
 FAULTY = NOT_FINITE
@@ -116,7 +116,7 @@ class Sampler:
             draw=self._draw_plan(chunks, transfer),
         )
 
-    def sample(self, logits: Tensor, plan: SamplingPlan, arrived: Arrived) -> Tensor:
+    def sample(self, logits: Tensor, plan: SamplingPlan, arrived: TransferredFields) -> Tensor:
         """Device side: one token for each row, nothing read back.
 
         Args:
@@ -223,7 +223,7 @@ def _unless_off(values: Items[float], off: float, transfer: Transfer) -> Field |
     return None if all(value == off for value in values) else transfer.reals(values)
 
 
-def _choose(logits: Tensor, plan: DrawPlan | None, arrived: Arrived, library: CDLL | None) -> Tensor:
+def _choose(logits: Tensor, plan: DrawPlan | None, arrived: TransferredFields, library: CDLL | None) -> Tensor:
     """[R, vocab] -> [R] int64: the likeliest token, or a drawn one for the rows of the plan."""
     if plan is None:
         return logits.argmax(dim=-1)
@@ -239,7 +239,7 @@ def _choose(logits: Tensor, plan: DrawPlan | None, arrived: Arrived, library: CD
     return token_ids
 
 
-def _draw_rules(plan: DrawPlan, arrived: Arrived, vocab_size: int) -> list[DrawRules]:
+def _draw_rules(plan: DrawPlan, arrived: TransferredFields, vocab_size: int) -> list[DrawRules]:
     """Of each of the plan's rows."""
 
     def column(field: Field | None, off: float) -> Iterable[float]:
@@ -258,7 +258,7 @@ def _draw_rules(plan: DrawPlan, arrived: Arrived, vocab_size: int) -> list[DrawR
     ]
 
 
-def draw(logits: Tensor, plan: DrawPlan, arrived: Arrived) -> Tensor:
+def draw(logits: Tensor, plan: DrawPlan, arrived: TransferredFields) -> Tensor:
     """[M, vocab] fp32 -> [M] int64, by inverse CDF over the tokens that the filters leave.
 
     Anywhere; on a CPU `drawn_tokens` does the same many times faster, but for typical-p.
@@ -329,5 +329,5 @@ def _heaviest(weights: Tensor, total: Tensor, top_p: Tensor) -> Tensor:
     return pad_sequence(rows, batch_first=True).sort(dim=-1, descending=True).values
 
 
-def _column(field: Field, arrived: Arrived) -> Tensor:
+def _column(field: Field, arrived: TransferredFields) -> Tensor:
     return arrived[field].float().unsqueeze(1)  # [M, 1] fp32

@@ -47,7 +47,7 @@ class Disk(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Hit:
+class CacheHit:
     """A cached prefix.
 
     Attributes:
@@ -85,7 +85,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Fetch:
+class CacheRead:
     """An entry on its way from the disk to memory."""
 
     entry: Entry
@@ -137,7 +137,7 @@ class PrefixCache:
             num_evictions=self._num_evictions,
         )
 
-    def find(self, namespace: str, token_ids: Iterable[int], *, at_most: int) -> Hit | None:
+    def find(self, namespace: str, token_ids: Iterable[int], *, at_most: int) -> CacheHit | None:
         """The longest cached prefix of these tokens that is in memory and has at most `at_most` of them."""
         self._num_lookups += 1
         self._settle()
@@ -148,9 +148,9 @@ class PrefixCache:
         self._tiers[found.tier].move_to_end(found)
         self._num_hits += 1
         self._num_cached_tokens += found.num_tokens
-        return Hit(found.num_tokens, found.snapshot)
+        return CacheHit(found.num_tokens, found.snapshot)
 
-    def fetch(self, namespace: str, token_ids: Iterable[int], *, at_most: int) -> Fetch | None:
+    def fetch(self, namespace: str, token_ids: Iterable[int], *, at_most: int) -> CacheRead | None:
         """Begins to read the longest cached prefix if it is on the disk alone; None if there is nothing to wait for."""
         self._settle()
         found = self._longest(namespace, pack(token_ids), at_most, in_memory=False)
@@ -159,9 +159,9 @@ class PrefixCache:
         assert self._disk is not None
         assert found.written is not None
         self._tiers[found.tier].move_to_end(found)
-        return Fetch(found, self._disk.read(found.number, found.written.result()))
+        return CacheRead(found, self._disk.read(found.number, found.written.result()))
 
-    def fetched(self, fetch: Fetch) -> None:
+    def fetched(self, fetch: CacheRead) -> None:
         """Takes in what a fetch has read, which is done; an entry that could not be read is forgotten."""
         entry = fetch.entry
         if entry.tier is not Tier.DISK or self._entry(entry.namespace, entry.tokens) is not entry:

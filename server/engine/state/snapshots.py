@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from server.engine.batch import Batch
-from server.engine.sequence import Sequence, Start
+from server.engine.sequence import Sequence, StartState
 from server.engine.stages import OpenStage, Prepared, failed
-from server.engine.state.prefix_cache import Fetch, PrefixCache
+from server.engine.state.prefix_cache import CacheRead, PrefixCache
 from server.engine.state.snapshot_files import (
     FILE_NAME,
     MAX_PENDING,
@@ -48,7 +48,7 @@ class SlotAccess(Protocol):
         ...
 
     def from_row(self, row: Bytes) -> object:
-        """Bytes as a snapshot, for `Start`."""
+        """Bytes as a snapshot, for `StartState`."""
         ...
 
 
@@ -118,7 +118,7 @@ class Snapshots:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
         self._loading: dict[str, tuple[GenerationRequest, Future[Snapshot]]] = {}
         self._saving: dict[str, tuple[TokenEvent, Future[SavedState]]] = {}
-        self._fetching: dict[str, tuple[GenerationRequest, Fetch]] = {}
+        self._fetching: dict[str, tuple[GenerationRequest, CacheRead]] = {}
 
     @property
     def is_busy(self) -> bool:
@@ -313,11 +313,11 @@ class Snapshots:
         """The request, to begin from a state that was read."""
         row = self._access.from_row(snapshot.row)
         if request.resumed is not None and request.resumed.num_fed > 0:
-            return Prepared(request, Start(snapshot.position - request.resumed.num_fed, row))
+            return Prepared(request, StartState(snapshot.position - request.resumed.num_fed, row))
         # Without anything new the answer that ended there goes on, as if it never had ended.
         num_outputs = 0 if request.prompt_token_ids else num_outputs_in(snapshot.note)
         prompt = (*snapshot.pending, *request.prompt_token_ids)
-        start = Start(snapshot.position, row, num_outputs=num_outputs)
+        start = StartState(snapshot.position, row, num_outputs=num_outputs)
         return Prepared(replace(request, prompt_token_ids=prompt, sampling=request.sampling.behind(num_outputs)), start)
 
     def _path(self, name: str) -> Path:

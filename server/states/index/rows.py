@@ -5,7 +5,15 @@ from collections.abc import Collection, Sequence
 
 from server.states.errors import response_not_found, snapshot_gone, state_not_found
 from server.states.index.database import AMONG, Row, Transaction
-from server.states.store import CURSOR_PREFIX, NewState, PointRecord, ResponseRecord, SnapshotRecord, StateRecord, Turn
+from server.states.store import (
+    CURSOR_PREFIX,
+    NewState,
+    PointRecord,
+    ResponseRecord,
+    SnapshotRecord,
+    StateRecord,
+    TurnEnd,
+)
 
 MAX_CURSOR_DIGITS = 16
 _IS_USED = "EXISTS (SELECT 1 FROM uses WHERE uses.file = 'use of ' || id)"
@@ -185,7 +193,7 @@ def _snapshot(row: Row) -> SnapshotRecord:
     return SnapshotRecord(
         **{key: row[key] for key in ("file", "position", "last_token", "num_bytes", "fingerprint")},
         pending=tuple(json.loads(row["pending"])),
-        turn=Turn(row["turn"]),
+        turn=TurnEnd(row["turn"]),
     )
 
 

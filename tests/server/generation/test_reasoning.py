@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from server.responses.output import ResponseOutput, replayed
-from server.text.reasoning import AnswerParser, Begin
+from server.text.reasoning import AnswerParser, ThoughtStart
 from tests.server.conftest import OPTIONS, Loopback, serve
 from tests.server.fake_engine import EOS_TOKEN_ID, FakeEngine
 from tests.server.thinking_models import CLOSE_ID, OPEN_ID, OPENING_TEMPLATE, thinking_tokenizer
@@ -284,7 +284,7 @@ def test_calls_and_thoughts_are_items_in_their_order(free: Loopback) -> None:
 
 
 def test_a_stored_stream_is_told_again_as_it_was() -> None:
-    output = ResponseOutput(AnswerParser(Begin.FREE, None), with_logprobs=True)
+    output = ResponseOutput(AnswerParser(ThoughtStart.FREE, None), with_logprobs=True)
     events = output.begin()
     for number in range(0, len(ANSWER), 3):
         events += output.push(ANSWER[number : number + 3], [{"token": "x", "logprob": -1.0}])

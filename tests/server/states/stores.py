@@ -10,7 +10,7 @@ from server.states.embedded import open_embedded_store
 from server.states.index.upkeep import RECORD_BYTES
 from server.states.indexed import HEARTBEAT_S, IndexedStore, StoreOptions
 from server.states.shared import SharedOptions, open_shared_store
-from server.states.store import NewState, ResponseRecord, Room, SnapshotRecord, StateRecord, StateStore, Turn
+from server.states.store import NewState, Reservation, ResponseRecord, SnapshotRecord, StateRecord, StateStore, TurnEnd
 from tests.server.states.postgres_server import PostgresServer
 
 SIZE = 100
@@ -136,10 +136,10 @@ def die(store: IndexedStore) -> None:
 
 
 def snapshot(file: str, *, position: int = 5, num_bytes: int = SIZE) -> SnapshotRecord:
-    return SnapshotRecord(file, position, (7,), 7, Turn.OPEN, num_bytes, "dj-tiny")
+    return SnapshotRecord(file, position, (7,), 7, TurnEnd.OPEN, num_bytes, "dj-tiny")
 
 
-def write(room: Room, number: int = 0, content: bytes = b"x" * SIZE) -> SnapshotRecord:
+def write(room: Reservation, number: int = 0, content: bytes = b"x" * SIZE) -> SnapshotRecord:
     """What the engine does."""
     room.path(number).write_bytes(content)
     return snapshot(room.files[number], num_bytes=len(content))

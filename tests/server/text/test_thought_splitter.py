@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from server.text.reasoning import (
     AnswerParser,
-    Begin,
     Thinking,
     ThoughtCounter,
     ThoughtForm,
     ThoughtPart,
     ThoughtSplitter,
+    ThoughtStart,
     begin_of,
     thought_form,
 )
@@ -22,22 +22,22 @@ from server.tools.tool_calls import ArgumentsPart, CallPart, TextPart, ToolCallP
 from tests.server.thinking_models import CLOSE_ID, OPEN_ID, OPENING_TEMPLATE, thinking_tokenizer
 
 CASES = [
-    (Begin.FREE, "<think>\nWell, 2 < 3.\n</think>\n\nYes.\n", "Well, 2 < 3.", "Yes.\n"),
-    (Begin.FREE, " \n<think>a</think>b</think>c", "a", "b</think>c"),
-    (Begin.FREE, "The tag <think> opens, </think> closes.", "", "The tag <think> opens, </think> closes."),
-    (Begin.FREE, "\n<thin", "", "\n<thin"),
-    (Begin.FREE, "<think>\n\n</think>\n\nHi", "", "Hi"),
-    (Begin.FREE, "<think>cut off </thin", "cut off </thin", ""),
-    (Begin.OPENED, "Hm.\n</think>\nYes.", "Hm.", "Yes."),
-    (Begin.OPENED, "<think>\nHm.</think> Yes.", "Hm.", "Yes."),
-    (Begin.OPENED, "\n<thinking> is it </think>ok", "<thinking> is it", "ok"),
-    (Begin.OPENED, "never done ", "never done", ""),
-    (Begin.CLOSED, "<think>no</think> really\n", "", "<think>no</think> really\n"),
-    (Begin.FREE, "", "", ""),
+    (ThoughtStart.FREE, "<think>\nWell, 2 < 3.\n</think>\n\nYes.\n", "Well, 2 < 3.", "Yes.\n"),
+    (ThoughtStart.FREE, " \n<think>a</think>b</think>c", "a", "b</think>c"),
+    (ThoughtStart.FREE, "The tag <think> opens, </think> closes.", "", "The tag <think> opens, </think> closes."),
+    (ThoughtStart.FREE, "\n<thin", "", "\n<thin"),
+    (ThoughtStart.FREE, "<think>\n\n</think>\n\nHi", "", "Hi"),
+    (ThoughtStart.FREE, "<think>cut off </thin", "cut off </thin", ""),
+    (ThoughtStart.OPENED, "Hm.\n</think>\nYes.", "Hm.", "Yes."),
+    (ThoughtStart.OPENED, "<think>\nHm.</think> Yes.", "Hm.", "Yes."),
+    (ThoughtStart.OPENED, "\n<thinking> is it </think>ok", "<thinking> is it", "ok"),
+    (ThoughtStart.OPENED, "never done ", "never done", ""),
+    (ThoughtStart.CLOSED, "<think>no</think> really\n", "", "<think>no</think> really\n"),
+    (ThoughtStart.FREE, "", "", ""),
 ]
 
 
-def split(begin: Begin, pieces: list[str]) -> tuple[str, str]:
+def split(begin: ThoughtStart, pieces: list[str]) -> tuple[str, str]:
     splitter = ThoughtSplitter(begin)
     parts = [part for piece in pieces for part in splitter.push(piece)] + splitter.push("", is_last=True)
     kinds = [type(part) for part in parts]
@@ -48,7 +48,7 @@ def split(begin: Begin, pieces: list[str]) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(("begin", "text", "thought", "said"), CASES)
-def test_a_thought_is_told_apart_in_any_pieces(begin: Begin, text: str, thought: str, said: str) -> None:
+def test_a_thought_is_told_apart_in_any_pieces(begin: ThoughtStart, text: str, thought: str, said: str) -> None:
     assert split(begin, [text]) == (thought, said)
     assert split(begin, list(text)) == (thought, said)
     for size in (2, 3, 5, 7):
@@ -56,11 +56,11 @@ def test_a_thought_is_told_apart_in_any_pieces(begin: Begin, text: str, thought:
 
 
 @given(
-    st.sampled_from(Begin),
+    st.sampled_from(ThoughtStart),
     st.lists(st.sampled_from(["<think>", "</think>", "<", "</thi", "think>", " ", "\n", "a", "é"]), max_size=12),
     st.data(),
 )
-def test_pieces_never_matter(begin: Begin, fragments: list[str], data: st.DataObject) -> None:
+def test_pieces_never_matter(begin: ThoughtStart, fragments: list[str], data: st.DataObject) -> None:
     text = "".join(fragments)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
@@ -68,7 +68,7 @@ def test_pieces_never_matter(begin: Begin, fragments: list[str], data: st.DataOb
 
 
 def test_text_is_not_held_back_longer_than_needed() -> None:
-    splitter = ThoughtSplitter(Begin.FREE)
+    splitter = ThoughtSplitter(ThoughtStart.FREE)
     assert splitter.push("<think>So") == [ThoughtPart("So")]
     assert splitter.push(" be it </th") == [ThoughtPart(" be it")]
     assert splitter.push("ink> ") == []
@@ -78,7 +78,7 @@ def test_text_is_not_held_back_longer_than_needed() -> None:
 
 def test_calls_are_looked_for_in_what_is_said_only() -> None:
     call = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
-    parser = AnswerParser(Begin.FREE, ToolCallParser(["clock"]))
+    parser = AnswerParser(ThoughtStart.FREE, ToolCallParser(["clock"]))
     parts = parser.push(f"<think>I could say {call}</think>\n{call}", is_last=True)
     assert parts == [ThoughtPart(f"I could say {call}"), CallPart(0, "clock"), ArgumentsPart(0, "{}")]
     assert parser.num_calls == 1
@@ -89,7 +89,7 @@ def marked(tokenizer_folder: Path) -> Tokenizer:
     return thinking_tokenizer(tokenizer_folder, marked=True)
 
 
-def count(tokenizer: Tokenizer, begin: Begin, token_ids: list[int]) -> list[int]:
+def count(tokenizer: Tokenizer, begin: ThoughtStart, token_ids: list[int]) -> list[int]:
     form = thought_form("think", tokenizer)
     assert form is not None
     counter = ThoughtCounter(Thinking(form, begin), tokenizer.vocabulary)
@@ -105,13 +105,29 @@ def count(tokenizer: Tokenizer, begin: Begin, token_ids: list[int]) -> list[int]
 
 def test_tokens_of_a_thought_are_counted_with_its_marks(byte_tokenizer: Tokenizer, marked: Tokenizer) -> None:
     text = b"<think>ab</think>\nYes"
-    assert count(byte_tokenizer, Begin.FREE, [*text])[6:] == [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 17, 17, 17, 17]
-    assert count(byte_tokenizer, Begin.FREE, [*text])[:6] == [0] * 6
-    assert count(byte_tokenizer, Begin.OPENED, [*b"ab</think>Yes"])[-1] == 10
-    assert count(byte_tokenizer, Begin.FREE, [*b"No <think>a</think>"])[-1] == 0
-    assert count(byte_tokenizer, Begin.CLOSED, [*text])[-1] == 0
-    assert count(byte_tokenizer, Begin.OPENED, [*b"cut off"])[-1] == 7
-    assert count(marked, Begin.FREE, [OPEN_ID, 97, CLOSE_ID, 97, 97]) == [1, 2, 3, 3, 3]
+    assert count(byte_tokenizer, ThoughtStart.FREE, [*text])[6:] == [
+        7,
+        8,
+        9,
+        10,
+        11,
+        12,
+        13,
+        14,
+        15,
+        16,
+        17,
+        17,
+        17,
+        17,
+        17,
+    ]
+    assert count(byte_tokenizer, ThoughtStart.FREE, [*text])[:6] == [0] * 6
+    assert count(byte_tokenizer, ThoughtStart.OPENED, [*b"ab</think>Yes"])[-1] == 10
+    assert count(byte_tokenizer, ThoughtStart.FREE, [*b"No <think>a</think>"])[-1] == 0
+    assert count(byte_tokenizer, ThoughtStart.CLOSED, [*text])[-1] == 0
+    assert count(byte_tokenizer, ThoughtStart.OPENED, [*b"cut off"])[-1] == 7
+    assert count(marked, ThoughtStart.FREE, [OPEN_ID, 97, CLOSE_ID, 97, 97]) == [1, 2, 3, 3, 3]
 
 
 def test_the_vocabulary_or_the_template_says_whether_a_model_thinks(
@@ -129,15 +145,15 @@ def test_the_vocabulary_or_the_template_says_whether_a_model_thinks(
 @pytest.mark.parametrize(
     ("prompt", "continued", "begin"),
     [
-        ("assistant\n<think>\n", "", Begin.OPENED),
-        ("assistant\n<think>\n\n</think>\n\n", "", Begin.CLOSED),
-        ("What does <think> do?<|im_end|>\nassistant\n", "", Begin.FREE),
-        ("assistant\n<think>\nLet me", "<think>\nLet me", Begin.OPENED),
-        ("assistant\n<think>\na</think>So", "<think>\na</think>So", Begin.CLOSED),
-        ("assistant\nSo", "So", Begin.CLOSED),
+        ("assistant\n<think>\n", "", ThoughtStart.OPENED),
+        ("assistant\n<think>\n\n</think>\n\n", "", ThoughtStart.CLOSED),
+        ("What does <think> do?<|im_end|>\nassistant\n", "", ThoughtStart.FREE),
+        ("assistant\n<think>\nLet me", "<think>\nLet me", ThoughtStart.OPENED),
+        ("assistant\n<think>\na</think>So", "<think>\na</think>So", ThoughtStart.CLOSED),
+        ("assistant\nSo", "So", ThoughtStart.CLOSED),
     ],
 )
 def test_the_end_of_the_prompt_says_where_an_answer_begins(
-    byte_tokenizer: Tokenizer, prompt: str, continued: str, begin: Begin
+    byte_tokenizer: Tokenizer, prompt: str, continued: str, begin: ThoughtStart
 ) -> None:
     assert begin_of([*prompt.encode()], byte_tokenizer, continued=continued) is begin
