@@ -210,8 +210,8 @@ class Settings(BaseSettings):
     """Most tokens a minute of one key, prompts and answers together; 0: no limit."""
 
     heartbeat_s: float = _in("Operation", 30.0, ge=0)
-    """An engine that says nothing for that many seconds, and for 5 times its longest step, is ended and started again.
-    0: never."""
+    """An engine that says nothing for that many seconds (10 times as long on CUDA, where a step may compile), and
+    for 5 times its longest step, is ended and started again. 0: never."""
     playground: bool = _in("Operation", True)
     """Serve a page at / to talk to the model, to look at probabilities, and to save, fork and rewind conversations."""
     retry_after_s: int = _in("Operation", 2, ge=1, le=3600)

@@ -120,6 +120,10 @@ def single(folder: Path) -> Engine:
     return engine
 
 
+def contents(folder: Path) -> set[Path]:
+    return {*folder.iterdir()}
+
+
 def rank_folders(temporary: Path) -> list[Path]:
     return list(temporary.glob("*/dijiang-ranks-*"))
 
@@ -267,7 +271,7 @@ async def test_a_rank_that_is_stopped_is_noticed_and_goes_with_its_engine(folder
 
 
 async def test_ranks_end_with_the_engine_and_leave_nothing(folder: Path, temporary: Path) -> None:
-    before = {*temporary.iterdir()}
+    before = contents(temporary)
     client = EngineClient(config_of(folder, tensor_parallel=2))
     await client.start()
     try:
@@ -276,7 +280,7 @@ async def test_ranks_end_with_the_engine_and_leave_nothing(folder: Path, tempora
     finally:
         await client.close()  # kills the engine
     await until_async(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
-    await until_async(lambda: {*temporary.iterdir()} <= before)
+    await until_async(lambda: contents(temporary) <= before)
 
 
 @pytest.mark.slow
