@@ -22,7 +22,7 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
         {"segments", "serving", "tensor_parallel"},
         {"checkpoints", "reference"},
         {"families"},
-        {"model"},
+        {"merged", "model"},
         {"attention", "quantization"},
         {"ops"},
         {"batch", "kernel", "native", "text"},

@@ -47,6 +47,7 @@ from server.engine_client.watchdog import Watchdog
 from server.errors import EngineUnavailableError
 
 MAX_LOAD_FAILURES = 3
+CUDA_PATIENCE = 10
 _ENGINE_MODULE = "server.engine.process.main"
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.1, 10.0
 _DEFAULT_RETRY_AFTER_S, _MAX_RETRY_AFTER_S = 2, 30
@@ -355,7 +356,7 @@ class EngineClient:
     async def _follow(self, link: EngineLink, reports: AsyncIterator[Report]) -> _End:
         failure: LoadFailed | None = None
         watchdog = Watchdog(
-            self._config.heartbeat_s, ask=lambda: link.send(Heartbeat()), longest_step_s=lambda: self._longest_step_s
+            self._silence_s, ask=lambda: link.send(Heartbeat()), longest_step_s=lambda: self._longest_step_s
         )
         watching: asyncio.Task[None] | None = None
         try:
@@ -396,6 +397,11 @@ class EngineClient:
                 self._submissions.pass_on(event)
             if report.stats is not None:
                 self._stats = report.stats
+
+    @property
+    def _silence_s(self) -> float:
+        """How long the engine may be silent; where a kernel may be compiled in a step, much longer."""
+        return self._config.heartbeat_s * (CUDA_PATIENCE if self._config.device.startswith("cuda") else 1)
 
     @property
     def _longest_step_s(self) -> float:
