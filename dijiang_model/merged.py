@@ -52,8 +52,10 @@ def merge(linears: Sequence[nn.Module], quantization: Quantization | None) -> bo
         quantization: of their weights; None: they are not quantized.
 
     Returns:
-        Whether they could be merged: weights of one kind, and biases of all or of none.
+        Whether they are merged now: weights of one kind, and biases of all or of none.
     """
+    if hasattr(linears[0], "together"):
+        return True
     if len({linear.bias is None for linear in linears}) > 1:
         return False
     sizes: tuple[int, ...]

@@ -39,6 +39,8 @@ def test_weights_take_no_second_memory_and_products_are_one() -> None:
     merge_projections(model)
     attention = model.blocks[0].self_attn
     joint = attention.q_proj.together.weight
+    merge_projections(model)
+    assert attention.q_proj.together.weight is joint
     assert joint.untyped_storage().data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()
     q, k, v = products(torch.randn(3, 64), attention.q_proj, attention.k_proj, attention.v_proj)
     assert q.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
