@@ -46,7 +46,7 @@ def awake(model: DiJiangForCausalLM) -> DiJiangForCausalLM:
 
 
 def our_step(network: DiJiangForCausalLM, *, num_rows: int, position: int) -> Callable[[], object]:
-    """One decode step of `num_rows` conversations, then the likeliest token of each, chosen as the engine does."""
+    """One decode step of `num_rows` conversations, then the most likely token of each, chosen as the engine does."""
     model = freeze(network)
     device = model.device
     library = load_library() if device.type == "cpu" else None

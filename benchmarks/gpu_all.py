@@ -187,7 +187,7 @@ class Session:
 
 
 def environment(stage: Stage) -> dict[str, str]:
-    """Of a stage's process; workers of tests do not each take all cores for what they compute on the processor."""
+    """Of a stage's process; workers of tests do not each take all cores for what they compute on the CPU."""
     threads = {"OMP_NUM_THREADS": "2"} if "-n" in stage.arguments else {}
     return {**threads, **os.environ, "PYTHONUNBUFFERED": "1"}
 

@@ -100,7 +100,7 @@ def interleaved(
 
     Args:
         num_before: runs of the same, not timed, before each one that is: threads of the one before it may go on
-            waiting for work for some milliseconds, on a processor that this one needs.
+            waiting for work for some milliseconds, on a core that this one needs.
 
     Returns:
         Seconds of each round, by name.

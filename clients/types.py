@@ -42,11 +42,11 @@ class GenerationOptions(TypedDict, total=False):
     temperature: float
     """0 is greedy."""
     top_p: float
-    """Keep the likeliest tokens up to this probability mass."""
+    """Keep the fewest tokens with this probability mass."""
     top_k: int
-    """Keep the k likeliest tokens; 0 keeps all."""
+    """Keep the k most likely tokens; 0 keeps all."""
     min_p: float
-    """Keep tokens at least this fraction as likely as the likeliest."""
+    """Keep tokens at least this fraction as likely as the most likely one."""
     repetition_penalty: float
     """Over prompt and output; 1 is off."""
     presence_penalty: float
@@ -66,11 +66,11 @@ class GenerationOptions(TypedDict, total=False):
     echo: bool
     """Completions only: begin the text with the prompt."""
     logprobs: int | bool
-    """Return log-probabilities. Completions: with that many likeliest tokens; chat: whether to."""
+    """Return log-probabilities. Completions: with that many most likely tokens; chat: whether to."""
     top_logprobs: int
-    """Chat only, with `logprobs`: how many likeliest tokens."""
+    """Chat only, with `logprobs`: how many of the most likely tokens."""
     prompt_logprobs: int
-    """Return the log-probabilities of the prompt's tokens, with that many likeliest ones."""
+    """Return the log-probabilities of the prompt's tokens, with that many most likely ones."""
     logprob_token_ids: Sequence[int]
     """Return the log-probabilities of these tokens too."""
     return_token_ids: bool

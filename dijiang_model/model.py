@@ -108,9 +108,9 @@ class DiJiangForCausalLM(nn.Module):
     def keep_states_in(self, dtype: torch.dtype) -> "DiJiangForCausalLM":
         """Chooses the dtype of new states, float32, bfloat16 or int8; returns itself.
 
-        In bfloat16 all of a state but the normaliser is; sums stay fp32 and are rounded by chance when they are stored
-        (`ops.narrow`), keys and values once. In int8 the window's keys and values have a scale for each token and head,
-        and the rest is as in bfloat16 (`docs/decisions/0015-int8-states.md`).
+        In bfloat16 all of a state but the normaliser is; sums stay fp32 and are rounded stochastically when
+        they are stored (`ops.narrow`), keys and values once. In int8 the window's keys and values have a scale for each
+        token and head, and the rest is as in bfloat16 (`docs/decisions/0015-int8-states.md`).
 
         Raises:
             ValueError: another dtype, or a fp64 model.

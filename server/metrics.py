@@ -142,6 +142,10 @@ def _stats_metrics(stats: EngineStats) -> Iterator[Metric]:
     yield GaugeMetricFamily("dijiang_num_requests_running", "Requests in a slot.", value=stats.num_running)
     yield GaugeMetricFamily("dijiang_num_requests_waiting", "Requests waiting for a slot.", value=stats.num_waiting)
     yield GaugeMetricFamily("dijiang_slots_free", "Slots without a conversation.", value=stats.num_free_slots)
+    yield CounterMetricFamily(
+        "dijiang_preemptions", "Running requests that had to wait again for another key's.", value=stats.num_preemptions
+    )
+    yield GaugeMetricFamily("dijiang_engine_longest_step_seconds", "The longest step.", value=stats.longest_step_s)
     yield CounterMetricFamily("dijiang_engine_steps", "Steps of the engine.", value=stats.num_steps)
     yield CounterMetricFamily("dijiang_engine_step_seconds", "Time in steps.", value=stats.step_time_s)
     yield CounterMetricFamily(

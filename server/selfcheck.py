@@ -1,8 +1,8 @@
 """Measures on the running engine that a token's log-probability does not depend on how it came to be computed.
 
 The same tokens are decoded one by one, read at once, read in many other chunks, read behind cached prefixes, and all
-of it again in the company of others. A constant-state model promises that all of them agree but for rounding; the
-largest difference says by how much. What the server does meanwhile for its clients is company, too.
+of it again in a batch with others. A constant-state model promises that all of them agree but for rounding; the
+largest difference says by how much. What the server does meanwhile for its clients shares its steps, too.
 """
 
 import asyncio

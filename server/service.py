@@ -13,6 +13,8 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
+from dijiang_model.checkpoints.default_sampling import NEUTRAL, DefaultSampling
+from dijiang_model.errors import ConfigError
 from dijiang_model.text.folder import UnsupportedTokenizerError
 from dijiang_model.text.template import TemplateSyntaxFailure
 from server.engine.state.snapshot_files import MAX_HEADER_BYTES
@@ -65,6 +67,7 @@ class ServiceOptions:
         host_names: that requests may name in their Host header; one with a dot at its end or beginning stands for all
             that begin or end so; empty: any.
         context_length: what clients are told who want to know a longest conversation.
+        sampling: of requests that do not say otherwise.
         version: of this server.
         fingerprint: `system_fingerprint` of answers.
         max_prompt_tokens: longest prompt in tokens; 0: no limit.
@@ -94,6 +97,7 @@ class ServiceOptions:
     other_names: tuple[str, ...] = ()
     host_names: tuple[str, ...] = ()
     context_length: int = 1 << 20
+    sampling: DefaultSampling = NEUTRAL
     version: str = "0"
     fingerprint: str = "fp_0"
     max_prompt_tokens: int = 0
@@ -344,7 +348,7 @@ class Service:
         try:
             options, tokenizer = await asyncio.to_thread(self._read_again)
             template = _template_of(tokenizer)
-        except (UnsupportedTokenizerError, TemplateSyntaxFailure, OSError) as error:
+        except (ConfigError, UnsupportedTokenizerError, TemplateSyntaxFailure, OSError) as error:
             raise ConflictError(f"the model cannot be used: {error}", code="reload_failed") from error
         if (tokenizer is None) != (self.tokenizer is None):
             raise ConflictError(

@@ -40,6 +40,7 @@ from benchmarks.gpu.models import WEIGHTS, config_of, filled_state, random_model
 from benchmarks.gpu.timing import Ceilings, ceilings, host_ms, interleaved_ms
 from dijiang_model.batch import decode
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.serving.network import FrozenModel, freeze
 from dijiang_model.state import StateBuffer
 from server.engine.fast_steps import graph_sampling
 from server.engine.fast_steps.graphs import CudaCapture, DecodeGraphs, eager
@@ -98,9 +99,9 @@ class Bench:
         return lines if lines is not None else [StepLine(shape, name, num_rows, context, None, failure=failure)]
 
     def _ours(self, shape: str, name: str, num_rows: int, context: int, model: DiJiangForCausalLM) -> list[StepLine]:
-        state = filled_state(model, num_rows)
-        runs = {f"{name}, recorded": self.recorded_step(model, state, num_rows, context)}
-        runs |= {f"{name}, fresh": self.fresh_step(model, state, num_rows, context)}
+        state, network = filled_state(model, num_rows), freeze(model)
+        runs = {f"{name}, recorded": self.recorded_step(network, state, num_rows, context)}
+        runs |= {f"{name}, fresh": self.fresh_step(network, state, num_rows, context)}
         times = interleaved_ms(runs, device=self.device, num_rounds=self.num_rounds)
         costs = step_costs(model, num_rows=num_rows)
         floor = self.most.floor_ms(num_bytes=costs.num_bytes, operations=costs.operations)
@@ -120,7 +121,7 @@ class Bench:
             for one, run in runs.items()
         ]
 
-    def recorded_step(self, model: DiJiangForCausalLM, state: StateBuffer, num_rows: int, context: int) -> Run:
+    def recorded_step(self, model: FrozenModel, state: StateBuffer, num_rows: int, context: int) -> Run:
         """As the engine runs it: one copy each way, model and sampling replayed."""
         is_cuda = torch.device(self.device).type == "cuda"
         graphs = DecodeGraphs(
@@ -143,7 +144,7 @@ class Bench:
 
         return step
 
-    def fresh_step(self, model: DiJiangForCausalLM, state: StateBuffer, num_rows: int, context: int) -> Run:
+    def fresh_step(self, model: FrozenModel, state: StateBuffer, num_rows: int, context: int) -> Run:
         """Every kernel launched by the host."""
         token_ids = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
         slots = torch.arange(1, num_rows + 1, device=self.device)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dijiang_model.checkpoints.config_json import CONFIG_FILE, MODEL_TYPE
+from dijiang_model.checkpoints.default_sampling import SAMPLING_FILE
 from dijiang_model.errors import CheckpointError, ConfigError
 from dijiang_model.formats.json_fields import read_json_object
 from dijiang_model.formats.tensor_files import SAFETENSORS_FILE, SAFETENSORS_INDEX
@@ -28,7 +29,7 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 _MODEL_FILES = frozenset(
-    (CONFIG_FILE, CARD_FILE, CALIBRATION_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX, *TOKENIZER_FILES)
+    (CONFIG_FILE, SAMPLING_FILE, CARD_FILE, CALIBRATION_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX, *TOKENIZER_FILES)
 )
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 

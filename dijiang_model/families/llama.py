@@ -14,6 +14,7 @@ from dijiang_model.families.config_fields import common_config, head_size_of, re
 from dijiang_model.families.family import Family, Gguf
 from dijiang_model.families.parts import ACTIVATIONS, RMSNorm, empty_embedding
 from dijiang_model.formats.json_fields import Fields
+from dijiang_model.merged import products
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
@@ -57,9 +58,7 @@ class LlamaAttention(DiJiangAttention):
 
     def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
         heads = (-1, self.config.head_size)
-        q = self.q_proj(x).unflatten(1, heads)
-        k = self.k_proj(x).unflatten(1, heads)
-        v = self.v_proj(x).unflatten(1, heads)
+        q, k, v = (one.unflatten(1, heads) for one in products(x, self.q_proj, self.k_proj, self.v_proj))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.query_scale != 1:
@@ -80,7 +79,8 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=bias, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.down_proj(gated_product(self.gate_proj(x), self.up_proj(x), self.activation))
+        gate, up = products(x, self.gate_proj, self.up_proj)
+        output: Tensor = self.down_proj(gated_product(gate, up, self.activation))
         return output
 
 

@@ -12,6 +12,7 @@ from dijiang_model.families.config_fields import DEFAULT_THETA, Rope, common_con
 from dijiang_model.families.family import Family
 from dijiang_model.families.parts import ACTIVATIONS, empty_embedding
 from dijiang_model.formats.json_fields import Fields
+from dijiang_model.merged import products
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
@@ -53,9 +54,7 @@ class OPTAttention(DiJiangAttention):
 
     def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
         heads = (-1, self.config.head_size)
-        q = self.q_proj(x).unflatten(1, heads)
-        k = self.k_proj(x).unflatten(1, heads)
-        v = self.v_proj(x).unflatten(1, heads)
+        q, k, v = (one.unflatten(1, heads) for one in products(x, self.q_proj, self.k_proj, self.v_proj))
         output: Tensor = self.out_proj(self.attend(x, q, k, v, op=op, layout=layout, state=state))
         return output
 

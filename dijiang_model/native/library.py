@@ -1,6 +1,6 @@
 """Loads the compiled kernels and describes their structures.
 
-`setup.py` compiles `src/` once for each kind of processor it may meet; the best one that this processor runs
+`setup.py` compiles `src/` once for each kind of CPU it may meet; the best one that this CPU runs
 is loaded. The build is optional: without a compiler there is no library and everything runs in torch.
 """
 
@@ -20,7 +20,7 @@ VARIANTS: dict[str, frozenset[str]] = {
     "avx2": frozenset({"avx2", "fma", "bmi2", "f16c"}),
     "base": frozenset(),
 }
-"""Best first: the processor flags that each needs (x86; other processors have `base` alone)."""
+"""Best first: the CPU flags that each needs (x86; other CPUs have `base` alone)."""
 
 SOURCES = Path(__file__).parent / "src"
 _log = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ class DrawRules(ctypes.Structure):
 
 @cache
 def load_library() -> ctypes.CDLL | None:
-    """The best kernels that were built and that this processor runs; None when there are none."""
+    """The best kernels that were built and that this CPU runs; None when there are none."""
     for variant in VARIANTS:
         library = load_variant(variant)
         if library is not None:
@@ -202,7 +202,7 @@ def _path(variant: str) -> Path:
 
 
 def load_variant(variant: str) -> ctypes.CDLL | None:
-    """The kernels of one key of `VARIANTS`; None if they were not built or this processor lacks something."""
+    """The kernels of one key of `VARIANTS`; None if they were not built or this CPU lacks something."""
     if not VARIANTS[variant] <= _processor_flags():
         return None
     path = _path(variant)

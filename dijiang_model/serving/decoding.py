@@ -81,7 +81,7 @@ class Decoding:
         return self.logits
 
     def choose(self) -> list[int]:
-        """The same, then the likeliest token of each row, the sequence's last one from now on.
+        """The same, then the most likely token of each row, the sequence's last one from now on.
 
         Returns:
             N tokens; `choose.NOT_FINITE` where not all logits are finite, and token 0 is the last one.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dijiang_model.batch import PackedBatch
 from dijiang_model.config import ModelConfig
+from dijiang_model.merged import merge
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops.selection import has_kernels
 from dijiang_model.quantization.config import Quantization
@@ -131,6 +132,15 @@ class NativeModel(FrozenModel):
         self._decoder.advance(counts, state)
 
 
+def merge_projections(model: DiJiangForCausalLM) -> None:
+    """Makes one product of each block's queries, keys and values, and one of its MLP's gate and inner width."""
+    paths = model.paths
+    for names in ((paths.query, paths.key, paths.value), (paths.mlp_gate, paths.mlp_up)):
+        if None not in names:
+            for block in model.blocks:
+                merge([block.get_submodule(name) for name in names if name is not None], model.quantization)
+
+
 def freeze(model: DiJiangForCausalLM, *, native: bool = True) -> FrozenModel:
     """Returns a model for running steps; its weights must stay what and where they are from here on.
 
@@ -140,6 +150,8 @@ def freeze(model: DiJiangForCausalLM, *, native: bool = True) -> FrozenModel:
     """
     if not native:
         return TensorModel(model, slow_because="the compiled kernels are switched off")
+    if has_kernels(model.device, model.dtype):
+        merge_projections(model)
     reason = why_unsupported(model)
     if reason is None:
         return NativeModel(model)

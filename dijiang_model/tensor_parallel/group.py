@@ -55,7 +55,7 @@ class DistributedGroup:
         """Meets the other ranks; returns once all of them are there.
 
         Args:
-            device: of the tensors: NCCL between CUDA devices, gloo between processors.
+            device: of the tensors: NCCL between CUDA devices, gloo between CPUs.
             meeting_point: a file that all ranks can write, in a folder of theirs alone; must not exist before.
         """
         is_cuda = device.type == "cuda"

@@ -1,6 +1,6 @@
 """Loading a rank's part of a checkpoint: of each tensor, only the slice that the rank computes with is read.
 
-Files are mapped into memory, so a slice of rows that keeps its dtype on a processor stays in the file, and the rest
+Files are mapped into memory, so a slice of rows that keeps its dtype on a CPU stays in the file, and the rest
 of the tensor is never touched.
 """
 

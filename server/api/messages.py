@@ -8,7 +8,8 @@ from server.generation.prompts import encode_messages
 from server.generation.streaming import answer, json_response
 from server.generation.tools import told_tools
 from server.http.sse import unless_disconnected
-from server.protocol.anthropic import CountTokensRequest, MessageOut, MessagesRequest, TokenCount
+from server.protocol.dialects.anthropic import CountTokensRequest, MessageOut, MessagesRequest, TokenCount
+from server.protocol.wire import translated
 
 router = APIRouter(route_class=JsonRoute, prefix="/v1/messages", tags=["generation"])
 
@@ -16,13 +17,16 @@ router = APIRouter(route_class=JsonRoute, prefix="/v1/messages", tags=["generati
 @router.post("", responses={200: {"model": MessageOut, "content": {"text/event-stream": {}}}}, response_class=Response)
 async def create_message(body: MessagesRequest, request: Request, service: ServiceDependency) -> Response:
     """Answers a conversation."""
-    return await answer(request, service, body.chat, AnthropicWriter)
+    with translated():
+        chat = body.chat
+    return await answer(request, service, chat, AnthropicWriter)
 
 
 @router.post("/count_tokens", responses={200: {"model": TokenCount}}, response_class=Response)
 async def count_tokens(body: CountTokensRequest, request: Request, service: ServiceDependency) -> Response:
     """How many tokens a conversation has."""
     service.require_model(body.model)
-    chat = body.chat
+    with translated():
+        chat = body.chat
     encoding = encode_messages(service, chat, tools=told_tools(chat.tool_use))
     return json_response(TokenCount(input_tokens=len(await unless_disconnected(request.receive, encoding))))

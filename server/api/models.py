@@ -1,5 +1,7 @@
 """`GET /v1/models` and `GET /v1/models/{id}`."""
 
+from dataclasses import asdict
+
 from fastapi import APIRouter, Response
 
 from server.api.json_body import ServiceDependency
@@ -35,4 +37,5 @@ def _card(service: Service, name: str) -> ModelCard:
         max_model_len=length,
         context_length=length,
         max_prompt_tokens=limit if limit > 0 else None,
+        default_sampling=asdict(service.options.sampling),
     )

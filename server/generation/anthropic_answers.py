@@ -11,8 +11,8 @@ from server.errors import ServiceError
 from server.generation.choice import Answer, TextDelta
 from server.generation.generation import Generation
 from server.http.errors import anthropic_envelope
-from server.http.sse import event
-from server.protocol.anthropic import AnthropicUsage, MessageOut, StopReason
+from server.http.sse import KEEP_ALIVE, event
+from server.protocol.dialects.anthropic import AnthropicUsage, MessageOut, StopReason
 from server.protocol.sampling import FinishReasonText
 from server.service import Service
 from server.text.reasoning import AnswerPart, ThoughtPart
@@ -23,6 +23,9 @@ Block = dict[str, Any]
 
 class AnthropicWriter:
     """Writes `message` objects."""
+
+    media_type: str | None = None
+    keep_alive = KEEP_ALIVE
 
     def __init__(self, service: Service, generation: Generation) -> None:
         self._generation = generation

@@ -94,7 +94,7 @@ class LogprobFormat:
         return [None if row is None else self._by_token_id(row, num_top) for part in places for row in part.rows()]
 
     def _columns(self, row: LogprobRow, num_top: int) -> list[tuple[int, float]]:
-        """The token itself, the likeliest, the named ones."""
+        """The token itself, the most likely ones, the named ones."""
         entries = list(zip(row.token_ids, row.values, strict=True))
         first_extra = len(entries) - self._num_extra
         return entries[: min(1 + num_top, first_extra)] + entries[first_extra:]

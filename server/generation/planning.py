@@ -217,7 +217,7 @@ async def _requests(
         GenerationRequest(
             f"{name}-{index}",
             prompts[index // num],
-            sampling_params(body, max_tokens=limit, number=index, bad_words=bad_words),
+            sampling_params(body, service.options.sampling, max_tokens=limit, number=index, bad_words=bad_words),
             grammar=grammar,
             # The first answer scores the prompt for all, as it computes it for all.
             logprobs=logprobs if index % num == 0 else replace(logprobs, num_prompt=None),

@@ -8,8 +8,7 @@ from dijiang_model.text.template import TemplateFailure
 from server.engine.speculation.index import MAX_PREDICTED
 from server.errors import InvalidRequestError
 from server.protocol.chat import ConversationFields, MessageIn
-from server.protocol.prediction import Prediction
-from server.protocol.prompts import Prompt
+from server.protocol.prompts import Prediction, Prompt
 from server.service import Service
 from server.states.store import SnapshotRecord, TurnEnd
 from server.text.continuation import encode_continuation

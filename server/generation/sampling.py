@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Sequence
 from typing import TypeVar
 
+from dijiang_model.checkpoints.default_sampling import DefaultSampling
 from server.engine.types.requests import SamplingParams
 from server.errors import ContextLengthError, InvalidRequestError
 from server.generation.logprobs import check_num_entries
@@ -21,25 +22,31 @@ T = TypeVar("T")
 
 
 def sampling_params(
-    fields: GenerationFields, *, max_tokens: int | None, number: int, bad_words: tuple[tuple[int, ...], ...]
+    fields: GenerationFields,
+    defaults: DefaultSampling,
+    *,
+    max_tokens: int | None,
+    number: int,
+    bad_words: tuple[tuple[int, ...], ...],
 ) -> SamplingParams:
     """What the engine needs of the request; null means the default of each field.
 
     Args:
+        defaults: of the fields that the model's authors, or the operator, have an opinion on.
         number: of the choice; its seed is `seed + number`.
     """
     seed = secrets.randbits(63) if fields.seed is None else _wrap(fields.seed + number)
     bias = {} if fields.logit_bias is None else fields.logit_bias
-    temperature = given(fields.temperature, 1.0)
+    temperature = given(fields.temperature, defaults.temperature)
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=given(fields.min_tokens, 0),
         temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
-        top_k=max(0, given(fields.top_k, 0)),
-        top_p=max(LEAST_TOP_P, given(fields.top_p, 1.0)),  # 0 means: the likeliest token alone
-        min_p=given(fields.min_p, 0.0) + 0.0,
+        top_k=max(0, given(fields.top_k, defaults.top_k)),
+        top_p=max(LEAST_TOP_P, given(fields.top_p, defaults.top_p)),  # 0 means: the likeliest token alone
+        min_p=given(fields.min_p, defaults.min_p) + 0.0,
         typical_p=max(LEAST_TOP_P, given(fields.typical_p, 1.0)),
-        repetition_penalty=given(fields.repetition_penalty, 1.0),
+        repetition_penalty=given(fields.repetition_penalty, defaults.repetition_penalty),
         presence_penalty=given(fields.presence_penalty, 0.0),
         frequency_penalty=given(fields.frequency_penalty, 0.0),
         logit_bias=tuple(sorted(bias.items())),

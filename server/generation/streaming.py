@@ -33,7 +33,15 @@ def state_error(error: ServiceError) -> StateError:
 
 
 class AnswerWriter(Protocol):
-    """Puts deltas and answers of one generation into the shapes of a dialect."""
+    """Puts deltas and answers of one generation into the shapes of a dialect.
+
+    Attributes:
+        media_type: of a stream; None: server-sent events.
+        keep_alive: what a silent stream sends.
+    """
+
+    media_type: str | None
+    keep_alive: bytes
 
     def whole(self, answers: Sequence[Answer]) -> ResponseModel:
         """The answer in one piece."""
@@ -58,6 +66,9 @@ class AnswerWriter(Protocol):
 
 class OpenAIWriter:
     """What chat and completions write alike."""
+
+    media_type: str | None = None
+    keep_alive = KEEP_ALIVE
 
     def __init__(self, service: Service, generation: Generation) -> None:
         plan = generation.plan
@@ -107,7 +118,7 @@ async def answer(
     end = partial(close, request, service, generation)
     if body.stream:
         chunks = _chunks(writer, generation, idle_s=service.options.keepalive_s)
-        return EventStreamResponse(chunks, close=end)
+        return EventStreamResponse(chunks, close=end, media_type=writer.media_type)
     answers = await collected(request, generation.collect(), close=end)
     num_entries = sum(whole.num_entries for whole in answers)
     return await written(lambda: json_response(writer.whole(answers)), num_entries=num_entries)
@@ -176,7 +187,7 @@ async def _chunks(writer: AnswerWriter, generation: Generation, *, idle_s: float
         async with aclosing(generation.deltas(idle_s=idle_s)) as deltas:
             async for delta in deltas:
                 if delta is None:
-                    yield KEEP_ALIVE
+                    yield writer.keep_alive
                     continue
                 for chunk in await written(partial(writer.delta, delta), num_entries=delta.num_entries):
                     yield chunk

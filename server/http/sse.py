@@ -61,9 +61,16 @@ async def _disconnected(receive: Receive) -> None:
 class EventStreamResponse(Response):
     """Streams `body`, and closes what is behind it in every case: end, error, or a reader that left."""
 
-    def __init__(self, body: AsyncGenerator[bytes, None], *, close: Callable[[], Awaitable[None]]) -> None:
-        """`close` is awaited exactly once, also when not a byte was sent."""
-        super().__init__(status_code=200, headers=HEADERS)
+    def __init__(
+        self, body: AsyncGenerator[bytes, None], *, close: Callable[[], Awaitable[None]], media_type: str | None = None
+    ) -> None:
+        """
+        Args:
+            close: awaited exactly once, also when not a byte was sent.
+            media_type: of a dialect that streams in another form.
+        """
+        more = {} if media_type is None else {"content-type": media_type}
+        super().__init__(status_code=200, headers=HEADERS | more)
         del self.headers["content-length"]
         self._chunks = body
         self._close = close

@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequestError
 from server.protocol.logprobs import MAX_TOP_LOGPROBS, ChatLogprobs, PromptLogprobs
-from server.protocol.prediction import Prediction
+from server.protocol.prompts import Prediction
 from server.protocol.sampling import FinishReasonText, GenerationFields
 from server.protocol.tools import MAX_TOOLS, ToolCallIn, ToolCallOut, ToolFields
 from server.protocol.unsupported import CHAT_FIELDS

@@ -23,6 +23,8 @@ class ModelCard(ResponseModel):
     """The same, as other clients call it."""
     max_prompt_tokens: int | None
     """Most prompt tokens that the operator allows; null: as many as you like."""
+    default_sampling: dict[str, float]
+    """Sampling of requests that do not say otherwise, by the names of their fields."""
 
 
 class ModelList(ResponseModel):

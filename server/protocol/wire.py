@@ -1,9 +1,10 @@
 """The base of all wire types, and the one way in which a validation error becomes an API error."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from server.errors import InvalidRequestError
 from server.protocol.unsupported import refuse_unsupported
@@ -69,6 +70,15 @@ class ErrorEnvelope(ResponseModel):
 
     error: ErrorDetails
     """What went wrong."""
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """What is wrong with a request of another dialect, once it is one of ours, is the client's too."""
+    try:
+        yield
+    except ValidationError as error:
+        raise validation_error([{**item} for item in error.errors()]) from None
 
 
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestError:

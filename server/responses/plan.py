@@ -12,6 +12,7 @@ from server.generation.sessions import Past, check_fingerprint, require_store
 from server.generation.tools import form_of, told_tools
 from server.protocol.chat import ChatRequest, MessageIn
 from server.protocol.responses import FIELD_NAMES, ResponseRequest
+from server.protocol.wire import translated
 from server.responses.output import ResponseOutput
 from server.responses.run import ResponseRun
 from server.service import Service
@@ -28,7 +29,7 @@ async def plan_response(service: Service, info: EngineInfo, body: ResponseReques
     previous = await _previous(service, info, body, run.owner)
     base = None if previous is None else previous.snapshot
     run.unfinished = replace(run.unfinished, base=base)
-    with renamed_fields(FIELD_NAMES):
+    with renamed_fields(FIELD_NAMES), translated():
         chat = body.chat(seed=run.unfinished.seed)
         past = Past(base=base, base_of=previous)
         if previous is not None and chat.tools and previous.body.get("tools") != body.told_tools:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from dijiang_model.checkpoints.default_sampling import NEUTRAL, DefaultSampling, read_default_sampling
 from dijiang_model.conversion import default_folder
+from dijiang_model.errors import ConfigError
 from server.engine.types.requests import EngineConfig
 from server.grammar_check.checker import GrammarLimits
 from server.hardware import Device, HardwareError, default_state_bytes, default_threads
@@ -160,7 +162,11 @@ LOCAL_HOSTS = ("localhost", ".localhost", "127.", "::1")
 
 
 def service_options(settings: Settings, model: Path, default_name: str) -> ServiceOptions:
-    """The frozen part of the settings that the HTTP side gets."""
+    """The frozen part of the settings that the HTTP side gets.
+
+    Raises:
+        ConfigError: the default sampling cannot be used.
+    """
     name, *other_names = settings.served_model_name or (default_name,)
     number = version("dijiang")
     digest = hashlib.sha256(f"{number}\n{name}\n".encode() + (model / "config.json").read_bytes()).hexdigest()
@@ -170,9 +176,37 @@ def service_options(settings: Settings, model: Path, default_name: str) -> Servi
         host_names=_host_names(settings),
         version=number,
         fingerprint=f"fp_{digest[:12]}",
+        sampling=_sampling(settings, model),
         **key_options(settings),
         **_taken_over(settings, ServiceOptions),
     )
+
+
+def _sampling(settings: Settings, model: Path) -> DefaultSampling:
+    """Raises `ConfigError`: what the setting or the model's file says cannot be used."""
+    wanted = settings.default_sampling
+    if wanted == "neutral":
+        return NEUTRAL
+    of_model = read_default_sampling(model)
+    if wanted == "model":
+        return of_model
+    return DefaultSampling.of(asdict(of_model) | _assignments(wanted), source="--default-sampling")
+
+
+def _assignments(text: str) -> dict[str, object]:
+    """`temperature=0.7,top_p=0.9` as numbers."""
+    known = [field.name for field in fields(DefaultSampling)]
+    values: dict[str, object] = {}
+    for part in text.split(","):
+        name, _, value = (item.strip() for item in part.partition("="))
+        if name not in known:
+            choices = f"`model`, `neutral` or NAME=VALUE with a name of {', '.join(known)}"
+            raise ConfigError(f"--default-sampling has {part.strip()!r}, must be {choices}")
+        try:
+            values[name] = int(value) if name == "top_k" else float(value)
+        except ValueError as error:
+            raise ConfigError(f"--default-sampling has {name} {value!r}, which is no number") from error
+    return values
 
 
 def _host_names(settings: Settings) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 import uvicorn
 from rich.console import Console
 
+from dijiang_model.errors import ConfigError
 from dijiang_model.text.folder import UnsupportedTokenizerError
 from dijiang_model.text.template import TemplateSyntaxFailure
 from server.engine.types.requests import EngineConfig
@@ -98,7 +99,7 @@ class _Start:
             service = Service(
                 self.engine, self._options(), tokenizer, states=self.store, grammars=grammars, read_again=self._read
             )
-        except (UnsupportedTokenizerError, TemplateSyntaxFailure) as error:
+        except (ConfigError, UnsupportedTokenizerError, TemplateSyntaxFailure) as error:
             raise StartError(str(error)) from error
         if tokenizer is None and self.settings.reasoning_parser == "think":
             raise StartError("reasoning_parser think has no effect: the model has no tokenizer")

@@ -59,6 +59,9 @@ class Settings(BaseSettings):
     """Folder of the model. Default: SmolLM2-135M-Instruct, converted once to a DiJiang hybrid and kept."""
     served_model_name: CommaList = _in("Model", ())
     """Names that clients ask for, separated by commas; the first is the default. Default: the name of the folder."""
+    default_sampling: str = _in("Model", "model")
+    """Sampling of requests that do not say otherwise: `model` (what its generation_config.json names), `neutral`
+    (temperature 1 and nothing else), or values such as temperature=0.7,top_p=0.9 in place of the model's."""
     context_length: int = _in("Model", 1 << 20, ge=1)
     """Number of tokens that /v1/models tells clients who want to know one; there is no longest conversation."""
     cache_dir: Path | None = _in("Model", None)
@@ -210,8 +213,8 @@ class Settings(BaseSettings):
     """Most tokens a minute of one key, prompts and answers together; 0: no limit."""
 
     heartbeat_s: float = _in("Operation", 30.0, ge=0)
-    """An engine that says nothing for that many seconds, and for 5 times its longest step, is ended and started again.
-    0: never."""
+    """An engine that says nothing for that many seconds (10 times as long on CUDA, where a step may compile), and
+    for 5 times its longest step, is ended and started again. 0: never."""
     playground: bool = _in("Operation", True)
     """Serve a page at / to talk to the model, to look at probabilities, and to save, fork and rewind conversations."""
     retry_after_s: int = _in("Operation", 2, ge=1, le=3600)

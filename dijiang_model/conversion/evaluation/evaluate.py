@@ -180,7 +180,7 @@ def served_logits(model: DiJiangForCausalLM, window: Tensor) -> Iterator[Tensor]
 
 
 def token_scores(variant: Variant, window: Tensor) -> tuple[Tensor, Tensor]:
-    """Of all tokens but the first of a window [T]: negative log-likelihoods [T - 1], and whether each is likeliest."""
+    """Of all tokens but the first of a window [T]: negative log-likelihoods [T - 1], and whether each is the argmax."""
     if variant.is_served:
         parts = served_logits(variant.model, window)
     else:

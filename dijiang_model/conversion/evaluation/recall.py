@@ -38,7 +38,7 @@ class Recall:
     Attributes:
         low, high: tokens between the fact and its answer, [low, high).
         num: facts.
-        right: share of answers whose every token is the likeliest one, by variant.
+        right: share of answers whose every token is the most likely one, by variant.
         loss: mean negative log-likelihood of the answers' tokens, by variant.
     """
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dijiang_model.checkpoints.default_sampling import read_default_sampling, write_default_sampling
 from dijiang_model.checkpoints.outputs import TOKENIZER_FILES
 from dijiang_model.conversion.sources.added_tokens import complete_tokenizer
 from dijiang_model.conversion.sources.sentencepiece_rules import follow_sentencepiece
@@ -78,13 +79,14 @@ def staged_tokenizer(write: Callable[[Path], bool]) -> Iterator[StagedTokenizer]
 
 
 def write_tokenizer(source: Path, folder: Path, *, vocab_size: int) -> bool:
-    """Brings the tokenizer of an HF folder into a new one.
+    """Brings the tokenizer of an HF folder into a new one, and with it how the model is to be sampled.
 
     Returns:
         False where the source has no tokenizer: such a model serves token ids only.
 
     Raises:
         ConversionError: its tokens do not fit the model's vocabulary, or it cannot be built.
+        ConfigError: `generation_config.json` names a value that is out of range.
     """
     if (source / TOKENIZER_FILE).is_file():
         for name in TOKENIZER_FILES:
@@ -94,12 +96,13 @@ def write_tokenizer(source: Path, folder: Path, *, vocab_size: int) -> bool:
         check_tokenizer(folder, vocab_size=vocab_size, must_round_trip=False)
         complete_tokenizer(folder / TOKENIZER_FILE, vocab_size=vocab_size)
         check_tokenizer(folder, vocab_size=vocab_size, must_round_trip=False)
-        return True
-    if any((source / name).is_file() for name in _SLOW_FILES):
+    elif any((source / name).is_file() for name in _SLOW_FILES):
         _build(source, folder)
         check_tokenizer(folder, vocab_size=vocab_size, must_round_trip=True)
-        return True
-    return False
+    else:
+        return False
+    write_default_sampling(read_default_sampling(source), folder)
+    return True
 
 
 def _refuse_stub(file: Path) -> None:

@@ -2,11 +2,11 @@
 
 Keys and values of the window in int8: to the nearest of 255 codes, once, with a scale for each row.
 
-Running sums in bf16: rounding by chance, so that a sum that is rounded after every token keeps its mean.
+Running sums in bf16: stochastic rounding, so that a sum that is rounded after every token keeps its mean.
 
 To the nearest number, what a token adds below half a unit in the last place is lost, and so is a decay that takes off
 less: where the half-life is long the error grows without end (see `docs/log`). Here the 16 bits that bf16 drops are the
-chance of going up. The dice are a hash of position and place, so that a state does not depend on its company.
+chance of going up. The random bits are a hash of position and place, so that a state does not depend on its batch.
 The compiled kernels do the same (`native/src/narrow.h`); the naive twin is `reference.narrow`.
 """
 
@@ -30,8 +30,8 @@ def round_by_chance(x: Tensor, positions: Tensor) -> Tensor:
     """
     bits = x.contiguous().view(torch.int32)
     places = torch.arange(x[0, 0].numel(), device=x.device).view(1, 1, *x.shape[2:])
-    dice = chances(places, positions[:, None, None, None]).to(torch.int32)
-    rounded = torch.where((bits & _EXPONENT) == _EXPONENT, bits, (bits + dice) & ~_DROPPED)
+    noise = chances(places, positions[:, None, None, None]).to(torch.int32)
+    rounded = torch.where((bits & _EXPONENT) == _EXPONENT, bits, (bits + noise) & ~_DROPPED)
     return rounded.view(torch.float32).to(torch.bfloat16)
 
 

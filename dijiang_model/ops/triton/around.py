@@ -39,13 +39,13 @@ def two_norms(x: Tensor, first: nn.Module, second: nn.Module) -> tuple[Tensor, T
 
 
 def gated_product(gate: Tensor, up: Tensor) -> Tensor:
-    """SiLU(gate) * up in one pass; equal shapes."""
-    gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
-    if gate.numel() > 0:
+    """SiLU(gate) * up in one pass, [T, width] each; rows may lie apart, as those of one product of both do."""
+    gate, up = (one if one.stride(-1) == 1 else one.contiguous() for one in (gate, up))
+    (num_rows, width), out = gate.shape, torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if num_rows > 0:
         with on_device_of(gate):
-            gated_product_kernel[(triton.cdiv(gate.numel(), PRODUCT_BLOCK),)](
-                gate, up, out, gate.numel(), BLOCK=PRODUCT_BLOCK, num_warps=4, **OPTIONS
+            gated_product_kernel[(num_rows, triton.cdiv(width, PRODUCT_BLOCK))](
+                *(gate, up, out, width, gate.stride(0), up.stride(0)), BLOCK=PRODUCT_BLOCK, num_warps=4, **OPTIONS
             )
     return out
 

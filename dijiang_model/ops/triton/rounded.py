@@ -1,8 +1,8 @@
 """Products with rounded weights: launches `kernels.rounded`, each of its kernels where it is the better choice.
 
-- Up to `ROWS_AT_ONCE` rows, those of decoding: codes are read once; where there are few outputs the columns are split
-  over programs, whose sums a second launch adds up in order. Splits and tiles but for their rows follow from the matrix
-  and the dtype alone, so a row is added up in the same order beside any others.
+- Up to `ROWS_AT_ONCE` rows, those of decoding: codes are read once; where there are few outputs of a large matrix the
+  columns are split over programs, whose sums a second launch adds up in order. Splits and tiles but for their rows
+  follow from the matrix and the dtype alone, so a row is added up in the same order beside any others.
 - Below `WIDENED_FROM` rows: the same kernel in larger tiles, not split.
 - From there on: the matrix is widened once, into memory of its own for as long as the product takes, and torch
   multiplies.
@@ -38,6 +38,9 @@ PROGRAMS = 256
 """About so many are wanted of a decode product: two for each of an H100's 132 multiprocessors."""
 SHARED_BYTES = 48 << 10
 """Of a program, for tiles on their way: two programs then keep enough of them there to hide the memory's latency."""
+UNSPLIT_BYTES = 2 << 20
+"""A matrix of so many bytes is one launch: the busiest of its programs reads for about a microsecond, and a second
+launch would take longer than splitting saves. To be measured."""
 NARROWEST_OPERAND = 16
 FP32_ROWS = 32
 """Of a tile: rows of fp32 are three operands each, and more would not fit into a thread's registers."""
@@ -75,7 +78,9 @@ class ProductBlocks:
         tiles = triton.cdiv(matrix.num_columns, columns)
         rows = min(most_rows, max(NARROWEST_OPERAND, triton.next_power_of_2(num_rows)))
         tile_bytes = columns * (lines + rows * dtype.itemsize)
-        tiles_of_split = triton.cdiv(tiles, triton.cdiv(PROGRAMS, triton.cdiv(matrix.num_lines, lines)))
+        is_small = matrix.num_lines * matrix.num_columns <= UNSPLIT_BYTES
+        num_splits = 1 if is_small else triton.cdiv(PROGRAMS, triton.cdiv(matrix.num_lines, lines))
+        tiles_of_split = triton.cdiv(tiles, num_splits)
         return cls(
             lines=lines,
             columns=columns,

@@ -1,6 +1,6 @@
 """Steps in which every sequence decodes one token, kept from one step to the next where compiled kernels run them.
 
-As long as the same sequences go on, the kernels find everything where they left it: on a processor, making the same
+As long as the same sequences go on, the kernels find everything where they left it: on a CPU, making the same
 small tensors anew and choosing tokens with operations on tensors took a tenth of a step.
 """
 
@@ -33,7 +33,7 @@ class DecodeStep:
     Attributes:
         decoding: at the positions of this step.
         slots: [N] int64.
-        is_greedy: nobody wants anything but the likeliest token.
+        is_greedy: nobody wants anything but the most likely token.
     """
 
     decoding: Decoding

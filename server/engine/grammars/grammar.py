@@ -179,7 +179,7 @@ class GrammarConstraint:
 
     @contextmanager
     def _paid(self) -> Iterator[None]:
-        """Takes the processor time of what is done within off what this answer has left."""
+        """Takes the CPU time of what is done within off what this answer has left."""
         begin = time.thread_time()  # of this thread alone: nobody pays for a machine that is busy
         try:
             yield

@@ -29,7 +29,7 @@ class LogprobPlan:
         sampled_rows: [A1] int64, the same on the device.
         scored: chunks of whose tokens the followers are scored, by their place in `Batch.chunks`.
         targets: [A2] int64, those followers.
-        num_top: most of the likeliest tokens that any row asks for.
+        num_top: most of the most likely tokens that any row asks for.
         extras: [A, E] int64, further tokens of each row, filled up with 0; None: no row has any.
         num_extra: E.
     """

@@ -92,7 +92,7 @@ class SamplingPlan:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether every row wants its likeliest token and nothing else."""
+        """Whether every row is greedy and wants nothing else."""
         changes = (self.penalties, self.bias, self.suppression, self.masks, self.draw)
         return all(plan is None for plan in changes)
 
@@ -224,7 +224,7 @@ def _unless_off(values: Items[float], off: float, transfer: Transfer) -> Field |
 
 
 def _choose(logits: Tensor, plan: DrawPlan | None, arrived: TransferredFields, library: CDLL | None) -> Tensor:
-    """[R, vocab] -> [R] int64: the likeliest token, or a drawn one for the rows of the plan."""
+    """[R, vocab] -> [R] int64: the most likely token, or a sampled one for the rows of the plan."""
     if plan is None:
         return logits.argmax(dim=-1)
     if library is None or plan.typical_p is not None:

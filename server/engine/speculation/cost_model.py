@@ -1,7 +1,7 @@
 """What a step costs by its rows: known beforehand roughly, measured while the engine runs. Standard library only.
 
 Multiplying goes by tiles of rows, so costs rise in stairs: with unrounded weights eight rows may be cheaper than six.
-Where the stairs are, and how high, depends on weights, processor and threads; so each step that reads no prompt is
+Where the stairs are, and how high, depends on weights, CPU and threads; so each step that reads no prompt is
 timed, and tells what so many rows cost. Row counts that were not seen lately follow the shape known beforehand, at the
 height of those near them that were.
 """

@@ -48,7 +48,7 @@ class SamplingParams:
         top_p: keep the smallest set of tokens whose probability reaches it, in (0, 1].
         typical_p: keep the tokens whose information is nearest to the entropy of what is left, as many as reach this
             probability, in (0, 1].
-        min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1].
+        min_p: keep tokens at least this fraction as likely as the most likely one, in [0, 1].
         repetition_penalty: > 0, over prompt and output; 1 is off.
         presence_penalty: subtracted once from the logit of each token already generated.
         frequency_penalty: subtracted per occurrence in the output.

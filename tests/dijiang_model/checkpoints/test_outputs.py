@@ -95,10 +95,7 @@ def run_command(name: str, world: World, out: Path, *, overwrite: bool, model: P
             trainer = prepare_run(model, [str(text)], out, small, STUDENT, resume=overwrite)
             train(trainer, out)
         case "evaluate":
-            evaluate_command(
-                model, model, [text], out, windows=1, length=66, facts=0, long=0, speed=False, threads=0, device="cpu",
-                adapter=None, control=None, rounded=None,
-            )  # fmt: skip
+            evaluate_command(model, model, [text], out, windows=1, length=66, facts=0)
 
 
 @settings(max_examples=60, deadline=None)

@@ -26,11 +26,11 @@ ENGINES = (
     "OPT",
 )
 LAUNCHES = {
-    "SmolLM2, hybrid": 426,
-    "SmolLM2, hybrid, int8": 636,
-    "SmolLM2, hybrid, int4": 636,
-    "LLaMA-2-7B, hybrid": 454,
-    "LLaMA-2-7B, pure": 390,
+    "SmolLM2, hybrid": 336,
+    "SmolLM2, hybrid, int8": 336,
+    "SmolLM2, hybrid, int4": 336,
+    "LLaMA-2-7B, hybrid": 358,
+    "LLaMA-2-7B, pure": 294,
     "Pythia-2.8B, released": 358,
 }
 """Of a decode step, a captured one too; these only go down."""

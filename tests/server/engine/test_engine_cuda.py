@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from dijiang_model.serving.network import freeze
+from server.engine.fairness import shares
 from server.engine.loading import build_engine
 from server.engine.types.logprobs import LogprobOptions
-from server.engine.types.requests import EngineConfig, GenerationRequest
+from server.engine.types.requests import EngineConfig, GenerationRequest, Tenant
 from tests.server.engine.some_requests import make_request, mixed_requests
 from tests.tiny_models import gpt_neox_config, llama_config, tiny_model
 
@@ -52,6 +53,14 @@ def test_every_kind_of_request_gets_the_tokens_it_gets_on_the_cpu(family: str, d
     requests = [*mixed_requests(16), make_request("drawn", 9, temperature=0.8), make_request("greedy", 7)]
     expected = answers("cpu", requests, family=family)
     assert answers("cuda", requests, family=family, decode_graphs=decode_graphs) == expected
+
+
+def test_sequences_that_take_turns_in_the_slots_have_the_tokens_that_they_have_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shares, "QUANTUM", 3)
+    requests = [replace(one, tenant=Tenant(f"t{number % 7}")) for number, one in enumerate(mixed_requests(14))]
+    assert answers("cuda", requests, family="llama") == answers("cpu", requests, family="llama")
 
 
 def test_bad_words_that_depend_on_the_last_token_change_nothing_else() -> None:

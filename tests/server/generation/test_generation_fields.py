@@ -1,13 +1,17 @@
 """Fields that shape an answer: each reaches the engine, or does what it says."""
 
+from dataclasses import asdict, replace
 from typing import Any
 
 import openai
 import pytest
 
+from dijiang_model.checkpoints.default_sampling import DefaultSampling
 from server.generation.sampling import bad_word_tokens
+from server.service import ServiceOptions
 from server.text.tokenizer import Tokenizer
-from tests.server.conftest import Loopback
+from tests.server.conftest import Loopback, serve
+from tests.server.fake_engine import FakeEngine
 
 
 def submitted(server: Loopback, **fields: Any) -> list[Any]:
@@ -71,7 +75,7 @@ def test_a_request_id_is_part_of_the_answer_and_names_one_request_at_a_time(serv
         ({"typical_p": 1.1}, "typical_p"),
         ({"allowed_token_ids": []}, "allowed_token_ids"),
         ({"allowed_token_ids": [260]}, "allowed_token_ids"),
-        ({"allowed_token_ids": [1.0]}, "allowed_token_ids[0]"),
+        ({"allowed_token_ids": [1.5]}, "allowed_token_ids[0]"),
         ({"allowed_token_ids": [5], "response_format": {"type": "json_object"}}, "allowed_token_ids"),
         ({"bad_words": [""]}, "bad_words[0]"),
         ({"bad_words": ["x" * 257]}, "bad_words[0]"),
@@ -160,3 +164,26 @@ def test_usage_so_far_is_in_every_chunk_if_wanted(server: Loopback) -> None:
 def test_bad_words_are_spelled_with_and_without_a_space_before(byte_tokenizer: Tokenizer) -> None:
     # Behind a space the byte tokenizer's word is a token longer, and covered by the word itself.
     assert bad_word_tokens(byte_tokenizer, ["no", "no", " no"]) == ((110, 111), (32, 110, 111))
+
+
+def test_fields_that_a_request_leaves_out_are_the_models_own(
+    options: ServiceOptions, byte_tokenizer: Tokenizer
+) -> None:
+    own = DefaultSampling(temperature=0.2, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.1)
+    chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    with serve(FakeEngine(), replace(options, sampling=own), byte_tokenizer) as server:
+        for path, body in (
+            ("/v1/completions", {"prompt": "abc", "max_tokens": 1}),
+            ("/v1/chat/completions", chat),
+            ("/v1/chat/completions", chat | {"temperature": None, "top_p": None}),
+            ("/v1/responses", {"input": "abc", "max_output_tokens": 16, "store": False}),
+        ):
+            assert server.http.post(path, json=body).status_code == 200
+            sampling = server.engine.submitted[-1].sampling
+            assert {name: getattr(sampling, name) for name in asdict(own)} == asdict(own)
+        assert (
+            server.http.post("/v1/completions", json={"prompt": "a", "temperature": 1, "top_k": 0}).status_code == 200
+        )
+        sampling = server.engine.submitted[-1].sampling
+        assert (sampling.temperature, sampling.top_k, sampling.top_p) == (1.0, 0, 0.9)
+        assert server.http.get("/v1/models").json()["data"][0]["default_sampling"] == asdict(own)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dijiang_model.checkpoints.default_sampling import DefaultSampling
+from dijiang_model.errors import ConfigError
 from server.hardware import (
     CONTROL_GROUP_FILES,
     Device,
@@ -259,3 +261,17 @@ def test_queue_places_are_reserved_where_there_are_several_keys(model: Path) -> 
     assert engine_config(read_settings({"api_keys": "one"}), model, CPU).reserved_waiting == 0
     assert engine_config(read_settings({"api_keys": "one,two"}), model, CPU).reserved_waiting == 128
     assert engine_config(read_settings({"reserved_queue": "7"}), model, CPU).reserved_waiting == 7
+
+
+def test_sampling_is_the_models_own_unless_the_operator_says_otherwise(model: Path) -> None:
+    (model / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20}')
+
+    def sampling(value: str) -> DefaultSampling:
+        return service_options(read_settings({"default_sampling": value}), model, "folder").sampling
+
+    assert sampling("model") == DefaultSampling(temperature=0.6, top_k=20)
+    assert sampling("neutral") == DefaultSampling()
+    assert sampling("top_p=0.5, top_k=0") == DefaultSampling(temperature=0.6, top_p=0.5)
+    for wrong in ("", "hot", "seed=1", "temperature=warm", "top_k=1.5", "temperature=3"):
+        with pytest.raises(ConfigError, match="--default-sampling has"):
+            sampling(wrong)

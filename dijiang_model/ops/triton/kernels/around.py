@@ -50,10 +50,12 @@ def two_norms_kernel(
 
 
 @triton.jit
-def gated_product_kernel(gate, up, out, num, BLOCK: tl.constexpr):
-    """Grid (blocks): SiLU(gate) * up of `num` numbers, not rounded in between."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = place < num
-    opening = tl.load(gate + place, mask=mask, other=0.0).to(tl.float32)
-    answer = opening / (1.0 + tl.exp(-opening)) * tl.load(up + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + place, answer.to(out.dtype.element_ty), mask=mask)
+def gated_product_kernel(gate, up, out, width, gate_row, up_row, BLOCK: tl.constexpr):
+    """Grid (T, blocks of the width): SiLU(gate) * up, not rounded in between; `gate_row`, `up_row`: from row to row."""
+    t = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = c < width
+    opening = tl.load(gate + t * gate_row + c, mask=mask, other=0.0).to(tl.float32)
+    factor = tl.load(up + t * up_row + c, mask=mask, other=0.0).to(tl.float32)
+    answer = opening / (1.0 + tl.exp(-opening)) * factor
+    tl.store(out + t * width + c, answer.to(out.dtype.element_ty), mask=mask)

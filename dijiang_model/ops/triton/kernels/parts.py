@@ -173,7 +173,7 @@ def operand(x, like, EMULATED: tl.constexpr):
 
 @triton.jit
 def stored(x, like, place, position):
-    """A state's fp32 values in the dtype that `like` points to: bf16 by chance (`ops.narrow`), others to the nearest.
+    """fp32 values of a state in the dtype that `like` points to: bf16 stochastically (`ops.narrow`), others nearest.
 
     `place` [...] is each value's place in its head's S, `position` that of the last token in it.
     """

@@ -32,7 +32,7 @@ def norm_of(config: ModelConfig, width: int, seed: int, dtype: torch.dtype) -> n
     """The family's norm with random parameters."""
     norm: nn.Module
     if config.family == "llama":
-        norm = RMSNorm(config, dtype=dtype)
+        norm = RMSNorm(width, eps=config.norm_eps, dtype=dtype)
         norm.weight = nn.Parameter(random(width, seed=seed, dtype=dtype))
     else:
         norm = nn.LayerNorm(width, eps=config.norm_eps, dtype=dtype)

@@ -107,6 +107,7 @@ def test_splitting_the_columns_changes_only_the_order_of_sums(
     form: Quantization, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rounded, "PROGRAMS", programs)
+    monkeypatch.setattr(rounded, "UNSPLIT_BYTES", 0)
     weight, values = weight_of((37, 200), form)
     splits = ProductBlocks.of(weight.rounded, 3, torch.float32).splits
     assert (splits == 1) == (programs == 1)
@@ -138,8 +139,18 @@ def test_tiles_cover_every_column_once_and_alike_for_up_to_64_rows(
     assert len(cuts) == 1
 
 
-@pytest.mark.parametrize("shape", [(576, 576), (576, 1536), (1536, 576), (4096, 4096), (49_152, 576)])
-def test_one_row_of_a_small_model_fills_an_h100(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shape", [(576, 576), (576, 1536), (960, 576), (3072, 576)])
+def test_a_product_of_a_small_model_is_one_launch_of_programs_that_read_little(shape: tuple[int, int]) -> None:
+    for group in (0, 32):
+        lines = shape[0] if group == 0 else shape[0] // 2
+        codes = torch.empty((lines, shape[1]), dtype=torch.int8, device="meta")
+        blocks = ProductBlocks.of(RoundedMatrix(codes, codes, None, shape[0], group), 1, torch.bfloat16)
+        assert blocks.splits == 1
+        assert blocks.lines * shape[1] <= 48 << 10
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (4096, 11_008), (49_152, 576)])
+def test_one_row_of_a_large_matrix_fills_an_h100(shape: tuple[int, int]) -> None:
     for group in (0, 32):
         lines = shape[0] if group == 0 else shape[0] // 2
         codes = torch.empty((lines, shape[1]), dtype=torch.int8, device="meta")

@@ -72,8 +72,8 @@ def _compiled(launch: Launch) -> Iterator[dict[str, object]]:
 
 
 def num_variants() -> dict[str, int]:
-    """By kernel, of one matrix in bf16 below `rounded.WIDENED_FROM` rows."""
-    matrix, variants = zeros((64, 128), 32, True), set()
+    """By kernel, of one large matrix in bf16 below `rounded.WIDENED_FROM` rows."""
+    matrix, variants = zeros((4096, 4096), 32, True), set()
     for num_rows in (1, 2, 5, 16, 17, 31, 32, 33, 64, 65, 80, 512, 1023):
         for launch in launches_of(matrix, num_rows, torch.bfloat16):
             variants.add((launch.kernel.__name__, *launch.variant))
