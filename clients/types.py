@@ -28,6 +28,8 @@ class Message(TypedDict):
     """Of the assistant: what it thought before."""
     reasoning: NotRequired[str]
     """The same under its newer name."""
+    refusal: NotRequired[str]
+    """Of the assistant: what it said instead of an answer."""
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -94,7 +96,9 @@ class GenerationOptions(TypedDict, total=False):
     add_special_tokens: bool
     """Put the tokenizer's special tokens around the prompt."""
     truncate_prompt_tokens: int
-    """Use only that many last tokens of the prompt."""
+    """Use only that many tokens of the prompt, the last ones."""
+    truncation_side: Literal["left", "right"]
+    """Which end is left out; `right`: the first tokens are used."""
     add_generation_prompt: bool
     """Chat only: open the assistant's turn after the last message."""
     continue_final_message: bool
@@ -103,6 +107,10 @@ class GenerationOptions(TypedDict, total=False):
     """Chat only: further variables of the model's template."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"]
     """Chat only: how much to think, if the model's template has a place for it."""
+    enable_thinking: bool
+    """Chat only: think before answering, or not; of models that can be told."""
+    thinking: Mapping[str, str | int]
+    """Chat only: the same, as `{"type": "enabled"}` or `{"type": "disabled"}`."""
     include_reasoning: bool
     """Chat only: tell what was thought before the answer."""
     response_format: Mapping[str, Any]

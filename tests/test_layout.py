@@ -55,7 +55,8 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
         {"fairness"},
         {"groups", "stages"},
         {"placement", "sequence"},
-        {"failures", "followers", "slots", "transfer", "types"},
+        {"failures", "followers", "request_faults", "slots", "transfer"},
+        {"types"},
     ),
 }
 """The rooms of a package, top first: a room imports from the layers below its own alone."""

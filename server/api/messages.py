@@ -8,7 +8,7 @@ from server.generation.prompts import encode_messages
 from server.generation.streaming import answer, json_response
 from server.generation.tools import told_tools
 from server.http.sse import unless_disconnected
-from server.protocol.anthropic import CountTokensRequest, MessageOut, MessagesRequest, TokenCount
+from server.protocol.dialects.anthropic import CountTokensRequest, MessageOut, MessagesRequest, TokenCount
 from server.protocol.wire import translated
 
 router = APIRouter(route_class=JsonRoute, prefix="/v1/messages", tags=["generation"])

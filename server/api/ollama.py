@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from server.api.json_body import JsonRoute, ServiceDependency
 from server.generation.ollama_answers import OllamaTextWriter, OllamaWriter
 from server.generation.streaming import answer, json_response
-from server.protocol.ollama import LATEST, OllamaChatRequest, OllamaGenerateRequest, OllamaLine, ShowRequest
+from server.protocol.dialects.ollama import LATEST, OllamaChatRequest, OllamaGenerateRequest, OllamaLine, ShowRequest
 from server.protocol.wire import translated
 from server.service import Service
 

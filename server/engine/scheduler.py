@@ -18,12 +18,13 @@ Rules:
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from server.engine.batch import Batch
 from server.engine.fairness.admission import Admission, Moves
-from server.engine.fairness.prompts import PromptShares
+from server.engine.fairness.prompts import PromptShares, StepBudget
 from server.engine.fairness.step_times import StepTimes
+from server.engine.request_faults import fault_of
 from server.engine.sequence import FROM_NOTHING, Chunk, Sequence, SequenceStatus, StartState
 from server.engine.speculation.drafts import num_confirmed
 from server.engine.speculation.rules import Speculation
@@ -32,26 +33,6 @@ from server.engine.types.requests import EngineError, FinishReason, GenerationRe
 
 NUMERICAL_ERROR = "numerical_error"
 """Code of a request that ended because something in its computation was not finite."""
-
-
-@dataclass(slots=True)
-class _Budget:
-    """What is left of a step while it is planned: tokens, and prompt tokens among them that may be scored."""
-
-    num_tokens: int
-    num_scored_tokens: int
-
-    def feed(self, sequence: Sequence, most: int) -> list[Chunk]:
-        """The next chunk of a prompt, of up to `most` tokens; none if nothing is left for it."""
-        most = min(most, self.num_tokens)
-        if sequence.scores_prompt:
-            most = min(most, self.num_scored_tokens)
-        if most < 1:
-            return []
-        chunk = sequence.next_chunk(most)
-        self.num_tokens -= chunk.length
-        self.num_scored_tokens -= chunk.num_scored
-        return [chunk]
 
 
 class Scheduler:
@@ -172,9 +153,11 @@ class Scheduler:
         request_id = request.request_id
         if self.has(request_id):
             raise ValueError(f"request {request_id!r} is already in the engine")
-        fault = self._fault(request)
+        is_checked = request.prompt_token_ids is self._checked_prompt  # which a whole group has in common
+        fault = fault_of(request, self._vocab_size, checks_prompt=not is_checked)
         if fault is not None:
             return _failed(request_id, code="internal_error", message=fault)
+        self._checked_prompt = request.prompt_token_ids
         refusal = self._admission.refusal(request.tenant, len(request.prompt_token_ids))
         if refusal is not None:
             return _failed(request_id, code="overloaded", message=refusal)
@@ -288,7 +271,7 @@ class Scheduler:
         if not reading:
             return []
         num_rows = sum(chunk.length for chunk in (*decoding, *verifying))
-        budget = _Budget(self._max_step_tokens - num_rows, self._max_scored_tokens)
+        budget = StepBudget(self._max_step_tokens - num_rows, self._max_scored_tokens)
         chunks: list[Chunk] = []
         for follower in moves.followers:  # in this very step, while its leader is where it is
             chunks += budget.feed(follower, 1)
@@ -360,28 +343,6 @@ class Scheduler:
         sequence.finish()
         if has_begun:
             self._ended.append(sequence)
-
-    def _fault(self, request: GenerationRequest) -> str | None:
-        """Why this request would break a step for everybody; the service has checked before."""
-        sampling = request.sampling
-        if not request.prompt_token_ids:
-            return "the prompt has no tokens"
-        if sampling.max_tokens is not None and sampling.max_tokens < 0:
-            return f"max_tokens is {sampling.max_tokens}, and must be at least 0"
-        bias_ids = (token_id for token_id, _ in sampling.logit_bias)
-        for name, token_ids in (
-            ("prompt", () if request.prompt_token_ids is self._checked_prompt else request.prompt_token_ids),
-            ("stop_token_ids", sampling.stop_token_ids),
-            ("logit_bias", tuple(bias_ids)),
-            ("predicted_token_ids", request.predicted_token_ids),
-            ("logprob_token_ids", request.logprobs.token_ids),
-            ("allowed_token_ids", sampling.allowed_token_ids),
-            ("bad_words", tuple(token_id for word in sampling.bad_words for token_id in word)),
-        ):
-            if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._vocab_size):
-                return f"{name} has a token id outside of the vocabulary (0 to {self._vocab_size - 1})"
-        self._checked_prompt = request.prompt_token_ids  # which a whole group has in common
-        return None
 
 
 def _failed(request_id: str, *, code: str, message: str) -> TokenEvent:

@@ -42,8 +42,8 @@ from server.engine.types.requests import (
 )
 from server.engine_client.candidate import Candidate
 from server.engine_client.link import EngineEndedError, EngineLink
-from server.engine_client.submissions import Submissions
-from server.engine_client.watchdog import Watchdog
+from server.engine_client.submissions import EventStream, Submissions
+from server.engine_client.watchdog import Watchdog, end_when_silent
 from server.errors import EngineUnavailableError
 
 MAX_LOAD_FAILURES = 3
@@ -77,35 +77,6 @@ class _End:
     was_ready: bool
     reason: str
     is_permanent: bool = False
-
-
-class EventStream:
-    """The events of one request; ends after the terminal one."""
-
-    def __init__(self) -> None:
-        self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        self._has_ended = False
-        self._is_read = False
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the terminal event was pushed."""
-        return self._has_ended
-
-    def push(self, event: TokenEvent) -> None:
-        """Adds an event."""
-        self._has_ended = event.finish_reason is not None
-        self._events.put_nowait(event)
-
-    def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        return self
-
-    async def __anext__(self) -> TokenEvent:
-        if self._is_read:
-            raise StopAsyncIteration
-        event = await self._events.get()
-        self._is_read = event.finish_reason is not None
-        return event
 
 
 class EngineClient:
@@ -369,7 +340,7 @@ class EngineClient:
                 else:
                     self._take(report)
                 if watching is None and self._status is EngineStatus.READY and self._config.heartbeat_s > 0:
-                    watching = asyncio.create_task(_end_when_silent(link, watchdog))
+                    watching = asyncio.create_task(end_when_silent(link, watchdog))
         finally:
             if watching is not None:
                 watching.cancel()
@@ -422,12 +393,6 @@ class EngineClient:
     def _unavailable(self, message: str | None = None) -> EngineUnavailableError:
         message = f"the engine is not ready: {self._status}" if message is None else message
         return EngineUnavailableError(message, code=f"engine_{self._status}", retry_after_s=self._retry_after_s)
-
-
-async def _end_when_silent(link: EngineLink, watchdog: Watchdog) -> None:
-    silent_s = await watchdog.silence()
-    _log.error("engine process %s has not answered for %.0f s and is ended", link.pid, silent_s)
-    link.kill()
 
 
 def _engine_died() -> TokenEvent:

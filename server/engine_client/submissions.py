@@ -2,8 +2,9 @@
 of their events. Lives longer than an engine process: what no process has begun yet goes to the next one.
 """
 
+import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
 
 from server.engine.types.requests import EngineConfig, GenerationRequest, TokenEvent
@@ -11,6 +12,35 @@ from server.errors import InvalidRequestError, OverloadedError, RateLimitError
 
 OnEvent = Callable[[TokenEvent], None]
 _RETRY_AFTER_S = 1
+
+
+class EventStream:
+    """The events of one request; ends after the terminal one."""
+
+    def __init__(self) -> None:
+        self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self._has_ended = False
+        self._is_read = False
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the terminal event was pushed."""
+        return self._has_ended
+
+    def push(self, event: TokenEvent) -> None:
+        """Adds an event."""
+        self._has_ended = event.finish_reason is not None
+        self._events.put_nowait(event)
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        if self._is_read:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        self._is_read = event.finish_reason is not None
+        return event
 
 
 @dataclass(slots=True)

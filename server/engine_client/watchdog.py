@@ -5,14 +5,16 @@ itself: after a machine's sleep nobody is to blame.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 
-from server.engine_client.link import EngineEndedError
+from server.engine_client.link import EngineEndedError, EngineLink
 
 STEPS = 5
 """So many times its longest step an engine may be silent, whatever the limit."""
 _LOOKS = 4
 _LONGEST_INTERVAL_S = 1.0
+_log = logging.getLogger(__name__)
 
 
 class Watchdog:
@@ -52,3 +54,10 @@ class Watchdog:
             else:
                 silent_s += interval_s
         return silent_s
+
+
+async def end_when_silent(link: EngineLink, watchdog: Watchdog) -> None:
+    """Kills the process of a link once it has been silent for too long."""
+    silent_s = await watchdog.silence()
+    _log.error("engine process %s has not answered for %.0f s and is ended", link.pid, silent_s)
+    link.kill()

@@ -12,7 +12,7 @@ from server.generation.choice import Answer, TextDelta
 from server.generation.generation import Generation
 from server.http.errors import anthropic_envelope
 from server.http.sse import KEEP_ALIVE, event
-from server.protocol.anthropic import AnthropicUsage, MessageOut, StopReason
+from server.protocol.dialects.anthropic import AnthropicUsage, MessageOut, StopReason
 from server.protocol.sampling import FinishReasonText
 from server.service import Service
 from server.text.reasoning import AnswerPart, ThoughtPart

@@ -320,9 +320,13 @@ class Generation:
 
     async def _kept(self, choice: Choice, event: TokenEvent, delta: TextDelta) -> None:
         """Keeps the state after the tokens that were taken; an answer is worth something without it, too."""
-        try:
-            delta = replace(delta, state_id=await self._keep(choice, event))
-        except (StoreUnavailableError, StorageFullError) as error:
+        error: ServiceError | None = None if event.save_error is None else error_of(event.save_error)
+        if error is None:
+            try:
+                delta = replace(delta, state_id=await self._keep(choice, event))
+            except (StoreUnavailableError, StorageFullError) as problem:
+                error = problem
+        if error is not None:
             logger.error("the state of an answer could not be kept", problem=str(error))
             delta = replace(delta, state_error=error)
         self._note_end(choice, delta)
@@ -330,8 +334,6 @@ class Generation:
     async def _keep(self, choice: Choice, event: TokenEvent) -> str:
         """Where the state after the tokens that were taken is kept."""
         assert choice.token_ids is not None
-        if event.save_error is not None:
-            raise error_of(event.save_error)
         if event.saved is not None and choice.num_tokens == choice.num_received:
             saved = event.saved
         else:  # the engine's state has seen more than the answer says

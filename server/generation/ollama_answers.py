@@ -10,7 +10,7 @@ from server.errors import ServiceError
 from server.generation.choice import Answer, TextDelta
 from server.generation.generation import Generation
 from server.http.errors import error_json
-from server.protocol.ollama import OllamaLine
+from server.protocol.dialects.ollama import OllamaLine
 from server.protocol.sampling import FinishReasonText
 from server.service import Service
 from server.text.reasoning import AnswerPart, ThoughtPart

@@ -94,7 +94,8 @@ class ResponseOutput:
         """Goes on where it was put off; `text` is all that was pushed until then."""
         self.begin()
         self.push(text, [])
-        self.items, self._pending, self.pieces = before["items"], before["pending"], pieces
+        if before["items"]:
+            self.items, self._pending, self.pieces = before["items"], before["pending"], pieces
 
     def break_off(self) -> None:
         """Instead of `finish`, where the answer fails: the last item stays as it is."""

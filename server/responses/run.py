@@ -327,7 +327,8 @@ class ResponseRun:
         try:
             await self.put_off()
         except ServiceError as error:
-            logger.error("a background response is lost: it could not be saved", problem=str(error))
+            logger.error("a background response is made anew: how far it was could not be saved", problem=str(error))
+            self._is_left = True
 
     async def _failed(self, error: ServiceError) -> dict[str, Any]:
         """The response that could not be made, kept."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dijiang_model.checkpoints.outputs import CALIBRATION_FILE
 from dijiang_model.config import AnchorConfig, ModelConfig
-from dijiang_model.conversion.calibration.budgets import allocate, anchored_config, place_budget
+from dijiang_model.conversion.calibration.budgets import AGE, allocate, anchored_config, place_budget
 from dijiang_model.conversion.calibration.contexts import Context
 from dijiang_model.conversion.calibration.fit import Geometry, LayerFit, fit_layers
 from dijiang_model.conversion.calibration.teacher_pass import ReadTensor
@@ -112,7 +112,7 @@ def calibrate(
     length = max(len(context.token_ids) for context in contexts)
     window = min(budget.window, max(length // 8, 1))
     geometry = Geometry(
-        rule=AnchorConfig((sinks + window,), (window,)),
+        rule=AnchorConfig((sinks + window,), (window,), age=AGE),
         window=window,
         sinks=sinks,
         sizes=tuple(sorted({round(share * length) for share in SIZE_SHARES})),

@@ -91,17 +91,17 @@ def fit_layers(
 def _fit_layer(
     inputs: Iterator[LayerInputs], contexts: Sequence[Context], geometry: Geometry, output: Tensor
 ) -> LayerFit:
-    fitted: list[RidgeSums] = []
-    held_out: list[RidgeSums] = []
+    sums: dict[str, RidgeSums] = {}
     kept: list[tuple[LayerInputs, Context]] = []
     recall = torch.zeros(())
     for number, (read, context) in enumerate(zip(inputs, contexts, strict=True)):
-        (held_out if number < NUM_HELD_OUT else fitted).append(_ridge_sums(read, geometry))
+        part, own = "held out" if number < NUM_HELD_OUT else "fitted", _ridge_sums(read, geometry)
+        sums[part] = total([sums[part], own]) if part in sums else own
         recall = recall + recall_attention(read, context.recalled, window=geometry.window)
         if number < NUM_LOSS_CONTEXTS:
             kept.append((read, context))
-    weight, bias = total(fitted + held_out).solve()
-    correlation = total(held_out).correlation(*total(fitted).solve())
+    weight, bias = total(list(sums.values())).solve()
+    correlation = sums["held out"].correlation(*sums["fitted"].solve())
     losses = [_losses(*pair, geometry, weight, bias, output) for pair in kept]
     num_facts = max(sum(len(context.recalled) for context in contexts), 1)
     shape = (2, -1)

@@ -7,8 +7,9 @@ a short prompt beside a long one has its first token within a few steps.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from server.engine.sequence import Sequence, SequenceStatus
+from server.engine.sequence import Chunk, Sequence, SequenceStatus
 from server.engine.types.requests import Tenant
 
 PIECE = 16
@@ -95,3 +96,23 @@ class Reading:
 
 SHORT = 512
 """Tokens of a prompt that need not wait for longer ones that came before."""
+
+
+@dataclass(slots=True)
+class StepBudget:
+    """What is left of a step while it is planned: tokens, and prompt tokens among them that may be scored."""
+
+    num_tokens: int
+    num_scored_tokens: int
+
+    def feed(self, sequence: Sequence, most: int) -> list[Chunk]:
+        """The next chunk of a prompt, of up to `most` tokens; none if nothing is left for it."""
+        most = min(most, self.num_tokens)
+        if sequence.scores_prompt:
+            most = min(most, self.num_scored_tokens)
+        if most < 1:
+            return []
+        chunk = sequence.next_chunk(most)
+        self.num_tokens -= chunk.length
+        self.num_scored_tokens -= chunk.num_scored
+        return [chunk]

@@ -12,6 +12,7 @@ import pytest
 from server.states.errors import DiskFullError
 from tests.server.states.running import Running, start
 from tests.server.states.stores import EmbeddedKind, SharedKind, make, put_response
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 SIZE_BYTES = 16 << 20
@@ -127,9 +128,7 @@ def test_on_a_full_disk_answers_end_properly(disk: SmallDisk, server: Running) -
         assert server.refused("POST", path, json=body)[:2] == (507, "state_storage_full")
     assert server.complete("!", state_id=state)["finish_reason"] == "length"
     assert server.get(f"/v1/responses/{kept}")["id"] == kept
-    while (ended := server.get(f"/v1/responses/{started}"))["status"] in ("queued", "in_progress"):
-        pass
-    assert ended["status"] in ("incomplete", "failed")
+    until(lambda: server.get(f"/v1/responses/{started}")["status"] in ("incomplete", "failed"))
     assert server.http.delete(f"/v1/states/{state}").status_code == 200
     assert server.http.delete(f"/v1/responses/{kept}").status_code == 200
     disk.clear()

@@ -72,6 +72,17 @@ def test_layers_read_what_the_teacher_reads_and_weights_are_let_go(name: str) ->
     assert all(tensor.is_meta for tensor in empty.state_dict().values())
 
 
+def test_no_more_than_one_layer_is_in_memory() -> None:
+    config = llama_config(HYBRID, HYBRID, HYBRID)
+    state = tiny_model(config).state_dict()
+    empty = build_model(config, device="meta", dtype=torch.float32)
+    for layer, (_, inputs) in enumerate(teacher_layers(empty, state.__getitem__, [torch.arange(20)])):
+        for _ in inputs:
+            loaded = {name for name, tensor in empty.state_dict().items() if not tensor.is_meta}
+            assert loaded
+            assert all(name.startswith(f"model.layers.{layer}.") for name in loaded)
+
+
 def test_far_attention_is_the_largest_and_the_mean_of_later_rows() -> None:
     read, window = inputs(), 8
     found, probability = far_attention(read, window=window), dense(read)

@@ -33,12 +33,14 @@ class Result:
     reason: FinishReason | None = None
     error: EngineError | None = None
     saved: SavedState | None = None
+    save_error: EngineError | None = None
 
     def take(self, event: TokenEvent) -> None:
         assert self.reason is None, "an event came after the terminal one"
         self.tokens += event.token_ids
         self.num_cached += event.num_cached_tokens
         self.reason, self.error, self.saved = event.finish_reason, event.error, event.saved
+        self.save_error = event.save_error
 
 
 class Bench:

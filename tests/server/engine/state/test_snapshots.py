@@ -127,11 +127,13 @@ def test_a_damaged_file_is_refused(bench: Bench, tmp_path: Path) -> None:
     assert result.error.code == "state_invalid"
 
 
-def test_a_state_without_a_place_to_go_is_an_error(bench: Bench, tmp_path: Path) -> None:
+def test_a_state_without_a_place_to_go_is_an_error_and_its_answer_is_none(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").mkdir()
     result = bench.one(*PROMPT, states=SAVE)
-    assert result.error is not None
-    assert result.error.code == "state_not_saved"
+    assert (result.error, result.saved) == (None, None)
+    assert result.save_error is not None
+    assert result.save_error.code == "state_not_saved"
+    assert result.tokens
 
 
 def test_a_server_without_a_folder_says_so(hybrid: FrozenModel, tmp_path: Path) -> None:

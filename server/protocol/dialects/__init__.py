@@ -1,0 +1,1 @@
+"""Wire types of other APIs, which are translated onto our own."""
