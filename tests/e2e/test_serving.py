@@ -70,7 +70,8 @@ def test_200_clients_that_leave_at_once_free_every_slot(server: Server, prompt_l
         f'{{"model": "{server.model}", "prompt": "{"x" * prompt_length}", "max_tokens": 100000000, '
         '"ignore_eos": true, "stream": true}'
     )
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}"
     with contextlib.ExitStack() as clients:
         for _ in range(200):
             client = clients.enter_context(socket.create_connection((host, int(port))))
