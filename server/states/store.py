@@ -5,8 +5,7 @@ head is a snapshot; advancing it gives it another head, a named *point* remember
 with the same head. A stored *response* of the Responses API has a snapshot of its own. A snapshot lives as long as
 anything refers to it or is just using it.
 
-The embedded store (`server.states.sqlite`) is the default. The one that replicas share (`server.states.postgres`) keeps
-to the same protocol: `hold` brings a snapshot's file to this machine, whatever keeps it takes the file away.
+One folder with an SQLite index is the default; replicas share a PostgreSQL. Both keep to the protocol below.
 """
 
 import secrets
@@ -25,8 +24,6 @@ UNFINISHED = frozenset((PUT_OFF, "in_progress"))
 """Statuses of a stored response that is still being made, or will be."""
 REPLAY_KEY = "_unfinished"
 """Where the body of a stored response has what a server needs to go on with it, or to begin it again."""
-
-
 CURSOR_PREFIX = "page_"
 
 
