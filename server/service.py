@@ -72,6 +72,7 @@ class ServiceOptions:
         fingerprint: `system_fingerprint` of answers.
         max_prompt_tokens: longest prompt in tokens; 0: no limit.
         max_answer_tokens: of each answer; 0: no limit.
+        default_answer_tokens: of answers to chats and responses that set no limit; 0: only `max_answer_tokens` limits.
         max_n: most answers per prompt.
         max_prompts: most prompts in one request.
         max_choices: most answers in one request (prompts times `n`).
@@ -102,6 +103,7 @@ class ServiceOptions:
     fingerprint: str = "fp_0"
     max_prompt_tokens: int = 0
     max_answer_tokens: int = 0
+    default_answer_tokens: int = 0
     max_n: int = 16
     max_prompts: int = 128
     max_choices: int = 128

@@ -91,9 +91,10 @@ def _wrap(seed: int) -> int:
 
 
 def within_limit(max_tokens: int | None, options: ServiceOptions) -> int | None:
-    """Most tokens of an answer: what is wanted, and no more than the operator allows; None: any number."""
-    most = options.max_answer_tokens
-    return max_tokens if most == 0 else most if max_tokens is None else min(max_tokens, most)
+    """Most tokens of an answer: what is wanted, else the default, and no more than the operator allows; None: any number."""
+    wanted = given(max_tokens, options.default_answer_tokens or None)
+    limits = [limit for limit in (wanted, options.max_answer_tokens or None) if limit is not None]
+    return min(limits, default=None)
 
 
 def timeout_of(fields: GenerationFields, options: ServiceOptions) -> float | None:

@@ -224,13 +224,17 @@ class IndexedStore:
         self._making.add(response.id)
         is_new = False
         try:
-            is_new = await self._run(lambda: self._index.begin_response(response))
+            is_new = await self._run(lambda: self._begin_response(response))
         finally:
             if is_new:
                 self._stored.add(response.id)
             elif not is_made_here:
                 self._making.discard(response.id)
         return is_new
+
+    def _begin_response(self, response: ResponseRecord) -> bool:
+        self._files.make_way(0)
+        return self._index.begin_response(response)
 
     async def put_response(self, response: ResponseRecord) -> None:
         """See `StateStore.put_response`."""

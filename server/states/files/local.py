@@ -82,8 +82,8 @@ class LocalFiles:
         """See `SnapshotFiles.download`."""
 
     def make_way(self, num_bytes: int) -> None:
-        """See `SnapshotFiles.make_way`."""
-        require_disk(self.folder, num_bytes)
+        """See `SnapshotFiles.make_way`: what the index needs to delete and to end something is left over."""
+        require_disk(self.folder, num_bytes + SPARE_BYTES)
 
     @contextmanager
     def spare_space(self) -> Iterator[None]:

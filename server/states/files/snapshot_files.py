@@ -61,7 +61,7 @@ class SnapshotFiles(Protocol):
         ...
 
     def make_way(self, num_bytes: int) -> None:
-        """Sees to it that the disk takes so much more; raises `DiskFullError`."""
+        """Sees to it that the disk takes so much more of what is new; raises `DiskFullError`."""
         ...
 
     def spare_space(self) -> AbstractContextManager[None]:

@@ -320,3 +320,20 @@ def test_no_answer_is_longer_than_the_operator_allows(
         answer = server.http.post("/v1/chat/completions", json=body)
         assert answer.json()["choices"][0]["finish_reason"] == "length"
         assert server.engine.submitted[0].sampling.max_tokens == given
+
+
+@pytest.mark.parametrize(
+    ("default", "most", "wanted", "given"),
+    [(20, 40, None, 20), (20, 40, 30, 30), (20, 40, 50, 40), (20, 0, None, 20), (0, 40, None, 40), (50, 40, None, 40)],
+)
+def test_a_chat_that_sets_no_limit_ends_at_the_default_one(
+    options: ServiceOptions, byte_tokenizer: Tokenizer, default: int, most: int, wanted: int | None, given: int
+) -> None:
+    options = replace(options, default_answer_tokens=default, max_answer_tokens=most)
+    with serve(FakeEngine(), options, byte_tokenizer) as server:
+        chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": wanted}
+        server.http.post("/v1/chat/completions", json=chat)
+        server.http.post("/v1/responses", json={"input": "x", "max_output_tokens": wanted, "store": False})
+        server.http.post("/v1/completions", json={"prompt": "x"})
+        limits = [request.sampling.max_tokens for request in server.engine.submitted]
+        assert limits == [given, given, 16]

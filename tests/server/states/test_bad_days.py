@@ -114,8 +114,8 @@ def shared(tiny: Path, postgres: PostgresServer, tmp_path: Path) -> Iterator[Run
 @pytest.mark.timeout(300)
 def test_an_answer_is_told_though_the_store_is_away_at_its_end(shared: Running, postgres: PostgresServer) -> None:
     answers: list[dict[str, Any]] = []
-    long: dict[str, Any] = {"temperature": 0, "max_tokens": 12_000, "ignore_eos": True, "return_state": True}
-    ask = {**ASK, "max_output_tokens": 12_000}  # long enough for all four to be seen running together
+    long: dict[str, Any] = {"temperature": 0, "max_tokens": 60_000, "ignore_eos": True, "return_state": True}
+    ask = {**ASK, "max_output_tokens": 24_000}  # long enough for the gauge, told once a second, to see all four running
     threads = [
         threading.Thread(target=lambda: answers.append(shared.complete("On", **long))),
         threading.Thread(target=lambda: answers.append(shared.chat(("user", "On"), **long))),
