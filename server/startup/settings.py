@@ -186,7 +186,7 @@ class Settings(BaseSettings):
     max_answer_tokens: int = _in("Limits", 65_536, ge=0)
     """Longest answer in tokens; it ends with `length`. 0: no limit."""
     default_answer_tokens: int = _in("Limits", 4096, ge=0)
-    """Longest answer in tokens to chats and responses that set no limit of their own. 0: only --max-answer-tokens limits."""
+    """Longest answer in tokens to chats and responses that set no limit. 0: only --max-answer-tokens limits."""
     max_body_bytes: ByteSize = _in("Limits", ByteSize(16 << 20), ge=1024)
     """Largest request body, such as 16MiB."""
     max_n: int = _in("Limits", 16, ge=1)
