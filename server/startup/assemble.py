@@ -26,6 +26,7 @@ from server.states.embedded import open_embedded_store
 from server.states.errors import StoreError
 from server.states.indexed import StoreOptions
 from server.states.store import StateStore
+from server.tracing import NO_TRACER, Tracer
 
 CPU_STEP_TOKENS, CUDA_STEP_TOKENS = 512, 2048
 DEFAULT_HOME = Path("~/.cache/dijiang")
@@ -75,6 +76,22 @@ def _open_shared_store(settings: Settings, url: str, folder: Path, options: Stor
         timeout_s=settings.state_store_timeout_s,
     )
     return open_shared_store(folder, shared, options)
+
+
+def make_tracer(settings: Settings) -> Tracer:
+    """Where traces go.
+
+    Raises:
+        StartError: they are wanted, and OpenTelemetry is not installed.
+    """
+    if settings.otlp_traces_endpoint is None:
+        return NO_TRACER
+    try:
+        from server.startup.otel import OtelTracer
+    except ImportError as error:
+        message = f"otlp_traces_endpoint needs OpenTelemetry: pip install 'dijiang[otel]' ({error})"
+        raise StartError(message) from error
+    return OtelTracer.exporting(settings.otlp_traces_endpoint, version=version("dijiang"))
 
 
 def _bytes_per_key(settings: Settings) -> int:

@@ -228,6 +228,9 @@ class Settings(BaseSettings):
     """A stream that sends nothing gets a comment after that many seconds, so that proxies keep it open."""
     idle_connection_s: float = _in("Operation", 120.0, gt=0)
     """A connection without a request is closed after that many seconds; keep it above what proxies before it keep."""
+    otlp_traces_endpoint: str | None = _in("Operation", None, pattern=r"^https?://.+")
+    """Send OpenTelemetry traces of requests to this address of a collector, as OTLP over HTTP, such as
+    http://localhost:4318/v1/traces; needs the extra `otel`. Default: none are made."""
     log_level: Literal["debug", "info", "warning", "error"] = _in("Operation", "info")
     """Least important messages to log."""
     log_format: Literal["console", "json"] = _in("Operation", "console")
