@@ -202,6 +202,9 @@ def _stats_metrics(stats: EngineStats) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "dijiang_preemptions", "Running requests that had to wait again for another key's.", value=stats.num_preemptions
     )
+    yield GaugeMetricFamily(
+        "dijiang_preempted_states_bytes", "Memory of the states of those that wait now.", value=stats.preempted_bytes
+    )
     yield GaugeMetricFamily("dijiang_engine_longest_step_seconds", "The longest step.", value=stats.longest_step_s)
     yield CounterMetricFamily("dijiang_engine_steps", "Steps of the engine.", value=stats.num_steps)
     yield CounterMetricFamily("dijiang_engine_step_seconds", "Time in steps.", value=stats.step_time_s)

@@ -57,6 +57,7 @@ class Scheduler:
         reserved_waiting: int = 0,
         step_times: StepTimes | None = None,
         can_preempt: bool = True,
+        max_parked: int | None = None,
     ) -> None:
         """
         Args:
@@ -71,7 +72,7 @@ class Scheduler:
                 seen: 1 where the runner completes a step after the one before it was committed, else 0.
             on_admission: called with a sequence that gets its slot, before its first tokens are scheduled; it may let
                 the sequence begin behind a prefix whose state is known (`Sequence.skip`).
-            reserved_waiting, can_preempt: see `Admission`.
+            reserved_waiting, can_preempt, max_parked: see `Admission`.
             step_times: limits the prompt tokens of steps in which answers run; None: they take what is left.
 
         Raises:
@@ -84,6 +85,7 @@ class Scheduler:
             max_waiting=max_waiting,
             reserved_waiting=reserved_waiting,
             can_preempt=can_preempt,
+            max_parked=max_parked,
             on_admission=self._begin,
         )
         self._running, self._waiting = self._admission.running, self._admission.waiting
@@ -126,6 +128,11 @@ class Scheduler:
     def num_preemptions(self) -> int:
         """Running sequences that had to wait again."""
         return self._admission.num_preemptions
+
+    @property
+    def num_parked(self) -> int:
+        """Those of them whose state is kept meanwhile."""
+        return self._admission.num_parked
 
     @property
     def has_unfinished(self) -> bool:

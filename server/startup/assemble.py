@@ -123,6 +123,9 @@ def engine_config(settings: Settings, model: Path, device: Device, store: StateS
         "num_threads": default_threads() if settings.threads == "auto" else settings.threads,
         "state_memory_bytes": state_bytes,
         "max_num_slots": settings.max_conversations,
+        "preemption_bytes": (
+            state_bytes // 4 if settings.preemption_memory == "auto" else int(settings.preemption_memory)
+        ),
         "max_step_tokens": auto_step if step_tokens == "auto" else step_tokens,
         "max_waiting": settings.max_queue,
         "reserved_waiting": _reserved_places(settings),

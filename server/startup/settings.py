@@ -111,6 +111,9 @@ class Settings(BaseSettings):
     """Most requests of one key that wait; further ones are refused with 429. 0: no limit."""
     max_queue_tokens_per_key: int = _in("Fair shares", 0, ge=0)
     """Most prompt tokens of one key that wait; further requests are refused with 429. 0: no limit."""
+    preemption_memory: ByteSize | Auto = _in("Fair shares", "auto")
+    """Memory for the states of running conversations that wait because another key is due; while it is used up, no
+    key's slot is taken for another. 0: never. auto: a quarter of state_memory."""
     priority_across_keys: bool = _in("Fair shares", False)
     """Let the priority of a request count against the requests of other keys too, not only among those of its own."""
 
