@@ -9,6 +9,7 @@ COMMANDS = {
     "prefill": "The reading of prompts beside HF transformers, one by one and in ragged batches.",
     "neighbour": "What one client notices of another that does its worst.",
     "serve": "The service over a real socket: throughput and latencies by the number of clients.",
+    "soak": "Mixed load and kills: nothing may be lost, wrong, or left over at the end.",
     "train": "Training steps of both stages: tokens per second and peak memory.",
 }
 

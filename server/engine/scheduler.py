@@ -283,15 +283,15 @@ class Scheduler:
         for follower in moves.followers:  # in this very step, while its leader is where it is
             chunks += budget.feed(follower, 1)
         reading = [one for one in reading if one not in moves.followers]
-        budget.num_tokens = min(budget.num_tokens, self._prompt_tokens(num_known, num_rows))
+        budget.num_tokens = min(budget.num_tokens, self._prompt_tokens(num_known, num_rows, len(reading)))
         for sequence, most in self._prompts.split(reading, budget.num_tokens):
             chunks += budget.feed(sequence, most)
         return chunks
 
-    def _prompt_tokens(self, num_decoding: int, num_rows: int) -> int:
-        """Most prompt tokens of a step in which so many sequences decode, in so many rows."""
+    def _prompt_tokens(self, num_decoding: int, num_rows: int, num_prompts: int = 1) -> int:
+        """Most prompt tokens of a step in which so many sequences decode, in so many rows, and prompts are read."""
         left = self._max_step_tokens - num_rows
-        limit = None if self._step_times is None else self._step_times.prompt_tokens(num_decoding)
+        limit = None if self._step_times is None else self._step_times.prompt_tokens(num_decoding, num_prompts)
         return left if limit is None else min(left, limit)
 
     def _commit_chunk(self, chunk: Chunk, token_ids: Items[int], faults: Items[bool]) -> TokenEvent:

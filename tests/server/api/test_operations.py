@@ -121,7 +121,7 @@ def test_openmetrics_have_exemplars_that_name_the_request(server: Loopback) -> N
     families = {family.name: family for family in openmetrics_families(answer.text)}
     for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "tenant_time_to_first_token"):
         exemplars = [sample.exemplar for sample in families[f"dijiang_{name}_seconds"].samples if sample.exemplar]
-        assert [exemplar.labels for exemplar in exemplars] == [{"request_id": "r-7"}], name
+        assert {"request_id": "r-7"} in [exemplar.labels for exemplar in exemplars], name
     assert server.http.get("/metrics").headers["content-type"].startswith("text/plain")
 
 

@@ -280,3 +280,5 @@ def test_a_scheduler_cuts_prompts_by_the_time_that_it_is_told() -> None:
     assert plan(subject)["long"] == 100
     subject.abort("answers")
     assert plan(subject)["long"] == 400
+    subject.add(of(C, "short", *range(10)))
+    assert plan(subject) == {"long": 90, "short": 10}, "two prompts: whoever is short need not wait for a whole step"
