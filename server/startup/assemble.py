@@ -139,7 +139,7 @@ def _weights_dtype(wanted: str, model: Path, device: Device) -> str:
     Raises:
         HardwareError: they are asked for in other numbers.
     """
-    stored = _stored_rounded(model)
+    stored = _stored_quantized(model)
     if stored is None:
         auto = "bfloat16" if device.is_cuda else "float32"
         return auto if wanted == "auto" else wanted
@@ -148,7 +148,7 @@ def _weights_dtype(wanted: str, model: Path, device: Device) -> str:
     return stored
 
 
-def _stored_rounded(model: Path) -> str | None:
+def _stored_quantized(model: Path) -> str | None:
     """`int8` or `int4` where the model's config says so; what is wrong with a config, the engine tells."""
     try:
         section = json.loads((model / "config.json").read_bytes())["dijiang"]["quantization"]
