@@ -91,7 +91,7 @@ def _wrap(seed: int) -> int:
 
 
 def within_limit(max_tokens: int | None, options: ServiceOptions) -> int | None:
-    """Most tokens of an answer: those wanted, else the default, within the operator's limit; None: any number."""
+    """Most tokens of an answer: those wanted, else the default, no more than the operator allows; None: any number."""
     wanted = given(max_tokens, options.default_answer_tokens or None)
     limits = [limit for limit in (wanted, options.max_answer_tokens or None) if limit is not None]
     return min(limits, default=None)
