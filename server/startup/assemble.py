@@ -235,7 +235,7 @@ def recipe_of(model: Path) -> str:
 def find_model(settings: Settings, console: Console) -> tuple[Path, str]:
     """The model's folder and its name."""
     if settings.model is None:
-        return _default_model(settings.cache_dir, console)
+        return _default_model(settings.cache_dir, console, is_quantized=settings.dtype in ("auto", "int8"))
     folder = settings.model.expanduser().resolve()
     if not (folder / "config.json").is_file():
         raise StartError(f"{settings.model} is not the folder of a model: {_why_no_model(folder)}")
@@ -254,8 +254,8 @@ def _why_no_model(path: Path) -> str:
     return "it has no config.json" if path.is_dir() else "it does not exist, and nothing is downloaded"
 
 
-def _default_model(home: Path | None, console: Console) -> tuple[Path, str]:
-    folder = default_folder.default_folder(home)
+def _default_model(home: Path | None, console: Console, *, is_quantized: bool) -> tuple[Path, str]:
+    folder = default_folder.default_folder(home, is_quantized=is_quantized)
     if default_folder.is_noted(folder):
         return folder, default_folder.MODEL_NAME
     # Imported here: it brings torch, which this process does not need otherwise.
@@ -268,6 +268,7 @@ def _default_model(home: Path | None, console: Console) -> tuple[Path, str]:
             task = progress.add_task("Converting the default model, once", total=None, visible=False)
             path = ensure_default_model(
                 home,
+                is_quantized=is_quantized,
                 on_progress=lambda done, total: progress.update(task, completed=done, total=total, visible=True),
             )
     except ModelError as error:
