@@ -5,6 +5,7 @@ import typer
 from server.cli import add_command
 
 COMMANDS = {
+    "answers": "What a client gets that sends a question and nothing of sampling.",
     "decode": "Decode steps beside HF transformers and llama.cpp, and against the memory they must move.",
     "prefill": "The reading of prompts beside HF transformers, one by one and in ragged batches.",
     "neighbour": "What one client notices of another that does its worst.",

@@ -230,7 +230,7 @@ class Service:
             async with asyncio.timeout(timeout_s):
                 results = await asyncio.gather(*(item.suspend() for item in running), return_exceptions=True)
                 if self.background:
-                    await asyncio.wait(self.background.values())  # which are put off
+                    await asyncio.wait(self.background.values())  # which are suspended
         except TimeoutError:
             _log.error("the states of what still ran could not all be saved within %g s", timeout_s)
             return

@@ -132,7 +132,7 @@ async def _serve(start: _Start, console: Console) -> None:
         service, tokenizer = await asyncio.to_thread(start.make_service)
         stack.push_async_callback(service.close)
         server = start.make_server(service)
-        taking_up = asyncio.create_task(_take_up(service))
+        claiming = asyncio.create_task(_claim(service))
         rereading = asyncio.create_task(_reread(start.settings, service, server.config))
         if service.states is not None:
             await service.states.start(service.end_background)
@@ -144,19 +144,19 @@ async def _serve(start: _Start, console: Console) -> None:
             await server.serve(sockets=[start.listener])
         finally:
             waiting.cancel()
-            taking_up.cancel()
+            claiming.cancel()
             rereading.cancel()
-            await asyncio.gather(waiting, taking_up, rereading, return_exceptions=True)
+            await asyncio.gather(waiting, claiming, rereading, return_exceptions=True)
             failure = engine.failure
             await engine.close()  # before the service, which keeps what the engine still writes
     if failure is not None:
         raise StartError(f"the engine cannot run: {failure}")
 
 
-async def _take_up(service: Service) -> None:
-    from server.responses.background import take_up_forever  # by now the application was imported
+async def _claim(service: Service) -> None:
+    from server.responses.background import claim_forever  # by now the application was imported
 
-    await take_up_forever(service)
+    await claim_forever(service)
 
 
 async def _reread(settings: Settings, service: Service, config: uvicorn.Config) -> None:

@@ -218,7 +218,7 @@ class EngineConfig:
         target_gap_ms: on a CPU: how long a step that reads prompts may keep running answers waiting; 0: any time.
         max_drafts: most guesses of next tokens that a step verifies for one sequence; 0: none; None: as many as are
             good where guesses can be verified.
-        decode_graphs: whether a CUDA device replays recorded decode steps.
+        decode_graphs: whether a CUDA device replays captured decode steps.
         states_folder: of state files, shared with the service; None: there are none.
         prefix_cache_host_bytes / prefix_cache_device_bytes: budgets of the prefix cache's tiers; both 0: no cache.
         prefix_cache_disk_bytes / prefix_cache_folder: of its tier on the disk, in a folder of this engine alone.
