@@ -20,5 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+ROOMS = {"neighbour": "resilience.", "soak": "resilience."}
+"""Of commands that do not lie in `benchmarks` itself."""
 for _name, _purpose in COMMANDS.items():
-    add_command(app, f"dijiang bench {_name}", f"benchmarks.{_name}.{_name}_command", _purpose)
+    add_command(app, f"dijiang bench {_name}", f"benchmarks.{ROOMS.get(_name, '')}{_name}.{_name}_command", _purpose)

@@ -5,8 +5,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.soak import Footprint, SoakReport, compare, run_soak
-from benchmarks.soak_load import Load
+from benchmarks.resilience.soak import Footprint, SoakReport, compare, run_soak
+from benchmarks.resilience.soak_load import Load
 from tests.tiny_models import write_tiny_model
 
 

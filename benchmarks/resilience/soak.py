@@ -2,8 +2,8 @@
 
     dijiang bench soak --minutes 30
 
-A server of our own with a states folder; clients at random (`benchmarks.soak_load`); every `--kill-every` seconds the
-engine is killed, and in the middle the whole server, which is started again on the same folder. At the end all saved
+A server of our own with a states folder; clients at random (`soak_load`); every `--kill-every` seconds the engine is
+killed, and in the middle the whole server, which is started again on the same folder. At the end all saved
 states go on with the tokens that they must have, all responses have reached a final status, all slots are free, and
 memory and descriptors are set beside those of a fresh server that has done a little of everything.
 """
@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.own_server import END_TIMEOUT_S, ServerStartError, wait_until_ready
-from benchmarks.soak_load import BACK_WITHIN_S, REPORTED, Load
+from benchmarks.resilience.soak_load import BACK_WITHIN_S, REPORTED, Load
 from dijiang_model.conversion.default_model import ensure_default_model
 
 FINAL = frozenset({"completed", "incomplete", "failed", "cancelled"})
