@@ -1,5 +1,6 @@
 """What the pages' words stand for when their commands are run; and which are not run, each with its reason."""
 
+import re
 from collections.abc import Mapping
 
 PREPARED: Mapping[str, Mapping[str, str]] = {
@@ -48,3 +49,13 @@ SKIPPED: Mapping[str, str] = {
     r"(export DIJIANG_STATE_STORE=|dijiang serve /models/chat).*": "needs a PostgreSQL; tests/server/states starts one",
 }
 """By the whole command, without its comment."""
+
+
+def reason_to_skip(command: str) -> str | None:
+    """None: it is run."""
+    return next((reason for pattern, reason in SKIPPED.items() if re.fullmatch(pattern, bare(command))), None)
+
+
+def bare(command: str) -> str:
+    """Without its comment, and with single spaces."""
+    return " ".join(command.partition(" #")[0].split())

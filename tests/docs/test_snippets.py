@@ -17,9 +17,9 @@ import yaml
 
 from server.startup.keys import read_keys_file
 from tests.dijiang_model.teachers import llama_teacher, save_teacher
-from tests.docs.blocks import PARSED, RUN, SHOWN, Block, blocks
+from tests.docs.blocks import PARSED, Block, blocks
 from tests.docs.shell import Shell
-from tests.docs.tables import ADDRESS, KEY_DIGEST, PREPARED, SKIPPED
+from tests.docs.tables import ADDRESS, KEY_DIGEST, PREPARED, reason_to_skip
 from tests.e2e.serving import Server, serving
 from tests.tiny_models import write_tiny_model
 
@@ -50,11 +50,6 @@ def server(things: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     options = ("--served-model-name", MODEL_NAME, "--default-answer-tokens", "1024", "--states-folder", str(states))
     with serving(things["model"], *options) as running:
         yield running
-
-
-def reason_to_skip(command: str) -> str | None:
-    bare = " ".join(command.partition(" #")[0].split())
-    return next((reason for pattern, reason in SKIPPED.items() if re.fullmatch(pattern, bare)), None)
 
 
 @pytest.mark.slow
@@ -127,17 +122,3 @@ def parse(block: Block, folder: Path) -> None:
 
 def digest(number: int) -> str:
     return hashlib.sha256(str(number).encode()).hexdigest()
-
-
-def test_every_block_says_what_it_is() -> None:
-    assert [str(block) for block in BLOCKS if block.language not in (*RUN, *PARSED, *SHOWN)] == []
-
-
-def test_every_command_that_is_skipped_is_there() -> None:
-    commands = [command for block in BLOCKS if block.language == "bash" for command in block.commands]
-    skipped = {reason_to_skip(command) for command in commands} - {None}
-    bare = [" ".join(command.partition(" #")[0].split()) for command in commands]
-    unused = [pattern for pattern in SKIPPED if not any(re.fullmatch(pattern, command) for command in bare)]
-    assert unused == []
-    assert skipped == set(SKIPPED.values())
-    assert PREPARED.keys() <= PAGES.keys()
