@@ -7,6 +7,7 @@ from dijiang_model.batch import PackedBatch
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.layout import Rotary, StepLayout
+from dijiang_model.ops.residual import Residual
 from dijiang_model.ops.training.attention import NO_STATE
 
 
@@ -23,7 +24,7 @@ def run_segments(model: DiJiangForCausalLM, token_ids: Tensor, op: AttentionOp, 
     num, length = token_ids.shape
     positions = torch.arange(length, device=token_ids.device).repeat(num)
     layout = segments_layout(model, num, length, offset=offset)
-    x = model.embed(token_ids.flatten(), positions)
+    x = Residual(model.embed(token_ids.flatten(), positions))
     for block in model.blocks:
         x = block(x, op=op, layout=layout, state=NO_STATE)
     return model.finish(x)
