@@ -67,6 +67,7 @@ def serve(
     tokenizer: Tokenizer | None,
     *,
     drain_timeout_s: float | None = None,
+    drain_delay_s: float = 0.0,
     limits: ConnectionLimits = LIMITS,
 ) -> Iterator[Loopback]:
     """Runs the application on an ephemeral port until the context is left; with a timeout: as `dijiang serve` does."""
@@ -82,7 +83,7 @@ def serve(
     )
     server = uvicorn.Server(config)
     if drain_timeout_s is not None:
-        server = DrainingServer(config, service, engine, drain_timeout_s=drain_timeout_s)
+        server = DrainingServer(config, service, engine, drain_timeout_s=drain_timeout_s, drain_delay_s=drain_delay_s)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     until(lambda: server.started)
