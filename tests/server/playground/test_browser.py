@@ -149,7 +149,7 @@ def test_tokens_are_rated_and_another_one_can_be_taken(tmp_path: Path) -> None:
         for _ in range(3):
             page.keyboard.press("ArrowRight")
         assert page.get_attribute("#tokens", "aria-activedescendant") == "token-3"
-        page.keyboard.press("Enter")  # goes on with the likeliest other
+        page.keyboard.press("Enter")  # goes on with the most likely other
         expect(page.locator("#complete")).to_be_enabled()
         assert page.input_value("#prompt").startswith("abc")
         assert len(page.input_value("#prompt")) >= 4
