@@ -18,7 +18,7 @@ MAX_MODULES_OF = {"server/engine": 14}
 
 LAYERS: Mapping[str, tuple[Set[str], ...]] = {
     "dijiang_model": (
-        {"conversion"},
+        {"conversion", "hf"},
         {"segments", "serving", "tensor_parallel"},
         {"checkpoints", "reference"},
         {"families"},
@@ -42,7 +42,7 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
         {"metrics", "protocol", "selfcheck", "tools"},
         {"engine_client", "grammar_check", "states"},
         {"engine", "rate_limits"},
-        {"cli", "errors", "event_log", "hardware", "keys", "playground"},
+        {"cli", "errors", "event_log", "hardware", "keys", "playground", "tracing"},
     ),
     "server.engine": (
         {"process"},

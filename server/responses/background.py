@@ -8,6 +8,7 @@ from server.errors import ServiceError, UnavailableError
 from server.generation.sessions import check_fingerprint
 from server.generation.streaming import charged_tokens
 from server.http.errors import on_wire
+from server.keys import EVERYBODY
 from server.protocol.bodies import parse_body
 from server.protocol.responses import ResponseRequest
 from server.responses.plan import plan_resumed
@@ -34,7 +35,7 @@ async def claim_forever(service: Service) -> None:
     """Goes on with responses that were suspended, here or at another replica, for as long as work is taken."""
     while True:
         try:
-            while service.status == "ok" and await _claim_some(service) == MAX_AT_ONCE:
+            while service.status == "ok" and not service.leaving and await _claim_some(service) == MAX_AT_ONCE:
                 pass
         except UnavailableError:
             pass  # said already; the next time comes
@@ -91,6 +92,8 @@ async def _made(service: Service, run: ResponseRun) -> None:
         await run.in_background()
     finally:
         service.rate_limits.charge(run.owner, charged_tokens(run.generation.usage))
+        key = {} if run.owner == EVERYBODY else {"key": service.labels.of(run.owner)}
+        logger.info("background response", id=run.id, **key, **run.generation.log_facts)
 
 
 def _forget(service: Service, run: ResponseRun) -> None:
