@@ -33,7 +33,7 @@ def segments_layout(model: DiJiangForCausalLM, num: int, length: int, *, offset:
     """The layout of `num` segments of `length` tokens, each from position 0.
 
     Args:
-        offset: rotates queries and keys as if the segments began there. Softmax over near tokens and sinks does not
+        offset: rotates queries and keys as if the segments began there. Softmax over exact tokens and sinks does not
             change, as it sees relative positions only; features of the linear part see the rotation itself, and
             have to be trained on all the positions that they shall serve.
     """

@@ -85,7 +85,7 @@ class Attention(ctypes.Structure):
         ("sinks", Integer),
         ("is_softmax", Integer),
         ("has_denominator", Integer),
-        ("near_numbers", Integer),
+        ("exact_numbers", Integer),
         ("linear_numbers", Integer),
         ("state_offset", Integer),
         ("normaliser_offset", Integer),
@@ -248,7 +248,7 @@ def _declare(library: ctypes.CDLL) -> None:
         *(Pointer, Pointer, Integer),  # slots, lengths, sequences
         *(Pointer, Integer),  # storage, bytes of a slot
         *(Pointer, Integer, Pointer),  # wanted rows, how many, logits
-        *(Integer, Integer, Pointer),  # the first held sequence, how many, what is kept of them
+        *(Integer, Integer, Pointer),  # the first uncommitted sequence, how many, what is kept of them
         ctypes.c_int,  # threads
     )
     library.dijiang_advance.argtypes = (
@@ -265,6 +265,6 @@ def _declare(library: ctypes.CDLL) -> None:
         ctypes.c_int,  # threads
     )
     library.dijiang_linear.argtypes = (Pointer, Pointer, Integer, Pointer, ctypes.c_int)
-    library.dijiang_likeliest.argtypes = (Pointer, Integer, Integer, Pointer, ctypes.c_int)
-    library.dijiang_likeliest.restype = None
+    library.dijiang_greedy.argtypes = (Pointer, Integer, Integer, Pointer, ctypes.c_int)
+    library.dijiang_greedy.restype = None
     library.dijiang_draw.argtypes = (Pointer, Integer, Integer, ctypes.POINTER(DrawRules), Pointer, ctypes.c_int)

@@ -17,7 +17,7 @@ from dijiang_model.serving.network import FrozenModel, freeze
 from dijiang_model.state import StateSpec
 from server.engine.engine import Engine
 from server.engine.fairness.step_times import StepTimes
-from server.engine.fast_steps.capture import recorder
+from server.engine.fast_steps.capture import capturer
 from server.engine.fast_steps.decode_rows import Decode
 from server.engine.grammars.grammar import GrammarCompiler
 from server.engine.grammars.queue import GrammarQueue
@@ -54,7 +54,7 @@ class Network:
         advance: moves on slots that a step has held; None: it can hold none.
         decode: prepares steps in which every sequence decodes; None: each is made anew.
         is_quantized: whether its weights are codes.
-        can_record: whether its steps run in this process alone, so that they can be recorded on a CUDA device.
+        can_capture: whether its steps run in this process alone, so that they can be captured on a CUDA device.
         steps, slow_because: for `EngineInfo`.
     """
 
@@ -65,7 +65,7 @@ class Network:
     advance: Advance | None = None
     decode: Decode | None = None
     is_quantized: bool = False
-    can_record: bool = False
+    can_capture: bool = False
     steps: Literal["native", "triton", "torch"] = "torch"
     slow_because: str | None = None
 
@@ -110,10 +110,10 @@ def build_engine(model: FrozenModel, config: EngineConfig, *, started: float | N
         pool,
         model.config,
         model.num_parameters,
-        advance=model.advance if model.can_hold else None,
+        advance=model.advance if model.can_defer else None,
         decode=model.decoding if pool.buffer.storage.device.type == "cpu" else None,
         is_quantized=model.quantization is not None,
-        can_record=True,
+        can_capture=True,
         steps=model.decode_path,
         slow_because=model.slow_because,
     )
@@ -135,7 +135,7 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
     """An engine around a network that is ready to run; see `build_engine`."""
     started = time.monotonic() if started is None else started
     speculation = speculation_of(
-        config.max_drafts, can_hold=network.advance is not None, is_quantized=network.is_quantized
+        config.max_drafts, can_defer=network.advance is not None, is_quantized=network.is_quantized
     )
     pool, device = network.pool, torch.device(config.device)
     num_ahead = 1 if device.type == "cuda" else 0
@@ -158,6 +158,7 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
         speculation=speculation,
         max_unseen=num_ahead,
         reserved_waiting=config.reserved_waiting,
+        max_parked=config.preemption_bytes // pool.spec.bytes_per_slot,
         step_times=StepTimes(config.target_gap_ms / 1000) if num_ahead == 0 and config.target_gap_ms > 0 else None,
         on_admission=lambda sequence: _begin(sequence, snapshots, grammars),
     )
@@ -182,8 +183,8 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
         memory=network.config.memory,
     )
     record = None
-    if network.can_record and config.decode_graphs:
-        record = recorder(network.run, pool=pool, vocab_size=vocab_size, device=device)
+    if network.can_capture and config.decode_graphs:
+        record = capturer(network.run, pool=pool, vocab_size=vocab_size, device=device)
     runner = ModelRunner(
         network.run,
         pool=pool,

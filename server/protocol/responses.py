@@ -224,7 +224,7 @@ class ResponseRequest(SamplingFields):
             raise InvalidRequestError("`background` needs `store`: the answer is read later", param="background")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("`stream_options` is only allowed with `stream: true`", param="stream_options")
-        _check_echo("tools", self.told_tools)
+        _check_echo("tools", self.echoed_tools)
         _check_echo("text.format", None if self.text is None else self.text.format)
         if self.previous_response_id is None:
             self._check_calls()
@@ -248,7 +248,7 @@ class ResponseRequest(SamplingFields):
         return own + chat_messages(self.input)
 
     @property
-    def told_tools(self) -> list[dict[str, Any]]:
+    def echoed_tools(self) -> list[dict[str, Any]]:
         """The tools as a response repeats them."""
         names = ("type", "name", "description", "parameters")
         return [

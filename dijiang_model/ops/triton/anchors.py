@@ -33,7 +33,7 @@ def decode_anchors(
     assert anchors is not None
     scores, states = state.token_scores, _states(state)
     assert scores is not None
-    blocks = DecodeBlocks.of(head_size=head_size, num_features=kernel.num_features, is_coded=True)
+    blocks = DecodeBlocks.of(head_size=head_size, num_features=kernel.num_features, is_int8=True)
     rank, groups = config.features.far_rank, kernel.num_kv_heads
     anchored_decode_kernel[(num_rows, groups)](
         q,
@@ -78,7 +78,7 @@ def decode_anchors(
         BLOCK_D=triton.next_power_of_2(head_size),
         BLOCK_K=blocks.features,
         BLOCK_V=blocks.values,
-        BLOCK_J=blocks.near,
+        BLOCK_J=blocks.exact,
         BLOCK_R=triton.next_power_of_2(anchors.num_scores),
         num_warps=blocks.warps,
         **OPTIONS,

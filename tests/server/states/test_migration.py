@@ -104,7 +104,7 @@ async def test_what_an_earlier_version_has_kept_is_there(name: str, request: pyt
         assert path.read_bytes() == b"one"
     ended = await store.get_response("bob", "r1")
     assert (ended.has_ended, ended.snapshot is not None) == (True, True)
-    assert [response.id for response in await store.take_up_responses(9, fingerprint="dj")] == ["r2"]
+    assert [response.id for response in await store.claim_responses(9, fingerprint="dj")] == ["r2"]
     await make(store, name="new")
     await store.delete("ann", "state_1")
     await store.delete_response("bob", "r1")

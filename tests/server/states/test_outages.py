@@ -143,7 +143,7 @@ async def test_a_server_that_hangs_is_away_within_its_time_and_comes_back(
         with pytest.raises(StoreUnavailableError):
             await store.heartbeat()
     finally:
-        kind.postgres.go_on()
+        kind.postgres.resume()
     assert [record.levelname for record in caplog.records if "does not answer" in record.message] == ["ERROR"]
     while not store.totals.is_up:
         with contextlib.suppress(StoreUnavailableError):

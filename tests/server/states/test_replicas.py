@@ -165,7 +165,7 @@ async def test_room_that_another_replica_is_using_counts(kind: SharedKind) -> No
     await second.close()
 
 
-async def test_expired_states_go_at_the_next_beat_of_anybody(kind: SharedKind) -> None:
+async def test_expired_states_go_at_the_next_heartbeat_of_anybody(kind: SharedKind) -> None:
     clock = Clock()
     first, second = kind.open(clock=clock), kind.open(clock=clock)
     state = await make(first, ttl_s=60)
@@ -201,7 +201,7 @@ async def test_a_response_cancelled_or_deleted_elsewhere_is_made_no_more(
     first: IndexedStore, second: IndexedStore, kind: SharedKind
 ) -> None:
     gone: asyncio.Queue[str] = asyncio.Queue()
-    maker = kind.open(beat_s=0.01)
+    maker = kind.open(heartbeat_s=0.01)
     await maker.start(gone.put_nowait)
     made = [await put_response(maker, f"resp_{number}", "in_progress") for number in range(3)]
     assert (await first.cancel_response("ann", "resp_0")).body["status"] == "cancelled"
@@ -217,7 +217,7 @@ async def test_a_response_cancelled_or_deleted_elsewhere_is_made_no_more(
     await maker.close()
 
 
-async def test_beats_take_nothing_for_lost_that_has_just_begun(kind: SharedKind, first: IndexedStore) -> None:
+async def test_heartbeats_take_nothing_for_lost_that_has_just_begun(kind: SharedKind, first: IndexedStore) -> None:
     async def work(number: int) -> None:
         state = await make(first)
         response = await put_response(first, f"resp_{number}", "in_progress")
@@ -279,7 +279,7 @@ async def test_a_replica_that_is_silent_for_a_lease_is_buried_by_the_others(kind
     await other.close()
 
 
-async def test_nobody_is_buried_by_one_who_has_just_come_back(kind: SharedKind) -> None:
+async def test_nobody_is_reaped_by_one_who_has_just_come_back(kind: SharedKind) -> None:
     clock = Clock()
     silent, back = kind.open(clock=clock), kind.open(clock=clock)
     await put_response(silent, "resp_1", "in_progress")

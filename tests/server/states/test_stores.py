@@ -271,7 +271,7 @@ async def test_responses_that_are_being_made_or_wait_are_not_evicted(kind: Kind)
     store = kind.open(max_bytes=budget(6), clock=clock)
     await put_response(store, "made", "in_progress")
     waiting = await put_response(store, "waits", "in_progress")
-    await store.put_response(waiting.put_off())
+    await store.put_response(waiting.suspended())
     await put_response(store, "old", "completed")
     for _ in range(6):
         clock.now += 1
@@ -377,21 +377,21 @@ async def test_a_response_in_progress_when_its_server_stops_has_failed(kind: Kin
     await second.close()
 
 
-async def test_a_response_that_was_put_off_is_taken_up_once(kind: Kind) -> None:
+async def test_a_suspended_response_is_claimed_once(kind: Kind) -> None:
     store = kind.open()
     for number in range(3):
         response = await put_response(store, f"r{number}", "in_progress")
         if number == 0:
-            assert await store.take_up_responses(2, fingerprint="dj") == []
-        await store.put_response(response.put_off())
+            assert await store.claim_responses(2, fingerprint="dj") == []
+        await store.put_response(response.suspended())
         await store.end_response(f"r{number}")
     assert (await store.get_response("ann", "r0")).body["status"] == "queued"
     await store.close()
     store = kind.open()  # as after a restart
-    taken = [*await store.take_up_responses(2, fingerprint="dj"), *await store.take_up_responses(2, fingerprint="dj")]
+    taken = [*await store.claim_responses(2, fingerprint="dj"), *await store.claim_responses(2, fingerprint="dj")]
     assert sorted(response.id for response in taken) == ["r0", "r1", "r2"]
     assert {response.body["status"] for response in taken} == {"in_progress"}
-    assert await store.take_up_responses(2, fingerprint="dj") == []
+    assert await store.claim_responses(2, fingerprint="dj") == []
     await kind.settle(store)
     assert (await store.get_response("ann", "r1")).body["status"] == "in_progress"
     await store.put_response(replace(taken[0], body={**taken[0].body, "status": "completed"}))
@@ -408,7 +408,7 @@ async def test_a_response_whose_server_is_gone_waits_for_another_one_and_not_for
         die(store)
         store = kind.open()
         assert (await store.get_response("ann", "resp_1")).body["status"] == "queued"
-        (taken,) = await store.take_up_responses(9, fingerprint="dj")
+        (taken,) = await store.claim_responses(9, fingerprint="dj")
         assert (taken.id, taken.body["status"], taken.body[REPLAY_KEY]) == ("resp_1", "in_progress", {"source": "{}"})
     die(store)
     store = kind.open()
@@ -419,10 +419,10 @@ async def test_a_response_whose_server_is_gone_waits_for_another_one_and_not_for
 async def test_a_response_waits_for_a_server_of_its_model(kind: Kind, store: StateStore) -> None:
     response = replace(await put_response(store, "resp_1", "in_progress"), fingerprint="dj-one")
     await store.put_response(response)
-    await store.put_response(response.put_off())
-    assert await store.take_up_responses(9, fingerprint="dj-two") == []
+    await store.put_response(response.suspended())
+    assert await store.claim_responses(9, fingerprint="dj-two") == []
     assert (await store.get_response("ann", "resp_1")).body["status"] == "queued"
-    (taken,) = await store.take_up_responses(9, fingerprint="dj-one")
+    (taken,) = await store.claim_responses(9, fingerprint="dj-one")
     assert taken.fingerprint == "dj-one"
 
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from dijiang_model.ops.triton.kernels.decode import joined, load_tile
-from dijiang_model.ops.triton.kernels.parts import INDICES, features, narrowed, row_factors, stored, turned
+from dijiang_model.ops.triton.kernels.parts import INDICES, features, rounded_as, row_factors, stored, turned
 
 
 @triton.jit
@@ -192,8 +192,8 @@ def anchored_decode_kernel(
         known_column = SINKS + known % window
         tl.store(scores + known_column, shared, mask=(live > 0) & (known >= SINKS) & (known > leaving))
     new_place = position.to(tl.int32)
-    tl.store(keys + own * D + c, narrowed(k_new, near_keys, k_factor).to(tl.int8), mask=c < width)
-    tl.store(values + own * D + c, narrowed(v_new, near_values, v_factor).to(tl.int8), mask=c < width)
+    tl.store(keys + own * D + c, rounded_as(k_new, near_keys, k_factor).to(tl.int8), mask=c < width)
+    tl.store(values + own * D + c, rounded_as(v_new, near_values, v_factor).to(tl.int8), mask=c < width)
     tl.store(key_scales + own, k_scale, mask=live > 0)
     tl.store(value_scales + own, v_scale, mask=live > 0)
     tl.store(places + own, new_place, mask=live > 0)
@@ -213,7 +213,7 @@ def anchored_decode_kernel(
     tile_rows = state + slot * state_slot + (g * K + f) * D
     left = tl.minimum(tl.maximum(position + 1 - SINKS - window, 0), limit)
     used = (SINKS + window + left) * live
-    HALF_FAR: tl.constexpr = HALF if ROTATED else 0
+    HALF_LINEAR: tl.constexpr = HALF if ROTATED else 0
     for v0 in range(0, D, BLOCK_V):  # one turn, unless the tile is too large for the registers
         col = v0 + tl.arange(0, BLOCK_V)
         v_in = tl.load(own_entering + D + col, mask=col < entering_width, other=0.0)
@@ -222,7 +222,7 @@ def anchored_decode_kernel(
             q_here = q + n * q_row + (g * R + r) * q_head
             phi = features(
                 q_here, cos_here, sin_here, far_up + (g * R + r) * D * RANK, low + n * RANK, q, q, basis, nodes + g * K,
-                log_weights + g * K, scale, D, D, K, HALF_FAR, False, RANK, BLOCK_RANK, EXP, BLOCK_C, BLOCK_K,
+                log_weights + g * K, scale, D, D, K, HALF_LINEAR, False, RANK, BLOCK_RANK, EXP, BLOCK_C, BLOCK_K,
             )  # fmt: skip
             sums, total, mixed = places_part(
                 q_here, keys, values, key_scales, value_scales, cos_here, sin_here, cos_sink + n * HALF,

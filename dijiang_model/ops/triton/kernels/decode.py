@@ -7,17 +7,17 @@ its query heads while it is in registers.
 import triton
 import triton.language as tl
 
-from dijiang_model.ops.triton.kernels.parts import INDICES, features, narrowed, row_factors, scale_at, stored, turned
+from dijiang_model.ops.triton.kernels.parts import INDICES, features, rounded_as, row_factors, scale_at, stored, turned
 
 
 @triton.jit
-def near_part(
+def exact_part(
     q, k_new, v, v_factor, v_scale, keys, values, key_scales, value_scales, cos, sin, cos_sink, sin_sink, mix_weight,
-    position, num_near, v0,
+    position, num_exact, v0,
     D: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Exact softmax of one query over the first `num_near` near rows and the new token, which is not written yet.
+    """Exact softmax of one query over the first `num_exact` exact rows and the new token, which is not written yet.
 
     `v_factor` and `v_scale` are the `row_factors` of the new value.
 
@@ -40,14 +40,14 @@ def near_part(
     in_v = col < D
     largest = tl.sum(tl.where(position < SINKS, sink_query, query) * k_new)
     total = largest * 0 + 1.0
-    sums = narrowed(tl.load(v + col, mask=in_v, other=0.0).to(tl.float32), values, v_factor) * v_scale
+    sums = rounded_as(tl.load(v + col, mask=in_v, other=0.0).to(tl.float32), values, v_factor) * v_scale
     ring = position % WINDOW
     for start in range(0, SINKS + WINDOW, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         # A ring row holds the last position of its residue; the new token's own row still holds the one before.
         held = position - (ring - (j - SINKS) + WINDOW) % WINDOW
         in_ring = (j >= SINKS) & (held >= SINKS) & (held < position)
-        seen = (j < num_near) & (((j < SINKS) & (j < position)) | in_ring)
+        seen = (j < num_exact) & (((j < SINKS) & (j < position)) | in_ring)
         key = tl.load(keys + j[:, None] * D + c[None, :], mask=seen[:, None] & in_d[None, :], other=0.0).to(tl.float32)
         scores = tl.sum(tl.where(j[:, None] < SINKS, sink_query[None, :], query[None, :]) * key, 1)
         scores *= scale_at(key_scales + j, seen, keys)
@@ -79,14 +79,14 @@ def joined(
     K: tl.constexpr, WINDOW: tl.constexpr, DENOMINATOR: tl.constexpr,
 ):  # fmt: skip
     """The read-out of one head: [BLOCK_V], normalised together with the window, or raw sums without a denominator."""
-    far = tl.sum(phi[:, None] * tile, 0)
+    linear = tl.sum(phi[:, None] * tile, 0)
     if not DENOMINATOR:
-        return far
-    far_total = tl.sum(phi * z, 0)
+        return linear
+    linear_total = tl.sum(phi * z, 0)
     if WINDOW == 0:
-        return far / far_total
+        return linear / linear_total
     mix = K * tl.exp(tl.load(mix_bias) + mixed)
-    return (sums + mix * far) / (total + mix * far_total)
+    return (sums + mix * linear) / (total + mix * linear_total)
 
 
 @triton.jit
@@ -111,10 +111,10 @@ def entering(
     `leaving_width` is D, or 0 where none leaves.
     """
     if WINDOW == 0:
-        HALF_FAR: tl.constexpr = HALF if ROTATED else 0
+        HALF_LINEAR: tl.constexpr = HALF if ROTATED else 0
         phi = features(
             k, cos, sin, k, k, k, k, basis, nodes, log_weights, scale, D,
-            D, K, HALF_FAR, False, 0, 1, EXP, BLOCK_C, BLOCK_K,
+            D, K, HALF_LINEAR, False, 0, 1, EXP, BLOCK_C, BLOCK_K,
         )  # fmt: skip
         return phi * write
     HALF_BACK: tl.constexpr = 0 if ROTATED else HALF
@@ -128,7 +128,7 @@ def entering(
 @triton.jit
 def answer_heads(
     q, low, out, cos, sin, cos_sink, sin_sink, far_up, mix_bias, mix_weight, basis, nodes, log_weights, scale,
-    tile, z, read, k_new, v, v_factor, v_scale, keys, values, key_scales, value_scales, position, num_near, v0, q_head,
+    tile, z, read, k_new, v, v_factor, v_scale, keys, values, key_scales, value_scales, position, num_exact, v0, q_head,
     R: tl.constexpr, D: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, RANK: tl.constexpr, EXP: tl.constexpr, DENOMINATOR: tl.constexpr,
     BLOCK_RANK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -138,19 +138,19 @@ def answer_heads(
 
     q, out, far_up, mix_bias and mix_weight point to the group's first head.
     """
-    HALF_FAR: tl.constexpr = HALF if ROTATED else 0
+    HALF_LINEAR: tl.constexpr = HALF if ROTATED else 0
     col = v0 + tl.arange(0, BLOCK_V)
     for r in range(R):
         q_here = q + r * q_head
         phi = features(
             q_here, cos, sin, far_up + r * D * RANK, low, q, q, basis, nodes, log_weights, scale, D,
-            D, K, HALF_FAR, False, RANK, BLOCK_RANK, EXP, BLOCK_C, BLOCK_K,
+            D, K, HALF_LINEAR, False, RANK, BLOCK_RANK, EXP, BLOCK_C, BLOCK_K,
         )  # fmt: skip
         sums, total, mixed = phi, 0.0, 0.0
         if WINDOW > 0:
-            sums, total, mixed = near_part(
+            sums, total, mixed = exact_part(
                 q_here, k_new, v, v_factor, v_scale, keys, values, key_scales, value_scales, cos, sin, cos_sink,
-                sin_sink, mix_weight + r * D, position, num_near, v0,
+                sin_sink, mix_weight + r * D, position, num_exact, v0,
                 D, HALF, ROTATED, WINDOW, SINKS, BLOCK_D, BLOCK_V, BLOCK_J,
             )  # fmt: skip
         answer = joined(phi * read, tile, z, sums, total, mixed, mix_bias + r, K, WINDOW, DENOMINATOR)
@@ -170,9 +170,9 @@ def remember(rows, row, new, at, width, sink_width, position, D: tl.constexpr, S
 
 
 @triton.jit
-def remember_scale(scales, row, scale, near, width, sink_width, position, SINKS: tl.constexpr):
+def remember_scale(scales, row, scale, exact, width, sink_width, position, SINKS: tl.constexpr):
     """The same for the scale of a row in int8."""
-    if near.dtype.element_ty == tl.int8:
+    if exact.dtype.element_ty == tl.int8:
         tl.store(scales + row, scale, mask=width > 0)
         if SINKS > 0:
             tl.store(scales + position, scale, mask=sink_width > 0)
@@ -193,7 +193,7 @@ def decode_kernel(
 
     q [N, H, D], k and v [N, G, D] with any strides of rows and heads; low [N, RANK]; out [N, H, D].
     cos, sin and those of sinks [N, HALF]; late ones [HALF], the angles of WINDOW positions. state [P, G, K, D],
-    normaliser [P, G, K], near rows [P, G, SINKS + WINDOW, D] and, where they are int8, scales [P, G, SINKS + WINDOW],
+    normaliser [P, G, K], exact rows [P, G, SINKS + WINDOW, D] and, where they are int8, scales [P, G, SINKS + WINDOW],
     each slot contiguous, `*_slot` elements from one to the next.
     """
     n, g, num_groups = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -202,7 +202,7 @@ def decode_kernel(
     # A block may not be masked by a scalar in every version of Triton; bounds may depend on one.
     width = tl.where(slot > 0, D, 0)
     in_state = f < tl.where(slot > 0, K, 0)
-    num_near = tl.where(slot > 0, SINKS + WINDOW, 0)
+    num_exact = tl.where(slot > 0, SINKS + WINDOW, 0)
     leaving_width = tl.where(position - WINDOW >= SINKS, width, 0)
     sink_width = tl.where(position < SINKS, width, 0)
     log_step, write, read = factors(
@@ -215,8 +215,8 @@ def decode_kernel(
 
     k_here, v_here = k + n * k_row + g * k_head, v + n * v_row + g * v_head
     cos_here, sin_here = cos + n * HALF, sin + n * HALF
-    near = slot * near_slot + g * (SINKS + WINDOW) * D
-    keys, values = near_keys + near, near_values + near
+    exact = slot * near_slot + g * (SINKS + WINDOW) * D
+    keys, values = near_keys + exact, near_values + exact
     near_scale = slot * scales_slot + g * (SINKS + WINDOW)
     key_scales, value_scales = near_key_scales + near_scale, near_value_scales + near_scale
     ring_row = SINKS + position % WINDOW if WINDOW > 0 else 0
@@ -230,7 +230,7 @@ def decode_kernel(
     if WINDOW > 0:
         k_new = turned(k_here, c, c < D, cos_here, sin_here, k, k, HALF, 0, 1)
         k_factor, k_scale = row_factors(k_new, near_keys, 0)
-        k_kept = narrowed(k_new, near_keys, k_factor)
+        k_kept = rounded_as(k_new, near_keys, k_factor)
         v_factor, v_scale = row_factors(tl.load(v_here + c, mask=c < D, other=0.0).to(tl.float32), near_values, 0)
         v_in_scale = scale_at(value_scales + ring_row, leaving_width > 0, near_values)
     z = phi_in
@@ -250,7 +250,7 @@ def decode_kernel(
             q + n * q_row + g * R * q_head, low + n * RANK, out + (n * num_groups + g) * R * D,
             cos_here, sin_here, cos_sink + n * HALF, sin_sink + n * HALF, far_up + g * R * D * RANK, mix_bias + g * R,
             mix_weight + g * R * D, basis, nodes + g * K, log_weights + g * K, scale, tile, z, read, k_kept * k_scale,
-            v_here, v_factor, v_scale, keys, values, key_scales, value_scales, position, num_near, v0, q_head,
+            v_here, v_factor, v_scale, keys, values, key_scales, value_scales, position, num_exact, v0, q_head,
             R, D, K, HALF, ROTATED, WINDOW, SINKS, RANK, EXP, DENOMINATOR, BLOCK_RANK, BLOCK_C, BLOCK_D, BLOCK_K,
             BLOCK_V, BLOCK_J,
         )  # fmt: skip
@@ -261,7 +261,7 @@ def decode_kernel(
         tile = load_tile(tile_rows, in_state, v0 + BLOCK_V, D, BLOCK_V)  # nothing behind the last turn
         if WINDOW > 0:
             v_new = tl.load(v_here + col, mask=col < D, other=0.0).to(tl.float32)
-            v_kept = narrowed(v_new, near_values, v_factor)
+            v_kept = rounded_as(v_new, near_values, v_factor)
             remember(values, ring_row, v_kept, col, width, sink_width, position, D, SINKS)
     tl.debug_barrier()
     if DENOMINATOR:

@@ -8,8 +8,8 @@ import triton.language as tl
 
 from dijiang_model.ops.triton.kernels.parts import (
     INDICES,
-    narrowed,
     positive,
+    rounded_as,
     row_factors,
     scale_at,
     turned,
@@ -92,13 +92,13 @@ def queries_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=INDICES)
 def keys_kernel(
-    k, v, rotated, coded, key_scales, value_scales, cos, sin, chunk_sequence, chunk_offset, starts, k_row, k_head,
+    k, v, rotated, int8_values, key_scales, value_scales, cos, sin, chunk_sequence, chunk_offset, starts, k_row, k_head,
     v_row, v_head,
     D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (M, G): the rotated keys [T, G, D], in the near rows' dtype.
+    """Grid (M, G): the rotated keys [T, G, D], in the exact rows' dtype.
 
-    Where that is int8 also the values, `coded` [T, G, D], and the scales of both [T, G].
+    Where that is int8 also the values, `int8_values` [T, G, D], and the scales of both [T, G].
     """
     g = tl.program_id(1)
     num_groups = tl.num_programs(1)
@@ -112,10 +112,14 @@ def keys_kernel(
     if rotated.dtype.element_ty == tl.int8:
         token = rows * num_groups + g
         factor, key_scale = row_factors(key, rotated, 1)
-        key = narrowed(key, rotated, factor[:, None])
+        key = rounded_as(key, rotated, factor[:, None])
         value = tl.load(v + rows * v_row + g * v_head + c, mask=mask, other=0.0).to(tl.float32)
-        factor, value_scale = row_factors(value, coded, 1)
-        tl.store(coded + here, narrowed(value, coded, factor[:, None]).to(coded.dtype.element_ty), mask=mask)
+        factor, value_scale = row_factors(value, int8_values, 1)
+        tl.store(
+            int8_values + here,
+            rounded_as(value, int8_values, factor[:, None]).to(int8_values.dtype.element_ty),
+            mask=mask,
+        )
         tl.store(key_scales + token, key_scale[:, None], mask=i < count)
         tl.store(value_scales + token, value_scale[:, None], mask=i < count)
     tl.store(rotated + here, key.to(rotated.dtype.element_ty), mask=mask)
@@ -134,7 +138,7 @@ def entering_kernel(
 
     Without a window that is the token itself. With one it is the token that leaves it: of the same segment, or of
     the ring as the step before left it. Write factors and the decay of the window's steps are folded in, and the
-    scales of near rows in int8: `key_scales` and `value_scales` [T, G] of `rotated` and v, and those of the ring.
+    scales of exact rows in int8: `key_scales` and `value_scales` [T, G] of `rotated` and v, and those of the ring.
     """
     g = tl.program_id(1)
     num_groups = tl.num_programs(1)
@@ -176,11 +180,11 @@ def entering_kernel(
             values = (values.to(tl.float32) * scales).to(v_in.dtype.element_ty)
         tl.store(v_here, values, mask=(i[:, None] < count) & (c < D))
     else:
-        HALF_FAR: tl.constexpr = HALF if ROTATED else 0
+        HALF_LINEAR: tl.constexpr = HALF if ROTATED else 0
         phi = block_features(
             k + rows[:, None] * k_row + g * k_head, rows[:, None], count, 1.0, cos, sin, cos, sin,
             basis, group_nodes, group_weights, scale,
-            D, K, HALF_FAR, False, EXP, C, BLOCK_C, BLOCK_K, PRECISION,
+            D, K, HALF_LINEAR, False, EXP, C, BLOCK_C, BLOCK_K, PRECISION,
         )  # fmt: skip
         if TABLE:
             phi *= table_factors(table_write, positions, rows, count, num_entries, g, num_groups, C)[:, None]

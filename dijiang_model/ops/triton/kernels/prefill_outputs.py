@@ -1,4 +1,4 @@
-"""Prefill, third part: what each chunk answers, from the state before it, from itself, and from the near tokens."""
+"""Prefill, third part: what each chunk answers, from the state before it, from itself, and from the exact tokens."""
 
 import triton
 import triton.language as tl
@@ -35,7 +35,7 @@ def softmax_step(
 
 
 @triton.jit
-def near_tokens(
+def exact_tokens(
     q, rotated, v, key_scales, value_scales, near_keys, near_values, near_key_scales, near_value_scales, cos, sin,
     cos_sink, sin_sink, mix_weight, rows, row, count, offset, position, ring, ring_scales, q_row, v_row, g, v0,
     num_groups, like,
@@ -45,8 +45,8 @@ def near_tokens(
 ):  # fmt: skip
     """Softmax of C queries over their windows and sinks.
 
-    q and v point to the head, `ring` and `ring_scales` are the offsets of the near rows and their scales, `position` is
-    that of the segment's first token.
+    q and v point to the head, `ring` and `ring_scales` are the offsets of the exact rows and their scales, `position`
+    is that of the segment's first token.
 
     Returns:
         [C, BLOCK_V] weighted values, [C] sums of weights, [C] w_h . q of the mixing weight.
@@ -109,7 +109,7 @@ def near_tokens(
 
 
 @triton.jit
-def far_tokens(
+def linear_tokens(
     phi_q, phi_in, v_in, chunk_states, chunk_normalisers, total, rows, count, m, h, g, v0, num_heads, num_groups, v_row,
     v_head,
     D: tl.constexpr, K: tl.constexpr, DENOMINATOR: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -172,23 +172,23 @@ def outputs_kernel(
     i = tl.arange(0, C)
     rows = row + i
     total, _ = chunk_totals(log_decay, table_decay, positions, rows, count, num_entries, g, num_groups, TABLE, C)
-    sums, weights = far_tokens(
+    sums, weights = linear_tokens(
         phi_q, phi_in, v_in, chunk_states, chunk_normalisers, total, rows, count,
         m, h, g, v0, num_heads, num_groups, v_in_row, v_in_head,
         D, K, DENOMINATOR, C, BLOCK_K, BLOCK_V, PRECISION, EMULATED,
     )  # fmt: skip
     if WINDOW > 0:
-        slot, near_row = tl.load(slots + n), g * (SINKS + WINDOW)
-        near, near_weights, mixed = near_tokens(
+        slot, exact_row = tl.load(slots + n), g * (SINKS + WINDOW)
+        exact, exact_weights, mixed = exact_tokens(
             q + h * q_head, rotated, v + g * v_head, key_scales, value_scales, near_keys, near_values, near_key_scales,
             near_value_scales, cos, sin, cos_sink, sin_sink, mix_weight + h * D, rows, row, count, offset,
-            tl.load(positions + row - offset), slot * near_slot + near_row * D, slot * scales_slot + near_row,
+            tl.load(positions + row - offset), slot * near_slot + exact_row * D, slot * scales_slot + exact_row,
             q_row, v_row, g, v0, num_groups, phi_in,
             D, HALF, ROTATED, WINDOW, SINKS, C, BLOCK_D, BLOCK_V, BLOCK_J, PRECISION, EMULATED,
         )  # fmt: skip
         mix = K * tl.exp(tl.load(mix_bias + h) + mixed)
-        sums = near + mix[:, None] * sums
-        weights = near_weights + mix * weights
+        sums = exact + mix[:, None] * sums
+        weights = exact_weights + mix * weights
     if DENOMINATOR:
         sums /= tl.where(i < count, weights, 1.0)[:, None]
     col = v0 + tl.arange(0, BLOCK_V)[None, :]

@@ -11,9 +11,9 @@ pytest.importorskip("triton", reason="needs the extra `triton`; run by `make tes
 
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops.torch.attention import TorchAttention
-from dijiang_model.ops.torch.narrow import round_by_chance
+from dijiang_model.ops.torch.rounding import round_stochastically
 from dijiang_model.ops.triton import TritonAttention
-from dijiang_model.reference.narrow import round_row_naive
+from dijiang_model.reference.rounding import round_row_naive
 from tests.dijiang_model.ops.triton.test_triton_attention import (
     BF16_TOLERANCE,
     BOTH,
@@ -44,10 +44,10 @@ SMALL = Shape(2, 1, 64, 64, replace(HYBRID, window=4, sinks=2))
 NEAR = ("near_keys", "near_values")
 
 
-def coded_layer(shape: Shape, lengths: Sequence[int], *, dtype: torch.dtype = torch.float32, torchs: bool = False,
-                is_narrow: bool = False) -> Layer:  # fmt: skip
+def int8_layer(shape: Shape, lengths: Sequence[int], *, dtype: torch.dtype = torch.float32, torchs: bool = False,
+                has_bf16_sums: bool = False) -> Layer:  # fmt: skip
     op = TorchAttention() if torchs else TritonAttention()
-    return Layer(shape, lengths, dtype=dtype, op=op, is_narrow=is_narrow, is_coded=True)
+    return Layer(shape, lengths, dtype=dtype, op=op, has_bf16_sums=has_bf16_sums, is_int8=True)
 
 
 def near_of(layer: Layer, kind: str) -> Tensor:
@@ -56,9 +56,9 @@ def near_of(layer: Layer, kind: str) -> Tensor:
     return rows.float() * layer.buffer.tensors[f"layers.0.{kind.removesuffix('s')}_scales"][..., None]
 
 
-def check_coded(shape: Shape, lengths: Sequence[int], steps: Steps, *, dtype: torch.dtype, tolerance: float) -> None:
+def check_int8(shape: Shape, lengths: Sequence[int], steps: Steps, *, dtype: torch.dtype, tolerance: float) -> None:
     """Outputs and states against torch's operator in fp64, which rounds rows alike; slots 0 and 1 stay as they were."""
-    ours, twin = coded_layer(shape, lengths, dtype=dtype), coded_layer(shape, lengths, dtype=torch.float64, torchs=True)
+    ours, twin = int8_layer(shape, lengths, dtype=dtype), int8_layer(shape, lengths, dtype=torch.float64, torchs=True)
     untouched = ours.buffer.storage[:2].clone()
     for n, (output, expected) in enumerate(zip(ours.run(steps), twin.run(steps), strict=True)):
         assert_close_in_norm(output.float(), expected, tolerance=tolerance, what=f"sequence {n}")
@@ -72,22 +72,22 @@ def check_coded(shape: Shape, lengths: Sequence[int], steps: Steps, *, dtype: to
 
 def test_a_window_in_int8_answers_what_the_naive_reference_says_of_rounded_rows() -> None:
     lengths = (35, 67)
-    outputs = coded_layer(UNROTATED, lengths).run(BOTH)
+    outputs = int8_layer(UNROTATED, lengths).run(BOTH)
     for n, output in enumerate(outputs):
-        expected = reference_output(UNROTATED, n, lengths[n], is_coded=True)[: len(output)]
+        expected = reference_output(UNROTATED, n, lengths[n], is_int8=True)[: len(output)]
         assert_close_in_norm(read(UNROTATED, output), expected, tolerance=FP32_TOLERANCE, what=f"sequence {n}")
 
 
 def test_what_is_left_in_the_slots_is_what_torchs_operator_leaves() -> None:
-    check_coded(UNROTATED, (35, 67), BOTH, dtype=torch.float32, tolerance=FP32_TOLERANCE)
+    check_int8(UNROTATED, (35, 67), BOTH, dtype=torch.float32, tolerance=FP32_TOLERANCE)
 
 
 def test_rotated_keys_are_rounded_after_their_rotation_and_turned_back_on_leaving() -> None:
-    check_coded(GROUPED, (35, 67), BOTH, dtype=torch.float32, tolerance=TIE_TOLERANCE)
+    check_int8(GROUPED, (35, 67), BOTH, dtype=torch.float32, tolerance=TIE_TOLERANCE)
 
 
 def test_the_same_in_bf16() -> None:
-    check_coded(GROUPED, (35, 67), BOTH, dtype=torch.bfloat16, tolerance=BF16_TOLERANCE)
+    check_int8(GROUPED, (35, 67), BOTH, dtype=torch.bfloat16, tolerance=BF16_TOLERANCE)
 
 
 WINDOWS = ("128, two bases: a tile of several turns", "256, window", "64, four queries to a key, window of more than "
@@ -99,14 +99,14 @@ WINDOWS = ("128, two bases: a tile of several turns", "256, window", "64, four q
 @pytest.mark.parametrize("name", WINDOWS)
 def test_other_shapes_in_pieces_of_all_lengths(name: str, dtype: torch.dtype) -> None:
     tolerance = TIE_TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE
-    check_coded(SHAPES[name], (134, 68), PIECES, dtype=dtype, tolerance=tolerance)
+    check_int8(SHAPES[name], (134, 68), PIECES, dtype=dtype, tolerance=tolerance)
 
 
 def test_codes_and_scales_are_the_naive_twins_to_the_bit() -> None:
     """Of the same rows in fp32, by prefill and decode; a row of zeros and rows that are not finite among them."""
     wide = Layer(SMALL, (9,), dtype=torch.float32, op=TritonAttention())
-    coded = coded_layer(SMALL, (9,))
-    for layer in (wide, coded):
+    int8 = int8_layer(SMALL, (9,))
+    for layer in (wide, int8):
         q, k, v = (x.clone() for x in layer.inputs[0])
         v[4], v[8] = 0.0, torch.arange(64).float() - 31.5  # of which many lie at ties
         layer.inputs = [(q, k, v)]
@@ -115,7 +115,7 @@ def test_codes_and_scales_are_the_naive_twins_to_the_bit() -> None:
         layer.step([0], {})
     for kind in NEAR:
         rows = wide.buffer.tensors[f"layers.0.{kind}"][2]
-        assert_rounded_as_the_twin_does(rows, coded, kind)
+        assert_rounded_as_the_twin_does(rows, int8, kind)
 
 
 # Of the interpreter, where maxima of what is not finite are taken.
@@ -123,7 +123,7 @@ def test_codes_and_scales_are_the_naive_twins_to_the_bit() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("decode", [True, False])
 def test_a_row_that_is_not_finite_has_the_scale_nan(value: float, decode: bool) -> None:
-    layer = coded_layer(SMALL, (3,))
+    layer = int8_layer(SMALL, (3,))
     q, k, v = (x.clone() for x in layer.inputs[0])
     v[0, 0, 5], k[0, 0, 7] = value, value
     layer.inputs = [(q, k, v)]
@@ -136,10 +136,10 @@ def test_a_row_that_is_not_finite_has_the_scale_nan(value: float, decode: bool) 
         assert not layer.buffer.tensors[f"layers.0.{kind}"][2, 0, 0].any()
 
 
-def assert_rounded_as_the_twin_does(rows: Tensor, coded: Layer, kind: str) -> None:
+def assert_rounded_as_the_twin_does(rows: Tensor, int8: Layer, kind: str) -> None:
     """Rows [G, Z + W, d] of fp32 against the codes of slot 2."""
-    codes = coded.buffer.tensors[f"layers.0.{kind}"][2].cpu()
-    scales = coded.buffer.tensors[f"layers.0.{kind.removesuffix('s')}_scales"][2].cpu()
+    codes = int8.buffer.tensors[f"layers.0.{kind}"][2].cpu()
+    scales = int8.buffer.tensors[f"layers.0.{kind.removesuffix('s')}_scales"][2].cpu()
     for g, group in enumerate(rows.cpu()):
         for row, found, scale in zip(group, codes[g], scales[g], strict=True):
             expected, expected_scale = round_row_naive(row.tolist())
@@ -149,12 +149,12 @@ def assert_rounded_as_the_twin_does(rows: Tensor, coded: Layer, kind: str) -> No
 
 @pytest.mark.parametrize("decode", [True, False])
 def test_sums_beside_a_window_in_int8_are_rounded_by_chance_as_everywhere(decode: bool) -> None:
-    wide, narrow = (coded_layer(SMALL, (16,), is_narrow=is_narrow) for is_narrow in (False, True))
+    wide, narrow = (int8_layer(SMALL, (16,), has_bf16_sums=has_bf16_sums) for has_bf16_sums in (False, True))
     for layer in (wide, narrow):
         layer.step([], {0: 6})  # nothing has left the window yet
         layer.step([0], {}) if decode else layer.step([], {0: 9})
     sums = wide.buffer.tensors["layers.0.linear_state"][2].cpu()
-    expected = round_by_chance(sums[None], torch.tensor([6 if decode else 14]))[0]
+    expected = round_stochastically(sums[None], torch.tensor([6 if decode else 14]))[0]
     found = narrow.buffer.tensors["layers.0.linear_state"][2].cpu()
     assert sums.any()
     assert torch.equal(found, expected)
@@ -165,14 +165,14 @@ def test_a_state_is_the_same_to_the_bit_in_any_company() -> None:
     lengths = (9, 67, 5)
     alone: Steps = [((), {0: 7}), ((0,), {}), ((0,), {})]
     beside: Steps = [((), {1: 65, 0: 7, 2: 3}), ((2, 0), {1: 1}), ((1, 0), {2: 1})]
-    single, packed = (coded_layer(SMALL, lengths, is_narrow=True) for _ in range(2))
+    single, packed = (int8_layer(SMALL, lengths, has_bf16_sums=True) for _ in range(2))
     outputs = [torch.cat([layer.step(*step)[0] for step in steps]) for layer, steps in
                ((single, alone), (packed, beside))]  # fmt: skip
     assert torch.equal(*outputs)
     assert torch.equal(single.buffer.storage[2], packed.buffer.storage[2])
 
 
-def coded_model(*, triton: bool) -> DiJiangForCausalLM:
+def int8_model(*, triton: bool) -> DiJiangForCausalLM:
     model = tiny_model(llama_config()).keep_states_in(torch.int8)
     if triton:
         model = model.to(DEVICE).prepare()
@@ -183,7 +183,7 @@ def coded_model(*, triton: bool) -> DiJiangForCausalLM:
 @pytest.mark.parametrize("from_triton", [True, False])
 def test_a_state_goes_from_one_kind_of_device_to_the_other_and_on(from_triton: bool) -> None:
     text = random_text(19)
-    source, target = (Stepper(coded_model(triton=is_triton)).open(1) for is_triton in (from_triton, not from_triton))
+    source, target = (Stepper(int8_model(triton=is_triton)).open(1) for is_triton in (from_triton, not from_triton))
     assert source.buffer.spec == target.buffer.spec
     for stepper in (source, target):
         stepper.step({1: text[:14]})
@@ -195,7 +195,7 @@ def test_a_state_goes_from_one_kind_of_device_to_the_other_and_on(from_triton: b
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
 def test_a_key_that_is_not_finite_is_not_forgotten() -> None:
-    stepper = Stepper(coded_model(triton=True)).open(1)
+    stepper = Stepper(int8_model(triton=True)).open(1)
     stepper.step({1: random_text(3)})
     stepper.buffer.tensors["layers.0.near_key_scales"][1, 0, 0] = torch.nan
     assert stepper.step(decode={1: 5})[1].isnan().any()

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class RoundedMatrix:
+class QuantizedMatrix:
     """[outputs, columns] in int8 or int4; all tensors contiguous and on one device.
 
     Attributes:

@@ -66,7 +66,7 @@ def put(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def rounded_product_kernel(
+def quantized_product_kernel(
     x, codes, scales, minimums, bias, out, parts, num_rows, num_outputs, num_columns, columns_of_split,
     GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, HAS_BIAS: tl.constexpr, IS_SPLIT: tl.constexpr,
     LINES: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, EMULATED: tl.constexpr,

@@ -19,7 +19,7 @@ from dijiang_model.conversion.training.cli import train_command
 from dijiang_model.conversion.training.distill import imitation_loss, layer_losses
 from dijiang_model.conversion.training.kernel_training import make_trainable
 from dijiang_model.conversion.training.lora import attach_lora
-from dijiang_model.conversion.training.process_group import ALONE, Peers, joined
+from dijiang_model.conversion.training.process_group import ALONE, ProcessGroup, joined
 from dijiang_model.conversion.training.setup import prepare_run
 from dijiang_model.conversion.training.train import train
 from dijiang_model.errors import CheckpointError, ConversionError
@@ -35,7 +35,7 @@ TOLERANCE = 2e-4
 """Of a tensor's norm: fp32 sums in another order, and Adam divides small gradients by small numbers."""
 
 
-class ThreadPeers(Peers):
+class ThreadProcessGroup(ProcessGroup):
     """Processes that are threads of this one."""
 
     def __init__(self, rank: int, num: int, table: list[Sequence[Tensor]], barrier: threading.Barrier) -> None:
@@ -68,15 +68,15 @@ def trainable() -> tuple[DiJiangForCausalLM, dict[str, object]]:
     return model, updates  # type: ignore[return-value]
 
 
-def gradients(stage: int, token_ids: Tensor, peers: Peers) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(stage: int, token_ids: Tensor, processes: ProcessGroup) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients that a step would see."""
     model, updates = trainable()
     if stage == 1:
-        loss = layer_losses(model, token_ids, updates, offset=5, peers=peers).mean()  # type: ignore[arg-type]
+        loss = layer_losses(model, token_ids, updates, offset=5, processes=processes).mean()  # type: ignore[arg-type]
     else:
         loss = imitation_loss(model, token_ids, updates, offset=5)  # type: ignore[arg-type]
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    peers.average_([loss, *found.values()])
+    processes.average_([loss, *found.values()])
     return loss, found
 
 
@@ -91,7 +91,7 @@ def test_two_processes_see_the_gradients_of_the_double_batch(stage: int) -> None
     results: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
 
     def work(rank: int) -> None:
-        results[rank] = gradients(stage, both[rank : rank + 1], ThreadPeers(rank, 2, table, barrier))
+        results[rank] = gradients(stage, both[rank : rank + 1], ThreadProcessGroup(rank, 2, table, barrier))
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -118,15 +118,15 @@ def test_each_process_reads_its_share_of_every_batch(text: str, tmp_path: Path) 
 def test_a_run_of_other_processes_is_not_resumed(text: str, tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model", llama_config(HYBRID, HYBRID))
     train(prepare_run(model, [text], tmp_path / "run", options(), STUDENT), tmp_path / "run", should_stop=lambda: True)
-    two = Peers()
+    two = ProcessGroup()
     two.num = 2
     with pytest.raises(CheckpointError, match="made by 1 processes, this run has 2"):
-        prepare_run(model, [text], tmp_path / "run", options(), STUDENT, resume=True, peers=two)
+        prepare_run(model, [text], tmp_path / "run", options(), STUDENT, resume=True, processes=two)
 
 
 def test_a_process_alone_needs_no_launcher() -> None:
-    with joined("cpu") as (peers, device):
-        assert (peers, device) == (ALONE, "cpu")
+    with joined("cpu") as (processes, device):
+        assert (processes, device) == (ALONE, "cpu")
 
 
 @pytest.mark.parametrize(("device", "words"), [("cuda:1", "not cuda:1"), ("cuda", "has no GPU: there are 0")])

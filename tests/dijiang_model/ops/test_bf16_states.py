@@ -6,8 +6,8 @@ from torch import Tensor
 
 from dijiang_model.config import ModelConfig
 from dijiang_model.native.library import VARIANTS, load_library, load_variant
-from dijiang_model.ops.torch.narrow import round_by_chance
-from dijiang_model.reference.narrow import round_by_chance_naive
+from dijiang_model.ops.torch.rounding import round_stochastically
+from dijiang_model.reference.rounding import round_stochastically_naive
 from dijiang_model.serving.network import FrozenModel, NativeModel, freeze
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, logits_of, random_text
 from tests.tiny_models import gpt_neox_config, llama_config, opt_config, tiny_model
@@ -28,24 +28,24 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
     return CONFIGS[request.param]
 
 
-def narrow_model(config: ModelConfig | None = None, *, native: bool = True) -> FrozenModel:
+def bf16_model(config: ModelConfig | None = None, *, native: bool = True) -> FrozenModel:
     return freeze(tiny_model(config).keep_states_in(torch.bfloat16), native=native)
 
 
 def test_rounding_agrees_with_the_naive_twin() -> None:
     x = torch.randn(3, 2, 5, 7) * torch.logspace(-30, 30, 7)
     x[0, 0, 0, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0])
-    actual = round_by_chance(x, torch.tensor([0, 70, 100_000]))
+    actual = round_stochastically(x, torch.tensor([0, 70, 100_000]))
     for n, position in enumerate((0, 70, 100_000)):
         for group in range(2):
-            expected = round_by_chance_naive(x[n, group], position)
+            expected = round_stochastically_naive(x[n, group], position)
             assert torch.equal(actual[n, group].isnan(), expected.isnan())
             assert torch.equal(actual[n, group].nan_to_num(), expected.nan_to_num())
 
 
 def test_rounding_goes_to_a_neighbour_and_keeps_the_mean() -> None:
     x = torch.full((400, 1, 16, 16), 1.0 + 0.3 * 2**-7)
-    rounded = round_by_chance(x, torch.arange(400)).float()
+    rounded = round_stochastically(x, torch.arange(400)).float()
     assert set(rounded.unique().tolist()) == {1.0, 1.0 + 2**-7}
     # 102,400 throws with a chance of 0.3: a standard deviation of 0.0014.
     share_up = (rounded > 1).float().mean()
@@ -58,18 +58,18 @@ def test_rounding_goes_to_a_neighbour_and_keeps_the_mean() -> None:
 
 def test_numbers_that_bfloat16_has_are_kept() -> None:
     x = torch.randn(2, 3, 8, 8).bfloat16()
-    assert torch.equal(round_by_chance(x.float(), torch.tensor([5, 6])), x)
+    assert torch.equal(round_stochastically(x.float(), torch.tensor([5, 6])), x)
 
 
 def test_a_running_sum_does_not_drift_over_thousands_of_tokens() -> None:
     half_lives = torch.tensor([15.0, 900.0, 10_000.0])
     decay = (0.5 ** (1 / half_lives)).view(1, 3, 1, 1)
     exact = torch.zeros(1, 3, 16, 16)
-    by_chance, nearest = exact.clone(), exact.clone()
+    stochastic, nearest = exact.clone(), exact.clone()
     for position in range(2000):
         added = torch.rand(16, 1) / 8 * (torch.randn(1, 16) + 0.5)
         exact = exact * decay + added
-        by_chance = round_by_chance(by_chance * decay + added, torch.tensor([position])).float()
+        stochastic = round_stochastically(stochastic * decay + added, torch.tensor([position])).float()
         nearest = (nearest * decay + added).bfloat16().float()
     read = torch.softmax(torch.randn(16), 0)
 
@@ -79,13 +79,13 @@ def test_a_running_sum_does_not_drift_over_thousands_of_tokens() -> None:
 
     # A rounding is off by 2^-8 at most, at random; a half-life and a half of them are felt at a time.
     bound = 2**-8 * (1.5 * half_lives.clamp(max=2000)).sqrt() / 2
-    assert (errors(by_chance) < bound).all()
-    assert (errors(by_chance) < 0.04).all()
-    assert (errors(nearest)[1:] > 2 * errors(by_chance)[1:]).all(), "to the nearest number would do as well"
+    assert (errors(stochastic) < bound).all()
+    assert (errors(stochastic) < 0.04).all()
+    assert (errors(nearest)[1:] > 2 * errors(stochastic)[1:]).all(), "to the nearest number would do as well"
 
 
 def test_a_slot_takes_about_half_the_memory(config: ModelConfig) -> None:
-    wide, narrow = tiny_model(config).state_spec, narrow_model(config).state_spec
+    wide, narrow = tiny_model(config).state_spec, bf16_model(config).state_spec
     assert narrow.bytes_per_slot < 0.6 * wide.bytes_per_slot
     dtypes = {tensor.name.rsplit(".", 1)[-1]: tensor.dtype for tensor in narrow.tensors}
     assert dtypes.pop("normaliser", torch.float32) == torch.float32
@@ -95,7 +95,7 @@ def test_a_slot_takes_about_half_the_memory(config: ModelConfig) -> None:
 @pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_kernels)], ids=["torch", "native"])
 def test_answers_stay_near_those_of_wide_states(config: ModelConfig, native: bool) -> None:
     text = random_text(60)
-    narrow = Stepper(narrow_model(config, native=native)).open(1)
+    narrow = Stepper(bf16_model(config, native=native)).open(1)
     decoded = torch.cat([narrow.step(decode={1: token})[1] for token in text])
     assert_close_in_norm(decoded, logits_of(tiny_model(config), text), tolerance=TOLERANCE)
 
@@ -108,18 +108,18 @@ def test_kernels_and_torch_leave_the_same_state(variant: str, config: ModelConfi
         pytest.skip(f"no {variant} kernels for this processor")
     model, text = tiny_model(config).keep_states_in(torch.bfloat16), random_text(40)
     native = NativeModel(model, library=library)
-    ours, theirs = Stepper(native).open(1), Stepper(narrow_model(config, native=False)).open(1)
+    ours, theirs = Stepper(native).open(1), Stepper(bf16_model(config, native=False)).open(1)
     for token in text:
         actual, expected = (stepper.step(decode={1: token})[1] for stepper in (ours, theirs))
     assert_close_in_norm(actual, expected, tolerance=TOLERANCE)
     for name, tensor in ours.state(1).items():
-        # The dice are the same; where fp32 sums differ in their last bit, a number may go to its other neighbour.
+        # The random bits are the same; where fp32 sums differ in their last bit, a number may be rounded the other way.
         assert_close_in_norm(tensor.float(), theirs.state(1)[name].float(), tolerance=1e-2, what=name)
 
 
 @needs_kernels
 def test_a_prompt_leaves_the_same_bits_however_it_is_cut(config: ModelConfig) -> None:
-    model, text = narrow_model(config), random_text(50)
+    model, text = bf16_model(config), random_text(50)
     whole, cut, single = (Stepper(model).open(1, 2) for _ in range(3))
     whole.step({1: text})
     cut.step({1: text[:13], 2: text[:7]})
@@ -132,7 +132,7 @@ def test_a_prompt_leaves_the_same_bits_however_it_is_cut(config: ModelConfig) ->
 
 
 def test_a_nan_in_a_state_stays_a_nan(config: ModelConfig) -> None:
-    stepper = Stepper(narrow_model(config)).open(1)
+    stepper = Stepper(bf16_model(config)).open(1)
     stepper.buffer.tensors["layers.1.linear_state"][1, 0, 0] = torch.nan
     stepper.step({1: random_text(12)})
     assert stepper.state(1)["layers.1.linear_state"].isnan().any()
@@ -147,5 +147,5 @@ def test_other_dtypes_are_refused() -> None:
 
 def test_states_can_be_widened_again() -> None:
     model = tiny_model().keep_states_in(torch.bfloat16).keep_states_in(torch.float32)
-    assert not model.has_narrow_states
+    assert not model.has_reduced_states
     assert model.state_spec == tiny_model().state_spec

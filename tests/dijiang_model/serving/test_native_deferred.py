@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dijiang_model.batch import PackedBatch, decode
 from dijiang_model.native.library import VARIANTS, load_library, load_variant
-from dijiang_model.serving.decoder import MAX_HELD_ROWS
+from dijiang_model.serving.decoder import MAX_UNCOMMITTED_ROWS
 from dijiang_model.serving.network import FrozenModel, NativeModel, freeze
 from dijiang_model.state import StateBuffer
 from tests.dijiang_model.serving.test_native import CONFIGS
@@ -53,7 +53,7 @@ def step(
     starts: dict[int, int],
     *,
     num_decode: int = 0,
-    num_held: int = 0,
+    num_uncommitted: int = 0,
 ) -> dict[int, Tensor]:
     """Logits [tokens, vocab] of each slot's segment, in the order given: decoding ones, held ones, prompts."""
     positions = [starts[slot] + at for slot, tokens in rows.items() for at in range(len(tokens))]
@@ -64,7 +64,7 @@ def step(
         lengths=tuple(map(len, rows.values())),
         num_decode=num_decode,
         logit_rows=torch.arange(len(positions)),
-        num_held=num_held,
+        num_uncommitted=num_uncommitted,
     )
     return dict(zip(rows, model(batch, state).split(batch.lengths), strict=True))
 
@@ -103,7 +103,7 @@ def test_held_slots_stay_and_go_on_by_any_count_to_the_bits_of_single_steps(
     sizes = [*[1] * num_decode, *lengths, *[7] * num_prompts]
     rows = {slot: texts[slot][num_prompt : num_prompt + size] for slot, size in zip(slots, sizes, strict=True)}
     starts = dict.fromkeys(slots, num_prompt)
-    logits = step(model, state, rows, starts, num_decode=num_decode, num_held=len(lengths))
+    logits = step(model, state, rows, starts, num_decode=num_decode, num_uncommitted=len(lengths))
     held = slots[num_decode : num_decode + len(lengths)]
     between = state.storage.clone()
     model.advance(counts, state)
@@ -130,21 +130,21 @@ def test_every_build_and_any_number_of_threads_does_the_same(variant: str, num_t
     text = random_text(60)
     step(model, state, {1: text[:50]}, {1: 0})
     expected, states = one_by_one(model, state.storage[1], text[50:], 50)
-    assert torch.equal(step(model, state, {1: text[50:]}, {1: 50}, num_held=1)[1], expected)
+    assert torch.equal(step(model, state, {1: text[50:]}, {1: 50}, num_uncommitted=1)[1], expected)
     model.advance([4], state)
     assert torch.equal(state.storage[1], states[4])
-    assert torch.equal(step(model, state, {1: text[54:]}, {1: 54}, num_held=1)[1], expected[4:])
+    assert torch.equal(step(model, state, {1: text[54:]}, {1: 54}, num_uncommitted=1)[1], expected[4:])
 
 
 def test_held_sequences_are_never_cut_between_blocks_of_rows() -> None:
     model = tiny_network()
-    num_held, length = 60, 9  # 540 rows
-    state = StateBuffer(model.state_spec, num_held + 2)
+    num_uncommitted, length = 60, 9  # 540 rows
+    state = StateBuffer(model.state_spec, num_uncommitted + 2)
     state.storage.zero_()
-    rows = {num_held + 1: [5]} | {slot: random_text(length, seed=slot) for slot in range(1, num_held + 1)}
+    rows = {num_uncommitted + 1: [5]} | {slot: random_text(length, seed=slot) for slot in range(1, num_uncommitted + 1)}
     starts = dict.fromkeys(rows, 0)
-    logits = step(model, state, rows, starts, num_decode=1, num_held=num_held)
-    model.advance([slot % (length + 1) for slot in range(1, num_held + 1)], state)
+    logits = step(model, state, rows, starts, num_decode=1, num_uncommitted=num_uncommitted)
+    model.advance([slot % (length + 1) for slot in range(1, num_uncommitted + 1)], state)
     for slot in (1, 28, 29, 57, 60):
         expected, states = one_by_one(model, torch.zeros_like(state.storage[0]), rows[slot], 0)
         assert torch.equal(logits[slot], expected)
@@ -157,19 +157,19 @@ def test_a_row_of_nan_stays_alone() -> None:
     state.storage.zero_()
     state.storage[1].fill_(POISON)
     rows = {1: random_text(4), 2: random_text(4, seed=1)}
-    logits = step(model, state, rows, {1: 0, 2: 0}, num_held=2)
+    logits = step(model, state, rows, {1: 0, 2: 0}, num_uncommitted=2)
     assert not logits[1].isfinite().any()
     assert torch.equal(logits[2], one_by_one(model, torch.zeros_like(state.storage[0]), rows[2], 0)[0])
 
 
 def test_only_the_kernels_hold_slots() -> None:
     model = tiny_network(native=False)
-    assert not model.can_hold
+    assert not model.can_defer
     state = StateBuffer(model.state_spec, 2)
     state.storage.zero_()
     with pytest.raises(ValueError, match="compiled kernels"):
-        step(model, state, {1: [5, 6]}, {1: 0}, num_held=1)
-    assert tiny_network().can_hold
+        step(model, state, {1: [5, 6]}, {1: 0}, num_uncommitted=1)
+    assert tiny_network().can_defer
     with pytest.raises(ValueError, match="compiled kernels"):
         model.advance([1], state)
 
@@ -178,10 +178,10 @@ def test_as_many_rows_as_a_block_has_may_be_held() -> None:
     model = tiny_network()
     state = StateBuffer(model.state_spec, 2)
     state.storage.zero_()
-    text = random_text(MAX_HELD_ROWS)
+    text = random_text(MAX_UNCOMMITTED_ROWS)
     expected = step(model, state, {1: text}, {1: 0})[1]
     after = state.storage[1].clone()
     state.storage.zero_()
-    assert torch.equal(step(model, state, {1: text}, {1: 0}, num_held=1)[1], expected)
-    model.advance([MAX_HELD_ROWS], state)
+    assert torch.equal(step(model, state, {1: text}, {1: 0}, num_uncommitted=1)[1], expected)
+    model.advance([MAX_UNCOMMITTED_ROWS], state)
     assert torch.equal(state.storage[1], after)

@@ -7,7 +7,7 @@ Running sums in bf16: stochastic rounding, so that a sum that is rounded after e
 To the nearest number, what a token adds below half a unit in the last place is lost, and so is a decay that takes off
 less: where the half-life is long the error grows without end (see `docs/log`). Here the 16 bits that bf16 drops are the
 chance of going up. The random bits are a hash of position and place, so that a state does not depend on its batch.
-The compiled kernels do the same (`native/src/narrow.h`); the naive twin is `reference.narrow`.
+The compiled kernels do the same (`native/src/rounding.h`); the naive twin is `reference.rounding`.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ _EXPONENT = 0x7F80_0000
 _WORD = 0xFFFF_FFFF
 
 
-def round_by_chance(x: Tensor, positions: Tensor) -> Tensor:
+def round_stochastically(x: Tensor, positions: Tensor) -> Tensor:
     """[N, G, K, V] fp32 -> bf16 of the same shape; values that are not finite stay what they are.
 
     Args:
@@ -30,12 +30,12 @@ def round_by_chance(x: Tensor, positions: Tensor) -> Tensor:
     """
     bits = x.contiguous().view(torch.int32)
     places = torch.arange(x[0, 0].numel(), device=x.device).view(1, 1, *x.shape[2:])
-    noise = chances(places, positions[:, None, None, None]).to(torch.int32)
+    noise = random_bits(places, positions[:, None, None, None]).to(torch.int32)
     rounded = torch.where((bits & _EXPONENT) == _EXPONENT, bits, (bits + noise) & ~_DROPPED)
     return rounded.view(torch.float32).to(torch.bfloat16)
 
 
-def chances(places: Tensor, positions: Tensor) -> Tensor:
+def random_bits(places: Tensor, positions: Tensor) -> Tensor:
     """16 random bits for each place in a head's S at each position; int64, broadcast."""
     x = (places * 0x9E3779B1 + positions * 0x85EBCA6B) & _WORD
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
@@ -44,7 +44,7 @@ def chances(places: Tensor, positions: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class NearRows:
+class ExactRows:
     """Keys or values of the window over all slots, in whatever they are kept; read and written by index.
 
     Attributes:

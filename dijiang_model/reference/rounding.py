@@ -1,4 +1,4 @@
-"""Rounding of states, number by number: the ground truth for `ops.narrow` and the kernels."""
+"""Rounding of states, number by number: the ground truth for `ops.torch.rounding` and the kernels."""
 
 import math
 import struct
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def round_by_chance_naive(x: Tensor, position: int) -> Tensor:
+def round_stochastically_naive(x: Tensor, position: int) -> Tensor:
     """One head's S [K, V] fp32 -> bf16, after the token at `position`."""
     values = [_rounded(float(value), place, position) for place, value in enumerate(x.flatten())]
     return torch.tensor(values).view(x.shape).to(torch.bfloat16)

@@ -5,8 +5,8 @@ import torch
 
 from dijiang_model.config import ModelConfig
 from dijiang_model.native.library import VARIANTS, load_library, load_variant
-from dijiang_model.ops.torch.narrow import round_rows, widened_rows
-from dijiang_model.reference.narrow import round_row_naive
+from dijiang_model.ops.torch.rounding import round_rows, widened_rows
+from dijiang_model.reference.rounding import round_row_naive
 from dijiang_model.serving.network import FrozenModel, NativeModel, freeze
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, logits_of, random_text
 from tests.tiny_models import gpt_neox_config, llama_config, opt_config, tiny_model
@@ -27,7 +27,7 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
     return CONFIGS[request.param]
 
 
-def coded_model(config: ModelConfig | None = None, *, native: bool = True) -> FrozenModel:
+def int8_model(config: ModelConfig | None = None, *, native: bool = True) -> FrozenModel:
     return freeze(tiny_model(config).keep_states_in(torch.int8), native=native)
 
 
@@ -60,19 +60,19 @@ def test_a_row_is_off_by_half_a_code_at_most_and_rounding_it_again_changes_nothi
 
 def test_a_window_takes_about_a_quarter_and_the_sums_a_half(config: ModelConfig) -> None:
     wide = {tensor.name: tensor for tensor in tiny_model(config).state_spec.tensors}
-    coded = {tensor.name: tensor for tensor in coded_model(config).state_spec.tensors}
+    int8 = {tensor.name: tensor for tensor in int8_model(config).state_spec.tensors}
     for name, tensor in wide.items():
         kind = name.rsplit(".", 1)[-1]
-        assert coded[name].num_bytes * {"linear_state": 2, "normaliser": 1}.get(kind, 4) == tensor.num_bytes
-    added = {name.rsplit(".", 1)[-1] for name in coded.keys() - wide.keys()}
+        assert int8[name].num_bytes * {"linear_state": 2, "normaliser": 1}.get(kind, 4) == tensor.num_bytes
+    added = {name.rsplit(".", 1)[-1] for name in int8.keys() - wide.keys()}
     assert added <= {"near_key_scales", "near_value_scales"}
 
 
 @pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_kernels)], ids=["torch", "native"])
 def test_answers_stay_near_those_of_wide_states(config: ModelConfig, native: bool) -> None:
     text = random_text(60)
-    coded = Stepper(coded_model(config, native=native)).open(1)
-    decoded = torch.cat([coded.step(decode={1: token})[1] for token in text])
+    int8 = Stepper(int8_model(config, native=native)).open(1)
+    decoded = torch.cat([int8.step(decode={1: token})[1] for token in text])
     assert_close_in_norm(decoded, logits_of(tiny_model(config), text), tolerance=TOLERANCE)
 
 
@@ -84,7 +84,7 @@ def test_kernels_and_torch_leave_the_same_state(variant: str, config: ModelConfi
         pytest.skip(f"no {variant} kernels for this processor")
     model, text = tiny_model(config).keep_states_in(torch.int8), random_text(40)
     native = NativeModel(model, library=library)
-    ours, theirs = Stepper(native).open(1), Stepper(coded_model(config, native=False)).open(1)
+    ours, theirs = Stepper(native).open(1), Stepper(int8_model(config, native=False)).open(1)
     for token in text:
         actual, expected = (stepper.step(decode={1: token})[1] for stepper in (ours, theirs))
     assert_close_in_norm(actual, expected, tolerance=TOLERANCE)
@@ -95,7 +95,7 @@ def test_kernels_and_torch_leave_the_same_state(variant: str, config: ModelConfi
 
 @needs_kernels
 def test_a_prompt_leaves_the_same_bits_however_it_is_cut_and_whatever_runs_beside_it(config: ModelConfig) -> None:
-    model, text = coded_model(config), random_text(50)
+    model, text = int8_model(config), random_text(50)
     whole, cut, single = (Stepper(model).open(1, 2) for _ in range(3))
     whole.step({1: text})
     cut.step({1: text[:13], 2: text[:7]})
@@ -109,7 +109,7 @@ def test_a_prompt_leaves_the_same_bits_however_it_is_cut_and_whatever_runs_besid
 
 @pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_kernels)], ids=["torch", "native"])
 def test_prompts_in_pieces_agree_with_tokens_one_by_one(config: ModelConfig, native: bool) -> None:
-    model, text = coded_model(config, native=native), random_text(50)
+    model, text = int8_model(config, native=native), random_text(50)
     single, cut = Stepper(model).open(1), Stepper(model).open(1)
     decoded = torch.cat([single.step(decode={1: token})[1] for token in text])
     pieces = torch.cat([cut.step({1: piece})[1] for piece in (text[:21], text[21:])])
@@ -119,7 +119,7 @@ def test_prompts_in_pieces_agree_with_tokens_one_by_one(config: ModelConfig, nat
 
 @pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_kernels)], ids=["torch", "native"])
 def test_a_key_that_is_not_finite_is_not_forgotten(native: bool) -> None:
-    stepper = Stepper(coded_model(native=native)).open(1)
+    stepper = Stepper(int8_model(native=native)).open(1)
     stepper.step({1: random_text(3)})
     stepper.buffer.tensors["layers.0.near_key_scales"][1, 0, 0] = torch.nan
     logits = stepper.step(decode={1: 5})[1]

@@ -1,6 +1,6 @@
 """Compiles the kernels of rounded weights for GPUs without having one; see `triton_compiling`.
 
-    python -m tests.dijiang_model.ops.triton.triton_rounded_compiling [bf16|fp16|fp32 ...]
+    python -m tests.dijiang_model.ops.triton.triton_quantized_compiling [bf16|fp16|fp32 ...]
 
 Prints a JSON line for each kernel, form of weights, shape and number of rows: registers, spills, shared memory, and
 whether the matrix units take their whole tiles (wgmma, 9.0). The last line says how often a kernel is compiled for one
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 import torch
 
-from dijiang_model.ops.rounded import RoundedMatrix
-from dijiang_model.ops.triton import rounded
+from dijiang_model.ops.quantized import QuantizedMatrix
+from dijiang_model.ops.triton import quantized
 from tests.dijiang_model.ops.triton.triton_compiling import CAPABILITIES, Launch, recorded, resources
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -30,23 +30,23 @@ FORMS = {
 NUM_ROWS = (1, 64, 256, 1024)
 
 
-def zeros(shape: tuple[int, int], group_size: int, has_minimums: bool) -> RoundedMatrix:
+def zeros(shape: tuple[int, int], group_size: int, has_minimums: bool) -> QuantizedMatrix:
     """A matrix of the form."""
     outputs, columns = shape
     if group_size == 0:
-        return RoundedMatrix(torch.zeros(shape, dtype=torch.int8), torch.zeros(outputs), None, outputs, 0)
+        return QuantizedMatrix(torch.zeros(shape, dtype=torch.int8), torch.zeros(outputs), None, outputs, 0)
     codes = torch.zeros((-(-outputs // 2), columns), dtype=torch.uint8)
     scales = torch.zeros((outputs, columns // group_size), dtype=torch.float16)
-    return RoundedMatrix(codes, scales, scales.clone() if has_minimums else None, outputs, group_size)
+    return QuantizedMatrix(codes, scales, scales.clone() if has_minimums else None, outputs, group_size)
 
 
-def launches_of(matrix: RoundedMatrix, num_rows: int, dtype: torch.dtype) -> list[Launch]:
+def launches_of(matrix: QuantizedMatrix, num_rows: int, dtype: torch.dtype) -> list[Launch]:
     """Of one product with a bias, and of a look-up where the codes allow it."""
     x = torch.zeros((num_rows, matrix.num_columns), dtype=dtype)
     with recorded() as launches:
-        rounded.product(x, matrix, torch.zeros(matrix.num_outputs, dtype=dtype))
+        quantized.product(x, matrix, torch.zeros(matrix.num_outputs, dtype=dtype))
         if matrix.group_size == 0:
-            rounded.looked_up(torch.zeros(num_rows, dtype=torch.int64), matrix, dtype)
+            quantized.looked_up(torch.zeros(num_rows, dtype=torch.int64), matrix, dtype)
     return launches
 
 
@@ -72,7 +72,7 @@ def _compiled(launch: Launch) -> Iterator[dict[str, object]]:
 
 
 def num_variants() -> dict[str, int]:
-    """By kernel, of one large matrix in bf16 below `rounded.WIDENED_FROM` rows."""
+    """By kernel, of one large matrix in bf16 below `quantized.WIDENED_FROM` rows."""
     matrix, variants = zeros((4096, 4096), 32, True), set()
     for num_rows in (1, 2, 5, 16, 17, 31, 32, 33, 64, 65, 80, 512, 1023):
         for launch in launches_of(matrix, num_rows, torch.bfloat16):

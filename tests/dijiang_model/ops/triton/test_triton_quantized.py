@@ -17,10 +17,10 @@ pytest.importorskip("triton", reason="needs the extra `triton`; run by `make tes
 
 from dijiang_model.checkpoints.quantized import quantize_
 from dijiang_model.ops import selection
-from dijiang_model.ops.rounded import RoundedMatrix
+from dijiang_model.ops.quantized import QuantizedMatrix
 from dijiang_model.ops.torch.attention import TorchAttention
-from dijiang_model.ops.triton import rounded
-from dijiang_model.ops.triton.rounded import ROWS_AT_ONCE, WIDENED_FROM, ProductBlocks
+from dijiang_model.ops.triton import quantized
+from dijiang_model.ops.triton.quantized import ROWS_AT_ONCE, WIDENED_FROM, ProductBlocks
 from dijiang_model.quantization import weight as weight_module
 from dijiang_model.quantization.config import INT8, Quantization
 from dijiang_model.quantization.weight import Int4Weight, Int8Weight, QuantizedWeight
@@ -68,7 +68,7 @@ def weight_of(shape: tuple[int, int], form: Quantization) -> tuple[QuantizedWeig
     return made, weight_naive(made)
 
 
-def on_device(matrix: RoundedMatrix) -> RoundedMatrix:
+def on_device(matrix: QuantizedMatrix) -> QuantizedMatrix:
     minimums = None if matrix.minimums is None else matrix.minimums.to(DEVICE)
     return replace(matrix, codes=matrix.codes.to(DEVICE), scales=matrix.scales.to(DEVICE), minimums=minimums)
 
@@ -85,7 +85,7 @@ def test_products_equal_those_with_the_naive_weights(
     weight, values = weight_of(shape, form)
     x, bias = random(num_rows, shape[1], seed=2).to(DEVICE, dtype), random(shape[0], seed=3).to(DEVICE, dtype)
     for added in (None, bias):
-        found = rounded.product(x, on_device(weight.rounded), added)
+        found = quantized.product(x, on_device(weight.rounded), added)
         assert (found.dtype, found.shape) == (dtype, (num_rows, shape[0]))
         assert_close_in_norm(found.double().cpu(), exact(x, values, added), tolerance=TOLERANCES[dtype])
 
@@ -94,7 +94,7 @@ def test_fp32_rows_keep_all_their_bits(form: Quantization) -> None:
     """Numbers that differ from 1 by what bf16 would lose."""
     weight, values = weight_of((6, 64), form)
     x = torch.ones(2, 64) + random(2, 64, seed=4) * 2**-14
-    found = rounded.product(x.to(DEVICE), on_device(weight.rounded), None).double().cpu()
+    found = quantized.product(x.to(DEVICE), on_device(weight.rounded), None).double().cpu()
     expected = exact(x, values, None)
     # fp32's roundings, of sums that are a few times larger before minimums are taken off.
     tolerance = 2**-20 * float(values.abs().sum(1).max())
@@ -106,13 +106,13 @@ def test_fp32_rows_keep_all_their_bits(form: Quantization) -> None:
 def test_splitting_the_columns_changes_only_the_order_of_sums(
     form: Quantization, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounded, "PROGRAMS", programs)
-    monkeypatch.setattr(rounded, "UNSPLIT_BYTES", 0)
+    monkeypatch.setattr(quantized, "PROGRAMS", programs)
+    monkeypatch.setattr(quantized, "UNSPLIT_BYTES", 0)
     weight, values = weight_of((37, 200), form)
     splits = ProductBlocks.of(weight.rounded, 3, torch.float32).splits
     assert (splits == 1) == (programs == 1)
     x, bias = random(3, 200, seed=5).to(DEVICE), random(37, seed=6).to(DEVICE)
-    found = rounded.product(x, on_device(weight.rounded), bias)
+    found = quantized.product(x, on_device(weight.rounded), bias)
     assert_close_in_norm(found.double().cpu(), exact(x, values, bias), tolerance=1e-6)
 
 
@@ -126,7 +126,7 @@ def test_tiles_cover_every_column_once_and_alike_for_up_to_64_rows(
     lines: int, columns: int, group: int, dtype: torch.dtype
 ) -> None:
     codes = torch.empty((lines, columns), dtype=torch.int8, device="meta")
-    matrix = RoundedMatrix(codes, codes, None, lines, group)
+    matrix = QuantizedMatrix(codes, codes, None, lines, group)
     cuts = set()
     for num_rows in (1, 2, 17, 63, 64, 65, 1023):
         blocks = ProductBlocks.of(matrix, num_rows, dtype)
@@ -144,7 +144,7 @@ def test_a_product_of_a_small_model_is_one_launch_of_programs_that_read_little(s
     for group in (0, 32):
         lines = shape[0] if group == 0 else shape[0] // 2
         codes = torch.empty((lines, shape[1]), dtype=torch.int8, device="meta")
-        blocks = ProductBlocks.of(RoundedMatrix(codes, codes, None, shape[0], group), 1, torch.bfloat16)
+        blocks = ProductBlocks.of(QuantizedMatrix(codes, codes, None, shape[0], group), 1, torch.bfloat16)
         assert blocks.splits == 1
         assert blocks.lines * shape[1] <= 48 << 10
 
@@ -154,16 +154,16 @@ def test_one_row_of_a_large_matrix_fills_an_h100(shape: tuple[int, int]) -> None
     for group in (0, 32):
         lines = shape[0] if group == 0 else shape[0] // 2
         codes = torch.empty((lines, shape[1]), dtype=torch.int8, device="meta")
-        blocks = ProductBlocks.of(RoundedMatrix(codes, codes, None, shape[0], group), 1, torch.bfloat16)
+        blocks = ProductBlocks.of(QuantizedMatrix(codes, codes, None, shape[0], group), 1, torch.bfloat16)
         assert -(-lines // blocks.lines) * blocks.splits >= 132
 
 
 def test_a_row_that_is_not_finite_leaves_the_others_alone(form: Quantization) -> None:
     weight, _ = weight_of((37, 100), form)
     x = random(4, 100, seed=7).to(DEVICE)
-    before = rounded.product(x, on_device(weight.rounded), None)
+    before = quantized.product(x, on_device(weight.rounded), None)
     x[2] = float("nan")
-    after = rounded.product(x, on_device(weight.rounded), None)
+    after = quantized.product(x, on_device(weight.rounded), None)
     assert after[2].isnan().all()
     assert torch.equal(after[[0, 1, 3]], before[[0, 1, 3]])
 
@@ -171,10 +171,10 @@ def test_a_row_that_is_not_finite_leaves_the_others_alone(form: Quantization) ->
 def test_rows_of_any_shape_and_stride_are_taken() -> None:
     weight, values = weight_of((37, 100), INT8)
     x = random(2, 3, 200, seed=8).to(DEVICE)[..., ::2]
-    found = rounded.product(x, on_device(weight.rounded), None)
+    found = quantized.product(x, on_device(weight.rounded), None)
     expected = exact(x.reshape(6, 100), values, None).view(2, 3, 37)
     assert_close_in_norm(found.double().cpu(), expected, tolerance=1e-6)
-    assert rounded.product(x[:0], on_device(weight.rounded), None).shape == (0, 3, 37)
+    assert quantized.product(x[:0], on_device(weight.rounded), None).shape == (0, 3, 37)
 
 
 def test_the_parts_of_a_split_networks_rows_and_columns_make_up_the_whole() -> None:
@@ -192,7 +192,7 @@ def test_the_parts_of_a_split_networks_rows_and_columns_make_up_the_whole() -> N
                 scales=whole.scales[groups].contiguous(),
                 minimums=minimums,
             )
-            total += rounded.product(x[:, first : first + 64].to(DEVICE), on_device(part), None).double().cpu()
+            total += quantized.product(x[:, first : first + 64].to(DEVICE), on_device(part), None).double().cpu()
         assert_close_in_norm(total, exact(x, values, None), tolerance=1e-6)
 
 
@@ -200,7 +200,7 @@ def test_the_parts_of_a_split_networks_rows_and_columns_make_up_the_whole() -> N
 def test_a_matrix_written_out_is_what_its_codes_stand_for(form: Quantization, dtype: torch.dtype) -> None:
     for shape in SHAPES:
         weight, values = weight_of(shape, form)
-        found = rounded.widened(on_device(weight.rounded), dtype).double().cpu()
+        found = quantized.widened(on_device(weight.rounded), dtype).double().cpu()
         assert_close_in_norm(found, values, tolerance=TOLERANCES[dtype])
 
 
@@ -209,12 +209,12 @@ def test_a_matrix_written_out_is_what_its_codes_stand_for(form: Quantization, dt
 def test_tokens_are_looked_up_and_unknown_ones_are_not_a_number(dtype: torch.dtype, columns: int) -> None:
     weight, values = weight_of((37, columns), INT8)
     ids = torch.tensor([[36, 0, 5], [5, 37, -1]])
-    found = rounded.looked_up(ids.to(DEVICE), on_device(weight.rounded), dtype).double().cpu()
+    found = quantized.looked_up(ids.to(DEVICE), on_device(weight.rounded), dtype).double().cpu()
     assert found.shape == (2, 3, columns)
     known = (ids >= 0) & (ids < 37)
     assert found[~known].isnan().all()
     assert_close_in_norm(found[known], values[ids[known]], tolerance=TOLERANCES[dtype])
-    assert rounded.looked_up(ids[:0].to(DEVICE), on_device(weight.rounded), dtype).shape == (0, 3, columns)
+    assert quantized.looked_up(ids[:0].to(DEVICE), on_device(weight.rounded), dtype).shape == (0, 3, columns)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4, groups of 64 with minimums"])
@@ -231,13 +231,13 @@ def test_a_whole_network_answers_the_same_with_and_without_the_kernels(
     monkeypatch.setattr(selection, "has_kernels", lambda device, dtype: False)
     without = logits_of(model, text)
     calls: list[int] = []
-    product = rounded.product
+    product = quantized.product
 
-    def counted(x: Tensor, matrix: RoundedMatrix, bias: Tensor | None) -> Tensor:
+    def counted(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None) -> Tensor:
         calls.append(matrix.num_outputs)
         return product(x, matrix, bias)
 
-    monkeypatch.setattr(rounded, "product", counted)
+    monkeypatch.setattr(quantized, "product", counted)
     monkeypatch.setattr(selection, "has_kernels", lambda device, dtype: True)
     assert_close_in_norm(logits_of(model, text).double().cpu(), without.double().cpu(), tolerance=1e-5)
     assert config.vocab_size in calls, "the head, too"
@@ -258,13 +258,13 @@ def test_whoever_wants_gradients_gets_torchs_product(monkeypatch: pytest.MonkeyP
 def test_every_kernel_compiles_and_fits_without_spills() -> None:
     """Of devices that run code for 8.0 the smallest have 99 KiB of shared memory."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.dijiang_model.ops.triton.triton_rounded_compiling", "bf16"]
+    command = [sys.executable, "-m", "tests.dijiang_model.ops.triton.triton_quantized_compiling", "bf16"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert run.returncode == 0, run.stderr
     *lines, variants = [json.loads(line) for line in run.stdout.splitlines()]
-    tiles = {"rounded_product_kernel": 4, "sum_splits_kernel": 1}
+    tiles = {"quantized_product_kernel": 4, "sum_splits_kernel": 1}
     assert variants == {"variants": tiles}, "16, 32 or 64 rows to a tile, or many: no more, whatever the rows"
-    names = {"rounded_product_kernel", "sum_splits_kernel", "widen_kernel", "look_up_kernel"}
+    names = {"quantized_product_kernel", "sum_splits_kernel", "widen_kernel", "look_up_kernel"}
     assert {line["kernel"] for line in lines} == names
     assert max(line["shared_bytes"] for line in lines) <= 99 * 1024
     assert max(line["stack_bytes"] for line in lines) == 0
@@ -277,24 +277,24 @@ def test_a_row_has_the_same_bits_every_time_and_in_any_company(
     form: Quantization, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     codes, scales, minimums = random_parts(shape, form)
-    matrix = RoundedMatrix(codes, scales, minimums, shape[0], form.group_size)
+    matrix = QuantizedMatrix(codes, scales, minimums, shape[0], form.group_size)
     x = random(ROWS_AT_ONCE, shape[1], seed=11).to(DEVICE, dtype)
-    whole = rounded.product(x, matrix, None)
-    assert torch.equal(whole, rounded.product(x, matrix, None))
+    whole = quantized.product(x, matrix, None)
+    assert torch.equal(whole, quantized.product(x, matrix, None))
     for num_rows in (1, 2, 7, 16, 17, 32, 33, 63):
-        assert torch.equal(rounded.product(x[-num_rows:], matrix, None), whole[-num_rows:]), num_rows
+        assert torch.equal(quantized.product(x[-num_rows:], matrix, None), whole[-num_rows:]), num_rows
 
 
 @needs_gpu
 @pytest.mark.parametrize("num_rows", [1, 16, 200])
 def test_a_recorded_product_says_what_a_fresh_one_does(form: Quantization, num_rows: int) -> None:
     codes, scales, minimums = random_parts((576, 1536), form)
-    matrix = RoundedMatrix(codes, scales, minimums, 576, form.group_size)
+    matrix = QuantizedMatrix(codes, scales, minimums, 576, form.group_size)
     x = random(num_rows, 1536, seed=12).to(DEVICE, torch.bfloat16)
-    fresh = rounded.product(x, matrix, None)
+    fresh = quantized.product(x, matrix, None)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        recorded = rounded.product(x, matrix, None)
+        recorded = quantized.product(x, matrix, None)
     recorded.zero_()
     graph.replay()
     assert torch.equal(recorded, fresh)

@@ -1,4 +1,4 @@
-"""Products with rounded weights: launches `kernels.rounded`, each of its kernels where it is the better choice.
+"""Products with rounded weights: launches `kernels.quantized`, each of its kernels where it is the better choice.
 
 - Up to `ROWS_AT_ONCE` rows, those of decoding: codes are read once; where there are few outputs of a large matrix the
   columns are split over programs, whose sums a second launch adds up in order. Splits and tiles but for their rows
@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn import functional
 from triton import knobs
 
-from dijiang_model.ops.rounded import RoundedMatrix
+from dijiang_model.ops.quantized import QuantizedMatrix
 from dijiang_model.ops.triton.decode import OPTIONS
 from dijiang_model.ops.triton.device import on_device_of
-from dijiang_model.ops.triton.kernels.rounded import (
+from dijiang_model.ops.triton.kernels.quantized import (
     look_up_kernel,
-    rounded_product_kernel,
+    quantized_product_kernel,
     sum_splits_kernel,
     widen_kernel,
 )
@@ -67,7 +67,7 @@ class ProductBlocks:
     stages: int
 
     @classmethod
-    def of(cls, matrix: RoundedMatrix, num_rows: int, dtype: torch.dtype) -> "ProductBlocks":
+    def of(cls, matrix: QuantizedMatrix, num_rows: int, dtype: torch.dtype) -> "ProductBlocks":
         """For less than `WIDENED_FROM` rows of this dtype."""
         most_rows = FP32_ROWS if dtype == torch.float32 else 64
         if num_rows > ROWS_AT_ONCE:
@@ -92,7 +92,7 @@ class ProductBlocks:
         )
 
     @classmethod
-    def _of_many(cls, matrix: RoundedMatrix, most_rows: int) -> "ProductBlocks":
+    def _of_many(cls, matrix: QuantizedMatrix, most_rows: int) -> "ProductBlocks":
         columns = matrix.group_size or 64
         return cls(
             lines=64 if matrix.group_size > 0 else 128,
@@ -105,7 +105,7 @@ class ProductBlocks:
         )
 
 
-def product(x: Tensor, matrix: RoundedMatrix, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     """x W^T + bias: [..., columns] -> [..., outputs] in x's dtype, bf16, fp16 or fp32.
 
     Sums are fp32. Below `WIDENED_FROM` rows neither weights nor activations are rounded; from there on the weights are
@@ -120,7 +120,7 @@ def product(x: Tensor, matrix: RoundedMatrix, bias: Tensor | None) -> Tensor:
     return out.view(*x.shape[:-1], matrix.num_outputs)
 
 
-def widened(matrix: RoundedMatrix, dtype: torch.dtype) -> Tensor:
+def widened(matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
     """[outputs, columns], the weights that the codes stand for, each rounded once."""
     shape = (matrix.num_outputs, matrix.num_columns)
     out = torch.empty(shape, dtype=dtype, device=matrix.codes.device)
@@ -143,7 +143,7 @@ def widened(matrix: RoundedMatrix, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def looked_up(ids: Tensor, matrix: RoundedMatrix, dtype: torch.dtype) -> Tensor:
+def looked_up(ids: Tensor, matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
     """Rows [...] int64 of an int8 matrix -> [..., columns] of `dtype`; NaN for those that there are not."""
     assert matrix.group_size == 0, "embeddings are int8"
     out = torch.empty((*ids.shape, matrix.num_columns), dtype=dtype, device=ids.device)
@@ -163,7 +163,7 @@ def looked_up(ids: Tensor, matrix: RoundedMatrix, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _launch(x: Tensor, matrix: RoundedMatrix, bias: Tensor | None, out: Tensor, blocks: ProductBlocks) -> None:
+def _launch(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None, out: Tensor, blocks: ProductBlocks) -> None:
     num_rows, num_outputs = out.shape
     is_split, has_bias = blocks.splits > 1, bias is not None
     parts = out
@@ -172,7 +172,7 @@ def _launch(x: Tensor, matrix: RoundedMatrix, bias: Tensor | None, out: Tensor, 
     added = matrix.scales if bias is None else bias  # never read where there is none
     grid = (triton.cdiv(matrix.num_lines, blocks.lines), triton.cdiv(num_rows, blocks.rows), blocks.splits)
     with on_device_of(x):
-        rounded_product_kernel[grid](
+        quantized_product_kernel[grid](
             x,
             matrix.codes,
             matrix.scales,
@@ -213,6 +213,6 @@ def _launch(x: Tensor, matrix: RoundedMatrix, bias: Tensor | None, out: Tensor, 
             )
 
 
-def _minimums(matrix: RoundedMatrix) -> Tensor:
+def _minimums(matrix: QuantizedMatrix) -> Tensor:
     """The scales stand for none: never read."""
     return matrix.scales if matrix.minimums is None else matrix.minimums

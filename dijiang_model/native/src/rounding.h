@@ -3,8 +3,8 @@
 //
 // A key or a value is rounded once, when it enters the window. S is rounded after every token, for thousands of tokens:
 // to the nearest number, whatever is less than half a unit in the last place would never be added or never decay.
-// So the last bits decide by chance whether to go up, and the mean stays right. The chance is a function of position
-// and place alone: a state is the same bit for bit in any company and however its prompt was cut.
+// So the last bits decide at random whether to go up, and the mean stays right. The random bits are a function of
+// position and place alone: a state is the same bit for bit in any batch and however its prompt was cut.
 #pragma once
 
 #include "vector.h"
@@ -57,18 +57,18 @@ static inline Vec to_nearest(Vec x) {
   return reinterpret_cast<Vec>((bits & all(kExponent)) == all(kExponent) ? bits : rounded);
 }
 
-// Up or down to a neighbour in bf16, with chances that keep the mean: see `ops/narrow.py`. `place` of the first lane.
-static inline Vec by_chance(Vec x, uint32_t place, uint32_t salt) {
-  Bits chance;
-  for (int i = 0; i < kLanes; ++i) chance[i] = static_cast<uint32_t>(i);
-  chance = (chance + all(place)) * all(0x9e3779b1u) + all(salt);
-  chance = (chance ^ (chance >> 16)) * all(0x7feb352du);
-  chance = (chance ^ (chance >> 15)) * all(0x846ca68bu);
-  const Bits bits = bits_of(x), rounded = (bits + (chance >> 16)) & all(0xffff0000u);
+// Up or down to a neighbour in bf16, so that the mean stays (`ops/torch/rounding.py`). `place`: of the first lane.
+static inline Vec rounded_stochastically(Vec x, uint32_t place, uint32_t salt) {
+  Bits random;
+  for (int i = 0; i < kLanes; ++i) random[i] = static_cast<uint32_t>(i);
+  random = (random + all(place)) * all(0x9e3779b1u) + all(salt);
+  random = (random ^ (random >> 16)) * all(0x7feb352du);
+  random = (random ^ (random >> 15)) * all(0x846ca68bu);
+  const Bits bits = bits_of(x), rounded = (bits + (random >> 16)) & all(0xffff0000u);
   return reinterpret_cast<Vec>((bits & all(kExponent)) == all(kExponent) ? bits : rounded);
 }
 
-static inline uint32_t chance_salt(int64_t position) { return static_cast<uint32_t>(position) * 0x85ebca6bu; }
+static inline uint32_t random_salt(int64_t position) { return static_cast<uint32_t>(position) * 0x85ebca6bu; }
 
 // The largest magnitude, and NaN if anything is not finite.
 static inline float magnitude(const float* x, int64_t size) {

@@ -1,4 +1,4 @@
-"""States in int8 under Triton's kernels in an engine: files from the other kind of device, recorded steps, padding."""
+"""States in int8 under Triton's kernels in an engine: files from the other kind of device, captured steps, padding."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from tests.tiny_models import tiny_model
 NUM_SLOTS = 3
 
 
-def coded_model(*, triton: bool) -> FrozenModel:
+def int8_model(*, triton: bool) -> FrozenModel:
     """As it runs on a CPU, or as on a CUDA device."""
     model = tiny_model().keep_states_in(torch.int8)
     if triton:
@@ -33,7 +33,7 @@ def coded_model(*, triton: bool) -> FrozenModel:
 @pytest.mark.parametrize("from_triton", [True, False])
 def test_a_conversation_saved_on_one_kind_of_device_goes_on_on_the_other(tmp_path: Path, from_triton: bool) -> None:
     """What torch and the kernels for CPUs compute differs in last bits, and the sums' roundings with it."""
-    source, target = coded_model(triton=from_triton), coded_model(triton=not from_triton)
+    source, target = int8_model(triton=from_triton), int8_model(triton=not from_triton)
     prompt = PROMPT[:21]
     whole = Bench(source, tmp_path).one(*prompt, max_tokens=7)
     first = Bench(source, tmp_path).one(*prompt, states=SAVE, max_tokens=3)
@@ -43,12 +43,12 @@ def test_a_conversation_saved_on_one_kind_of_device_goes_on_on_the_other(tmp_pat
     assert first.tokens + then.tokens == whole.tokens
 
 
-def test_recorded_steps_leave_the_bits_of_fresh_ones_and_no_trace_in_the_scratch_slot() -> None:
-    model = coded_model(triton=True)
-    recorded, fresh = (StateBuffer(model.state_spec, NUM_SLOTS + 1, cleared=True) for _ in range(2))
+def test_captured_steps_leave_the_bits_of_fresh_ones_and_no_trace_in_the_scratch_slot() -> None:
+    model = int8_model(triton=True)
+    captured, fresh = (StateBuffer(model.state_spec, NUM_SLOTS + 1, cleared=True) for _ in range(2))
     last = torch.arange(NUM_SLOTS + 1) * 7
-    graphs = DecodeGraphs(model, buffer=recorded, last_token_ids=last, buckets=(1, 4), capture=eager)
-    recorded.storage[0].fill_(0xFF)  # NaN: whatever read it would show
+    graphs = DecodeGraphs(model, buffer=captured, last_token_ids=last, buckets=(1, 4), capture=eager)
+    captured.storage[0].fill_(0xFF)  # NaN: whatever read it would show
     fresh.storage[0].fill_(0xFF)
     for step in range(4):
         num_rows = 1 + step % NUM_SLOTS
@@ -61,12 +61,12 @@ def test_recorded_steps_leave_the_bits_of_fresh_ones_and_no_trace_in_the_scratch
         with torch.inference_mode():
             expected = decode(model, last[slots], slots=slots, positions=positions, state=fresh)
             assert torch.equal(graphs.forward(bucket)[:num_rows], expected[:num_rows])
-    assert torch.equal(recorded.storage, fresh.storage)
-    assert (recorded.storage[0] == 0xFF).all()
+    assert torch.equal(captured.storage, fresh.storage)
+    assert (captured.storage[0] == 0xFF).all()
 
 
 def test_the_health_of_a_state_shows_in_its_scales() -> None:
-    model = coded_model(triton=True)
+    model = int8_model(triton=True)
     buffer = StateBuffer(model.state_spec, NUM_SLOTS + 1, cleared=True)
     prefill(model, torch.arange(4), lengths=(4,), slots=torch.tensor([2]), starts=torch.tensor([0]), state=buffer)
     norm = StateNorm(buffer)
