@@ -65,8 +65,7 @@ def common_config(
         fields.report("a yarn scaling of heads that rotate in part is not supported")
     bos, eos, pad = _token_ids(fields, default_token_ids)
     vocab_size, hidden_size = fields.integer("vocab_size"), fields.integer("hidden_size")
-    intermediate_size = fields.integer(intermediate_name)
-    max_positions = fields.integer("max_position_embeddings", 2048)
+    intermediate_size, max_positions = fields.integer(intermediate_name), fields.integer("max_position_embeddings", 2048)
     is_tied = fields.boolean("tie_word_embeddings", is_tied_by_default)
     fields.raise_if_any(f"unsupported or contradictory values in the {family} config")
     return ModelConfig(
