@@ -20,16 +20,18 @@ from dijiang_model.text.template import TemplateSyntaxFailure
 from server.engine.state.snapshot_files import MAX_HEADER_BYTES
 from server.engine.types.requests import EngineInfo, EngineStats, GenerationRequest, Tenant, TokenEvent
 from server.engine_client.candidate import EngineLoadError
+from server.engine_client.submissions import TenantLoad
 from server.errors import ConflictError, EngineUnavailableError, NotFoundError
 from server.event_log import EventLog
 from server.grammar_check.checker import GrammarChecker
-from server.keys import KeyFacts, by_owner
+from server.keys import KeyFacts, KeyLabels, by_owner
 from server.metrics import Metrics
 from server.rate_limits import RateLimits
 from server.states.store import StateStore
 from server.text.reasoning import thought_form
 from server.text.template import ChatTemplate
 from server.text.tokenizer import Tokenizer
+from server.tracing import NO_TRACER, Tracer
 
 MAX_RETRY_AFTER_S = 30
 _NOTHING_KNOWN = KeyFacts(b"", "")
@@ -48,9 +50,14 @@ class Engine(Protocol):
     def stats(self) -> EngineStats | None: ...
     @property
     def num_restarts(self) -> int: ...
+    @property
+    def loads(self) -> Mapping[str, TenantLoad]: ...
     def submit(self, request: GenerationRequest) -> AbstractAsyncContextManager[AsyncIterator[TokenEvent]]: ...
     def generate(
-        self, requests: Sequence[GenerationRequest], on_event: Callable[[TokenEvent], None]
+        self,
+        requests: Sequence[GenerationRequest],
+        on_event: Callable[[TokenEvent], None],
+        on_begun: Callable[[str], None] = ...,
     ) -> AbstractAsyncContextManager[Callable[[str], None]]: ...
     def suspend(self, request_id: str, *, save_to: str | None, note: str, in_prompt: bool) -> None: ...
     def reset_cache(self) -> None: ...
@@ -154,6 +161,8 @@ class Service:
         event_logs: their events so far, by id.
         rate_limits: what each key has used of its minute.
         checking: held by a self-check; one at a time is enough.
+        labels: what keys are called in logs and metrics.
+        tracer: records where the time of requests goes.
     """
 
     def __init__(
@@ -165,12 +174,14 @@ class Service:
         states: StateStore | None = None,
         grammars: GrammarChecker | None = None,
         read_again: ReadAgain | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         """
         Args:
             states: where conversations are kept; None: requests that want it are refused.
             grammars: compiles the grammars of requests; None: requests that have one are refused.
             read_again: reads names and tokenizer of the model again for `reload`; None: it is refused.
+            tracer: records where the time of requests goes.
 
         Raises:
             TemplateSyntaxFailure: the model's chat template is not valid.
@@ -185,8 +196,10 @@ class Service:
         self._read_again = read_again
         self.rate_limits = RateLimits(options.rate_limit_requests, options.rate_limit_tokens)
         self._facts: Mapping[str, KeyFacts] = {}
+        self.labels = KeyLabels()
         self._learn_keys()
-        self.metrics = Metrics(engine)
+        self.tracer = tracer
+        self.metrics = Metrics(engine, self.labels.of)
         if states is not None:
             self.metrics.watch_states(states)
         self.created = int(time.time())
@@ -208,6 +221,7 @@ class Service:
             await self.grammars.close()
         if self.states is not None:
             await self.states.close()
+        await asyncio.to_thread(self.tracer.close)
 
     async def suspend(self, *, timeout_s: float) -> None:
         """Cuts off what still runs and keeps its states, as far as that can be done in so many seconds."""
@@ -274,11 +288,6 @@ class Service:
             outranks=_given(facts.priority_across_keys, options.priority_across_keys),
         )
 
-    def name_of(self, owner: str) -> str | None:
-        """What the keys file calls an owner; None if it does not."""
-        facts = self._facts.get(owner)
-        return None if facts is None else facts.name
-
     def change_keys(
         self, *, key_hashes: frozenset[bytes], admin_key_hashes: frozenset[bytes], keys: tuple[KeyFacts, ...]
     ) -> None:
@@ -288,6 +297,7 @@ class Service:
 
     def _learn_keys(self) -> None:
         self._facts = by_owner(self.options.keys)
+        self.labels.learn(self._facts)
         self.rate_limits.change_own(
             {name: (one.rate_limit_requests, one.rate_limit_tokens) for name, one in self._facts.items()}
         )

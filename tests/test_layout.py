@@ -57,7 +57,7 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
         {"metrics", "protocol", "selfcheck", "tools"},
         {"engine_client", "grammar_check", "states"},
         {"engine", "rate_limits"},
-        {"cli", "errors", "event_log", "hardware", "keys", "playground"},
+        {"cli", "errors", "event_log", "hardware", "keys", "playground", "tracing"},
     ),
     "server.engine": (
         {"process"},

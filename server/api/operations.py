@@ -1,8 +1,7 @@
 """For operators: `/health`, `/ready`, `/version`, `/metrics`, `/v1/capacity`."""
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.api.json_body import ServiceDependency
 from server.generation.streaming import json_response
@@ -64,6 +63,7 @@ async def version(service: ServiceDependency) -> JSONResponse:
 
 
 @router.get("/metrics")
-async def metrics(service: ServiceDependency) -> Response:
-    """Prometheus text format."""
-    return Response(service.metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
+async def metrics(request: Request, service: ServiceDependency) -> Response:
+    """Prometheus's text format, or OpenMetrics with exemplars for those who accept it."""
+    content, content_type = service.metrics.render(request.headers.get("accept", ""))
+    return Response(content, headers={"content-type": content_type, "vary": "accept"})

@@ -158,6 +158,7 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
         speculation=speculation,
         max_unseen=num_ahead,
         reserved_waiting=config.reserved_waiting,
+        max_parked=config.preemption_bytes // pool.spec.bytes_per_slot,
         step_times=StepTimes(config.target_gap_ms / 1000) if num_ahead == 0 and config.target_gap_ms > 0 else None,
         on_admission=lambda sequence: _begin(sequence, snapshots, grammars),
     )

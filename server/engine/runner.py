@@ -115,7 +115,7 @@ class ModelRunner:
     def _change_hands(self, batch: Batch) -> None:
         """Copies the states of sequences that lose their slot, and puts back those of others that have one again."""
         for sequence, slot in batch.preempted:
-            if sequence.num_fed > sequence.num_skipped:
+            if sequence.has_state:
                 sequence.parked = self._pool.snapshot(slot)
         for sequence in batch.resumed:
             if isinstance(sequence.parked, Tensor):

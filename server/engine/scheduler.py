@@ -57,6 +57,7 @@ class Scheduler:
         reserved_waiting: int = 0,
         step_times: StepTimes | None = None,
         can_preempt: bool = True,
+        max_parked: int | None = None,
     ) -> None:
         """
         Args:
@@ -71,7 +72,7 @@ class Scheduler:
                 seen: 1 where the runner completes a step after the one before it was committed, else 0.
             on_admission: called with a sequence that gets its slot, before its first tokens are scheduled; it may let
                 the sequence begin behind a prefix whose state is known (`Sequence.skip`).
-            reserved_waiting, can_preempt: see `Admission`.
+            reserved_waiting, can_preempt, max_parked: see `Admission`.
             step_times: limits the prompt tokens of steps in which answers run; None: they take what is left.
 
         Raises:
@@ -84,6 +85,7 @@ class Scheduler:
             max_waiting=max_waiting,
             reserved_waiting=reserved_waiting,
             can_preempt=can_preempt,
+            max_parked=max_parked,
             on_admission=self._begin,
         )
         self._running, self._waiting = self._admission.running, self._admission.waiting
@@ -126,6 +128,11 @@ class Scheduler:
     def num_preemptions(self) -> int:
         """Running sequences that had to wait again."""
         return self._admission.num_preemptions
+
+    @property
+    def num_parked(self) -> int:
+        """Those of them whose state is kept meanwhile."""
+        return self._admission.num_parked
 
     @property
     def has_unfinished(self) -> bool:
@@ -276,15 +283,15 @@ class Scheduler:
         for follower in moves.followers:  # in this very step, while its leader is where it is
             chunks += budget.feed(follower, 1)
         reading = [one for one in reading if one not in moves.followers]
-        budget.num_tokens = min(budget.num_tokens, self._prompt_tokens(num_known, num_rows))
+        budget.num_tokens = min(budget.num_tokens, self._prompt_tokens(num_known, num_rows, len(reading)))
         for sequence, most in self._prompts.split(reading, budget.num_tokens):
             chunks += budget.feed(sequence, most)
         return chunks
 
-    def _prompt_tokens(self, num_decoding: int, num_rows: int) -> int:
-        """Most prompt tokens of a step in which so many sequences decode, in so many rows."""
+    def _prompt_tokens(self, num_decoding: int, num_rows: int, num_prompts: int = 1) -> int:
+        """Most prompt tokens of a step in which so many sequences decode, in so many rows, and prompts are read."""
         left = self._max_step_tokens - num_rows
-        limit = None if self._step_times is None else self._step_times.prompt_tokens(num_decoding)
+        limit = None if self._step_times is None else self._step_times.prompt_tokens(num_decoding, num_prompts)
         return left if limit is None else min(left, limit)
 
     def _commit_chunk(self, chunk: Chunk, token_ids: Items[int], faults: Items[bool]) -> TokenEvent:

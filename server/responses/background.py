@@ -8,6 +8,7 @@ from server.errors import ServiceError, UnavailableError
 from server.generation.sessions import check_fingerprint
 from server.generation.streaming import charged_tokens
 from server.http.errors import on_wire
+from server.keys import EVERYBODY
 from server.protocol.bodies import parse_body
 from server.protocol.responses import ResponseRequest
 from server.responses.plan import plan_resumed
@@ -91,6 +92,8 @@ async def _made(service: Service, run: ResponseRun) -> None:
         await run.in_background()
     finally:
         service.rate_limits.charge(run.owner, charged_tokens(run.generation.usage))
+        key = {} if run.owner == EVERYBODY else {"key": service.labels.of(run.owner)}
+        logger.info("background response", id=run.id, **key, **run.generation.log_facts)
 
 
 def _forget(service: Service, run: ResponseRun) -> None:

@@ -333,7 +333,8 @@ class ResponseRun:
     async def _failed(self, error: ServiceError) -> dict[str, Any]:
         """The response that could not be made, kept."""
         self.output.break_off()
-        told = {"code": on_wire(error).code or "server_error", "message": error.message}
+        code = on_wire(error).code or "server_error"
+        self.generation.error_code, told = code, {"code": code, "message": error.message}
         response = self.object("failed", with_output=True, error=told)
         for kept in (response, self.object("failed", error=told)):  # without its text there is always room for it
             try:

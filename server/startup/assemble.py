@@ -26,6 +26,7 @@ from server.states.embedded import open_embedded_store
 from server.states.errors import StoreError
 from server.states.indexed import StoreOptions
 from server.states.store import StateStore
+from server.tracing import NO_TRACER, Tracer
 
 CPU_STEP_TOKENS, CUDA_STEP_TOKENS = 512, 2048
 DEFAULT_HOME = Path("~/.cache/dijiang")
@@ -77,6 +78,22 @@ def _open_shared_store(settings: Settings, url: str, folder: Path, options: Stor
     return open_shared_store(folder, shared, options)
 
 
+def make_tracer(settings: Settings) -> Tracer:
+    """Where traces go.
+
+    Raises:
+        StartError: they are wanted, and OpenTelemetry is not installed.
+    """
+    if settings.otlp_traces_endpoint is None:
+        return NO_TRACER
+    try:
+        from server.startup.otel import OtelTracer
+    except ImportError as error:
+        message = f"otlp_traces_endpoint needs OpenTelemetry: pip install 'dijiang[otel]' ({error})"
+        raise StartError(message) from error
+    return OtelTracer.exporting(settings.otlp_traces_endpoint, version=version("dijiang"))
+
+
 def _bytes_per_key(settings: Settings) -> int:
     """What each owner may keep: without keys there is one, everybody."""
     if settings.states_per_key == "auto":
@@ -106,6 +123,9 @@ def engine_config(settings: Settings, model: Path, device: Device, store: StateS
         "num_threads": default_threads() if settings.threads == "auto" else settings.threads,
         "state_memory_bytes": state_bytes,
         "max_num_slots": settings.max_conversations,
+        "preemption_bytes": (
+            state_bytes // 4 if settings.preemption_memory == "auto" else int(settings.preemption_memory)
+        ),
         "max_step_tokens": auto_step if step_tokens == "auto" else step_tokens,
         "max_waiting": settings.max_queue,
         "reserved_waiting": _reserved_places(settings),

@@ -31,6 +31,7 @@ from server.startup.assemble import (
     engine_config,
     find_model,
     grammar_limits,
+    make_tracer,
     open_store,
     recipe_of,
     service_options,
@@ -89,7 +90,7 @@ class _Start:
         """Imports the application and reads the tokenizer: a second's work that the engine need not wait for.
 
         Raises:
-            StartError: the tokenizer, the chat template or the keys cannot be used.
+            StartError: the tokenizer, the chat template, the keys or the tracer cannot be used.
         """
         import_module("server.app")
         import_module("server.http.connections")
@@ -97,7 +98,13 @@ class _Start:
             tokenizer = load_tokenizer(self.model)
             grammars = None if tokenizer is None else GrammarChecker(self.model, grammar_limits(self.settings))
             service = Service(
-                self.engine, self._options(), tokenizer, states=self.store, grammars=grammars, read_again=self._read
+                self.engine,
+                self._options(),
+                tokenizer,
+                states=self.store,
+                grammars=grammars,
+                read_again=self._read,
+                tracer=make_tracer(self.settings),
             )
         except (ConfigError, UnsupportedTokenizerError, TemplateSyntaxFailure) as error:
             raise StartError(str(error)) from error

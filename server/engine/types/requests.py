@@ -208,6 +208,7 @@ class EngineConfig:
         num_threads: CPU threads for tensor work, >= 1.
         state_memory_bytes: budget from which the number of slots is computed.
         max_num_slots: upper bound on the slots, whatever the budget.
+        preemption_bytes: of the host, for states of running requests that had to give their slot up for a while.
         max_step_tokens: tokens (decode rows and prefill chunks together) in one step.
         max_waiting: requests that may wait for a slot before new ones are refused.
         reserved_waiting: places among these for tenants of whom nothing waits.
@@ -237,6 +238,7 @@ class EngineConfig:
     max_step_tokens: int
     max_waiting: int
     reserved_waiting: int = 0
+    preemption_bytes: int = 1 << 30
     scratch_folder: str | None = None
     heartbeat_s: float = 0.0
     target_gap_ms: int = 100
@@ -304,6 +306,8 @@ class EngineStats:
     """Guesses of next tokens that were verified."""
     num_preemptions: int = 0
     """Running requests that had to wait again, since another tenant was due."""
+    preempted_bytes: int = 0
+    """Memory of the states of those that wait now."""
     num_accepted_tokens: int = 0
     """Those of them that were right; they are among the decoded tokens."""
     prefix_cache: PrefixCacheStats = NO_PREFIX_CACHE
