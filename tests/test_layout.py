@@ -56,8 +56,8 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
         {"text"},
         {"metrics", "protocol", "selfcheck", "tools"},
         {"engine_client", "grammar_check", "states"},
-        {"engine", "rate_limits"},
-        {"cli", "errors", "event_log", "hardware", "keys", "playground", "tracing"},
+        {"engine", "playground", "rate_limits"},
+        {"cli", "errors", "event_log", "hardware", "keys", "tracing"},
     ),
     "server.engine": (
         {"process"},
