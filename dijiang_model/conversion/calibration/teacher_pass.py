@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dijiang_model.attention import DiJiangAttention
-from dijiang_model.conversion.training.adapters import is_kernel_tensor
+from dijiang_model.checkpoints.fingerprint import is_kernel_tensor
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import LayerState
