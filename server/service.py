@@ -85,6 +85,7 @@ class ServiceOptions:
         max_choices: most answers in one request (prompts times `n`).
         max_stop: most stop strings.
         max_body_bytes: largest request body.
+        max_arriving_bytes: memory for all bodies that are arriving.
         body_timeout_s: longest time for a body to arrive.
         request_timeout_s: longest time for an answer; 0: no limit.
         keepalive_s: silence in a stream after which a comment is sent.
@@ -116,6 +117,7 @@ class ServiceOptions:
     max_choices: int = 128
     max_stop: int = 16
     max_body_bytes: int = 16 << 20
+    max_arriving_bytes: int = 256 << 20
     body_timeout_s: float = 60.0
     request_timeout_s: float = 0.0
     keepalive_s: float = 15.0
