@@ -47,7 +47,7 @@ check: $(VENV)/.dev ## Formatting, lint, types, import contracts, layout, words,
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests/test_layout.py tests/test_words.py tests/test_docs.py
+	$(BIN)/python -m pytest tests/test_layout.py tests/test_words.py tests/test_docs.py tests/docs/test_tables.py
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/docker-compose --profile cpu --profile gpu --profile shared config --quiet
 

@@ -64,7 +64,7 @@ def _middleware(service: Service, open_paths: frozenset[str]) -> list[Middleware
             "allow_origins": service.options.cors_origins,
             "allow_methods": ["GET", "POST", "DELETE"],
             "allow_headers": ["*"],
-            "expose_headers": ["x-request-id", "retry-after"],
+            "expose_headers": ["x-request-id", "x-dijiang-replica", "x-dijiang-retry", "retry-after"],
             "allow_private_network": True,
         }
         layers.insert(0, Middleware(CORSMiddleware, **cors))

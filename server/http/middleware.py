@@ -28,7 +28,7 @@ OPEN_PATHS = frozenset({"/health", "/ready"})
 ADMIN_PATHS = "/admin/"
 DRAIN_S = 5.0
 CLOSING = {"connection": "close"}
-"""The connection cannot be used again: the rest of a body may still be on its way."""
+"""The connection is not to be used again: the rest of a body may still be on its way, or the server stops."""
 STATE_IMPORT_PATH = "/v1/states/import"
 PROMPT_PATHS = frozenset(
     (
@@ -69,7 +69,11 @@ class RequestContextMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["x-dijiang-replica"] = self._service.options.replica
+                if self._service.leaving:  # the next request of this client is for another replica
+                    headers.update(CLOSING)
             await send(message)
 
         tracer = NO_TRACER if scope["path"] in POLLED_PATHS else self._service.tracer

@@ -10,9 +10,9 @@ from pydantic_core import PydanticCustomError
 from server.errors import InvalidRequestError
 from server.protocol.chat import ChatRequest, MessageIn, ReasoningEffort
 from server.protocol.logprobs import MAX_TOP_LOGPROBS
+from server.protocol.response_format import ResponseFormat
 from server.protocol.response_items import InputFunctionCall, InputFunctionCallOutput, InputItems, chat_messages
 from server.protocol.sampling import MAX_TOKENS, SamplingFields
-from server.protocol.structure import ResponseFormat
 from server.protocol.tools import (
     MAX_TOOLS,
     AllowedTools,
@@ -59,11 +59,8 @@ class TextOptions(RequestModel):
         """The form as the chat API spells it; None: any text. Raises `InvalidRequestError`."""
         if self.format is None:
             return None
-        wanted = dict(self.format)
-        if wanted.get("type") == "json_schema" and "json_schema" not in wanted:
-            wanted = {"type": "json_schema", "json_schema": {k: v for k, v in wanted.items() if k != "type"}}
         try:
-            return ResponseFormat.model_validate(wanted)
+            return ResponseFormat.model_validate(self.format)
         except ValueError as error:
             raise InvalidRequestError(
                 "`text.format` is not valid", param="text.format", code="invalid_value"

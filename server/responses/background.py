@@ -35,7 +35,7 @@ async def claim_forever(service: Service) -> None:
     """Goes on with responses that were suspended, here or at another replica, for as long as work is taken."""
     while True:
         try:
-            while service.status == "ok" and await _claim_some(service) == MAX_AT_ONCE:
+            while service.status == "ok" and not service.leaving and await _claim_some(service) == MAX_AT_ONCE:
                 pass
         except UnavailableError:
             pass  # said already; the next time comes

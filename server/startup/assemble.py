@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import secrets
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,8 @@ from server.tracing import NO_TRACER, Tracer
 CPU_STEP_TOKENS, CUDA_STEP_TOKENS = 512, 2048
 DEFAULT_HOME = Path("~/.cache/dijiang")
 MAX_AUTO_CACHE_BYTES = 1 << 30
+RANDOM_NAME = secrets.token_hex(4)
+"""Of this server if it was given none; one for all its life, though options may be read again."""
 
 
 def open_store(settings: Settings, model_name: str, console: Console) -> StateStore | None:
@@ -196,6 +199,7 @@ def service_options(settings: Settings, model: Path, default_name: str) -> Servi
         host_names=_host_names(settings),
         version=number,
         fingerprint=f"fp_{digest[:12]}",
+        replica=settings.replica_name or RANDOM_NAME,
         sampling=_sampling(settings, model),
         **key_options(settings),
         **_taken_over(settings, ServiceOptions),

@@ -113,8 +113,14 @@ class _Start:
         return service, tokenizer
 
     def make_server(self, service: Service) -> DrainingServer:
-        config, timeout_s = _http_config(self.settings, service), self.settings.drain_timeout_s
-        return DrainingServer(config, service, self.engine, drain_timeout_s=timeout_s, give_up=_end_at_once)
+        return DrainingServer(
+            _http_config(self.settings, service),
+            service,
+            self.engine,
+            drain_timeout_s=self.settings.drain_timeout_s,
+            drain_delay_s=self.settings.drain_delay_s,
+            give_up=_end_at_once,
+        )
 
     def _options(self) -> ServiceOptions:
         return service_options(self.settings, self.model, self.default_name)

@@ -228,8 +228,14 @@ class Settings(BaseSettings):
     retry_after_s: int = _in("Operation", 2, ge=1, le=3600)
     """Retry-After of answers while the server starts or takes no requests, seconds; while its engine starts
     again, not before it can be there."""
+    replica_name: str | None = _in("Operation", None, max_length=100, pattern=r"^[A-Za-z0-9._:-]+$")
+    """Name of this server among those that share its work, in the header X-Dijiang-Replica of every answer. Default: a
+    random one, another at every start."""
+    drain_delay_s: float = _in("Operation", 0.0, ge=0)
+    """After SIGTERM: seconds in which `/ready` says 503 and new work is still taken, so that a balancer has time to see
+    it; a little more than its health checks take to notice."""
     drain_timeout_s: float = _in("Operation", 30.0, ge=0)
-    """After SIGTERM: longest time to finish what runs, seconds."""
+    """After SIGTERM and drain_delay_s: longest time to finish what runs, seconds."""
     keepalive_s: float = _in("Operation", 15.0, gt=0)
     """A stream that sends nothing gets a comment after that many seconds, so that proxies keep it open."""
     idle_connection_s: float = _in("Operation", 120.0, gt=0)

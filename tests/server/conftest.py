@@ -68,6 +68,7 @@ def serve(
     tokenizer: Tokenizer | None,
     *,
     drain_timeout_s: float | None = None,
+    drain_delay_s: float = 0.0,
     limits: ConnectionLimits = LIMITS,
     tracer: Tracer = NO_TRACER,
 ) -> Iterator[Loopback]:
@@ -84,7 +85,7 @@ def serve(
     )
     server = uvicorn.Server(config)
     if drain_timeout_s is not None:
-        server = DrainingServer(config, service, engine, drain_timeout_s=drain_timeout_s)
+        server = DrainingServer(config, service, engine, drain_timeout_s=drain_timeout_s, drain_delay_s=drain_delay_s)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     until(lambda: server.started)
