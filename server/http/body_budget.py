@@ -43,15 +43,20 @@ class BodyBudget:
         def grow(num_bytes: int) -> None:
             nonlocal size, counted
             size += num_bytes
-            if size > SMALL_BYTES:
+            if size <= SMALL_BYTES:
+                return
+            try:
                 self._take(owner, size - counted)
-                counted = size
+            except OverloadedError:
+                self._give_back(owner, counted)  # at once: what was kept of it is not needed any more
+                counted = 0
+                raise
+            counted = size
 
         try:
             yield grow
         finally:
-            if counted:
-                self._give_back(owner, counted)
+            self._give_back(owner, counted)
 
     def _take(self, owner: str, num_bytes: int) -> None:
         limit = self._max_bytes if owner == EVERYBODY else self._max_bytes // 2
@@ -67,6 +72,8 @@ class BodyBudget:
         self._peak = max(self._peak, self.num_bytes)
 
     def _give_back(self, owner: str, num_bytes: int) -> None:
+        if num_bytes == 0:
+            return
         self._taken[owner] -= num_bytes
         if self._taken[owner] <= 0:
             del self._taken[owner]
