@@ -9,10 +9,11 @@ COMMANDS = {
     "neighbour": "What one client notices of another that does its worst.",
     "serve": "The service over a real socket: throughput and latencies by the number of clients.",
     "soak": "Mixed load and kills: nothing may be lost, wrong, or left over at the end.",
+    "streams": "A thousand streams at once: none may fail, none may be silent for long.",
     "train": "Training steps of both stages: tokens per second and peak memory.",
 }
 
-ROOMS = {"neighbour": "resilience.", "soak": "resilience."}
+ROOMS = {"neighbour": "resilience.", "soak": "resilience.", "streams": "resilience."}
 """Of commands that do not lie in `benchmarks` itself."""
 
 app = lazy_app(
