@@ -41,6 +41,11 @@ test: $(VENV)/.dev $(VENV)/.model ## Run all tests, in random order; some of the
 test-clients: $(VENV)/.dev $(VENV)/.model $(CLIENTS)/.python-clients $(CLIENTS)/.node-clients ## Other people's clients against a running server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/compat
 
+.PHONY: test-ray
+test-ray: $(VENV)/.dev ## A fleet on Ray Serve: a killed engine, a rolling update, scaling, all under load
+	$(PIP) install -c constraints.txt -e '.[ray]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray tests/server/fleet
+
 .PHONY: check
 check: $(VENV)/.dev ## Formatting, lint, types, import contracts, layout, words, links, Docker files
 	$(BIN)/ruff format --check .

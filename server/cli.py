@@ -92,6 +92,12 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
+def ray(context: typer.Context) -> None:
+    """Serve with many engines behind one address, with Ray Serve."""
+    import_module("server.fleet.cli").app(args=context.args, prog_name="dijiang ray")
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
 def state(context: typer.Context) -> None:
     """List, export, import, fork, rewind and delete saved conversations; `repair FOLDER` mends a server's store."""
     if context.args[:1] == ["repair"]:

@@ -31,6 +31,7 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
         {"errors", "rotary"},
     ),
     "server": (
+        {"fleet"},
         {"startup"},
         {"app"},
         {"api"},
