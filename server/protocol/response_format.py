@@ -31,6 +31,12 @@ class JsonSchemaFormat(RequestModel):
     strict: Annotated[bool | None, BeforeValidator(_truth)] = None
     """Refuse keywords of the schema that cannot be kept to, instead of leaving them out of account."""
 
+    @model_validator(mode="after")
+    def _not_the_schema_itself(self) -> Self:
+        if self.json_schema is None and "name" not in self.model_fields_set:
+            raise PydanticCustomError("json_schema", "needs `schema` with the schema, or at least a `name`")
+        return self
+
 
 class ResponseFormat(RequestModel):
     """The form of the answer."""

@@ -204,7 +204,7 @@ CHAT_ERRORS = [
     ({"top_logprobs": 1, "logprobs": False}, "top_logprobs"),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"$ref": "http://x"}}},
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": ""}}}, "response_format.json_schema.name"),
+        "response_format.json_schema",
     ),
     ({"chat_template": "{{ 7 * 7 }}"}, "chat_template"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
