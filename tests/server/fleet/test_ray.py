@@ -84,6 +84,9 @@ class Load:
         stream = client.completions.create(model="model", prompt="On", max_tokens=300, stream=True, **BUSY)
         assert sum(len(chunk.choices) for chunk in stream) > 1
 
+    def long(self, client: openai.OpenAI) -> None:
+        client.completions.create(model="model", prompt="On", max_tokens=6000, **BUSY)
+
     def more_answers(self) -> Callable[[], bool]:
         before = self.answers.total()
         return lambda: self.answers.total() >= before + 10
@@ -157,7 +160,7 @@ def test_engines_come_and_go_with_the_load(fleet: Fleet) -> None:
     fleet.deploy(min_replicas=1, upscale_delay_s=1.0, downscale_delay_s=3.0)
     until(lambda: len(fleet.names) == 1)
     load = Load(fleet)
-    with load.running(*[load.streamed] * 8):
+    with load.running(*[load.long] * 8):
         until(lambda: len(fleet.names) == 2)
     until(lambda: len(fleet.names) == 1)
     assert load.problems == []

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.server.states.fleet.object_server import ObjectServer, object_server
 from tests.server.states.postgres_server import PostgresServer, find_programs, postgres_server
 from tests.server.states.running import Running, running
-from tests.server.states.several.object_server import ObjectServer, object_server
 from tests.server.states.stores import EmbeddedKind, Kind, ObjectKind, SharedKind
 from tests.tiny_models import write_tiny_model
 

@@ -15,8 +15,8 @@ from server.states.index.upkeep import RECORD_BYTES
 from server.states.indexed import HEARTBEAT_S, IndexedStore, StoreOptions
 from server.states.shared import SharedOptions, open_shared_store
 from server.states.store import NewState, Reservation, ResponseRecord, SnapshotRecord, StateRecord, StateStore, TurnEnd
+from tests.server.states.fleet.object_server import ObjectServer
 from tests.server.states.postgres_server import PostgresServer
-from tests.server.states.several.object_server import ObjectServer
 
 SIZE = 100
 Eviction = Literal["lru", "refuse"]

@@ -8,9 +8,9 @@ import pytest
 
 from server.states.errors import NotFoundError, StoreError, StoreUnavailableError
 from server.states.indexed import IndexedStore
+from tests.server.states.fleet.object_server import ObjectServer, object_server
 from tests.server.states.postgres_server import PostgresServer
 from tests.server.states.running import running
-from tests.server.states.several.object_server import ObjectServer, object_server
 from tests.server.states.stores import SIZE, ObjectKind, SharedKind, make
 from tests.waiting import until
 

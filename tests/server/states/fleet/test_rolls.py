@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.server.states.fleet.balancer import Balancer
 from tests.server.states.postgres_server import PostgresServer
 from tests.server.states.running import ANN, Running, start
-from tests.server.states.several.balancer import Balancer
 from tests.waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.slow
