@@ -45,8 +45,12 @@ browser: ## A Chromium for the tests of the page: the one that is there, or Debi
 test-clients: $(VENV)/.dev $(VENV)/.model $(CLIENTS)/.python-clients $(CLIENTS)/.node-clients ## Other people's clients against a running server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/compat
 
+.PHONY: docs
+docs: $(VENV)/.dev ## The documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+
 .PHONY: check
-check: $(VENV)/.dev ## Formatting, lint, types, import contracts, layout, words, links, Docker files
+check: docs ## Formatting, lint, types, import contracts, layout, words, links, the site, Docker files
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

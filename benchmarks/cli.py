@@ -11,6 +11,7 @@ COMMANDS = {
     "neighbour": "What one client notices of another that does its worst.",
     "serve": "The service over a real socket: throughput and latencies by the number of clients.",
     "soak": "Mixed load and kills: nothing may be lost, wrong, or left over at the end.",
+    "streams": "A thousand streams at once: none may fail, none may be silent for long.",
     "train": "Training steps of both stages: tokens per second and peak memory.",
 }
 
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-ROOMS = {"neighbour": "resilience.", "soak": "resilience."}
+ROOMS = {"neighbour": "resilience.", "soak": "resilience.", "streams": "resilience."}
 """Of commands that do not lie in `benchmarks` itself."""
 for _name, _purpose in COMMANDS.items():
     add_command(app, f"dijiang bench {_name}", f"benchmarks.{ROOMS.get(_name, '')}{_name}.{_name}_command", _purpose)

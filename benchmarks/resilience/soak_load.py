@@ -187,8 +187,12 @@ class Load:
                 self.notes.problem(f"a structured answer is {text[:40]!r}")
 
     async def read_long(self) -> None:
-        response = await self.http.post("/v1/completions", json=self._body(self._tokens(LONG_TOKENS), 1))
-        self._count("long prompt", response.status_code)
+        """A stream: who reads a long prompt may take long, but says so now and then."""
+        body = self._body(self._tokens(LONG_TOKENS), 1, stream=True)
+        async with self.http.stream("POST", "/v1/completions", json=body) as response:
+            lines = [line async for line in response.aiter_lines() if line.startswith("data: ")]
+        if response.status_code != 200 or (lines and lines[-1] == "data: [DONE]"):
+            self._count("long prompt", response.status_code)
 
     # What is common to these.
 

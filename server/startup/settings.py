@@ -192,6 +192,9 @@ class Settings(BaseSettings):
     """Longest answer in tokens to chats and responses that set no limit. 0: only --max-answer-tokens limits."""
     max_body_bytes: ByteSize = _in("Limits", ByteSize(16 << 20), ge=1024)
     """Largest request body, such as 16MiB."""
+    max_arriving_bytes: ByteSize = _in("Limits", ByteSize(256 << 20), ge=1 << 20)
+    """Memory for the bodies of all requests that are arriving, such as 256MiB, half of it for one key; further ones are
+    refused with 503 meanwhile."""
     max_n: int = _in("Limits", 16, ge=1)
     """Most answers per prompt (n)."""
     max_prompts: int = _in("Limits", 128, ge=1)
