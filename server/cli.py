@@ -40,6 +40,7 @@ COMMANDS = {
         "clients.measuring_cli.selfcheck_command",
         "Measure on a running server that its answers do not depend on how they are computed.",
     ),
+    "ray": ("server.fleet.cli.app", "Serve with many engines behind one address, with Ray Serve."),
     "bench": ("benchmarks.cli.app", "Measure this machine: decoding, prompts, serving, training."),
     "state": (
         "clients.state_cli.app",
