@@ -56,7 +56,7 @@ dist: $(VENV)/.dev ## Source archive and wheel, in dist/; the wheel is built fro
 
 .PHONY: test-dist
 test-dist: $(VENV)/.dev dist ## The wheel in an empty environment, without a compiler
-	TORCH_ARGS="$(TORCH_ARGS)" $(BIN)/python -m pytest -m dist tests/dist
+	TORCH_ARGS="$(TORCH_ARGS)" $(BIN)/python -m pytest -m dist tests/release
 
 .PHONY: test-chart
 test-chart: $(VENV)/.dev ## The Helm chart, rendered by Helm's engine and checked against the schemas of Kubernetes
