@@ -109,13 +109,8 @@ def convert(
         window = window if state_bytes is None else 1  # the budget chooses another one
         config, origin = _target(opened, source, recipe=recipe, window=window, sinks=sinks, seed=seed)
         calibrated = None
-        if state_bytes is not None and origin.recipe != Recipe.HYBRID:
-            raise ConversionError(f"a budget of bytes is for the recipe hybrid, not for {origin.recipe}")
-        if state_bytes is not None and config.teacher_window > 0:
-            config = _with_whole_window(config, state_bytes)
-        elif state_bytes is not None:
-            calibrated = _calibrated(opened, config, origin, tokenizer, state_bytes, calibration_text, on_layer)
-            config = calibrated.calibration.config(config)
+        if state_bytes is not None:
+            config, calibrated = _budgeted(opened, config, origin, tokenizer, state_bytes, calibration_text, on_layer)
         weights_dtype = DTYPES[dtype] if dtype is not None else _stored_dtype(opened)
         plan = _plan(opened, config, origin, calibrated, dtype=weights_dtype, weights=weights, name=out.absolute().name)
         write_checkpoint(
@@ -185,7 +180,7 @@ def _with_whole_window(config: ModelConfig, state_bytes: int) -> ModelConfig:
     return config
 
 
-def _calibrated(
+def _budgeted(
     opened: Source,
     config: ModelConfig,
     origin: Origin,
@@ -193,9 +188,15 @@ def _calibrated(
     state_bytes: int,
     text: Sequence[Path],
     on_layer: Progress,
-) -> Calibrated:
+) -> tuple[ModelConfig, Calibrated | None]:
+    """The network for a budget of bytes, and what was calibrated for it."""
+    if origin.recipe != Recipe.HYBRID:
+        raise ConversionError(f"a budget of bytes is for the recipe hybrid, not for {origin.recipe}")
+    if config.teacher_window > 0:
+        return _with_whole_window(config, state_bytes), None
     contexts = calibration_contexts(config, tokenizer.folder if tokenizer.is_there else None, text)
-    return calibrate(config, opened.tensors.read, contexts, state_bytes=state_bytes, on_layer=on_layer)
+    calibrated = calibrate(config, opened.tensors.read, contexts, state_bytes=state_bytes, on_layer=on_layer)
+    return calibrated.calibration.config(config), calibrated
 
 
 def _plan(
