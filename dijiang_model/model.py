@@ -13,6 +13,7 @@ from dijiang_model.batch import PackedBatch
 from dijiang_model.config import ModelConfig
 from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.layout import PrefillLayout, StepLayout
+from dijiang_model.ops.residual import Residual
 from dijiang_model.ops.selection import attention_for, step_angles
 from dijiang_model.paths import Paths
 from dijiang_model.quantization.config import Quantization
@@ -57,7 +58,7 @@ class DiJiangForCausalLM(nn.Module):
         """[T] and [T] int64 -> [T, hidden], what the first block reads."""
 
     @abstractmethod
-    def finish(self, x: Tensor) -> Tensor:
+    def finish(self, x: Residual) -> Tensor:
         """[T, hidden] of the last block -> [T, D], what the output head reads."""
 
     @property
@@ -147,11 +148,11 @@ class DiJiangForCausalLM(nn.Module):
     def hidden_states(self, batch: PackedBatch, state: StateBuffer, *, all_layers: bool = False) -> list[Tensor]:
         """The final normed hidden states [T, D]; with `all_layers` those before each layer come first."""
         layout = self.step_layout(batch)
-        x = self.embed(batch.token_ids, batch.positions)
+        x = Residual(self.embed(batch.token_ids, batch.positions))
         kept = []
         for block, attention in zip(self.blocks, self.attentions, strict=True):
             if all_layers:
-                kept.append(x)
+                kept.append(x.value)
             x = block(x, op=self.attention_op, layout=layout, state=attention.layer_state(state))
         return [*kept, self.finish(x)]
 

@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dijiang_model.batch import PackedBatch
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.layout import Rotary, StepLayout
+from dijiang_model.ops.residual import Residual
 from dijiang_model.ops.training.attention import NO_STATE
 
 
@@ -54,8 +55,13 @@ def _called(block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def _run(model: DiJiangForCausalLM, token_ids: Tensor, layout: StepLayout, op: AttentionOp, call: Call) -> Tensor:
     x = model.embed(token_ids, layout.positions)
     for block in model.blocks:
-        x = call(partial(block, op=op, layout=layout, state=NO_STATE), x)
-    return model.finish(x)
+        x = call(partial(_advance, block, op, layout), x)
+    return model.finish(Residual(x))
+
+
+def _advance(block: nn.Module, op: AttentionOp, layout: StepLayout, x: Tensor) -> Tensor:
+    moved: Residual = block(Residual(x), op=op, layout=layout, state=NO_STATE)
+    return moved.value
 
 
 def segments_layout(model: DiJiangForCausalLM, num: int, length: int, *, offset: int = 0) -> StepLayout:

@@ -26,6 +26,7 @@ from server.event_log import EventLog
 from server.grammar_check.checker import GrammarChecker
 from server.keys import KeyFacts, KeyLabels, by_owner
 from server.metrics import Metrics
+from server.playground.renderer import Renderer
 from server.rate_limits import RateLimits
 from server.states.store import StateStore
 from server.text.reasoning import thought_form
@@ -191,6 +192,7 @@ class Service:
         """
         self.states = states
         self.grammars = grammars
+        self.renderer = Renderer()
         self.engine = engine
         self.options = options
         self.tokenizer = tokenizer
@@ -220,6 +222,7 @@ class Service:
         for task in [*self.background.values()]:
             task.cancel()
         await asyncio.gather(*self.background.values(), return_exceptions=True)
+        self.renderer.close()
         if self.grammars is not None:
             await self.grammars.close()
         if self.states is not None:

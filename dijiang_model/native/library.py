@@ -196,6 +196,22 @@ def why_missing() -> str | None:
     return f"{reason}; `make kernels` (or `python setup.py build_ext --inplace`), which needs a C++ compiler, mends it"
 
 
+def variants_in_words() -> dict[str, str]:
+    """Returns for each of `VARIANTS` that it is `used`, or why not."""
+    words: dict[str, str] = {}
+    for variant, flags in VARIANTS.items():
+        missing = sorted(flags - _processor_flags())
+        if missing:
+            words[variant] = f"this CPU lacks {', '.join(missing)}"
+        elif "used" in words.values():
+            words[variant] = "not needed: a better one is used"
+        elif not _path(variant).exists():
+            words[variant] = "not compiled"
+        else:
+            words[variant] = "built from other sources" if load_variant(variant) is None else "used"
+    return words
+
+
 def _path(variant: str) -> Path:
     """A name with the interpreter's tag, so that a library which another Python built is left alone."""
     return Path(__file__).parent / f"_kernels_{variant}{EXTENSION_SUFFIXES[0]}"

@@ -88,19 +88,17 @@ class NativeDecoder:
         Returns:
             [R, vocab] fp32: next-token logits.
         """
-        num_rows, storage = len(hidden), state.storage
+        num_rows, storage, rows_of = len(hidden), state.storage, self._lengths(lengths)
         positions, slots, wanted = positions.contiguous(), slots.contiguous(), wanted.contiguous()
-        rows_of = self._lengths(lengths)
         _check_rows(hidden, positions, lengths)
         assert storage.is_contiguous()
         # The kernels do not check: an index out of range would write anywhere.
         _check_indices(slots, limit=state.num_slots, count=len(lengths))
         _check_indices(wanted, limit=num_rows, count=len(wanted))
         assert 0 <= first_uncommitted <= first_uncommitted + num_uncommitted <= len(lengths)
-        assert max(lengths[first_uncommitted : first_uncommitted + num_uncommitted], default=0) <= MAX_UNCOMMITTED_ROWS
-        self._uncommitted = self._keep_uncommitted(
-            positions, slots, lengths, storage, slice(first_uncommitted, first_uncommitted + num_uncommitted)
-        )
+        uncommitted = slice(first_uncommitted, first_uncommitted + num_uncommitted)
+        assert max(lengths[uncommitted], default=0) <= MAX_UNCOMMITTED_ROWS
+        self._uncommitted = self._keep_uncommitted(positions, slots, lengths, storage, uncommitted)
         logits = torch.empty((len(wanted), self._vocab_size), dtype=torch.float32)
         failed = self._step(
             ctypes.addressof(self._weights.network),

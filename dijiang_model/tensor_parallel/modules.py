@@ -3,15 +3,18 @@
 Each has the names of the module that it stands in for, so that a checkpoint fits.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dijiang_model.config import ModelConfig
 from dijiang_model.families.gpt_neox import GPTNeoXBlock
-from dijiang_model.kernel import LinearKernel
+from dijiang_model.kernel import LinearKernel, wide_product
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
+from dijiang_model.ops.residual import Residual
 from dijiang_model.ops.selection import two_norms
 from dijiang_model.quantization.modules import QuantizedEmbedding, QuantizedLinear
 from dijiang_model.quantization.weight import Int8Weight, QuantizedWeight
@@ -61,15 +64,16 @@ class ParallelResidualBlock(GPTNeoXBlock):
         super().__init__(config, layer, dtype=dtype)
         self._group = group
 
-    def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
-        normed, mlp_input = two_norms(x, self.input_layernorm, self.post_attention_layernorm)
+    def forward(self, x: Residual, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Residual:
+        x = Residual(x.value)
+        normed, mlp_input = two_norms(x.total, self.input_layernorm, self.post_attention_layernorm)
         attended = self.attention(normed, op=op, layout=layout, state=state)
         total = self._group.all_reduce_(attended + self.mlp(mlp_input))
         for path in ("attention.dense", "mlp.dense_4h_to_h"):
             projection = self.get_submodule(path)
             assert isinstance(projection, PartialLinear)
             total = projection.finish(total)
-        return x + total
+        return x.plus(total)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -141,5 +145,5 @@ class ParallelKernel(LinearKernel):
         super().__init__(config, layer, dtype)
         self._group = group
 
-    def far_query_low(self, q: Tensor) -> Tensor:
-        return self._group.all_reduce_(super().far_query_low(q))
+    def far_query_low(self, q: Tensor, product: Callable[[Tensor, Tensor], Tensor] = wide_product) -> Tensor:
+        return self._group.all_reduce_(super().far_query_low(q, product))

@@ -96,7 +96,10 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDependency) -> Res
     def decode() -> str:
         return "".join([stream.push(token_id) for token_id in body.tokens] + [stream.finish(is_whole=True)])
 
-    return json_response(DetokenizeResponse(prompt=await run_if_long(len(body.tokens), decode)))
+    answer = DetokenizeResponse(prompt=await run_if_long(len(body.tokens), decode))
+    if body.return_token_texts is True:
+        answer.token_texts = [tokenizer.vocabulary.bytes_of(token).decode("utf-8", "replace") for token in body.tokens]
+    return json_response(answer)
 
 
 @router.get("/tokenizer_info", responses={200: {"model": TokenizerInfo}}, response_class=Response)

@@ -26,7 +26,7 @@ from server.engine.runner import Advance, Model, ModelRunner
 from server.engine.sampling.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
-from server.engine.speculation.rules import speculation_of
+from server.engine.speculation.rules import Speculation, speculation_of
 from server.engine.state.fingerprint import model_fingerprint
 from server.engine.state.norm import StateNorm
 from server.engine.state.pool import StatePool, num_slots_for
@@ -124,7 +124,7 @@ def slots_of(spec: StateSpec, config: EngineConfig) -> int:
     """How many conversations an engine has memory for.
 
     Raises:
-        server.engine.state.pool.StateBudgetError: none.
+        server.engine.state.pool.StateBudgetError: the budget does not hold one slot.
     """
     # No more sequences than tokens in a step, or decoding could starve (see the scheduler).
     max_num_slots = min(config.max_num_slots, config.max_step_tokens)
@@ -144,10 +144,10 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
     fingerprint = model_fingerprint(network.config, Path(config.model_path), numbers=numbers_of(config))
     layout = state_layout(pool.spec, vocab_size, fingerprint)
     snapshots = _snapshots(PoolAccess(pool), layout, config)
-    load_compiler = partial(
-        GrammarCompiler.load, Path(config.model_path), vocab_size=vocab_size, eos_token_ids=eos_token_ids
+    model_path = Path(config.model_path)
+    grammars = GrammarQueue(
+        partial(GrammarCompiler.load, model_path, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
     )
-    grammars = GrammarQueue(load_compiler)
     scheduler = Scheduler(
         num_slots=pool.num_slots,
         max_step_tokens=config.max_step_tokens,
@@ -161,26 +161,6 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
         max_parked=config.preemption_bytes // pool.spec.bytes_per_slot,
         step_times=StepTimes(config.target_gap_ms / 1000) if num_ahead == 0 and config.target_gap_ms > 0 else None,
         on_admission=lambda sequence: _begin(sequence, snapshots, grammars),
-    )
-    info = EngineInfo(
-        num_slots=pool.num_slots,
-        state_bytes_per_slot=pool.spec.bytes_per_slot,
-        vocab_size=vocab_size,
-        eos_token_ids=eos_token_ids,
-        device=config.device,
-        device_name=device_name(device),
-        weights_dtype=config.weights_dtype,
-        state_dtype=config.state_dtype,
-        num_parameters=network.num_parameters,
-        load_s=time.monotonic() - started,
-        state_layout=layout,
-        num_ranks=config.tensor_parallel,
-        state_bytes_per_rank=pool.buffer.spec.bytes_per_slot,
-        max_drafts=0 if speculation is None else speculation.max_drafts,
-        steps=network.steps,
-        slow_because=network.slow_because,
-        kv_cache_bytes_per_token=_kv_cache_bytes(network.config),
-        memory=network.config.memory,
     )
     record = None
     if network.can_capture and config.decode_graphs:
@@ -197,11 +177,37 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
     return Engine(
         scheduler=scheduler,
         runner=runner,
-        info=info,
+        info=_info(network, config, layout, speculation, started),
         num_ahead=num_ahead,
         snapshots=snapshots,
         grammars=grammars,
         watch=StateWatch(StateNorm(pool.buffer)),
+    )
+
+
+def _info(
+    network: Network, config: EngineConfig, layout: StateLayout, speculation: Speculation | None, started: float
+) -> EngineInfo:
+    pool = network.pool
+    return EngineInfo(
+        num_slots=pool.num_slots,
+        state_bytes_per_slot=pool.spec.bytes_per_slot,
+        vocab_size=network.config.vocab_size,
+        eos_token_ids=network.config.eos_token_ids,
+        device=config.device,
+        device_name=device_name(torch.device(config.device)),
+        weights_dtype=config.weights_dtype,
+        state_dtype=config.state_dtype,
+        num_parameters=network.num_parameters,
+        load_s=time.monotonic() - started,
+        state_layout=layout,
+        num_ranks=config.tensor_parallel,
+        state_bytes_per_rank=pool.buffer.spec.bytes_per_slot,
+        max_drafts=0 if speculation is None else speculation.max_drafts,
+        steps=network.steps,
+        slow_because=network.slow_because,
+        kv_cache_bytes_per_token=_kv_cache_bytes(network.config),
+        memory=network.config.memory,
     )
 
 

@@ -89,8 +89,7 @@ class Scheduler:
             on_admission=self._begin,
         )
         self._running, self._waiting = self._admission.running, self._admission.waiting
-        self._num_slots = num_slots
-        self._max_step_tokens = max_step_tokens
+        self._num_slots, self._max_step_tokens = num_slots, max_step_tokens
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._max_scored_tokens = max_step_tokens if max_scored_tokens is None else max_scored_tokens
@@ -102,8 +101,7 @@ class Scheduler:
         self._ended: list[Sequence] = []
         self._begun: list[str] = []
         self._checked_prompt: tuple[int, ...] = ()
-        self.num_drafted = 0
-        self.num_accepted = 0
+        self.num_drafted = self.num_accepted = 0
 
     @property
     def num_waiting(self) -> int:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 
 PREPARED: Mapping[str, Mapping[str, str]] = {
+    "docs/comparison.md": {"SOURCE": "teacher", "HELD_OUT": "text"},
     "docs/memory.md": {"SOURCE": "teacher", "HELD_OUT": "text"},
     "docs/models.md": {"SOURCE": "teacher"},
     "docs/own-model.md": {"path/to/hf-folder": "teacher", "path/to/texts": "texts", "path/to/held-out": "text"},
@@ -35,14 +36,18 @@ TYPED: Mapping[str, str] = {r"dijiang chat": "My name is Ann.\n"}
 COLLECTED = r"-m pytest"
 """Tests that a page names are collected, not run: they run anyway."""
 
+RUN_ELSEWHERE: Mapping[str, str] = {"docs/transformers.md": "tests/dijiang_model/hf/test_page.py"}
+"""Pages whose Python another test runs."""
+
 SKIPPED: Mapping[str, str] = {
-    r"make (serve|test|install|check).*": "sets up an environment of its own, or runs this test",
+    r"make (serve|test|install|check|docs).*": "sets up an environment of its own, or runs this test",
     r"\.venv/bin/pre-commit install": "changes the hooks of the checkout",
     r"(MODEL_FOLDER=\S+ )?docker compose .*": "needs a Docker engine; make test-docker",
+    r"python -m dijiang_model\.hf lm_eval .*": "needs lm-evaluation-harness",
     r"torchrun --nproc-per-node 4 .*": "needs four GPUs",
     r"dijiang serve path/to/model --tensor-parallel 2": "needs two CUDA devices; the next line does it on CPUs",
     r"py-spy .*": "needs the right to look into other processes",
-    r"\.venv/bin/dijiang bench (decode|serve) .*": "measures the default model for a minute",
+    r"(\.venv/bin/)?dijiang bench (decode|serve) .*": "measures the default model for a minute",
     r"\.venv/bin/python benchmarks/experiments/long_run\.py .*": "measures for minutes",
     r"python -m benchmarks\.(gpu_all|gpu\.decode|gpu\.prefill) .*": "needs a GPU",
     r"pip install '?dijiang.*": "installs a package",

@@ -3,7 +3,8 @@
 import re
 
 from tests.docs.blocks import PARSED, RUN, SHOWN, blocks
-from tests.docs.tables import PREPARED, SKIPPED, bare
+from tests.docs.tables import PREPARED, RUN_ELSEWHERE, SKIPPED, bare
+from tests.test_layout import ROOT
 
 BLOCKS = list(blocks())
 
@@ -18,4 +19,5 @@ def test_every_command_that_is_skipped_is_there() -> None:
 
 
 def test_every_page_that_needs_something_is_there() -> None:
-    assert PREPARED.keys() <= {block.page for block in BLOCKS}
+    assert PREPARED.keys() | RUN_ELSEWHERE.keys() <= {block.page for block in BLOCKS}
+    assert all((ROOT / test).is_file() for test in RUN_ELSEWHERE.values())

@@ -8,17 +8,11 @@ from typing import Literal
 
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import parse_layers
+from dijiang_model.checkpoints.fingerprint import model_fingerprint
 from dijiang_model.checkpoints.outputs import check_new_run, output_folder
 from dijiang_model.config import FeatureConfig, ModelConfig
 from dijiang_model.conversion.training import calibrate
-from dijiang_model.conversion.training.adapters import (
-    ADAPTER_FILE,
-    Adapter,
-    AdapterInfo,
-    adapted_model,
-    load_adapter,
-    model_fingerprint,
-)
+from dijiang_model.conversion.training.adapters import ADAPTER_FILE, Adapter, AdapterInfo, adapted_model, load_adapter
 from dijiang_model.conversion.training.chat_prompt import load_chat_prompt, load_chat_template, plain_chat
 from dijiang_model.conversion.training.log import LOG_FILE
 from dijiang_model.conversion.training.process_group import ALONE, ProcessGroup
@@ -84,28 +78,13 @@ def prepare_run(
         check_new_run(out, RUN_FILES)
     base = load_model(folder, device=device)
     check_trainable(base.config)
-    tokenizer = load_tokenizer(folder)
     if self_distill > 0:
         written = out / ANSWERS_FILE
         if processes.is_first and not (resume and written.exists()):
             _write_answers(folder, base, sources, written, num_tokens=self_distill, seed=options.seed)
         processes.any(False)  # the others wait for the file
         sources.append(parse_source(str(written)))
-    text = load_mixture(
-        sources,
-        tokenizer,
-        length=options.sequence_length,
-        seed=options.seed,
-        vocab_size=base.config.vocab_size,
-        render=load_chat_template(folder) or plain_chat,
-    )
-    info = AdapterInfo(
-        base=folder.resolve().name,
-        fingerprint=model_fingerprint(base),
-        tokens_trained=0,
-        lora_rank=options.lora_rank if 2 in options.stages else 0,
-        recipe=f"stages {'+'.join(map(str, options.stages))}, {options.sequence_length} tokens a window",
-    )
+    text, info = _text(folder, base, sources, options), _info(folder, base, options)
     if resume and not _has_only_answers(out):
         config = _with_layers(base.config, load_adapter(out / ADAPTER_FILE).layers)
         fresh = new_student(base, config, look_back=None, seed=options.seed)
@@ -117,6 +96,27 @@ def prepare_run(
     config, seen = calibrated(base, text, student)
     fresh = new_student(base, config, look_back=seen, seed=options.seed)
     return Trainer(fresh, text, options, info=info, processes=processes)
+
+
+def _text(folder: Path, base: DiJiangForCausalLM, sources: Sequence[TextSource], options: TrainingOptions) -> Mixture:
+    return load_mixture(
+        sources,
+        load_tokenizer(folder),
+        length=options.sequence_length,
+        seed=options.seed,
+        vocab_size=base.config.vocab_size,
+        render=load_chat_template(folder) or plain_chat,
+    )
+
+
+def _info(folder: Path, base: DiJiangForCausalLM, options: TrainingOptions) -> AdapterInfo:
+    return AdapterInfo(
+        base=folder.resolve().name,
+        fingerprint=model_fingerprint(base),
+        tokens_trained=0,
+        lora_rank=options.lora_rank if 2 in options.stages else 0,
+        recipe=f"stages {'+'.join(map(str, options.stages))}, {options.sequence_length} tokens a window",
+    )
 
 
 def _has_only_answers(out: Path) -> bool:

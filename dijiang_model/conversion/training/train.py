@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -184,13 +185,8 @@ class Trainer:
         offset = random_offset(torch.Generator().manual_seed(1_000_003 * self.options.seed + self.progress.step))
         precision = self.options.precision
         if stage == 1:
-            return (
-                layer_losses(
-                    self.model, token_ids, self.updates, offset=offset, precision=precision, processes=self.processes
-                )
-                .mean()
-                .to(self.model.device)
-            )
+            fitted = partial(layer_losses, offset=offset, precision=precision, processes=self.processes)
+            return fitted(self.model, token_ids, self.updates).mean().to(self.model.device)
         return imitation_loss(
             self.model,
             token_ids,

@@ -10,7 +10,9 @@ from dijiang_model.config import AnchorConfig
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import StepLayout, frequencies_on
-from dijiang_model.ops.triton.decode import OPTIONS, DecodeBlocks
+from dijiang_model.ops.triton.around import wide_product
+from dijiang_model.ops.triton.decode import DecodeBlocks
+from dijiang_model.ops.triton.device import OPTIONS
 from dijiang_model.ops.triton.kernels.anchors import anchored_decode_kernel
 
 
@@ -39,7 +41,7 @@ def decode_anchors(
         q,
         k,
         v,
-        kernel.far_query_low(q) if rank > 0 else out,
+        kernel.far_query_low(q, wide_product) if rank > 0 else out,
         scores,
         out,
         torch.empty((num_rows, groups, 2, head_size), dtype=torch.float32, device=q.device),

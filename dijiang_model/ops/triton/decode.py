@@ -8,10 +8,10 @@ from torch import Tensor
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import StepLayout
+from dijiang_model.ops.triton.around import wide_product
+from dijiang_model.ops.triton.device import OPTIONS
 from dijiang_model.ops.triton.kernels.decode import decode_kernel
 
-OPTIONS = {"enable_fp_fusion": True}
-"""Multiply-adds, whatever the version's default."""
 LARGEST_TILE = 1 << 14
 """Elements of a state tile in registers: 64 of each of 256 threads."""
 
@@ -77,7 +77,7 @@ def decode(
         q,
         k,
         v,
-        kernel.far_query_low(q) if rank > 0 else out,
+        kernel.far_query_low(q, wide_product) if rank > 0 else out,
         out,
         layout.decode_slots,
         layout.positions,

@@ -12,7 +12,7 @@ from triton import knobs
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import CHUNK_TOKENS, StepLayout
-from dijiang_model.ops.triton.decode import OPTIONS
+from dijiang_model.ops.triton.device import OPTIONS
 from dijiang_model.ops.triton.kernels.prefill_features import entering_kernel, keys_kernel, queries_kernel
 from dijiang_model.ops.triton.kernels.prefill_outputs import outputs_kernel
 from dijiang_model.ops.triton.kernels.prefill_states import exact_rows_kernel, states_kernel

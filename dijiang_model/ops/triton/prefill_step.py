@@ -10,7 +10,7 @@ from torch import Tensor
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import CHUNK_TOKENS, PrefillLayout, StepLayout
-from dijiang_model.ops.triton.decode import OPTIONS
+from dijiang_model.ops.triton.device import OPTIONS
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,7 @@ from torch.nn import functional
 from triton import knobs
 
 from dijiang_model.ops.quantized import QuantizedMatrix
-from dijiang_model.ops.triton.decode import OPTIONS
-from dijiang_model.ops.triton.device import on_device_of
+from dijiang_model.ops.triton.device import OPTIONS, on_device_of
 from dijiang_model.ops.triton.kernels.quantized import (
     look_up_kernel,
     quantized_product_kernel,

@@ -125,6 +125,29 @@ def keys_kernel(
     tl.store(rotated + here, key.to(rotated.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def leaving_rows(
+    rotated, v, key_scales, value_scales, near_keys, near_values, near_key_scales, near_value_scales, rows, source,
+    leaves, slot, position, v_row, v_head, near_slot, scales_slot, g, num_groups,
+    D: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Pointers [C] to the keys, the values and the scales of both that leave the window when `rows` come.
+
+    `source` [C]: their places in the segment; below 0 they are in the ring.
+    """
+    is_here = source >= 0
+    ring_row = g * (SINKS + WINDOW) + SINKS + position % WINDOW
+    ring, ring_scale = slot * near_slot + ring_row * D, slot * scales_slot + ring_row
+    own_scale = (rows - WINDOW) * num_groups + g
+    key = tl.where(is_here, rotated + own_scale * D, near_keys + ring)
+    value = tl.where(is_here, v + (rows - WINDOW) * v_row + g * v_head, near_values + ring)
+    # Rows that nothing leaves for are read as the ring's row 0, which is there, and come to nothing afterwards.
+    key = tl.where(leaves, key, near_keys + slot * near_slot)
+    key_scale = tl.where(is_here, key_scales + own_scale, near_key_scales + ring_scale)
+    value_scale = tl.where(is_here, value_scales + own_scale, near_value_scales + ring_scale)
+    return key, value, key_scale, value_scale
+
+
 @triton.jit(do_not_specialize_on_alignment=INDICES)
 def entering_kernel(
     k, rotated, v, key_scales, value_scales, phi_in, v_in, slots, positions, cos, sin, late_cos, late_sin, basis, nodes,
@@ -150,19 +173,12 @@ def entering_kernel(
     if WINDOW > 0:
         source = offset + i - WINDOW
         position = tl.load(positions + tl.load(starts + n)) + source
-        slot = tl.load(slots + n)
-        ring_row = g * (SINKS + WINDOW) + SINKS + position % WINDOW
-        ring = slot * near_slot + ring_row * D
-        ring_scale = slot * scales_slot + ring_row
-        own_scale = (rows - WINDOW) * num_groups + g
-        is_here = source >= 0
         leaves = (i < count) & (position >= SINKS)
-        key = tl.where(is_here, rotated + ((rows - WINDOW) * num_groups + g) * D, near_keys + ring)
-        value = tl.where(is_here, v + (rows - WINDOW) * v_row + g * v_head, near_values + ring)
-        # Rows that nothing leaves for are read as the ring's row 0, which is there, and come to nothing below.
-        key = tl.where(leaves, key, near_keys + slot * near_slot)
-        key_scale = tl.where(is_here, key_scales + own_scale, near_key_scales + ring_scale)
-        value_scale = tl.where(is_here, value_scales + own_scale, near_value_scales + ring_scale)
+        key, value, key_scale, value_scale = leaving_rows(
+            rotated, v, key_scales, value_scales, near_keys, near_values, near_key_scales, near_value_scales, rows,
+            source, leaves, tl.load(slots + n), position, v_row, v_head, near_slot, scales_slot, g, num_groups,
+            D, WINDOW, SINKS,
+        )  # fmt: skip
         HALF_BACK: tl.constexpr = 0 if ROTATED else HALF
         phi = block_features(
             key[:, None], rows[:, None], count, scale_at(key_scale[:, None], leaves[:, None], near_keys),
