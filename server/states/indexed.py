@@ -253,9 +253,8 @@ class IndexedStore:
 
     async def claim_responses(self, limit: int, *, fingerprint: str) -> list[ResponseRecord]:
         """See `StateStore.claim_responses`."""
-        return await self._run(
-            lambda: self._index.claim_responses(limit, fingerprint=fingerprint, on_taken=self._claim)
-        )
+        claim = self._index.claim_responses
+        return await self._run(lambda: claim(limit, fingerprint=fingerprint, on_taken=self._claim))
 
     def _claim(self, response_ids: Collection[str]) -> None:
         """Called on a thread of the database's, before anybody else, a heartbeat say, can see that they are ours."""
@@ -269,6 +268,12 @@ class IndexedStore:
     async def use_response(self, response_id: str) -> None:
         """See `StateStore.use_response`."""
         await self._free(lambda: self._index.use_response(response_id))
+
+    async def change_response(
+        self, owner: str, response_id: str, change: Callable[[ResponseRecord], ResponseRecord]
+    ) -> ResponseRecord:
+        """See `StateStore.change_response`."""
+        return await self._run(lambda: self._index.change_response(owner, response_id, change))
 
     async def cancel_response(self, owner: str, response_id: str) -> ResponseRecord:
         """See `StateStore.cancel_response`."""
@@ -289,8 +294,7 @@ class IndexedStore:
 
     async def heartbeat(self) -> Heartbeat:
         """Says that this replica lives; see `StateIndex.heartbeat`."""
-        result = await self._run(lambda: self._index.heartbeat(self._in_use))
-        self._files.drop([*result.gone_copies])
+        self._files.drop([*(result := await self._run(lambda: self._index.heartbeat(self._in_use))).gone_copies])
         return result
 
     async def close(self) -> None:

@@ -177,6 +177,16 @@ class StateIndex(IndexCore):
         with self._changing() as transaction:
             transaction.run("UPDATE responses SET used = %s WHERE id = %s", transaction.now, response_id)
 
+    def change_response(
+        self, owner: str, response_id: str, change: Callable[[ResponseRecord], ResponseRecord]
+    ) -> ResponseRecord:
+        """Raises `NotFoundError`, `StorageFullError`, and what `change` raises."""
+        with self._changing() as transaction:
+            response = change(find_response(transaction, owner, response_id))
+            write_response(transaction, response, maker=None)
+            self._make_room(transaction, owner, [], keep=response_id)
+            return response
+
     def cancel_response(self, owner: str, response_id: str) -> ResponseRecord:
         """Raises `NotFoundError`."""
         with self._changing() as transaction:

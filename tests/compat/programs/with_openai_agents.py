@@ -8,6 +8,7 @@ from agents import (
     Agent,
     ModelSettings,
     OpenAIChatCompletionsModel,
+    OpenAIConversationsSession,
     OpenAIResponsesModel,
     Runner,
     function_tool,
@@ -58,6 +59,16 @@ async def main() -> None:
             await Runner.run(agent(kind, NOBODY), QUESTION)
         except openai.NotFoundError as error:
             problem = error
+    session = OpenAIConversationsSession(openai_client=client)
+    for _ in range(2):
+        await Runner.run(agent(OpenAIResponsesModel), QUESTION, session=session)
+    kept = await session.get_items()
+    assert [item["role"] for item in kept] == ["user", "assistant"] * 2, kept
+    popped = await session.pop_item()
+    assert popped is not None
+    assert popped["role"] == "assistant"
+    assert len(await session.get_items()) == 3
+    await session.clear_session()
     (text,), (streamed,) = texts, streams
     report(text=text, streamed=streamed, calls=CALLS, structured=structured, usage=usage, error=problem)
 
