@@ -24,6 +24,7 @@ from server.states.index.index import StateIndex
 from server.states.index.upkeep import Budget
 from server.states.index.uses import READING, Heartbeat, InUse, Use, use_of
 from server.states.store import (
+    Change,
     NewState,
     Reservation,
     ResponseRecord,
@@ -253,8 +254,9 @@ class IndexedStore:
 
     async def claim_responses(self, limit: int, *, fingerprint: str) -> list[ResponseRecord]:
         """See `StateStore.claim_responses`."""
-        claim = self._index.claim_responses
-        return await self._run(lambda: claim(limit, fingerprint=fingerprint, on_taken=self._claim))
+        return await self._run(
+            lambda: self._index.claim_responses(limit, fingerprint=fingerprint, on_taken=self._claim)
+        )
 
     def _claim(self, response_ids: Collection[str]) -> None:
         """Called on a thread of the database's, before anybody else, a heartbeat say, can see that they are ours."""
@@ -269,9 +271,7 @@ class IndexedStore:
         """See `StateStore.use_response`."""
         await self._free(lambda: self._index.use_response(response_id))
 
-    async def change_response(
-        self, owner: str, response_id: str, change: Callable[[ResponseRecord], ResponseRecord]
-    ) -> ResponseRecord:
+    async def change_response(self, owner: str, response_id: str, change: Change) -> ResponseRecord:
         """See `StateStore.change_response`."""
         return await self._run(lambda: self._index.change_response(owner, response_id, change))
 
@@ -294,7 +294,10 @@ class IndexedStore:
 
     async def heartbeat(self) -> Heartbeat:
         """Says that this replica lives; see `StateIndex.heartbeat`."""
-        self._files.drop([*(result := await self._run(lambda: self._index.heartbeat(self._in_use))).gone_copies])
+        result = await self._run(lambda: self._index.heartbeat(self._in_use))
+        self._files.drop([*result.gone_copies])
+        if self._is_shared:
+            await self._run(self._files.tidy)
         return result
 
     async def close(self) -> None:
