@@ -1,9 +1,8 @@
 """A store of states: an index in a database, and the files of snapshots.
 
-What was answered is there: a state is in the index, whole and committed, before its id is told. The engine writes and
-reads files in a folder here; a file goes to where it is kept before the index names it, and comes from there when it is
-used and not here. A heartbeat every few seconds says that this server lives and what it uses, and removes what has
-expired; servers that were not heard for a while are reaped: what they used is free.
+What was answered is there: a state is in the index, whole and committed, before its id is told. The engine works on
+files in a folder here; a file goes to where it is kept before the index names it. A heartbeat every few seconds says
+that this server lives and what it uses, and removes what has expired; servers not heard for a while are reaped.
 """
 
 import asyncio
@@ -254,9 +253,8 @@ class IndexedStore:
 
     async def claim_responses(self, limit: int, *, fingerprint: str) -> list[ResponseRecord]:
         """See `StateStore.claim_responses`."""
-        return await self._run(
-            lambda: self._index.claim_responses(limit, fingerprint=fingerprint, on_taken=self._claim)
-        )
+        index = self._index
+        return await self._run(lambda: index.claim_responses(limit, fingerprint=fingerprint, on_taken=self._claim))
 
     def _claim(self, response_ids: Collection[str]) -> None:
         """Called on a thread of the database's, before anybody else, a heartbeat say, can see that they are ours."""
