@@ -35,8 +35,7 @@ from server.states.store import (
 )
 
 Eviction = Literal["lru", "refuse"]
-SHORT_TTL_S = 30.0
-HEARTBEAT_S, PATIENCE_S, RETRY_S = 2.0, 10.0, 0.25
+SHORT_TTL_S, HEARTBEAT_S, PATIENCE_S, RETRY_S = 30.0, 2.0, 10.0, 0.25
 _NOT_NOW = (StoreUnavailableError, StorageFullError)
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
