@@ -116,7 +116,7 @@ def convert(
         calibrated = None
         if state_bytes is not None:
             calibrated = _calibrated(opened, config, origin, tokenizer, state_bytes, calibration_text, on_layer)
-            config = calibrated.calibration.config(config)
+            config = calibrated.config
         weights_dtype = DTYPES[dtype] if dtype is not None else _stored_dtype(opened)
         plan = _plan(opened, config, origin, calibrated, dtype=weights_dtype, weights=weights, name=out.absolute().name)
 
@@ -232,7 +232,8 @@ class _Reader:
     ) -> None:
         """Raises ConversionError if the source's tensors do not fit its config; all of it listed."""
         self._source, self._config, self._learned, self._seed = source, config, learned, seed
-        self._fresh = {} if source.is_dijiang else _fresh_parts(config, expected)
+        fresh = {} if source.is_dijiang else _fresh_parts(config, expected)
+        self._fresh = {name: part for name, part in fresh.items() if name not in learned}
         made = self._fresh.keys() | learned.keys()
         taken = {name: info for name, info in expected.items() if name not in made}
         found = source.tensors.infos()
