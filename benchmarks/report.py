@@ -90,7 +90,7 @@ def model_folder(given: Path | None) -> Path:
         typer.Exit: it is not there, after saying so.
     """
     try:
-        return ensure_default_model() if given is None else given
+        return ensure_default_model(is_quantized=False) if given is None else given
     except ModelError as error:
         raise failed(error) from error
 

@@ -44,13 +44,13 @@ class Experiment(nn.Module):
     def answer(self, recorded: RecordedAttention, layout: StepLayout) -> Tensor:
         """[T, H, d], as `RecordedAttention.answer`, of one segment."""
         kernel, groups = self.kernel, (self.kernel.num_kv_heads, -1)
-        far_q, far_k, mix_q = self._branch(recorded, layout)
-        phi_q = kernel.phi(far_q.unflatten(1, groups))  # [T, G, R, K]
-        phi_k = kernel.phi(far_k[:, :, None]).squeeze(2)  # [T, G, K]
+        linear_q, linear_k, mix_q = self._branch(recorded, layout)
+        phi_q = kernel.phi(linear_q.unflatten(1, groups))  # [T, G, R, K]
+        phi_k = kernel.phi(linear_k[:, :, None]).squeeze(2)  # [T, G, K]
         log_kept = self._log_kept(recorded.k)  # [T, G]
         token = torch.arange(len(phi_k), device=phi_k.device)
-        near = kernel.attention
-        is_far = (token[None, :] <= token[:, None] - near.window) & (token[None, :] >= near.sinks)
+        config = kernel.attention
+        is_far = (token[None, :] <= token[:, None] - config.window) & (token[None, :] >= config.sinks)
         decay = (log_kept.T[:, :, None] - log_kept.T[:, None, :]).masked_fill(~is_far, -torch.inf).exp()
         weights = torch.einsum("tgrk,jgk->grtj", phi_q, phi_k) * decay[:, None]
         numerator = torch.einsum("grtj,jgd->tgrd", weights, recorded.v.to(weights.dtype))
@@ -63,17 +63,17 @@ class Experiment(nn.Module):
             )
             denominator = denominator + torch.einsum("tgrk,gk->tgr", left, weight)
         mix = kernel.mix(mix_q.unflatten(1, groups))
-        whole = recorded.near_denominator + mix * denominator
-        return ((recorded.near + mix[..., None] * numerator) / whole[..., None]).flatten(1, 2)
+        whole = recorded.exact_denominator + mix * denominator
+        return ((recorded.exact + mix[..., None] * numerator) / whole[..., None]).flatten(1, 2)
 
     def _branch(self, recorded: RecordedAttention, layout: StepLayout) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys of the linear part and queries of the mixing weight, [T, H or G, d]."""
-        far_q, far_k, mix_q = self.kernel.far_query(recorded.q), recorded.k, recorded.q
+        linear_q, linear_k, mix_q = self.kernel.far_query(recorded.q), recorded.k, recorded.q
         if self.kernel.attention.features.rotated:
-            far_q, far_k, mix_q = (layout.rotary.apply(x) for x in (far_q, far_k, mix_q))
+            linear_q, linear_k, mix_q = (layout.rotary.apply(x) for x in (linear_q, linear_k, mix_q))
         if "query_scale" in self.extra:
-            far_q, far_k = far_q * self.extra["query_scale"].exp(), far_k * self.extra["key_scale"].exp()
-        return far_q, far_k, mix_q
+            linear_q, linear_k = linear_q * self.extra["query_scale"].exp(), linear_k * self.extra["key_scale"].exp()
+        return linear_q, linear_k, mix_q
 
     def _log_kept(self, k: Tensor) -> Tensor:
         """[T, G]: logarithm of what is left at each token of a state at the beginning."""

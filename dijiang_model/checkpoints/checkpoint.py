@@ -136,6 +136,14 @@ def open_network(
     return checkpoint, model
 
 
+def empty_network(stored: StoredConfig) -> DiJiangForCausalLM:
+    """Returns the network of a configuration, without memory, quantized as it says."""
+    model = build_model(stored.config, device="meta")
+    if stored.quantization is not None:
+        install(model, stored.quantization)
+    return model
+
+
 def _rounded(
     checkpoint: Checkpoint, model: DiJiangForCausalLM, wanted: WeightKind | Quantization, path: Path
 ) -> Checkpoint:

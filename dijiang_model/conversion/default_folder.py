@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 MODEL_NAME = "smollm2-135m-dijiang"
+UNQUANTIZED = "-float32"
+"""At the end of the folder's name where the weights are not quantized."""
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -20,9 +22,10 @@ def default_home() -> Path:
     return Path.home() / ".cache" / "dijiang"
 
 
-def default_folder(home: Path | None = None) -> Path:
+def default_folder(home: Path | None = None, *, is_quantized: bool = True) -> Path:
     """The default model's folder, there or not."""
-    return (default_home() if home is None else home) / "models" / MODEL_NAME
+    name = MODEL_NAME if is_quantized else MODEL_NAME + UNQUANTIZED
+    return (default_home() if home is None else home) / "models" / name
 
 
 def is_noted(folder: Path) -> bool:

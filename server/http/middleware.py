@@ -14,8 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import AuthenticationError, InternalError, ServiceError
 from server.http.errors import HttpError, error_response, on_wire
-from server.keys import owner_of
+from server.keys import EVERYBODY, owner_of
 from server.service import Service
+from server.tracing import NO_TRACER, tracing
 
 MAX_HEADERS = 200
 MAX_HEADER_BYTES = 64 << 10
@@ -25,7 +26,7 @@ OPEN_PATHS = frozenset({"/health", "/ready"})
 ADMIN_PATHS = "/admin/"
 DRAIN_S = 5.0
 CLOSING = {"connection": "close"}
-"""The connection cannot be used again: the rest of a body may still be on its way."""
+"""The connection is not to be used again: the rest of a body may still be on its way, or the server stops."""
 STATE_IMPORT_PATH = "/v1/states/import"
 PROMPT_PATHS = frozenset(
     (
@@ -39,8 +40,6 @@ MAX_SMALL_BODY_BYTES = 256 << 10
 WITHOUT_VERSION = ("/chat/completions", "/completions", "/responses", "/models", "/messages", "/conversations")
 JSON_MEDIA_TYPES = ("application/json",)
 STATE_MEDIA_TYPES = ("application/octet-stream", "application/vnd.safetensors")
-EVERYBODY = "everybody"
-"""The owner where no keys are asked for."""
 logger = structlog.stdlib.get_logger("dijiang.http")
 
 
@@ -68,10 +67,16 @@ class RequestContextMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["x-dijiang-replica"] = self._service.options.replica
+                if self._service.leaving:  # the next request of this client is for another replica
+                    headers.update(CLOSING)
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        tracer = NO_TRACER if scope["path"] in POLLED_PATHS else self._service.tracer
+        trace = tracer.request(scope["method"], scope["path"], Headers(scope=scope))
+        with structlog.contextvars.bound_contextvars(request_id=request_id), tracing(trace):
             try:
                 _check_headers(scope)
                 _check_host(scope, self._service.options.host_names)
@@ -85,10 +90,11 @@ class RequestContextMiddleware:
                     internal = InternalError(f"internal error in request {request_id}")
                     await error_response(internal, scope["path"])(scope, receive, send_with_id)
             finally:
-                self._log(scope, status, time.perf_counter() - begin, facts)
+                route = getattr(scope.get("route"), "path", "unknown")
+                trace.end(status, {"route": route, **facts})
+                self._log(scope, route, status, time.perf_counter() - begin, facts)
 
-    def _log(self, scope: Scope, status: int | None, seconds: float, facts: dict[str, Any]) -> None:
-        route = getattr(scope.get("route"), "path", "unknown")
+    def _log(self, scope: Scope, route: str, status: int | None, seconds: float, facts: dict[str, Any]) -> None:
         self._service.metrics.http_requests.labels(scope["method"], route, str(status)).inc()
         is_poll = scope["path"] in POLLED_PATHS and status is not None
         logger.log(
@@ -133,8 +139,8 @@ class AuthenticationMiddleware:
                 authorization = f"Bearer {headers['x-api-key']}"
             self._check(scope["path"], authorization)
             scope["state"]["owner"] = owner = _owner(authorization) if self._service.options.key_hashes else EVERYBODY
-            if (name := self._service.name_of(owner)) is not None:
-                scope["state"]["facts"]["key"] = name
+            if owner != EVERYBODY:
+                scope["state"]["facts"]["key"] = self._service.labels.of(owner)
         await self._app(scope, receive, send)
 
     def _check(self, path: str, authorization: str) -> None:

@@ -23,6 +23,11 @@ export class Stopwatch {
 
   #tokensAtFirst = 0;
 
+  /** How many tokens have come. */
+  get tokens() {
+    return this.#tokens;
+  }
+
   /** Milliseconds to the first token; null before it. */
   get firstMs() {
     return this.#first === null ? null : this.#first - this.#begin;

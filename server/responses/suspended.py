@@ -9,7 +9,7 @@ from server.responses.output import Pieces
 from server.states.store import REPLAY_KEY, SnapshotRecord, TurnEnd
 
 NOTHING_YET: Mapping[str, Any] = {"items": [], "pending": []}
-"""Output that has not begun; see `ResponseOutput.put_off`."""
+"""Output that has not begun; see `ResponseOutput.suspend`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Unfinished:
         prompt_token_ids: what comes after that. Not made again: a template may tell the time.
         token_ids: put out so far.
         num_cached_tokens: of the prompt, as `usage` counts them.
-        output: of `ResponseOutput.put_off`.
+        output: of `ResponseOutput.suspend`.
         pieces: in which it came.
         resumes_at: the file of the snapshot behind `token_ids`; None: it is made anew, from its prompt.
     """

@@ -1,5 +1,6 @@
 """`dijiang convert` on the command line, and the default model's cache."""
 
+import shutil
 import threading
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from typer.testing import CliRunner
 
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import read_stored_config
+from dijiang_model.checkpoints.default_sampling import read_default_sampling
+from dijiang_model.checkpoints.fingerprint import model_fingerprint
 from dijiang_model.conversion import default_model
 from dijiang_model.conversion.cli import convert_command, parse_size
 from dijiang_model.conversion.convert import convert
@@ -19,13 +22,7 @@ from dijiang_model.conversion.default_folder import MODEL_NAME
 from dijiang_model.conversion.default_model import ensure_default_model
 from dijiang_model.conversion.recipes import Recipe
 from dijiang_model.conversion.sources.source import sha256_of
-from dijiang_model.conversion.training.adapters import (
-    Adapter,
-    AdapterInfo,
-    load_adapter,
-    model_fingerprint,
-    save_adapter,
-)
+from dijiang_model.conversion.training.adapters import Adapter, AdapterInfo, load_adapter, save_adapter
 from dijiang_model.conversion.training.kernel_training import kernel_tensors
 from dijiang_model.errors import ConversionError
 from tests.dijiang_model.teachers import llama_teacher, save_teacher, write_gguf
@@ -180,6 +177,25 @@ def test_the_default_model_is_trained_and_nothing_else_is_left(package: Path, tm
     assert (origin.tokens_trained, origin.adapter_sha256) == (1000, sha256_of(default_model.ADAPTER))
     assert "## Evaluation" in (out / "README.md").read_text()
     assert [path for path in out.parent.iterdir() if path.is_dir()] == [out]
+
+
+def test_the_default_model_has_int8_weights_unless_others_are_to_be_made_of_it(package: Path, tmp_path: Path) -> None:
+    out, unquantized = (ensure_default_model(tmp_path, is_quantized=wanted) for wanted in (True, False))
+    quantization = read_stored_config(out).quantization
+    assert quantization is not None
+    assert quantization.weights == "int8"
+    assert read_stored_config(unquantized).quantization is None
+    assert f"\n# {MODEL_NAME}\n" in (out / "README.md").read_text()
+    assert "## Quantized weights" in (out / "README.md").read_text()
+    assert read_default_sampling(out) == read_default_sampling(unquantized) == default_model.SAMPLING
+
+
+def test_a_default_model_of_other_weights_is_made_again(package: Path, tmp_path: Path) -> None:
+    out = ensure_default_model(tmp_path)
+    ensure_default_model(tmp_path, is_quantized=False).rename(tmp_path / "models" / "moved")
+    shutil.rmtree(out)
+    (tmp_path / "models" / "moved").rename(out)
+    assert read_stored_config(ensure_default_model(tmp_path)).quantization is not None
 
 
 def test_another_adapter_makes_the_model_again(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,7 @@ def test_an_answer_is_told_though_the_store_is_away_at_its_end(shared: Running, 
             assert answer["state_error"]["code"] == "state_store_unavailable"
             assert answer.get("state_id") is None
     finally:
-        postgres.go_on()
+        postgres.resume()
     until(lambda: shared.gauge("dijiang_state_store_up") == 1)
     response = ended(shared, started)
     text = next(text_of(answer) for answer in answers if "output" in answer)

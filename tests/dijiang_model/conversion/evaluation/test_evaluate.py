@@ -170,9 +170,9 @@ def test_answers_right_where_the_first_variant_is_are_counted_apart(monkeypatch:
 
 def test_an_answer_is_right_where_every_token_is_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
     chat = Context(tokens(700), (Recalled((10, 12), (600, 602)), Recalled((20, 21), (610, 611))))
-    is_likeliest = torch.zeros(699, dtype=torch.bool)
-    is_likeliest[[599, 609]] = True  # of the first answer's two tokens one, of the second answer its only one
-    monkeypatch.setattr(recall, "token_scores", lambda variant, ids: (torch.arange(699.0), is_likeliest))
+    is_greedy = torch.zeros(699, dtype=torch.bool)
+    is_greedy[[599, 609]] = True  # of the first answer's two tokens one, of the second answer its only one
+    monkeypatch.setattr(recall, "token_scores", lambda variant, ids: (torch.arange(699.0), is_greedy))
     variant = Variant("x", tiny_model(), HybridAttention(), None)
     (result,) = recall_probe([variant], [chat])
     assert (result.distance, result.num, result.right) == ("500-1,000", 2, {"x": 0.5})
