@@ -36,7 +36,7 @@ CONFIGS = {
     "opt": opt_config(),
     "llama, anchors": llama_config(anchored(2), HYBRID, anchored(2, base=UNROTATED)),
     "llama, anchors and no linear part": llama_config(anchored(2, base=NO_LINEAR), HYBRID),
-    "llama, anchors and a decayed mean": llama_config(anchored(2, base=CONSTANT), HYBRID),
+    "llama, anchors and a decayed mean": llama_config(anchored(2, base=CONSTANT, places=(11, 9)), HYBRID),
     "opt, anchors": opt_config(anchored(3), anchored(3, value_bits=4)),
 }
 TOLERANCE = 1e-10

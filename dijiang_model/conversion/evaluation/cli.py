@@ -92,6 +92,31 @@ class Subjects:
     others: Sequence[DiJiangForCausalLM] = ()
 
 
+Facts = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Chats of 2,048 tokens with facts to recall, as many with facts in their first turn alone, a quarter "
+        "of 4,096 tokens and an eighth of 8,192; 0: none.",
+    ),
+]
+Budgets = Annotated[
+    list[str] | None,
+    typer.Option(help="Of a calibrated model: also with states of so many bytes, e.g. 4.4MB. Again for a curve."),
+]
+Also = Annotated[
+    list[Path] | None,
+    typer.Option(help="Another conversion of the teacher, with a state of another size. Again for a curve."),
+]
+Rounded = Annotated[
+    list[str] | None,
+    typer.Option(help="Also in fewer bits: int8 or int4 weights, bfloat16-state, int8-state. Again for more."),
+]
+Ablations = Annotated[
+    bool, typer.Option("--ablations/--no-ablations", help="Also with parts of the model switched off.")
+]
+
+
 def evaluate_command(
     model: Annotated[Path, typer.Argument(help="Folder of a converted model.")],
     teacher: Annotated[Path, typer.Option(help="What it was made from: HF folder, GGUF file or untrained conversion.")],
@@ -101,31 +126,13 @@ def evaluate_command(
     control: Annotated[
         Path | None, typer.Option(help="Adapter or model trained with `train --no-linear`: the window alone.")
     ] = None,
-    rounded: Annotated[
-        list[str] | None,
-        typer.Option(help="Also in fewer bits: int8 or int4 weights, bfloat16-state, int8-state. Again for more."),
-    ] = None,
+    rounded: Rounded = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each file, spread over it.")] = 8,
     length: Annotated[int, typer.Option(min=66, help="Tokens of a window.")] = 2048,
-    facts: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Chats of 2,048 tokens with facts to recall, as many with facts in their first turn alone, a quarter "
-            "of 4,096 tokens and an eighth of 8,192; 0: none.",
-        ),
-    ] = 4,
-    ablations: Annotated[
-        bool, typer.Option("--ablations/--no-ablations", help="Also with parts of the model switched off.")
-    ] = True,
-    state_bytes: Annotated[
-        list[str] | None,
-        typer.Option(help="Of a calibrated model: also with states of so many bytes, e.g. 4.4MB. Again for a curve."),
-    ] = None,
-    also: Annotated[
-        list[Path] | None,
-        typer.Option(help="Another conversion of the teacher, with a state of another size. Again for a curve."),
-    ] = None,
+    facts: Facts = 4,
+    ablations: Ablations = True,
+    state_bytes: Budgets = None,
+    also: Also = None,
     long: Annotated[int, typer.Option(min=0, help=f"Texts of {LENGTH:,} tokens to read in one go; 0: none.")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's choice.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",

@@ -98,7 +98,7 @@ def fact_chats(
             rng=rng,
             facts_per_kind=form.per_kind,
             facts_per_turn=form.per_turn,
-            turns=form.turns,
+            told_in=form.turns,
         )
         chats += [] if chat is None else [chat]
     return chats
@@ -136,8 +136,8 @@ def recall_probe(
                 name: float(values[is_there][reference].mean()) if reference.any() else None
                 for name, values in right.items()
             }
-            losses = {name: float(values[is_there].mean()) for name, values in loss.items()}
-            results.append(Recall(low, high, num, shares, shared, losses))
+            means = {name: float(values[is_there].mean()) for name, values in loss.items()}
+            results.append(Recall(low, high, num, shares, shared, means))
     return results
 
 

@@ -56,7 +56,7 @@ def test_a_budget_of_bytes_is_calibrated_for(source: Path, tmp_path: Path) -> No
     code, output = run(source, tmp_path / "out", "--state-bytes", "40K", "--calibrate", text)
     assert code == 0, output
     assert "calibrating" in output
-    assert "2/2 layers" in output
+    assert "4/4 layers" in output, "both readings"
     config = load_model(tmp_path / "out").config
     assert config.memory in " ".join(output.split())
     code, output = run(source, tmp_path / "small", "--state-bytes", "1K")

@@ -14,6 +14,7 @@ from dijiang_model.conversion.calibration.teacher_pass import teacher_layers
 from dijiang_model.conversion.training.distill import output_weight
 from dijiang_model.families import build_model
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.ops.residual import Residual
 from dijiang_model.ops.training.attention import NO_STATE, HybridAttention, SoftmaxAttention
 from dijiang_model.segments import segments_layout
 from tests.tiny_models import HYBRID, anchored, gpt_neox_config, llama_config, opt_config, random_tensors, tiny_model
@@ -53,7 +54,7 @@ def first_layer(model: DiJiangForCausalLM, ids: Tensor, op: object) -> Tensor:
 
     layout = segments_layout(model, 1, len(ids))
     with pytest.raises(Stop):
-        model.blocks[0](model.embed(ids, torch.arange(len(ids))), op=keep, layout=layout, state=NO_STATE)
+        model.blocks[0](Residual(model.embed(ids, torch.arange(len(ids)))), op=keep, layout=layout, state=NO_STATE)
     return seen[0].view(len(ids), model.config.num_heads, -1)
 
 
