@@ -20,7 +20,7 @@ from dijiang_model.text.template import TemplateSyntaxFailure
 from server.engine.state.snapshot_files import MAX_HEADER_BYTES
 from server.engine.types.requests import EngineInfo, EngineStats, GenerationRequest, Tenant, TokenEvent
 from server.engine_client.candidate import EngineLoadError
-from server.engine_client.submissions import TenantLoad
+from server.engine_client.submissions import OnBegun, OnEvent, TenantLoad
 from server.errors import ConflictError, EngineUnavailableError, NotFoundError
 from server.event_log import EventLog
 from server.grammar_check.checker import GrammarChecker
@@ -30,7 +30,7 @@ from server.playground.renderer import Renderer
 from server.rate_limits import RateLimits
 from server.states.store import StateStore
 from server.text.reasoning import thought_form
-from server.text.template import ChatTemplate
+from server.text.template import template_of
 from server.text.tokenizer import Tokenizer
 from server.tracing import NO_TRACER, Tracer
 
@@ -55,10 +55,7 @@ class Engine(Protocol):
     def loads(self) -> Mapping[str, TenantLoad]: ...
     def submit(self, request: GenerationRequest) -> AbstractAsyncContextManager[AsyncIterator[TokenEvent]]: ...
     def generate(
-        self,
-        requests: Sequence[GenerationRequest],
-        on_event: Callable[[TokenEvent], None],
-        on_begun: Callable[[str], None] = ...,
+        self, requests: Sequence[GenerationRequest], on_event: OnEvent, on_begun: OnBegun = ...
     ) -> AbstractAsyncContextManager[Callable[[str], None]]: ...
     def suspend(self, request_id: str, *, save_to: str | None, note: str, in_prompt: bool) -> None: ...
     def reset_cache(self) -> None: ...
@@ -87,6 +84,7 @@ class ServiceOptions:
         max_choices: most answers in one request (prompts times `n`).
         max_stop: most stop strings.
         max_body_bytes: largest request body.
+        max_arriving_bytes: memory for all bodies that are arriving.
         body_timeout_s: longest time for a body to arrive.
         request_timeout_s: longest time for an answer; 0: no limit.
         keepalive_s: silence in a stream after which a comment is sent.
@@ -119,6 +117,7 @@ class ServiceOptions:
     max_choices: int = 128
     max_stop: int = 16
     max_body_bytes: int = 16 << 20
+    max_arriving_bytes: int = 256 << 20
     body_timeout_s: float = 60.0
     request_timeout_s: float = 0.0
     keepalive_s: float = 15.0
@@ -196,7 +195,7 @@ class Service:
         self.engine = engine
         self.options = options
         self.tokenizer = tokenizer
-        self.chat_template = _template_of(tokenizer)
+        self.chat_template = template_of(tokenizer)
         self.thoughts = thought_form(options.reasoning_parser, tokenizer)
         self._read_again = read_again
         self.rate_limits = RateLimits(options.rate_limit_requests, options.rate_limit_tokens)
@@ -266,11 +265,7 @@ class Service:
         return max(wanted, min(math.ceil(info.load_s), MAX_RETRY_AFTER_S))
 
     def admit(self, owner: str, model: str | None) -> EngineInfo:
-        """Lets a request in that will make the engine work, and counts it.
-
-        Args:
-            owner: whose request it is.
-            model: that it names; None: any.
+        """Admits an owner's request that will make the engine work, and counts it; `model`: that it names, if any.
 
         Raises:
             NotFoundError: there is no such model.
@@ -365,7 +360,7 @@ class Service:
             raise ConflictError("this server cannot load its model again", code="reload_failed")
         try:
             options, tokenizer = await asyncio.to_thread(self._read_again)
-            template = _template_of(tokenizer)
+            template = template_of(tokenizer)
         except (ConfigError, UnsupportedTokenizerError, TemplateSyntaxFailure, OSError) as error:
             raise ConflictError(f"the model cannot be used: {error}", code="reload_failed") from error
         if (tokenizer is None) != (self.tokenizer is None):
@@ -397,8 +392,3 @@ class Service:
 
 def _given(value: T | None, default: T) -> T:
     return default if value is None else value
-
-
-def _template_of(tokenizer: Tokenizer | None) -> ChatTemplate | None:
-    """Raises `TemplateSyntaxFailure`."""
-    return None if tokenizer is None or tokenizer.chat_template is None else ChatTemplate(tokenizer)

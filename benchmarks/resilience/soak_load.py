@@ -50,11 +50,18 @@ class Notes:
 
 
 class Load:
-    """Clients of one server, whose address stays while it is killed and started."""
+    """Clients of one server, whose address stays while it is killed and started.
+
+    Attributes:
+        notes: what they have seen.
+        stopping: to be set for each to end with its present request.
+        doing: what they do now.
+    """
 
     def __init__(self, base_url: str, key: str, *, seed: int = 0) -> None:
         self.notes = Notes()
         self.stopping = False
+        self.doing: list[str] = []
         self._random = random.Random(seed)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
         headers = {"authorization": f"Bearer {key}"}
@@ -92,6 +99,7 @@ class Load:
         while not self.stopping:
             (act,) = self._random.choices(kinds, weights)
             begin = time.monotonic()
+            self.doing.append(act.__name__)
             try:
                 await act()
             except httpx.TimeoutException:
@@ -99,6 +107,8 @@ class Load:
             except (httpx.TransportError, json.JSONDecodeError):
                 self.notes.done["cut off"] += 1
                 await asyncio.sleep(PAUSE_S)
+            finally:
+                self.doing.remove(act.__name__)
 
     # What a client does.
 
@@ -187,8 +197,12 @@ class Load:
                 self.notes.problem(f"a structured answer is {text[:40]!r}")
 
     async def read_long(self) -> None:
-        response = await self.http.post("/v1/completions", json=self._body(self._tokens(LONG_TOKENS), 1))
-        self._count("long prompt", response.status_code)
+        """A stream: who reads a long prompt may take long, but says so now and then."""
+        body = self._body(self._tokens(LONG_TOKENS), 1, stream=True)
+        async with self.http.stream("POST", "/v1/completions", json=body) as response:
+            lines = [line async for line in response.aiter_lines() if line.startswith("data: ")]
+        if response.status_code != 200 or (lines and lines[-1] == "data: [DONE]"):
+            self._count("long prompt", response.status_code)
 
     # What is common to these.
 

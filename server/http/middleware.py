@@ -6,13 +6,15 @@ import hmac
 import logging
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import AuthenticationError, InternalError, ServiceError
+from server.errors import AuthenticationError, InternalError, OverloadedError, ServiceError
+from server.http.body_budget import BodyBudget
 from server.http.errors import HttpError, error_response, on_wire
 from server.keys import EVERYBODY, owner_of
 from server.service import Service
@@ -182,6 +184,7 @@ class BodyMiddleware:
         self._app = app
         self._service = service
         self._timeout_s = service.options.body_timeout_s
+        self._budget = BodyBudget(service.options.max_arriving_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in {"POST", "PUT", "PATCH"}:
@@ -203,7 +206,8 @@ class BodyMiddleware:
             max_bytes = min(max_bytes, MAX_SMALL_BODY_BYTES)
         try:
             async with asyncio.timeout(self._timeout_s):
-                body = await self._read(headers, receive, max_bytes)
+                with self._budget.claim(scope["state"]["owner"]) as count:
+                    body = await self._read(headers, receive, max_bytes, count)
         except TimeoutError:
             raise HttpError(
                 f"the body did not arrive within {self._timeout_s:g} s", None, "body_timeout", 408, dict(CLOSING)
@@ -219,7 +223,9 @@ class BodyMiddleware:
 
         await self._app(scope, replay, send)
 
-    async def _read(self, headers: Headers, receive: Receive, max_bytes: int) -> bytes | None:
+    async def _read(
+        self, headers: Headers, receive: Receive, max_bytes: int, count: Callable[[int], None]
+    ) -> bytes | None:
         length = headers.get("content-length", "")
         chunks: list[bytes] = []
         size = int(length) if length.isdigit() else 0
@@ -235,12 +241,24 @@ class BodyMiddleware:
             size += len(chunk)
             if size > max_bytes:
                 await self._refuse(receive, max_bytes, more=more)
+            try:
+                count(len(chunk))
+            except OverloadedError:
+                chunks.clear()
+                await self._discard(receive, max_bytes, more=more)
+                raise
             chunks.append(chunk)
             if not more:
                 return b"".join(chunks)
 
     async def _refuse(self, receive: Receive, max_bytes: int, *, more: bool) -> None:
-        """Discards what still comes for a moment: closing at once would keep clients from reading the answer."""
+        await self._discard(receive, max_bytes, more=more)
+        raise HttpError(
+            f"the body is larger than the {max_bytes:,} bytes allowed here", None, "body_too_large", 413, dict(CLOSING)
+        )
+
+    async def _discard(self, receive: Receive, max_bytes: int, *, more: bool) -> None:
+        """Reads what still comes for a moment: closing at once would keep clients from reading the answer."""
         budget = 4 * max_bytes
         try:
             async with asyncio.timeout(DRAIN_S):
@@ -250,9 +268,6 @@ class BodyMiddleware:
                     more = message.get("more_body", False)  # false in a disconnect too
         except TimeoutError:
             pass
-        raise HttpError(
-            f"the body is larger than the {max_bytes:,} bytes allowed here", None, "body_too_large", 413, dict(CLOSING)
-        )
 
 
 def _is_empty(headers: Headers) -> bool:

@@ -88,6 +88,7 @@ export class ChatView {
   showMemory() {
     const { state, path } = this.#conversation;
     this.#memory.tokens = state?.num_tokens || (path.findLast((turn) => turn.total)?.total ?? 0);
+    this.#memory.show(path.findLast((turn) => turn.stats)?.stats ?? null);
   }
 
   draw() {
@@ -197,13 +198,14 @@ export class ChatView {
   }
 
   /** At the next frame, so that fast answers do not draw more often than is seen. */
-  #later({ turn, usage, watch }) {
+  #later({ turn }) {
     cancelAnimationFrame(this.#frame);
     this.#frame = requestAnimationFrame(() => {
       const log = find("log");
       const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
       if (!this.#views.get(turn.id)?.grow(turn)) this.draw();
-      this.#memory.show(usage, watch);
+      this.#memory.show(turn.stats);
+      if (turn.total) this.#memory.tokens = turn.total;
       if (isAtEnd) log.scrollTop = log.scrollHeight;
     });
   }

@@ -83,7 +83,14 @@ export class Conversation {
   /** Whether an answer ended early, and there is something to continue from. */
   canContinue(turn) {
     const isCut = turn.role === "assistant" && ![null, "stop"].includes(this.endOf(turn));
-    return isCut && turn.id === this.record.leaf && this.canSay && (turn.text !== "" || turn.resume !== undefined);
+    const isAtEnd = turn.id === this.record.leaf && this.#knowsUpTo(turn);
+    return isCut && isAtEnd && (turn.text !== "" || turn.resume !== undefined);
+  }
+
+  /** Whether the model would know all that comes before the end of this answer. */
+  #knowsUpTo(turn) {
+    const at = stateOn(this.record, pathTo(this.turns, turn.id));
+    return !this.record.isPartial || (at !== null && (at.turn !== turn.id || at.isOpen));
   }
 
   /** Whether a turn can be said in another way: the model would know everything before it. */
@@ -126,6 +133,8 @@ export class Conversation {
 
   /** Continues an answer that ended early. */
   async *continue(turn, options, signal) {
+    const at = stateOn(this.record, this.path);
+    if (at?.turn === turn.id && !at.isOpen) await this.#change((record) => delete record.states[turn.id]); // it is past the end
     const stored = (await this.#store.turn(turn.id)) ?? turn;
     yield* this.#answer(this.#claimed(stored), continuation, options, signal);
   }
@@ -162,7 +171,7 @@ export class Conversation {
     const at = stateOn(this.record, this.path);
     this.state = await this.#api.rewindState(at.id, point);
     const turn = this.record.points[at.id]?.[point] ?? ROOT;
-    await this.#moveState(at, turn);
+    await this.#moveState({ ...at, isOpen: this.turns.get(turn)?.end === "length" }, turn);
     await this.#setLeaf(turn === ROOT ? null : turn);
   }
 
@@ -178,7 +187,7 @@ export class Conversation {
     const { system, isPartial, title } = this.record;
     const record = { ...emptyRecord(newId()), title: name || title, hasName: true, system, isPartial };
     record.leaf = ids.get(this.record.leaf) ?? null;
-    record.states = { [ids.get(at.turn) ?? ROOT]: { id: fork.id, system: at.system } };
+    record.states = { [ids.get(at.turn) ?? ROOT]: { id: fork.id, system: at.system, isOpen: at.isOpen } };
     await this.#store.add([record], copies.map((turn) => ({ ...turn, conversation: record.id })));
     return record.id;
   }
@@ -219,7 +228,7 @@ export class Conversation {
       for await (const chunk of this.#chunks(answer, body, options, signal)) {
         take(answer, chunk);
         watch.take(chunk.usage?.completion_tokens ?? 0);
-        answer.stats = { first: watch.firstMs, rate: watch.rate, tokens: numBefore + watch.tokens };
+        answer.stats = statsOf(watch, chunk.usage, numBefore);
         soon ??= setTimeout(keep, KEEP_EVERY_MS);
         yield { turn: answer, usage: chunk.usage, watch };
       }
@@ -255,18 +264,18 @@ export class Conversation {
   async #advance(answer, system) {
     const at = stateOn(this.record, pathTo(this.turns, answer.id));
     if (at === null) return;
-    if (answer.stateId === at.id) await this.#moveState({ ...at, system }, answer.id);
+    if (answer.stateId === at.id) await this.#moveState({ ...at, system, isOpen: answer.end === "length" }, answer.id);
     await this.refreshState();
   }
 
   #placeState(turn, id) {
-    return this.#change((record) => (record.states[turn] = { id, system: record.system }));
+    return this.#change((record) => (record.states[turn] = { id, system: record.system, isOpen: false }));
   }
 
-  #moveState({ turn, id, system }, to) {
+  #moveState({ turn, id, system, isOpen }, to) {
     return this.#change((record) => {
       delete record.states[turn];
-      record.states[to] = { id, system };
+      record.states[to] = { id, system, isOpen };
     });
   }
 
@@ -326,4 +335,9 @@ export class Conversation {
     }
     return undefined;
   }
+}
+
+function statsOf(watch, usage, numBefore) {
+  const cached = usage?.prompt_tokens_details?.cached_tokens ?? null;
+  return { first: watch.firstMs, rate: watch.rate, tokens: numBefore + watch.tokens, cached };
 }

@@ -3,7 +3,7 @@
 /** Where a state is that came from elsewhere: before every turn. */
 export const ROOT = "root";
 
-/** The saved state that is furthest down a path: `{turn, id, system}`; null: there is none. */
+/** The saved state that is furthest down a path: `{turn, id, system, isOpen}`; null: there is none. */
 export function stateOn(record, path) {
   const turn = path.findLast(({ id }) => record.states[id] !== undefined)?.id ?? ROOT;
   const found = record.states[turn];
@@ -20,7 +20,7 @@ export function question(record, path, options) {
 export function continuation(record, path, options) {
   const [at, answer] = [stateOn(record, path), path.at(-1)];
   if (answer.resume) return { ...options, messages: [], state_id: answer.resume };
-  if (at?.turn === answer.id) return { ...options, messages: [], ...stateFields(at) };
+  if (at?.turn === answer.id && at.isOpen) return { ...options, messages: [], ...stateFields(at) };
   const how = { continue_final_message: true, add_generation_prompt: false };
   return { ...options, messages: messagesOf(record, path, at), ...how, ...stateFields(at) };
 }

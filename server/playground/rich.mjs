@@ -60,7 +60,7 @@ export class RichText {
   #stable = 0; // characters whose blocks do not change any more
   #shown = 0; // characters that are parsed
   #blocks = []; // of the text behind the stable part
-  #tail = h("p", { class: "tail", dir: "auto" });
+  #tail = h("span", { class: "tail" });
   #isBusy = false;
 
   /** `render(text)`: a promise of `{blocks, last_line}`; where it fails, the text stays as it is. */
@@ -83,9 +83,12 @@ export class RichText {
   }
 
   #drawTail() {
-    this.#tail.textContent = this.#text.slice(this.#shown).replace(/^\n+/, "");
-    if (this.#tail.textContent.trim() === "") this.#tail.remove();
-    else this.element.append(this.#tail);
+    const [shown, rest] = [this.#text.slice(0, this.#shown), this.#text.slice(this.#shown)];
+    this.#tail.remove();
+    this.#tail.textContent = rest;
+    if (rest.trim() === "") return;
+    const host = /\n\s*\n\s*$/.test(shown) ? null : openIn(this.element.lastElementChild);
+    (host ?? this.element).append(this.#tail);
   }
 
   async #parse() {
@@ -116,6 +119,13 @@ export class RichText {
     this.#blocks = isFull ? [] : elements.slice(-1);
     this.#drawTail();
   }
+}
+
+/** Where the words behind an element belong until they are parsed; null: below it. */
+function openIn(element) {
+  if (element === null || element.matches("p, h3, h4, h5, h6, code")) return element;
+  if (element.matches("li") && !element.lastElementChild?.matches("p, ul, ol, .block")) return element;
+  return element.matches("ul, ol, li, blockquote, .block, pre") ? openIn(element.lastElementChild) : null;
 }
 
 function offsetOf(text, line) {

@@ -76,7 +76,9 @@ export class TokensView {
     find("details").replaceChildren();
     for await (const chunk of chunks) {
       watch.take(chunk.usage?.completion_tokens ?? 0);
-      this.#memory.show(chunk.usage, watch);
+      const { usage } = chunk;
+      if (usage) this.#memory.tokens = usage.total_tokens;
+      this.#memory.show({ first: watch.firstMs, rate: watch.rate, cached: usage?.prompt_tokens_details?.cached_tokens });
       const numPrompt = chunk.usage?.prompt_tokens ?? 0;
       const tokens = tokensOf(chunk.choices[0]?.logprobs);
       await this.#learn(tokens);

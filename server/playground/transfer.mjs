@@ -108,8 +108,8 @@ function renewed({ title, system, leaf, turns, created }, name, now) {
 }
 
 /**
- * A conversation without turns. `leaf`: the end that was shown last; `states`: saved states, `{id, system}`, by the turn at
- * whose end they are (`root`: before all); `points`: for each of them, turns by the name of a point; `isPartial`: what was
+ * A conversation without turns. `leaf`: the end that was shown last; `states`: saved states, `{id, system, isOpen}`, by the turn
+ * at whose end they are (`root`: before all; `isOpen`: in the middle of an answer); `points`: for each of them, turns by the name of a point; `isPartial`: what was
  * said before the first turn is known by a state alone.
  */
 export function emptyRecord(id, now = Date.now()) {

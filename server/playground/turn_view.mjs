@@ -134,7 +134,7 @@ function notes(turn, { end }) {
     stopped: "Stopped.",
     length: "Cut off at the limit of tokens.",
     cut: "Interrupted: the page was closed before the end.",
-    error: turn.error ?? "The answer ended early.",
+    error: turn.resume ? "The server was stopped; it has kept where the answer was." : (turn.error ?? "The answer ended early."),
   };
   return reasons[end] ? [reasons[end]] : [];
 }

@@ -52,7 +52,7 @@ def suspended(num_events: int) -> tuple[int, Event]:
     after what was read last misses none.
     """
     message = (
-        "the server was stopped; the response is resumed as soon as a server is free for it. Read on with "
+        "the server or its engine was stopped; the response is resumed as soon as one is free for it. Read on with "
         "GET /v1/responses/{id}?stream=true&starting_after=N, N being the last sequence number"
     )
     return num_events - 1, ("error", {"code": "server_shutdown", "message": message, "param": None})

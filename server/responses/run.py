@@ -32,6 +32,8 @@ from server.states.store import ResponseRecord, SnapshotRecord, StateStore
 
 logger = structlog.stdlib.get_logger("dijiang.responses")
 RETRY_S = 0.5
+MAX_FAILURES = 1
+"""Engines that may fail under a response in the background before it has failed: it may be its fault."""
 _TEXT_FORMAT = {"type": "text"}
 
 
@@ -91,7 +93,7 @@ class ResponseRun:
         self.snapshot: SnapshotRecord | None = None
         if before is not None and before.snapshot is not None and before.snapshot.file == self.unfinished.resumes_at:
             self.snapshot = before.snapshot
-        self._is_left = False
+        self._is_left = self._is_begun_anew = False
         self._num_entries = 0
         self._status = "incomplete"
         self._incomplete_for = "max_output_tokens"
@@ -151,7 +153,7 @@ class ResponseRun:
     def _record(self, response: Mapping[str, Any]) -> ResponseRecord:
         suffix = self.id.removeprefix("resp_")
         items = [stored_item(item, number, suffix) for number, item in enumerate(self._body.input)]
-        if response["status"] == "in_progress" and self._body.background:
+        if self._body.background and (response["status"] == "in_progress" or self._is_begun_anew):
             anew = self.unfinished.anew(self.generation.prompt_token_ids(0))
             body = {**with_pieces(response, Pieces()), **anew.stored()}
         else:
@@ -271,6 +273,8 @@ class ResponseRun:
             if isinstance(error, ShutdownError) and self._body.background:
                 await self._suspend_if_possible()
                 raise
+            if await self._waits_for_next_engine(error):
+                raise ShutdownError([]) from error
             yield ended(await self._failed(error))
         except Exception:
             logger.exception("a response failed")
@@ -329,6 +333,17 @@ class ResponseRun:
         except ServiceError as error:
             logger.error("a background response is made anew: how far it was could not be saved", problem=str(error))
             self._is_left = True
+
+    async def _waits_for_next_engine(self, error: ServiceError) -> bool:
+        """Lets a response in the background whose engine has failed be made anew, to the same text; once."""
+        if error.code != "engine_restarting" or not self._body.background or self._store is None:
+            return False
+        if self.unfinished.num_failures >= MAX_FAILURES:
+            return False
+        self.unfinished = replace(self.unfinished, num_failures=self.unfinished.num_failures + 1)
+        self._is_begun_anew = True
+        await self._suspend_if_possible()
+        return True
 
     async def _failed(self, error: ServiceError) -> dict[str, Any]:
         """The response that could not be made, kept."""

@@ -25,6 +25,7 @@ class Unfinished:
         num_cached_tokens: of the prompt, as `usage` counts them.
         output: of `ResponseOutput.suspend`.
         pieces: in which it came.
+        num_failures: engines that failed under it.
         resumes_at: the file of the snapshot behind `token_ids`; None: it is made anew, from its prompt.
     """
 
@@ -37,10 +38,12 @@ class Unfinished:
     output: Mapping[str, Any] = field(default_factory=dict)
     pieces: Pieces = field(default_factory=Pieces)
     resumes_at: str | None = None
+    num_failures: int = 0
 
     def anew(self, prompt_token_ids: tuple[int, ...]) -> "Unfinished":
         """What is needed to make it anew, with the same tokens."""
-        return Unfinished(self.source, self.seed, self.base, prompt_token_ids, output=NOTHING_YET)
+        num = self.num_failures
+        return Unfinished(self.source, self.seed, self.base, prompt_token_ids, output=NOTHING_YET, num_failures=num)
 
     @property
     def num_past_cached_tokens(self) -> int:

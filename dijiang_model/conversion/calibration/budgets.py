@@ -1,4 +1,7 @@
-"""Places for each head from a budget of bytes: the next one goes where it saves most of what is lost."""
+"""Places for each head from a budget of bytes: the next one goes where it saves most of what is lost.
+
+Layers in which the teacher sees a window alone keep that window, and get no places.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,15 +40,14 @@ class PlaceBudget:
 
 
 def with_features(config: ModelConfig, width: int | None) -> ModelConfig:
-    """The network with so many features of the linear part in every layer that has a window; 0: no linear part.
+    """The network with so many features of the linear part in each layer that sees everything; 0: no linear part.
 
     They are those before the rotary embedding: what is evicted lies at any distance.
     """
-    layers = tuple(
-        replace(layer, features=replace(layer.features, width=width, rotated=False)) if layer.window > 0 else layer
-        for layer in config.layers
-    )
-    return replace(config, layers=layers)
+    layers = list(config.layers)
+    for layer in config.global_layers:
+        layers[layer] = replace(layers[layer], features=replace(layers[layer].features, width=width, rotated=False))
+    return replace(config, layers=tuple(layers))
 
 
 def place_budget(config: ModelConfig, state_bytes: int, *, sinks: int) -> PlaceBudget:
@@ -58,15 +60,16 @@ def place_budget(config: ModelConfig, state_bytes: int, *, sinks: int) -> PlaceB
         ConversionError: there is no room for the smallest window; says how many bytes are needed.
     """
     exact, small = (_budget(config, state_bytes, sinks=sinks, value_bits=bits) for bits in (8, 4))
-    num_heads = config.num_layers * config.num_kv_heads
+    num_heads = len(config.global_layers) * config.num_kv_heads
     is_enough = exact is not None and exact.num_anchors / num_heads + exact.window + sinks >= FEW_PLACES
     budget = exact if is_enough else small
     if budget is None:
         needed = _smallest(config, sinks=sinks, value_bits=4)
+        kept = "" if config.local_layers is None else ", beside layers that keep the window that the teacher has there,"
         raise ConversionError(
             f"a state of {state_bytes:,} bytes is too small for this model: {sinks} sinks, a window of "
-            f"{SMALLEST_WINDOW} tokens and what else a state has take {needed:,} bytes; give --state-bytes {needed} "
-            "or more"
+            f"{SMALLEST_WINDOW} tokens and what else a state has{kept} take {needed:,} bytes; "
+            f"give --state-bytes {needed} or more"
         )
     return budget
 
@@ -75,26 +78,26 @@ def _budget(config: ModelConfig, state_bytes: int, *, sinks: int, value_bits: in
     needed = _smallest(config, sinks=sinks, value_bits=value_bits)
     if state_bytes < needed:
         return None
-    room = max(state_bytes - needed - config.num_layers * PLACE_TENSORS * ALIGNMENT_BYTES, 0)
+    room = max(state_bytes - needed - len(config.global_layers) * PLACE_TENSORS * ALIGNMENT_BYTES, 0)
     more = room // AnchorConfig((), (), value_bits=value_bits).place_bytes(config.head_size)  # than that window
-    num_heads, window = config.num_layers * config.num_kv_heads, LARGEST_WINDOW
+    num_heads, window = len(config.global_layers) * config.num_kv_heads, LARGEST_WINDOW
     while window > SMALLEST_WINDOW and 3 * window * num_heads > more + SMALLEST_WINDOW * num_heads:
         window //= 2
     return PlaceBudget(window, more - (window - SMALLEST_WINDOW) * num_heads, value_bits)
 
 
 def anchored_config(config: ModelConfig, anchors: Tensor, *, window: int, sinks: int, value_bits: int) -> ModelConfig:
-    """The network with so many anchors [L, G], and one recent window for all heads."""
-    layers = []
-    for layer, own in zip(config.layers, (anchors + sinks + window).int().tolist(), strict=True):
+    """The network with so many anchors [L, G], and one recent window for all heads; L layers see everything."""
+    layers = list(config.layers)
+    for layer, own in zip(config.global_layers, (anchors + sinks + window).int().tolist(), strict=True):
         places = AnchorConfig(tuple(own), (window,) * len(own), value_bits=value_bits)
-        layers.append(replace(layer, window=window, sinks=sinks, anchors=places))
+        layers[layer] = replace(layers[layer], window=window, sinks=sinks, anchors=places)
     return replace(config, layers=tuple(layers))
 
 
 def _smallest(config: ModelConfig, *, sinks: int, value_bits: int) -> int:
     """Bytes of a state with the smallest window and no anchors."""
-    nothing = torch.zeros((config.num_layers, config.num_kv_heads))
+    nothing = torch.zeros((len(config.global_layers), config.num_kv_heads))
     small = anchored_config(config, nothing, window=SMALLEST_WINDOW, sinks=sinks, value_bits=value_bits)
     return build_model(small, device="meta", dtype=torch.float32).state_spec.bytes_per_slot
 
@@ -125,27 +128,25 @@ def allocate(losses: Tensor, sizes: Sequence[int], *, num_anchors: int, most: in
 
 
 def linear_parts_that_pay(config: ModelConfig, losses: Tensor, sizes: Sequence[int], saved: Tensor) -> list[bool]:
-    """Whether each layer's linear part saves more than the places that its bytes could hold.
+    """Whether each layer's linear part saves more than the places that its bytes could hold; L layers see everything.
 
     Args:
-        config: with its places, and a linear part in every layer.
+        config: with its places, and a linear part in each of the L layers.
         losses: [L, G, M], of each head with each of the sizes.
         saved: [L, G], the share of them that the linear part saves.
     """
-    places = torch.tensor([layer.anchors.places for layer in config.layers if layer.anchors is not None])
-    first = config.layers[0].sinks + config.layers[0].window
-    anchors = places - first
+    places = [layer.anchors for layer in config.layers if layer.anchors is not None]
+    anchors = torch.tensor([own.places for own in places]) - torch.tensor([own.windows for own in places])
+    anchors = anchors - config.layers[config.global_layers[0]].sinks
     fewer = (anchors * (1 - PRICED_SHARE)).long()
     now = _at(losses, sizes, anchors)
     price = (_at(losses, sizes, fewer) - now).sum() / (anchors - fewer).sum().clamp(min=1)  # of a place
-    own = config.layers[0].anchors
-    assert own is not None
-    place_bytes = own.place_bytes(config.head_size)
+    place_bytes = places[0].place_bytes(config.head_size)
     found = []
-    for layer in range(config.num_layers):
+    for number, layer in enumerate(config.global_layers):
         width = config.num_features(layer)
         num_bytes = config.num_kv_heads * width * (config.head_size + 1) * torch.float32.itemsize
-        found.append(bool((now[layer] * saved[layer]).sum() > price * num_bytes / place_bytes))
+        found.append(bool((now[number] * saved[number]).sum() > price * num_bytes / place_bytes))
     return found
 
 

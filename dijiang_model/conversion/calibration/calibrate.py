@@ -39,7 +39,7 @@ class Calibration:
     Attributes:
         state_bytes: the budget that priorities were chosen for.
         sinks: first tokens that every head holds.
-        sizes, losses: what each head [L, G] loses with so many anchors.
+        sizes, losses: what each head [L, G] loses with so many anchors; L layers see everything.
         correlation: [L, G], of predicted and true log attention on text that the predictor was not fitted to.
         recall: [L, G], attention from answers to the facts that they repeat.
         num_contexts, num_tokens: what the teacher read.
@@ -126,9 +126,9 @@ def calibrate(
         ConversionError: the budget is too small.
     """
     model, num = build_model(config, device="meta", dtype=torch.float32), config.num_layers
-    bare = with_features(config, 0)
-    budget = place_budget(bare, state_bytes, sinks=config.layers[0].sinks)
-    geometry = _geometry(budget.window, max(len(context.token_ids) for context in contexts), config.layers[0].sinks)
+    bare, sinks = with_features(config, 0), config.layers[config.global_layers[0]].sinks
+    budget = place_budget(bare, state_bytes, sinks=sinks)
+    geometry = _geometry(budget.window, max(len(context.token_ids) for context in contexts), sinks)
     fits = fit_layers(model, read, contexts, geometry, on_layer=lambda done: on_layer(done, 2 * num))
     found, tensors = _chosen(bare, fits, geometry, contexts, state_bytes=state_bytes, num_anchors=budget.num_anchors)
     try:
@@ -160,13 +160,12 @@ def _with_linear_parts(
     losses = torch.tensor(found.losses)
     saved = torch.stack([fit.saved / fit.without.clamp(min=1e-12) for fit in fits]).float()  # [L, G]
     pays = linear_parts_that_pay(placed, losses, found.sizes, saved)
-    layers, learned = [], dict(tensors)
-    for layer, fit in enumerate(fits):
-        own = placed.layers[layer]
-        width = own.features.width if pays[layer] else 0
-        layers.append(replace(own, features=replace(own.features, width=width)))
+    layers, learned = list(placed.layers), dict(tensors)
+    for layer, fit, is_worth_it in zip(placed.global_layers, fits, pays, strict=True):
         name = f"{FAMILIES[placed.family].paths.attention_of(layer)}.linear"
-        if pays[layer]:
+        if not is_worth_it:
+            layers[layer] = replace(layers[layer], features=replace(layers[layer].features, width=0))
+        else:
             learned |= {
                 f"{name}.log_decay": fit.log_decay,
                 f"{name}.mix_bias": fit.mix_bias,
@@ -201,9 +200,9 @@ def _chosen(
     weight, bias = pick(torch.stack([fit.weight for fit in fits])), pick(torch.stack([fit.bias for fit in fits]))
     paths = FAMILIES[config.family].paths
     tensors: dict[str, Tensor] = {}
-    for layer in range(config.num_layers):
+    for number, layer in enumerate(config.global_layers):
         name = f"{paths.attention_of(layer)}.linear.priority"
-        tensors |= {f"{name}_weight": weight[layer], f"{name}_bias": bias[layer]}
+        tensors |= {f"{name}_weight": weight[number], f"{name}_bias": bias[number]}
     found = Calibration(
         state_bytes=state_bytes,
         sinks=geometry.sinks,

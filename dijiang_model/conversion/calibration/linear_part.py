@@ -7,6 +7,7 @@ teacher, and the squared error is c s + h s^2 for each query: a damped Gauss-New
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -100,15 +101,21 @@ def fit_linear_parts(
         config: the network with its places.
         learned: the layers' priorities, by checkpoint name.
         on_layer: called with the number of layers that are done.
+
+    Returns:
+        What fits the layers that see everything.
     """
     fits: list[LinearFit] = []
     chosen = contexts[: NUM_FITTED + NUM_JUDGED]
-    for attention, inputs in teacher_layers(model, read, [context.token_ids for context in chosen]):
-        prefix = f"{model.paths.attention_of(len(fits))}.linear.priority"
-        scorer = (learned[f"{prefix}_weight"], learned[f"{prefix}_bias"])
-        layer = _Layer(config, len(fits), scorer, output_weight(attention))
-        fits.append(layer.fit(inputs, chosen))
-        on_layer(len(fits))
+    layers = teacher_layers(model, read, [context.token_ids for context in chosen])
+    for layer, (attention, inputs) in enumerate(layers):
+        if config.is_local(layer):
+            deque(inputs, maxlen=0)
+        else:
+            prefix = f"{model.paths.attention_of(layer)}.linear.priority"
+            scorer = (learned[f"{prefix}_weight"], learned[f"{prefix}_bias"])
+            fits.append(_Layer(config, layer, scorer, output_weight(attention)).fit(inputs, chosen))
+        on_layer(layer + 1)
     return fits
 
 

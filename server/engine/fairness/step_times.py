@@ -1,6 +1,7 @@
 """What steps take, so that one that reads prompts is no longer than running answers may wait. Standard library only.
 
 A step is taken to cost what its decoding rows cost, as last seen without prompts, and so much for each prompt token.
+Where rows alone take half of the time that answers may wait, or more, prompts have as much as they.
 Both are means of what was measured last; a step that a busy machine held up counts no more than twice the mean.
 """
 
@@ -28,7 +29,8 @@ class StepTimes:
         if (num_rows == 0 and num_prompts < 2) or self._token_s == 0.0:
             return None
         decode_s = self._decode_s if num_rows > 0 else 0.0
-        return max(LEAST_TOKENS, int((self._target_gap_s - decode_s) / self._token_s))
+        seconds = max(self._target_gap_s - decode_s, decode_s)
+        return max(LEAST_TOKENS, int(seconds / self._token_s))
 
     def observe(self, num_rows: int, num_prompt_tokens: int, seconds: float) -> None:
         """Takes in what a step of decoding rows and prompt tokens took."""

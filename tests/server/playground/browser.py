@@ -15,6 +15,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 needs_browser = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (make browser)"),
+    pytest.mark.usefixtures("chromium"),
 ]
 FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"),
@@ -50,14 +51,31 @@ class Watched:
         assert [text for text in self._problems if not text.startswith("Failed to load resource")] == []
 
 
+class _Running:
+    """What `started` has started."""
+
+    driver: Any
+    browser: Any
+
+
+@contextmanager
+def started() -> Iterator[None]:
+    """One Chromium for the tests of a module. While it runs, this thread has an event loop of its own, and no other."""
+    with playwright.sync_playwright() as _Running.driver:
+        _Running.browser = _Running.driver.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS])
+        yield
+        _Running.browser.close()
+
+
 @contextmanager
 def browser_at(address: str, **options: Any) -> Iterator[Watched]:
-    """A browser that forgets everything at the end."""
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS])
-        watched = Watched(browser.new_context(**{**WIDE, **options}), address)
+    """A browser that knows nothing yet, and forgets everything at the end."""
+    context = _Running.browser.new_context(**{**WIDE, **options})
+    watched = Watched(context, address)
+    try:
         yield watched
-        browser.close()
+    finally:
+        context.close()
     watched.check()
 
 
@@ -71,11 +89,11 @@ def page_at(address: str, **options: Any) -> Iterator[Any]:
 @contextmanager
 def profile_at(folder: Path, address: str) -> Iterator[Watched]:
     """A browser whose profile is in a folder; it may be killed, and opened again."""
-    with playwright.sync_playwright() as driver:
-        context = driver.chromium.launch_persistent_context(folder, executable_path=CHROMIUM, args=[*FLAGS], **WIDE)
-        yield Watched(context, address)
-        with suppress(playwright.Error):  # it was killed
-            context.close()
+    launch = _Running.driver.chromium.launch_persistent_context
+    context = launch(folder, executable_path=CHROMIUM, args=[*FLAGS], **WIDE)
+    yield Watched(context, address)
+    with suppress(playwright.Error):  # it was killed
+        context.close()
 
 
 def begin(page: Any, text: str) -> None:

@@ -142,7 +142,8 @@ const lost = [turn("1", null, "user", "Lost?"), turn("2", "1", "assistant", ""),
 assert.deepEqual(said(question({ ...whole, system: "" }, lost, {})), ["Again"]);
 const rest = continuation(whole, pathTo(tree, "2"), {});
 assert.deepEqual([said(rest).at(-1), rest.continue_final_message, rest.add_generation_prompt], ["First.", true, false]);
-assert.deepEqual(continuation(saved, pathTo(tree, "3"), {}), { messages: [], state_id: "state_3", return_state: { update: true } });
+const open = { ...record, states: { 3: { id: "state_3", system: "Be brief.", isOpen: true } } };
+assert.deepEqual(continuation(open, pathTo(tree, "3"), {}), { messages: [], state_id: "state_3", return_state: { update: true } });
 const resumed = continuation(whole, [turn("1", null, "user", "x"), turn("2", "1", "assistant", "y", { resume: "state_r" })], {});
 assert.deepEqual(resumed, { messages: [], state_id: "state_r" });
 console.log("ok");

@@ -107,6 +107,15 @@ for await (const step of talk.continue(talk.path.at(-1), GREEDY)) rest = step;
 assert.ok(rest.turn.text.length > 1);
 assert.ok(talk.state.num_tokens > length);
 
+// A state that was saved behind an answer that was stopped is past its end: the rest comes from the text.
+const stopped = fresh();
+for await (const { turn } of stopped.say("Long?", { ...GREEDY, max_tokens: 4000 })) if (turn.text !== "") break;
+await stopped.save("past the end");
+for await (const step of stopped.continue(stopped.path.at(-1), GREEDY)) rest = step;
+assert.equal(rest.turn.end, "length");
+assert.equal(stopped.stateId, null);
+await api.deleteState((await api.states()).find((state) => state.name === "past the end").id);
+
 // What the server refuses is kept with the message.
 await assert.rejects(say(talk, "x", { temperature: 7 }), ApiError);
 assert.match(talk.path.at(-1).error, /temperature/);

@@ -115,9 +115,8 @@ def test_a_browser_that_is_killed_forgets_nothing(server: Loopback, tmp_path: Pa
     with profile_at(tmp_path / "profile", server.url) as browser:
         page = browser.page()
         ask(page, "Is this kept?")
-        me = psutil.Process()
-        for process in me.children(recursive=True):
-            if "chrom" in process.name():
+        for process in psutil.process_iter(["cmdline"]):
+            if any(str(tmp_path / "profile") in argument for argument in process.info["cmdline"] or ()):
                 process.kill()
         if not page.is_closed():
             page.wait_for_event("close")

@@ -266,6 +266,10 @@ def test_while_answers_run_prompts_take_no_more_than_their_gap_allows_and_all_of
     assert times.prompt_tokens(2) >= 60, "a step that was held up once counts no more than twice the mean"
     for _ in range(60):
         times.observe(2, 0, 0.5)
+        times.observe(2, 100, 0.5 + 100 * 0.001)
+    assert times.prompt_tokens(2) == pytest.approx(500, abs=5), "where answers alone take longer, prompts have half"
+    for _ in range(60):
+        times.observe(2, 100, 0.5 + 100 * 0.1)
     assert times.prompt_tokens(2) == LEAST_TOKENS
 
 
