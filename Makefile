@@ -41,6 +41,10 @@ test: $(VENV)/.dev $(VENV)/.model ## Run all tests, in random order; some of the
 test-clients: $(VENV)/.dev $(VENV)/.model $(CLIENTS)/.python-clients $(CLIENTS)/.node-clients ## Other people's clients against a running server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/compat
 
+.PHONY: test-docker
+test-docker: $(VENV)/.dev ## Build the image, start it through Compose, kill and resume it; says so where no Docker engine can be had
+	$(BIN)/python -m pytest -m docker tests/docker -rs
+
 .PHONY: check
 check: $(VENV)/.dev ## Formatting, lint, types, import contracts, layout, words, links, Docker files
 	$(BIN)/ruff format --check .
@@ -49,7 +53,7 @@ check: $(VENV)/.dev ## Formatting, lint, types, import contracts, layout, words,
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_layout.py tests/test_words.py tests/test_docs.py
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/docker-compose --profile cpu --profile gpu --profile shared config --quiet
+	$(BIN)/docker-compose --profile cpu --profile gpu --profile shared --profile observability config --quiet
 
 .PHONY: format
 format: $(VENV)/.dev ## Format, and mend what lint can mend
@@ -58,6 +62,13 @@ format: $(VENV)/.dev ## Format, and mend what lint can mend
 
 .PHONY: install
 install: $(VENV)/.dev $(VENV)/.model ## Only the set-up that the others do by themselves
+
+.PHONY: lock
+lock: $(VENV)/.dev ## Write requirements.lock, what the image installs, by version and hash
+	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*[d for d in (*p["dependencies"], *p["optional-dependencies"]["postgres"]) if not d.startswith("torch>")], sep="\n")' \
+	  | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	    -c <(grep -vE '^(torch|triton)==' constraints.txt) -o requirements.lock -
 
 .PHONY: kernels
 kernels: $(VENV)/.base ## Compile the kernels that are not of the sources at hand; needs a C++ compiler

@@ -42,7 +42,7 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
         {"metrics", "protocol", "selfcheck", "tools"},
         {"engine_client", "grammar_check", "states"},
         {"engine", "rate_limits"},
-        {"cli", "errors", "event_log", "hardware", "keys", "playground"},
+        {"cli", "errors", "event_log", "hardware", "healthcheck", "keys", "playground"},
     ),
     "server.engine": (
         {"process"},
