@@ -34,8 +34,12 @@ serve: $(VENV)/.model ## Serve a model, the default one unless MODEL=folder is g
 	$(BIN)/dijiang serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 .PHONY: test
-test: $(VENV)/.dev $(VENV)/.model ## Run all tests, in random order; some of them: make test TESTS=tests/clients
+test: $(VENV)/.dev $(VENV)/.model browser ## Run all tests, in random order; some of them: make test TESTS=tests/clients
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
+
+.PHONY: browser
+browser: ## A Chromium for the tests of the page: the one that is there, or Debian's
+	@tests/server/playground/get_chromium.sh
 
 .PHONY: test-clients
 test-clients: $(VENV)/.dev $(VENV)/.model $(CLIENTS)/.python-clients $(CLIENTS)/.node-clients ## Other people's clients against a running server
@@ -45,15 +49,19 @@ test-clients: $(VENV)/.dev $(VENV)/.model $(CLIENTS)/.python-clients $(CLIENTS)/
 test-docker: $(VENV)/.dev ## Build the image, start it through Compose, kill and resume it; says so where no Docker engine can be had
 	$(BIN)/python -m pytest -m docker tests/docker -rs
 
+.PHONY: docs
+docs: $(VENV)/.dev ## The documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+
 .PHONY: check
-check: $(VENV)/.dev ## Formatting, lint, types, import contracts, layout, words, links, Docker files
+check: docs ## Formatting, lint, types, import contracts, layout, words, links, the site, Docker files
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests/test_layout.py tests/test_words.py tests/test_docs.py
+	$(BIN)/python -m pytest tests/test_layout.py tests/test_words.py tests/test_docs.py tests/docs/test_tables.py
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/docker-compose --profile cpu --profile gpu --profile shared --profile observability config --quiet
+	$(BIN)/docker-compose --profile cpu --profile gpu --profile shared --profile ui --profile observability config --quiet
 
 .PHONY: format
 format: $(VENV)/.dev ## Format, and mend what lint can mend

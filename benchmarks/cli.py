@@ -5,10 +5,13 @@ import typer
 from server.cli import add_command
 
 COMMANDS = {
+    "answers": "What a client gets that sends a question and nothing of sampling.",
     "decode": "Decode steps beside HF transformers and llama.cpp, and against the memory they must move.",
     "prefill": "The reading of prompts beside HF transformers, one by one and in ragged batches.",
     "neighbour": "What one client notices of another that does its worst.",
     "serve": "The service over a real socket: throughput and latencies by the number of clients.",
+    "soak": "Mixed load and kills: nothing may be lost, wrong, or left over at the end.",
+    "streams": "A thousand streams at once: none may fail, none may be silent for long.",
     "train": "Training steps of both stages: tokens per second and peak memory.",
 }
 
@@ -18,5 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+ROOMS = {"neighbour": "resilience.", "soak": "resilience.", "streams": "resilience."}
+"""Of commands that do not lie in `benchmarks` itself."""
 for _name, _purpose in COMMANDS.items():
-    add_command(app, f"dijiang bench {_name}", f"benchmarks.{_name}.{_name}_command", _purpose)
+    add_command(app, f"dijiang bench {_name}", f"benchmarks.{ROOMS.get(_name, '')}{_name}.{_name}_command", _purpose)

@@ -12,15 +12,15 @@ from benchmarks.machine import synchronised
 from dijiang_model.batch import PackedBatch, decode
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.native.choose import likeliest_tokens
+from dijiang_model.native.choose import greedy_tokens
 from dijiang_model.native.library import load_library
 from dijiang_model.quantization.config import WeightKind
 from dijiang_model.serving.network import FrozenModel, freeze
 from dijiang_model.state import StateBuffer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ROUNDED = ("int8", "int4")
-WEIGHTS = (*DTYPES, *ROUNDED)
+QUANTIZED = ("int8", "int4")
+WEIGHTS = (*DTYPES, *QUANTIZED)
 
 
 def load_models(folder: Path, weights: Sequence[str], *, device: str) -> dict[str, DiJiangForCausalLM]:
@@ -66,7 +66,7 @@ def our_step(network: DiJiangForCausalLM, *, num_rows: int, position: int) -> Ca
     def step() -> Tensor:
         logits = decode(model, token_ids, slots=slots, positions=positions, state=state)
         positions.add_(1)
-        return logits.argmax(-1) if library is None else likeliest_tokens(logits.float(), library)
+        return logits.argmax(-1) if library is None else greedy_tokens(logits.float(), library)
 
     return synchronised(step, str(device))
 

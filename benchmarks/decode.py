@@ -237,15 +237,8 @@ def decode_command(
         bench = Bench(machine, models, others, clock, rounds)
         lines = [line for case in parsed for line in bench.case(*case)]
         flatness = bench.flatness() if flat else None
-    result = {
-        "model": folder.name,
-        "device": device,
-        "decode_path": path,
-        "cpus": os.cpu_count(),
-        "clock": clock,
-        "lines": [asdict(line) for line in lines],
-        "position_100000_over_1000": flatness,
-    }
+    result: dict[str, Any] = {"model": folder.name, "device": device, "decode_path": path, "cpus": os.cpu_count()}
+    result |= {"clock": clock, "lines": [asdict(line) for line in lines], "position_100000_over_1000": flatness}
     if flatness is not None:
         for kind, value in flatness.items():
             told.note(f"ours {kind}: a token at position {FAR:,} takes {value:.3f} times one at {NEAR:,}")

@@ -40,7 +40,7 @@ def serving(model: Path, *options: str) -> Iterator[str]:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=words)
         try:
             address = f"http://127.0.0.1:{port}"
-            _wait(process, address, words)
+            wait_until_ready(process, address, words)
             yield address
         finally:
             process.send_signal(signal.SIGTERM)
@@ -51,7 +51,7 @@ def serving(model: Path, *options: str) -> Iterator[str]:
                 process.wait()
 
 
-def _wait(process: "subprocess.Popen[bytes]", address: str, words: IO[str]) -> None:
+def wait_until_ready(process: "subprocess.Popen[bytes]", address: str, words: IO[str]) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:

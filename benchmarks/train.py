@@ -24,7 +24,8 @@ from benchmarks import plots, report
 from benchmarks.costs import num_projected, weight_bytes
 from benchmarks.machine import Machine, is_cuda
 from dijiang_model.checkpoints.checkpoint import load_model
-from dijiang_model.conversion.training.adapters import AdapterInfo, model_fingerprint
+from dijiang_model.checkpoints.fingerprint import model_fingerprint
+from dijiang_model.conversion.training.adapters import AdapterInfo
 from dijiang_model.conversion.training.distill import Precision
 from dijiang_model.conversion.training.student import check_trainable, new_student
 from dijiang_model.conversion.training.train import Trainer, TrainingOptions

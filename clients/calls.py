@@ -124,7 +124,7 @@ def read_answer(call: Call[ResultT], response: httpx.Response) -> ResultT:
     """
     if response.content == b"":
         return parse_value(call.parse, None)
-    if response.headers.get("content-type") == FILE_MEDIA_TYPE:
+    if response.headers.get("content-type", "").startswith((FILE_MEDIA_TYPE, "text/plain")):
         return parse_value(call.parse, response.content)
     try:
         body = response.json()

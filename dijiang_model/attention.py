@@ -29,9 +29,9 @@ class DiJiangAttention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         self.weights_dtype = dtype
-        self.is_narrow = False
+        self.has_bf16_sums = False
         """Whether states are kept in bf16, all but the normaliser (`DiJiangForCausalLM.keep_states_in`)."""
-        self.has_coded_window = False
+        self.has_int8_window = False
         """Whether keys and values of the window are kept in int8, with a scale for each token and head."""
         self.linear = LinearKernel(config, layer, state_dtype(dtype))
         width = config.num_heads * config.head_size
@@ -67,7 +67,7 @@ class DiJiangAttention(nn.Module):
         groups, head, features = config.num_kv_heads, config.head_size, config.num_features(self.layer)
         dtype = state_dtype(self.weights_dtype)
         near_dtype = self._near_dtype()
-        linear_dtype = torch.bfloat16 if self.is_narrow else dtype
+        linear_dtype = torch.bfloat16 if self.has_bf16_sums else dtype
         tensors = [StateTensor(self._name("linear_state"), (groups, features, head), linear_dtype)]
         if attention.read_out == "denominator":
             tensors.append(StateTensor(self._name("normaliser"), (groups, features), dtype))
@@ -75,11 +75,11 @@ class DiJiangAttention(nn.Module):
             tensors += self._place_tensors(attention.anchors)
         elif attention.window > 0:
             rows = (groups, attention.sinks + attention.window)
-            near_dtype = torch.int8 if self.has_coded_window else near_dtype
+            near_dtype = torch.int8 if self.has_int8_window else near_dtype
             tensors += [
                 StateTensor(self._name(name), (*rows, head), near_dtype) for name in ("near_keys", "near_values")
             ]
-            if self.has_coded_window:
+            if self.has_int8_window:
                 scales = ("near_key_scales", "near_value_scales")
                 tensors += [StateTensor(self._name(name), rows, torch.float32) for name in scales]
         return tuple(tensors)
@@ -118,7 +118,7 @@ class DiJiangAttention(nn.Module):
         """Of the window: the weights' own, but fp32 beside bf16 weights on a CPU, whose kernels compute in fp32."""
         is_half = self.weights_dtype == torch.bfloat16 and self.linear.log_decay.device.type == "cpu"
         if self.weights_dtype == torch.float32 or is_half:
-            return torch.bfloat16 if self.is_narrow else torch.float32
+            return torch.bfloat16 if self.has_bf16_sums else torch.float32
         return self.weights_dtype
 
     def _name(self, tensor: str) -> str:

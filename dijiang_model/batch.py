@@ -20,8 +20,8 @@ class PackedBatch:
         lengths: tokens of each sequence, >= 1; they sum to T.
         num_decode: the first so many sequences have one token each and take the recurrent path.
         logit_rows: [R] int64, the tokens whose next-token logits are wanted.
-        num_held: so many sequences behind those that decode leave their slots as they are, until
-            `FrozenModel.advance`. Only where `can_hold`.
+        num_uncommitted: so many sequences behind those that decode leave their slots as they are, until
+            `FrozenModel.advance`. Only where `can_defer`.
     """
 
     token_ids: Tensor
@@ -30,7 +30,7 @@ class PackedBatch:
     lengths: tuple[int, ...]
     num_decode: int
     logit_rows: Tensor
-    num_held: int = 0
+    num_uncommitted: int = 0
 
 
 Step = Callable[[PackedBatch, StateBuffer], Tensor]

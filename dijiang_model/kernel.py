@@ -1,6 +1,7 @@
 """The parameters of one layer's linear attention, and what is derived from them once after loading."""
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -21,6 +22,11 @@ def released_log_decay(num_heads: int) -> Tensor:
 def _shared_basis(features: FeatureConfig, head_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """One tensor for all layers that have the same: a step then finds it in a cache. Nobody writes it."""
     return basis_matrix(features, head_size).to(device=device, dtype=dtype)
+
+
+def wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, C] times a weight [R, C] in the weight's dtype, [T, R]."""
+    return functional.linear(x.to(weight.dtype), weight)
 
 
 class LinearKernel(nn.Module):
@@ -114,9 +120,13 @@ class LinearKernel(nn.Module):
             return q
         return q + functional.linear(self.far_query_low(q), self.far_query_up).view_as(q)
 
-    def far_query_low(self, q: Tensor) -> Tensor:
-        """D q of `far_query`, in the kernel's dtype: [T, H, d] -> [T, r]."""
-        return functional.linear(q.flatten(1).to(self.far_query_down.dtype), self.far_query_down)
+    def far_query_low(self, q: Tensor, product: Callable[[Tensor, Tensor], Tensor] = wide_product) -> Tensor:
+        """D q of `far_query`, in the kernel's dtype: [T, H, d] -> [T, r].
+
+        Args:
+            product: of x [T, C] and a weight [r, C] of the kernel's dtype, [T, r] in that dtype.
+        """
+        return product(q.flatten(1), self.far_query_down)
 
     def mix(self, q: Tensor) -> Tensor:
         """beta_h(q) = K exp(a_h + w_h . q), the weight of the linear part beside the window.

@@ -13,6 +13,7 @@ from dijiang_model.batch import PackedBatch
 from dijiang_model.config import ModelConfig
 from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.layout import PrefillLayout, StepLayout
+from dijiang_model.ops.residual import Residual
 from dijiang_model.ops.selection import attention_for, step_angles
 from dijiang_model.paths import Paths
 from dijiang_model.quantization.config import Quantization
@@ -38,7 +39,7 @@ class DiJiangForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self._attention_op: AttentionOp | None = None
-        self._has_narrow_states = False
+        self._has_reduced_states = False
         self.quantization: Quantization | None = None
         """How weights are rounded (`checkpoints.quantized.install`); None: they are not."""
 
@@ -57,7 +58,7 @@ class DiJiangForCausalLM(nn.Module):
         """[T] and [T] int64 -> [T, hidden], what the first block reads."""
 
     @abstractmethod
-    def finish(self, x: Tensor) -> Tensor:
+    def finish(self, x: Residual) -> Tensor:
         """[T, hidden] of the last block -> [T, D], what the output head reads."""
 
     @property
@@ -101,26 +102,26 @@ class DiJiangForCausalLM(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters()) + quantized
 
     @property
-    def has_narrow_states(self) -> bool:
+    def has_reduced_states(self) -> bool:
         """Whether states are kept in bf16, or in bf16 and int8."""
-        return self._has_narrow_states
+        return self._has_reduced_states
 
     def keep_states_in(self, dtype: torch.dtype) -> "DiJiangForCausalLM":
         """Chooses the dtype of new states, float32, bfloat16 or int8; returns itself.
 
         In bfloat16 all of a state but the normaliser is; sums stay fp32 and are rounded stochastically when
-        they are stored (`ops.narrow`), keys and values once. In int8 the window's keys and values have a scale for each
-        token and head, and the rest is as in bfloat16 (`docs/decisions/0015-int8-states.md`).
+        they are stored (`ops.torch.rounding`), keys and values once. In int8 the window's keys and values have a scale
+        for each token and head, and the rest is as in bfloat16 (`docs/decisions/0015-int8-states.md`).
 
         Raises:
             ValueError: another dtype, or a fp64 model.
         """
         if dtype not in (torch.float32, torch.bfloat16, torch.int8) or self.dtype == torch.float64:
             raise ValueError(f"states are kept in float32, bfloat16 or int8, not {dtype}, of models up to float32")
-        self._has_narrow_states = dtype != torch.float32
+        self._has_reduced_states = dtype != torch.float32
         for attention in self.attentions:
-            attention.is_narrow = self._has_narrow_states
-            attention.has_coded_window = dtype == torch.int8
+            attention.has_bf16_sums = self._has_reduced_states
+            attention.has_int8_window = dtype == torch.int8
         return self
 
     def prepare(self) -> "DiJiangForCausalLM":
@@ -140,18 +141,18 @@ class DiJiangForCausalLM(nn.Module):
         Raises:
             ValueError: slots are to be held by a model that cannot.
         """
-        if batch.num_held > 0:
+        if batch.num_uncommitted > 0:
             raise ValueError("only the compiled kernels can defer commits")
         return self.logits(self.hidden_states(batch, state)[-1][batch.logit_rows])
 
     def hidden_states(self, batch: PackedBatch, state: StateBuffer, *, all_layers: bool = False) -> list[Tensor]:
         """The final normed hidden states [T, D]; with `all_layers` those before each layer come first."""
         layout = self.step_layout(batch)
-        x = self.embed(batch.token_ids, batch.positions)
+        x = Residual(self.embed(batch.token_ids, batch.positions))
         kept = []
         for block, attention in zip(self.blocks, self.attentions, strict=True):
             if all_layers:
-                kept.append(x)
+                kept.append(x.value)
             x = block(x, op=self.attention_op, layout=layout, state=attention.layer_state(state))
         return [*kept, self.finish(x)]
 

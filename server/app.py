@@ -64,7 +64,7 @@ def _middleware(service: Service, open_paths: frozenset[str]) -> list[Middleware
             "allow_origins": service.options.cors_origins,
             "allow_methods": ["GET", "POST", "DELETE"],
             "allow_headers": ["*"],
-            "expose_headers": ["x-request-id", "retry-after"],
+            "expose_headers": ["x-request-id", "x-dijiang-replica", "x-dijiang-retry", "retry-after"],
             "allow_private_network": True,
         }
         layers.insert(0, Middleware(CORSMiddleware, **cors))
@@ -79,7 +79,7 @@ async def _service_error(request: Request, error: Exception) -> Response:
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return error_response(validation_error(error.errors()), request.url.path)
+    return await _service_error(request, validation_error(error.errors()))
 
 
 async def _client_gone(_: Request, __: Exception) -> Response:
@@ -99,4 +99,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
         case status:
             problem = HttpError(str(error.detail)[:200], status=status)
     problem.headers.update(error.headers or {})
-    return error_response(problem, request.url.path)
+    return await _service_error(request, problem)

@@ -28,9 +28,14 @@ COMMANDS = {
         "dijiang_model.conversion.merge.merge_command",
         "Merge a trained adapter into its model, ready to be served.",
     ),
+    "top": ("clients.top.top_command", "Watch a running server: slots, queue by key, tokens a second, gaps."),
     "chat": ("clients.cli.chat_command", "Talk to a served model in the terminal."),
     "complete": ("clients.cli.complete_command", "Complete the text on standard input."),
     "score": ("clients.measuring_cli.score_command", "Say how likely a served model finds texts."),
+    "doctor": (
+        "server.startup.doctor.doctor_command",
+        "Say what this machine offers, what is wrong, and what to type.",
+    ),
     "selfcheck": (
         "clients.measuring_cli.selfcheck_command",
         "Measure on a running server that its answers do not depend on how they are computed.",

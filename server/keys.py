@@ -4,6 +4,11 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+EVERYBODY = "everybody"
+"""The owner where no keys are asked for."""
+OTHERS = "others"
+MAX_LABELS = 100
+
 
 @dataclass(frozen=True, slots=True)
 class KeyFacts:
@@ -33,6 +38,33 @@ class KeyFacts:
     def owner(self) -> str:
         """What its requests and states are known by."""
         return owner_of(self.digest)
+
+
+class KeyLabels:
+    """What keys are called in logs and metrics: by their name, or the begin of what they are known by.
+
+    Of bounded number, whatever keys come and go: one more than `MAX_LABELS` is `OTHERS`.
+    """
+
+    def __init__(self) -> None:
+        self._names: Mapping[str, KeyFacts] = {}
+        self._known: set[str] = set()
+
+    def learn(self, facts: Mapping[str, KeyFacts]) -> None:
+        """Takes in the keys that have a name, by owner."""
+        self._names = facts
+
+    def of(self, owner: str) -> str:
+        """The label of an owner."""
+        if owner in self._names:
+            label = self._names[owner].name
+        else:
+            label = owner if owner == EVERYBODY else f"key-{owner[:8]}"
+        if label not in self._known:
+            if len(self._known) >= MAX_LABELS:
+                return OTHERS
+            self._known.add(label)
+        return label
 
 
 def owner_of(digest: bytes) -> str:

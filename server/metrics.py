@@ -3,21 +3,25 @@
 Histograms and counters are fed by the routes; gauges of the engine are read at the moment of a scrape.
 """
 
-from collections.abc import Iterator
+from collections import Counter as Tally
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from server.engine.types.position_stats import NORM_BUCKETS, POSITION_NAMES, STEP_BUCKETS_S, PositionHistogram
 from server.engine.types.requests import EngineInfo, EngineStats
 from server.engine.types.state import PrefixCacheStats
+from server.engine_client.submissions import TenantLoad
 from server.states.store import StoreTotals
 
 TTFT_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+TENANT_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 E2E_BUCKETS_S = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 1e6)
 
@@ -33,6 +37,8 @@ class EngineGauges(Protocol):
     def stats(self) -> EngineStats | None: ...
     @property
     def num_restarts(self) -> int: ...
+    @property
+    def loads(self) -> Mapping[str, TenantLoad]: ...
 
 
 class StateTotals(Protocol):
@@ -45,9 +51,16 @@ class StateTotals(Protocol):
 class Metrics:
     """All metrics of one service, in a registry of its own."""
 
-    def __init__(self, engine: EngineGauges) -> None:
+    def __init__(self, engine: EngineGauges, label_of: Callable[[str], str] = str) -> None:
+        """`label_of`: what a tenant of the engine is called here; of bounded number."""
         registry = CollectorRegistry()
         self.registry = registry
+        self.queue_time = Histogram(
+            "dijiang_request_queue_time_seconds",
+            "From admission of a request to its slot.",
+            buckets=TTFT_BUCKETS_S,
+            registry=registry,
+        )
         self.time_to_first_token = Histogram(
             "dijiang_time_to_first_token_seconds",
             "From admission of a request to its first token.",
@@ -86,21 +99,49 @@ class Metrics:
         self.connections_cut = Counter(
             "dijiang_connections_cut", "Connections that were cut off, by reason.", ["reason"], registry=registry
         )
-        registry.register(_EngineCollector(engine))
+        self._add_tenants(registry)
+        registry.register(_EngineCollector(engine, label_of))
         ProcessCollector(registry=registry)
+
+    def _add_tenants(self, registry: CollectorRegistry) -> None:
+        self.tenant_finished = Counter(
+            "dijiang_tenant_requests_finished",
+            "Requests ended, by key and reason.",
+            ["tenant", "finished_reason"],
+            registry=registry,
+        )
+        self.tenant_prompt_tokens = Counter(
+            "dijiang_tenant_prompt_tokens", "Prompt tokens taken, by key.", ["tenant"], registry=registry
+        )
+        self.tenant_generation_tokens = Counter(
+            "dijiang_tenant_generation_tokens", "Tokens of ended requests, by key.", ["tenant"], registry=registry
+        )
+        self.tenant_time_to_first_token = Histogram(
+            "dijiang_tenant_time_to_first_token_seconds",
+            "From admission of a request to its first token, by key.",
+            ["tenant"],
+            buckets=TENANT_BUCKETS_S,
+            registry=registry,
+        )
 
     def watch_states(self, store: StateTotals) -> None:
         """Adds the gauges of a store of states."""
         self.registry.register(_StatesCollector(store))
 
-    def render(self) -> bytes:
-        """The Prometheus text format."""
-        return generate_latest(self.registry)
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """All of them and their content type: OpenMetrics, with exemplars, or Prometheus's text format.
+
+        Args:
+            accept: the header of who asks.
+        """
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
 
 
 class _EngineCollector(Collector):
-    def __init__(self, engine: EngineGauges) -> None:
+    def __init__(self, engine: EngineGauges, label_of: Callable[[str], str]) -> None:
         self._engine = engine
+        self._label_of = label_of
 
     def collect(self) -> Iterator[Metric]:
         up = 1 if self._engine.status == "ready" else 0
@@ -112,6 +153,22 @@ class _EngineCollector(Collector):
             yield from _info_metrics(info)
         if (stats := self._engine.stats) is not None:
             yield from _stats_metrics(stats)
+        yield from self._tenant_metrics()
+
+    def _tenant_metrics(self) -> Iterator[Metric]:
+        running, waiting = Tally[str](), Tally[str]()
+        for name, load in self._engine.loads.items():
+            label = self._label_of(name)
+            running[label] += load.num_running
+            waiting[label] += load.num_waiting
+        for state, text, numbers in (
+            ("running", "Requests that have had a slot, by key.", running),
+            ("waiting", "Requests that have had none yet, by key.", waiting),
+        ):
+            family = GaugeMetricFamily(f"dijiang_tenant_requests_{state}", text, labels=["tenant"])
+            for label, number in numbers.items():
+                family.add_metric([label], number)
+            yield family
 
 
 class _StatesCollector(Collector):
@@ -144,6 +201,9 @@ def _stats_metrics(stats: EngineStats) -> Iterator[Metric]:
     yield GaugeMetricFamily("dijiang_slots_free", "Slots without a conversation.", value=stats.num_free_slots)
     yield CounterMetricFamily(
         "dijiang_preemptions", "Running requests that had to wait again for another key's.", value=stats.num_preemptions
+    )
+    yield GaugeMetricFamily(
+        "dijiang_preempted_states_bytes", "Memory of the states of those that wait now.", value=stats.preempted_bytes
     )
     yield GaugeMetricFamily("dijiang_engine_longest_step_seconds", "The longest step.", value=stats.longest_step_s)
     yield CounterMetricFamily("dijiang_engine_steps", "Steps of the engine.", value=stats.num_steps)

@@ -89,7 +89,7 @@ class SelfCheck:
         for name, cuts in chunkings(len(whole)).items():
             findings.append(_compare(name, await self._scores(whole, cuts=cuts), scores))
         findings += await self._cached(whole, scores)
-        return findings + await self._in_company(whole, scores, decoded.token_ids)
+        return findings + await self._in_a_batch(whole, scores, decoded.token_ids)
 
     async def _cached(self, whole: tuple[int, ...], scores: list[float]) -> list[Finding]:
         """The likelihood of single tokens behind what was read just now, and behind a cached part of it."""
@@ -112,7 +112,7 @@ class SelfCheck:
             _compare("read behind cached prefixes", cached, expected_cached),
         ]
 
-    async def _in_company(self, whole: tuple[int, ...], scores: list[float], tokens: list[int]) -> list[Finding]:
+    async def _in_a_batch(self, whole: tuple[int, ...], scores: list[float], tokens: list[int]) -> list[Finding]:
         others = [
             asyncio.create_task(self._decode((*self._prompt[number:], *self._prompt[:number])))
             for number in range(1, NUM_OTHERS + 1)

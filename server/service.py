@@ -20,16 +20,19 @@ from dijiang_model.text.template import TemplateSyntaxFailure
 from server.engine.state.snapshot_files import MAX_HEADER_BYTES
 from server.engine.types.requests import EngineInfo, EngineStats, GenerationRequest, Tenant, TokenEvent
 from server.engine_client.candidate import EngineLoadError
+from server.engine_client.submissions import OnBegun, OnEvent, TenantLoad
 from server.errors import ConflictError, EngineUnavailableError, NotFoundError
 from server.event_log import EventLog
 from server.grammar_check.checker import GrammarChecker
-from server.keys import KeyFacts, by_owner
+from server.keys import KeyFacts, KeyLabels, by_owner
 from server.metrics import Metrics
+from server.playground.renderer import Renderer
 from server.rate_limits import RateLimits
 from server.states.store import StateStore
 from server.text.reasoning import thought_form
-from server.text.template import ChatTemplate
+from server.text.template import template_of
 from server.text.tokenizer import Tokenizer
+from server.tracing import NO_TRACER, Tracer
 
 MAX_RETRY_AFTER_S = 30
 _NOTHING_KNOWN = KeyFacts(b"", "")
@@ -48,9 +51,11 @@ class Engine(Protocol):
     def stats(self) -> EngineStats | None: ...
     @property
     def num_restarts(self) -> int: ...
+    @property
+    def loads(self) -> Mapping[str, TenantLoad]: ...
     def submit(self, request: GenerationRequest) -> AbstractAsyncContextManager[AsyncIterator[TokenEvent]]: ...
     def generate(
-        self, requests: Sequence[GenerationRequest], on_event: Callable[[TokenEvent], None]
+        self, requests: Sequence[GenerationRequest], on_event: OnEvent, on_begun: OnBegun = ...
     ) -> AbstractAsyncContextManager[Callable[[str], None]]: ...
     def suspend(self, request_id: str, *, save_to: str | None, note: str, in_prompt: bool) -> None: ...
     def reset_cache(self) -> None: ...
@@ -70,6 +75,7 @@ class ServiceOptions:
         sampling: of requests that do not say otherwise.
         version: of this server.
         fingerprint: `system_fingerprint` of answers.
+        replica: name of this server among those that share its work; clients are told.
         max_prompt_tokens: longest prompt in tokens; 0: no limit.
         max_answer_tokens: of each answer; 0: no limit.
         default_answer_tokens: of answers to chats and responses that set no limit; 0: only `max_answer_tokens` limits.
@@ -78,6 +84,7 @@ class ServiceOptions:
         max_choices: most answers in one request (prompts times `n`).
         max_stop: most stop strings.
         max_body_bytes: largest request body.
+        max_arriving_bytes: memory for all bodies that are arriving.
         body_timeout_s: longest time for a body to arrive.
         request_timeout_s: longest time for an answer; 0: no limit.
         keepalive_s: silence in a stream after which a comment is sent.
@@ -101,6 +108,7 @@ class ServiceOptions:
     sampling: DefaultSampling = NEUTRAL
     version: str = "0"
     fingerprint: str = "fp_0"
+    replica: str = "server"
     max_prompt_tokens: int = 0
     max_answer_tokens: int = 0
     default_answer_tokens: int = 0
@@ -109,6 +117,7 @@ class ServiceOptions:
     max_choices: int = 128
     max_stop: int = 16
     max_body_bytes: int = 16 << 20
+    max_arriving_bytes: int = 256 << 20
     body_timeout_s: float = 60.0
     request_timeout_s: float = 0.0
     keepalive_s: float = 15.0
@@ -145,7 +154,8 @@ class Service:
 
     Attributes:
         thoughts: how the model thinks before it answers; None: it does not.
-        draining: the server is about to stop: no new work is taken; what runs is finished.
+        leaving: the server is about to stop: `/ready` says so, connections are closed after their answers.
+        draining: no new work is taken any more; what runs is finished.
         paused: the same, because an operator wants it for a while.
         num_active: requests that generate right now.
         running: what they are.
@@ -154,6 +164,8 @@ class Service:
         event_logs: their events so far, by id.
         rate_limits: what each key has used of its minute.
         checking: held by a self-check; one at a time is enough.
+        labels: what keys are called in logs and metrics.
+        tracer: records where the time of requests goes.
     """
 
     def __init__(
@@ -165,32 +177,37 @@ class Service:
         states: StateStore | None = None,
         grammars: GrammarChecker | None = None,
         read_again: ReadAgain | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         """
         Args:
             states: where conversations are kept; None: requests that want it are refused.
             grammars: compiles the grammars of requests; None: requests that have one are refused.
             read_again: reads names and tokenizer of the model again for `reload`; None: it is refused.
+            tracer: records where the time of requests goes.
 
         Raises:
             TemplateSyntaxFailure: the model's chat template is not valid.
         """
         self.states = states
         self.grammars = grammars
+        self.renderer = Renderer()
         self.engine = engine
         self.options = options
         self.tokenizer = tokenizer
-        self.chat_template = _template_of(tokenizer)
+        self.chat_template = template_of(tokenizer)
         self.thoughts = thought_form(options.reasoning_parser, tokenizer)
         self._read_again = read_again
         self.rate_limits = RateLimits(options.rate_limit_requests, options.rate_limit_tokens)
         self._facts: Mapping[str, KeyFacts] = {}
+        self.labels = KeyLabels()
         self._learn_keys()
-        self.metrics = Metrics(engine)
+        self.tracer = tracer
+        self.metrics = Metrics(engine, self.labels.of)
         if states is not None:
             self.metrics.watch_states(states)
         self.created = int(time.time())
-        self.draining = self.paused = False
+        self.leaving = self.draining = self.paused = False
         self.num_active = 0
         self.running: set[Suspendable] = set()
         self.is_closing = self._is_reloading = False
@@ -204,10 +221,12 @@ class Service:
         for task in [*self.background.values()]:
             task.cancel()
         await asyncio.gather(*self.background.values(), return_exceptions=True)
+        self.renderer.close()
         if self.grammars is not None:
             await self.grammars.close()
         if self.states is not None:
             await self.states.close()
+        await asyncio.to_thread(self.tracer.close)
 
     async def suspend(self, *, timeout_s: float) -> None:
         """Cuts off what still runs and keeps its states, as far as that can be done in so many seconds."""
@@ -216,7 +235,7 @@ class Service:
             async with asyncio.timeout(timeout_s):
                 results = await asyncio.gather(*(item.suspend() for item in running), return_exceptions=True)
                 if self.background:
-                    await asyncio.wait(self.background.values())  # which are put off
+                    await asyncio.wait(self.background.values())  # which are suspended
         except TimeoutError:
             _log.error("the states of what still ran could not all be saved within %g s", timeout_s)
             return
@@ -246,11 +265,7 @@ class Service:
         return max(wanted, min(math.ceil(info.load_s), MAX_RETRY_AFTER_S))
 
     def admit(self, owner: str, model: str | None) -> EngineInfo:
-        """Lets a request in that will make the engine work, and counts it.
-
-        Args:
-            owner: whose request it is.
-            model: that it names; None: any.
+        """Admits an owner's request that will make the engine work, and counts it; `model`: that it names, if any.
 
         Raises:
             NotFoundError: there is no such model.
@@ -274,11 +289,6 @@ class Service:
             outranks=_given(facts.priority_across_keys, options.priority_across_keys),
         )
 
-    def name_of(self, owner: str) -> str | None:
-        """What the keys file calls an owner; None if it does not."""
-        facts = self._facts.get(owner)
-        return None if facts is None else facts.name
-
     def change_keys(
         self, *, key_hashes: frozenset[bytes], admin_key_hashes: frozenset[bytes], keys: tuple[KeyFacts, ...]
     ) -> None:
@@ -288,6 +298,7 @@ class Service:
 
     def _learn_keys(self) -> None:
         self._facts = by_owner(self.options.keys)
+        self.labels.learn(self._facts)
         self.rate_limits.change_own(
             {name: (one.rate_limit_requests, one.rate_limit_tokens) for name, one in self._facts.items()}
         )
@@ -349,7 +360,7 @@ class Service:
             raise ConflictError("this server cannot load its model again", code="reload_failed")
         try:
             options, tokenizer = await asyncio.to_thread(self._read_again)
-            template = _template_of(tokenizer)
+            template = template_of(tokenizer)
         except (ConfigError, UnsupportedTokenizerError, TemplateSyntaxFailure, OSError) as error:
             raise ConflictError(f"the model cannot be used: {error}", code="reload_failed") from error
         if (tokenizer is None) != (self.tokenizer is None):
@@ -381,8 +392,3 @@ class Service:
 
 def _given(value: T | None, default: T) -> T:
     return default if value is None else value
-
-
-def _template_of(tokenizer: Tokenizer | None) -> ChatTemplate | None:
-    """Raises `TemplateSyntaxFailure`."""
-    return None if tokenizer is None or tokenizer.chat_template is None else ChatTemplate(tokenizer)

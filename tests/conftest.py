@@ -37,6 +37,17 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         terminal.write_line(f"Using --randomly-seed={seed}")  # its own line is one of those that -q leaves out
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = [
+        report for report in terminalreporter.stats.get("skipped", []) if "needs Chromium" in str(report.longrepr)
+    ]
+    if skipped:
+        terminalreporter.section("the page was NOT tried in a real browser", sep="*", red=True, bold=True)
+        terminalreporter.write_line(
+            f"{len(skipped)} tests did not run, for want of Chromium: make browser, or see docs/playground.md"
+        )
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     random.seed(0)

@@ -6,7 +6,7 @@ inside a function and one for the type checker alone.
 
 import ast
 from collections import Counter
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("server", "dijiang_model", "clients", "benchmarks")
 MAX_MODULES = 20
+MAX_LINES_OF_A_FILE = 400
+MAX_LINES_OF_A_FUNCTION = 60
 MAX_MODULES_OF = {"server/engine": 14}
 
 LAYERS: Mapping[str, tuple[Set[str], ...]] = {
     "dijiang_model": (
-        {"conversion"},
+        {"conversion", "hf"},
         {"segments", "serving", "tensor_parallel"},
         {"checkpoints", "reference"},
         {"families"},
@@ -29,6 +31,19 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
         {"features", "formats", "paths", "state"},
         {"config"},
         {"errors", "rotary"},
+    ),
+    "dijiang_model.conversion": (
+        {"default_model", "quantize_cli"},
+        {"merge"},
+        {"evaluation"},
+        {"cli"},
+        {"convert"},
+        {"quantize"},
+        {"model_card"},
+        {"calibration"},
+        {"training"},
+        {"sources"},
+        {"default_folder", "recipes"},
     ),
     "server": (
         {"startup"},
@@ -41,8 +56,8 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
         {"text"},
         {"metrics", "protocol", "selfcheck", "tools"},
         {"engine_client", "grammar_check", "states"},
-        {"engine", "rate_limits"},
-        {"cli", "errors", "event_log", "hardware", "healthcheck", "keys", "playground"},
+        {"engine", "playground", "rate_limits"},
+        {"cli", "errors", "event_log", "hardware", "healthcheck", "keys", "tracing"},
     ),
     "server.engine": (
         {"process"},
@@ -62,9 +77,13 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
 """The rooms of a package, top first: a room imports from the layers below its own alone."""
 
 
+def _files() -> Iterator[Path]:
+    """Every module, those of the tests too."""
+    return (path for package in (*PACKAGES, "tests") for path in sorted((ROOT / package).rglob("*.py")))
+
+
 def _modules() -> dict[str, Path]:
-    files = (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))
-    return {_name(path): path for path in files}
+    return {_name(path): path for path in _files() if path.relative_to(ROOT).parts[0] in PACKAGES}
 
 
 def _name(path: Path) -> str:
@@ -122,8 +141,23 @@ def test_no_modules_import_each_other_in_a_circle(arrows: dict[str, set[str]]) -
 
 
 def test_no_folder_is_crowded() -> None:
-    counts = Counter(
-        path.parent.relative_to(ROOT).as_posix() for path in _modules().values() if path.name != "__init__.py"
-    )
+    counts = Counter(path.parent.relative_to(ROOT).as_posix() for path in _files() if path.name != "__init__.py")
     crowded = {folder: count for folder, count in counts.items() if count > MAX_MODULES_OF.get(folder, MAX_MODULES)}
     assert not crowded
+
+
+def test_no_file_is_long() -> None:
+    lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in _files()}
+    assert not {path: length for path, length in lengths.items() if length > MAX_LINES_OF_A_FILE}
+
+
+def test_no_function_is_long() -> None:
+    """A function's lines are those of its signature, its docstring and its body."""
+    long = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for path in _files()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno >= MAX_LINES_OF_A_FUNCTION
+    ]
+    assert not long

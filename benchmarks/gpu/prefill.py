@@ -176,7 +176,7 @@ def alone(shape: str, arguments: argparse.Namespace, journal: Journal[PromptLine
 def kernels(shape: str, num_tokens: int, device: str, dtype: torch.dtype, num_rounds: int) -> dict[str, float]:
     """Chunked linear attention alone on one layer's shape; milliseconds by contender."""
     from dijiang_model.ops.triton.prefill import chunk_outputs, states_before_chunks
-    from dijiang_model.ops.triton.prefill_step import NearTokens, PrefillStep
+    from dijiang_model.ops.triton.prefill_step import ExactTokens, PrefillStep
 
     config = config_of(shape, "pure")
     heads, groups, size = config.num_heads, config.num_kv_heads, config.head_size
@@ -194,11 +194,11 @@ def kernels(shape: str, num_tokens: int, device: str, dtype: torch.dtype, num_ro
         torch.zeros(2, groups, size, size, device=device), torch.zeros(2, groups, size, device=device), None, None
     )
     x = PrefillStep(phi_q, phi_k, v, kernel=kernel, step=step, state=state)
-    out, near = torch.empty_like(phi_q), NearTokens(phi_k, v, x.absent, x.absent)
+    out, exact = torch.empty_like(phi_q), ExactTokens(phi_k, v, x.absent, x.absent)
 
     def ours() -> None:
         before, normalisers = states_before_chunks(x, phi_k, v)
-        chunk_outputs(x, near, phi_q, phi_k, v, before, normalisers, out)
+        chunk_outputs(x, exact, phi_q, phi_k, v, before, normalisers, out)
 
     runs: dict[str, Run] = {"ours, with denominator": ours}
     if find_spec("fla") is not None:

@@ -122,6 +122,12 @@ def holds_only_model_files(folder: Path) -> bool:
     return all(_is_model_file(entry) for entry in folder.iterdir())
 
 
+def is_weights_file(entry: Path) -> bool:
+    """Whether a file of a folder has the name of one with a saved model's weights."""
+    is_known = entry.name in (SAFETENSORS_FILE, SAFETENSORS_INDEX) or _SHARD.fullmatch(entry.name) is not None
+    return is_known and entry.is_file()
+
+
 def _is_model_file(entry: Path) -> bool:
     is_known = entry.name in _MODEL_FILES or _SHARD.fullmatch(entry.name) is not None
     return is_known and entry.is_file() and not entry.is_symlink()

@@ -18,52 +18,61 @@ DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "f32"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
+SourceArgument = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder of an HF model (safetensors or pytorch_model.bin, whole or sharded), its name on the hub "
+        "where the cache has it, a GGUF file (llama, qwen2, qwen3), or a DiJiang checkpoint as the paper's "
+        "authors release them."
+    ),
+]
+RecipeOption = Annotated[
+    Recipe | None,
+    typer.Option(
+        help="How attention is replaced. hybrid: a window of exact softmax beside a linear branch of weight zero, "
+        "answers sensibly without training. pure: the paper's normalised kernel alone. released: as the authors' "
+        "code starts. pure and released generate no sense before they are trained. "
+        "Default: hybrid; a DiJiang checkpoint keeps its attention."
+    ),
+]
+StateBytesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="hybrid: bytes of one conversation, e.g. 8MiB. Calibration then chooses which tokens each head holds; "
+        "minutes of a CPU for 135 million weights."
+    ),
+]
+CalibrateOption = Annotated[
+    list[Path] | None,
+    typer.Option(help="With --state-bytes: text to calibrate on, as for `train --data`. Default: one that ships."),
+]
+WindowOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="hybrid: recent tokens seen by exact softmax, nothing else held. Default: 60."),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Stored weights: float32, bfloat16 or float16 (fp32, bf16, fp16). Default: the source's; float32 if "
+        "quantized."
+    ),
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(help="Round projections, embedding and head: int8 or int4 (see `dijiang quantize`). Default: no."),
+]
+
+
 def convert_command(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="Folder of an HF model (safetensors or pytorch_model.bin, whole or sharded), its name on the hub "
-            "where the cache has it, a GGUF file (llama, qwen2, qwen3), or a DiJiang checkpoint as the paper's "
-            "authors release them."
-        ),
-    ],
+    source: SourceArgument,
     out: Annotated[Path, typer.Argument(help="Folder to write. It appears complete or not at all.")],
-    recipe: Annotated[
-        Recipe | None,
-        typer.Option(
-            help="How attention is replaced. hybrid: a window of exact softmax beside a linear branch of weight zero, "
-            "answers sensibly without training. pure: the paper's normalised kernel alone. released: as the authors' "
-            "code starts. pure and released generate no sense before they are trained. "
-            "Default: hybrid; a DiJiang checkpoint keeps its attention."
-        ),
-    ] = None,
-    state_bytes: Annotated[
-        str | None,
-        typer.Option(
-            help="hybrid: bytes of one conversation, e.g. 8MiB. Calibration then chooses which tokens each head holds; "
-            "minutes of a CPU for 135 million weights."
-        ),
-    ] = None,
-    calibrate: Annotated[
-        list[Path] | None,
-        typer.Option(help="With --state-bytes: text to calibrate on, as for `train --data`. Default: one that ships."),
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(min=1, help="hybrid: recent tokens seen by exact softmax, nothing else held. Default: 60."),
-    ] = None,
+    recipe: RecipeOption = None,
+    state_bytes: StateBytesOption = None,
+    calibrate: CalibrateOption = None,
+    window: WindowOption = None,
     sinks: Annotated[int, typer.Option(min=0, help="hybrid: first tokens seen by exact softmax.")] = 4,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Stored weights: float32, bfloat16 or float16 (fp32, bf16, fp16). Default: the source's; float32 if "
-            "quantized."
-        ),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(help="Round projections, embedding and head: int8 or int4 (see `dijiang quantize`). Default: no."),
-    ] = None,
+    dtype: DtypeOption = None,
+    weights: WeightsOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Of fresh random tensors (recipe released).")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes in a file of weights, e.g. 500M or 2G.")] = "2G",
     overwrite: Annotated[

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,29 +83,22 @@ def convert(
 ) -> Conversion:
     """Makes a DiJiang model of an HF folder, a GGUF file or a released DiJiang checkpoint.
 
-    At most one tensor is in memory at a time, and one layer while it is calibrated; tensors of the source are read
-    from mapped files.
+    At most one tensor is in memory at a time, and one layer while it is calibrated.
 
     Args:
         source: folder or `.gguf` file.
         out: folder to write.
         recipe: None: `hybrid`, or the attention of the checkpoint where the source is a DiJiang model.
-        window: exact-softmax tokens of `hybrid`, >= 1.
-        sinks: first tokens kept beside them, >= 0.
-        state_bytes: of one conversation, `hybrid` only: calibration chooses what is kept, and the window too
-            (`conversion.calibration`). None: the window alone.
+        window, sinks: recent tokens >= 1 and first ones >= 0 that `hybrid` attends to by exact softmax.
+        state_bytes: of one conversation, `hybrid` only: calibration chooses what is kept, and the window too.
         calibration_text: what the teacher reads then; none: a text of this package.
         dtype: of the stored weights, a key of `DTYPES`; None: the source's (float32 if it is quantized).
         weights: projections, embeddings and head rounded to int8 or int4 (`dijiang_model.quantization`).
-        seed: of fresh random tensors, >= 0.
-        max_shard_bytes: see `write_checkpoint`.
         overwrite: replace a model that this program saved in `out` (`outputs.check_replaceable`).
-        on_progress: see `Progress`.
         on_layer: called with layers calibrated and in all.
 
     Raises:
-        ConversionError: the source cannot be converted, or the options do not fit it.
-        ConfigError, CheckpointError: the source is unsupported or damaged, or `out` cannot be written.
+        ModelError: the source is unsupported or damaged, the options do not fit it, or `out` cannot be written.
     """
     source, out = find_source(Path(source)), Path(out)
     place = output_folder(out, inputs=[source])
@@ -119,32 +113,17 @@ def convert(
             config = calibrated.calibration.config(config)
         weights_dtype = DTYPES[dtype] if dtype is not None else _stored_dtype(opened)
         plan = _plan(opened, config, origin, calibrated, dtype=weights_dtype, weights=weights, name=out.absolute().name)
-
-        def fill(folder: Path) -> None:
-            tokenizer.copy_to(folder)
-            write_text(folder / CARD_FILE, plan.card)
-            if calibrated is not None:
-                write_text(folder / CALIBRATION_FILE, calibrated.calibration.json())
-
         write_checkpoint(
             place,
             plan.stored,
             plan.tensors.infos(),
             plan.tensors.read,
-            fill=fill,
+            fill=partial(_fill, plan=plan, tokenizer=tokenizer, calibrated=calibrated),
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,
             on_written=_ByteCounter(on_progress, sum(map(num_bytes, plan.tensors.infos().values()))),
         )
-        return Conversion(
-            out=out,
-            title=title(config),
-            state_bytes=plan.state_bytes,
-            memory=config.memory,
-            has_tokenizer=tokenizer.is_there,
-            ends=tokenizer.described(config.eos_token_ids),
-            warnings=_warnings(config, origin, opened, has_tokenizer=tokenizer.is_there),
-        )
+        return _made(plan, out, opened, tokenizer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +140,27 @@ class _Plan:
     tensors: TensorSource
     card: str
     state_bytes: int
+
+
+def _fill(folder: Path, *, plan: _Plan, tokenizer: StagedTokenizer, calibrated: Calibrated | None) -> None:
+    """Writes what stands beside the weights."""
+    tokenizer.copy_to(folder)
+    write_text(folder / CARD_FILE, plan.card)
+    if calibrated is not None:
+        write_text(folder / CALIBRATION_FILE, calibrated.calibration.json())
+
+
+def _made(plan: _Plan, out: Path, opened: Source, tokenizer: StagedTokenizer) -> Conversion:
+    config, has_tokenizer = plan.stored.config, tokenizer.is_there
+    return Conversion(
+        out=out,
+        title=title(config),
+        state_bytes=plan.state_bytes,
+        memory=config.memory,
+        has_tokenizer=has_tokenizer,
+        ends=tokenizer.described(config.eos_token_ids),
+        warnings=_warnings(config, plan.stored.origin, opened, has_tokenizer=has_tokenizer),
+    )
 
 
 def _calibrated(

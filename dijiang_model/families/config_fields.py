@@ -53,10 +53,9 @@ def common_config(
     rotates: bool = True,
 ) -> ModelConfig:
     """The network of a config whose family-specific values are given; raises ConfigError with all problems."""
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers, num_heads = fields.integer("num_hidden_layers"), fields.integer("num_attention_heads")
     if num_layers > MAX_LAYERS:
         fields.report(f"num_hidden_layers is {num_layers:,}, at most {MAX_LAYERS:,} are supported")
-    num_heads = fields.integer("num_attention_heads")
     if num_heads % num_kv_heads:
         fields.report(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
     if rotates and (rotary_dims % 2 or not 2 <= rotary_dims <= head_size):
@@ -64,8 +63,7 @@ def common_config(
     if rope.scaling is not None and rope.scaling.attention_factor != 1 and rotary_dims < head_size:
         fields.report("a yarn scaling of heads that rotate in part is not supported")
     bos, eos, pad = _token_ids(fields, default_token_ids)
-    vocab_size, hidden_size = fields.integer("vocab_size"), fields.integer("hidden_size")
-    intermediate_size = fields.integer(intermediate_name)
+    vocab_size, hidden_size, size = map(fields.integer, ("vocab_size", "hidden_size", intermediate_name))
     max_positions = fields.integer("max_position_embeddings", 2048)
     is_tied = fields.boolean("tie_word_embeddings", is_tied_by_default)
     fields.raise_if_any(f"unsupported or contradictory values in the {family} config")
@@ -73,7 +71,7 @@ def common_config(
         family=family,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
+        intermediate_size=size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,

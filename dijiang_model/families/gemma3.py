@@ -14,6 +14,7 @@ from dijiang_model.families.parts import ACTIVATIONS, RMSNorm
 from dijiang_model.formats.json_fields import Fields
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
+from dijiang_model.ops.residual import Residual
 
 GLOBAL_THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
 DEFAULT_PATTERN = 6
@@ -38,11 +39,11 @@ class Gemma3Block(nn.Module):
     def dijiang(self) -> DiJiangAttention:
         return self.self_attn
 
-    def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), op=op, layout=layout, state=state)
-        x = x + self.post_attention_layernorm(attended)
-        output: Tensor = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        return output
+    def forward(self, x: Residual, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Residual:
+        x, normed = x.normed(self.input_layernorm)
+        x = x.plus(self.post_attention_layernorm(self.self_attn(normed, op=op, layout=layout, state=state)))
+        x, normed = x.normed(self.pre_feedforward_layernorm)
+        return x.plus(self.post_feedforward_layernorm(self.mlp(normed)))
 
 
 class Gemma3ForCausalLM(LlamaForCausalLM):

@@ -15,7 +15,8 @@ from dijiang_model.formats.json_fields import Fields
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
-from dijiang_model.ops.selection import residual_norm, two_norms
+from dijiang_model.ops.residual import Residual
+from dijiang_model.ops.selection import two_norms
 from dijiang_model.paths import Paths
 from dijiang_model.quantization.weight import QuantizedWeight
 
@@ -80,15 +81,15 @@ class GPTNeoXBlock(nn.Module):
     def dijiang(self) -> DiJiangAttention:
         return self.attention
 
-    def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
+    def forward(self, x: Residual, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Residual:
         if self.is_parallel:
-            normed, mlp_input = two_norms(x, self.input_layernorm, self.post_attention_layernorm)
-            x = x + self.attention(normed, op=op, layout=layout, state=state)
-        else:
-            attended = self.attention(self.input_layernorm(x), op=op, layout=layout, state=state)
-            x, mlp_input = residual_norm(x, attended, self.post_attention_layernorm)
-        output: Tensor = x + self.mlp(mlp_input)
-        return output
+            x = Residual(x.value)
+            normed, mlp_input = two_norms(x.total, self.input_layernorm, self.post_attention_layernorm)
+            return x.plus(self.attention(normed, op=op, layout=layout, state=state)).plus(self.mlp(mlp_input))
+        x, normed = x.normed(self.input_layernorm)
+        x = x.plus(self.attention(normed, op=op, layout=layout, state=state))
+        x, normed = x.normed(self.post_attention_layernorm)
+        return x.plus(self.mlp(normed))
 
 
 class GPTNeoXBackbone(nn.Module):
@@ -126,9 +127,8 @@ class GPTNeoXForCausalLM(DiJiangForCausalLM):
         x: Tensor = self.gpt_neox.embed_in(token_ids)
         return x
 
-    def finish(self, x: Tensor) -> Tensor:
-        normed: Tensor = self.gpt_neox.final_layer_norm(x)
-        return normed
+    def finish(self, x: Residual) -> Tensor:
+        return x.normed(self.gpt_neox.final_layer_norm)[1]
 
 
 def _gpt_neox(fields: Fields) -> ModelConfig:

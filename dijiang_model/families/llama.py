@@ -18,7 +18,8 @@ from dijiang_model.merged import products
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
-from dijiang_model.ops.selection import gated_product, residual_norm
+from dijiang_model.ops.residual import Residual
+from dijiang_model.ops.selection import gated_product
 from dijiang_model.paths import Paths
 from dijiang_model.quantization.weight import QuantizedWeight
 
@@ -98,11 +99,11 @@ class LlamaBlock(nn.Module):
     def dijiang(self) -> DiJiangAttention:
         return self.self_attn
 
-    def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), op=op, layout=layout, state=state)
-        x, normed = residual_norm(x, attended, self.post_attention_layernorm)
-        output: Tensor = x + self.mlp(normed)
-        return output
+    def forward(self, x: Residual, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Residual:
+        x, normed = x.normed(self.input_layernorm)
+        x = x.plus(self.self_attn(normed, op=op, layout=layout, state=state))
+        x, normed = x.normed(self.post_attention_layernorm)
+        return x.plus(self.mlp(normed))
 
 
 class LlamaBackbone(nn.Module):
@@ -141,9 +142,8 @@ class LlamaForCausalLM(DiJiangForCausalLM):
         x: Tensor = self.model.embed_tokens(token_ids)
         return x
 
-    def finish(self, x: Tensor) -> Tensor:
-        normed: Tensor = self.model.norm(x)
-        return normed
+    def finish(self, x: Residual) -> Tensor:
+        return x.normed(self.model.norm)[1]
 
 
 def read_llama_like(

@@ -16,6 +16,7 @@ from dijiang_model.merged import products
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
+from dijiang_model.ops.residual import Residual
 from dijiang_model.paths import Paths
 from dijiang_model.quantization.weight import QuantizedWeight
 
@@ -77,15 +78,15 @@ class OPTBlock(nn.Module):
     def dijiang(self) -> DiJiangAttention:
         return self.self_attn
 
-    def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
-        output: Tensor
+    def forward(self, x: Residual, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Residual:
         if self.is_pre_norm:
-            x = x + self.self_attn(self.self_attn_layer_norm(x), op=op, layout=layout, state=state)
-            output = x + self._mlp(self.final_layer_norm(x))
-        else:
-            x = self.self_attn_layer_norm(x + self.self_attn(x, op=op, layout=layout, state=state))
-            output = self.final_layer_norm(x + self._mlp(x))
-        return output
+            x, normed = x.normed(self.self_attn_layer_norm)
+            x = x.plus(self.self_attn(normed, op=op, layout=layout, state=state))
+            x, normed = x.normed(self.final_layer_norm)
+            return x.plus(self._mlp(normed))
+        x = x.plus(self.self_attn(x.value, op=op, layout=layout, state=state))
+        x = Residual(x.normed(self.self_attn_layer_norm)[1])
+        return Residual(x.plus(self._mlp(x.total)).normed(self.final_layer_norm)[1])
 
     def _mlp(self, x: Tensor) -> Tensor:
         output: Tensor = self.fc2(self.activation(self.fc1(x)))
@@ -151,13 +152,12 @@ class OPTForCausalLM(DiJiangForCausalLM):
         output: Tensor = x + decoder.embed_positions(rows)
         return output
 
-    def finish(self, x: Tensor) -> Tensor:
+    def finish(self, x: Residual) -> Tensor:
         decoder, config = self.model.decoder, self.config
-        if config.pre_norm:
-            x = decoder.final_layer_norm(x)
+        finished: Tensor = x.normed(decoder.final_layer_norm)[1] if config.pre_norm else x.value
         if config.embedding_width != config.hidden_size:
-            x = decoder.project_out(x)
-        return x
+            finished = decoder.project_out(finished)
+        return finished
 
 
 def _opt(fields: Fields) -> ModelConfig:

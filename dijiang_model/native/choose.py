@@ -9,7 +9,7 @@ NOT_FINITE = -1
 """In the place of a token: not all logits of the row are finite."""
 
 
-def likeliest_tokens(logits: Tensor, library: CDLL) -> Tensor:
+def greedy_tokens(logits: Tensor, library: CDLL) -> Tensor:
     """The first of the largest logits of each row, or `NOT_FINITE`; one pass, in as many threads as torch has.
 
     Args:
@@ -24,5 +24,5 @@ def likeliest_tokens(logits: Tensor, library: CDLL) -> Tensor:
     logits = logits.contiguous()
     num_rows, vocab_size = logits.shape
     tokens = torch.empty(num_rows, dtype=torch.int64)
-    library.dijiang_likeliest(logits.data_ptr(), num_rows, vocab_size, tokens.data_ptr(), torch.get_num_threads())
+    library.dijiang_greedy(logits.data_ptr(), num_rows, vocab_size, tokens.data_ptr(), torch.get_num_threads())
     return tokens

@@ -9,7 +9,7 @@ from torch import Tensor
 from dijiang_model.native.library import DrawRules
 
 
-def drawn_tokens(logits: Tensor, rules: Sequence[DrawRules], library: CDLL) -> Tensor:
+def sampled_tokens(logits: Tensor, rules: Sequence[DrawRules], library: CDLL) -> Tensor:
     """A token for each row by inverse CDF, in vocabulary order; rows are shared out over as many threads as torch has.
 
     Args:

@@ -85,7 +85,7 @@ class Attention(ctypes.Structure):
         ("sinks", Integer),
         ("is_softmax", Integer),
         ("has_denominator", Integer),
-        ("near_numbers", Integer),
+        ("exact_numbers", Integer),
         ("linear_numbers", Integer),
         ("state_offset", Integer),
         ("normaliser_offset", Integer),
@@ -196,6 +196,22 @@ def why_missing() -> str | None:
     return f"{reason}; `make kernels` (or `python setup.py build_ext --inplace`), which needs a C++ compiler, mends it"
 
 
+def variants_in_words() -> dict[str, str]:
+    """Returns for each of `VARIANTS` that it is `used`, or why not."""
+    words: dict[str, str] = {}
+    for variant, flags in VARIANTS.items():
+        missing = sorted(flags - _processor_flags())
+        if missing:
+            words[variant] = f"this CPU lacks {', '.join(missing)}"
+        elif "used" in words.values():
+            words[variant] = "not needed: a better one is used"
+        elif not _path(variant).exists():
+            words[variant] = "not compiled"
+        else:
+            words[variant] = "built from other sources" if load_variant(variant) is None else "used"
+    return words
+
+
 def _path(variant: str) -> Path:
     """A name with the interpreter's tag, so that a library which another Python built is left alone."""
     return Path(__file__).parent / f"_kernels_{variant}{EXTENSION_SUFFIXES[0]}"
@@ -248,7 +264,7 @@ def _declare(library: ctypes.CDLL) -> None:
         *(Pointer, Pointer, Integer),  # slots, lengths, sequences
         *(Pointer, Integer),  # storage, bytes of a slot
         *(Pointer, Integer, Pointer),  # wanted rows, how many, logits
-        *(Integer, Integer, Pointer),  # the first held sequence, how many, what is kept of them
+        *(Integer, Integer, Pointer),  # the first uncommitted sequence, how many, what is kept of them
         ctypes.c_int,  # threads
     )
     library.dijiang_advance.argtypes = (
@@ -265,6 +281,6 @@ def _declare(library: ctypes.CDLL) -> None:
         ctypes.c_int,  # threads
     )
     library.dijiang_linear.argtypes = (Pointer, Pointer, Integer, Pointer, ctypes.c_int)
-    library.dijiang_likeliest.argtypes = (Pointer, Integer, Integer, Pointer, ctypes.c_int)
-    library.dijiang_likeliest.restype = None
+    library.dijiang_greedy.argtypes = (Pointer, Integer, Integer, Pointer, ctypes.c_int)
+    library.dijiang_greedy.restype = None
     library.dijiang_draw.argtypes = (Pointer, Integer, Integer, ctypes.POINTER(DrawRules), Pointer, ctypes.c_int)

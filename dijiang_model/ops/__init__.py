@@ -19,10 +19,11 @@ class LayerState:
     Attributes:
         linear_state: [P, G, K, V], S.
         normaliser: [P, G, K], z; None for a read-out without denominator.
-        near_keys, near_values: [P, G, Z + W, d], sinks first, then the ring (position t in ring row t mod W);
-            keys are rotated. None without a window. With anchors [P, B, d] int8: the places of all heads, one head
-            after another, each with its sinks, its ring and its anchors (`ops.torch.places`).
-        near_key_scales, near_value_scales: [P, G, Z + W] ([P, B]) fp32, of near rows in int8; else None.
+        near_keys, near_values: of the exact part, named as in saved states; [P, G, Z + W, d], sinks first, then the
+            ring (position t in ring row t mod W); keys are rotated. None without a window. With anchors [P, B, d] int8:
+            the places of all heads, one head after another, each with its sinks, its ring and its anchors
+            (`ops.torch.places`).
+        near_key_scales, near_value_scales: [P, G, Z + W] ([P, B]) fp32, of exact rows in int8; else None.
         near_positions, near_scores: [P, B] int32 and fp32, position and shared score of the token in each place;
             None without anchors.
         recent_scores: [P, G, 2 span + 1] fp32, the last scores, that of position t in entry t mod (2 span + 1).

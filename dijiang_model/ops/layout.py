@@ -62,13 +62,13 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True)
 class DecodeWindow:
-    """The near tokens of decode rows for one (window, sinks) pair; near rows are [sinks | ring].
+    """The exact tokens of decode rows for one (window, sinks) pair; exact rows are [sinks | ring].
 
     Attributes:
-        ring_row: [N] row of the near tensors that the new token takes, and the leaving one held.
+        ring_row: [N] row of the exact tensors that the new token takes, and the leaving one held.
         sink_row: [N] second row written: the sink's while the position is a sink's, else `ring_row`.
         leaves: [N, 1] bool, whether the token in `ring_row` goes over into the linear state.
-        visible: [N, 1, 1, Z + W] bool, near rows that hold a token to be seen, each token once.
+        visible: [N, 1, 1, Z + W] bool, exact rows that hold a token to be seen, each token once.
     """
 
     ring_row: Tensor
@@ -93,13 +93,13 @@ class DecodeWindow:
 
 @dataclass(frozen=True, slots=True)
 class PrefillWindow:
-    """The near tokens of prefill chunks for one (window, sinks) pair.
+    """The exact tokens of prefill chunks for one (window, sinks) pair.
 
     A sequence's *extended* stream is its ring in order of time (W tokens before the segment) followed by the
     segment. The query at offset i sees extended tokens i+1 ... i+W; extended token i leaves the window as it comes.
 
     Attributes:
-        ring_rows: [N, W] near rows of the ring in order of time.
+        ring_rows: [N, W] exact rows of the ring in order of time.
         leaving: [T] index of each query's leaving token in [all rings | all segments].
         leaves: [T, 1] bool, whether that token exists and is no sink.
         band: [M, C + W - 1] indices into [all rings | all segments]: the keys near a chunk.
@@ -117,12 +117,12 @@ class PrefillWindow:
 
 @dataclass(frozen=True, slots=True)
 class WindowWrites:
-    """What the segments leave in the near rows for one (window, sinks) pair.
+    """What the segments leave in the exact rows for one (window, sinks) pair.
 
     On a CUDA device the host waits for how many they are; so nobody asks who does not write.
 
     Attributes:
-        rows, tokens, sequences: near row, token and sequence of each write.
+        rows, tokens, sequences: exact row, token and sequence of each write.
         sink_rows, sink_tokens, sink_sequences: the same for tokens that are sinks, written before the others.
     """
 
@@ -308,7 +308,7 @@ class StepLayout:
         return self.positions[: self.num_decode]
 
     def decode_window(self, *, window: int, sinks: int) -> DecodeWindow:
-        """The near rows for one (window, sinks) pair; computed once a step."""
+        """The exact rows for one (window, sinks) pair; computed once a step."""
         key = (window, sinks)
         if key not in self._decode_windows:
             self._decode_windows[key] = DecodeWindow.at(self.decode_positions, window=window, sinks=sinks)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.layout import Rotary
-from dijiang_model.ops.rounded import RoundedMatrix
+from dijiang_model.ops.quantized import QuantizedMatrix
 from dijiang_model.ops.torch.attention import TorchAttention
 from dijiang_model.rotary import Frequencies
 
@@ -94,8 +94,8 @@ def gated_product(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tenso
     return activation(gate) * up
 
 
-def rounded_product(
-    x: Tensor, matrix: RoundedMatrix, bias: Tensor | None, *, widened: Callable[[torch.dtype], Tensor]
+def quantized_product(
+    x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None, *, widened: Callable[[torch.dtype], Tensor]
 ) -> Tensor:
     """x W^T + bias, [..., columns] -> [..., outputs] in x's dtype.
 
@@ -103,18 +103,18 @@ def rounded_product(
         widened: W in a dtype, where no kernel reads its codes.
     """
     if _is_fused(x):
-        from dijiang_model.ops.triton import rounded
+        from dijiang_model.ops.triton import quantized
 
-        return rounded.product(x, matrix, bias)
+        return quantized.product(x, matrix, bias)
     return functional.linear(x, widened(x.dtype), bias)
 
 
-def rounded_rows(ids: Tensor, matrix: RoundedMatrix, dtype: torch.dtype) -> Tensor:
+def quantized_rows(ids: Tensor, matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
     """Rows [...] int64 of an int8 matrix -> [..., columns] of `dtype`."""
     if has_kernels(ids.device, dtype):
-        from dijiang_model.ops.triton import rounded
+        from dijiang_model.ops.triton import quantized
 
-        return rounded.looked_up(ids, matrix, dtype)
+        return quantized.looked_up(ids, matrix, dtype)
     return matrix.codes[ids].to(dtype) * matrix.scales[ids].to(dtype)[..., None]
 
 

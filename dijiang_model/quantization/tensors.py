@@ -46,7 +46,7 @@ class QuantizedTensors:
     def infos(self) -> Mapping[str, TensorInfo]:
         return self._infos
 
-    def is_rounded(self, name: str) -> bool:
+    def is_quantized(self, name: str) -> bool:
         """Whether a tensor is codes, scales or minimums of a weight."""
         return name in self._parts
 

@@ -1,7 +1,7 @@
 """A matrix of codes as a part of a network, which saves and loads like any other.
 
 The compiled kernels multiply codes with 16-bit activations in exact integer sums, so that only the weights'
-rounding is felt. On CUDA Triton's kernels read the codes (`ops.triton.rounded`). Without either the codes are widened
+rounding is felt. On CUDA Triton's kernels read the codes (`ops.triton.quantized`). Without either the codes are widened
 on the fly: the same answer.
 """
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dijiang_model.native.library import Matrix, load_library
-from dijiang_model.ops.rounded import RoundedMatrix
-from dijiang_model.ops.selection import rounded_product, rounded_rows
+from dijiang_model.ops.quantized import QuantizedMatrix
+from dijiang_model.ops.selection import quantized_product, quantized_rows
 from dijiang_model.quantization.config import Quantization
 from dijiang_model.quantization.rounding import (
     Int4Groups,
@@ -70,7 +70,7 @@ class QuantizedWeight(nn.Module):
 
     @property
     @abstractmethod
-    def rounded(self) -> RoundedMatrix:
+    def rounded(self) -> QuantizedMatrix:
         """As the operators want it."""
 
     @abstractmethod
@@ -81,7 +81,7 @@ class QuantizedWeight(nn.Module):
         """x W^T + bias: [..., columns] -> [..., rows], in x's dtype and on its device."""
         library = load_library() if x.device.type == "cpu" and x.dtype == torch.float32 else None
         if library is None:
-            return rounded_product(x, self.rounded, bias, widened=self.dequantized)
+            return quantized_product(x, self.rounded, bias, widened=self.dequantized)
         x = x.contiguous()
         y = torch.empty((*x.shape[:-1], self.rows), dtype=torch.float32)
         matrix = self.matrix(None if bias is None else bias.data_ptr())
@@ -128,8 +128,8 @@ class Int8Weight(QuantizedWeight):
         return self
 
     @property
-    def rounded(self) -> RoundedMatrix:
-        return RoundedMatrix(self.codes, self.scales, None, self.rows, 0)
+    def rounded(self) -> QuantizedMatrix:
+        return QuantizedMatrix(self.codes, self.scales, None, self.rows, 0)
 
     def matrix(self, bias: int | None = None) -> Matrix:
         assert self._padded is not None
@@ -146,7 +146,7 @@ class Int8Weight(QuantizedWeight):
 
     def looked_up(self, rows: Tensor) -> Tensor:
         """Rows [...] int64 -> [..., columns] of this weight's dtype."""
-        return rounded_rows(rows, self.rounded, self.dtype)
+        return quantized_rows(rows, self.rounded, self.dtype)
 
 
 class Int4Weight(QuantizedWeight):
@@ -196,8 +196,8 @@ class Int4Weight(QuantizedWeight):
         return self
 
     @property
-    def rounded(self) -> RoundedMatrix:
-        return RoundedMatrix(self.codes, self.scales, self.minimums, self.rows, self.group_size)
+    def rounded(self) -> QuantizedMatrix:
+        return QuantizedMatrix(self.codes, self.scales, self.minimums, self.rows, self.group_size)
 
     def matrix(self, bias: int | None = None) -> Matrix:
         assert self._padded is not None

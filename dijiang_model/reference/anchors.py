@@ -59,14 +59,14 @@ class AnchoredHead:
         sinks, window: oldest first.
         anchors: in the order in which they left the window.
         recent: the last 2 span + 1 scores, oldest first.
-        far: sums over the evicted, each decayed by its distance to the last token; s [K, V], z [K].
+        linear: sums over the evicted, each decayed by its distance to the last token; s [K, V], z [K].
     """
 
     sinks: tuple[Place, ...]
     window: tuple[Place, ...]
     anchors: tuple[Place, ...]
     recent: tuple[float, ...]
-    far: LinearState
+    linear: LinearState
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +79,10 @@ class AnchoredState:
     @staticmethod
     def empty(x: HybridInputs) -> "AnchoredState":
         """Before the first token."""
-        far = LinearState(
+        linear = LinearState(
             torch.zeros(x.phi_k.shape[2], x.v.shape[2], dtype=x.v.dtype), torch.zeros(x.phi_k.shape[2], dtype=x.v.dtype)
         )
-        return AnchoredState(0, (AnchoredHead((), (), (), (), far),) * x.k.shape[1])
+        return AnchoredState(0, (AnchoredHead((), (), (), (), linear),) * x.k.shape[1])
 
 
 def token_scores(x: Tensor, weight: Tensor, bias: Tensor, *, grid: float) -> Tensor:
@@ -122,9 +122,9 @@ def anchored_parallel(x: HybridInputs, scores: Tensor, rules: AnchorRules) -> Te
             is_held = t < times[: t + 1]
             k, v = x.k[: t + 1, g], x.v[: t + 1, g]
             dots = torch.where(j < rules.sinks, k @ x.q_sink[t, h], k @ x.q[t, h]) / sqrt(size)
-            near = torch.where(is_held, (dots - dots[is_held].max()).exp(), 0)
+            exact = torch.where(is_held, (dots - dots[is_held].max()).exp(), 0)
             linear = x.beta[t, h] * (x.log_decay[g] * (t - j)).exp() * (x.phi_k[: t + 1, g] @ x.phi_q[t, h])
-            weights = torch.where(is_held, near, linear)
+            weights = torch.where(is_held, exact, linear)
             output[t, h] = weights @ v / weights.sum()
     return output
 
@@ -163,7 +163,7 @@ def _taken_in(
     else:
         own = Place(new.position, score, new.k, new.v, new.phi_k) if rules.span == 0 else new
         window = (*window, own)
-    s, z, anchors = head.far.s * gamma, head.far.z * gamma, head.anchors
+    s, z, anchors = head.linear.s * gamma, head.linear.z * gamma, head.anchors
     if window and window[0].position == new.position - rules.windows[group]:
         anchors, window = (*anchors, window[0]), window[1:]
         if len(anchors) > rules.anchors[group]:
@@ -185,9 +185,9 @@ def _read(x: HybridInputs, held: AnchoredHead, *, row: int, head: int) -> Tensor
     keys, values = torch.stack([place.k for place in places]), torch.stack([place.v for place in places])
     is_sink = torch.arange(len(places)) < len(held.sinks)
     dots = torch.where(is_sink, keys @ x.q_sink[row, head], keys @ x.q[row, head]) / sqrt(keys.shape[1])
-    near = (dots - dots.max()).exp()
+    exact = (dots - dots.max()).exp()
     phi = x.beta[row, head] * x.phi_q[row, head]
-    return (near @ values + phi @ held.far.s) / (near.sum() + phi @ held.far.z)
+    return (exact @ values + phi @ held.linear.s) / (exact.sum() + phi @ held.linear.z)
 
 
 def anchored_chunk(
@@ -221,13 +221,13 @@ def _chunk_of_head(
     for i in range(num_tokens):
         t = first + i
         held = [place for place, time in zip(places, times, strict=True) if place.position <= t < time]
-        far = _far_at(head.far, places, times, gamma=gamma, first=first, t=t)
+        linear = _linear_at(head.linear, places, times, gamma=gamma, first=first, t=t)
         view = AnchoredHead(
             tuple(place for place in held if place.position < rules.sinks),
             tuple(place for place in held if place.position >= rules.sinks),
             (),
             (),
-            far,
+            linear,
         )
         answers[i] = torch.stack([_read(x, view, row=i, head=h) for h in query_heads])
     last = first + num_tokens - 1
@@ -235,8 +235,8 @@ def _chunk_of_head(
     inside = sorted((p for p in left if p.position > last - rules.windows[group]), key=lambda p: p.position)
     anchors = tuple(sorted((p for p in left if p not in inside), key=lambda p: p.position))
     sinks = tuple(place for place in places if place.position < rules.sinks)
-    far = _far_at(head.far, places, times, gamma=gamma, first=first, t=last)
-    return answers, AnchoredHead(sinks, tuple(inside), anchors, tuple(recent[-(2 * rules.span + 1) :]), far)
+    linear = _linear_at(head.linear, places, times, gamma=gamma, first=first, t=last)
+    return answers, AnchoredHead(sinks, tuple(inside), anchors, tuple(recent[-(2 * rules.span + 1) :]), linear)
 
 
 def _with_score(place: Place, recent: list[float], rules: AnchorRules, *, last: int) -> Place:
@@ -266,11 +266,11 @@ def _chunk_times(places: list[Place], rules: AnchorRules, *, group: int, first: 
     return times
 
 
-def _far_at(
-    far: LinearState, places: list[Place], times: list[float], *, gamma: Tensor, first: int, t: int
+def _linear_at(
+    linear: LinearState, places: list[Place], times: list[float], *, gamma: Tensor, first: int, t: int
 ) -> LinearState:
     """The linear part of token t: what there was before token `first`, and whoever was evicted since."""
-    s, z = far.s * gamma ** (t - first + 1), far.z * gamma ** (t - first + 1)
+    s, z = linear.s * gamma ** (t - first + 1), linear.z * gamma ** (t - first + 1)
     for place, time in zip(places, times, strict=True):
         if time <= t:
             weight = gamma ** (t - place.position) * place.phi_k

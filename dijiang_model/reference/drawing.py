@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 
 
-def drawn_token(
+def sampled_token(
     logits: Tensor,
     *,
     uniform: float,

@@ -1,10 +1,10 @@
-"""The hybrid: softmax over a few near tokens and linear attention over all others, one denominator.
+"""The hybrid: softmax over a few tokens, linear attention over all others, one denominator.
 
-At token t the near tokens are the s sinks (positions < s) and the last w tokens (t itself included), each
-counted once; everything else is far. With c_t the largest near score s_tj = q_t . k_j / sqrt(d):
+At token t the tokens of the exact part are the s sinks (positions < s) and the last w tokens (t itself included),
+each counted once; all others are of the linear part. With c_t the largest exact score s_tj = q_t . k_j / sqrt(d):
 
     f_tj = beta_h(q_t) gamma_g^(t-j) phi(q_t) . phi(k_j)
-    y_t  = (sum_near exp(s_tj - c_t) v_j + sum_far f_tj v_j) / (sum_near exp(s_tj - c_t) + sum_far f_tj)
+    y_t  = (sum_exact exp(s_tj - c_t) v_j + sum_linear f_tj v_j) / (sum_exact exp(s_tj - c_t) + sum_linear f_tj)
 
 Sinks are scored with `q_sink`, the query rotated no further than the teacher's trained range.
 """
@@ -26,7 +26,7 @@ class HybridInputs:
         q: [T, H, d], rotated; q_sink: [T, H, d], the same rotated at min(t, trained range - 1).
         k: [T, G, d], rotated; v: [T, G, V].
         phi_q: [T, H, K]; phi_k: [T, G, K].
-        beta: [T, H] >= 0, weight of the far part.
+        beta: [T, H] >= 0, weight of the linear part.
         log_decay: [G].
     """
 
@@ -48,18 +48,18 @@ class HybridInputs:
 
 @dataclass(slots=True)
 class HybridState:
-    """What remains of a sequence: keys and values of the sinks and of the last w tokens, and the far state.
+    """What remains of a sequence: keys and values of the sinks and of the last w tokens, and the linear state.
 
     Attributes:
         num_seen: tokens so far.
         sinks, ring: (position, k [G, d], v [G, V]), oldest first.
-        far: sums over the tokens that left the window, each decayed by its distance to the last token.
+        linear: sums over the tokens that left the window, each decayed by its distance to the last token.
     """
 
     num_seen: int
     sinks: list[tuple[int, Tensor, Tensor]]
     ring: list[tuple[int, Tensor, Tensor, Tensor]]
-    far: LinearState
+    linear: LinearState
 
 
 def hybrid_parallel(x: HybridInputs, *, window: int, sinks: int) -> Tensor:
@@ -68,14 +68,14 @@ def hybrid_parallel(x: HybridInputs, *, window: int, sinks: int) -> Tensor:
     output = torch.zeros((num_tokens, num_heads, x.v.shape[-1]), dtype=x.v.dtype)
     for t in range(num_tokens):
         j = torch.arange(t + 1)
-        is_near = (j < sinks) | (j > t - window)
+        is_exact = (j < sinks) | (j > t - window)
         for h in range(num_heads):
             g = h * x.k.shape[1] // num_heads
             k, v = x.k[: t + 1, g], x.v[: t + 1, g]
             scores = torch.where(j < sinks, k @ x.q_sink[t, h], k @ x.q[t, h]) / sqrt(size)
-            near = torch.where(is_near, (scores - scores[is_near].max()).exp(), 0)
+            exact = torch.where(is_exact, (scores - scores[is_exact].max()).exp(), 0)
             linear = x.beta[t, h] * (x.log_decay[g] * (t - j)).exp() * (x.phi_k[: t + 1, g] @ x.phi_q[t, h])
-            weights = torch.where(is_near, near, linear)
+            weights = torch.where(is_exact, exact, linear)
             output[t, h] = weights @ v / weights.sum()
     return output
 
@@ -85,13 +85,13 @@ def hybrid_recurrent(
 ) -> tuple[Tensor, HybridState]:
     """The same with a constant-size state, one token at a time: y [T, H, V] and the state after the last.
 
-    A token enters the far state in the step in which it leaves the window (decayed by gamma^w already);
+    A token enters the linear state in the step in which it leaves the window (decayed by gamma^w already);
     a sink never does.
     """
     if state is None:
         state = HybridState(0, [], [], LinearState.zeros(x.phi_k, x.v))
     else:
-        state = HybridState(state.num_seen, list(state.sinks), list(state.ring), state.far)
+        state = HybridState(state.num_seen, list(state.sinks), list(state.ring), state.linear)
     outputs = []
     for row in range(x.q.shape[0]):
         _push(x, state, row=row, window=window, sinks=sinks)
@@ -100,14 +100,14 @@ def hybrid_recurrent(
 
 
 def _push(x: HybridInputs, state: HybridState, *, row: int, window: int, sinks: int) -> None:
-    """Takes token `row` in: decay the far part, move what leaves the window into it, keep the new token."""
+    """Takes token `row` in: decay the linear part, move what leaves the window into it, keep the new token."""
     position, gamma = state.num_seen, x.log_decay.exp()
-    s, z = state.far.s * gamma[:, None, None], state.far.z * gamma[:, None]
+    s, z = state.linear.s * gamma[:, None, None], state.linear.z * gamma[:, None]
     if state.ring and state.ring[0][0] == position - window:
         _, _, v, phi_k = state.ring.pop(0)
         entering = (gamma**window)[:, None] * phi_k  # [G, K]
         s, z = s + entering[:, :, None] * v[:, None, :], z + entering
-    state.far = LinearState(s, z)
+    state.linear = LinearState(s, z)
     if position < sinks:
         state.sinks.append((position, x.k[row], x.v[row]))
     else:
@@ -119,13 +119,13 @@ def _read(x: HybridInputs, state: HybridState, *, row: int) -> Tensor:
     """y [H, V] of token `row`, which is in the state already."""
     num_heads, size = x.q.shape[1:]
     kept = [(k, v) for _, k, v in state.sinks] + [(k, v) for _, k, v, _ in state.ring]
-    keys, values = (torch.stack(tensors) for tensors in zip(*kept, strict=True))  # [near, G, d], [near, G, V]
+    keys, values = (torch.stack(tensors) for tensors in zip(*kept, strict=True))  # [exact, G, d], [exact, G, V]
     is_sink = torch.arange(len(kept)) < len(state.sinks)
     heads = []
     for h in range(num_heads):
         g = h * keys.shape[1] // num_heads
         scores = torch.where(is_sink, keys[:, g] @ x.q_sink[row, h], keys[:, g] @ x.q[row, h]) / sqrt(size)
-        near = (scores - scores.max()).exp()
+        exact = (scores - scores.max()).exp()
         phi = x.beta[row, h] * x.phi_q[row, h]
-        heads.append((near @ values[:, g] + phi @ state.far.s[g]) / (near.sum() + phi @ state.far.z[g]))
+        heads.append((exact @ values[:, g] + phi @ state.linear.s[g]) / (exact.sum() + phi @ state.linear.z[g]))
     return torch.stack(heads)

@@ -13,7 +13,7 @@ from dijiang_model.families import FAMILIES
 from dijiang_model.paths import Paths
 from dijiang_model.reference import anchors, hybrid, linear
 from dijiang_model.reference.features import feature_map
-from dijiang_model.reference.narrow import round_row_naive
+from dijiang_model.reference.rounding import round_row_naive
 
 Form = Literal["parallel", "chunked", "recurrent"]
 Tensors = Mapping[str, Tensor]
@@ -204,19 +204,19 @@ def _attention(
     """What replaces softmax attention, before the output projection: [T, H * d]."""
     positions = range(q.shape[0])
     own = _below(part, "linear")
-    q_far = q
+    q_linear = q
     if layer.features.far_rank > 0:
         low = q.flatten(1) @ own["far_query_down"].T  # [T, rank]
-        q_far = q + (low @ own["far_query_up"].T).view_as(q)
+        q_linear = q + (low @ own["far_query_up"].T).view_as(q)
     q_sink = _rotate(config, q, [min(t, config.last_sink_position) for t in positions])
-    q_mix, k_far = q, k
+    q_mix, k_linear = q, k
     q, k = _rotate(config, q, positions), _rotate(config, k, positions)
     if layer.anchors is not None:
         k, v = _rounded(k, 127), _rounded(v, 127 if layer.anchors.value_bits == 8 else 7)
-        k_far = _rotate(config, k, [-t for t in positions])
+        k_linear = _rotate(config, k, [-t for t in positions])
     if layer.features.rotated:
-        q_mix, q_far, k_far = q, _rotate(config, q_far, positions), k
-    phi_q, phi_k = feature_map(q_far, layer.features, own), feature_map(k_far, layer.features, own)
+        q_mix, q_linear, k_linear = q, _rotate(config, q_linear, positions), k
+    phi_q, phi_k = feature_map(q_linear, layer.features, own), feature_map(k_linear, layer.features, own)
     if layer.window > 0:
         mix = own["mix_bias"] + torch.einsum("thd,hd->th", q_mix, own["mix_weight"])
         beta = phi_q.shape[-1] * mix.exp()

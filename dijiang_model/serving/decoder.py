@@ -14,13 +14,13 @@ from dijiang_model.serving.decoding import Decoding
 from dijiang_model.serving.weights import network_weights, token_table
 from dijiang_model.state import StateBuffer
 
-MAX_HELD_ROWS = 256
-"""Tokens that a held sequence may have in a step."""
+MAX_UNCOMMITTED_ROWS = 256
+"""Tokens that a uncommitted sequence may have in a step."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
-    """What a step has kept of the M rows of its held sequences.
+class _Uncommitted:
+    """What a step has kept of the M rows of its uncommitted sequences.
 
     Attributes:
         kept: [L, M, projected width] fp32.
@@ -51,7 +51,7 @@ class NativeDecoder:
         self._library = library
         self._step = library.dijiang_step
         self._advance = library.dijiang_advance
-        self._held: _Held | None = None
+        self._uncommitted: _Uncommitted | None = None
         self._ones = torch.ones(1, dtype=torch.int64)
         self._weights = network_weights(model)
         self._table = token_table(self._weights, model)
@@ -70,8 +70,8 @@ class NativeDecoder:
         lengths: Sequence[int],
         wanted: Tensor,
         state: StateBuffer,
-        first_held: int = 0,
-        num_held: int = 0,
+        first_uncommitted: int = 0,
+        num_uncommitted: int = 0,
     ) -> Tensor:
         """Feeds a segment to each of N sequences, moving their slots on in place.
 
@@ -82,23 +82,23 @@ class NativeDecoder:
             lengths: N ints >= 1, rows of each sequence; they sum to T.
             wanted: [R] int64, rows below T.
             state: a buffer on the CPU.
-            first_held, num_held: these sequences leave their slots as they are, until `advance`; each has at most
-                `MAX_HELD_ROWS` rows.
+            first_uncommitted, num_uncommitted: these sequences leave their slots as they are, until `advance`; each has
+                at most `MAX_UNCOMMITTED_ROWS` rows.
 
         Returns:
             [R, vocab] fp32: next-token logits.
         """
-        num_rows, storage = len(hidden), state.storage
+        num_rows, storage, rows_of = len(hidden), state.storage, self._lengths(lengths)
         positions, slots, wanted = positions.contiguous(), slots.contiguous(), wanted.contiguous()
-        rows_of = self._lengths(lengths)
         _check_rows(hidden, positions, lengths)
         assert storage.is_contiguous()
         # The kernels do not check: an index out of range would write anywhere.
         _check_indices(slots, limit=state.num_slots, count=len(lengths))
         _check_indices(wanted, limit=num_rows, count=len(wanted))
-        assert 0 <= first_held <= first_held + num_held <= len(lengths)
-        assert max(lengths[first_held : first_held + num_held], default=0) <= MAX_HELD_ROWS
-        self._held = self._hold(positions, slots, lengths, storage, slice(first_held, first_held + num_held))
+        assert 0 <= first_uncommitted <= first_uncommitted + num_uncommitted <= len(lengths)
+        uncommitted = slice(first_uncommitted, first_uncommitted + num_uncommitted)
+        assert max(lengths[uncommitted], default=0) <= MAX_UNCOMMITTED_ROWS
+        self._uncommitted = self._keep_uncommitted(positions, slots, lengths, storage, uncommitted)
         logits = torch.empty((len(wanted), self._vocab_size), dtype=torch.float32)
         failed = self._step(
             ctypes.addressof(self._weights.network),
@@ -113,9 +113,9 @@ class NativeDecoder:
             wanted.data_ptr(),
             len(wanted),
             logits.data_ptr(),
-            first_held,
-            num_held,
-            0 if self._held is None else self._held.kept.data_ptr(),
+            first_uncommitted,
+            num_uncommitted,
+            0 if self._uncommitted is None else self._uncommitted.kept.data_ptr(),
             torch.get_num_threads(),
         )
         if failed:
@@ -139,25 +139,25 @@ class NativeDecoder:
         )
 
     def advance(self, counts: Sequence[int], state: StateBuffer) -> None:
-        """Moves the slots of the last step's held sequences on, once: to the same bits as if they had not been held.
+        """Commits the last step's uncommitted sequences, once: to the same bits as if they had not been deferred.
 
         Args:
             counts: for each of them, by how many of its tokens, from the first on.
             state: the buffer of that step.
         """
-        held, self._held = self._held, None
-        assert held is not None
-        assert held.storage is state.storage
-        lengths = held.lengths.tolist()
+        uncommitted, self._uncommitted = self._uncommitted, None
+        assert uncommitted is not None
+        assert uncommitted.storage is state.storage
+        lengths = uncommitted.lengths.tolist()
         assert len(counts) == len(lengths)
         assert all(0 <= count <= length for count, length in zip(counts, lengths, strict=True))
         failed = self._advance(
             ctypes.addressof(self._weights.network),
-            held.kept.data_ptr(),
-            held.positions.data_ptr(),
-            len(held.positions),
-            held.slots.data_ptr(),
-            held.lengths.data_ptr(),
+            uncommitted.kept.data_ptr(),
+            uncommitted.positions.data_ptr(),
+            len(uncommitted.positions),
+            uncommitted.slots.data_ptr(),
+            uncommitted.lengths.data_ptr(),
             (ctypes.c_int64 * len(counts))(*counts),
             len(counts),
             state.storage.data_ptr(),
@@ -176,16 +176,16 @@ class NativeDecoder:
             self._ones = torch.ones(count, dtype=torch.int64)
         return self._ones
 
-    def _hold(
-        self, positions: Tensor, slots: Tensor, lengths: Sequence[int], storage: Tensor, held: slice
-    ) -> _Held | None:
+    def _keep_uncommitted(
+        self, positions: Tensor, slots: Tensor, lengths: Sequence[int], storage: Tensor, uncommitted: slice
+    ) -> _Uncommitted | None:
         """Room for what a step is going to keep; None if it holds nothing."""
-        own = torch.tensor(lengths[held], dtype=torch.int64)
+        own = torch.tensor(lengths[uncommitted], dtype=torch.int64)
         if len(own) == 0:
             return None
-        first, num_rows = sum(lengths[: held.start]), int(own.sum())
+        first, num_rows = sum(lengths[: uncommitted.start]), int(own.sum())
         kept = torch.empty((self._num_layers, num_rows, self._projected_width), dtype=torch.float32)
-        return _Held(kept, positions[first : first + num_rows].clone(), slots[held].clone(), own, storage)
+        return _Uncommitted(kept, positions[first : first + num_rows].clone(), slots[uncommitted].clone(), own, storage)
 
 
 def _check_rows(hidden: Tensor, positions: Tensor, lengths: Sequence[int]) -> None:

@@ -37,11 +37,12 @@ class FrozenModel(ABC):
         device, dtype: of the weights, in a quantized model of those that are not quantized.
         decode_path: what runs steps.
         slow_because: why the compiled kernels do not run a model on a CPU; None: they do, or it is on another device.
-        can_hold: whether steps may hold slots (`PackedBatch.num_held`) and move them on afterwards, to the same bits.
+        can_defer: whether steps may leave slots uncommitted (`PackedBatch.num_uncommitted`) and commit them
+            afterwards, to the same bits.
     """
 
     decode_path: DecodePath
-    can_hold: bool
+    can_defer: bool
     slow_because: str | None = None
 
     def __init__(self, model: DiJiangForCausalLM) -> None:
@@ -63,7 +64,7 @@ class FrozenModel(ABC):
             [R, vocab] fp32 (fp64 for fp64 models): next-token logits of `batch.logit_rows`.
 
         Raises:
-            ValueError: slots are to be held, and `can_hold` is False.
+            ValueError: slots are to be held, and `can_defer` is False.
         """
 
     def decoding(
@@ -81,7 +82,7 @@ class FrozenModel(ABC):
         """Moves the slots that the last step has held on, each by its first `counts` tokens; once for each step.
 
         Raises:
-            ValueError: `can_hold` is False.
+            ValueError: `can_defer` is False.
         """
         raise ValueError("only the compiled kernels can defer commits")
 
@@ -89,7 +90,7 @@ class FrozenModel(ABC):
 class TensorModel(FrozenModel):
     """Steps as the model's own `forward` runs them: in Triton's kernels where the device has them, else in torch."""
 
-    can_hold = False
+    can_defer = False
 
     def __init__(self, model: DiJiangForCausalLM, *, slow_because: str | None) -> None:
         super().__init__(model)
@@ -104,7 +105,7 @@ class NativeModel(FrozenModel):
     """Steps in the compiled kernels: one call for all layers and all rows."""
 
     decode_path = "native"
-    can_hold = True
+    can_defer = True
 
     def __init__(self, model: DiJiangForCausalLM, *, library: CDLL | None = None) -> None:
         """Takes a model that `why_unsupported` has nothing against, and the best kernels unless others are given."""
@@ -119,8 +120,8 @@ class NativeModel(FrozenModel):
             lengths=batch.lengths,
             wanted=batch.logit_rows,
             state=state,
-            first_held=batch.num_decode,
-            num_held=batch.num_held,
+            first_uncommitted=batch.num_decode,
+            num_uncommitted=batch.num_uncommitted,
         )
 
     def decoding(

@@ -263,7 +263,7 @@ def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mappi
         sinks=config.sinks,
         is_softmax=int(config.features.normalisation == "softmax"),
         has_denominator=int(config.read_out == "denominator"),
-        near_numbers=NUMBERS[kept["near_keys"].dtype] if config.window > 0 else 0,
+        exact_numbers=NUMBERS[kept["near_keys"].dtype] if config.window > 0 else 0,
         linear_numbers=NUMBERS[kept["linear_state"].dtype],
         state_offset=place["linear_state"],
         normaliser_offset=place.get("normaliser", -1),

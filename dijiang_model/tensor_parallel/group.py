@@ -22,23 +22,23 @@ class TensorGroup(Protocol):
     @property
     def size(self) -> int: ...
 
-    def sum_(self, x: Tensor) -> Tensor:
+    def all_reduce_(self, x: Tensor) -> Tensor:
         """Adds up the ranks' tensors, in place; every rank gets the same sum."""
         ...
 
-    def join(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """[T, w] of each rank -> [T, size * w] on every rank, in the order of the ranks."""
         ...
 
-    def collect(self, x: Tensor) -> list[Tensor] | None:
+    def gather(self, x: Tensor) -> list[Tensor] | None:
         """Equally shaped tensors of all ranks for rank 0; None on the others."""
         ...
 
-    def deal(self, parts: Sequence[Tensor] | None, out: Tensor) -> Tensor:
+    def scatter(self, parts: Sequence[Tensor] | None, out: Tensor) -> Tensor:
         """Gives each rank one of the parts that rank 0 has, each shaped as `out`, which is filled and returned."""
         ...
 
-    def share_(self, x: Tensor) -> Tensor:
+    def broadcast_(self, x: Tensor) -> Tensor:
         """Fills the others' tensors with rank 0's."""
         ...
 
@@ -67,30 +67,26 @@ class DistributedGroup:
             timeout=TIMEOUT,
             device_id=device if is_cuda else None,
         )
-        self.sum_(torch.zeros(1, device=device))  # NCCL makes its channels at the first operation
+        self.all_reduce_(torch.zeros(1, device=device))  # NCCL makes its channels at the first operation
 
-    def disconnect(self) -> None:
-        """Leaves the group."""
-        dist.destroy_process_group()
-
-    def sum_(self, x: Tensor) -> Tensor:
+    def all_reduce_(self, x: Tensor) -> Tensor:
         dist.all_reduce(x)
         return x
 
-    def join(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts, dim=-1)
 
-    def collect(self, x: Tensor) -> list[Tensor] | None:
+    def gather(self, x: Tensor) -> list[Tensor] | None:
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(x.contiguous(), parts)
         return parts
 
-    def deal(self, parts: Sequence[Tensor] | None, out: Tensor) -> Tensor:
+    def scatter(self, parts: Sequence[Tensor] | None, out: Tensor) -> Tensor:
         dist.scatter(out, None if parts is None else list(parts))
         return out
 
-    def share_(self, x: Tensor) -> Tensor:
+    def broadcast_(self, x: Tensor) -> Tensor:
         dist.broadcast(x, 0)
         return x

@@ -3,15 +3,18 @@
 Each has the names of the module that it stands in for, so that a checkpoint fits.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dijiang_model.config import ModelConfig
 from dijiang_model.families.gpt_neox import GPTNeoXBlock
-from dijiang_model.kernel import LinearKernel
+from dijiang_model.kernel import LinearKernel, wide_product
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
+from dijiang_model.ops.residual import Residual
 from dijiang_model.ops.selection import two_norms
 from dijiang_model.quantization.modules import QuantizedEmbedding, QuantizedLinear
 from dijiang_model.quantization.weight import Int8Weight, QuantizedWeight
@@ -33,7 +36,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, in / size], this rank's -> [T, out], the same on every rank."""
-        return self.finish(self._group.sum_(self.product(x)))
+        return self.finish(self._group.all_reduce_(self.product(x)))
 
     def product(self, x: Tensor) -> Tensor:
         """This rank's term of the sum, [T, out]."""
@@ -61,15 +64,16 @@ class ParallelResidualBlock(GPTNeoXBlock):
         super().__init__(config, layer, dtype=dtype)
         self._group = group
 
-    def forward(self, x: Tensor, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Tensor:
-        normed, mlp_input = two_norms(x, self.input_layernorm, self.post_attention_layernorm)
+    def forward(self, x: Residual, *, op: AttentionOp, layout: StepLayout, state: LayerState) -> Residual:
+        x = Residual(x.value)
+        normed, mlp_input = two_norms(x.total, self.input_layernorm, self.post_attention_layernorm)
         attended = self.attention(normed, op=op, layout=layout, state=state)
-        total = self._group.sum_(attended + self.mlp(mlp_input))
+        total = self._group.all_reduce_(attended + self.mlp(mlp_input))
         for path in ("attention.dense", "mlp.dense_4h_to_h"):
             projection = self.get_submodule(path)
             assert isinstance(projection, PartialLinear)
             total = projection.finish(total)
-        return x + total
+        return x.plus(total)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -92,7 +96,7 @@ class VocabParallelEmbedding(nn.Module):
         row = row.clamp(0, len(self._rows) - 1)
         weight = self.weight
         x = weight.looked_up(row) if isinstance(weight, Int8Weight) else functional.embedding(row, weight)
-        return self._group.sum_(x.masked_fill_(is_elsewhere[:, None], 0))
+        return self._group.all_reduce_(x.masked_fill_(is_elsewhere[:, None], 0))
 
 
 def group_norm(config: ModelConfig, *, dtype: torch.dtype, group: TensorGroup) -> nn.Module:
@@ -129,7 +133,7 @@ class StraddlingGroupNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [T, width], this rank's channels -> the same, normed."""
         width = len(self.weight)
-        normed = functional.group_norm(self._group.join(x), self._num_groups)
+        normed = functional.group_norm(self._group.all_gather(x), self._num_groups)
         return torch.addcmul(self.bias, normed.narrow(1, self._group.rank * width, width), self.weight)
 
 
@@ -141,5 +145,5 @@ class ParallelKernel(LinearKernel):
         super().__init__(config, layer, dtype)
         self._group = group
 
-    def far_query_low(self, q: Tensor) -> Tensor:
-        return self._group.sum_(super().far_query_low(q))
+    def far_query_low(self, q: Tensor, product: Callable[[Tensor, Tensor], Tensor] = wide_product) -> Tensor:
+        return self._group.all_reduce_(super().far_query_low(q, product))

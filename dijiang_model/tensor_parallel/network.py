@@ -132,7 +132,7 @@ class ShardedModel:
         logits = self._empty_logits(hidden) if self.group.rank == 0 else None
         for start in range(0, len(hidden), COLLECTED_ROWS):
             rows = slice(start, start + COLLECTED_ROWS)
-            parts = self.group.collect(self._own_logits(hidden[rows]))
+            parts = self.group.gather(self._own_logits(hidden[rows]))
             if parts is not None and logits is not None:
                 own = [part[:, :width] for part, width in zip(parts, self._vocabularies, strict=True)]
                 torch.cat(own, dim=1, out=logits[rows])

@@ -11,6 +11,7 @@ from server.generation.streaming import json_response
 from server.http.sse import unless_disconnected
 from server.protocol.admin import (
     AdminStatus,
+    DrainRequest,
     ReloadRequest,
     SelfCheckFinding,
     SelfCheckReport,
@@ -20,6 +21,8 @@ from server.selfcheck import SelfCheck, largest_difference
 from server.service import Service
 
 POLL_S = 0.05
+SAVE_S, LAST_ERRORS_S = 15.0, 5.0
+"""How long saving what still runs may take, and telling the clients of it."""
 router = APIRouter(route_class=JsonRoute, prefix="/admin", tags=["admin"])
 
 
@@ -30,9 +33,14 @@ async def get_status(service: ServiceDependency) -> Response:
 
 
 @router.post("/drain", responses={200: {"model": AdminStatus}}, response_class=Response)
-async def drain(service: ServiceDependency) -> Response:
+async def drain(service: ServiceDependency, body: DrainRequest | None = None) -> Response:
     """Takes no new work from now on: `/ready` says 503, what runs is finished. `/admin/resume` ends it."""
+    wish = DrainRequest() if body is None else body
     service.paused = True
+    await _idle(service, timeout_s=wish.wait_s)
+    if wish.hand_over:
+        await service.suspend(timeout_s=SAVE_S)
+        await _idle(service, timeout_s=LAST_ERRORS_S)
     return _status(service)
 
 

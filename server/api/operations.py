@@ -1,8 +1,7 @@
 """For operators: `/health`, `/ready`, `/version`, `/metrics`, `/v1/capacity`."""
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.api.json_body import ServiceDependency
 from server.generation.streaming import json_response
@@ -34,8 +33,8 @@ async def health(service: ServiceDependency) -> JSONResponse:
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(service: ServiceDependency) -> JSONResponse:
-    """200 when new requests are taken; 503 while loading, restarting or draining."""
-    status = "draining" if service.draining or service.paused else service.status
+    """200 when new requests are to be sent here; 503 while loading, restarting or draining, and from SIGTERM on."""
+    status = "draining" if service.leaving or service.draining or service.paused else service.status
     return _state(service, {"status": status}, is_good=status == "ok")
 
 
@@ -64,6 +63,7 @@ async def version(service: ServiceDependency) -> JSONResponse:
 
 
 @router.get("/metrics")
-async def metrics(service: ServiceDependency) -> Response:
-    """Prometheus text format."""
-    return Response(service.metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
+async def metrics(request: Request, service: ServiceDependency) -> Response:
+    """Prometheus's text format, or OpenMetrics with exemplars for those who accept it."""
+    content, content_type = service.metrics.render(request.headers.get("accept", ""))
+    return Response(content, headers={"content-type": content_type, "vary": "accept"})

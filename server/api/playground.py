@@ -1,21 +1,29 @@
-"""`/` and `/playground/...`: the files of the playground, to browsers."""
+"""`/` and `/playground/...`: the files of the playground, to browsers; and Markdown as the page shows it."""
 
 from collections.abc import Awaitable, Callable, Mapping
 
 from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
 
-from server.playground import SECURITY_HEADERS, Asset
+from server.api.json_body import JsonRoute, ServiceDependency
+from server.playground import MARKDOWN_PATH, SECURITY_HEADERS, Asset
+from server.protocol.playground import MarkdownRequest
 
 READ = ["GET", "HEAD"]
 
 
 def playground_router(assets: Mapping[str, Asset]) -> APIRouter:
     """Routes of these files, by path."""
-    router = APIRouter(include_in_schema=False)
+    router = APIRouter(route_class=JsonRoute, include_in_schema=False)
     for path, asset in assets.items():
         router.add_api_route(path, _answering(asset, is_page=path == "/"), methods=READ, response_class=Response)
+    if assets:
+        router.add_api_route(MARKDOWN_PATH, _render, methods=["POST"], response_class=Response)
     return router
+
+
+async def _render(body: MarkdownRequest, service: ServiceDependency) -> Response:
+    return Response(await service.renderer.render(body.text), media_type="application/json")
 
 
 def _answering(asset: Asset, *, is_page: bool) -> Callable[[Request], Awaitable[Response]]:

@@ -15,7 +15,7 @@ from server.generation.streaming import close, collected, owner_of
 from server.http.sse import KEEP_ALIVE, EventStreamResponse
 from server.protocol.responses import ResponseRequest
 from server.responses.background import make_in_background
-from server.responses.events import public, told_later
+from server.responses.events import public, reported_later
 from server.responses.once import IdempotencyKey
 from server.responses.plan import plan_response
 from server.responses.run import ResponseRun
@@ -168,7 +168,7 @@ def _events(service: Service, owner: str, response_id: str, begin: int) -> Respo
     log = service.event_logs.get(response_id)
     if log is not None:
         return _follow(service, log, begin)
-    return EventStreamResponse(told_later(_bodies(service, owner, response_id), begin), close=_nothing)
+    return EventStreamResponse(reported_later(_bodies(service, owner, response_id), begin), close=_nothing)
 
 
 def _follow(service: Service, log: EventLog, begin: int) -> Response:

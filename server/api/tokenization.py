@@ -14,7 +14,7 @@ from server.generation.prompts import (
     template_variables,
 )
 from server.generation.streaming import json_response
-from server.generation.tools import told_tools
+from server.generation.tools import template_tools
 from server.http.sse import unless_disconnected
 from server.protocol.tokenization import (
     ApplyTemplateRequest,
@@ -49,7 +49,7 @@ async def tokenize(body: TokenizeRequest, request: Request, service: ServiceDepe
 
 async def _encode(body: TokenizeRequest, service: Service) -> list[int]:
     if body.conversation is not None:
-        return list(await encode_messages(service, body.conversation, tools=told_tools(body.tool_use)))
+        return list(await encode_messages(service, body.conversation, tools=template_tools(body.tool_use)))
     assert body.prompt is not None
     text, add_special_tokens = body.prompt, body.add_special_tokens is not False
     tokenizer = require_tokenizer(service, param="prompt")
@@ -67,7 +67,7 @@ async def apply_template(body: ApplyTemplateRequest, service: ServiceDependency)
     def render() -> str:
         return template.render(
             conversation,
-            tools=told_tools(body.tool_use),
+            tools=template_tools(body.tool_use),
             variables=template_variables(service, body),
             add_generation_prompt=body.add_generation_prompt is not False,
             continue_final_message=body.continue_final_message is True,
@@ -96,7 +96,10 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDependency) -> Res
     def decode() -> str:
         return "".join([stream.push(token_id) for token_id in body.tokens] + [stream.finish(is_whole=True)])
 
-    return json_response(DetokenizeResponse(prompt=await run_if_long(len(body.tokens), decode)))
+    answer = DetokenizeResponse(prompt=await run_if_long(len(body.tokens), decode))
+    if body.return_token_texts is True:
+        answer.token_texts = [tokenizer.vocabulary.bytes_of(token).decode("utf-8", "replace") for token in body.tokens]
+    return json_response(answer)
 
 
 @router.get("/tokenizer_info", responses={200: {"model": TokenizerInfo}}, response_class=Response)

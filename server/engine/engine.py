@@ -113,6 +113,7 @@ class Engine:
             num_drafted_tokens=self._scheduler.num_drafted,
             num_accepted_tokens=self._scheduler.num_accepted,
             num_preemptions=self._scheduler.num_preemptions,
+            preempted_bytes=self._scheduler.num_parked * self.info.state_bytes_per_slot,
             prefix_cache=self._snapshots.cache_stats,
             token_times=self._token_times.histogram(),
             state_norms=self._watch.norms,

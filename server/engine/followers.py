@@ -49,6 +49,6 @@ class Drafter(Protocol):
         """Takes a token of the output in."""
         ...
 
-    def draft(self, most: int, *, prices: StepCosts, num_rows: int) -> tuple[int, ...]:
+    def draft(self, most: int, *, costs: StepCosts, num_rows: int) -> tuple[int, ...]:
         """Returns up to `most` tokens that may come next and are worth their rows in a step of `num_rows`."""
         ...

@@ -17,7 +17,7 @@ from dijiang_model.serving.network import FrozenModel, freeze
 from dijiang_model.state import StateSpec
 from server.engine.engine import Engine
 from server.engine.fairness.step_times import StepTimes
-from server.engine.fast_steps.capture import recorder
+from server.engine.fast_steps.capture import capturer
 from server.engine.fast_steps.decode_rows import Decode
 from server.engine.grammars.grammar import GrammarCompiler
 from server.engine.grammars.queue import GrammarQueue
@@ -26,7 +26,7 @@ from server.engine.runner import Advance, Model, ModelRunner
 from server.engine.sampling.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
-from server.engine.speculation.rules import speculation_of
+from server.engine.speculation.rules import Speculation, speculation_of
 from server.engine.state.fingerprint import model_fingerprint
 from server.engine.state.norm import StateNorm
 from server.engine.state.pool import StatePool, num_slots_for
@@ -54,7 +54,7 @@ class Network:
         advance: moves on slots that a step has held; None: it can hold none.
         decode: prepares steps in which every sequence decodes; None: each is made anew.
         is_quantized: whether its weights are codes.
-        can_record: whether its steps run in this process alone, so that they can be recorded on a CUDA device.
+        can_capture: whether its steps run in this process alone, so that they can be captured on a CUDA device.
         steps, slow_because: for `EngineInfo`.
     """
 
@@ -65,7 +65,7 @@ class Network:
     advance: Advance | None = None
     decode: Decode | None = None
     is_quantized: bool = False
-    can_record: bool = False
+    can_capture: bool = False
     steps: Literal["native", "triton", "torch"] = "torch"
     slow_because: str | None = None
 
@@ -110,10 +110,10 @@ def build_engine(model: FrozenModel, config: EngineConfig, *, started: float | N
         pool,
         model.config,
         model.num_parameters,
-        advance=model.advance if model.can_hold else None,
+        advance=model.advance if model.can_defer else None,
         decode=model.decoding if pool.buffer.storage.device.type == "cpu" else None,
         is_quantized=model.quantization is not None,
-        can_record=True,
+        can_capture=True,
         steps=model.decode_path,
         slow_because=model.slow_because,
     )
@@ -124,7 +124,7 @@ def slots_of(spec: StateSpec, config: EngineConfig) -> int:
     """How many conversations an engine has memory for.
 
     Raises:
-        server.engine.state.pool.StateBudgetError: none.
+        server.engine.state.pool.StateBudgetError: the budget does not hold one slot.
     """
     # No more sequences than tokens in a step, or decoding could starve (see the scheduler).
     max_num_slots = min(config.max_num_slots, config.max_step_tokens)
@@ -135,7 +135,7 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
     """An engine around a network that is ready to run; see `build_engine`."""
     started = time.monotonic() if started is None else started
     speculation = speculation_of(
-        config.max_drafts, can_hold=network.advance is not None, is_quantized=network.is_quantized
+        config.max_drafts, can_defer=network.advance is not None, is_quantized=network.is_quantized
     )
     pool, device = network.pool, torch.device(config.device)
     num_ahead = 1 if device.type == "cuda" else 0
@@ -144,10 +144,10 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
     fingerprint = model_fingerprint(network.config, Path(config.model_path), numbers=numbers_of(config))
     layout = state_layout(pool.spec, vocab_size, fingerprint)
     snapshots = _snapshots(PoolAccess(pool), layout, config)
-    load_compiler = partial(
-        GrammarCompiler.load, Path(config.model_path), vocab_size=vocab_size, eos_token_ids=eos_token_ids
+    model_path = Path(config.model_path)
+    grammars = GrammarQueue(
+        partial(GrammarCompiler.load, model_path, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
     )
-    grammars = GrammarQueue(load_compiler)
     scheduler = Scheduler(
         num_slots=pool.num_slots,
         max_step_tokens=config.max_step_tokens,
@@ -158,32 +158,13 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
         speculation=speculation,
         max_unseen=num_ahead,
         reserved_waiting=config.reserved_waiting,
+        max_parked=config.preemption_bytes // pool.spec.bytes_per_slot,
         step_times=StepTimes(config.target_gap_ms / 1000) if num_ahead == 0 and config.target_gap_ms > 0 else None,
         on_admission=lambda sequence: _begin(sequence, snapshots, grammars),
     )
-    info = EngineInfo(
-        num_slots=pool.num_slots,
-        state_bytes_per_slot=pool.spec.bytes_per_slot,
-        vocab_size=vocab_size,
-        eos_token_ids=eos_token_ids,
-        device=config.device,
-        device_name=device_name(device),
-        weights_dtype=config.weights_dtype,
-        state_dtype=config.state_dtype,
-        num_parameters=network.num_parameters,
-        load_s=time.monotonic() - started,
-        state_layout=layout,
-        num_ranks=config.tensor_parallel,
-        state_bytes_per_rank=pool.buffer.spec.bytes_per_slot,
-        max_drafts=0 if speculation is None else speculation.max_drafts,
-        steps=network.steps,
-        slow_because=network.slow_because,
-        kv_cache_bytes_per_token=_kv_cache_bytes(network.config),
-        memory=network.config.memory,
-    )
     record = None
-    if network.can_record and config.decode_graphs:
-        record = recorder(network.run, pool=pool, vocab_size=vocab_size, device=device)
+    if network.can_capture and config.decode_graphs:
+        record = capturer(network.run, pool=pool, vocab_size=vocab_size, device=device)
     runner = ModelRunner(
         network.run,
         pool=pool,
@@ -196,11 +177,37 @@ def assemble_engine(network: Network, config: EngineConfig, *, started: float | 
     return Engine(
         scheduler=scheduler,
         runner=runner,
-        info=info,
+        info=_info(network, config, layout, speculation, started),
         num_ahead=num_ahead,
         snapshots=snapshots,
         grammars=grammars,
         watch=StateWatch(StateNorm(pool.buffer)),
+    )
+
+
+def _info(
+    network: Network, config: EngineConfig, layout: StateLayout, speculation: Speculation | None, started: float
+) -> EngineInfo:
+    pool = network.pool
+    return EngineInfo(
+        num_slots=pool.num_slots,
+        state_bytes_per_slot=pool.spec.bytes_per_slot,
+        vocab_size=network.config.vocab_size,
+        eos_token_ids=network.config.eos_token_ids,
+        device=config.device,
+        device_name=device_name(torch.device(config.device)),
+        weights_dtype=config.weights_dtype,
+        state_dtype=config.state_dtype,
+        num_parameters=network.num_parameters,
+        load_s=time.monotonic() - started,
+        state_layout=layout,
+        num_ranks=config.tensor_parallel,
+        state_bytes_per_rank=pool.buffer.spec.bytes_per_slot,
+        max_drafts=0 if speculation is None else speculation.max_drafts,
+        steps=network.steps,
+        slow_because=network.slow_because,
+        kv_cache_bytes_per_token=_kv_cache_bytes(network.config),
+        memory=network.config.memory,
     )
 
 

@@ -35,7 +35,7 @@ from server.engine.types.logprobs import NO_STEP_LOGPROBS
 from server.engine.types.requests import GenerationRequest, SamplingParams
 
 Model = Callable[[PackedBatch, StateBuffer], Tensor]
-"""Logits [R, vocab] of a step; moves the slots on in place, but for held ones (`PackedBatch.num_held`)."""
+"""Logits [R, vocab] of a step; moves the slots on in place, but for held ones (`PackedBatch.num_uncommitted`)."""
 Advance = Callable[[Items[int], StateBuffer], None]
 """Moves the slots that the last step has held on, each by so many of its tokens."""
 
@@ -84,7 +84,7 @@ class ModelRunner:
         Args:
             advance: of a model that can hold slots; None: no drafts are verified.
             decode: prepares steps of a model on the CPU in which every sequence decodes; None: every step is made anew.
-            record: makes recorded decode steps around the slots' last tokens [P]; None: every step runs freshly.
+            record: makes captured decode steps around the slots' last tokens [P]; None: every step runs freshly.
         """
         self._model = model
         self._advance = advance
@@ -115,7 +115,7 @@ class ModelRunner:
     def _change_hands(self, batch: Batch) -> None:
         """Copies the states of sequences that lose their slot, and puts back those of others that have one again."""
         for sequence, slot in batch.preempted:
-            if sequence.num_fed > sequence.num_skipped:
+            if sequence.has_state:
                 sequence.parked = self._pool.snapshot(slot)
         for sequence in batch.resumed:
             if isinstance(sequence.parked, Tensor):
@@ -131,7 +131,7 @@ class ModelRunner:
         bucket = self._bucket(batch)
         transfer = Transfer()
         fields = _StepFields.prepare(batch, transfer, bucket=bucket) if kept is None else None
-        if bucket is not None and self._launch_recorded(batch, bucket, transfer):
+        if bucket is not None and self._launch_captured(batch, bucket, transfer):
             return
         scoring = LogprobPlan.prepare(batch, transfer)
         plan = None if _depends_on_tokens_in_flight(batch) else self._sampler.prepare(batch.sampled, transfer)
@@ -194,13 +194,13 @@ class ModelRunner:
             self._pool.restore(chunk.slot, snapshot)
 
     def _bucket(self, batch: Batch) -> int | None:
-        """The recorded step for a batch; None if there is none."""
+        """The captured step for a batch; None if there is none."""
         if self._graphs is None or batch.num_decode < len(batch.chunks):
             return None
         return self._graphs.bucket_for(batch.num_decode)
 
-    def _launch_recorded(self, batch: Batch, bucket: int, transfer: Transfer) -> bool:
-        """Replays model and sampling; False, with nothing done, if the rows want other sampling than was recorded."""
+    def _launch_captured(self, batch: Batch, bucket: int, transfer: Transfer) -> bool:
+        """Replays model and sampling; False, with nothing done, if the rows want other sampling than was captured."""
         kind = graph_sampling.kind_of(batch.sampled, self._sampler.vocab_size)
         wants_logprobs = any(chunk.sequence.request.logprobs.num_output is not None for chunk in batch.sampled)
         if self._graphs is None or kind is None or wants_logprobs or not self._graphs.samples(kind):
@@ -213,7 +213,7 @@ class ModelRunner:
         return True
 
     def _logits(self, batch: Batch, bucket: int | None, fields: "_StepFields", arrived: TransferredFields) -> Tensor:
-        """[R, vocab]; of a recorded step those of its `R` first rows."""
+        """[R, vocab]; of a captured step those of its `R` first rows."""
         if self._graphs is None or bucket is None:
             return self._model(self._packed(batch, fields, arrived), self._pool.buffer)
         self._graphs.feed(bucket, arrived.words[: 2 * bucket])
@@ -260,7 +260,7 @@ class ModelRunner:
             slots=slots,
             lengths=tuple(chunk.length for chunk in batch.chunks),
             num_decode=batch.num_decode,
-            num_held=batch.num_verified,
+            num_uncommitted=batch.num_verified,
             logit_rows=arrived[fields.logit_rows],
         )
 
@@ -268,7 +268,7 @@ class ModelRunner:
         """Sends integers back, not waited for; the step is in flight."""
         num_sampled = len(batch.sampled)
         if self._device.type != "cuda" or len(numbers) == 0:
-            # A recorded step writes into the same memory again.
+            # A captured step writes into the same memory again.
             on_host = numbers.to("cpu", copy=self._graphs is not None)
             self._in_flight.append(_InFlight(batch, num_sampled, scoring, on_host, None))
             return
@@ -281,18 +281,18 @@ class ModelRunner:
 
 @dataclass(frozen=True, slots=True)
 class _StepFields:
-    """The model's part of a transfer; see `PackedBatch`. That of a recorded step begins with slots and positions."""
+    """The model's part of a transfer; see `PackedBatch`. That of a captured step begins with slots and positions."""
 
     slots: Field
     token_ids: Field
     positions: Field
     logit_rows: Field
     sampled_slots: Field
-    is_recorded: bool
+    is_captured: bool
 
     def sampled(self, batch: Batch, arrived: TransferredFields) -> Tensor:
         """[S] slots of the sampled rows."""
-        return arrived[self.slots][: batch.num_decode] if self.is_recorded else arrived[self.sampled_slots]
+        return arrived[self.slots][: batch.num_decode] if self.is_captured else arrived[self.sampled_slots]
 
     @classmethod
     def prepare(cls, batch: Batch, transfer: Transfer, *, bucket: int | None = None) -> "_StepFields":
@@ -315,7 +315,7 @@ class _StepFields:
             token_ids=transfer.integers(token_ids),
             logit_rows=transfer.integers(logit_rows if bucket is None else ()),
             sampled_slots=transfer.integers(_slots(batch.sampled) if bucket is None else ()),
-            is_recorded=bucket is not None,
+            is_captured=bucket is not None,
         )
 
 

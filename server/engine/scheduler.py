@@ -57,6 +57,7 @@ class Scheduler:
         reserved_waiting: int = 0,
         step_times: StepTimes | None = None,
         can_preempt: bool = True,
+        max_parked: int | None = None,
     ) -> None:
         """
         Args:
@@ -71,7 +72,7 @@ class Scheduler:
                 seen: 1 where the runner completes a step after the one before it was committed, else 0.
             on_admission: called with a sequence that gets its slot, before its first tokens are scheduled; it may let
                 the sequence begin behind a prefix whose state is known (`Sequence.skip`).
-            reserved_waiting, can_preempt: see `Admission`.
+            reserved_waiting, can_preempt, max_parked: see `Admission`.
             step_times: limits the prompt tokens of steps in which answers run; None: they take what is left.
 
         Raises:
@@ -84,11 +85,11 @@ class Scheduler:
             max_waiting=max_waiting,
             reserved_waiting=reserved_waiting,
             can_preempt=can_preempt,
+            max_parked=max_parked,
             on_admission=self._begin,
         )
         self._running, self._waiting = self._admission.running, self._admission.waiting
-        self._num_slots = num_slots
-        self._max_step_tokens = max_step_tokens
+        self._num_slots, self._max_step_tokens = num_slots, max_step_tokens
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._max_scored_tokens = max_step_tokens if max_scored_tokens is None else max_scored_tokens
@@ -100,8 +101,7 @@ class Scheduler:
         self._ended: list[Sequence] = []
         self._begun: list[str] = []
         self._checked_prompt: tuple[int, ...] = ()
-        self.num_drafted = 0
-        self.num_accepted = 0
+        self.num_drafted = self.num_accepted = 0
 
     @property
     def num_waiting(self) -> int:
@@ -126,6 +126,11 @@ class Scheduler:
     def num_preemptions(self) -> int:
         """Running sequences that had to wait again."""
         return self._admission.num_preemptions
+
+    @property
+    def num_parked(self) -> int:
+        """Those of them whose state is kept meanwhile."""
+        return self._admission.num_parked
 
     @property
     def has_unfinished(self) -> bool:
@@ -276,15 +281,15 @@ class Scheduler:
         for follower in moves.followers:  # in this very step, while its leader is where it is
             chunks += budget.feed(follower, 1)
         reading = [one for one in reading if one not in moves.followers]
-        budget.num_tokens = min(budget.num_tokens, self._prompt_tokens(num_known, num_rows))
+        budget.num_tokens = min(budget.num_tokens, self._prompt_tokens(num_known, num_rows, len(reading)))
         for sequence, most in self._prompts.split(reading, budget.num_tokens):
             chunks += budget.feed(sequence, most)
         return chunks
 
-    def _prompt_tokens(self, num_decoding: int, num_rows: int) -> int:
-        """Most prompt tokens of a step in which so many sequences decode, in so many rows."""
+    def _prompt_tokens(self, num_decoding: int, num_rows: int, num_prompts: int = 1) -> int:
+        """Most prompt tokens of a step in which so many sequences decode, in so many rows, and prompts are read."""
         left = self._max_step_tokens - num_rows
-        limit = None if self._step_times is None else self._step_times.prompt_tokens(num_decoding)
+        limit = None if self._step_times is None else self._step_times.prompt_tokens(num_decoding, num_prompts)
         return left if limit is None else min(left, limit)
 
     def _commit_chunk(self, chunk: Chunk, token_ids: Items[int], faults: Items[bool]) -> TokenEvent:

@@ -228,6 +228,16 @@ class Sequence:
         """Whether every token that was asked for was seen, so that it can stop here and go on elsewhere."""
         return self.num_scheduled == self.num_outputs
 
+    @property
+    def has_state(self) -> bool:
+        """Whether it has fed anything, so that there is a state that it does not begin from."""
+        return self.num_fed > self.num_skipped
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether it waits for a slot again, and its state is kept elsewhere."""
+        return self.is_preempted and self.has_state
+
     def preempt(self) -> int:
         """PREFILL or DECODE -> WAITING; returns the slot that is another's from the next step on."""
         assert self.is_settled

@@ -33,7 +33,6 @@ from server.engine.process.messages import (
 )
 from server.engine.types.requests import (
     EngineConfig,
-    EngineError,
     EngineInfo,
     EngineStats,
     FinishReason,
@@ -42,7 +41,7 @@ from server.engine.types.requests import (
 )
 from server.engine_client.candidate import Candidate
 from server.engine_client.link import EngineEndedError, EngineLink
-from server.engine_client.submissions import EventStream, Submissions
+from server.engine_client.submissions import EventStream, Submissions, TenantLoad, engine_died
 from server.engine_client.watchdog import Watchdog, end_when_silent
 from server.errors import EngineUnavailableError
 
@@ -132,6 +131,11 @@ class EngineClient:
         return len(self._submissions)
 
     @property
+    def loads(self) -> dict[str, TenantLoad]:
+        """The requests of each tenant that has any."""
+        return self._submissions.loads
+
+    @property
     def pid(self) -> int | None:
         """The engine process; None while there is none."""
         return None if self._link is None else self._link.pid
@@ -219,12 +223,16 @@ class EngineClient:
 
     @asynccontextmanager
     async def generate(
-        self, requests: Sequence[GenerationRequest], on_event: Callable[[TokenEvent], None]
+        self,
+        requests: Sequence[GenerationRequest],
+        on_event: Callable[[TokenEvent], None],
+        on_begun: Callable[[str], None] = lambda request_id: None,
     ) -> AsyncIterator[Callable[[str], None]]:
         """Runs requests, all or none, for as long as the context is open.
 
         Args:
             on_event: called with each event of any of them, on the event loop. It must not raise.
+            on_begun: called likewise with the id of each that gets its first slot.
 
         Yields:
             A function that ends one of them before, by its id; nothing happens if it has ended.
@@ -246,7 +254,7 @@ class EngineClient:
             added = []
             for request in requests:
                 self._submissions.check(request, num_slots=info.num_slots)
-                added.append(self._submissions.add(request, on_event))
+                added.append(self._submissions.add(request, on_event, on_begun))
                 names[request.request_id] = added[-1].name
             for message in AddRequests.of(submission.named for submission in added):
                 self._send(message)
@@ -284,7 +292,7 @@ class EngineClient:
         finally:
             if self._candidate is not None:  # which nobody will take over any more
                 await self._candidate.link.close()
-        self._submissions.end_all(_engine_died())
+        self._submissions.end_all(engine_died())
         if self._status is not EngineStatus.STOPPED:
             self._set_status(EngineStatus.FAILED, reason)
 
@@ -308,7 +316,7 @@ class EngineClient:
         """One process from start to end."""
         candidate, self._candidate = self._candidate, None
         try:
-            self._link = await self._open() if candidate is None else candidate.link
+            self._link = candidate.link if candidate else await EngineLink.open(self._config, module=self._module)
         except Exception as error:
             return _End(was_ready=False, reason=f"the engine process cannot be started: {error}")
         try:
@@ -320,9 +328,6 @@ class EngineClient:
             link, self._link = self._link, None
             self._stats = None
             await link.close()
-
-    async def _open(self) -> EngineLink:
-        return await EngineLink.open(self._config, module=self._module)
 
     async def _follow(self, link: EngineLink, reports: AsyncIterator[Report]) -> _End:
         failure: LoadFailed | None = None
@@ -347,7 +352,7 @@ class EngineClient:
         was_ready = self._is_reloading or self._status is EngineStatus.READY
         if was_ready:
             self._set_status(EngineStatus.RESTARTING)
-        self._submissions.end_all(_engine_died(), begun_only=True)
+        self._submissions.end_all(engine_died(), begun_only=True)
         if failure is not None:
             return _End(was_ready, failure.reason, failure.is_permanent)
         return _End(was_ready, f"exit status {link.returncode}")
@@ -393,8 +398,3 @@ class EngineClient:
     def _unavailable(self, message: str | None = None) -> EngineUnavailableError:
         message = f"the engine is not ready: {self._status}" if message is None else message
         return EngineUnavailableError(message, code=f"engine_{self._status}", retry_after_s=self._retry_after_s)
-
-
-def _engine_died() -> TokenEvent:
-    message = "the engine failed while this request ran and is being restarted; send the request again"
-    return TokenEvent("", finish_reason=FinishReason.ERROR, error=EngineError("engine_restarting", message))

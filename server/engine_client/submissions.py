@@ -6,11 +6,13 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from server.engine.types.requests import EngineConfig, GenerationRequest, TokenEvent
+from server.engine.types.requests import EngineConfig, EngineError, FinishReason, GenerationRequest, TokenEvent
 from server.errors import InvalidRequestError, OverloadedError, RateLimitError
 
 OnEvent = Callable[[TokenEvent], None]
+OnBegun = Callable[[str], None]
 _RETRY_AFTER_S = 1
 
 
@@ -43,6 +45,13 @@ class EventStream:
         return event
 
 
+class TenantLoad(NamedTuple):
+    """How many requests of a tenant have had a slot, and how many have not."""
+
+    num_running: int
+    num_waiting: int
+
+
 @dataclass(slots=True)
 class Submission:
     """One request.
@@ -51,6 +60,7 @@ class Submission:
         name: the engine's, of this submission alone.
         request: the client's.
         on_event: is called with its events, under the client's name.
+        on_begun: is called with that name when it gets its slot.
         has_begun: it has had a slot.
         num_processes: engine processes that were given it.
     """
@@ -58,6 +68,7 @@ class Submission:
     name: str
     request: GenerationRequest
     on_event: OnEvent
+    on_begun: OnBegun
     has_begun: bool = False
     num_processes: int = 1
 
@@ -86,6 +97,12 @@ class Submissions:
     def __len__(self) -> int:
         return len(self._by_name)
 
+    @property
+    def loads(self) -> dict[str, TenantLoad]:
+        """What each tenant has here that has anything."""
+        waiting = self._num_waiting_of
+        return {name: TenantLoad(num - waiting[name], waiting[name]) for name, num in self._num_of.items()}
+
     def check(self, request: GenerationRequest, *, num_slots: int) -> None:
         """Raises an error unless there is a place for one more request beside `num_slots` that run.
 
@@ -110,13 +127,13 @@ class Submissions:
             message = f"{num_tokens:,} prompt tokens of this key would be queued, limit {tenant.max_waiting_tokens:,}"
             raise RateLimitError(message, retry_after_s=_RETRY_AFTER_S)
 
-    def add(self, request: GenerationRequest, on_event: OnEvent) -> Submission:
+    def add(self, request: GenerationRequest, on_event: OnEvent, on_begun: OnBegun) -> Submission:
         """Takes a request in that was checked.
 
         The engine knows each submission by a name of its own: a late event of an earlier request that was called the
         same can then never reach this one.
         """
-        submission = Submission(f"{self._num_added}/{request.request_id}", request, on_event)
+        submission = Submission(f"{self._num_added}/{request.request_id}", request, on_event, on_begun)
         self._num_added += 1
         self._by_name[submission.name] = submission
         self._request_ids.add(request.request_id)
@@ -131,6 +148,7 @@ class Submissions:
             if submission is not None and not submission.has_begun:
                 self._wait(submission, -1)
                 submission.has_begun = True
+                submission.on_begun(submission.request.request_id)
 
     def pass_on(self, event: TokenEvent) -> None:
         """Passes an event of the engine on; it belongs to nobody if its request was ended here before."""
@@ -181,3 +199,9 @@ class Submissions:
         if self._num_of[tenant] == 0:
             for counter in (self._num_of, self._num_waiting_of, self._num_tokens_of):
                 del counter[tenant]
+
+
+def engine_died() -> TokenEvent:
+    """The end of a request whose process is gone."""
+    message = "the engine failed while this request ran and is being restarted; send the request again"
+    return TokenEvent("", finish_reason=FinishReason.ERROR, error=EngineError("engine_restarting", message))

@@ -122,8 +122,8 @@ class ChatWriter(OpenAIWriter):
         if delta.prompt is not None and index == 0:
             new |= self._prompt_logprobs([delta.prompt])
         deltas = answer.deltas(delta.text, reason)
-        tells_tokens = self._with_token_ids or "output" in new
-        if not deltas and ("prompt_logprobs" in new or (tells_tokens and reason is None)):
+        sends_tokens = self._with_token_ids or "output" in new
+        if not deltas and ("prompt_logprobs" in new or (sends_tokens and reason is None)):
             deltas = [ChatDelta(content="")]
         chunks: list[bytes] = []
         for part in deltas:

@@ -1,13 +1,12 @@
 """One choice of a request: its text while the events of its engine request come, and what it was as a whole."""
 
-import time
 from dataclasses import dataclass, field
 
 from server.engine.types.requests import FinishReason, TokenEvent
 from server.errors import ServiceError
 from server.generation.logprobs import ScoredTokens
+from server.generation.measures import Measures
 from server.generation.planning import RequestPlan
-from server.metrics import Metrics
 from server.protocol.sampling import FinishReasonText
 from server.states.session import error_of
 
@@ -63,13 +62,13 @@ class Choice:
 
     Attributes:
         has_ended: nothing of it comes any more.
-        first_token_s: from its admission to its first token; None: none has come.
+        measures: what it costs.
         followers: choices that get the log-probabilities of the prompt from this one.
         deferred: events of a follower that came before all of these.
         prompt_is_scored: the followers have got all of them.
     """
 
-    def __init__(self, index: int, plan: RequestPlan, metrics: Metrics) -> None:
+    def __init__(self, index: int, plan: RequestPlan, measures: Measures) -> None:
         request = plan.requests[index]
         scores_prompt = plan.fields.logprob_options.num_prompt is not None
         self.index = index
@@ -89,15 +88,7 @@ class Choice:
         self._echoes = plan.fields.echoes
         self._num_prompt_done = 0
         self._echo = ""
-        self._metrics = metrics
-        self._begin = self._last = time.perf_counter()
-        self._reason: str | None = None
-        self.first_token_s: float | None = None
-
-    @property
-    def end_reason(self) -> str:
-        """Why it ended, or would if it ended now."""
-        return "abort" if self._reason is None else self._reason
+        self.measures = measures
 
     def take(self, event: TokenEvent) -> TextDelta:
         """The delta that one event makes.
@@ -106,7 +97,7 @@ class Choice:
             ServiceError: the engine ended the request with an error, or stopped.
         """
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-            self._reason = str(event.finish_reason)
+            self.measures.reason = str(event.finish_reason)
             raise error_of(event.error)
         text, prompt = self._take_prompt(event)
         more, num_taken, offsets = self._push_output(event)
@@ -124,7 +115,7 @@ class Choice:
         token_ids = event.token_ids[:num_taken]
         self._count(event, token_ids)
         if reason is not None:
-            self._reason = reason
+            self.measures.reason = reason
         return TextDelta(self.index, text + more, token_ids, reason, prompt=prompt, output=output, stop=stop)
 
     def resume(self, token_ids: tuple[int, ...], *, num_cached_tokens: int) -> str:
@@ -137,7 +128,7 @@ class Choice:
 
     def cut_off(self) -> str:
         """The text that was held back for what might have come."""
-        self._reason = str(FinishReason.SUSPENDED)
+        self.measures.reason = str(FinishReason.SUSPENDED)
         return "" if self._stream is None or self._stream.stopped else self._stream.finish()
 
     def end(self) -> None:
@@ -145,10 +136,7 @@ class Choice:
         if self.has_ended:
             return
         self.has_ended = True
-        self._metrics.finished.labels(self.end_reason).inc()
-        self._metrics.e2e_latency.observe(time.perf_counter() - self._begin)
-        self._metrics.prompt_length.observe(len(self._prompt))
-        self._metrics.answer_length.observe(self.num_tokens)
+        self.measures.end(num_tokens=self.num_tokens)
 
     @property
     def num_unread(self) -> int:
@@ -209,15 +197,8 @@ class Choice:
         if not token_ids:
             return
         self._remember(token_ids)
-        now = time.perf_counter()
-        if self.num_tokens == 0:
-            self.first_token_s = now - self._begin
-            self._metrics.time_to_first_token.observe(self.first_token_s)
-        else:
-            self._metrics.inter_token_latency.observe((now - self._last) / len(token_ids))
-        self._last = now
+        self.measures.tokens(len(token_ids))
         self.num_tokens += len(token_ids)
-        self._metrics.generation_tokens.inc(len(token_ids))
 
     def _remember(self, token_ids: tuple[int, ...]) -> None:
         if self.thought is not None:

@@ -16,11 +16,13 @@ from server.engine.types.requests import FinishReason, GenerationRequest, TokenE
 from server.errors import DeadlineError, InternalError, ServiceError, ShutdownError
 from server.generation.choice import Answer, Choice, TextDelta
 from server.generation.logprobs import check_num_entries
+from server.generation.measures import Measures, log_facts
 from server.generation.planning import RequestPlan
 from server.protocol.usage import Usage
 from server.service import Service
 from server.states.errors import StorageFullError, StoreUnavailableError
 from server.states.session import error_of
+from server.tracing import current
 
 MAX_INLINE_TOKENS = 4096
 MAX_UNREAD_DELTAS = 100_000
@@ -29,13 +31,20 @@ logger = structlog.stdlib.get_logger("dijiang.answers")
 
 
 class Generation:
-    """All choices of one request, from admission to the last slot freed."""
+    """All choices of one request, from admission to the last slot freed.
+
+    Attributes:
+        error_code: what ended it, if an error did, as the client was told.
+    """
 
     def __init__(self, service: Service, plan: RequestPlan) -> None:
         self.plan = plan
         self._service = service
         self._session = plan.session
-        self._choices = [Choice(index, plan, service.metrics) for index in range(len(plan.requests))]
+        self._trace = current()
+        self._tenant = service.labels.of(plan.owner)
+        self._measures = [Measures(service.metrics, self._trace, self._tenant, request) for request in plan.requests]
+        self._choices = [Choice(index, plan, measures) for index, measures in enumerate(self._measures)]
         self._by_request = {
             request.request_id: choice for request, choice in zip(plan.requests, self._choices, strict=True)
         }
@@ -52,6 +61,7 @@ class Generation:
         self._num_handed_out = 0
         self._num_left = len(self._choices)
         self._outputs_before: tuple[int, ...] | None = None
+        self.error_code: str | None = None
 
     @property
     def usage(self) -> Usage:
@@ -87,14 +97,9 @@ class Generation:
     @property
     def log_facts(self) -> dict[str, object]:
         """What the request's log line says of it."""
-        usage, firsts = self.usage, [one.first_token_s for one in self._choices if one.first_token_s is not None]
-        return {
-            "model": self._service.options.model_name,
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "first_token_ms": round(1e3 * min(firsts), 1) if firsts else None,
-            "finish_reason": ",".join(sorted({choice.end_reason for choice in self._choices})),
-        }
+        usage, facts = self.usage, log_facts(self._measures, self.error_code)
+        facts["model"] = self.plan.fields.model or self._service.options.model_name
+        return facts | {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
 
     def prompt_token_ids(self, index: int) -> tuple[int, ...]:
         """The prompt of a choice."""
@@ -133,20 +138,22 @@ class Generation:
             self._service.running.add(self)
             self._admitted.callback(self._service.running.discard, self)
             async with plan.deadline.kept():
-                await enter(self._session.opened(len(plan.requests)))
+                with self._trace.measured("store", operation="open"):
+                    await enter(self._session.opened(len(plan.requests)))
                 for choice in self._choices:
                     if choice.num_unread > MAX_INLINE_TOKENS:
                         await asyncio.to_thread(choice.read_prompt)
             requests = [self._session.attach(request, number) for number, request in enumerate(plan.requests)]
             if self._outputs_before is not None:
                 requests = [self._session.resumed(request, self._outputs_before) for request in requests]
-            self._abort = await enter(self._service.engine.generate(requests, self._receive))
+            self._abort = await enter(self._service.engine.generate(requests, self._receive, self._begun))
             self._admitted.callback(self._end_all)
         except BaseException:
             await self.close()
             raise
         if self._outputs_before is None:
             self._service.metrics.prompt_tokens.inc(self._num_new_tokens)
+            self._service.metrics.tenant_prompt_tokens.labels(self._tenant).inc(self._num_new_tokens)
 
     async def close(self) -> None:
         """Ends what still runs and frees its slots. May be called twice."""
@@ -249,6 +256,9 @@ class Generation:
         except TimeoutError:
             return None
 
+    def _begun(self, request_id: str) -> None:
+        self._by_request[request_id].measures.begun()
+
     def _receive(self, event: TokenEvent) -> None:
         """Takes an event of any choice; what goes wrong with it is in the queue."""
         choice = self._by_request[event.request_id]
@@ -323,7 +333,8 @@ class Generation:
         error: ServiceError | None = None if event.save_error is None else error_of(event.save_error)
         if error is None:
             try:
-                delta = replace(delta, state_id=await self._keep(choice, event))
+                with self._trace.measured("store", operation="keep"):
+                    delta = replace(delta, state_id=await self._keep(choice, event))
             except (StoreUnavailableError, StorageFullError) as problem:
                 error = problem
         if error is not None:
@@ -332,7 +343,6 @@ class Generation:
         self._note_end(choice, delta)
 
     async def _keep(self, choice: Choice, event: TokenEvent) -> str:
-        """Where the state after the tokens that were taken is kept."""
         assert choice.token_ids is not None
         if event.saved is not None and choice.num_tokens == choice.num_received:
             saved = event.saved
@@ -346,7 +356,8 @@ class Generation:
         assert event.saved is not None
         state_id: str | None = None
         try:
-            state_id = await self._session.keep_rescued(event.saved)
+            with self._trace.measured("store", operation="rescue"):
+                state_id = await self._session.keep_rescued(event.saved)
         except ServiceError as error:
             logger.error("the state of an answer that was cut off could not be kept", problem=str(error))
         self._note_end(choice, None, state_id=state_id, is_suspended=True)

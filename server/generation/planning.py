@@ -22,7 +22,7 @@ from server.generation.sampling import (
     within_limit,
 )
 from server.generation.sessions import Past, cache_use
-from server.generation.tools import call_token_ids, checked_grammar, form_of, told_tools
+from server.generation.tools import call_token_ids, checked_grammar, form_of, template_tools
 from server.protocol.chat import ChatRequest
 from server.protocol.completions import CompletionRequest
 from server.protocol.sampling import GenerationFields
@@ -129,7 +129,7 @@ async def _plan(
     service: Service, info: EngineInfo, owner: str, body: Body, past: Past, deadline: Deadline
 ) -> RequestPlan:
     check_counts(service.options, body)
-    tools = told_tools(body.tool_use) if past.tells_tools else ()
+    tools = template_tools(body.tool_use) if past.shows_tools else ()
     prompts = past.prompts if past.prompts is not None else await _encode(service, body, past, tools)
     if body.truncate_prompt_tokens is not None:
         num = body.truncate_prompt_tokens

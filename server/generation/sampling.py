@@ -43,7 +43,7 @@ def sampling_params(
         min_tokens=given(fields.min_tokens, 0),
         temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
         top_k=max(0, given(fields.top_k, defaults.top_k)),
-        top_p=max(LEAST_TOP_P, given(fields.top_p, defaults.top_p)),  # 0 means: the likeliest token alone
+        top_p=max(LEAST_TOP_P, given(fields.top_p, defaults.top_p)),  # 0 means: the most likely token alone
         min_p=given(fields.min_p, defaults.min_p) + 0.0,
         typical_p=max(LEAST_TOP_P, given(fields.typical_p, 1.0)),
         repetition_penalty=given(fields.repetition_penalty, defaults.repetition_penalty),

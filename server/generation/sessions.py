@@ -33,7 +33,7 @@ class Past:
         rescue: likewise of answers that are cut off because the server stops; None: nothing is kept then.
         cut_off_at: of an answer that was cut off and is resumed: its state then; None: it had none.
         prompts: tokens that come after the base, where they are known already.
-        tells_tools: whether the model is told of the tools where its template has a place for them.
+        shows_tools: whether the model is told of the tools where its template has a place for them.
         uses_cache: whether the prefix cache is used and filled.
     """
 
@@ -43,7 +43,7 @@ class Past:
     rescue: Rescue | None = None
     cut_off_at: SnapshotRecord | None = None
     prompts: Sequence[tuple[int, ...]] | None = None
-    tells_tools: bool = True
+    shows_tools: bool = True
     uses_cache: bool = True
 
 

@@ -21,6 +21,7 @@ from server.http.sse import DONE, KEEP_ALIVE, EventStreamResponse, event, unless
 from server.protocol.usage import Usage
 from server.protocol.wire import ResponseModel, StateError
 from server.service import Service
+from server.tracing import current
 
 logger = structlog.stdlib.get_logger("dijiang.answers")
 MAX_INLINE_ENTRIES = 500
@@ -131,7 +132,8 @@ async def started(service: Service, owner: str, body: Body) -> Generation:
         ServiceError: the request can never work, or not now.
     """
     info = service.admit(owner, body.model)
-    past = await find_past(service, info, owner, body)
+    with current().measured("store", operation="find"):
+        past = await find_past(service, info, owner, body)
     generation = Generation(service, await plan_request(service, info, owner, body, past))
     await generation.start()
     return generation
@@ -194,9 +196,11 @@ async def _chunks(writer: AnswerWriter, generation: Generation, *, idle_s: float
         for chunk in writer.end():
             yield chunk
     except ServiceError as error:
+        generation.error_code = on_wire(error).code
         for chunk in writer.failed(error):
             yield chunk
     except Exception:
         logger.exception("a stream failed")
+        generation.error_code = on_wire(InternalError()).code
         for chunk in writer.failed(InternalError()):
             yield chunk

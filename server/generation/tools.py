@@ -21,9 +21,9 @@ from server.tools.tool_forms import ToolForm, tool_form
 from server.tools.tool_grammar import Callable, tool_grammar
 
 
-def told_tools(use: ToolUse | None) -> tuple[Mapping[str, Any], ...]:
+def template_tools(use: ToolUse | None) -> tuple[Mapping[str, Any], ...]:
     """Tools as chat templates expect them."""
-    return () if use is None else tuple(_told(function) for function in use.offered)
+    return () if use is None else tuple(_template_tool(function) for function in use.offered)
 
 
 def form_of(tokenizer: Tokenizer | None) -> ToolForm:
@@ -92,7 +92,7 @@ def _behind(thinking: Thinking | None, wanted: WantedGrammar | None) -> WantedGr
     return replace(wanted, source=replace(wanted.source, lead=lead, is_lead_special=thinking.form.is_special))
 
 
-def _told(function: FunctionDefinition) -> Mapping[str, Any]:
+def _template_tool(function: FunctionDefinition) -> Mapping[str, Any]:
     told: dict[str, Any] = {"name": function.name}
     if function.description is not None:
         told["description"] = function.description

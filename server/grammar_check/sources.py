@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-WHITESPACE = r" |\n {0,16}"
-"""Between the parts of JSON: nothing, a space, or a new line with its indentation. Unbounded white space, which JSON
-permits, is where small models go astray."""
+_TIGHT: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+"""Of white space there is a space at most, behind a comma or colon. More, which JSON permits, is where small models go
+astray, and costs everybody tokens."""
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 THOUGHT_MARKS = ("<think>", "</think>")
 
@@ -56,17 +56,20 @@ class SourceError(ValueError):
     """A source that is not even understood; the text is for the client who sent it."""
 
 
-def schema_text(schema: dict[str, Any], *, strict: bool) -> str:
+def schema_text(schema: dict[str, Any], *, strict: bool, whitespace: str | None = None) -> str:
     """A JSON schema with the options that it is compiled by; objects have no properties but those that they name.
 
     Args:
         schema: as a client sent it.
         strict: keywords that cannot be kept to are an error, and not left out of account.
+        whitespace: a regular expression of what may stand between its parts; "": nothing; None: a space behind commas
+            and colons, or nothing.
 
     Raises:
         SourceError: it is nested too deeply.
     """
-    options = {"whitespace_pattern": WHITESPACE, "lenient": not strict}
+    spaces = _TIGHT if whitespace is None else {"whitespace_flexible": bool(whitespace)}
+    options = {**spaces, **({"whitespace_pattern": whitespace} if whitespace else {}), "lenient": not strict}
     try:
         return json.dumps(_closed(schema) | {"x-guidance": options}, separators=(",", ":"))
     except (RecursionError, ValueError) as error:

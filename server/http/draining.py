@@ -33,9 +33,10 @@ class ClosableEngine(Protocol):
 class DrainingServer(uvicorn.Server):
     """Uvicorn that finishes its answers.
 
-    The first signal drains: no new work is taken, what runs is finished. At the drain limit the states of what still
-    runs are saved, and each client is told which. The second signal ends what runs, each with an error of its own, and
-    then at once; what was being saved then is whole or not there.
+    After the first signal `/ready` says 503, so that balancers send their requests elsewhere; what comes all the same
+    is taken for the drain delay. Then no new work is taken, and what runs is finished. At the drain limit the states of
+    what still runs are saved, and each client is told which. The second signal ends what runs, each with an error of
+    its own, and then at once; what was being saved then is whole or not there.
     """
 
     def __init__(
@@ -45,11 +46,13 @@ class DrainingServer(uvicorn.Server):
         engine: ClosableEngine,
         *,
         drain_timeout_s: float,
+        drain_delay_s: float = 0.0,
         give_up: Callable[[], None] | None = None,
     ) -> None:
         """
         Args:
-            drain_timeout_s: how long answers may take after the first signal.
+            drain_timeout_s: how long answers may take after the drain delay.
+            drain_delay_s: how long new work is still taken after the first signal.
             give_up: called on a thread of its own if the process is still there long after it should have ended: a disk
                 or a store that does not answer must not keep it.
         """
@@ -57,23 +60,28 @@ class DrainingServer(uvicorn.Server):
         self._service = service
         self._engine = engine
         self._drain_timeout_s = drain_timeout_s
+        self._drain_delay_s = drain_delay_s
         self._give_up = give_up
-        self._drain_until: float | None = None
+        self._drain_from: float | None = None
         self.ends_at: float | None = None
         self._closing: asyncio.Task[None] | None = None
         self._saving: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by uvicorn for SIGTERM and SIGINT."""
-        if self._service.draining and self.ends_at is None:
+        if self._drain_from is None:
+            self._service.leaving = True
+            self._service.draining = self._drain_delay_s == 0
+            self._drain_from = time.monotonic() + self._drain_delay_s
+            last_s = SAVE_S + (self.config.timeout_graceful_shutdown or 0) + MARGIN_S
+            self._limit(self._drain_delay_s + self._drain_timeout_s + last_s)
+            return
+        self._service.draining = True
+        if self.ends_at is None:
             self.ends_at = time.monotonic() + LAST_ERRORS_S
             self._limit(FORCED_S)
-        elif self._service.draining:
+        else:
             self.should_exit = self.force_exit = True
-        self._service.draining = True
-        if self._drain_until is None:
-            self._drain_until = time.monotonic() + self._drain_timeout_s
-            self._limit(self._drain_timeout_s + SAVE_S + (self.config.timeout_graceful_shutdown or 0) + MARGIN_S)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Called by uvicorn at the end, when no answer is given any more."""
@@ -93,11 +101,16 @@ class DrainingServer(uvicorn.Server):
                 self.should_exit = self.force_exit = True
         if self._engine.status == "failed":
             self.should_exit = True
-        if self._drain_until is not None and self._is_saved and self._service.num_active == 0:
-            self.should_exit = True
-        elif self._drain_until is not None and self._saving is None and time.monotonic() > self._drain_until:
-            self._saving = asyncio.create_task(self._save())
+        if self._drain_from is not None and time.monotonic() >= self._drain_from:
+            self._drain(self._drain_from)
         return await super().on_tick(counter)
+
+    def _drain(self, since: float) -> None:
+        self._service.draining = True
+        if self._is_saved and self._service.num_active == 0:
+            self.should_exit = True
+        elif self._saving is None and time.monotonic() > since + self._drain_timeout_s:
+            self._saving = asyncio.create_task(self._save())
 
     @property
     def _is_saved(self) -> bool:

@@ -14,6 +14,8 @@ from server.states import errors as states
 INVALID = "invalid_request_error"
 NO_RETRY = {"x-should-retry": "false"}
 """To the official client, which would try again after 408, 409, 429 and all of 500 and above."""
+ELSEWHERE = {"X-Dijiang-Retry": "another-replica"}
+"""To a balancer: only this server cannot take the request, another one may, now; nothing of the answer was sent."""
 
 
 class WireError(NamedTuple):
@@ -50,9 +52,9 @@ TABLE: Mapping[type[ServiceError], WireError] = {
     errors.RateLimitError: WireError(429, "rate_limit_error", "rate_limit_exceeded"),
     errors.InternalError: WireError(500, code="internal_error"),
     errors.UnavailableError: WireError(503),
-    errors.OverloadedError: WireError(503, code="overloaded"),
-    errors.ShutdownError: WireError(503, code="server_shutdown"),
-    errors.EngineUnavailableError: WireError(503, code="engine_unavailable"),
+    errors.OverloadedError: WireError(503, code="overloaded", headers=ELSEWHERE),
+    errors.ShutdownError: WireError(503, code="server_shutdown", headers=ELSEWHERE),
+    errors.EngineUnavailableError: WireError(503, code="engine_unavailable", headers=ELSEWHERE),
     states.StoreUnavailableError: WireError(503, code="state_store_unavailable"),
     errors.DeadlineError: WireError(504, "timeout_error", "timeout", headers=NO_RETRY),
     states.StorageFullError: WireError(507, code="state_storage_full", headers=NO_RETRY),

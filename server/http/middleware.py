@@ -6,16 +6,19 @@ import hmac
 import logging
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import AuthenticationError, InternalError, ServiceError
+from server.errors import AuthenticationError, InternalError, OverloadedError, ServiceError
+from server.http.body_budget import BodyBudget
 from server.http.errors import HttpError, error_response, on_wire
-from server.keys import owner_of
+from server.keys import EVERYBODY, owner_of
 from server.service import Service
+from server.tracing import NO_TRACER, tracing
 
 MAX_HEADERS = 200
 MAX_HEADER_BYTES = 64 << 10
@@ -25,7 +28,7 @@ OPEN_PATHS = frozenset({"/health", "/ready"})
 ADMIN_PATHS = "/admin/"
 DRAIN_S = 5.0
 CLOSING = {"connection": "close"}
-"""The connection cannot be used again: the rest of a body may still be on its way."""
+"""The connection is not to be used again: the rest of a body may still be on its way, or the server stops."""
 STATE_IMPORT_PATH = "/v1/states/import"
 PROMPT_PATHS = frozenset(
     (
@@ -39,8 +42,6 @@ MAX_SMALL_BODY_BYTES = 256 << 10
 WITHOUT_VERSION = ("/chat/completions", "/completions", "/responses", "/models", "/messages", "/conversations")
 JSON_MEDIA_TYPES = ("application/json",)
 STATE_MEDIA_TYPES = ("application/octet-stream", "application/vnd.safetensors")
-EVERYBODY = "everybody"
-"""The owner where no keys are asked for."""
 logger = structlog.stdlib.get_logger("dijiang.http")
 
 
@@ -68,10 +69,16 @@ class RequestContextMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["x-dijiang-replica"] = self._service.options.replica
+                if self._service.leaving:  # the next request of this client is for another replica
+                    headers.update(CLOSING)
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        tracer = NO_TRACER if scope["path"] in POLLED_PATHS else self._service.tracer
+        trace = tracer.request(scope["method"], scope["path"], Headers(scope=scope))
+        with structlog.contextvars.bound_contextvars(request_id=request_id), tracing(trace):
             try:
                 _check_headers(scope)
                 _check_host(scope, self._service.options.host_names)
@@ -85,10 +92,11 @@ class RequestContextMiddleware:
                     internal = InternalError(f"internal error in request {request_id}")
                     await error_response(internal, scope["path"])(scope, receive, send_with_id)
             finally:
-                self._log(scope, status, time.perf_counter() - begin, facts)
+                route = getattr(scope.get("route"), "path", "unknown")
+                trace.end(status, {"route": route, **facts})
+                self._log(scope, route, status, time.perf_counter() - begin, facts)
 
-    def _log(self, scope: Scope, status: int | None, seconds: float, facts: dict[str, Any]) -> None:
-        route = getattr(scope.get("route"), "path", "unknown")
+    def _log(self, scope: Scope, route: str, status: int | None, seconds: float, facts: dict[str, Any]) -> None:
         self._service.metrics.http_requests.labels(scope["method"], route, str(status)).inc()
         is_poll = scope["path"] in POLLED_PATHS and status is not None
         logger.log(
@@ -133,8 +141,8 @@ class AuthenticationMiddleware:
                 authorization = f"Bearer {headers['x-api-key']}"
             self._check(scope["path"], authorization)
             scope["state"]["owner"] = owner = _owner(authorization) if self._service.options.key_hashes else EVERYBODY
-            if (name := self._service.name_of(owner)) is not None:
-                scope["state"]["facts"]["key"] = name
+            if owner != EVERYBODY:
+                scope["state"]["facts"]["key"] = self._service.labels.of(owner)
         await self._app(scope, receive, send)
 
     def _check(self, path: str, authorization: str) -> None:
@@ -176,6 +184,7 @@ class BodyMiddleware:
         self._app = app
         self._service = service
         self._timeout_s = service.options.body_timeout_s
+        self._budget = BodyBudget(service.options.max_arriving_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in {"POST", "PUT", "PATCH"}:
@@ -197,7 +206,8 @@ class BodyMiddleware:
             max_bytes = min(max_bytes, MAX_SMALL_BODY_BYTES)
         try:
             async with asyncio.timeout(self._timeout_s):
-                body = await self._read(headers, receive, max_bytes)
+                with self._budget.claim(scope["state"]["owner"]) as count:
+                    body = await self._read(headers, receive, max_bytes, count)
         except TimeoutError:
             raise HttpError(
                 f"the body did not arrive within {self._timeout_s:g} s", None, "body_timeout", 408, dict(CLOSING)
@@ -213,7 +223,9 @@ class BodyMiddleware:
 
         await self._app(scope, replay, send)
 
-    async def _read(self, headers: Headers, receive: Receive, max_bytes: int) -> bytes | None:
+    async def _read(
+        self, headers: Headers, receive: Receive, max_bytes: int, count: Callable[[int], None]
+    ) -> bytes | None:
         length = headers.get("content-length", "")
         chunks: list[bytes] = []
         size = int(length) if length.isdigit() else 0
@@ -229,12 +241,24 @@ class BodyMiddleware:
             size += len(chunk)
             if size > max_bytes:
                 await self._refuse(receive, max_bytes, more=more)
+            try:
+                count(len(chunk))
+            except OverloadedError:
+                chunks.clear()
+                await self._discard(receive, max_bytes, more=more)
+                raise
             chunks.append(chunk)
             if not more:
                 return b"".join(chunks)
 
     async def _refuse(self, receive: Receive, max_bytes: int, *, more: bool) -> None:
-        """Discards what still comes for a moment: closing at once would keep clients from reading the answer."""
+        await self._discard(receive, max_bytes, more=more)
+        raise HttpError(
+            f"the body is larger than the {max_bytes:,} bytes allowed here", None, "body_too_large", 413, dict(CLOSING)
+        )
+
+    async def _discard(self, receive: Receive, max_bytes: int, *, more: bool) -> None:
+        """Reads what still comes for a moment: closing at once would keep clients from reading the answer."""
         budget = 4 * max_bytes
         try:
             async with asyncio.timeout(DRAIN_S):
@@ -244,9 +268,6 @@ class BodyMiddleware:
                     more = message.get("more_body", False)  # false in a disconnect too
         except TimeoutError:
             pass
-        raise HttpError(
-            f"the body is larger than the {max_bytes:,} bytes allowed here", None, "body_too_large", 413, dict(CLOSING)
-        )
 
 
 def _is_empty(headers: Headers) -> bool:

@@ -10,6 +10,7 @@ from importlib.resources import files
 
 PAGE = "index.html"
 FOLDER = "/playground/"
+MARKDOWN_PATH = "/playground/markdown"
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",

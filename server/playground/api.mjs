@@ -4,11 +4,15 @@ import { readEvents } from "./sse.mjs";
 
 /** An answer that is no success, in the words of the server. */
 export class ApiError extends Error {
-  constructor(message, { status = 0, code = null } = {}) {
+  /** `status`: 0 where there was no answer; `stateId`: from where an answer that was cut off can be continued. */
+  constructor(message, { status = 0, code = null, stateId = null } = {}) {
     super(message);
-    this.name = "ApiError";
-    this.status = status;
-    this.code = code;
+    Object.assign(this, { name: "ApiError", status, code, stateId });
+  }
+
+  /** Whether the same request may work a little later. */
+  get isPassing() {
+    return this.status === 0 || this.status === 502 || this.status === 503 || this.status === 504;
   }
 }
 
@@ -28,6 +32,16 @@ export class Api {
 
   capacity() {
     return this.#json("v1/capacity");
+  }
+
+  /** A text (Markdown) as nodes, see rich.mjs. */
+  render(text, signal) {
+    return this.#json("playground/markdown", { json: { text }, signal });
+  }
+
+  /** The text of tokens, whole (`prompt`) and one by one (`token_texts`). */
+  textOf(tokens) {
+    return this.#json("detokenize", { json: { tokens, return_token_texts: true } });
   }
 
   /** Chunks of an answer as they come, usage in each of them. */
@@ -71,7 +85,7 @@ export class Api {
   }
 
   deleteState(id) {
-    return this.#json(stateUrl(id), { method: "DELETE" });
+    return this.#json(stateUrl(id), { method: "DELETE", keepalive: true }); // a page that is left may ask for it
   }
 
   /** The file of a state, as a Blob. */
@@ -89,7 +103,7 @@ export class Api {
     return (await this.#request(path, options)).json();
   }
 
-  async #request(path, { method, json, body, headers = {}, signal } = {}) {
+  async #request(path, { method, json, body, headers = {}, signal, keepalive } = {}) {
     const key = this.#key();
     const sent = { ...headers };
     if (key) sent.authorization = `Bearer ${key}`;
@@ -99,6 +113,7 @@ export class Api {
       headers: sent,
       body: json === undefined ? body : JSON.stringify(json),
       credentials: "omit",
+      keepalive,
       signal,
     }).catch((error) => {
       if (error.name === "AbortError") throw error;
@@ -114,14 +129,27 @@ export class Api {
       json: { ...body, stream: true, stream_options: options },
       signal,
     });
-    for await (const { data } of readEvents(response.body)) {
+    for await (const { data } of eventsOf(response)) {
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new ApiError(chunk.error.message, { code: chunk.error.code });
+      if (chunk.error) throw new ApiError(chunk.error.message, { code: chunk.error.code, stateId: chunk.error.state_id ?? null });
       yield chunk;
     }
-    throw new ApiError("The connection ended in the middle of the answer.");
+    throw cutOff();
   }
+}
+
+async function* eventsOf(response) {
+  try {
+    yield* readEvents(response.body);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw cutOff();
+  }
+}
+
+function cutOff() {
+  return new ApiError("The connection ended in the middle of the answer.");
 }
 
 function stateUrl(id, more = "") {
@@ -131,5 +159,6 @@ function stateUrl(id, more = "") {
 async function errorOf(response) {
   const told = await response.json().catch(() => null);
   const message = told?.error?.message ?? `The server answered with status ${response.status}.`;
-  return new ApiError(message, { status: response.status, code: told?.error?.code ?? null });
+  const { code = null, state_id: stateId = null } = told?.error ?? {};
+  return new ApiError(message, { status: response.status, code, stateId });
 }

@@ -2,75 +2,156 @@
 
 import { Api } from "./api.mjs";
 import { ChatView } from "./chat_view.mjs";
-import { Conversation, Transcripts } from "./conversation.mjs";
-import { ask, find, tell } from "./dom.mjs";
+import { Connection, storedKey } from "./connection.mjs";
+import { Conversation } from "./conversation.mjs";
+import { find, tell } from "./dom.mjs";
+import { Drawer } from "./drawer.mjs";
+import { ListView } from "./list_view.mjs";
 import { MemoryView } from "./memory_view.mjs";
+import { inTurn } from "./rich.mjs";
+import { Settings } from "./settings.mjs";
 import { StatesView } from "./states_view.mjs";
+import { openStore } from "./store.mjs";
 import { TokensView } from "./tokens_view.mjs";
+import { newId } from "./tree.mjs";
 
-const KEY = "dijiang.key"; // in the session's storage: gone with the tab, never in an address
+const TAB = "dijiang.tab";
+const LAST_SYSTEM = "system";
+const PURGED_AFTER_MS = 86_400_000;
+const TABS = ["chat", "tokens"];
 
 // This module lies in playground/ beside the page, under whatever path a proxy puts them.
-const api = new Api(new URL("..", import.meta.url), () => sessionStorage.getItem(KEY) ?? "");
-const transcripts = new Transcripts(sessionStorage);
-const conversation = new Conversation(api, transcripts);
+const api = new Api(new URL("..", import.meta.url), storedKey);
+const store = await openStore();
+const tab = sessionStorage.getItem(TAB) ?? newId();
+sessionStorage.setItem(TAB, tab);
+const problem = (error) => tell(find("chat-error"), new Error(`This browser could not store it: ${error.message}`));
+
 const memory = new MemoryView();
-const states = new StatesView(api, conversation, transcripts);
-const chat = new ChatView(conversation, memory, () => states.refresh());
-const tokens = new TokensView(api, memory);
-states.chat = chat;
-
-async function connect() {
-  try {
-    const [models, capacity] = await Promise.all([api.models(), api.capacity()]);
-    find("model").textContent = models.data[0].id;
+const settings = new Settings(store);
+const drawer = new Drawer();
+const connection = new Connection(api, {
+  ready({ model, capacity }) {
     memory.capacity = capacity;
-    tell(find("chat-error"), null);
-    await states.refresh();
-  } catch (error) {
-    find("model").textContent = error.status === 401 ? "an API key is needed" : "not ready";
-    if (error.status === 401) await askForKey();
-    else tell(find("chat-error"), error);
-  }
+    settings.defaults = model.default_sampling ?? {};
+    chat.isReady = true;
+    tokens.isReady = true;
+    states.refresh();
+  },
+  away() {
+    chat.isReady = false;
+    tokens.isReady = false;
+  },
+});
+const render = inTurn((text) => api.render(text));
+const failed = (error, { isNoted }) => {
+  const isAboutConnection = connection.take(error);
+  if (!isNoted && !isAboutConnection) tell(find("chat-error"), error);
+};
+const chat = new ChatView({
+  memory,
+  render,
+  on: { failed, changed, started: ({ record }) => record.id === chat.conversation.record.id && place(record.id), forked: open },
+});
+const list = new ListView(store, { open, begin, changed: talkChanged });
+const states = new StatesView(api, chat, { failed, adopt, open, find: ofState });
+const tokens = new TokensView(api, memory, failed);
+
+function fresh(system = "") {
+  return new Conversation(api, store, { tab, system, onProblem: problem });
 }
 
-async function askForKey() {
-  if (find("asker").open) return;
-  const hint = "It stays in this tab, and is sent to this server alone. Leave it empty to forget it.";
-  const key = await ask({ title: "API key", label: "API key", hint, secret: true, ok: "Use" });
-  if (key === null) return;
-  if (key === "") sessionStorage.removeItem(KEY);
-  else sessionStorage.setItem(KEY, key);
-  await connect();
+/** The address says which conversation is shown, for reloads, new tabs and the way back. */
+function place(id) {
+  const hash = id === null ? "" : `#talk-${id}`;
+  if (location.hash !== hash) history.pushState(null, "", hash || location.pathname + location.search);
+  list.current = id;
 }
 
-function show(name) {
-  for (const other of ["chat", "tokens"]) {
+async function open(id) {
+  const running = chat.running(id);
+  const conversation = running ?? fresh();
+  if (running === undefined && !(await conversation.open(id))) return begin();
+  place(id);
+  chat.open(conversation);
+  drawer.close();
+  return states.refresh();
+}
+
+async function begin() {
+  place(null);
+  chat.open(fresh((await store.setting(LAST_SYSTEM)) ?? ""));
+  drawer.close();
+  if (!drawer.isDrawer) find("question").focus();
+  await states.refresh();
+}
+
+async function adopt(state) {
+  const conversation = fresh();
+  await conversation.adopt(state);
+  await open(conversation.record.id);
+}
+
+/** The conversation in this browser that goes by a state; null: none. */
+async function ofState(id) {
+  const all = await store.conversations();
+  return all.find(({ states: kept }) => Object.values(kept).some((one) => one.id === id)) ?? null;
+}
+
+async function changed() {
+  list.draw();
+  await states.refresh();
+}
+
+/** A conversation has another name, or is gone: here, or in another tab. */
+async function talkChanged(id) {
+  list.draw();
+  const shown = chat.conversation;
+  if (shown === undefined || id !== shown.record.id || chat.isBusy) return;
+  const record = await store.conversation(id);
+  if (!record || record.deleted !== null) return begin();
+  await shown.reread();
+  chat.draw();
+}
+
+function showHash() {
+  const id = /^#talk-(\w+)$/.exec(location.hash)?.[1];
+  return id === undefined ? begin() : open(id);
+}
+
+function showTab(name) {
+  for (const other of TABS) {
     const isShown = other === name;
     find(`panel-${other}`).hidden = !isShown;
-    const tab = find(`tab-${other}`);
-    tab.setAttribute("aria-selected", String(isShown));
-    tab.tabIndex = isShown ? 0 : -1;
+    const button = find(`tab-${other}`);
+    button.setAttribute("aria-selected", String(isShown));
+    button.tabIndex = isShown ? 0 : -1;
   }
   if (name === "chat") chat.showMemory();
 }
 
-function moveTabs(event) {
-  if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
-  const other = event.currentTarget.id === "tab-chat" ? "tokens" : "chat";
-  show(other);
-  find(`tab-${other}`).focus();
+for (const name of TABS) {
+  find(`tab-${name}`).addEventListener("click", () => showTab(name));
+  find(`tab-${name}`).addEventListener("keydown", (event) => {
+    if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
+    const other = TABS[(TABS.indexOf(name) + 1) % TABS.length];
+    showTab(other);
+    find(`tab-${other}`).focus();
+  });
 }
-
-for (const name of ["chat", "tokens"]) {
-  find(`tab-${name}`).addEventListener("click", () => show(name));
-  find(`tab-${name}`).addEventListener("keydown", moveTabs);
-}
-find("key-open").addEventListener("click", askForKey);
-find("settings").addEventListener("submit", (event) => event.preventDefault());
+find("top-new").addEventListener("click", begin);
+find("system").addEventListener("change", () => store.setSetting(LAST_SYSTEM, find("system").value.trim()).catch(problem));
 document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || find("asker").open) return;
+  if (event.key !== "Escape" || find("asker").open || event.defaultPrevented) return;
+  if (drawer.close()) return;
   chat.stop();
   tokens.stop();
 });
-connect();
+addEventListener("popstate", showHash);
+store.onChange(talkChanged);
+find("not-kept").hidden = store.lasts;
+navigator.storage?.persist?.().catch(() => {}); // so that it is not the first to go when the disk is full
+await settings.load();
+await showHash();
+store.purge(Date.now() - PURGED_AFTER_MS).catch(problem);
+connection.connect();

@@ -1,26 +1,36 @@
 // The conversation on the page.
 
 import { ask, find, h, tell } from "./dom.mjs";
-import { render } from "./markdown.mjs";
-import { bytes, count, Stopwatch } from "./measure.mjs";
+import { bytes, count } from "./measure.mjs";
 import { optionsOf } from "./settings.mjs";
+import { TurnView } from "./turn_view.mjs";
 
 const EXAMPLES = ["Explain linear attention in two sentences.", "Write a haiku about memory.", "What is 17 + 25?"];
+const LOOK_AGAIN_MS = 2000;
 
+/**
+ * Shows one conversation. Answers that grow in others go on: `open` is given what runs, by the id of the conversation, and
+ * comes back to it.
+ */
 export class ChatView {
   #conversation;
   #memory;
-  #onChange;
-  #stopping = null;
+  #render;
+  #on;
+  #running = new Map();
+  #views = new Map();
   #frame = 0;
-  #articles = new Map();
-  #numTokens = 0;
+  #looking = 0;
+  #isReady = false;
 
-  /** `onChange`: called when saved states may have changed. */
-  constructor(conversation, memory, onChange) {
-    this.#conversation = conversation;
+  /**
+   * `on`: `{changed(), failed(error, {isNoted}), started(), forked(id)}`: states may have changed; something went wrong, and
+   * the answer says so already; an answer has begun; there is a copy.
+   */
+  constructor({ memory, render, on }) {
     this.#memory = memory;
-    this.#onChange = onChange;
+    this.#render = render;
+    this.#on = on;
     find("composer").addEventListener("submit", (event) => {
       event.preventDefault();
       this.#send();
@@ -30,34 +40,81 @@ export class ChatView {
       event.preventDefault();
       this.#send();
     });
+    find("question").addEventListener("input", () => {
+      this.#keepDraft();
+      this.#drawComposer();
+    });
     find("stop").addEventListener("click", () => this.stop());
-    find("system").addEventListener("change", () => (conversation.system = find("system").value.trim()));
-    this.draw();
+    find("system").addEventListener("change", () => this.#conversation.setSystem(find("system").value.trim()));
+  }
+
+  get conversation() {
+    return this.#conversation;
   }
 
   get isBusy() {
-    return this.#stopping !== null;
+    return this.#running.has(this.#conversation.record.id);
+  }
+
+  /** Whether the server takes messages. */
+  set isReady(isReady) {
+    this.#isReady = isReady;
+    if (this.#conversation) this.draw();
+  }
+
+  /** One that an answer is being written in; undefined: none of this id. */
+  running(id) {
+    return this.#running.get(id)?.conversation;
+  }
+
+  /** Shows another conversation. */
+  open(conversation) {
+    this.#conversation = conversation;
+    this.#views.clear();
+    find("log").replaceChildren();
+    find("question").value = sessionStorage.getItem(this.#draftKey) ?? "";
+    find("system").value = conversation.record.system;
+    tell(find("chat-error"), null);
+    this.draw();
+    find("log").scrollTop = find("log").scrollHeight;
+    this.showMemory();
   }
 
   stop() {
-    this.#stopping?.abort();
+    this.#running.get(this.#conversation.record.id)?.stopping.abort();
   }
 
   /** This conversation's memory, after something else was shown. */
   showMemory() {
-    this.#memory.tokens = this.#numTokens;
+    const { state, path } = this.#conversation;
+    this.#memory.tokens = state?.num_tokens || (path.findLast((turn) => turn.total)?.total ?? 0);
+    this.#memory.show(path.findLast((turn) => turn.stats)?.stats ?? null);
   }
 
-  /** Everything anew, after another conversation was taken up. */
   draw() {
-    const { turns, state, hasUnknownPast } = this.#conversation;
-    this.#articles.clear();
-    find("system").value = this.#conversation.system;
+    const { path, state, record } = this.#conversation;
     const log = find("log");
-    if (turns.length > 0) log.replaceChildren(...turns.map((turn) => this.#article(turn)));
-    else log.replaceChildren(hasUnknownPast ? unknownPast(state) : this.#welcome());
-    log.scrollTop = log.scrollHeight;
+    if (path.length > 0) {
+      const shown = path.map((turn) => this.#drawn(turn));
+      // What stands where it should is not moved, so that it keeps its focus.
+      if (shown.length !== log.children.length || shown.some((one, number) => one !== log.children[number])) {
+        log.replaceChildren(...shown);
+      }
+    } else log.replaceChildren(record.isPartial && state ? unknownPast(state) : this.#welcome());
     this.#drawPlace();
+    this.#drawComposer();
+    this.#lookAgain();
+  }
+
+  /** An answer that another tab writes: it goes on there, or that tab is gone. */
+  #lookAgain() {
+    clearTimeout(this.#looking);
+    const { path } = this.#conversation;
+    if (this.isBusy || path.length === 0 || this.#conversation.endOf(path.at(-1)) !== null) return;
+    this.#looking = setTimeout(async () => {
+      await this.#conversation.reread();
+      this.draw();
+    }, LOOK_AGAIN_MS);
   }
 
   /** Runs something that changes the conversation; what goes wrong is told. */
@@ -67,129 +124,154 @@ export class ChatView {
       tell(find("chat-error"), null);
       await action();
       this.draw();
-      this.#numTokens = this.#conversation.state?.num_tokens ?? (this.#conversation.turns.length ? this.#numTokens : 0);
       this.showMemory();
-      await this.#onChange();
+      await this.#on.changed();
     } catch (error) {
-      tell(find("chat-error"), error);
+      this.#on.failed(error, { isNoted: false });
     }
   }
 
-  async #send() {
-    const question = find("question");
-    const text = question.value.trim();
-    if (text === "" || this.isBusy) return;
-    this.#stopping = new AbortController();
-    this.#busy(true);
-    const watch = new Stopwatch();
+  /** The settings; null: one is wrong, and the page says which. */
+  #options() {
     try {
       tell(find("chat-error"), null);
-      this.#conversation.system = find("system").value.trim();
-      question.value = "";
-      await this.#answer(text, optionsOf(find("settings")), watch);
+      return optionsOf(find("settings"));
     } catch (error) {
-      if (error.name !== "AbortError") {
-        tell(find("chat-error"), error);
-        question.value = text;
-      }
+      tell(find("chat-error"), error);
+      return null;
     }
-    this.#stopping = null;
-    this.#busy(false);
-    cancelAnimationFrame(this.#frame);
-    this.draw();
-    // A state knows best how long it is: what was stopped is no part of it.
-    if (this.#conversation.state !== null) this.#numTokens = this.#conversation.state.num_tokens;
-    this.showMemory();
-    question.focus();
-    await this.#onChange();
   }
 
-  async #answer(text, options, watch) {
-    const answers = this.#conversation.say(text, options, this.#stopping.signal);
+  get #draftKey() {
+    const { record, turns } = this.#conversation;
+    return `dijiang.draft.${turns.size > 0 || record.isPartial ? record.id : "new"}`;
+  }
+
+  #keepDraft() {
+    sessionStorage.setItem(this.#draftKey, find("question").value);
+  }
+
+  #send() {
+    const text = find("question").value.trim();
+    if (text === "" || find("send").disabled || this.isBusy || this.#options() === null) return;
+    sessionStorage.removeItem(this.#draftKey);
+    find("question").value = "";
+    this.#run((talk, options, signal) => talk.say(text, options, signal));
+    find("log").scrollTop = find("log").scrollHeight;
+  }
+
+  /** Follows an answer to its end, whatever is shown meanwhile. */
+  async #run(begin) {
+    const [conversation, stopping, options] = [this.#conversation, new AbortController(), this.#options()];
+    if (options === null || this.isBusy) return;
+    const isShown = () => this.#conversation === conversation;
+    this.#running.set(conversation.record.id, { conversation, stopping });
     let isFirst = true;
-    for await (const { turn, usage } of answers) {
-      if (isFirst) this.draw();
-      isFirst = false;
-      watch.take(usage?.completion_tokens ?? 0);
-      this.#numTokens = usage?.total_tokens ?? this.#numTokens;
-      this.#later(() => {
-        this.#fill(turn, true);
-        this.#memory.show(usage, watch);
-      });
+    try {
+      await conversation.setSystem(find("system").value.trim());
+      for await (const step of begin(conversation, options, stopping.signal)) {
+        if (isFirst) {
+          this.#on.started(conversation);
+          if (isShown()) this.#drawAtEnd();
+        }
+        isFirst = false;
+        if (isShown()) this.#later(step);
+      }
+    } catch (error) {
+      if (error.name !== "AbortError") this.#on.failed(error, { isNoted: !isFirst });
     }
+    this.#running.delete(conversation.record.id);
+    cancelAnimationFrame(this.#frame);
+    if (isShown()) {
+      this.#drawAtEnd();
+      this.showMemory();
+      if (document.activeElement === document.body) find("question").focus();
+    }
+    await this.#on.changed();
+  }
+
+  #drawAtEnd() {
+    const log = find("log");
+    const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+    this.draw();
+    if (isAtEnd) log.scrollTop = log.scrollHeight;
   }
 
   /** At the next frame, so that fast answers do not draw more often than is seen. */
-  #later(work) {
+  #later({ turn }) {
     cancelAnimationFrame(this.#frame);
     this.#frame = requestAnimationFrame(() => {
       const log = find("log");
       const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-      work();
+      if (!this.#views.get(turn.id)?.grow(turn)) this.draw();
+      this.#memory.show(turn.stats);
+      if (turn.total) this.#memory.tokens = turn.total;
       if (isAtEnd) log.scrollTop = log.scrollHeight;
     });
-    this.#pending = work;
   }
 
-  #pending = null;
+  #drawn(turn) {
+    const talk = this.#conversation;
+    if (!this.#views.has(turn.id)) this.#views.set(turn.id, new TurnView(turn, this.#does, this.#render));
+    const view = this.#views.get(turn.id);
+    view.draw(turn, {
+      end: talk.endOf(turn),
+      siblings: talk.siblings(turn),
+      isBusy: this.isBusy,
+      canContinue: talk.canContinue(turn) && this.#isReady,
+      canBranch: talk.canBranch(turn) && this.#isReady,
+      canSay: this.#isReady,
+    });
+    return view.element;
+  }
 
-  #busy(isBusy) {
+  #does = {
+    regenerate: (turn) => this.#run((talk, options, signal) => talk.regenerate(turn, options, signal)),
+    continue: (turn) => this.#run((talk, options, signal) => talk.continue(turn, options, signal)),
+    retry: (turn) => this.#run((talk, options, signal) => talk.retry(turn, options, signal)),
+    edit: (turn, text) => this.#run((talk, options, signal) => talk.edit(turn, text, options, signal)),
+    show: (turn) => this.change(() => this.#conversation.show(turn)),
+    redraw: () => this.draw(),
+  };
+
+  #drawComposer() {
+    const isBusy = this.isBusy;
     find("send").hidden = isBusy;
     find("stop").hidden = !isBusy;
-    if (!isBusy) this.#pending?.();
-    this.#pending = null;
-  }
-
-  #article(turn) {
-    const article = h("article", { class: `turn ${turn.role}${turn.unsaved ? " unsaved" : ""}` });
-    this.#articles.set(turn, article);
-    this.#fill(turn, false);
-    return article;
-  }
-
-  #fill(turn, isGrowing) {
-    const article = this.#articles.get(turn);
-    if (article === undefined) return;
-    const isOpen = article.querySelector("details")?.open ?? isGrowing;
-    const said = h("div", { class: "said" });
-    said.append(turn.role === "user" ? turn.text : render(turn.text, document));
-    article.setAttribute("aria-busy", String(isGrowing));
-    article.replaceChildren(
-      h("h3", { class: "who" }, turn.role === "user" ? "You" : "Model"),
-      ...(turn.thought ? [thought(turn, isOpen)] : []),
-      said,
-      ...notes(turn).map((note) => h("p", { class: "note" }, note)),
-    );
+    const canSay = this.#isReady && this.#conversation.canSay;
+    find("send").disabled = !canSay || find("question").value.trim() === "";
   }
 
   #drawPlace() {
-    const { state, turns } = this.#conversation;
-    const button = (name, action) => h("button", { type: "button", class: "quiet", onclick: action }, name);
+    const { state, path, record, canSay } = this.#conversation;
+    const isOff = this.isBusy || !this.#isReady;
+    const button = (name, action, isPossible = true) =>
+      h("button", { type: "button", class: "quiet", onclick: action, disabled: isOff || !isPossible }, name);
     const place = find("place");
     if (state === null) {
-      place.replaceChildren(
-        h("span", { class: "spread" }, "In this tab alone; every message sends all of it."),
-        button("Save", () => this.#save()),
-        ...(turns.length > 0 ? [button("New", () => this.change(() => this.#conversation.reset()))] : []),
-      );
+      const words = canSay
+        ? "Kept in this browser; every message sends all of it."
+        : "The state that knows the beginning is on another branch.";
+      const hasWords = path.length > 0 || record.system !== "";
+      place.replaceChildren(h("span", { class: "spread" }, words), button("Save as state", () => this.#save(), hasWords && canSay));
       return;
     }
     place.replaceChildren(
       h(
         "span",
         { class: "spread" },
-        "Saved as ",
+        "State ",
         h("strong", {}, state.name ?? state.id.slice(0, 14)),
         `: ${count(state.num_tokens)} tokens in ${bytes(state.bytes)}; each message sends only itself.`,
       ),
       button("Mark this point", () => this.#mark()),
       button("Fork", () => this.fork()),
-      button("New", () => this.change(() => this.#conversation.reset())),
     );
   }
 
   async #save() {
-    const name = await ask({ title: "Save this conversation", label: "Name", hint: "A name is optional.", ok: "Save" });
+    const hint = "The server keeps it as a state; the text stays in this browser. A name is optional.";
+    const name = await ask({ title: "Save as a state", label: "Name", hint, ok: "Save" });
     if (name !== null) await this.change(() => this.#conversation.save(name));
   }
 
@@ -198,26 +280,27 @@ export class ChatView {
     if (name) await this.change(() => this.#conversation.mark(name));
   }
 
-  /** Goes on in a copy of the saved conversation. */
-  async fork(point) {
+  /** Continues in a copy of conversation and state. */
+  async fork() {
     const hint = "The other one stays as it is.";
     const name = await ask({ title: "Fork this conversation", label: "Name of the copy", hint, ok: "Fork" });
-    if (name !== null) await this.change(() => this.#conversation.fork(name, point));
+    if (name !== null) await this.change(async () => this.#on.forked(await this.#conversation.fork(name)));
   }
 
   #welcome() {
     const use = (text) => {
       find("question").value = text;
+      this.#drawComposer();
       this.#send();
     };
     const examples = EXAMPLES.map((text) =>
-      h("button", { type: "button", class: "quiet", onclick: () => use(text) }, text),
+      h("button", { type: "button", class: "quiet", disabled: !this.#isReady, onclick: () => use(text) }, text),
     );
     return h(
       "div",
       { class: "welcome" },
       h("h2", {}, "A conversation of constant size"),
-      h("p", {}, "This model remembers in a state that does not grow. Save it, fork it, go back in it, take it with you."),
+      h("p", {}, "This model remembers in a state that does not grow. What you write stays in this browser, over reloads and restarts."),
       h("div", { class: "row" }, ...examples),
     );
   }
@@ -228,20 +311,6 @@ function unknownPast(state) {
     "div",
     { class: "welcome" },
     h("h2", {}, `${count(state.num_tokens)} tokens are remembered`),
-    h("p", {}, "They are in the state, as numbers. Their text is not: it was said elsewhere. Just go on."),
+    h("p", {}, "They are in the state, as numbers. Their text is not: it was said elsewhere. Just continue."),
   );
-}
-
-function thought(turn, isOpen) {
-  const summary = turn.text === "" ? "Thinking …" : "Thought";
-  return h("details", { class: "thought", open: isOpen }, h("summary", {}, summary), h("div", {}, turn.thought));
-}
-
-function notes(turn) {
-  const found = [];
-  if (turn.role === "user") return found;
-  if (turn.unsaved) found.push("Stopped: the saved conversation has not seen this.");
-  else if (turn.stopped) found.push("Stopped.");
-  if (turn.finish === "length") found.push("Cut off at the limit of tokens.");
-  return found;
 }

@@ -61,3 +61,57 @@ export function ask({ title, hint = "", label, value = "", secret = false, ok = 
     dialog.addEventListener("close", () => end(null), { signal });
   });
 }
+
+/** A button that puts a text on the clipboard and says so. */
+export function copyButton(name, text) {
+  const button = h("button", { type: "button", class: "quiet" }, name);
+  button.addEventListener("click", async () => {
+    button.textContent = (await copy(text())) ? "Copied" : "Not copied";
+    setTimeout(() => (button.textContent = name), 1500);
+  });
+  return button;
+}
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    return copyBySelection(text); // pages that did not come over TLS have no clipboard
+  }
+}
+
+function copyBySelection(text) {
+  const field = h("textarea", { class: "hidden", "aria-hidden": "true" });
+  field.value = text;
+  const [focused, place] = [document.activeElement, document.querySelector("dialog[open]") ?? document.body];
+  place.append(field);
+  field.select();
+  const isDone = document.execCommand("copy");
+  field.remove();
+  focused?.focus();
+  return isDone;
+}
+
+/** Offers a file for saving. */
+export function download(name, content, type) {
+  const url = URL.createObjectURL(new Blob([content], { type }));
+  h("a", { href: url, download: name.replace(/[^\p{L}\p{N} ._-]+/gu, "_").slice(0, 80) }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+}
+
+/** Says that something is done, and how to take it back; `onEnd` when nobody did. */
+export function offerUndo(message, onUndo, onEnd = () => {}, seconds = 10) {
+  const toast = h("div", { class: "toast" }, h("span", {}, message));
+  const end = (action) => {
+    clearTimeout(timer);
+    removeEventListener("pagehide", finish);
+    toast.remove();
+    action();
+  };
+  const finish = () => end(onEnd);
+  const timer = setTimeout(finish, 1000 * seconds);
+  addEventListener("pagehide", finish);
+  toast.append(h("button", { type: "button", onclick: () => end(onUndo) }, "Undo"));
+  find("toasts").append(toast);
+}

@@ -23,6 +23,11 @@ export class Stopwatch {
 
   #tokensAtFirst = 0;
 
+  /** How many tokens have come. */
+  get tokens() {
+    return this.#tokens;
+  }
+
   /** Milliseconds to the first token; null before it. */
   get firstMs() {
     return this.#first === null ? null : this.#first - this.#begin;
@@ -44,7 +49,7 @@ export function memory(tokens, { state_bytes: state, kv_cache_bytes_per_token: p
 /** One sentence about it. */
 export function memorySentence({ tokens, ratio, crossing }) {
   if (tokens === 0) return "It stays this size, however long the conversation gets.";
-  if (ratio >= 1.05) return `A KV cache would be ${times(ratio)} as large by now, and would go on growing.`;
+  if (ratio >= 1.05) return `A KV cache would be ${times(ratio)} as large by now, and would keep growing.`;
   return `A KV cache would be smaller up to ${count(crossing)} tokens, and grow for ever.`;
 }
 

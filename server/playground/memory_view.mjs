@@ -20,14 +20,11 @@ export class MemoryView {
     this.#draw();
   }
 
-  /** What an answer has cost so far. */
-  show(usage, stopwatch) {
-    if (usage) {
-      this.tokens = usage.total_tokens;
-      find("fact-cached").textContent = count(usage.prompt_tokens_details.cached_tokens);
-    }
-    find("fact-first").textContent = duration(stopwatch.firstMs);
-    find("fact-rate").textContent = stopwatch.rate === null ? "–" : stopwatch.rate.toFixed(1);
+  /** What an answer has cost so far; null: there is none. */
+  show(stats) {
+    find("fact-cached").textContent = stats?.cached == null ? "–" : count(stats.cached);
+    find("fact-first").textContent = duration(stats?.first ?? null);
+    find("fact-rate").textContent = stats?.rate == null ? "–" : stats.rate.toFixed(1);
   }
 
   #draw() {

@@ -1,25 +1,22 @@
-// The list of saved conversations.
+// The list of saved states at the server.
 
-import { ask, find, h, tell } from "./dom.mjs";
+import { ask, download, find, h, offerUndo, tell } from "./dom.mjs";
 import { bytes, count } from "./measure.mjs";
 
 export class StatesView {
   #api;
-  #conversation;
   #chat;
-  #transcripts;
+  #on;
+  #deleted = new Set(); // by the person; the server hears of it when it is too late for an undo
 
-  constructor(api, conversation, transcripts) {
+  /** `on`: `{adopt(state), open(id), find(stateId), failed(error, facts)}`, see app.mjs. */
+  constructor(api, chat, on) {
     this.#api = api;
-    this.#conversation = conversation;
-    this.#transcripts = transcripts;
+    this.#chat = chat;
+    this.#on = on;
     find("states-refresh").addEventListener("click", () => this.refresh());
     find("states-import").addEventListener("click", () => find("states-file").click());
     find("states-file").addEventListener("change", (event) => this.#import(event.target));
-  }
-
-  set chat(chat) {
-    this.#chat = chat;
   }
 
   /** Asks the server again. */
@@ -27,35 +24,39 @@ export class StatesView {
     try {
       const states = await this.#api.states();
       tell(find("states-error"), null);
-      const items = states.map((state) => this.#item(state));
+      const items = states.filter(({ id }) => !this.#deleted.has(id)).map((state) => this.#item(state));
       find("states").replaceChildren(...(items.length > 0 ? items : [h("li", { class: "hint" }, "None yet.")]));
     } catch (error) {
       find("states").replaceChildren();
-      tell(find("states-error"), error);
+      if (error.status === 401 || error.isPassing) this.#on.failed(error, { isNoted: true });
+      else tell(find("states-error"), error);
     }
   }
 
   #item(state) {
-    const isCurrent = this.#conversation.state?.id === state.id;
+    const isCurrent = this.#chat.conversation.stateId === state.id;
     const name = state.name ?? state.id.slice(0, 14);
     const button = (text, action) =>
-      h("button", { type: "button", class: "quiet", "aria-label": `${text}: ${name}`, onclick: action }, text);
-    const resumed = () => this.#chat.change(() => this.#conversation.resume(state));
+      h(
+        "button",
+        { type: "button", class: "quiet", "aria-label": `${text}: ${name}`, onclick: () => this.#attempt(action) },
+        text,
+      );
     return h(
       "li",
       { class: isCurrent ? "current" : null, "aria-current": isCurrent ? "true" : null },
-      h("div", { class: "name" }, name),
+      h("div", { class: "name", dir: "auto" }, name),
       h("div", { class: "sizes" }, `${count(state.num_tokens)} tokens · ${bytes(state.bytes)}`),
       h(
         "div",
         { class: "row" },
-        isCurrent ? null : button("Continue", resumed),
+        isCurrent ? null : button("Continue", () => this.#resume(state)),
         button("Fork", async () => {
-          if (!isCurrent) await resumed();
+          if (!isCurrent) await this.#resume(state);
           await this.#chat.fork();
         }),
-        button("Export", () => this.#attempt(() => this.#export(state))),
-        button("Delete", () => this.#attempt(() => this.#delete(state))),
+        button("Export", () => this.#export(state)),
+        button("Delete", () => this.#delete(state, name)),
       ),
       state.points.length > 0 ? this.#points(state, isCurrent) : null,
     );
@@ -63,10 +64,8 @@ export class StatesView {
 
   #points(state, isCurrent) {
     const rewind = (point) => async () => {
-      await this.#chat.change(async () => {
-        if (!isCurrent) this.#conversation.resume(state);
-        await this.#conversation.rewind(point.name);
-      });
+      if (!isCurrent) await this.#resume(state);
+      await this.#chat.change(() => this.#chat.conversation.rewind(point.name));
     };
     const buttons = state.points.map((point) =>
       h(
@@ -76,6 +75,13 @@ export class StatesView {
       ),
     );
     return h("div", { class: "points row" }, "Rewind to", ...buttons);
+  }
+
+  /** Shows the conversation that goes by this state; one of numbers alone, where its text is not in this browser. */
+  async #resume(state) {
+    const talk = await this.#on.find(state.id);
+    if (talk === null) await this.#on.adopt(state);
+    else await this.#on.open(talk.id);
   }
 
   async #attempt(action) {
@@ -88,17 +94,21 @@ export class StatesView {
   }
 
   async #export(state) {
-    const url = URL.createObjectURL(await this.#api.exportState(state.id));
-    const name = (state.name ?? state.id).replace(/[^\w.-]+/g, "_");
-    h("a", { href: url, download: `${name}.safetensors` }).click();
-    setTimeout(() => URL.revokeObjectURL(url), 60_000);
+    download(`${state.name ?? state.id}.safetensors`, await this.#api.exportState(state.id), "application/octet-stream");
   }
 
-  async #delete(state) {
-    await this.#api.deleteState(state.id);
-    this.#transcripts.delete(state.id);
-    if (this.#conversation.state?.id === state.id) await this.#chat.change(() => this.#conversation.reset());
-    else await this.refresh();
+  async #delete(state, name) {
+    this.#deleted.add(state.id);
+    await this.refresh();
+    const undo = () => {
+      this.#deleted.delete(state.id);
+      this.refresh();
+    };
+    offerUndo(`State “${name}” is deleted.`, undo, async () => {
+      await this.#attempt(() => this.#api.deleteState(state.id));
+      if (this.#chat.conversation.stateId === state.id) await this.#chat.change(() => this.#chat.conversation.refreshState());
+      else await this.refresh();
+    });
   }
 
   async #import(input) {
@@ -107,11 +117,8 @@ export class StatesView {
     if (file === undefined) return;
     const value = file.name.replace(/\.safetensors$/, "");
     const hint = "It must come from a server of the same model.";
-    const name = await ask({ title: "Import a conversation", label: "Name", hint, value, ok: "Import" });
+    const name = await ask({ title: "Import a state", label: "Name", hint, value, ok: "Import" });
     if (name === null) return;
-    await this.#attempt(async () => {
-      const state = await this.#api.importState(file, name);
-      await this.#chat.change(() => this.#conversation.resume(state));
-    });
+    await this.#attempt(async () => this.#on.adopt(await this.#api.importState(file, name)));
   }
 }

@@ -3,16 +3,29 @@
 /** Least probability of each shade, from the expected to the surprising; below the last one: the strongest shade. */
 export const SHADES = [0.9, 0.6, 0.3, 0.1, 0.02];
 
-/** The tokens of one piece of a stream: `{text, logprob, alternatives: [{text, logprob}]}`, likeliest first. */
+/**
+ * The tokens of one piece of a stream: `{id, logprob, alternatives: [{id, logprob}]}`, most likely first. By their ids, for
+ * tokens of equal text are not equal, and a text is not always cut as it was.
+ */
 export function tokensOf(logprobs) {
   if (!logprobs) return [];
-  return logprobs.tokens.map((text, number) => ({
-    text,
+  return logprobs.tokens.map((name, number) => ({
+    id: idOf(name),
     logprob: logprobs.token_logprobs[number],
     alternatives: Object.entries(logprobs.top_logprobs?.[number] ?? {})
-      .map(([other, logprob]) => ({ text: other, logprob }))
+      .map(([other, logprob]) => ({ id: idOf(other), logprob }))
       .sort((a, b) => b.logprob - a.logprob),
   }));
+}
+
+/** `token_id:7` is 7. */
+function idOf(name) {
+  return Number(name.replace("token_id:", ""));
+}
+
+/** Every id in some tokens, once. */
+export function idsOf(tokens) {
+  return [...new Set(tokens.flatMap((token) => [token.id, ...token.alternatives.map((other) => other.id)]))];
 }
 
 /** 0: as expected ... SHADES.length: a surprise; null: nothing is known of it. */

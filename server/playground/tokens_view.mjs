@@ -3,7 +3,7 @@
 import { find, h, tell } from "./dom.mjs";
 import { Stopwatch } from "./measure.mjs";
 import { optionsOf } from "./settings.mjs";
-import { percent, perplexity, SHADES, shadeOf, tokensOf, visible } from "./tokens.mjs";
+import { idsOf, percent, perplexity, SHADES, shadeOf, tokensOf, visible } from "./tokens.mjs";
 
 const NUM_ALTERNATIVES = 6;
 const DEFAULT_MAX_TOKENS = 60;
@@ -11,44 +11,62 @@ const DEFAULT_MAX_TOKENS = 60;
 export class TokensView {
   #api;
   #memory;
+  #failed;
   #tokens = [];
+  #texts = new Map(); // by id
+  #ids = null; // what the prompt is made of, until somebody types in it
   #selected = -1;
   #stopping = null;
+  #isReady = false;
 
-  constructor(api, memory) {
+  /** `failed(error, facts)`: told what went wrong. */
+  constructor(api, memory, failed) {
     this.#api = api;
     this.#memory = memory;
+    this.#failed = failed;
     find("token-form").addEventListener("submit", (event) => {
       event.preventDefault();
-      this.#run(find("prompt").value, {});
+      if (!find("complete").disabled) this.#run({});
     });
-    find("score").addEventListener("click", () => this.#run(find("prompt").value, { max_tokens: 0 }));
+    find("score").addEventListener("click", () => this.#run({ max_tokens: 0 }));
+    find("prompt").addEventListener("input", () => {
+      this.#ids = null;
+      this.#drawButtons();
+    });
     find("token-stop").addEventListener("click", () => this.stop());
     find("tokens").addEventListener("keydown", (event) => this.#move(event));
     find("tokens").addEventListener("focus", () => this.#select(Math.max(0, this.#selected)));
     find("legend").replaceChildren("Probability of each token:", ...swatches());
+    this.#drawButtons();
+  }
+
+  /** Whether the server takes texts. */
+  set isReady(isReady) {
+    this.#isReady = isReady;
+    this.#drawButtons();
   }
 
   stop() {
     this.#stopping?.abort();
   }
 
-  /** Goes on from a text; its own tokens are rated too. */
-  async #run(prompt, more) {
-    if (prompt === "" || this.#stopping !== null) return;
+  /** Continues the text; its own tokens are rated too. */
+  async #run(more) {
+    const prompt = this.#ids ?? find("prompt").value;
+    if (prompt.length === 0 || this.#stopping !== null) return;
     this.#stopping = new AbortController();
-    this.#busy(true);
+    this.#drawButtons();
     const watch = new Stopwatch();
     try {
       tell(find("token-error"), null);
       const options = { max_tokens: DEFAULT_MAX_TOKENS, ...optionsOf(find("settings")), ...more };
-      const body = { ...options, prompt, echo: true, logprobs: NUM_ALTERNATIVES };
+      const body = { ...options, prompt, echo: true, logprobs: NUM_ALTERNATIVES, return_tokens_as_token_ids: true };
       await this.#follow(this.#api.complete(body, this.#stopping.signal), watch);
     } catch (error) {
-      if (error.name !== "AbortError") tell(find("token-error"), error);
+      if (error.name !== "AbortError") this.#tell(error);
     }
     this.#stopping = null;
-    this.#busy(false);
+    this.#drawButtons();
   }
 
   async #follow(chunks, watch) {
@@ -58,11 +76,31 @@ export class TokensView {
     find("details").replaceChildren();
     for await (const chunk of chunks) {
       watch.take(chunk.usage?.completion_tokens ?? 0);
-      this.#memory.show(chunk.usage, watch);
+      const { usage } = chunk;
+      if (usage) this.#memory.tokens = usage.total_tokens;
+      this.#memory.show({ first: watch.firstMs, rate: watch.rate, cached: usage?.prompt_tokens_details?.cached_tokens });
       const numPrompt = chunk.usage?.prompt_tokens ?? 0;
-      for (const token of tokensOf(chunk.choices[0]?.logprobs)) this.#add(token, numPrompt);
+      const tokens = tokensOf(chunk.choices[0]?.logprobs);
+      await this.#learn(tokens);
+      for (const token of tokens) this.#add(token, numPrompt);
       this.#facts();
     }
+  }
+
+  async #learn(tokens) {
+    const unknown = idsOf(tokens).filter((id) => !this.#texts.has(id));
+    if (unknown.length === 0) return;
+    const { token_texts: texts } = await this.#api.textOf(unknown);
+    unknown.forEach((id, number) => this.#texts.set(id, texts[number]));
+  }
+
+  #tell(error) {
+    this.#failed(error, { isNoted: true });
+    tell(find("token-error"), error);
+  }
+
+  #text(token) {
+    return this.#texts.get(token.id);
   }
 
   #add(token, numPrompt) {
@@ -76,11 +114,11 @@ export class TokensView {
         id: `token-${number}`,
         role: "option",
         "aria-selected": "false",
-        "aria-label": `${visible(token.text)}, ${percent(token.logprob)}`,
+        "aria-label": `${visible(this.#text(token))}, ${percent(token.logprob)}`,
         onclick: () => this.#select(number),
         onmouseenter: () => this.#select(number),
       },
-      token.text.replace(/\n/g, "⏎\n"),
+      this.#text(token).replace(/\n/g, "⏎\n"),
     );
     find("tokens").append(element);
   }
@@ -112,29 +150,34 @@ export class TokensView {
 
   #others(number) {
     const token = this.#tokens[number];
-    return (token?.alternatives ?? []).filter((other) => other.text !== token.text);
+    return (token?.alternatives ?? []).filter((other) => other.id !== token.id);
   }
 
-  /** Goes on with another token in the place of this one. */
-  #branch(number, other) {
-    if (other === undefined) return;
-    const before = this.#tokens.slice(0, number).map((token) => token.text);
-    const prompt = [...before, other.text].join("");
-    find("prompt").value = prompt;
-    this.#run(prompt, {});
+  /** Continues with another token in the place of this one, by ids: the text might be cut otherwise. */
+  async #branch(number, other) {
+    if (other === undefined || this.#stopping !== null || !this.#isReady) return;
+    const ids = [...this.#tokens.slice(0, number).map((token) => token.id), other.id];
+    try {
+      find("prompt").value = (await this.#api.textOf(ids)).prompt;
+      this.#ids = ids;
+      await this.#run({});
+    } catch (error) {
+      this.#tell(error);
+    }
   }
 
   #table(number) {
     const token = this.#tokens[number];
     if (token.logprob === null) return h("p", { class: "hint" }, "The first token of a text: nothing comes before it.");
     const rows = token.alternatives.map((other) => {
-      const isTaken = other.text === token.text;
+      const isTaken = other.id === token.id;
+      const words = visible(this.#text(other));
       const action = isTaken ? {} : { onclick: () => this.#branch(number, other) };
-      const label = isTaken ? "the token itself" : "go on with this one";
+      const label = isTaken ? "the token itself" : "continue with this one";
       const name = h(
         "button",
-        { type: "button", disabled: isTaken, "aria-label": `${visible(other.text)}: ${label}`, ...action },
-        visible(other.text),
+        { type: "button", disabled: isTaken, "aria-label": `${words}: ${label}`, title: `id ${other.id}`, ...action },
+        words,
       );
       const bar = h("div", { class: "bar", "aria-hidden": "true" });
       bar.style.setProperty("--part", Math.exp(other.logprob));
@@ -146,12 +189,13 @@ export class TokensView {
         h("td", { class: "wide" }, bar),
       );
     });
-    const caption = `Token ${number + 1}: ${visible(token.text)}. A click on another one goes on with it.`;
+    const caption = `Token ${number + 1}: ${visible(this.#text(token))}, id ${token.id}. A click on another one continues with it.`;
     return h("table", {}, h("caption", {}, caption), h("tbody", {}, ...rows));
   }
 
-  #busy(isBusy) {
-    find("complete").disabled = find("score").disabled = isBusy;
+  #drawButtons() {
+    const isBusy = this.#stopping !== null;
+    find("complete").disabled = find("score").disabled = isBusy || !this.#isReady || find("prompt").value === "";
     find("token-stop").hidden = !isBusy;
   }
 }

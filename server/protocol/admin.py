@@ -20,6 +20,16 @@ class AdminStatus(ResponseModel):
     """How often the engine process was started again after it had died."""
 
 
+class DrainRequest(RequestModel):
+    """How to drain."""
+
+    wait_s: float = Field(0.0, ge=0, le=86400)
+    """Answer when nothing runs any more, after so many seconds at the latest; 0: at once."""
+    hand_over: bool = False
+    """Then cut off what still runs and save its states, as at a stop: each client gets the id of a state to resume from
+    at any server of the same store, and responses in the background are resumed by the others."""
+
+
 class ReloadRequest(RequestModel):
     """How to load the model again."""
 

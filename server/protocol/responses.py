@@ -10,9 +10,9 @@ from pydantic_core import PydanticCustomError
 from server.errors import InvalidRequestError
 from server.protocol.chat import ChatRequest, MessageIn, ReasoningEffort
 from server.protocol.logprobs import MAX_TOP_LOGPROBS
+from server.protocol.response_format import ResponseFormat
 from server.protocol.response_items import InputFunctionCall, InputFunctionCallOutput, InputItems, chat_messages
 from server.protocol.sampling import MAX_TOKENS, SamplingFields
-from server.protocol.structure import ResponseFormat
 from server.protocol.tools import (
     MAX_TOOLS,
     AllowedTools,
@@ -59,11 +59,8 @@ class TextOptions(RequestModel):
         """The form as the chat API spells it; None: any text. Raises `InvalidRequestError`."""
         if self.format is None:
             return None
-        wanted = dict(self.format)
-        if wanted.get("type") == "json_schema" and "json_schema" not in wanted:
-            wanted = {"type": "json_schema", "json_schema": {k: v for k, v in wanted.items() if k != "type"}}
         try:
-            return ResponseFormat.model_validate(wanted)
+            return ResponseFormat.model_validate(self.format)
         except ValueError as error:
             raise InvalidRequestError(
                 "`text.format` is not valid", param="text.format", code="invalid_value"
@@ -224,7 +221,7 @@ class ResponseRequest(SamplingFields):
             raise InvalidRequestError("`background` needs `store`: the answer is read later", param="background")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("`stream_options` is only allowed with `stream: true`", param="stream_options")
-        _check_echo("tools", self.told_tools)
+        _check_echo("tools", self.echoed_tools)
         _check_echo("text.format", None if self.text is None else self.text.format)
         if self.previous_response_id is None:
             self._check_calls()
@@ -248,7 +245,7 @@ class ResponseRequest(SamplingFields):
         return own + chat_messages(self.input)
 
     @property
-    def told_tools(self) -> list[dict[str, Any]]:
+    def echoed_tools(self) -> list[dict[str, Any]]:
         """The tools as a response repeats them."""
         names = ("type", "name", "description", "parameters")
         return [

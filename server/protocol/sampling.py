@@ -10,15 +10,9 @@ from pydantic_core import PydanticCustomError
 from server.engine.types.logprobs import LogprobOptions
 from server.errors import InvalidRequestError
 from server.protocol.logprobs import MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS
+from server.protocol.response_format import ResponseFormat, wanted_grammar
 from server.protocol.states import StateFields
-from server.protocol.structure import (
-    STRUCTURE_NAMES,
-    ResponseFormat,
-    StructuredOutputs,
-    WantedGrammar,
-    wanted_grammar,
-    with_structure,
-)
+from server.protocol.structure import OTHER_NAMES, StructuredOutputs, WantedGrammar, with_structure
 from server.protocol.wire import RequestModel
 
 MAX_TOKENS = 2**31 - 1
@@ -75,7 +69,7 @@ class StreamOptions(RequestModel):
 class SamplingFields(RequestModel):
     """How tokens are chosen and when an answer ends; the same for every endpoint that generates, of every dialect."""
 
-    other_names = STRUCTURE_NAMES
+    other_names = OTHER_NAMES
 
     temperature: float | None = Field(None, ge=0, le=2)
     """0 (and below 0.0001): greedy decoding; 1 (default): the model's own distribution."""
@@ -149,7 +143,7 @@ class GenerationFields(StateFields, SamplingFields):
     model: str | None = None
     """Name of the model; the one that is served if absent."""
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
-    """Most tokens of one answer. Completions: 16 if absent. Chat: no limit if absent. 0 only with `echo`,
+    """Most tokens of one answer. Completions: 16 if absent. Chat: `--default-answer-tokens` if absent (4,096). 0 only with `echo`,
     `prompt_logprobs` or `return_state`: the prompt is read and nothing is generated."""
     max_completion_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     """Newer name of `max_tokens`; wins when both are given."""
@@ -166,7 +160,7 @@ class GenerationFields(StateFields, SamplingFields):
     request_id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,64}$")
     """Name of the request, part of the answer's `id`; no two may run at once under one name."""
     response_format: ResponseFormat | None = None
-    """The form of the answer: any text (default), a JSON object, or JSON that follows a schema."""
+    """The form of the answer: any text (default), a JSON object, JSON that follows a schema, a pattern or a grammar."""
     stream: bool | None = None
     """Send the answer as server-sent events while it grows."""
     stream_options: StreamOptions | None = None

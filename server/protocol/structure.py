@@ -1,9 +1,9 @@
-"""What an answer must look like: `response_format` and vLLM's `structured_outputs`."""
+"""What an answer must look like: vLLM's `structured_outputs`, and other servers' names for it."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -13,12 +13,9 @@ from server.grammar_check.sources import ANY_OBJECT, GrammarKind, GrammarSource,
 from server.protocol.wire import RequestModel
 
 MAX_CHOICES = 4096
-_UNSUPPORTED_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "disable_additional_properties": (False,),
-    "disable_any_whitespace": (False,),
-    "structural_tag": (),
-    "whitespace_pattern": (),
-}
+MAX_PATTERN_CHARACTERS = 256
+_UNSUPPORTED_OPTIONS: dict[str, tuple[Any, ...]] = {"structural_tag": ()}
+_NOTHING: tuple[Any, ...] = (None, "", {})
 
 
 STRUCTURE_NAMES: Mapping[str, str] = {
@@ -32,13 +29,18 @@ STRUCTURE_NAMES: Mapping[str, str] = {
     "json_schema": "json",
 }
 """Fields of vLLM (earlier), SGLang and llama.cpp, and what they are in `structured_outputs`."""
+_WHITESPACE = "guided_whitespace_pattern"
+_NVIDIA = "nvext"
+OTHER_NAMES: Mapping[str, str] = {**STRUCTURE_NAMES, _WHITESPACE: "whitespace_pattern", _NVIDIA: ""}
+"""All fields of a request that `with_structure` reads."""
 
 
 def with_structure(body: Any) -> Any:
     """A request body with `structured_outputs` for whatever it calls them; raises `InvalidRequestError` for two."""
     if not isinstance(body, dict):
         return body
-    given = [name for name in STRUCTURE_NAMES if body.get(name) not in (None, "", {})]
+    body = _without_nvidia(body)
+    given = [name for name in STRUCTURE_NAMES if body.get(name) not in _NOTHING]
     if not given:
         return body
     if len(given) > 1 or body.get("structured_outputs") is not None:
@@ -46,7 +48,27 @@ def with_structure(body: Any) -> Any:
         raise InvalidRequestError(
             f"`{given[0]}` and `{others}` exclude each other", param=given[0], code="invalid_value"
         )
-    return {**body, "structured_outputs": {STRUCTURE_NAMES[given[0]]: body[given[0]]}}
+    wanted = {STRUCTURE_NAMES[given[0]]: body[given[0]]}
+    if body.get(_WHITESPACE) is not None:
+        wanted["whitespace_pattern"] = body[_WHITESPACE]
+    return {**body, "structured_outputs": wanted}
+
+
+def _without_nvidia(body: dict[str, Any]) -> dict[str, Any]:
+    """The same with the fields `guided_*` of NVIDIA's `nvext` where vLLM has them."""
+    inner = body.get(_NVIDIA)
+    if not isinstance(inner, dict):
+        return body
+    wanted = {name: value for name, value in inner.items() if value is not None}
+    known = {name for name in (*STRUCTURE_NAMES, _WHITESPACE) if name.startswith("guided_")}
+    for name in wanted:
+        if name not in {*known, "guided_decoding_backend"} or name in body:
+            raise InvalidRequestError(
+                f"`nvext.{name[:64]}` is not supported: the request itself has a field for it, if there is one",
+                param=f"nvext.{name[:64]}",
+                code="unsupported_parameter",
+            )
+    return {**body, **wanted}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,47 +77,6 @@ class WantedGrammar:
 
     source: GrammarSource
     param: str
-
-
-class JsonSchemaFormat(RequestModel):
-    """A JSON schema with a name."""
-
-    name: str = Field(min_length=1, max_length=64)
-    """Name of what is described; for people."""
-    description: str | None = None
-    """What it is for; not used here: say it in the messages."""
-    json_schema: dict[str, Any] | None = Field(None, alias="schema")
-    """The schema; any JSON object if absent."""
-    strict: bool | None = None
-    """Refuse keywords of the schema that cannot be kept to, instead of leaving them out of account."""
-
-
-class ResponseFormat(RequestModel):
-    """The form of the answer."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    """`text`: any (default); `json_object`: a JSON object; `json_schema`: JSON that follows `json_schema`."""
-    json_schema: JsonSchemaFormat | None = None
-    """Only with type `json_schema`."""
-
-    @model_validator(mode="after")
-    def _with_its_schema(self) -> Self:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise PydanticCustomError("response_format", "`json_schema` and the type json_schema need each other")
-        return self
-
-    @property
-    def wanted(self) -> WantedGrammar | None:
-        """The grammar of such answers; None: any text.
-
-        Raises:
-            InvalidRequestError: the schema is nested too deeply.
-        """
-        if self.type == "text":
-            return None
-        schema = None if self.json_schema is None else self.json_schema.json_schema
-        strict = self.json_schema is not None and self.json_schema.strict is True
-        return _from_schema(ANY_OBJECT if schema is None else schema, strict=strict, param="response_format")
 
 
 class StructuredOutputs(RequestModel):
@@ -113,6 +94,12 @@ class StructuredOutputs(RequestModel):
     """The texts that the answer may be."""
     grammar: str | None = None
     """A grammar in Lark or GBNF."""
+    whitespace_pattern: str | None = Field(None, max_length=MAX_PATTERN_CHARACTERS)
+    """With JSON: a regular expression of the white space between its parts."""
+    disable_any_whitespace: bool | None = None
+    """With JSON: no white space at all."""
+    disable_additional_properties: bool | None = None
+    """Without effect: objects that name properties have no others unless the schema says so."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -137,36 +124,26 @@ class StructuredOutputs(RequestModel):
         if self.grammar is not None:
             return _of(GrammarKind.GRAMMAR, self.grammar)
         schema = ANY_OBJECT if self.json_schema is None else _parsed(self.json_schema)
-        return _from_schema(schema, strict=True, param="structured_outputs")
-
-
-def wanted_grammar(
-    response_format: ResponseFormat | None, structured_outputs: StructuredOutputs | None
-) -> WantedGrammar | None:
-    """What a request wants of its answer; None: any text.
-
-    Raises:
-        InvalidRequestError: two things at once, or a schema that cannot be read.
-    """
-    wanted = None if response_format is None else response_format.wanted
-    if structured_outputs is None:
-        return wanted
-    if wanted is not None:
-        raise InvalidRequestError(
-            "`response_format` and `structured_outputs` exclude each other",
-            param="structured_outputs",
-            code="invalid_value",
-        )
-    return structured_outputs.wanted
+        whitespace = "" if self.disable_any_whitespace else self.whitespace_pattern
+        return from_schema(schema, strict=True, param="structured_outputs", whitespace=whitespace)
 
 
 def _of(kind: GrammarKind, text: str) -> WantedGrammar:
     return WantedGrammar(GrammarSource(kind, text), "structured_outputs")
 
 
-def _from_schema(schema: dict[str, Any], *, strict: bool, param: str) -> WantedGrammar:
+def from_schema(schema: dict[str, Any], *, strict: bool, param: str, whitespace: str | None = None) -> WantedGrammar:
+    """The grammar of JSON that follows a schema.
+
+    Args:
+        whitespace: see `schema_text`.
+
+    Raises:
+        InvalidRequestError: the schema is nested too deeply.
+    """
     try:
-        return WantedGrammar(GrammarSource(GrammarKind.JSON_SCHEMA, schema_text(schema, strict=strict)), param)
+        text = schema_text(schema, strict=strict, whitespace=whitespace)
+        return WantedGrammar(GrammarSource(GrammarKind.JSON_SCHEMA, text), param)
     except SourceError as error:
         raise InvalidRequestError(f"{param}: {error}", param=param, code="invalid_value") from error
 

@@ -90,6 +90,8 @@ class DetokenizeRequest(RequestModel):
     """Token ids; an empty list is an empty text."""
     skip_special_tokens: bool | None = None
     """Leave special tokens out (default false)."""
+    return_token_texts: bool | None = None
+    """Return the text of each token by itself too."""
 
 
 class DetokenizeResponse(ResponseModel):
@@ -97,6 +99,8 @@ class DetokenizeResponse(ResponseModel):
 
     prompt: str
     """What the tokens spell; bytes that are no character are written as U+FFFD."""
+    token_texts: list[str] | None = None
+    """The text of each token by itself, with `return_token_texts`; bytes that are no whole character are U+FFFD."""
 
 
 class TokenizerInfo(ResponseModel):

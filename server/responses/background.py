@@ -8,6 +8,7 @@ from server.errors import ServiceError, UnavailableError
 from server.generation.sessions import check_fingerprint
 from server.generation.streaming import charged_tokens
 from server.http.errors import on_wire
+from server.keys import EVERYBODY
 from server.protocol.bodies import parse_body
 from server.protocol.responses import ResponseRequest
 from server.responses.plan import plan_resumed
@@ -30,11 +31,11 @@ def make_in_background(service: Service, run: ResponseRun) -> None:
     task.add_done_callback(lambda _: _forget(service, run))
 
 
-async def take_up_forever(service: Service) -> None:
-    """Goes on with responses that were put off, here or at another replica, for as long as work is taken."""
+async def claim_forever(service: Service) -> None:
+    """Goes on with responses that were suspended, here or at another replica, for as long as work is taken."""
     while True:
         try:
-            while service.status == "ok" and await _take_up_some(service) == MAX_AT_ONCE:
+            while service.status == "ok" and not service.leaving and await _claim_some(service) == MAX_AT_ONCE:
                 pass
         except UnavailableError:
             pass  # said already; the next time comes
@@ -43,17 +44,17 @@ async def take_up_forever(service: Service) -> None:
         await asyncio.sleep(POLL_S)
 
 
-async def _take_up_some(service: Service) -> int:
+async def _claim_some(service: Service) -> int:
     if service.states is None:
         return 0
     info = service.engine.info
     if info is None or info.state_layout is None:
         return 0
-    records = await service.states.take_up_responses(MAX_AT_ONCE, fingerprint=info.state_layout.fingerprint)
-    return sum([await _take_up(service, record) for record in records])
+    records = await service.states.claim_responses(MAX_AT_ONCE, fingerprint=info.state_layout.fingerprint)
+    return sum([await _claim(service, record) for record in records])
 
 
-async def _take_up(service: Service, record: ResponseRecord) -> bool:
+async def _claim(service: Service, record: ResponseRecord) -> bool:
     """Whether it goes on."""
     source = Unfinished.of(record.body).source
     try:
@@ -66,21 +67,21 @@ async def _take_up(service: Service, record: ResponseRecord) -> bool:
             if snapshot is not None:
                 check_fingerprint(snapshot, info)
         generation = await plan_resumed(service, info, body, run)
-        run.go_on()
+        run.resume()
         await generation.start()
     except ServiceError as error:
-        await _not_taken_up(service, record, error)
+        await _not_claimed(service, record, error)
         return False
     logger.info("a background response is resumed", id=run.id, num_tokens=len(before.token_ids))
     make_in_background(service, run)
     return True
 
 
-async def _not_taken_up(service: Service, record: ResponseRecord, error: ServiceError) -> None:
+async def _not_claimed(service: Service, record: ResponseRecord, error: ServiceError) -> None:
     """It waits on for better times, or fails if there will be none."""
     assert service.states is not None
     if isinstance(error, UnavailableError):
-        await service.states.put_response(record.put_off())
+        await service.states.put_response(record.suspended())
         return
     logger.error("a background response cannot be resumed", id=record.id, problem=str(error))
     await service.states.put_response(record.failed(code=on_wire(error).code, message=error.message))
@@ -91,6 +92,8 @@ async def _made(service: Service, run: ResponseRun) -> None:
         await run.in_background()
     finally:
         service.rate_limits.charge(run.owner, charged_tokens(run.generation.usage))
+        key = {} if run.owner == EVERYBODY else {"key": service.labels.of(run.owner)}
+        logger.info("background response", id=run.id, **key, **run.generation.log_facts)
 
 
 def _forget(service: Service, run: ResponseRun) -> None:

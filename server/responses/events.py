@@ -40,19 +40,19 @@ def ended(response: Mapping[str, Any]) -> Event:
     return (f"response.{response['status']}", {"response": dict(response)})
 
 
-def begun_again(response: Mapping[str, Any], items: Sequence[Item], pieces: Pieces) -> list[Event]:
-    """The events that there were of a response when it was put off."""
+def resumed(response: Mapping[str, Any], items: Sequence[Item], pieces: Pieces) -> list[Event]:
+    """The events that there were of a response when it was suspended."""
     return [*begun(response), *replayed(items, pieces, was_broken_off=True)]
 
 
-def put_off(num_events: int) -> tuple[int, Event]:
+def suspended(num_events: int) -> tuple[int, Event]:
     """Number and content of the event that ends the streams of a response that goes on later.
 
     It is no event of the response's own, so it has the number of the last one of these: whoever asks for the events
     after what was read last misses none.
     """
     message = (
-        "the server was stopped; the response is resumed as soon as a server is free for it. Read on with "
+        "the server or its engine was stopped; the response is resumed as soon as one is free for it. Read on with "
         "GET /v1/responses/{id}?stream=true&starting_after=N, N being the last sequence number"
     )
     return num_events - 1, ("error", {"code": "server_shutdown", "message": message, "param": None})
@@ -79,7 +79,7 @@ def stored_events(body: Mapping[str, Any]) -> Iterator[Event]:
     yield ended(response)
 
 
-async def told_later(bodies: AsyncIterator[Mapping[str, Any]], begin: int) -> AsyncGenerator[bytes, None]:
+async def reported_later(bodies: AsyncIterator[Mapping[str, Any]], begin: int) -> AsyncGenerator[bytes, None]:
     """Events from number `begin` on of a response that another server makes: all at once, when it has ended.
 
     Args:

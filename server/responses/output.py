@@ -86,12 +86,12 @@ class ResponseOutput:
             self.items[-1]["content"][0]["logprobs"] += self._pending  # of the token that ended it
         return events + self._close(COMPLETED if reason == "stop" else INCOMPLETE)
 
-    def put_off(self) -> dict[str, Any]:
-        """What `go_on` needs, fit for JSON: it is cut off here and goes on later."""
+    def suspend(self) -> dict[str, Any]:
+        """What `resume` needs, fit for JSON: it is cut off here and goes on later."""
         return {"items": self.items, "pending": self._pending}
 
-    def go_on(self, text: str, before: Mapping[str, Any], pieces: Pieces) -> None:
-        """Goes on where it was put off; `text` is all that was pushed until then."""
+    def resume(self, text: str, before: Mapping[str, Any], pieces: Pieces) -> None:
+        """Goes on where it was suspended; `text` is all that was pushed until then."""
         self.begin()
         self.push(text, [])
         if before["items"]:

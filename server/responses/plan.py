@@ -9,7 +9,7 @@ from server.errors import InvalidRequestError, NotFoundError, renamed_fields
 from server.generation.generation import Generation
 from server.generation.planning import plan_request
 from server.generation.sessions import Past, check_fingerprint, require_store
-from server.generation.tools import form_of, told_tools
+from server.generation.tools import form_of, template_tools
 from server.protocol.chat import ChatRequest, MessageIn
 from server.protocol.responses import FIELD_NAMES, ResponseRequest
 from server.protocol.wire import translated
@@ -32,9 +32,9 @@ async def plan_response(service: Service, info: EngineInfo, body: ResponseReques
     with renamed_fields(FIELD_NAMES), translated():
         chat = body.chat(seed=run.unfinished.seed)
         past = Past(base=base, base_of=previous)
-        if previous is not None and chat.tools and previous.body.get("tools") != body.told_tools:
+        if previous is not None and chat.tools and previous.body.get("tools") != body.echoed_tools:
             # Tools stand at the beginning of a conversation, and nothing can be added to the beginning of a state.
-            past = replace(past, tells_tools=False)
+            past = replace(past, shows_tools=False)
             chat = chat.model_copy(update={"messages": [_tools_message(service, chat), *chat.messages]})
         return await _planned(service, info, body, run, chat, past)
 
@@ -62,7 +62,7 @@ async def _planned(
 
 
 def _tools_message(service: Service, chat: ChatRequest) -> MessageIn:
-    tools: tuple[Mapping[str, Any], ...] = told_tools(chat.tool_use)
+    tools: tuple[Mapping[str, Any], ...] = template_tools(chat.tool_use)
     return MessageIn(role="system", content=form_of(service.tokenizer).told(tools))
 
 

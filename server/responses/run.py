@@ -22,7 +22,7 @@ from server.http.sse import KEEP_ALIVE
 from server.protocol.logprobs import ChatLogprobs
 from server.protocol.response_items import stored_item
 from server.protocol.responses import ResponseRequest, response_usage
-from server.responses.events import begun, begun_again, encoded, ended, put_off, with_pieces
+from server.responses.events import begun, encoded, ended, resumed, suspended, with_pieces
 from server.responses.once import IdempotencyKey
 from server.responses.output import Event, Item, Logprobs, Pieces, ResponseOutput
 from server.responses.suspended import Unfinished
@@ -32,6 +32,8 @@ from server.states.store import ResponseRecord, SnapshotRecord, StateStore
 
 logger = structlog.stdlib.get_logger("dijiang.responses")
 RETRY_S = 0.5
+MAX_FAILURES = 1
+"""Engines that may fail under a response in the background before it has failed: it may be its fault."""
 _TEXT_FORMAT = {"type": "text"}
 
 
@@ -48,7 +50,7 @@ class ResponseRun:
         output: its items; likewise.
         logprobs: how log-probabilities are written; None: they are not wanted.
         log: of its events, while it is made in the background.
-        unfinished: what is known of it beside its output, and what it was when it was put off, if it was.
+        unfinished: what is known of it beside its output, and what it was when it was suspended, if it was.
         snapshot: its conversation, where it was saved last.
     """
 
@@ -73,7 +75,7 @@ class ResponseRun:
             store: where it is kept; None: it is not.
             ttl_s: how long, without use.
             source: the request as it came, JSON.
-            before: what was stored of it when it was put off, or its server ended; None: it begins here.
+            before: what was stored of it when it was suspended, or its server ended; None: it begins here.
             once: so that the same request, sent again, is the same response; None: it is another one.
         """
         new_id = f"resp_{uuid.uuid4().hex}" if once is None else once.response_id
@@ -86,12 +88,12 @@ class ResponseRun:
         self._store = store
         self._ttl_s = ttl_s
         self._created = time.time() if before is None else before.created
-        self._goes_on = before is not None
+        self._is_resumed = before is not None
         self._hidden: dict[str, Any] = {} if once is None else once.stored()
         self.snapshot: SnapshotRecord | None = None
         if before is not None and before.snapshot is not None and before.snapshot.file == self.unfinished.resumes_at:
             self.snapshot = before.snapshot
-        self._is_left = False
+        self._is_left = self._is_begun_anew = False
         self._num_entries = 0
         self._status = "incomplete"
         self._incomplete_for = "max_output_tokens"
@@ -104,15 +106,15 @@ class ResponseRun:
         await self.put(self.object("in_progress"))
         return self.id
 
-    def go_on(self) -> None:
-        """Brings a response that was put off to where it was then; its generation is planned, and not started yet."""
+    def resume(self) -> None:
+        """Brings a response that was suspended to where it was then; its generation is planned, and not started yet."""
         before = self.unfinished
         text = self.generation.resume(before.token_ids, num_cached_tokens=before.num_cached_tokens)
-        self.output.go_on(text, before.output, before.pieces)
-        for told in begun_again(self.object("in_progress"), self.output.items, self.output.pieces):
+        self.output.resume(text, before.output, before.pieces)
+        for told in resumed(self.object("in_progress"), self.output.items, self.output.pieces):
             self.log.append(encoded(self.log.num_events, told))
 
-    async def put_off(self) -> None:
+    async def suspend(self) -> None:
         """Keeps all that is needed to go on with it, at whatever server takes it up."""
         usage = self.generation.usage.prompt_tokens_details.cached_tokens - self.unfinished.num_past_cached_tokens
         unfinished = replace(
@@ -120,7 +122,7 @@ class ResponseRun:
             prompt_token_ids=self.generation.prompt_token_ids(0),
             token_ids=tuple(self.generation.token_ids),
             num_cached_tokens=usage,
-            output=self.output.put_off(),
+            output=self.output.suspend(),
             resumes_at=None if self.snapshot is None else self.snapshot.file,
         )
         await self.put({**self.object("queued"), **unfinished.stored()})
@@ -151,7 +153,7 @@ class ResponseRun:
     def _record(self, response: Mapping[str, Any]) -> ResponseRecord:
         suffix = self.id.removeprefix("resp_")
         items = [stored_item(item, number, suffix) for number, item in enumerate(self._body.input)]
-        if response["status"] == "in_progress" and self._body.background:
+        if self._body.background and (response["status"] == "in_progress" or self._is_begun_anew):
             anew = self.unfinished.anew(self.generation.prompt_token_ids(0))
             body = {**with_pieces(response, Pieces()), **anew.stored()}
         else:
@@ -174,7 +176,7 @@ class ResponseRun:
         Raises:
             ServiceError: it could not be made.
         """
-        async with aclosing(self._told()) as events:
+        async with aclosing(self._events()) as events:
             async for _ in events:
                 pass
         return self._response
@@ -182,7 +184,7 @@ class ResponseRun:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The typed events, from `response.created` to `response.completed`, `.incomplete` or `.failed`."""
         number = 0
-        async with aclosing(self._told_safely()) as events:
+        async with aclosing(self._events_safely()) as events:
             async for told in events:
                 yield KEEP_ALIVE if told is None else encoded(number, told)
                 number += told is not None
@@ -190,12 +192,12 @@ class ResponseRun:
     async def in_background(self) -> None:
         """Makes the response while nobody waits; its end is kept, whatever it is."""
         try:
-            async with aclosing(self._told_safely()) as events:
+            async with aclosing(self._events_safely()) as events:
                 async for told in events:
                     if told is not None:
                         self.log.append(encoded(self.log.num_events, told))
         except ShutdownError:
-            self.log.append(encoded(*put_off(self.log.num_events)))
+            self.log.append(encoded(*suspended(self.log.num_events)))
         except asyncio.CancelledError:
             if self._service.is_closing:
                 self._is_left = True  # nobody has asked for that: another server makes it
@@ -253,7 +255,7 @@ class ResponseRun:
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": {"format": text_format},
             "tool_choice": "auto" if choice is None else choice if isinstance(choice, str) else choice.model_dump(),
-            "tools": body.told_tools,
+            "tools": body.echoed_tools,
             "top_logprobs": 0 if body.top_logprobs is None else body.top_logprobs,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled" if body.truncation is None else body.truncation,
@@ -261,24 +263,26 @@ class ResponseRun:
             "user": body.user,
         }
 
-    async def _told_safely(self) -> AsyncGenerator[Event | None, None]:
-        """Like `_told`; what goes wrong is the last event."""
+    async def _events_safely(self) -> AsyncGenerator[Event | None, None]:
+        """Like `_events`; what goes wrong is the last event."""
         try:
-            async with aclosing(self._told()) as events:
+            async with aclosing(self._events()) as events:
                 async for told in events:
                     yield told
         except ServiceError as error:
             if isinstance(error, ShutdownError) and self._body.background:
-                await self._put_off_if_possible()
+                await self._suspend_if_possible()
                 raise
+            if await self._waits_for_next_engine(error):
+                raise ShutdownError([]) from error
             yield ended(await self._failed(error))
         except Exception:
             logger.exception("a response failed")
             yield ended(await self._failed(InternalError()))
 
-    async def _told(self) -> AsyncGenerator[Event | None, None]:
+    async def _events(self) -> AsyncGenerator[Event | None, None]:
         """The events of a response that goes well, which is kept before the last one; None: nothing new for a while."""
-        if not self._goes_on:
+        if not self._is_resumed:
             for told in (*begun(self.object("in_progress")), *self.output.begin()):
                 yield told
         try:
@@ -323,17 +327,29 @@ class ResponseRun:
         written: ChatLogprobs = self.logprobs.chat([delta.output], num_top=num_top)
         return [entry.model_dump() for entry in written.content]
 
-    async def _put_off_if_possible(self) -> None:
+    async def _suspend_if_possible(self) -> None:
         try:
-            await self.put_off()
+            await self.suspend()
         except ServiceError as error:
             logger.error("a background response is made anew: how far it was could not be saved", problem=str(error))
             self._is_left = True
 
+    async def _waits_for_next_engine(self, error: ServiceError) -> bool:
+        """Lets a response in the background whose engine has failed be made anew, to the same text; once."""
+        if error.code != "engine_restarting" or not self._body.background or self._store is None:
+            return False
+        if self.unfinished.num_failures >= MAX_FAILURES:
+            return False
+        self.unfinished = replace(self.unfinished, num_failures=self.unfinished.num_failures + 1)
+        self._is_begun_anew = True
+        await self._suspend_if_possible()
+        return True
+
     async def _failed(self, error: ServiceError) -> dict[str, Any]:
         """The response that could not be made, kept."""
         self.output.break_off()
-        told = {"code": on_wire(error).code or "server_error", "message": error.message}
+        code = on_wire(error).code or "server_error"
+        self.generation.error_code, told = code, {"code": code, "message": error.message}
         response = self.object("failed", with_output=True, error=told)
         for kept in (response, self.object("failed", error=told)):  # without its text there is always room for it
             try:

@@ -9,7 +9,7 @@ from server.responses.output import Pieces
 from server.states.store import REPLAY_KEY, SnapshotRecord, TurnEnd
 
 NOTHING_YET: Mapping[str, Any] = {"items": [], "pending": []}
-"""Output that has not begun; see `ResponseOutput.put_off`."""
+"""Output that has not begun; see `ResponseOutput.suspend`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,9 @@ class Unfinished:
         prompt_token_ids: what comes after that. Not made again: a template may tell the time.
         token_ids: put out so far.
         num_cached_tokens: of the prompt, as `usage` counts them.
-        output: of `ResponseOutput.put_off`.
+        output: of `ResponseOutput.suspend`.
         pieces: in which it came.
+        num_failures: engines that failed under it.
         resumes_at: the file of the snapshot behind `token_ids`; None: it is made anew, from its prompt.
     """
 
@@ -37,10 +38,12 @@ class Unfinished:
     output: Mapping[str, Any] = field(default_factory=dict)
     pieces: Pieces = field(default_factory=Pieces)
     resumes_at: str | None = None
+    num_failures: int = 0
 
     def anew(self, prompt_token_ids: tuple[int, ...]) -> "Unfinished":
         """What is needed to make it anew, with the same tokens."""
-        return Unfinished(self.source, self.seed, self.base, prompt_token_ids, output=NOTHING_YET)
+        num = self.num_failures
+        return Unfinished(self.source, self.seed, self.base, prompt_token_ids, output=NOTHING_YET, num_failures=num)
 
     @property
     def num_past_cached_tokens(self) -> int:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import secrets
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -26,10 +27,13 @@ from server.states.embedded import open_embedded_store
 from server.states.errors import StoreError
 from server.states.indexed import StoreOptions
 from server.states.store import StateStore
+from server.tracing import NO_TRACER, Tracer
 
 CPU_STEP_TOKENS, CUDA_STEP_TOKENS = 512, 2048
 DEFAULT_HOME = Path("~/.cache/dijiang")
 MAX_AUTO_CACHE_BYTES = 1 << 30
+RANDOM_NAME = secrets.token_hex(4)
+"""Of this server if it was given none; one for all its life, though options may be read again."""
 
 
 def open_store(settings: Settings, model_name: str, console: Console) -> StateStore | None:
@@ -77,6 +81,22 @@ def _open_shared_store(settings: Settings, url: str, folder: Path, options: Stor
     return open_shared_store(folder, shared, options)
 
 
+def make_tracer(settings: Settings) -> Tracer:
+    """Where traces go.
+
+    Raises:
+        StartError: they are wanted, and OpenTelemetry is not installed.
+    """
+    if settings.otlp_traces_endpoint is None:
+        return NO_TRACER
+    try:
+        from server.startup.otel import OtelTracer
+    except ImportError as error:
+        message = f"otlp_traces_endpoint needs OpenTelemetry: pip install 'dijiang[otel]' ({error})"
+        raise StartError(message) from error
+    return OtelTracer.exporting(settings.otlp_traces_endpoint, version=version("dijiang"))
+
+
 def _bytes_per_key(settings: Settings) -> int:
     """What each owner may keep: without keys there is one, everybody."""
     if settings.states_per_key == "auto":
@@ -106,6 +126,9 @@ def engine_config(settings: Settings, model: Path, device: Device, store: StateS
         "num_threads": default_threads() if settings.threads == "auto" else settings.threads,
         "state_memory_bytes": state_bytes,
         "max_num_slots": settings.max_conversations,
+        "preemption_bytes": (
+            state_bytes // 4 if settings.preemption_memory == "auto" else int(settings.preemption_memory)
+        ),
         "max_step_tokens": auto_step if step_tokens == "auto" else step_tokens,
         "max_waiting": settings.max_queue,
         "reserved_waiting": _reserved_places(settings),
@@ -139,7 +162,7 @@ def _weights_dtype(wanted: str, model: Path, device: Device) -> str:
     Raises:
         HardwareError: they are asked for in other numbers.
     """
-    stored = _stored_rounded(model)
+    stored = _stored_quantized(model)
     if stored is None:
         auto = "bfloat16" if device.is_cuda else "float32"
         return auto if wanted == "auto" else wanted
@@ -148,7 +171,7 @@ def _weights_dtype(wanted: str, model: Path, device: Device) -> str:
     return stored
 
 
-def _stored_rounded(model: Path) -> str | None:
+def _stored_quantized(model: Path) -> str | None:
     """`int8` or `int4` where the model's config says so; what is wrong with a config, the engine tells."""
     try:
         section = json.loads((model / "config.json").read_bytes())["dijiang"]["quantization"]
@@ -176,6 +199,7 @@ def service_options(settings: Settings, model: Path, default_name: str) -> Servi
         host_names=_host_names(settings),
         version=number,
         fingerprint=f"fp_{digest[:12]}",
+        replica=settings.replica_name or RANDOM_NAME,
         sampling=_sampling(settings, model),
         **key_options(settings),
         **_taken_over(settings, ServiceOptions),

@@ -31,6 +31,7 @@ from server.startup.assemble import (
     engine_config,
     find_model,
     grammar_limits,
+    make_tracer,
     open_store,
     recipe_of,
     service_options,
@@ -89,7 +90,7 @@ class _Start:
         """Imports the application and reads the tokenizer: a second's work that the engine need not wait for.
 
         Raises:
-            StartError: the tokenizer, the chat template or the keys cannot be used.
+            StartError: the tokenizer, the chat template, the keys or the tracer cannot be used.
         """
         import_module("server.app")
         import_module("server.http.connections")
@@ -97,7 +98,13 @@ class _Start:
             tokenizer = load_tokenizer(self.model)
             grammars = None if tokenizer is None else GrammarChecker(self.model, grammar_limits(self.settings))
             service = Service(
-                self.engine, self._options(), tokenizer, states=self.store, grammars=grammars, read_again=self._read
+                self.engine,
+                self._options(),
+                tokenizer,
+                states=self.store,
+                grammars=grammars,
+                read_again=self._read,
+                tracer=make_tracer(self.settings),
             )
         except (ConfigError, UnsupportedTokenizerError, TemplateSyntaxFailure) as error:
             raise StartError(str(error)) from error
@@ -106,8 +113,14 @@ class _Start:
         return service, tokenizer
 
     def make_server(self, service: Service) -> DrainingServer:
-        config, timeout_s = _http_config(self.settings, service), self.settings.drain_timeout_s
-        return DrainingServer(config, service, self.engine, drain_timeout_s=timeout_s, give_up=_end_at_once)
+        return DrainingServer(
+            _http_config(self.settings, service),
+            service,
+            self.engine,
+            drain_timeout_s=self.settings.drain_timeout_s,
+            drain_delay_s=self.settings.drain_delay_s,
+            give_up=_end_at_once,
+        )
 
     def _options(self) -> ServiceOptions:
         return service_options(self.settings, self.model, self.default_name)
@@ -125,7 +138,7 @@ async def _serve(start: _Start, console: Console) -> None:
         service, tokenizer = await asyncio.to_thread(start.make_service)
         stack.push_async_callback(service.close)
         server = start.make_server(service)
-        taking_up = asyncio.create_task(_take_up(service))
+        claiming = asyncio.create_task(_claim(service))
         rereading = asyncio.create_task(_reread(start.settings, service, server.config))
         if service.states is not None:
             await service.states.start(service.end_background)
@@ -137,19 +150,19 @@ async def _serve(start: _Start, console: Console) -> None:
             await server.serve(sockets=[start.listener])
         finally:
             waiting.cancel()
-            taking_up.cancel()
+            claiming.cancel()
             rereading.cancel()
-            await asyncio.gather(waiting, taking_up, rereading, return_exceptions=True)
+            await asyncio.gather(waiting, claiming, rereading, return_exceptions=True)
             failure = engine.failure
             await engine.close()  # before the service, which keeps what the engine still writes
     if failure is not None:
         raise StartError(f"the engine cannot run: {failure}")
 
 
-async def _take_up(service: Service) -> None:
-    from server.responses.background import take_up_forever  # by now the application was imported
+async def _claim(service: Service) -> None:
+    from server.responses.background import claim_forever  # by now the application was imported
 
-    await take_up_forever(service)
+    await claim_forever(service)
 
 
 async def _reread(settings: Settings, service: Service, config: uvicorn.Config) -> None:

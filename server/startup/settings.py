@@ -111,6 +111,9 @@ class Settings(BaseSettings):
     """Most requests of one key that wait; further ones are refused with 429. 0: no limit."""
     max_queue_tokens_per_key: int = _in("Fair shares", 0, ge=0)
     """Most prompt tokens of one key that wait; further requests are refused with 429. 0: no limit."""
+    preemption_memory: ByteSize | Auto = _in("Fair shares", "auto")
+    """Memory for the states of running conversations that wait because another key is due; while it is used up, no
+    key's slot is taken for another. 0: never. auto: a quarter of state_memory."""
     priority_across_keys: bool = _in("Fair shares", False)
     """Let the priority of a request count against the requests of other keys too, not only among those of its own."""
 
@@ -189,6 +192,9 @@ class Settings(BaseSettings):
     """Longest answer in tokens to chats and responses that set no limit. 0: only --max-answer-tokens limits."""
     max_body_bytes: ByteSize = _in("Limits", ByteSize(16 << 20), ge=1024)
     """Largest request body, such as 16MiB."""
+    max_arriving_bytes: ByteSize = _in("Limits", ByteSize(256 << 20), ge=1 << 20)
+    """Memory for the bodies of all requests that are arriving, such as 256MiB, half of it for one key; further ones are
+    refused with 503 meanwhile."""
     max_n: int = _in("Limits", 16, ge=1)
     """Most answers per prompt (n)."""
     max_prompts: int = _in("Limits", 128, ge=1)
@@ -222,12 +228,21 @@ class Settings(BaseSettings):
     retry_after_s: int = _in("Operation", 2, ge=1, le=3600)
     """Retry-After of answers while the server starts or takes no requests, seconds; while its engine starts
     again, not before it can be there."""
+    replica_name: str | None = _in("Operation", None, max_length=100, pattern=r"^[A-Za-z0-9._:-]+$")
+    """Name of this server among those that share its work, in the header X-Dijiang-Replica of every answer. Default: a
+    random one, another at every start."""
+    drain_delay_s: float = _in("Operation", 0.0, ge=0)
+    """After SIGTERM: seconds in which `/ready` says 503 and new work is still taken, so that a balancer has time to see
+    it; a little more than its health checks take to notice."""
     drain_timeout_s: float = _in("Operation", 30.0, ge=0)
-    """After SIGTERM: longest time to finish what runs, seconds."""
+    """After SIGTERM and drain_delay_s: longest time to finish what runs, seconds."""
     keepalive_s: float = _in("Operation", 15.0, gt=0)
     """A stream that sends nothing gets a comment after that many seconds, so that proxies keep it open."""
     idle_connection_s: float = _in("Operation", 120.0, gt=0)
     """A connection without a request is closed after that many seconds; keep it above what proxies before it keep."""
+    otlp_traces_endpoint: str | None = _in("Operation", None, pattern=r"^https?://.+")
+    """Send OpenTelemetry traces of requests to this address of a collector, as OTLP over HTTP, such as
+    http://localhost:4318/v1/traces; needs the extra `otel`. Default: none are made."""
     log_level: Literal["debug", "info", "warning", "error"] = _in("Operation", "info")
     """Least important messages to log."""
     log_format: Literal["console", "json"] = _in("Operation", "console")

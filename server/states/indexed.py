@@ -91,7 +91,7 @@ class IndexedStore:
         self._stored: set[str] = set()
         self._users: Counter[str] = Counter()
         self._bringing: dict[str, asyncio.Task[None]] = {}
-        self._beating: asyncio.Task[None] | None = None
+        self._heartbeat: asyncio.Task[None] | None = None
         self._is_closed = False
         self._is_up = True
         index.open(files.left_behind)
@@ -109,7 +109,7 @@ class IndexedStore:
 
     async def start(self, on_response_gone: Callable[[str], None]) -> None:
         """See `StateStore.start`."""
-        self._beating = asyncio.create_task(self._beat_on_and_on(on_response_gone))
+        self._heartbeat = asyncio.create_task(self._heartbeat_forever(on_response_gone))
 
     @asynccontextmanager
     async def room(self, num_snapshots: int, *, bytes_each: int, owner: str) -> AsyncIterator[Reservation]:
@@ -239,25 +239,25 @@ class IndexedStore:
     async def put_response(self, response: ResponseRecord) -> None:
         """See `StateStore.put_response`."""
         is_new = response.id not in self._stored
-        if response.has_ended or response.is_put_off:
+        if response.has_ended or response.is_suspended:
             self._stored.discard(response.id)
         else:
             self._making.add(response.id)
         if response.snapshot is not None:
             await self._upload(response.snapshot, owner=response.owner)
         await self._keep(lambda: self._index.put_response(response, is_new=is_new), response.snapshot)
-        if response.has_ended or response.is_put_off:
+        if response.has_ended or response.is_suspended:
             self._making.discard(response.id)
         else:
             self._stored.add(response.id)
 
-    async def take_up_responses(self, limit: int, *, fingerprint: str) -> list[ResponseRecord]:
-        """See `StateStore.take_up_responses`."""
+    async def claim_responses(self, limit: int, *, fingerprint: str) -> list[ResponseRecord]:
+        """See `StateStore.claim_responses`."""
         return await self._run(
-            lambda: self._index.take_up_responses(limit, fingerprint=fingerprint, on_taken=self._take_up)
+            lambda: self._index.claim_responses(limit, fingerprint=fingerprint, on_taken=self._claim)
         )
 
-    def _take_up(self, response_ids: Collection[str]) -> None:
+    def _claim(self, response_ids: Collection[str]) -> None:
         """Called on a thread of the database's, before anybody else, a heartbeat say, can see that they are ours."""
         self._making.update(response_ids)
         self._stored.update(response_ids)
@@ -298,9 +298,9 @@ class IndexedStore:
         if self._is_closed:
             return
         self._is_closed = True
-        if self._beating is not None:
-            self._beating.cancel()
-            await asyncio.gather(self._beating, return_exceptions=True)
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+            await asyncio.gather(self._heartbeat, return_exceptions=True)
         with suppress(StoreUnavailableError):
             await self._run(self._index.close)
         self._threads.shutdown()
@@ -341,7 +341,7 @@ class IndexedStore:
                     raise
             await asyncio.sleep(RETRY_S)
 
-    async def _beat_on_and_on(self, on_response_gone: Callable[[str], None]) -> None:
+    async def _heartbeat_forever(self, on_response_gone: Callable[[str], None]) -> None:
         is_full = False
         while True:
             await asyncio.sleep(self._options.heartbeat_s)

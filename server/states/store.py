@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 from server.states.errors import point_not_found
 
-PUT_OFF = "queued"
+SUSPENDED = "queued"
 """Status of a stored response that nobody makes just now: its server was stopped, and it goes on at any."""
-UNFINISHED = frozenset((PUT_OFF, "in_progress"))
+UNFINISHED = frozenset((SUSPENDED, "in_progress"))
 """Statuses of a stored response that is still being made, or will be."""
 REPLAY_KEY = "_unfinished"
 """Where the body of a stored response has what a server needs to go on with it, or to begin it again."""
@@ -158,22 +158,22 @@ class ResponseRecord:
         return self.body["status"] not in UNFINISHED
 
     @property
-    def is_put_off(self) -> bool:
+    def is_suspended(self) -> bool:
         """Whether it waits for a server to go on with it."""
-        return bool(self.body["status"] == PUT_OFF)
+        return bool(self.body["status"] == SUSPENDED)
 
     @property
     def can_go_on(self) -> bool:
         """Whether any server may go on with it, or begin it again, when its own is gone."""
         return self.body.get("background") is True and REPLAY_KEY in self.body
 
-    def taken_up(self) -> "ResponseRecord":
+    def claimed(self) -> "ResponseRecord":
         """The same response, being made again."""
         return replace(self, body={**self.body, "status": "in_progress"})
 
-    def put_off(self) -> "ResponseRecord":
+    def suspended(self) -> "ResponseRecord":
         """The same response, waiting."""
-        return replace(self, body={**self.body, "status": PUT_OFF})
+        return replace(self, body={**self.body, "status": SUSPENDED})
 
     def failed(self, *, code: str | None, message: str) -> "ResponseRecord":
         """The same response, failed."""
@@ -352,16 +352,16 @@ class StateStore(Protocol):
     async def put_response(self, response: ResponseRecord) -> None:
         """Keeps a response, or what has become of one that is being made here.
 
-        One that has ended stays as it is, and one that was deleted meanwhile stays deleted. One that is put off is not
-        made here any more.
+        One that has ended stays as it is, and one that was deleted meanwhile stays deleted. One that is suspended is
+        not made here any more.
 
         Raises:
             StorageFullError: see `room`; never for one that has ended and has hardly more text than it had.
         """
         ...
 
-    async def take_up_responses(self, limit: int, *, fingerprint: str) -> list[ResponseRecord]:
-        """Responses that were put off, or whose server is gone, and that are made here from now on, the oldest first.
+    async def claim_responses(self, limit: int, *, fingerprint: str) -> list[ResponseRecord]:
+        """Responses that were suspended, or whose server is gone, and that are made here from now on, the oldest first.
 
         Cheap if there are none.
 

@@ -216,3 +216,12 @@ def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, Mapping):
         return {change(key): _map_texts(item, change) for key, item in value.items()}
     return [_map_texts(item, change) for item in value] if isinstance(value, list | tuple) else value
+
+
+def template_of(tokenizer: Tokenizer | None) -> ChatTemplate | None:
+    """The chat template of a model; None if it has none.
+
+    Raises:
+        TemplateSyntaxFailure: it cannot be read.
+    """
+    return None if tokenizer is None or tokenizer.chat_template is None else ChatTemplate(tokenizer)

@@ -167,6 +167,15 @@ def test_what_cannot_be_measured_is_said_in_words(arguments: tuple[str, ...], co
     assert complaint in " ".join(result.output.replace("│", " ").split())
 
 
+def test_answers_counts_those_that_are_right_and_end(model: Path) -> None:
+    result = bench("answers", model, "--seeds", 3, "--max-tokens", 1, "--answer", "")
+    assert result.exit_code == 0, result.output
+    answers = json.loads(result.stdout.splitlines()[-1])["answers"]
+    assert answers["num_seeds"] == 3
+    assert answers["num_good"] == 3 - len(answers["bad"])
+    assert f"{answers['num_good']} of 3" in result.stdout
+
+
 def test_a_folder_without_a_model_and_a_server_that_is_not_there_are_said_in_words(tmp_path: Path) -> None:
     for command in ("decode", "prefill", "train", "serve"):
         result = bench(command, tmp_path, "--threads", 1)

@@ -63,7 +63,7 @@ def likelihood(model: FrozenModel, prompt: list[int], ending: list[int]) -> tupl
 
 
 def greedy(model: FrozenModel, prompt: list[int], *, num_tokens: int, ends: frozenset[int]) -> list[int]:
-    """The likeliest tokens one after the other, up to an end."""
+    """The most likely tokens one after the other, up to an end."""
     output: list[int] = []
     while len(output) < num_tokens:
         token = int(log_probabilities(model, prompt + output)[-1].argmax())

@@ -11,7 +11,7 @@ from torch import Tensor
 from dijiang_model import reference
 from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
 from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.ops.torch.narrow import packed_nibbles, unpacked_nibbles
+from dijiang_model.ops.torch.rounding import packed_nibbles, unpacked_nibbles
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, assert_states_close, logits_of, random_text
 from tests.tiny_models import HYBRID, anchored, gpt_neox_config, llama_config, opt_config, random_tensors, tiny_model
 

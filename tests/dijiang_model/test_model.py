@@ -219,7 +219,7 @@ def test_compiled_decode_rows_have_the_same_bits_alone_and_together(name: str) -
 
 
 @pytest.mark.parametrize("silent", [[0], [1, 3], [0, 1, 2, 3]])
-def test_silent_heads_are_their_window_and_leave_the_others_alone(silent: list[int]) -> None:
+def test_disabled_heads_are_their_window_and_leave_the_others_alone(silent: list[int]) -> None:
     """mix_bias -inf in some or all of the heads; the state goes on underneath."""
     config = llama_config(HYBRID, HYBRID)
     tensors = random_tensors(config)

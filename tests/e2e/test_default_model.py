@@ -1,10 +1,12 @@
 """The default model as `make serve` serves it, through the official client. Slow: a real model on the CPU."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from benchmarks.answers import ask
 from dijiang_model.conversion.default_model import ensure_default_model
 from tests.e2e.serving import Server, serving
 
@@ -28,3 +30,8 @@ def test_it_names_the_capital_of_france_streamed_and_whole(server: Server) -> No
     assert text == whole.choices[0].message.content
     assert chunks[-1].usage == whole.usage
     assert whole.choices[0].finish_reason == "stop"
+
+
+def test_48_of_50_answers_without_any_sampling_field_name_paris_and_end_by_themselves(server: Server) -> None:
+    found = asyncio.run(ask(server.base_url, str(QUESTION["content"]), "Paris", num_seeds=50, max_tokens=60))
+    assert found.num_good >= 48, found.bad

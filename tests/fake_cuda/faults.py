@@ -33,8 +33,8 @@ def parameter_on_the_host(patch: pytest.MonkeyPatch, network: FrozenModel) -> No
 
 
 def norm_on_the_host(patch: pytest.MonkeyPatch, network: FrozenModel) -> None:
-    """The same for an operation of torch."""
-    norm = network._model.get_submodule(network._model.paths.final_norm)
+    """The same for an operation of torch: the first norm, which adds nothing."""
+    norm = network._model.blocks[0].get_submodule(network._model.paths.input_norm)
     patch.setitem(norm._parameters, "weight", torch.nn.Parameter(torch.empty_like(norm.weight, device="cpu")))
 
 

@@ -26,19 +26,19 @@ class EchoGroup:
         self.rank = rank
         self.size = size
 
-    def sum_(self, x: Tensor) -> Tensor:
+    def all_reduce_(self, x: Tensor) -> Tensor:
         return x.mul_(self.size)
 
-    def join(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         return torch.cat([x] * self.size, dim=-1)
 
-    def collect(self, x: Tensor) -> list[Tensor] | None:
+    def gather(self, x: Tensor) -> list[Tensor] | None:
         return [x.clone() for _ in range(self.size)] if self.rank == 0 else None
 
-    def deal(self, parts: Sequence[Tensor] | None, out: Tensor) -> Tensor:
+    def scatter(self, parts: Sequence[Tensor] | None, out: Tensor) -> Tensor:
         return out.zero_() if parts is None else out.copy_(parts[self.rank])
 
-    def share_(self, x: Tensor) -> Tensor:
+    def broadcast_(self, x: Tensor) -> Tensor:
         return x.clone()
 
 

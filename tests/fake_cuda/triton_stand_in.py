@@ -33,7 +33,7 @@ DTYPES: dict[str, frozenset[torch.dtype]] = {
     ),
     "state": frozenset((torch.float32, torch.bfloat16)),
     **dict.fromkeys(
-        ("near_keys", "near_values", "rotated", "coded", "v"),
+        ("near_keys", "near_values", "rotated", "int8_values", "v"),
         frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int8)),
     ),
     "codes": frozenset((torch.int8, torch.uint8)),

@@ -22,6 +22,7 @@ from server.http.draining import DrainingServer
 from server.service import Service, ServiceOptions
 from server.startup.logs import configure_logging
 from server.text.tokenizer import Tokenizer, load_tokenizer
+from server.tracing import NO_TRACER, Tracer
 from tests.byte_tokenizer import write_byte_tokenizer
 from tests.server.fake_engine import FakeEngine
 from tests.waiting import PATIENCE_S, until
@@ -67,10 +68,12 @@ def serve(
     tokenizer: Tokenizer | None,
     *,
     drain_timeout_s: float | None = None,
+    drain_delay_s: float = 0.0,
     limits: ConnectionLimits = LIMITS,
+    tracer: Tracer = NO_TRACER,
 ) -> Iterator[Loopback]:
     """Runs the application on an ephemeral port until the context is left; with a timeout: as `dijiang serve` does."""
-    service = Service(engine, options, tokenizer)
+    service = Service(engine, options, tokenizer, tracer=tracer)
     config = uvicorn.Config(
         create_app(service),
         port=0,
@@ -82,7 +85,7 @@ def serve(
     )
     server = uvicorn.Server(config)
     if drain_timeout_s is not None:
-        server = DrainingServer(config, service, engine, drain_timeout_s=drain_timeout_s)
+        server = DrainingServer(config, service, engine, drain_timeout_s=drain_timeout_s, drain_delay_s=drain_delay_s)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     until(lambda: server.started)

@@ -14,6 +14,7 @@ from server.engine.types.requests import (
     GenerationRequest,
     TokenEvent,
 )
+from server.engine_client.submissions import TenantLoad
 from server.errors import EngineUnavailableError, OverloadedError
 from tests.server.pushed_events import PushedEvents
 
@@ -78,6 +79,10 @@ class FakeEngine(PushedEvents):
     @property
     def stats(self) -> EngineStats:
         return EngineStats(len(self.running), 0, 8 - len(self.running), 7, 6, 5, 0.5)
+
+    @property
+    def loads(self) -> dict[str, TenantLoad]:
+        return {"everybody": TenantLoad(len(self.running), 0)}
 
     async def close(self) -> None:
         """Ends what runs with ABORT."""

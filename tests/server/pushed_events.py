@@ -15,12 +15,16 @@ class PushedEvents:
 
     @asynccontextmanager
     async def generate(
-        self, requests: Sequence[GenerationRequest], on_event: Callable[[TokenEvent], None]
+        self,
+        requests: Sequence[GenerationRequest],
+        on_event: Callable[[TokenEvent], None],
+        on_begun: Callable[[str], None] = lambda request_id: None,
     ) -> AsyncIterator[Callable[[str], None]]:
         tasks: dict[str, asyncio.Task[None]] = {}
 
-        async def push(stack: AsyncExitStack, events: AsyncIterator[TokenEvent]) -> None:
+        async def push(request_id: str, stack: AsyncExitStack, events: AsyncIterator[TokenEvent]) -> None:
             async with stack:
+                on_begun(request_id)
                 async for event in events:
                     on_event(event)
 
@@ -37,7 +41,7 @@ class PushedEvents:
                     streams.append((stack, await stack.enter_async_context(self.submit(request))))
                 entered.pop_all()
             for request, (stack, events) in zip(requests, streams, strict=True):
-                tasks[request.request_id] = asyncio.create_task(push(stack, events))
+                tasks[request.request_id] = asyncio.create_task(push(request.request_id, stack, events))
             yield abort
         finally:
             for request_id in tasks:

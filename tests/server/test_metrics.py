@@ -10,9 +10,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.types.position_stats import NORM_BUCKETS, STEP_BUCKETS_S, PositionRecorder
-from server.engine.types.requests import EngineStats
+from server.engine.types.requests import EngineStats, GenerationRequest, SamplingParams
+from server.engine_client.submissions import TenantLoad
+from server.generation.measures import Measures
+from server.keys import MAX_LABELS, OTHERS, KeyLabels
 from server.metrics import Metrics
 from server.states.store import StoreTotals
+from server.tracing import NO_TRACE
 from tests.server.fake_engine import FakeEngine
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -38,6 +42,10 @@ class BusyEngine(FakeEngine):
             num_not_finite=2,
         )
 
+    @property
+    def loads(self) -> dict[str, TenantLoad]:
+        return {"ann": TenantLoad(2, 3), "bob": TenantLoad(1, 0), "carl": TenantLoad(4, 5)}
+
 
 class Totals:
     totals = StoreTotals(num_states=1, num_bytes=2, max_bytes=3)
@@ -50,7 +58,12 @@ def exported() -> str:
     metrics.finished.labels("stop").inc()
     metrics.connections_cut.labels("unread").inc()
     metrics.http_requests.labels("GET", "/health", "200").inc()
-    return metrics.render().decode()
+    measures = Measures(metrics, NO_TRACE, "ann", GenerationRequest("r", (1, 2), SamplingParams()))
+    measures.begun()
+    measures.tokens(1)
+    measures.end(num_tokens=1)
+    metrics.tenant_prompt_tokens.labels("ann").inc(2)
+    return metrics.render()[0].decode()
 
 
 def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -136,3 +149,20 @@ def test_every_metric_is_documented_and_nothing_else(exported: str) -> None:
         if len(cells) == 5 and cells[1].startswith("`"):
             documented.update(dict.fromkeys(NAME.findall(cells[1]), cells[2]))
     assert documented == ours
+
+
+def test_keys_of_one_label_are_added_up() -> None:
+    metrics = Metrics(BusyEngine(), lambda owner: owner if owner == "ann" else OTHERS)
+    found = samples(metrics.render()[0].decode())
+    for state, ann, others in (("running", 2, 5), ("waiting", 3, 5)):
+        name = f"dijiang_tenant_requests_{state}"
+        assert found[name, (("tenant", "ann"),)] == ann
+        assert found[name, (("tenant", OTHERS),)] == others
+
+
+def test_labels_of_keys_are_of_bounded_number() -> None:
+    labels = KeyLabels()
+    first = labels.of("first")
+    assert len({labels.of(f"{number:08d}") for number in range(10 * MAX_LABELS)}) == MAX_LABELS
+    assert labels.of("one more") == OTHERS
+    assert labels.of("first") == first, "who was there stays"

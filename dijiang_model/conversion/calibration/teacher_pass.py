@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from dijiang_model.attention import DiJiangAttention
-from dijiang_model.conversion.training.adapters import is_kernel_tensor
+from dijiang_model.checkpoints.fingerprint import is_kernel_tensor
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
+from dijiang_model.ops.residual import Residual
 from dijiang_model.ops.training.attention import NO_STATE, SoftmaxAttention
 
 ReadTensor = Callable[[str], Tensor]
@@ -83,7 +84,7 @@ def _read_layer(block: nn.Module, streams: list[Tensor], layouts: Sequence[StepL
     try:
         for place, layout in enumerate(layouts):
             recorder, energy = _Recorder(), streams[place].square().sum(1)
-            streams[place] = block(streams[place], op=recorder, layout=layout, state=NO_STATE)
+            streams[place] = block(Residual(streams[place]), op=recorder, layout=layout, state=NO_STATE).value
             assert recorder.seen is not None
             yield LayerInputs(inputs.pop(), energy, *recorder.seen)
     finally:

@@ -24,7 +24,7 @@ from dijiang_model.conversion.cli import parse_size
 from dijiang_model.conversion.evaluation.evaluate import Score, Variant, budget_variants, gap_closed, score, variants
 from dijiang_model.conversion.evaluation.long_texts import LENGTH, LongScore, long_score, streams, tokens_to_read
 from dijiang_model.conversion.evaluation.measured import Evaluation
-from dijiang_model.conversion.evaluation.quantized import Rounding, rounded_variants
+from dijiang_model.conversion.evaluation.quantized import Rounding, quantized_variants
 from dijiang_model.conversion.evaluation.recall import Recall, fact_chats, recall_probe
 from dijiang_model.conversion.evaluation.report import card_table, check_report_folder, json_line, write_report
 from dijiang_model.conversion.evaluation.teacher import check_teacher, load_teacher
@@ -197,7 +197,7 @@ def evaluate(
     vocab_size = subjects.model.config.vocab_size
     cut = partial(_windows, text, tokenizer, vocab_size=vocab_size, render=render)
     segments, long_texts = cut(wanted.length, wanted.num_windows), cut(LENGTH, wanted.num_long)[: wanted.num_long]
-    scored = [*compared, *rounded_variants(subjects.model, wanted.rounded)]
+    scored = [*compared, *quantized_variants(subjects.model, wanted.rounded)]
     scores = _scores(scored, segments, console)
     return Evaluation(
         model=subjects.name,

@@ -16,7 +16,7 @@ Rounding = Literal["int8", "int4", "bfloat16-state", "int8-state"]
 _STATES: Mapping[Rounding, torch.dtype] = {"bfloat16-state": torch.bfloat16, "int8-state": torch.int8}
 
 
-def rounded_variants(model: DiJiangForCausalLM, kinds: Sequence[Rounding]) -> list[Variant]:
+def quantized_variants(model: DiJiangForCausalLM, kinds: Sequence[Rounding]) -> list[Variant]:
     """One for each kind; weights are shared as far as they are not rounded."""
     return [_rounded(model, kind) for kind in kinds]
 

@@ -94,10 +94,10 @@ def recall_probe(
     for variant in compared:
         answers = []
         for chat in chats:
-            losses, is_likeliest = token_scores(variant, chat.token_ids.to(variant.model.device))
+            losses, is_greedy = token_scores(variant, chat.token_ids.to(variant.model.device))
             for fact in chat.recalled:
                 rows = slice(fact.answered[0] - 1, fact.answered[1] - 1)
-                answers.append((float(is_likeliest[rows].all()), float(losses[rows].mean())))
+                answers.append((float(is_greedy[rows].all()), float(losses[rows].mean())))
             on_chat()
         right[variant.name], loss[variant.name] = torch.tensor(answers).reshape(-1, 2).unbind(1)
     results = []

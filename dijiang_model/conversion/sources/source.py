@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dijiang_model.checkpoints.checkpoint import open_checkpoint
 from dijiang_model.checkpoints.config_json import CONFIG_FILE, MODEL_TYPE, read_stored_config
+from dijiang_model.checkpoints.fingerprint import fingerprint
 from dijiang_model.checkpoints.hf_config import base_model_config
 from dijiang_model.checkpoints.released_format import is_released_format
 from dijiang_model.config import ModelConfig
@@ -16,7 +17,6 @@ from dijiang_model.conversion.sources.gguf_source import GgufSource
 from dijiang_model.conversion.sources.gguf_tokenizer import write_gguf_tokenizer
 from dijiang_model.conversion.sources.tokenizer_files import write_tokenizer
 from dijiang_model.conversion.sources.unfused import unfused
-from dijiang_model.conversion.training.adapters import fingerprint
 from dijiang_model.errors import ConversionError
 from dijiang_model.families import FAMILIES, build_model
 from dijiang_model.families.config_fields import eos_ids
@@ -86,7 +86,7 @@ def sha256_of(path: Path) -> str:
 
 
 def source_fingerprint(source: Source) -> str | None:
-    """Of the weights in an HF folder (see `adapters.fingerprint`); of another source what it has recorded."""
+    """Of the weights in an HF folder (see `checkpoints.fingerprint`); of another source what it has recorded."""
     if source.is_dijiang:
         return source.teacher_fingerprint
     own = build_model(source.config).state_dict()

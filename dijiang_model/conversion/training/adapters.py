@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dijiang_model.checkpoints.checkpoint import write_checkpoint
 from dijiang_model.checkpoints.config_json import StoredConfig, attention_document, parse_layers, read_stored_config
+from dijiang_model.checkpoints.fingerprint import fingerprint, is_kernel_tensor, model_fingerprint
 from dijiang_model.checkpoints.outputs import CALIBRATION_FILE
 from dijiang_model.config import ModelConfig
 from dijiang_model.conversion.sources.find_source import peft_problem
@@ -34,7 +35,6 @@ from dijiang_model.model import DiJiangForCausalLM
 FORMAT = "dijiang-adapter-1"
 ADAPTER_FILE = "adapter.safetensors"
 """In the folder of a training run."""
-SAMPLED_VALUES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,34 +168,6 @@ def calibration_text(folder: Path) -> str | None:
     """Of a converted model's `calibration.json`; None: it has none."""
     file = folder / CALIBRATION_FILE
     return file.read_text("utf-8") if file.is_file() else None
-
-
-def fingerprint(config: ModelConfig, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> str:
-    """SHA-256 over names, shapes and the first values of a base's tensors, hexadecimal.
-
-    The DiJiang tensors do not count, as an adapter replaces them; values are rounded to bfloat16, so that the
-    storage's dtype does not count either.
-    """
-    digest = hashlib.sha256(config.family.encode())
-    for name in sorted(infos):
-        if is_kernel_tensor(name):
-            continue
-        digest.update(f"{name} {list(infos[name].shape)}".encode())
-        sample = read(name).reshape(-1)[:SAMPLED_VALUES].to(torch.bfloat16)
-        digest.update(sample.cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def is_kernel_tensor(name: str) -> bool:
-    """Whether no teacher has it."""
-    return ".linear." in name
-
-
-def model_fingerprint(model: DiJiangForCausalLM) -> str:
-    """`fingerprint` of a loaded model."""
-    state = model.state_dict()
-    infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-    return fingerprint(model.config, infos, state.__getitem__)
 
 
 def adapted_model(model: DiJiangForCausalLM, adapter: Adapter) -> DiJiangForCausalLM:

@@ -14,6 +14,7 @@ from dijiang_model.kernel import LinearKernel
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
+from dijiang_model.ops.residual import Residual
 from dijiang_model.ops.training.attention import SoftmaxAttention, WindowAttention
 from dijiang_model.segments import run_segments
 
@@ -123,8 +124,8 @@ def _inputs_of_blocks(model: DiJiangForCausalLM) -> Iterator[list[Tensor]]:
     """Yields a list that gets each block's input as it runs."""
     seen: list[Tensor] = []
 
-    def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
+    def note(_: nn.Module, inputs: tuple[Residual, ...]) -> None:
+        seen.append(inputs[0].value)
 
     hooks = [block.register_forward_pre_hook(note) for block in model.blocks]
     try:

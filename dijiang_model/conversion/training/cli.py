@@ -127,13 +127,13 @@ def _go(
         torch.set_num_threads(threads)
     console = Console(stderr=True)
     try:
-        with joined(device) as (peers, own_device):
-            console.quiet = not peers.is_first
-            if epochs > 0 and peers.num > 1:
-                raise ConversionError(f"--epochs trains in one process, and there are {peers.num}")
-            trainer = prepare(device=own_device, peers=peers)
+        with joined(device) as (processes, own_device):
+            console.quiet = not processes.is_first
+            if epochs > 0 and processes.num > 1:
+                raise ConversionError(f"--epochs trains in one process, and there are {processes.num}")
+            trainer = prepare(device=own_device, processes=processes)
             is_done = replay(trainer, out, epochs, console) if epochs > 0 else run(trainer, out, console, save_every_s)
-            if peers.is_first:
+            if processes.is_first:
                 plot_losses(read_log(out / LOG_FILE), out / PLOT_FILE)
     except ModelError as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)

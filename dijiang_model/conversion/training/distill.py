@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.conversion.training.lora import LoraLinear, inactive
-from dijiang_model.conversion.training.process_group import ALONE, Peers
+from dijiang_model.conversion.training.process_group import ALONE, ProcessGroup
 from dijiang_model.families import FAMILIES
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.model import DiJiangForCausalLM
@@ -54,21 +54,21 @@ class AttentionErrors:
     Attributes:
         output_maps: by identity of the kernel: its layer and output projection without bias.
         losses: [L] of the last pass.
-        peers: whose batches count as one with this one.
+        processes: whose batches count as one with this one.
     """
 
     output_maps: Mapping[int, tuple[int, Tensor]]
     losses: Tensor
-    peers: Peers = ALONE
+    processes: ProcessGroup = ALONE
     teacher: SoftmaxAttention = field(default_factory=SoftmaxAttention)
     student: HybridAttention = field(default_factory=HybridAttention)
 
     @classmethod
-    def of(cls, model: DiJiangForCausalLM, peers: Peers = ALONE) -> "AttentionErrors":
+    def of(cls, model: DiJiangForCausalLM, processes: ProcessGroup = ALONE) -> "AttentionErrors":
         maps = {
             id(attention.linear): (layer, output_weight(attention)) for layer, attention in enumerate(model.attentions)
         }
-        return cls(maps, torch.zeros(len(maps)), peers)
+        return cls(maps, torch.zeros(len(maps)), processes)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
@@ -80,7 +80,7 @@ class AttentionErrors:
             answer = self.student(q, k, v, kernel=kernel, layout=layout, state=state)
             error = functional.linear((answer - target).flatten(1).to(weight.dtype), weight)
             scale = functional.linear(target.flatten(1).to(weight.dtype), weight).float().square().sum()
-            self.peers.average_([scale])
+            self.processes.average_([scale])
             loss = error.float().square().sum() / scale
             loss.backward()
         self.losses[layer] = loss.detach()
@@ -102,16 +102,16 @@ def layer_losses(
     *,
     offset: int = 0,
     precision: Precision = "fp32",
-    peers: Peers = ALONE,
+    processes: ProcessGroup = ALONE,
 ) -> Tensor:
     """Stage 1 on [N, T] tokens: adds gradients to the kernels' parameters; answers the layers' losses [L].
 
     Args:
         offset: see `segments_layout`; the teacher does not see it.
         precision: of the projections' products.
-        peers: processes with other tokens; the means of what all leave and answer are those of one batch.
+        processes: processes with other tokens; the means of what all leave and answer are those of one batch.
     """
-    op = AttentionErrors.of(model, peers)
+    op = AttentionErrors.of(model, processes)
     with torch.no_grad(), inactive(updates), products_in(precision, model):
         run_segments(model, token_ids, op, offset=offset)
     return op.losses

@@ -19,7 +19,7 @@ TIMEOUT = timedelta(hours=12)
 """For a peer that is behind: the first one may be writing answers (`--self-distill`) for hours."""
 
 
-class Peers:
+class ProcessGroup:
     """The processes of a run as one of them sees them; this one is alone.
 
     Attributes:
@@ -38,10 +38,10 @@ class Peers:
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Replaces tensors by their means over all processes, in place; all must bring the same shapes."""
 
-    def copy_first_(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Replaces tensors by those of the first process, in place."""
 
-    def firsts(self, value: float) -> float:
+    def broadcast_number(self, value: float) -> float:
         """The number that the first process brings."""
         return value
 
@@ -50,10 +50,10 @@ class Peers:
         return flag
 
 
-ALONE = Peers()
+ALONE = ProcessGroup()
 
 
-class GroupPeers(Peers):
+class DistributedProcessGroup(ProcessGroup):
     """Processes of a torch process group, which must be initialised."""
 
     def __init__(self, device: torch.device) -> None:
@@ -61,7 +61,7 @@ class GroupPeers(Peers):
         self._device = device
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
-        """See `Peers`. One message for all tensors of a dtype."""
+        """See `ProcessGroup`. One message for all tensors of a dtype."""
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             chosen = [tensor for tensor in tensors if tensor.dtype == dtype]
             flat = torch.cat([tensor.reshape(-1) for tensor in chosen])
@@ -70,13 +70,13 @@ class GroupPeers(Peers):
             for tensor, mean in zip(chosen, flat.split([tensor.numel() for tensor in chosen]), strict=True):
                 tensor.copy_(mean.view_as(tensor))
 
-    def copy_first_(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             whole = tensor.contiguous()
             distributed.broadcast(whole, src=0)
             tensor.copy_(whole)
 
-    def firsts(self, value: float) -> float:
+    def broadcast_number(self, value: float) -> float:
         number = torch.tensor([value], dtype=torch.float64, device=self._device)
         distributed.broadcast(number, src=0)
         return float(number)
@@ -88,8 +88,8 @@ class GroupPeers(Peers):
 
 
 @contextmanager
-def joined(device: str) -> Iterator[tuple[Peers, str]]:
-    """The peers that a launcher started beside this process, and the device of this one.
+def joined(device: str) -> Iterator[tuple[ProcessGroup, str]]:
+    """The processes that a launcher started beside this process, and the device of this one.
 
     Args:
         device: of the run: `cpu`, or `cuda`, of which each process takes its own.
@@ -111,6 +111,6 @@ def joined(device: str) -> Iterator[tuple[Peers, str]]:
         torch.cuda.set_device(place)
     distributed.init_process_group("gloo" if device == "cpu" else "nccl", timeout=TIMEOUT)
     try:
-        yield GroupPeers(torch.device(device)), device
+        yield DistributedProcessGroup(torch.device(device)), device
     finally:
         distributed.destroy_process_group()

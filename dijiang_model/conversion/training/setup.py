@@ -8,20 +8,14 @@ from typing import Literal
 
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import parse_layers
+from dijiang_model.checkpoints.fingerprint import model_fingerprint
 from dijiang_model.checkpoints.outputs import check_new_run, output_folder
 from dijiang_model.config import FeatureConfig, ModelConfig
 from dijiang_model.conversion.training import calibrate
-from dijiang_model.conversion.training.adapters import (
-    ADAPTER_FILE,
-    Adapter,
-    AdapterInfo,
-    adapted_model,
-    load_adapter,
-    model_fingerprint,
-)
+from dijiang_model.conversion.training.adapters import ADAPTER_FILE, Adapter, AdapterInfo, adapted_model, load_adapter
 from dijiang_model.conversion.training.chat_prompt import load_chat_prompt, load_chat_template, plain_chat
 from dijiang_model.conversion.training.log import LOG_FILE
-from dijiang_model.conversion.training.process_group import ALONE, Peers
+from dijiang_model.conversion.training.process_group import ALONE, ProcessGroup
 from dijiang_model.conversion.training.self_distill import write_answers
 from dijiang_model.conversion.training.student import check_trainable, new_student, with_features
 from dijiang_model.conversion.training.text_mixture import Mixture, TextSource, load_mixture, parse_source
@@ -62,7 +56,7 @@ def prepare_run(
     resume: bool = False,
     start: Path | None = None,
     device: str = "cpu",
-    peers: Peers = ALONE,
+    processes: ProcessGroup = ALONE,
 ) -> Trainer:
     """Loads model and text, calibrates (a resumed run: reads its last checkpoint) and answers a trainer.
 
@@ -73,50 +67,56 @@ def prepare_run(
         self_distill: tokens of chat that the teacher writes first.
         resume: go on where a run in `out` stopped; without it a folder that holds a run is refused.
         start: adapter to go on from with a new schedule.
-        peers: processes that call this with the same arguments but the device.
+        processes: processes that call this with the same arguments but the device.
 
     Raises:
         ModelError: anything wrong with the model, the text, the options or the run's folder.
     """
     sources = [parse_source(text) for text in data]
     output_folder(out, inputs=[folder, *(source.path for source in sources), *([] if start is None else [start])])
-    if peers.is_first and not resume:
+    if processes.is_first and not resume:
         check_new_run(out, RUN_FILES)
     base = load_model(folder, device=device)
     check_trainable(base.config)
-    tokenizer = load_tokenizer(folder)
     if self_distill > 0:
         written = out / ANSWERS_FILE
-        if peers.is_first and not (resume and written.exists()):
+        if processes.is_first and not (resume and written.exists()):
             _write_answers(folder, base, sources, written, num_tokens=self_distill, seed=options.seed)
-        peers.any(False)  # the others wait for the file
+        processes.any(False)  # the others wait for the file
         sources.append(parse_source(str(written)))
-    text = load_mixture(
+    text, info = _text(folder, base, sources, options), _info(folder, base, options)
+    if resume and not _has_only_answers(out):
+        config = _with_layers(base.config, load_adapter(out / ADAPTER_FILE).layers)
+        fresh = new_student(base, config, look_back=None, seed=options.seed)
+        trainer = Trainer(fresh, text, options, info=info, processes=processes)
+        trainer.resume(out)
+        return trainer
+    if start is not None:
+        return _started(base, load_adapter(start), text, options, info, processes)
+    config, seen = calibrated(base, text, student)
+    fresh = new_student(base, config, look_back=seen, seed=options.seed)
+    return Trainer(fresh, text, options, info=info, processes=processes)
+
+
+def _text(folder: Path, base: DiJiangForCausalLM, sources: Sequence[TextSource], options: TrainingOptions) -> Mixture:
+    return load_mixture(
         sources,
-        tokenizer,
+        load_tokenizer(folder),
         length=options.sequence_length,
         seed=options.seed,
         vocab_size=base.config.vocab_size,
         render=load_chat_template(folder) or plain_chat,
     )
-    info = AdapterInfo(
+
+
+def _info(folder: Path, base: DiJiangForCausalLM, options: TrainingOptions) -> AdapterInfo:
+    return AdapterInfo(
         base=folder.resolve().name,
         fingerprint=model_fingerprint(base),
         tokens_trained=0,
         lora_rank=options.lora_rank if 2 in options.stages else 0,
         recipe=f"stages {'+'.join(map(str, options.stages))}, {options.sequence_length} tokens a window",
     )
-    if resume and not _has_only_answers(out):
-        config = _with_layers(base.config, load_adapter(out / ADAPTER_FILE).layers)
-        fresh = new_student(base, config, look_back=None, seed=options.seed)
-        trainer = Trainer(fresh, text, options, info=info, peers=peers)
-        trainer.resume(out)
-        return trainer
-    if start is not None:
-        return _started(base, load_adapter(start), text, options, info, peers)
-    config, seen = calibrated(base, text, student)
-    fresh = new_student(base, config, look_back=seen, seed=options.seed)
-    return Trainer(fresh, text, options, info=info, peers=peers)
 
 
 def _has_only_answers(out: Path) -> bool:
@@ -149,14 +149,19 @@ def _write_answers(
 
 
 def _started(
-    base: DiJiangForCausalLM, adapter: Adapter, text: Mixture, options: TrainingOptions, info: AdapterInfo, peers: Peers
+    base: DiJiangForCausalLM,
+    adapter: Adapter,
+    text: Mixture,
+    options: TrainingOptions,
+    info: AdapterInfo,
+    processes: ProcessGroup,
 ) -> Trainer:
     """Goes on from an adapter's tensors with a new schedule and optimiser."""
     adapted_model(base, adapter)  # refuses an adapter of another base, or a damaged one
     trained_so_far = adapter.info.tokens_trained
     info = replace(info, tokens_before=trained_so_far, recipe=f"{adapter.info.recipe}; {info.recipe}")
     fresh = new_student(base, adapter.config(base.config), look_back=None, seed=options.seed)
-    trainer = Trainer(fresh, text, options, info=info, peers=peers)
+    trainer = Trainer(fresh, text, options, info=info, processes=processes)
     trainer.fill(adapter)
     return trainer
 

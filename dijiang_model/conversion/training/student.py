@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dijiang_model.checkpoints.fingerprint import is_kernel_tensor
 from dijiang_model.config import FeatureConfig, ModelConfig
-from dijiang_model.conversion.training.adapters import is_kernel_tensor
 from dijiang_model.conversion.training.calibrate import LookBack
 from dijiang_model.errors import ConversionError
 from dijiang_model.families import build_model

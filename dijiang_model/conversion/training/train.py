@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +34,7 @@ from dijiang_model.conversion.training.kernel_training import (
 from dijiang_model.conversion.training.layer_fit import fit_layers, record
 from dijiang_model.conversion.training.log import TrainingLog
 from dijiang_model.conversion.training.lora import DOWN, UP, LoraLinear, attach_lora, factors
-from dijiang_model.conversion.training.process_group import ALONE, Peers
+from dijiang_model.conversion.training.process_group import ALONE, ProcessGroup
 from dijiang_model.errors import CheckpointError
 from dijiang_model.formats.atomic_file import write_atomically
 from dijiang_model.model import DiJiangForCausalLM
@@ -102,7 +103,7 @@ class Trainer:
 
     Attributes:
         progress: after the last step.
-        peers: processes that do the same.
+        processes: processes that do the same.
     """
 
     def __init__(
@@ -112,15 +113,15 @@ class Trainer:
         options: TrainingOptions,
         *,
         info: AdapterInfo,
-        peers: Peers = ALONE,
+        processes: ProcessGroup = ALONE,
     ) -> None:
         """Takes a model over: its kernels become trainable, its projections get updates.
 
         Args:
             info: of the adapter that comes out, but for the tokens.
-            peers: processes that train the same; each takes `options.batch_size` windows of a step.
+            processes: processes that train the same; each takes `options.batch_size` windows of a step.
         """
-        self.model, self.text, self.options, self._info, self.peers = model, text, options, info, peers
+        self.model, self.text, self.options, self._info, self.processes = model, text, options, info, processes
         self._layers = [attention_document(layer) for layer in model.config.layers]
         make_trainable(model)
         if not options.linear:
@@ -128,7 +129,7 @@ class Trainer:
         self.updates: Mapping[str, LoraLinear] = {}
         if options.lora_rank > 0 and 2 in options.stages:
             self.updates = attach_lora(model, rank=options.lora_rank, seed=options.seed)
-        peers.copy_first_([parameter.detach() for _, parameter in self._trained()])
+        processes.broadcast_([parameter.detach() for _, parameter in self._trained()])
         self.progress = Progress()
         self._optimizer = self._enter(options.stages[0])
 
@@ -151,21 +152,21 @@ class Trainer:
         if wanted != self.progress.stage:
             self._optimizer = self._enter(wanted)
         rate = self._set_rate()
-        peers = self.peers
-        place = self.progress.step * peers.num + peers.rank
+        processes = self.processes
+        place = self.progress.step * processes.num + processes.rank
         token_ids = self.text.batch(place, self.options.batch_size).to(self.model.device)
         loss = self._backward(wanted, token_ids)
         trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        peers.average_([loss, *(parameter.grad for parameter in trained if parameter.grad is not None)])
+        processes.average_([loss, *(parameter.grad for parameter in trained if parameter.grad is not None)])
         norm = nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM if wanted == 2 else math.inf)
         if not bool(torch.isfinite(norm)):
             raise CheckpointError(f"step {self.progress.step:,}: the gradient is not finite; try a lower --lr")
         self._optimizer.step()
-        num_tokens = token_ids.numel() * peers.num
+        num_tokens = token_ids.numel() * processes.num
         self.progress.step += 1
         self.progress.stage_step += 1
         self.progress.tokens += num_tokens
-        seconds = peers.firsts(time.monotonic() - started)
+        seconds = processes.broadcast_number(time.monotonic() - started)
         self.progress.seconds += seconds
         return {
             "step": self.progress.step,
@@ -184,11 +185,8 @@ class Trainer:
         offset = random_offset(torch.Generator().manual_seed(1_000_003 * self.options.seed + self.progress.step))
         precision = self.options.precision
         if stage == 1:
-            return (
-                layer_losses(self.model, token_ids, self.updates, offset=offset, precision=precision, peers=self.peers)
-                .mean()
-                .to(self.model.device)
-            )
+            fitted = partial(layer_losses, offset=offset, precision=precision, processes=self.processes)
+            return fitted(self.model, token_ids, self.updates).mean().to(self.model.device)
         return imitation_loss(
             self.model,
             token_ids,
@@ -257,13 +255,13 @@ class Trainer:
         Raises:
             CheckpointError: the folder cannot be written.
         """
-        if not self.peers.is_first:
+        if not self.processes.is_first:
             return
         buffer = io.BytesIO()
         torch.save(
             {
                 "options": asdict(self.options),
-                "num_processes": self.peers.num,
+                "num_processes": self.processes.num,
                 "fingerprint": self._info.fingerprint,
                 "progress": asdict(self.progress),
                 "trained": {name: parameter.detach() for name, parameter in self._trained()},
@@ -295,8 +293,8 @@ class Trainer:
         if changed:
             raise CheckpointError(f"{path} was made with other options: {'; '.join(changed)}")
         num = saved.get("num_processes", 1)
-        if num != self.peers.num:
-            raise CheckpointError(f"{path} was made by {num} processes, this run has {self.peers.num}")
+        if num != self.processes.num:
+            raise CheckpointError(f"{path} was made by {num} processes, this run has {self.processes.num}")
         self.progress = Progress(**saved["progress"])
         with torch.no_grad():
             for name, parameter in self._trained():
@@ -383,13 +381,13 @@ def train(
     Raises:
         CheckpointError: the folder cannot be written, or the training diverged.
     """
-    peers = trainer.peers
-    log = TrainingLog(folder, last_step=trainer.progress.step, is_kept=peers.is_first)
+    processes = trainer.processes
+    log = TrainingLog(folder, last_step=trainer.progress.step, is_kept=processes.is_first)
     if trainer.progress.step == 0:
         trainer.save(folder)  # so that a kill at any moment leaves something to resume
     saved_at = time.monotonic()
     with log:
-        while not trainer.is_done and not peers.any(should_stop()):
+        while not trainer.is_done and not processes.any(should_stop()):
             line = trainer.step()
             log.write(line)
             on_step(line)

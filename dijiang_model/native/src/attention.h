@@ -1,7 +1,7 @@
 // One new token of one sequence, for one key-value head and the query heads that share it.
 //
 // The order is that of `ops/torch_attention.py`: rotate; the token that leaves the window goes over into the linear
-// state (with anchors, whoever is evicted: `places.h`); the new one takes its place; near tokens by softmax, far ones by
+// state (with anchors, whoever is evicted: `places.h`); the new one takes its place; exact tokens by softmax, others by
 // phi(q)^T S, under one denominator.
 #pragma once
 
@@ -25,7 +25,7 @@ struct Attention {
   const float* mix_weight;   // [H, d]
   const float* late_cos;     // [rotary_half] of the window's length; null: features of rotated queries and keys
   const float* late_sin;     // [rotary_half]
-  const float* far_up;       // [far_rank, H * d], the far branch's update of the queries
+  const float* far_up;       // [far_rank, H * d], the linear branch's update of the queries
   const int64_t* first_place;  // [G + 1] of each head in the list of all heads' places; null: there are no anchors
   const int64_t* windows;      // [G] recent tokens among a head's places
   const float* log_decay;      // [G]
@@ -41,7 +41,7 @@ struct Attention {
   int64_t sinks;
   int64_t is_softmax;        // features: softmax, else exp
   int64_t has_denominator;
-  Numbers near_numbers;      // of keys and values
+  Numbers exact_numbers;      // of keys and values
   Numbers linear_numbers;    // of S, fp32 or bf16; the normaliser is fp32
   int64_t state_offset;      // bytes within a slot; -1: there is no such part
   int64_t normaliser_offset;
@@ -95,17 +95,17 @@ static inline int64_t bytes_of(Numbers numbers) {
 
 // Bytes of each part of a group's state; 0 where there is none.
 struct GroupBytes {
-  int64_t near, values, linear, scales, normaliser, recent;
+  int64_t keys, values, linear, scales, normaliser, recent;
 
   GroupBytes(const Attention& a, const Heads& heads, int64_t group)
-      : near(a.places(group) * heads.head_size * bytes_of(a.near_numbers)),
-        values(a.has_anchors() ? near * a.value_bits / 8 : near),
+      : keys(a.places(group) * heads.head_size * bytes_of(a.exact_numbers)),
+        values(a.has_anchors() ? keys * a.value_bits / 8 : keys),
         linear(a.num_features * heads.head_size * bytes_of(a.linear_numbers)),
         scales(a.places(group) * static_cast<int64_t>(sizeof(float))),
         normaliser(a.num_features * static_cast<int64_t>(sizeof(float))),
         recent(a.has_anchors() ? (2 * a.span + 1) * static_cast<int64_t>(sizeof(float)) : 0) {}
 
-  int64_t most() const { return near + values + linear + 4 * scales + normaliser + recent + 9 * 64; }
+  int64_t most() const { return keys + values + linear + 4 * scales + normaliser + recent + 9 * 64; }
 };
 
 // The part of group `group` in a slot.
@@ -114,7 +114,7 @@ static inline GroupState group_state(const Attention& a, const Heads& heads, uin
   auto at = [slot](int64_t offset, int64_t start) { return offset < 0 ? nullptr : slot + offset + start; };
   auto floats = [&at](int64_t offset, int64_t start) { return reinterpret_cast<float*>(at(offset, start)); };
   const int64_t first = a.has_anchors() ? a.first_place[group] : group * a.places(group);  // place
-  const int64_t row = heads.head_size * bytes_of(a.near_numbers), number = static_cast<int64_t>(sizeof(float));
+  const int64_t row = heads.head_size * bytes_of(a.exact_numbers), number = static_cast<int64_t>(sizeof(float));
   const int64_t value_row = a.has_anchors() ? row * a.value_bits / 8 : row;
   return {at(a.keys_offset, first * row),
           at(a.values_offset, first * value_row),
@@ -139,7 +139,7 @@ static inline GroupState copied(const Attention& a, const Heads& heads, int64_t 
     return reinterpret_cast<decltype(part)>(taken);
   };
   GroupState to;
-  to.keys = copy(from.keys, bytes.near);
+  to.keys = copy(from.keys, bytes.keys);
   to.values = copy(from.values, bytes.values);
   to.linear = copy(from.linear, bytes.linear);
   to.key_scales = copy(from.key_scales, bytes.scales);

@@ -1,4 +1,4 @@
-// The likeliest token of each row of logits, in one pass over what was just computed.
+// The greedy token of each row of logits, in one pass over what was just computed.
 #include "threads.h"
 #include "vector.h"
 
@@ -7,7 +7,7 @@ namespace dijiang {
 constexpr int kChains = 4;  // vectors that are compared independently of each other
 
 // Place of the first of the largest numbers; -1 if any number is not finite.
-static inline int64_t likeliest(const float* logits, int64_t count) {
+static inline int64_t greedy(const float* logits, int64_t count) {
   Vec best[kChains], spoilt[kChains];
   each<kChains>([&](auto c) {
     best[c] = splat(-std::numeric_limits<float>::infinity());
@@ -51,11 +51,11 @@ extern "C" {
 
 // tokens [num_rows]: of each row of logits [num_rows, vocab_size] the first of its largest numbers, or -1 where not all
 // of them are finite.
-void dijiang_likeliest(const float* logits, int64_t num_rows, int64_t vocab_size, int64_t* tokens, int num_threads) {
+void dijiang_greedy(const float* logits, int64_t num_rows, int64_t vocab_size, int64_t* tokens, int num_threads) {
   dijiang::Pool& pool = dijiang::Pool::instance();
   std::lock_guard<std::mutex> turn(pool.turn());
   pool.run(num_rows, num_threads, [&](int64_t row, int) {
-    tokens[row] = dijiang::likeliest(logits + row * vocab_size, vocab_size);
+    tokens[row] = dijiang::greedy(logits + row * vocab_size, vocab_size);
   });
 }
 }

@@ -5,7 +5,7 @@
 
 extern "C" int dijiang_step(const dijiang::Model*, float*, const int64_t*, int64_t, const int64_t*, const int64_t*,
                             int64_t, uint8_t*, int64_t, const int64_t*, int64_t, float*, int64_t, int64_t, float*, int);
-extern "C" void dijiang_likeliest(const float*, int64_t, int64_t, int64_t*, int);
+extern "C" void dijiang_greedy(const float*, int64_t, int64_t, int64_t*, int);
 
 namespace dijiang {
 
@@ -32,7 +32,7 @@ extern "C" {
 // Feeds the last token of each of num_rows sequences: tokens [slots of the storage] has it at the place of its slot.
 // `table` has the rows that the first block reads; positions [num_rows] go on by one; row_numbers [num_rows] are 0, 1,
 // ..., and ones [num_rows] 1s; hidden [num_rows, D] is overwritten; the logits [num_rows, vocab] come out. Unless
-// `chosen` [num_rows] is null, it gets what `dijiang_likeliest` says, and `tokens` too, but 0 in the place of -1.
+// `chosen` [num_rows] is null, it gets what `dijiang_greedy` says, and `tokens` too, but 0 in the place of -1.
 // Returns 0, or 1 when memory ran out (states may have moved).
 int dijiang_decode(const dijiang::Model* model, const dijiang::Matrix* table, int64_t* tokens, int64_t* positions,
                    const int64_t* slots, const int64_t* row_numbers, const int64_t* ones, int64_t num_rows,
@@ -44,7 +44,7 @@ int dijiang_decode(const dijiang::Model* model, const dijiang::Matrix* table, in
     return 1;
   for (int64_t n = 0; n < num_rows; ++n) ++positions[n];
   if (chosen == nullptr) return 0;
-  dijiang_likeliest(logits, num_rows, model->head.rows, chosen, num_threads);
+  dijiang_greedy(logits, num_rows, model->head.rows, chosen, num_threads);
   for (int64_t n = 0; n < num_rows; ++n) tokens[slots[n]] = chosen[n] > 0 ? chosen[n] : 0;
   return 0;
 }

@@ -15,7 +15,7 @@ class HeadGroup {
     const int64_t shared = heads.num_heads / heads.num_groups, d = heads.head_size;
     const int64_t planes = 2 * shared * plane_bytes(std::max(d, a.most_places(heads.num_groups))) / 4;
     return (6 * shared + 4) * d + (shared + 1) * a.num_features +
-           shared * padded_near(a.most_places(heads.num_groups)) + 2 * shared + 2 * heads.rotary_half +
+           shared * padded_rows(a.most_places(heads.num_groups)) + 2 * shared + 2 * heads.rotary_half +
            (a.has_anchors() ? planes : 0) + shared * static_cast<int64_t>(sizeof(Words)) / 4 + 20 * 16;
   }
 
@@ -23,34 +23,35 @@ class HeadGroup {
   HeadGroup(const Attention& a, const Heads& heads, int64_t group, const GroupState& state, float* scratch,
             const uint8_t* next)
       : a_(a), heads_(heads), at_(state), next_(next), group_(group), shared_(heads.num_heads / heads.num_groups),
-        d_(heads.head_size), near_(a.places(group)), first_head_(group * shared_),
+        d_(heads.head_size), num_places_(a.places(group)), first_head_(group * shared_),
         places_(a, state, group, heads.head_size) {
     auto take = [&scratch](int64_t count) {
       float* taken = scratch;
       scratch += (count + 15) / 16 * 16;
       return taken;
     };
-    far_rows_ = take((shared_ + 1) * d_);
+    linear_rows_ = take((shared_ + 1) * d_);
     new_key_ = take(d_);
-    far_value_ = take(d_);
-    near_query_ = take(shared_ * d_);
+    linear_value_ = take(d_);
+    exact_query_ = take(shared_ * d_);
     sink_query_ = take(shared_ * d_);
     rotated_ = take(shared_ * d_);
-    far_ = take(shared_ * d_);
-    close_ = take(shared_ * d_);
+    linear_ = take(shared_ * d_);
+    exact_ = take(shared_ * d_);
     phi_ = take((shared_ + 1) * a.num_features);
-    weights_ = take(shared_ * padded_near(near_));
+    weights_ = take(shared_ * padded_rows(num_places_));
     sums_ = take(shared_);
     mix_ = take(shared_);
     angles_ = take(2 * heads.rotary_half);
     words_ = reinterpret_cast<Words*>(take(shared_ * static_cast<int64_t>(sizeof(Words)) / 4));
-    planes_ = reinterpret_cast<int8_t*>(take(a.has_anchors() ? 2 * shared_ * plane_bytes(std::max(d_, near_)) / 4 : 0));
-    far_key_ = far_rows_ + shared_ * d_;
+    planes_ = reinterpret_cast<int8_t*>(
+        take(a.has_anchors() ? 2 * shared_ * plane_bytes(std::max(d_, num_places_)) / 4 : 0));
+    linear_key_ = linear_rows_ + shared_ * d_;
     phi_key_ = phi_ + shared_ * a.num_features;
   }
 
   // One token: reads the projected row, moves the state on, writes the group's heads of `out`.
-  // `far_low` [far_rank]: what the far branch's update of the queries is made of; null without one.
+  // `far_low` [far_rank]: what the linear branch's update of the queries is made of; null without one.
   // Without `out` nothing is asked of the state; it is moved on to the same bits.
   void feed(const Token& token, const float* projected, const float* far_low, float* out) {
     const bool is_asked = out != nullptr;
@@ -63,15 +64,15 @@ class HeadGroup {
       if (is_asked) read_places(token);
       if (is_asked) weigh(projected);
     } else if (a_.window > 0) {
-      with_kept(a_.near_numbers, [&](auto* kept) {
+      with_kept(a_.exact_numbers, [&](auto* kept) {
         using Kept = std::remove_pointer_t<decltype(kept)>;
         leaves = move_window<Kept>(token, value(projected));
         if (is_asked) read_window<Kept>(token);
       });
       if (is_asked) weigh(projected);
     } else {
-      std::memcpy(far_key_, is_rotated() ? new_key_ : key(projected), row_bytes());
-      std::memcpy(far_value_, value(projected), row_bytes());
+      std::memcpy(linear_key_, is_rotated() ? new_key_ : key(projected), row_bytes());
+      std::memcpy(linear_value_, value(projected), row_bytes());
     }
     make_features(leaves);
     move_linear(token, is_asked, leaves);
@@ -101,16 +102,16 @@ class HeadGroup {
     };
     for (int64_t r = 0; r < shared_; ++r) {
       const float* own = query(projected, r);
-      float *far = far_rows_ + r * d_, *rotated = rotated_ + r * d_, *sink = sink_query_ + r * d_;
+      float *linear = linear_rows_ + r * d_, *rotated = rotated_ + r * d_, *sink = sink_query_ + r * d_;
       rotate(own, d_, half, token.cos, token.sin, rotated);
-      far_query(own, far_low, r, far);
-      if (is_rotated() && far_low == nullptr) std::memcpy(far, rotated, row_bytes());
+      far_query(own, far_low, r, linear);
+      if (is_rotated() && far_low == nullptr) std::memcpy(linear, rotated, row_bytes());
       if (is_rotated() && far_low != nullptr) {
-        std::memcpy(close_, far, row_bytes());
-        rotate(close_, d_, half, token.cos, token.sin, far);
+        std::memcpy(exact_, linear, row_bytes());
+        rotate(exact_, d_, half, token.cos, token.sin, linear);
       }
       if (a_.window == 0) continue;
-      scaled(rotated, near_query_ + r * d_);
+      scaled(rotated, exact_query_ + r * d_);
       if (a_.sinks == 0) continue;
       rotate(own, d_, half, token.sink_cos, token.sink_sin, sink);
       scaled(sink, sink);
@@ -137,10 +138,10 @@ class HeadGroup {
     const int64_t row = a_.sinks + modulo(token.position, a_.window);
     const int64_t sink_row = token.position < a_.sinks ? token.position : row;
     const bool leaves = token.position - a_.window >= a_.sinks;
-    take_row(keys + row * d_, d_, kIsScaled ? at_.key_scales[row] : 1.0f, far_key_);
-    take_row(values + row * d_, d_, kIsScaled ? at_.value_scales[row] : 1.0f, far_value_);
+    take_row(keys + row * d_, d_, kIsScaled ? at_.key_scales[row] : 1.0f, linear_key_);
+    take_row(values + row * d_, d_, kIsScaled ? at_.value_scales[row] : 1.0f, linear_value_);
     if (!is_rotated() && leaves)
-      rotate_back(far_key_, heads_.rotary_half, token.cos, token.sin, a_.late_cos, a_.late_sin);
+      rotate_back(linear_key_, heads_.rotary_half, token.cos, token.sin, a_.late_cos, a_.late_sin);
     for (int64_t written : {row, sink_row}) {
       const float key_scale = put_row(new_key_, d_, keys + written * d_);
       const float value_scale = put_row(value, d_, values + written * d_);
@@ -151,21 +152,21 @@ class HeadGroup {
     return leaves;
   }
 
-  // close[r] = sum_j w[r][j] v_j and sums[r] = sum_j w[r][j], w[r][j] = exp(q[r] . k[j] - max) over visible near rows.
+  // exact[r] = sum_j w[r][j] v_j and sums[r] = sum_j w[r][j], w[r][j] = exp(q[r] . k[j] - max) over visible exact rows.
   template <class Kept>
   void read_window(const Token& token) {
-    const int64_t stride = padded_near(near_);
+    const int64_t stride = padded_rows(num_places_);
     const auto *keys = reinterpret_cast<const Kept*>(at_.keys), *values = reinterpret_cast<const Kept*>(at_.values);
     scores(shared_, sink_query_, d_, keys, at_.key_scales, 0, a_.sinks, weights_, stride, ahead(at_.values));
-    scores(shared_, near_query_, d_, keys, at_.key_scales, a_.sinks, near_, weights_, stride, ahead(at_.values));
+    scores(shared_, exact_query_, d_, keys, at_.key_scales, a_.sinks, num_places_, weights_, stride, ahead(at_.values));
     for (int64_t r = 0; r < shared_; ++r) {
       float* w = weights_ + r * stride;
       hide(token.position, a_.window, a_.sinks, w);
       sums_[r] = exponentials(w, stride);
       if (std::is_same_v<Kept, int8_t>)
-        for (int64_t j = 0; j < near_; ++j) w[j] *= at_.value_scales[j];
+        for (int64_t j = 0; j < num_places_; ++j) w[j] *= at_.value_scales[j];
     }
-    weighted(shared_, weights_, stride, values, d_, near_, close_, d_, ahead(at_.linear));
+    weighted(shared_, weights_, stride, values, d_, num_places_, exact_, d_, ahead(at_.linear));
   }
 
   // The new token takes its place; whoever is evicted for it goes over into the linear state: then true.
@@ -175,16 +176,16 @@ class HeadGroup {
     const bool has_nibbles = a_.value_bits == 4;
     const bool leaves = places_.make_room(token.position, score, [&](const Evicted& evicted) {
       const int64_t row = evicted.column;
-      take_row(keys + row * d_, d_, at_.key_scales[row], far_key_);
+      take_row(keys + row * d_, d_, at_.key_scales[row], linear_key_);
       if (has_nibbles) {
-        take_nibbles(at_.values + row * d_ / 2, d_, at_.value_scales[row], far_value_);
+        take_nibbles(at_.values + row * d_ / 2, d_, at_.value_scales[row], linear_value_);
       } else {
-        take_row(values + row * d_, d_, at_.value_scales[row], far_value_);
+        take_row(values + row * d_, d_, at_.value_scales[row], linear_value_);
       }
       late_ = exponential(a_.log_decay[group_] * static_cast<float>(token.position - evicted.position));
-      if (!is_rotated()) unrotate(far_key_, evicted.position);
+      if (!is_rotated()) unrotate(linear_key_, evicted.position);
     });
-    if (!leaves) std::memset(far_value_, 0, row_bytes());  // it is multiplied by zeros
+    if (!leaves) std::memset(linear_value_, 0, row_bytes());  // it is multiplied by zeros
     const int64_t row = places_.column_of(token.position);
     at_.key_scales[row] = put_row(new_key_, d_, keys + row * d_);
     at_.value_scales[row] = has_nibbles ? put_nibbles(value, d_, at_.values + row * d_ / 2)
@@ -197,14 +198,14 @@ class HeadGroup {
     const int64_t half = heads_.rotary_half;
     float *cos = angles_, *sin = angles_ + half;
     back_angles(position, a_.frequencies, half, cos, sin);
-    rotate(x, d_, half, cos, sin, close_);
-    std::memcpy(x, close_, row_bytes());
+    rotate(x, d_, half, cos, sin, exact_);
+    std::memcpy(x, exact_, row_bytes());
   }
 
   // As `read_window`, over what the places hold.
   void read_places(const Token& token) {
     const auto *keys = reinterpret_cast<const int8_t*>(at_.keys), *values = reinterpret_cast<const int8_t*>(at_.values);
-    const int64_t used = places_.used(token.position), stride = padded_near(used), sinks = std::min(a_.sinks, used);
+    const int64_t used = places_.used(token.position), stride = padded_rows(used), sinks = std::min(a_.sinks, used);
     auto score = [&](const float* queries, int64_t first, int64_t last) {
       if (!kReadsCodes)
         return scores(shared_, queries, d_, keys, at_.key_scales, first, last, weights_, stride, ahead(at_.values));
@@ -212,7 +213,7 @@ class HeadGroup {
       score_codes(shared_, words_, d_, keys, at_.key_scales, first, last, weights_, stride, ahead(at_.values));
     };
     if (sinks > 0) score(sink_query_, 0, sinks);
-    score(near_query_, sinks, used);
+    score(exact_query_, sinks, used);
     for (int64_t r = 0; r < shared_; ++r) {
       float* w = weights_ + r * stride;
       places_.hide(token.position, w);
@@ -221,17 +222,17 @@ class HeadGroup {
     }
     if (kReadsCodes) {
       round_rows(weights_, used, stride);
-      weigh_codes(shared_, words_, at_.values, a_.value_bits, d_, used, close_, d_, ahead(at_.linear));
+      weigh_codes(shared_, words_, at_.values, a_.value_bits, d_, used, exact_, d_, ahead(at_.linear));
     } else if (a_.value_bits == 4) {
-      weigh_nibbles(shared_, weights_, stride, at_.values, d_, used, close_, d_, new_key_);
+      weigh_nibbles(shared_, weights_, stride, at_.values, d_, used, exact_, d_, new_key_);
     } else {
-      weighted(shared_, weights_, stride, values, d_, used, close_, d_, ahead(at_.linear));
+      weighted(shared_, weights_, stride, values, d_, used, exact_, d_, ahead(at_.linear));
     }
   }
 
   // A row of numbers of each query head in 16 bits: `words_`.
   void round_rows(const float* rows, int64_t count, int64_t stride) {
-    const int64_t plane = plane_bytes(std::max(d_, near_));
+    const int64_t plane = plane_bytes(std::max(d_, num_places_));
     for (int64_t r = 0; r < shared_; ++r) {
       Words& words = words_[r];
       words.high = planes_ + 2 * r * plane;
@@ -247,7 +248,7 @@ class HeadGroup {
       const float bias = a_.mix_bias[first_head_ + r];
       const float* read = is_rotated() ? rotated_ + r * d_ : query(projected, r);
       mix_[r] = bias + dot(read, a_.mix_weight + (first_head_ + r) * d_, d_);
-      // A silent head (bias -inf) needs nothing of the state: its features and its read-out are left out.
+      // A disabled head (bias -inf) needs nothing of the state: its features and its read-out are left out.
       reads_ = reads_ || bias != -std::numeric_limits<float>::infinity();
     }
     for (int64_t r = 0; r < shared_; ++r) mix_[r] = static_cast<float>(a_.num_features) * exponential(mix_[r]);
@@ -256,7 +257,7 @@ class HeadGroup {
   void make_features(bool leaves) {
     const int64_t features = a_.num_features, first = reads_ ? 0 : shared_, last = leaves ? shared_ + 1 : shared_;
     const float *nodes = a_.nodes + group_ * features, *log_weights = a_.log_weights + group_ * features;
-    weighted(last - first, far_rows_ + first * d_, d_, a_.basis, features, d_, phi_ + first * features, features);
+    weighted(last - first, linear_rows_ + first * d_, d_, a_.basis, features, d_, phi_ + first * features, features);
     for (int64_t i = first; i < last; ++i) {
       float* row = phi_ + i * features;
       for (int64_t j = 0; j < features; j += kLanes)
@@ -280,13 +281,15 @@ class HeadGroup {
       if (a_.late != nullptr) write = a_.late[group_];
     }
     for (int64_t j = 0; j < features; ++j) phi_key_[j] = leaves ? phi_key_[j] * write : 0.0f;
-    const int64_t next_bytes = (GroupBytes(a_, heads_, group_).near / features + 63) / 64 * 64;
-    const Update update{decay, phi_key_, far_value_, chance_salt(token.position), ahead(next_), next_bytes};
+    const int64_t next_bytes = (GroupBytes(a_, heads_, group_).keys / features + 63) / 64 * 64;
+    const Update update{decay, phi_key_, linear_value_, random_salt(token.position), ahead(next_), next_bytes};
     const int64_t num_read = reads_ ? shared_ : 0;
     if (a_.linear_numbers == Numbers::kFloat) {
-      update_and_read(num_read, phi_, features, reinterpret_cast<float*>(at_.linear), d_, features, far_, d_, update);
+      update_and_read(num_read, phi_, features, reinterpret_cast<float*>(at_.linear), d_, features, linear_, d_,
+                      update);
     } else {
-      update_and_read(num_read, phi_, features, reinterpret_cast<Half*>(at_.linear), d_, features, far_, d_, update);
+      update_and_read(num_read, phi_, features, reinterpret_cast<Half*>(at_.linear), d_, features, linear_, d_,
+                      update);
     }
     for (int64_t j = 0; a_.has_denominator != 0 && j < features; ++j)
       at_.normaliser[j] = phi_key_[j] + at_.normaliser[j] * decay;
@@ -295,20 +298,20 @@ class HeadGroup {
   // The window and the linear part under one denominator; without one, the linear part alone.
   void join(float* target) const {
     for (int64_t r = 0; r < shared_; ++r, target += d_) {
-      const float *far = far_ + r * d_, *close = close_ + r * d_;
+      const float *linear = linear_ + r * d_, *exact = exact_ + r * d_;
       if (a_.has_denominator == 0) {
-        std::memcpy(target, far, row_bytes());
+        std::memcpy(target, linear, row_bytes());
         continue;
       }
       const float below = reads_ ? dot(phi_ + r * a_.num_features, at_.normaliser, a_.num_features) : 0.0f;
       if (a_.window == 0) {
-        for (int64_t i = 0; i < d_; ++i) target[i] = far[i] / below;
+        for (int64_t i = 0; i < d_; ++i) target[i] = linear[i] / below;
         continue;
       }
       const Vec mix = splat(mix_[r]), all = splat(sums_[r] + mix_[r] * below);
       for (int64_t i = 0; i < d_; i += kLanes) {
-        const Vec above = reads_ ? load(far + i) : splat(0.0f);
-        store(target + i, (load(close + i) + mix * above) / all);
+        const Vec above = reads_ ? load(linear + i) : splat(0.0f);
+        store(target + i, (load(exact + i) + mix * above) / all);
       }
     }
   }
@@ -317,12 +320,13 @@ class HeadGroup {
   const Heads& heads_;
   const GroupState at_;
   const uint8_t* next_;
-  const int64_t group_, shared_, d_, near_, first_head_;
+  const int64_t group_, shared_, d_, num_places_, first_head_;
   Places places_;
   bool reads_ = true, is_warm_ = false;
-  float *far_rows_;                                // the far queries, then the key that enters the state
-  float *new_key_, *far_value_, *near_query_, *sink_query_, *rotated_, *far_, *close_, *phi_, *weights_, *sums_, *mix_;
-  float *far_key_, *phi_key_;
+  float *linear_rows_;  // the linear branch's queries, then the key that enters the state
+  float *new_key_, *linear_value_, *exact_query_, *sink_query_, *rotated_, *linear_, *exact_, *phi_, *weights_;
+  float *sums_, *mix_;
+  float *linear_key_, *phi_key_;
   float* angles_;
   Words* words_;  // [R]
   int8_t* planes_;

@@ -7,7 +7,7 @@ namespace dijiang {
 
 static inline void keep(float* at, Vec entry, int64_t, uint32_t) { store(at, entry); }
 static inline void keep(Half* at, Vec entry, int64_t place, uint32_t salt) {
-  store(at, by_chance(entry, static_cast<uint32_t>(place), salt));
+  store(at, rounded_stochastically(entry, static_cast<uint32_t>(place), salt));
 }
 
 // What a token does to S.
@@ -15,7 +15,7 @@ struct Update {
   float decay;
   const float* keys;   // [K], write factors folded in
   const float* value;  // [width]
-  uint32_t salt;       // of the token's position: `chance_salt`
+  uint32_t salt;       // of the token's position: `random_salt`
   const uint8_t* behind;  // memory that is asked for meanwhile, so many bytes with each row of S; null: none
   int64_t behind_bytes;
 };

@@ -17,7 +17,7 @@ struct Layer {
   Matrix output;
   Matrix mlp_gate, mlp_up, mlp_down;  // an ungated MLP has mlp_gate.rows = 0
   Attention attention;
-  Matrix far_down;                // [far_rank, H * d], the first half of the far branch's update; rows = 0 without
+  Matrix far_down;                // [far_rank, H * d], the first half of the linear branch's update; rows = 0 without
   Matrix priority;                // [G, D] fp32, scores of the normed input; rows = 0 without anchors
   Norm query_norm, key_norm;      // of each head before it is rotated; weight = null without
   Norm attention_output_norm, mlp_output_norm;  // of what is added to the hidden state; weight = null without
@@ -65,7 +65,7 @@ struct RowBuffer {
 
   // Makes a row ready for a matrix that is going to read it.
   void prepare_row(int64_t n, const Matrix& reader) const {
-    if (!reader.reads_rounded()) return;
+    if (!reader.reads_quantized()) return;
     scales[n] = round_row(reader, values + n * width, width, rounded + n * 2 * padded(width),
                           sums + n * padded_sums(width));
   }

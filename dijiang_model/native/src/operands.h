@@ -29,7 +29,7 @@ struct Matrix {
   int64_t group_size;              // int4: columns under one scale, 32 or 64
 
   // Whether the rows that it is multiplied with are rounded before (`round_row`).
-  bool reads_rounded() const { return weight == nullptr && rows > 0; }
+  bool reads_quantized() const { return weight == nullptr && rows > 0; }
   int64_t num_groups() const { return (columns + group_size - 1) / group_size; }
 };
 

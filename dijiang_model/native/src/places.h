@@ -65,7 +65,7 @@ class Places {
   void hide(int64_t position, float* scores) const {
     const float hidden = -std::numeric_limits<float>::infinity();
     const int64_t count = used(position);
-    for (int64_t j = count; j < padded_near(count); ++j) scores[j] = hidden;
+    for (int64_t j = count; j < padded_rows(count); ++j) scores[j] = hidden;
     for (int64_t z = position + 1; z < sinks_; ++z) scores[z] = hidden;
     if (position - window_ + 1 >= sinks_) return;
     for (int64_t c = 0; c < window_; ++c)

@@ -27,13 +27,13 @@ int64_t dijiang_sizeof_layer() { return sizeof(dijiang::Layer); }
 
 // Feeds a segment of tokens to each of num_sequences sequences: hidden [num_rows, D] comes in as what the first block
 // reads and is overwritten; the logits [num_wanted, vocab] of the wanted rows come out.
-// Sequences first_held ... first_held + num_held - 1, of at most kMaxRows rows each, leave their slots as they are;
-// what `dijiang_advance` needs to know of their rows goes to `kept` [L, held rows, width of a projected row].
+// Sequences first_uncommitted ... first_uncommitted + num_uncommitted - 1, of at most kMaxRows rows each, leave their
+// slots as they are; what `dijiang_advance` needs of their rows goes to `kept` [L, uncommitted rows, projected width].
 // Returns 0, or 1 when memory ran out (states may have moved).
 int dijiang_step(const dijiang::Model* model, float* hidden, const int64_t* positions, int64_t num_rows,
                  const int64_t* slots, const int64_t* lengths, int64_t num_sequences, uint8_t* storage,
-                 int64_t slot_bytes, const int64_t* wanted, int64_t num_wanted, float* logits, int64_t first_held,
-                 int64_t num_held, float* kept, int num_threads) {
+                 int64_t slot_bytes, const int64_t* wanted, int64_t num_wanted, float* logits,
+                 int64_t first_uncommitted, int64_t num_uncommitted, float* kept, int num_threads) {
   using dijiang::Step;
   using dijiang::kMaxRows;
   std::lock_guard<std::mutex> turn(dijiang::Pool::instance().turn());
@@ -44,17 +44,17 @@ int dijiang_step(const dijiang::Model* model, float* hidden, const int64_t* posi
     for (int64_t i = 0; i < num_sequences; ++i)
       for (int64_t last = row + lengths[i]; row < last; ++row)
         slot_of_row[static_cast<size_t>(row)] = storage + slots[i] * slot_bytes;
-    int64_t held_rows = 0, held_before = 0, sequence = 0, left = num_sequences > 0 ? lengths[0] : 0;
-    for (int64_t i = first_held; i < first_held + num_held; ++i) held_rows += lengths[i];
+    int64_t uncommitted_rows = 0, uncommitted_before = 0, sequence = 0, left = num_sequences > 0 ? lengths[0] : 0;
+    for (int64_t i = first_uncommitted; i < first_uncommitted + num_uncommitted; ++i) uncommitted_rows += lengths[i];
     for (int64_t first = 0, count = 0; first < num_rows; first += count) {
       std::vector<Step::Segment> segments;
-      int64_t held_here = 0;
+      int64_t uncommitted_here = 0;
       for (count = 0; sequence < num_sequences && count < kMaxRows;) {
-        const bool is_held = sequence >= first_held && sequence < first_held + num_held;
-        if (is_held && count + left > kMaxRows) break;  // its rows go together: none finds the others in the slot
+        const bool is_uncommitted = sequence >= first_uncommitted && sequence < first_uncommitted + num_uncommitted;
+        if (is_uncommitted && count + left > kMaxRows) break;  // its rows go together
         const int64_t taken = std::min(left, kMaxRows - count);
-        segments.push_back({count, count + taken, is_held});
-        held_here += is_held ? taken : 0;
+        segments.push_back({count, count + taken, is_uncommitted});
+        uncommitted_here += is_uncommitted ? taken : 0;
         count += taken;
         left -= taken;
         if (left == 0 && ++sequence < num_sequences) left = lengths[sequence];
@@ -62,8 +62,8 @@ int dijiang_step(const dijiang::Model* model, float* hidden, const int64_t* posi
       Step step(*model, scratch, hidden + first * model->hidden_size, count, num_threads);
       step.start(scratch, std::move(segments), positions + first, slot_of_row.data() + first);
       for (int64_t i = 0; i < model->num_layers; ++i)
-        step.layer(model->layers[i], kept + (i * held_rows + held_before) * step.projected_width());
-      held_before += held_here;
+        step.layer(model->layers[i], kept + (i * uncommitted_rows + uncommitted_before) * step.projected_width());
+      uncommitted_before += uncommitted_here;
     }
     for (int64_t first = 0; first < num_wanted; first += kMaxRows) {
       const int64_t count = std::min(kMaxRows, num_wanted - first);
@@ -76,8 +76,8 @@ int dijiang_step(const dijiang::Model* model, float* hidden, const int64_t* posi
   return 0;
 }
 
-// Moves the slots of the held sequences of a step on, sequence i by its first counts[i] rows, to the bits that the step
-// would have left. `kept` is that step's; positions [num_rows], slots, lengths: of its held sequences.
+// Commits the first counts[i] rows of each uncommitted sequence i of a step: its slot gets the bits that the step
+// would have left. `kept` is that step's; positions [num_rows], slots, lengths: of its uncommitted sequences.
 // Returns 0, or 1 when memory ran out.
 int dijiang_advance(const dijiang::Model* model, const float* kept, const int64_t* positions, int64_t num_rows,
                     const int64_t* slots, const int64_t* lengths, const int64_t* counts, int64_t num_sequences,
@@ -109,7 +109,7 @@ int dijiang_linear(const dijiang::Matrix* matrix, const float* x, int64_t num_ro
     static Scratch* scratch = new Scratch();
     const int64_t columns = matrix->columns;
     Activations rows{x, columns, nullptr, nullptr, nullptr};
-    if (matrix->reads_rounded()) {
+    if (matrix->reads_quantized()) {
       auto* rounded = reinterpret_cast<uint8_t*>(scratch->floats(0, num_rows * padded(columns) / 2 + 1));
       float* scales = scratch->floats(1, num_rows);
       float* sums = scratch->floats(2, num_rows * padded_sums(columns));

@@ -15,10 +15,10 @@ namespace dijiang {
 
 class Step {
  public:
-  // Rows first ... last - 1 belong to one sequence, in order. A held one leaves its slot as it is.
+  // Rows first ... last - 1 belong to one sequence, in order. An uncommitted one leaves its slot as it is.
   struct Segment {
     int64_t first, last;
-    bool is_held;
+    bool is_uncommitted;
   };
 
   Step(const Model& model, Scratch& scratch, float* hidden, int64_t num_rows, int num_threads)
@@ -42,7 +42,7 @@ class Step {
       rank = std::max(rank, attention.far_rank);
       arena_size_ = std::max(arena_size_, HeadGroup::scratch_size(attention, heads));
       for (int64_t group = 0; group < heads.num_groups; ++group)
-        held_bytes_ = std::max(held_bytes_, (GroupBytes(attention, heads, group).most() + 63) / 64 * 64);
+        copy_bytes_ = std::max(copy_bytes_, (GroupBytes(attention, heads, group).most() + 63) / 64 * 64);
     }
     far_low_ = scratch.floats(19, num_rows * rank);
     arenas_ = scratch.floats(17, arena_size_ * kMaxThreads);
@@ -51,8 +51,8 @@ class Step {
   void start(Scratch& scratch, std::vector<Segment> segments, const int64_t* positions, uint8_t* const* slots) {
     const int64_t half = model_.heads.rotary_half;
     segments_ = std::move(segments);
-    const bool holds = std::any_of(segments_.begin(), segments_.end(), [](const Segment& s) { return s.is_held; });
-    if (holds) held_ = reinterpret_cast<uint8_t*>(scratch.floats(20, held_bytes_ / 4 * kMaxThreads));
+    if (std::any_of(segments_.begin(), segments_.end(), [](const Segment& s) { return s.is_uncommitted; }))
+      copies_ = reinterpret_cast<uint8_t*>(scratch.floats(20, copy_bytes_ / 4 * kMaxThreads));
     const int64_t sets = model_.local_frequencies == nullptr ? 1 : 2;
     for (int64_t set = 0; set < sets; ++set) {
       std::vector<Token>& tokens = set == 0 ? tokens_ : local_tokens_;
@@ -74,7 +74,7 @@ class Step {
     }
   }
 
-  // Projected rows of held segments go to `kept` [held rows, projected width] too: `advance` reads them.
+  // Projected rows of uncommitted segments go to `kept` [uncommitted rows, projected width] too: `advance` reads them.
   void layer(const Layer& layer, float* kept) {
     const bool is_parallel = model_.is_parallel != 0;
     norm(layer.input_norm, normed_, layer.query);
@@ -83,7 +83,7 @@ class Step {
     score(layer);
     if (layer.query_norm.weight != nullptr) norm_heads(layer);
     for (const Segment& segment : segments_) {
-      if (!segment.is_held) continue;
+      if (!segment.is_uncommitted) continue;
       const int64_t count = (segment.last - segment.first) * projected_width_;
       std::memcpy(kept, projected_ + segment.first * projected_width_, static_cast<size_t>(count) * sizeof(float));
       kept += count;
@@ -92,7 +92,7 @@ class Step {
     add_product(layer.output, attended_, layer.attention_output_norm);
     if (!is_parallel) norm(layer.mlp_norm, mlp_normed_, layer.mlp_up);
     mlp(layer);
-    if (layer.mlp_down.reads_rounded()) for_rows([&](int64_t n) { inner_.prepare_row(n, layer.mlp_down); });
+    if (layer.mlp_down.reads_quantized()) for_rows([&](int64_t n) { inner_.prepare_row(n, layer.mlp_down); });
     add_product(layer.mlp_down, inner_, layer.mlp_output_norm);
   }
 
@@ -249,7 +249,8 @@ class Step {
   GroupState state_of(const Attention& attention, const Segment& segment, int64_t group, int thread) const {
     uint8_t* slot = tokens_[static_cast<size_t>(segment.first)].slot;
     const GroupState state = group_state(attention, model_.heads, slot, group);
-    return segment.is_held ? copied(attention, model_.heads, group, state, held_ + thread * held_bytes_) : state;
+    if (!segment.is_uncommitted) return state;
+    return copied(attention, model_.heads, group, state, copies_ + thread * copy_bytes_);
   }
 
   // The keys that are read `ahead` tasks after this one.
@@ -280,7 +281,7 @@ class Step {
 
   void finish_attention(const Layer& layer) const {
     const bool is_gated = layer.gate.rows > 0;
-    if (!is_gated && !layer.output.reads_rounded()) return;
+    if (!is_gated && !layer.output.reads_quantized()) return;
     for_rows([&](int64_t n) {
       float* row = attended_.values + n * attended_.width;
       if (is_gated)
@@ -326,8 +327,8 @@ class Step {
   int64_t num_rows_;
   int threads_;
   float* hidden_;  // [N, D], each layer adds to it
-  int64_t projected_width_ = 0, arena_size_ = 0, held_bytes_ = 0;
-  uint8_t* held_ = nullptr;  // by thread: a copy of a group's state
+  int64_t projected_width_ = 0, arena_size_ = 0, copy_bytes_ = 0;
+  uint8_t* copies_ = nullptr;  // by thread: a copy of a group's state
   float *gate_, *inner_gate_, *projected_, *far_queries_, *far_low_, *angles_, *arenas_;
   RowBuffer normed_, mlp_normed_, attended_, inner_;
   std::vector<Token> tokens_, local_tokens_;

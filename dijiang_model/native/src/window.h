@@ -1,9 +1,9 @@
-// The window of one key-value head: exact softmax over the near tokens, recent ones in a ring and the first ones (sinks).
+// The window of one key-value head: exact softmax over recent tokens in a ring and the first ones (sinks).
 #pragma once
 
 #include <type_traits>
 
-#include "narrow.h"
+#include "rounding.h"
 #include "operands.h"
 
 namespace dijiang {
@@ -17,7 +17,7 @@ static inline int64_t modulo(int64_t a, int64_t b) {
   return rest < 0 ? rest + b : rest;
 }
 
-static inline int64_t padded_near(int64_t near) { return (near + kLanes - 1) / kLanes * kLanes; }
+static inline int64_t padded_rows(int64_t num_rows) { return (num_rows + kLanes - 1) / kLanes * kLanes; }
 
 // Asks for memory that is going to be read soon; null: for none.
 static inline void fetch_bytes(const uint8_t* at, int64_t first, int64_t last) {
@@ -124,12 +124,12 @@ static inline void scores(int64_t num_queries, const float* queries, int64_t d, 
   }
 }
 
-// -inf where a near row holds nothing that is to be seen at `position`, each token once: unwritten rows, and sinks that
+// -inf where a row holds nothing that is to be seen at `position`, each token once: unwritten rows, and sinks that
 // are in the ring as well.
 static inline void hide(int64_t position, int64_t window, int64_t sinks, float* scores) {
   const float hidden = -std::numeric_limits<float>::infinity();
-  const int64_t near = sinks + window, ring = modulo(position, window);
-  for (int64_t j = near; j < padded_near(near); ++j) scores[j] = hidden;
+  const int64_t num_rows = sinks + window, ring = modulo(position, window);
+  for (int64_t j = num_rows; j < padded_rows(num_rows); ++j) scores[j] = hidden;
   for (int64_t z = position + 1; z < sinks; ++z) scores[z] = hidden;
   if (position - window + 1 >= sinks) return;
   for (int64_t c = 0; c < window; ++c)

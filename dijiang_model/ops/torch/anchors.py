@@ -15,8 +15,8 @@ from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
 from dijiang_model.ops.torch.branches import Queries, branch_queries, read_out, store_linear
 from dijiang_model.ops.torch.linear import chunked, recurrent_step
-from dijiang_model.ops.torch.narrow import packed_nibbles, round_rows, unpacked_nibbles
 from dijiang_model.ops.torch.places import Evictions, PlaceTable, evictions, place_table
+from dijiang_model.ops.torch.rounding import packed_nibbles, round_rows, unpacked_nibbles
 from dijiang_model.ops.torch.window import decode_window
 
 LARGEST_NIBBLE = 7
@@ -132,30 +132,30 @@ def anchored_attention(
 
 
 def _decode(q: Queries, new: PlaceRows, *, kernel: LinearKernel, layout: StepLayout, state: LayerState) -> Tensor:
-    table, dtype = place_table(kernel.attention, q.near.device), kernel.log_decay.dtype
+    table, dtype = place_table(kernel.attention, q.exact.device), kernel.log_decay.dtype
     slots, positions = layout.decode_slots, layout.decode_positions
     rows = PlaceRows.of(state)
     loser, is_evicted = _take_in(new, rows, table, slots=slots, positions=positions, state=state)
     held = rows.at(slots[:, None, None], table.flat)
     scale = kernel.head_size**-0.5
-    near = decode_window(
-        q.near * scale,
+    exact = decode_window(
+        q.exact * scale,
         q.for_sinks * scale,
         keys=held.wide_keys(dtype),
         values=held.wide_values(dtype),
         num_sinks=table.sinks,
         visible=table.holds(positions + 1)[:, :, None],
     )
-    far = recurrent_step(
-        kernel.phi(q.far),
-        far_features(loser, is_evicted, positions, kernel=kernel, rotary=layout.rotary),
+    linear = recurrent_step(
+        kernel.phi(q.linear),
+        linear_features(loser, is_evicted, positions, kernel=kernel, rotary=layout.rotary),
         loser.wide_values(dtype),
         log_decay=kernel.log_decay,
         state=state.linear_state[slots].to(dtype),
         normaliser=_present(state.normaliser)[slots],
     )
-    store_linear(far, slots, state, positions=positions)
-    return read_out(far, near, q.mix, kernel)
+    store_linear(linear, slots, state, positions=positions)
+    return read_out(linear, exact, q.mix, kernel)
 
 
 def _take_in(
@@ -215,7 +215,7 @@ def _lowest_anchor(held: PlaceRows, table: PlaceTable) -> tuple[Tensor, Tensor]:
     return lowest, age.argmin(-1)
 
 
-def far_features(
+def linear_features(
     loser: PlaceRows, is_evicted: Tensor, positions: Tensor, *, kernel: LinearKernel, rotary: Rotary
 ) -> Tensor:
     """phi(k) [T, G, K] of the evicted, decayed by their distance to the positions [T]; zeros where there are none.
@@ -232,7 +232,7 @@ def far_features(
 
 
 def decayed_features(keys: Tensor, is_evicted: Tensor, distance: Tensor, *, kernel: LinearKernel) -> Tensor:
-    """As `far_features`, of keys [T, G, d] as the features read them, so many tokens [T, G] ago."""
+    """As `linear_features`, of keys [T, G, d] as the features read them, so many tokens [T, G] ago."""
     weight = (kernel.log_decay * torch.where(is_evicted, distance, 0)).exp()
     features = kernel.phi(keys[:, :, None, :]).squeeze(2) * weight[..., None]
     # A place that holds nothing yet may hold anything: nothing of it may come through.
@@ -247,10 +247,10 @@ def _prefill(q: Queries, new: PlaceRows, *, kernel: LinearKernel, step: StepLayo
     ]  # each moves its slot's places on
     loser = PlaceRows(*(torch.cat(parts) for parts in zip(*(s.loser.tensors() for s in segments), strict=True)))
     is_evicted = torch.cat([segment.is_evicted for segment in segments])
-    near = (torch.cat([s.near[0] for s in segments]), torch.cat([s.near[1] for s in segments]))
-    far = chunked(
-        kernel.phi(q.far),
-        far_features(loser, is_evicted, layout.positions, kernel=kernel, rotary=step.rotary),
+    exact = (torch.cat([s.exact[0] for s in segments]), torch.cat([s.exact[1] for s in segments]))
+    linear = chunked(
+        kernel.phi(q.linear),
+        linear_features(loser, is_evicted, layout.positions, kernel=kernel, rotary=step.rotary),
         torch.where(is_evicted[..., None], loser.wide_values(dtype), 0.0),
         log_decay=kernel.log_decay,
         state=state.linear_state[layout.slots].to(dtype),
@@ -258,15 +258,15 @@ def _prefill(q: Queries, new: PlaceRows, *, kernel: LinearKernel, step: StepLayo
         layout=layout,
     )
     last = layout.sequence_start + layout.sequence_length - 1
-    store_linear(far, layout.slots, state, positions=layout.positions[last])
-    return read_out(far, near, q.mix, kernel)
+    store_linear(linear, layout.slots, state, positions=layout.positions[last])
+    return read_out(linear, exact, q.mix, kernel)
 
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """Of T tokens: the near part (numerator [T, G, R, d], denominator [T, G, R]) and who was evicted [T, G]."""
+    """Of T tokens: the exact part (numerator [T, G, R, d], denominator [T, G, R]) and who was evicted [T, G]."""
 
-    near: tuple[Tensor, Tensor]
+    exact: tuple[Tensor, Tensor]
     loser: PlaceRows
     is_evicted: Tensor
 
@@ -274,7 +274,7 @@ class _Segment:
 def _segment(
     q: Queries, new: PlaceRows, number: int, *, layout: PrefillLayout, kernel: LinearKernel, state: LayerState
 ) -> _Segment:
-    table, dtype = place_table(kernel.attention, q.near.device), kernel.log_decay.dtype
+    table, dtype = place_table(kernel.attention, q.exact.device), kernel.log_decay.dtype
     tokens = slice(layout.starts[number], layout.starts[number + 1])
     slot, rows, own = int(layout.slots[number]), PlaceRows.of(state), q.rows(tokens.start, tokens.stop)
     first, length = int(layout.positions[tokens.start]), tokens.stop - tokens.start
@@ -284,10 +284,10 @@ def _segment(
     candidates = PlaceRows(*both)
     shared_scores_(candidates.scores, fresh.scores, _present(state.recent_scores)[slot], table, first=first)
     found = segment_evictions(candidates.scores, candidates.positions, table, first=first, num_tokens=length)
-    times = torch.tensor([one.times for one in found], dtype=torch.float64, device=q.near.device)
+    times = torch.tensor([one.times for one in found], dtype=torch.float64, device=q.exact.device)
     is_held = table.holds(layout.positions[tokens.start : tokens.start + 1])[0]
     times[:, : len(table.columns)].masked_fill_(~is_held, -1)
-    near = attend_until(
+    exact = attend_until(
         own,
         candidates.wide_keys(dtype),
         candidates.wide_values(dtype),
@@ -297,14 +297,14 @@ def _segment(
         sinks=table.sinks,
         scale=kernel.head_size**-0.5,
     )
-    losers = torch.tensor([one.losers for one in found], device=q.near.device)  # [G, T]
-    sources = torch.tensor([one.sources for one in found], device=q.near.device)  # [G, J]
-    heads = torch.arange(len(found), device=q.near.device)[:, None]
+    losers = torch.tensor([one.losers for one in found], device=q.exact.device)  # [G, T]
+    sources = torch.tensor([one.sources for one in found], device=q.exact.device)  # [G, J]
+    heads = torch.arange(len(found), device=q.exact.device)[:, None]
     kept = candidates.at(heads, sources)
     for tensor, rows_now in zip(rows.tensors(), kept.tensors(), strict=True):
         tensor[slot] = rows_now[table.head_of, table.column_of]
     loser = candidates.at(heads, losers.clamp(min=0))
-    return _Segment(near, PlaceRows(*(t.transpose(0, 1) for t in loser.tensors())), (losers >= 0).T)
+    return _Segment(exact, PlaceRows(*(t.transpose(0, 1) for t in loser.tensors())), (losers >= 0).T)
 
 
 def shared_scores_(scores: Tensor, fresh: Tensor, recent: Tensor, table: PlaceTable, *, first: int) -> None:
@@ -374,8 +374,8 @@ def attend_until(
         part = q.rows(start, start + QUERY_TOKENS)
         at = query_positions[start : start + QUERY_TOKENS, None]
         visible = (positions[:, None] <= at) & (at < times[:, None])  # [G, C, J]
-        near, sink = (x.permute(1, 2, 0, 3) * scale for x in (part.near, part.for_sinks))  # [G, R, C, d]
-        dots = near @ keys[:, None].transpose(-1, -2)
+        exact, sink = (x.permute(1, 2, 0, 3) * scale for x in (part.exact, part.for_sinks))  # [G, R, C, d]
+        dots = exact @ keys[:, None].transpose(-1, -2)
         if sinks > 0:
             dots = torch.where(is_sink, sink @ keys[:, None].transpose(-1, -2), dots)
         dots = dots.masked_fill(~visible[:, None], -torch.inf)

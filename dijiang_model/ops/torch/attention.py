@@ -9,7 +9,7 @@ from dijiang_model.ops.layout import PrefillLayout, StepLayout
 from dijiang_model.ops.torch.anchors import anchored_attention
 from dijiang_model.ops.torch.branches import Queries, branch_queries, read_out, store_linear
 from dijiang_model.ops.torch.linear import chunked, recurrent_step
-from dijiang_model.ops.torch.narrow import NearRows
+from dijiang_model.ops.torch.rounding import ExactRows
 from dijiang_model.ops.torch.window import decode_window, prefill_window
 
 
@@ -26,9 +26,9 @@ class TorchAttention:
         queries = branch_queries(q, kernel=kernel, layout=layout)
         if kernel.attention.window > 0 or kernel.attention.features.rotated:
             k = layout.rotary.apply(k)
-        near = near_rows(state)
-        if near is not None:  # use what a later step is going to find
-            k, v = near[0].rounded(k), near[1].rounded(v)
+        exact = exact_rows(state)
+        if exact is not None:  # use what a later step is going to find
+            k, v = exact[0].rounded(k), exact[1].rounded(v)
         k, v = k.to(dtype), v.to(dtype)
         split = layout.num_decode
         parts: list[Tensor] = []
@@ -41,11 +41,11 @@ class TorchAttention:
         return torch.cat(parts).flatten(1, 2)
 
 
-def near_rows(state: LayerState) -> tuple[NearRows, NearRows] | None:
+def exact_rows(state: LayerState) -> tuple[ExactRows, ExactRows] | None:
     """Keys and values of the window; None without one."""
     if state.near_keys is None or state.near_values is None:
         return None
-    return NearRows(state.near_keys, state.near_key_scales), NearRows(state.near_values, state.near_value_scales)
+    return ExactRows(state.near_keys, state.near_key_scales), ExactRows(state.near_values, state.near_value_scales)
 
 
 def _write_factor(kernel: LinearKernel, positions: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -83,36 +83,38 @@ def _decode(
     state: LayerState,
 ) -> Tensor:
     slots, config = layout.decode_slots, kernel.attention
-    near, leaves, far_k, far_v = None, None, k, v
-    kept = near_rows(state)
+    exact, leaves, linear_k, linear_v = None, None, k, v
+    kept = exact_rows(state)
     if kept is not None:
         near_keys, near_values = kept
         rows = layout.decode_window(window=config.window, sinks=config.sinks)
         leaves = rows.leaves
-        far_k = near_keys[slots, :, rows.ring_row].to(k.dtype)
-        far_v = near_values[slots, :, rows.ring_row].to(v.dtype)
+        linear_k = near_keys[slots, :, rows.ring_row].to(k.dtype)
+        linear_v = near_values[slots, :, rows.ring_row].to(v.dtype)
         if not config.features.rotated:
-            far_k = layout.rotary.rows(0, layout.num_decode).undo(far_k, earlier=config.window)
+            linear_k = layout.rotary.rows(0, layout.num_decode).undo(linear_k, earlier=config.window)
         for written, new in ((near_keys, k), (near_values, v)):
             written[slots, :, rows.ring_row] = new
             if config.sinks > 0:
                 written[slots, :, rows.sink_row] = new
         scale = kernel.head_size**-0.5
-        near = decode_window(
-            q.near * scale,
+        exact = decode_window(
+            q.exact * scale,
             q.for_sinks * scale,
             keys=near_keys[slots].to(k.dtype),
             values=near_values[slots].to(v.dtype),
             num_sinks=config.sinks,
             visible=rows.visible,
         )
-    phi_q, phi_k, log_decay = _features(q.far, far_k, kernel=kernel, positions=layout.decode_positions, leaves=leaves)
-    normaliser = None if state.normaliser is None else state.normaliser[slots]
-    far = recurrent_step(
-        phi_q, phi_k, far_v, log_decay=log_decay, state=state.linear_state[slots].to(k.dtype), normaliser=normaliser
+    phi_q, phi_k, log_decay = _features(
+        q.linear, linear_k, kernel=kernel, positions=layout.decode_positions, leaves=leaves
     )
-    store_linear(far, slots, state, positions=layout.decode_positions)
-    return read_out(far, near, q.mix, kernel)
+    normaliser = None if state.normaliser is None else state.normaliser[slots]
+    linear = recurrent_step(
+        phi_q, phi_k, linear_v, log_decay=log_decay, state=state.linear_state[slots].to(k.dtype), normaliser=normaliser
+    )
+    store_linear(linear, slots, state, positions=layout.decode_positions)
+    return read_out(linear, exact, q.mix, kernel)
 
 
 def _prefill(
@@ -124,23 +126,23 @@ def _prefill(
     step: StepLayout,
     state: LayerState,
 ) -> Tensor:
-    near, leaves, far_k, far_v = None, None, k, v
+    exact, leaves, linear_k, linear_v = None, None, k, v
     layout = step.prefill
     assert layout is not None
-    kept = near_rows(state)
+    kept = exact_rows(state)
     if kept is not None:
         near_keys, near_values = kept
         window = layout.window(window=kernel.attention.window, sinks=kernel.attention.sinks)
         leaves = window.leaves
         stream_keys = _extend_andstore_linear(k, near_keys, layout, kernel)
         stream_values = _extend_andstore_linear(v, near_values, layout, kernel)
-        far_k, far_v = stream_keys[window.leaving], stream_values[window.leaving]
+        linear_k, linear_v = stream_keys[window.leaving], stream_values[window.leaving]
         if not kernel.attention.features.rotated:
             rotary = step.rotary.rows(step.num_decode, len(step.positions))
-            far_k = rotary.undo(far_k, earlier=kernel.attention.window)
+            linear_k = rotary.undo(linear_k, earlier=kernel.attention.window)
         num_sinks, scale = kernel.attention.sinks, kernel.head_size**-0.5
-        near = prefill_window(
-            q.near * scale,
+        exact = prefill_window(
+            q.exact * scale,
             q.for_sinks * scale,
             stream_keys=stream_keys,
             stream_values=stream_values,
@@ -149,22 +151,22 @@ def _prefill(
             layout=layout,
             window=window,
         )
-    phi_q, phi_k, log_decay = _features(q.far, far_k, kernel=kernel, positions=layout.positions, leaves=leaves)
-    far = chunked(
+    phi_q, phi_k, log_decay = _features(q.linear, linear_k, kernel=kernel, positions=layout.positions, leaves=leaves)
+    linear = chunked(
         phi_q,
         phi_k,
-        far_v,
+        linear_v,
         log_decay=log_decay,
         state=state.linear_state[layout.slots].to(k.dtype),
         normaliser=None if state.normaliser is None else state.normaliser[layout.slots],
         layout=layout,
     )
     last = layout.sequence_start + layout.sequence_length - 1
-    store_linear(far, layout.slots, state, positions=layout.positions[last])
-    return read_out(far, near, q.mix, kernel)
+    store_linear(linear, layout.slots, state, positions=layout.positions[last])
+    return read_out(linear, exact, q.mix, kernel)
 
 
-def _extend_andstore_linear(new: Tensor, rows: NearRows, layout: PrefillLayout, kernel: LinearKernel) -> Tensor:
+def _extend_andstore_linear(new: Tensor, rows: ExactRows, layout: PrefillLayout, kernel: LinearKernel) -> Tensor:
     """The extended streams [N * W + T, G, d]; then writes the segment's sinks and last W tokens into `rows`."""
     window = layout.window(window=kernel.attention.window, sinks=kernel.attention.sinks)
     ring = rows[layout.slots[:, None], :, window.ring_rows].flatten(0, 1).to(new.dtype)

@@ -1,6 +1,6 @@
-"""Exact softmax over the near tokens (recent ones and sinks), unnormalised, in torch.
+"""Exact softmax over the window (recent tokens and sinks), unnormalised, in torch.
 
-Both functions answer `sum_near exp(s_tj - c_t) v_j` and `sum_near exp(s_tj - c_t)` with c_t the largest near
+Both functions answer `sum_exact exp(s_tj - c_t) v_j` and `sum_exact exp(s_tj - c_t)` with c_t the largest exact
 score, ready for the joint denominator with the linear part. Letters as in `ops.linear`; Z sinks, W window.
 """
 
@@ -13,11 +13,11 @@ from dijiang_model.ops.layout import PrefillLayout, PrefillWindow
 def decode_window(
     q: Tensor, q_sink: Tensor, *, keys: Tensor, values: Tensor, num_sinks: int, visible: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One query per sequence against its near rows.
+    """One query per sequence against its exact rows.
 
     Args:
         q, q_sink: [N, G, R, d] queries, scaled, rotated for the ring and for the sinks.
-        keys, values: [N, G, Z + W, d] near rows, sinks first.
+        keys, values: [N, G, Z + W, d] exact rows, sinks first.
         visible: [N, 1, 1, Z + W] bool; at least one row each.
 
     Returns:

@@ -71,7 +71,7 @@ def rounded(x: Tensor, bits: int = 8) -> Tensor:
     return x + error
 
 
-def near_places(
+def exact_places(
     q: Queries, k: Tensor, v: Tensor, *, places: SegmentPlaces, layout: PrefillLayout, sinks: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Softmax over what each head holds, unnormalised: numerator [T, G, R, d] and denominator [T, G, R].
@@ -82,20 +82,20 @@ def near_places(
     parts = []
     for number, times in enumerate(places.times):
         start, stop = layout.starts[number], layout.starts[number + 1]
-        parts.append(_near_of_segment(q.rows(start, stop), k[start:stop], v[start:stop], times, sinks, scale))
+        parts.append(_exact_of_segment(q.rows(start, stop), k[start:stop], v[start:stop], times, sinks, scale))
     numerators, denominators = zip(*parts, strict=True)
     return torch.cat(numerators), torch.cat(denominators)
 
 
-def _near_of_segment(
+def _exact_of_segment(
     q: Queries, k: Tensor, v: Tensor, times: Tensor, sinks: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Recomputed in the backward pass: weights of all pairs of tokens would not fit."""
     offsets = torch.arange(len(k), device=k.device)
 
-    def near(near_q: Tensor, sink_q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def exact(exact_q: Tensor, sink_q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return attend_until(
-            Queries(near_q, near_q, near_q, sink_q),
+            Queries(exact_q, exact_q, exact_q, sink_q),
             keys.transpose(0, 1),
             values.transpose(0, 1),
             positions=offsets.expand(keys.shape[1], -1),
@@ -105,19 +105,19 @@ def _near_of_segment(
             scale=scale,
         )
 
-    rows = (q.near, q.for_sinks, k, v)
+    rows = (q.exact, q.for_sinks, k, v)
     if not torch.is_grad_enabled():
-        return near(*rows)
-    answer: tuple[Tensor, Tensor] = checkpoint(near, *rows, use_reentrant=False)
+        return exact(*rows)
+    answer: tuple[Tensor, Tensor] = checkpoint(exact, *rows, use_reentrant=False)
     return answer
 
 
-def far_places(
-    phi_q: Tensor, far_k: Tensor, v: Tensor, *, places: SegmentPlaces, kernel: LinearKernel, layout: PrefillLayout
+def linear_places(
+    phi_q: Tensor, linear_k: Tensor, v: Tensor, *, places: SegmentPlaces, kernel: LinearKernel, layout: PrefillLayout
 ) -> LinearResult:
-    """The linear part over the evicted; phi_q [T, G, R, K], far_k (as the features read it) and v [T, G, d]."""
-    index = places.losers[..., None].expand_as(far_k)
-    phi_k = decayed_features(far_k.gather(0, index), places.is_evicted, places.distance, kernel=kernel)
+    """The linear part over the evicted; phi_q [T, G, R, K], linear_k (as the features read it) and v [T, G, d]."""
+    index = places.losers[..., None].expand_as(linear_k)
+    phi_k = decayed_features(linear_k.gather(0, index), places.is_evicted, places.distance, kernel=kernel)
     shape = (layout.num_sequences, *phi_k.shape[1:])
     return chunked(
         phi_q,

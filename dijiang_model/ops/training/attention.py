@@ -18,7 +18,7 @@ from dijiang_model.ops.layout import PrefillLayout, StepLayout
 from dijiang_model.ops.torch.branches import Queries
 from dijiang_model.ops.torch.linear import LinearResult, chunked
 from dijiang_model.ops.torch.window import prefill_window
-from dijiang_model.ops.training.anchors import SegmentPlaces, far_places, near_places, rounded
+from dijiang_model.ops.training.anchors import SegmentPlaces, exact_places, linear_places, rounded
 
 NO_STATE = LayerState(torch.empty(0), None, None, None)
 """Stands for a layer's state where there is none to read or write."""
@@ -60,7 +60,7 @@ class WindowAttention:
         rotated = _Rotated.of(q, k, v, kernel=kernel, layout=layout)
         window = kernel.attention.window if self.window is None else self.window
         sinks = kernel.attention.sinks if self.sinks is None else self.sinks
-        numerator, denominator = _near(rotated, layout, window=window, sinks=sinks)
+        numerator, denominator = _exact(rotated, layout, window=window, sinks=sinks)
         return (numerator / denominator[..., None]).flatten(1, 2)
 
 
@@ -91,15 +91,15 @@ class HybridAttention:
         if kernel.attention.anchors is not None and self.window is None:
             places = _places(token_scores, layout, kernel)
             rotated = rotated.in_places(layout, kernel)
-            near = _held(rotated, layout, kernel=kernel, places=places)
-            return _joined(rotated, near, layout, kernel=kernel, window=0, places=places)
+            exact = _held(rotated, layout, kernel=kernel, places=places)
+            return _joined(rotated, exact, layout, kernel=kernel, window=0, places=places)
         if kernel.attention.window == 0:
-            far = _far(rotated, layout, kernel=kernel, window=0)
-            assert far.denominator is not None
-            return (far.numerator / far.denominator[..., None]).flatten(1, 2)
+            linear = _linear(rotated, layout, kernel=kernel, window=0)
+            assert linear.denominator is not None
+            return (linear.numerator / linear.denominator[..., None]).flatten(1, 2)
         window = kernel.attention.window if self.window is None else self.window
-        near = _near(rotated, layout, window=window, sinks=kernel.attention.sinks)
-        return _joined(rotated, near, layout, kernel=kernel, window=window)
+        exact = _exact(rotated, layout, window=window, sinks=kernel.attention.sinks)
+        return _joined(rotated, exact, layout, kernel=kernel, window=window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class RecordedAttention:
 
     Attributes:
         q: [T, H, d] and k, v: [T, G, d], as projected.
-        near, near_denominator: [T, G, R, d] and [T, G, R].
+        exact, exact_denominator: [T, G, R, d] and [T, G, R].
         target: [T, H, d], what full softmax attention answers.
         places: who is held, of a layer with anchors.
     """
@@ -118,8 +118,8 @@ class RecordedAttention:
     q: Tensor
     k: Tensor
     v: Tensor
-    near: Tensor
-    near_denominator: Tensor
+    exact: Tensor
+    exact_denominator: Tensor
     target: Tensor
     places: SegmentPlaces | None = None
 
@@ -138,37 +138,37 @@ class RecordedAttention:
         rotated = _Rotated.of(q, k, v, kernel=kernel, layout=layout)
         places = None
         if kernel.attention.anchors is None:
-            near = _near(rotated, layout, window=kernel.attention.window, sinks=kernel.attention.sinks)
+            exact = _exact(rotated, layout, window=kernel.attention.window, sinks=kernel.attention.sinks)
         else:
             places = _places(token_scores, layout, kernel)
-            near = _held(rotated.in_places(layout, kernel), layout, kernel=kernel, places=places)
+            exact = _held(rotated.in_places(layout, kernel), layout, kernel=kernel, places=places)
         target = SoftmaxAttention()(q, k, v, kernel=kernel, layout=layout, state=NO_STATE)
-        return cls(q, k, v, *near, target)
+        return cls(q, k, v, *exact, target)
 
     @property
     def window_answer(self) -> Tensor:
         """[T, H, d], the window alone."""
-        return (self.near / self.near_denominator[..., None]).flatten(1, 2)
+        return (self.exact / self.exact_denominator[..., None]).flatten(1, 2)
 
     def answer(self, *, kernel: LinearKernel, layout: StepLayout) -> Tensor:
         """[T, H, d], as `HybridAttention` answers; with gradients."""
         rotated = _Rotated.of(self.q, self.k, self.v, kernel=kernel, layout=layout)
         if self.places is not None:
             rotated = rotated.in_places(layout, kernel)
-        near, window = (self.near, self.near_denominator), kernel.attention.window
-        return _joined(rotated, near, layout, kernel=kernel, window=window, places=self.places)
+        exact, window = (self.exact, self.exact_denominator), kernel.attention.window
+        return _joined(rotated, exact, layout, kernel=kernel, window=window, places=self.places)
 
 
 @dataclass(frozen=True, slots=True)
 class _Rotated:
-    """q, far_q, mix_q (for the weight of the linear part) and q_sink [T, G, R, d]; k, far_k and v [T, G, d]."""
+    """q, linear_q, mix_q (for the weight of the linear part) and q_sink [T, G, R, d]; k, linear_k and v [T, G, d]."""
 
     q: Tensor
-    far_q: Tensor
+    linear_q: Tensor
     mix_q: Tensor
     q_sink: Tensor
     k: Tensor
-    far_k: Tensor
+    linear_k: Tensor
     v: Tensor
 
     @classmethod
@@ -180,24 +180,24 @@ class _Rotated:
         rotated, rotated_k = layout.rotary.apply(q).unflatten(1, groups), layout.rotary.apply(k)
         capped = rotated if layout.sink_rotary is layout.rotary else layout.sink_rotary.apply(q).unflatten(1, groups)
         if not features.rotated:
-            far, mix = kernel.far_query(q).unflatten(1, groups), q.unflatten(1, groups)
-            return cls(rotated, far, mix, capped, rotated_k, k, v)
-        far = rotated
+            linear, mix = kernel.far_query(q).unflatten(1, groups), q.unflatten(1, groups)
+            return cls(rotated, linear, mix, capped, rotated_k, k, v)
+        linear = rotated
         if features.far_rank > 0:
-            far = layout.rotary.apply(kernel.far_query(q)).unflatten(1, groups)
-        return cls(rotated, far, rotated, capped, rotated_k, rotated_k, v)
+            linear = layout.rotary.apply(kernel.far_query(q)).unflatten(1, groups)
+        return cls(rotated, linear, rotated, capped, rotated_k, rotated_k, v)
 
     def in_places(self, layout: StepLayout, kernel: LinearKernel) -> "_Rotated":
         """With keys and values as places hold them, and as the features read those."""
         anchors = kernel.attention.anchors
         assert anchors is not None
         k, v = rounded(self.k), rounded(self.v, anchors.value_bits)
-        return replace(self, k=k, far_k=k if kernel.attention.features.rotated else layout.rotary.undo(k), v=v)
+        return replace(self, k=k, linear_k=k if kernel.attention.features.rotated else layout.rotary.undo(k), v=v)
 
 
 def _joined(
     x: _Rotated,
-    near: tuple[Tensor, Tensor],
+    exact: tuple[Tensor, Tensor],
     layout: StepLayout,
     *,
     kernel: LinearKernel,
@@ -206,14 +206,14 @@ def _joined(
 ) -> Tensor:
     """What is held and the linear part under one denominator; [T, H, d]."""
     if places is None:
-        far = _far(x, layout, kernel=kernel, window=window)
+        linear = _linear(x, layout, kernel=kernel, window=window)
     else:
         prefill = _from_scratch(layout)
-        far = far_places(kernel.phi(x.far_q), x.far_k, x.v, places=places, kernel=kernel, layout=prefill)
-    assert far.denominator is not None
+        linear = linear_places(kernel.phi(x.linear_q), x.linear_k, x.v, places=places, kernel=kernel, layout=prefill)
+    assert linear.denominator is not None
     mix = kernel.mix(x.mix_q)
-    numerator = torch.addcmul(near[0], mix[..., None], far.numerator)
-    denominator = torch.addcmul(near[1], mix, far.denominator)
+    numerator = torch.addcmul(exact[0], mix[..., None], linear.numerator)
+    denominator = torch.addcmul(exact[1], mix, linear.denominator)
     return (numerator / denominator[..., None]).flatten(1, 2)
 
 
@@ -224,9 +224,9 @@ def _places(token_scores: Tensor | None, layout: StepLayout, kernel: LinearKerne
 
 def _held(x: _Rotated, layout: StepLayout, *, kernel: LinearKernel, places: SegmentPlaces) -> tuple[Tensor, Tensor]:
     """Numerator [T, G, R, d] and denominator [T, G, R] of what the places hold."""
-    queries = Queries(near=x.q, far=x.far_q, mix=x.mix_q, sink=x.q_sink)
+    queries = Queries(exact=x.q, linear=x.linear_q, mix=x.mix_q, sink=x.q_sink)
     prefill, sinks, scale = _from_scratch(layout), kernel.attention.sinks, kernel.head_size**-0.5
-    return near_places(queries, x.k, x.v, places=places, layout=prefill, sinks=sinks, scale=scale)
+    return exact_places(queries, x.k, x.v, places=places, layout=prefill, sinks=sinks, scale=scale)
 
 
 def _from_scratch(layout: StepLayout) -> PrefillLayout:
@@ -252,10 +252,10 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, *, window: int = 0) -> Tensor:
     return attended[0].transpose(0, 1)
 
 
-def _near(x: _Rotated, layout: StepLayout, *, window: int, sinks: int) -> tuple[Tensor, Tensor]:
-    """Numerator [T, G, R, d] and denominator [T, G, R] of the near tokens."""
+def _exact(x: _Rotated, layout: StepLayout, *, window: int, sinks: int) -> tuple[Tensor, Tensor]:
+    """Numerator [T, G, R, d] and denominator [T, G, R] of the exact tokens."""
     prefill = _from_scratch(layout)
-    near = prefill.window(window=window, sinks=sinks)
+    exact = prefill.window(window=window, sinks=sinks)
     # Segments shorter than the sinks repeat their last token there; it is masked as yet unseen.
     offsets = torch.minimum(torch.arange(sinks, device=x.k.device)[None, :], prefill.sequence_length[:, None] - 1)
     sink_rows = prefill.sequence_start[:, None] + offsets  # [N, Z]
@@ -268,7 +268,7 @@ def _near(x: _Rotated, layout: StepLayout, *, window: int, sinks: int) -> tuple[
         sink_keys=x.k[sink_rows].transpose(1, 2),
         sink_values=x.v[sink_rows].transpose(1, 2),
         layout=prefill,
-        window=near,
+        window=exact,
     )
 
 
@@ -277,18 +277,18 @@ def _after_empty_rings(x: Tensor, prefill: PrefillLayout, window: int) -> Tensor
     return torch.cat([x.new_zeros((prefill.num_sequences * window, *x.shape[1:])), x])
 
 
-def _far(x: _Rotated, layout: StepLayout, *, kernel: LinearKernel, window: int) -> LinearResult:
+def _linear(x: _Rotated, layout: StepLayout, *, kernel: LinearKernel, window: int) -> LinearResult:
     """The linear part over all tokens that left the window (over all, if `window` is 0)."""
     prefill = _from_scratch(layout)
-    k, v = x.far_k, x.v
+    k, v = x.linear_k, x.v
     if window > 0:
-        near = prefill.window(window=window, sinks=kernel.attention.sinks)
-        k = _after_empty_rings(k, prefill, window)[near.leaving]
-        v = _after_empty_rings(v, prefill, window)[near.leaving]
-    phi_q, phi_k = kernel.phi(x.far_q), kernel.phi(k[:, :, None, :]).squeeze(2)
+        exact = prefill.window(window=window, sinks=kernel.attention.sinks)
+        k = _after_empty_rings(k, prefill, window)[exact.leaving]
+        v = _after_empty_rings(v, prefill, window)[exact.leaving]
+    phi_q, phi_k = kernel.phi(x.linear_q), kernel.phi(k[:, :, None, :]).squeeze(2)
     if window > 0:
         late = (kernel.log_decay * window).exp()
-        phi_k = phi_k * (near.leaves * late)[..., None]
+        phi_k = phi_k * (exact.leaves * late)[..., None]
     shape = (prefill.num_sequences, *phi_k.shape[1:])
     return chunked(
         phi_q,

@@ -10,7 +10,9 @@ from dijiang_model.config import AnchorConfig
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import StepLayout, frequencies_on
-from dijiang_model.ops.triton.decode import OPTIONS, DecodeBlocks
+from dijiang_model.ops.triton.around import wide_product
+from dijiang_model.ops.triton.decode import DecodeBlocks
+from dijiang_model.ops.triton.device import OPTIONS
 from dijiang_model.ops.triton.kernels.anchors import anchored_decode_kernel
 
 
@@ -33,13 +35,13 @@ def decode_anchors(
     assert anchors is not None
     scores, states = state.token_scores, _states(state)
     assert scores is not None
-    blocks = DecodeBlocks.of(head_size=head_size, num_features=kernel.num_features, is_coded=True)
+    blocks = DecodeBlocks.of(head_size=head_size, num_features=kernel.num_features, is_int8=True)
     rank, groups = config.features.far_rank, kernel.num_kv_heads
     anchored_decode_kernel[(num_rows, groups)](
         q,
         k,
         v,
-        kernel.far_query_low(q) if rank > 0 else out,
+        kernel.far_query_low(q, wide_product) if rank > 0 else out,
         scores,
         out,
         torch.empty((num_rows, groups, 2, head_size), dtype=torch.float32, device=q.device),
@@ -78,7 +80,7 @@ def decode_anchors(
         BLOCK_D=triton.next_power_of_2(head_size),
         BLOCK_K=blocks.features,
         BLOCK_V=blocks.values,
-        BLOCK_J=blocks.near,
+        BLOCK_J=blocks.exact,
         BLOCK_R=triton.next_power_of_2(anchors.num_scores),
         num_warps=blocks.warps,
         **OPTIONS,

@@ -8,10 +8,10 @@ from torch import Tensor
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import StepLayout
+from dijiang_model.ops.triton.around import wide_product
+from dijiang_model.ops.triton.device import OPTIONS
 from dijiang_model.ops.triton.kernels.decode import decode_kernel
 
-OPTIONS = {"enable_fp_fusion": True}
-"""Multiply-adds, whatever the version's default."""
 LARGEST_TILE = 1 << 14
 """Elements of a state tile in registers: 64 of each of 256 threads."""
 
@@ -23,26 +23,26 @@ class DecodeBlocks:
     Attributes:
         features, values: rows and columns of a state tile; fewer columns than the head has mean several turns.
         channels: of a vector, multiplied with the basis at a time.
-        near: near rows at a time.
+        exact: exact rows at a time.
         warps: of 32 threads, to a program.
     """
 
     features: int
     values: int
     channels: int
-    near: int
+    exact: int
     warps: int
 
     @classmethod
-    def of(cls, *, head_size: int, num_features: int, is_coded: bool = False) -> "DecodeBlocks":
-        """For a layer's shape; `is_coded`: near rows are int8, which take registers for their way to fp32."""
+    def of(cls, *, head_size: int, num_features: int, is_int8: bool = False) -> "DecodeBlocks":
+        """For a layer's shape; `is_int8`: exact rows are int8, which take registers for their way to fp32."""
         features, head = triton.next_power_of_2(num_features), triton.next_power_of_2(head_size)
         values = min(head, max(16, LARGEST_TILE // features))
         return cls(
             features=features,
             values=values,
             channels=min(head, max(16, 4096 // features)),
-            near=max(16, min(64, (2048 if is_coded else 4096) // head)),
+            exact=max(16, min(64, (2048 if is_int8 else 4096) // head)),
             warps=8 if features * values > 1 << 12 else 4,
         )
 
@@ -70,14 +70,14 @@ def decode(
     config, (num_rows, num_heads, head_size) = kernel.attention, q.shape
     states = _states(state, absent=out)
     if blocks is None:
-        is_coded = state.near_key_scales is not None
-        blocks = DecodeBlocks.of(head_size=head_size, num_features=kernel.num_features, is_coded=is_coded)
+        is_int8 = state.near_key_scales is not None
+        blocks = DecodeBlocks.of(head_size=head_size, num_features=kernel.num_features, is_int8=is_int8)
     rank = config.features.far_rank
     decode_kernel[(num_rows, kernel.num_kv_heads)](
         q,
         k,
         v,
-        kernel.far_query_low(q) if rank > 0 else out,
+        kernel.far_query_low(q, wide_product) if rank > 0 else out,
         out,
         layout.decode_slots,
         layout.positions,
@@ -102,7 +102,7 @@ def decode(
         BLOCK_D=triton.next_power_of_2(head_size),
         BLOCK_K=blocks.features,
         BLOCK_V=blocks.values,
-        BLOCK_J=blocks.near,
+        BLOCK_J=blocks.exact,
         num_warps=blocks.warps,
         **_kind(kernel),
         **OPTIONS,
@@ -131,7 +131,7 @@ def _parameters(kernel: LinearKernel, *, absent: Tensor) -> tuple[Tensor, ...]:
 
 
 def _states(state: LayerState, *, absent: Tensor) -> tuple[Tensor, ...]:
-    """S, z, near keys and near values, the scales of both."""
+    """S, z, exact keys and exact values, the scales of both."""
     return (
         state.linear_state,
         absent if state.normaliser is None else state.normaliser,

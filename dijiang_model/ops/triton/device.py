@@ -1,9 +1,12 @@
-"""The device that kernels are launched on."""
+"""The device that kernels are launched on, and options of every launch."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+OPTIONS = {"enable_fp_fusion": True}
+"""Multiply-adds, whatever the version's default."""
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:

@@ -12,11 +12,11 @@ from triton import knobs
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import CHUNK_TOKENS, StepLayout
-from dijiang_model.ops.triton.decode import OPTIONS
+from dijiang_model.ops.triton.device import OPTIONS
 from dijiang_model.ops.triton.kernels.prefill_features import entering_kernel, keys_kernel, queries_kernel
 from dijiang_model.ops.triton.kernels.prefill_outputs import outputs_kernel
-from dijiang_model.ops.triton.kernels.prefill_states import near_rows_kernel, states_kernel
-from dijiang_model.ops.triton.prefill_step import NearTokens, PrefillStep
+from dijiang_model.ops.triton.kernels.prefill_states import exact_rows_kernel, states_kernel
+from dijiang_model.ops.triton.prefill_step import ExactTokens, PrefillStep
 
 
 def prefill(
@@ -38,34 +38,34 @@ def prefill(
         late: cosines and sines of as many positions as the window has; read where features see no rotation.
     """
     x = PrefillStep(q, k, v, kernel=kernel, step=step, state=state)
-    near = near_tokens(x)
+    exact = exact_tokens(x)
     phi_q = query_features(x)
-    phi_in, v_in = entering(x, near, late)
+    phi_in, v_in = entering(x, exact, late)
     chunk_states, chunk_normalisers = states_before_chunks(x, phi_in, v_in)
-    chunk_outputs(x, near, phi_q, phi_in, v_in, chunk_states, chunk_normalisers, out)
+    chunk_outputs(x, exact, phi_q, phi_in, v_in, chunk_states, chunk_normalisers, out)
     if x.has_window:
-        write_near_rows(x, near)
+        write_exact_rows(x, exact)
 
 
-def near_tokens(x: PrefillStep) -> NearTokens:
+def exact_tokens(x: PrefillStep) -> ExactTokens:
     """Keys and values as a later step will find them."""
     near_keys, near_values = x.state.near_keys, x.state.near_values
     if near_keys is None or near_values is None:
-        return NearTokens(x.k, x.v, x.absent, x.absent)
+        return ExactTokens(x.k, x.v, x.absent, x.absent)
     shape = (x.num_tokens, x.num_groups, x.head_size)
     rotated = x.scratch(*shape, dtype=near_keys.dtype)
-    if x.is_coded:
+    if x.is_int8:
         scales = (x.scratch(*shape[:2], dtype=torch.float32) for _ in range(2))
-        near = NearTokens(rotated, x.scratch(*shape, dtype=torch.int8), *scales)
+        exact = ExactTokens(rotated, x.scratch(*shape, dtype=torch.int8), *scales)
     else:
-        near = NearTokens(rotated, x.v.to(near_values.dtype), x.absent, x.absent)
+        exact = ExactTokens(rotated, x.v.to(near_values.dtype), x.absent, x.absent)
     keys_kernel[(x.layout.num_chunks, x.num_groups)](
         x.k,
         x.v,
-        near.keys,
-        near.values,
-        near.key_scales,
-        near.value_scales,
+        exact.keys,
+        exact.values,
+        exact.key_scales,
+        exact.value_scales,
         x.rotary.cos,
         x.rotary.sin,
         *x.chunks,
@@ -75,10 +75,10 @@ def near_tokens(x: PrefillStep) -> NearTokens:
         HALF=x.rotary.cos.shape[-1],
         C=CHUNK_TOKENS,
         BLOCK_D=x.block_d,
-        num_warps=8 if x.is_coded and x.block_d > 128 else 4,
+        num_warps=8 if x.is_int8 and x.block_d > 128 else 4,
         **OPTIONS,
     )
-    return near
+    return exact
 
 
 def query_features(x: PrefillStep) -> Tensor:
@@ -112,19 +112,19 @@ def query_features(x: PrefillStep) -> Tensor:
     return phi_q
 
 
-def entering(x: PrefillStep, near: NearTokens, late: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def entering(x: PrefillStep, exact: ExactTokens, late: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """[T, G, K] and [T, G, d], what each token adds to the state; values keep their place without a window."""
     kernel, config = x.kernel, x.kernel.attention
     phi_in = x.scratch(x.num_tokens, x.num_groups, x.num_features, dtype=x.products.dtype)
-    v_in = near.values
+    v_in = exact.values
     if x.has_window:
-        v_in = x.scratch(*x.v.shape, dtype=x.products.dtype if x.is_coded else near.values.dtype)
+        v_in = x.scratch(*x.v.shape, dtype=x.products.dtype if x.is_int8 else exact.values.dtype)
     entering_kernel[(x.layout.num_chunks, x.num_groups)](
         x.k,
-        near.keys,
-        near.values,
-        near.key_scales,
-        near.value_scales,
+        exact.keys,
+        exact.values,
+        exact.key_scales,
+        exact.value_scales,
         phi_in,
         v_in,
         x.layout.slots,
@@ -139,7 +139,7 @@ def entering(x: PrefillStep, near: NearTokens, late: tuple[Tensor, Tensor]) -> t
         *x.ring,
         *x.chunks,
         *x.k.stride()[:2],
-        *near.values.stride()[:2],
+        *exact.values.stride()[:2],
         *x.ring_strides,
         x.num_entries,
         config.features.scale,
@@ -198,7 +198,7 @@ def states_before_chunks(x: PrefillStep, phi_in: Tensor, v_in: Tensor) -> tuple[
 
 def chunk_outputs(
     x: PrefillStep,
-    near: NearTokens,
+    exact: ExactTokens,
     phi_q: Tensor,
     phi_in: Tensor,
     v_in: Tensor,
@@ -209,10 +209,10 @@ def chunk_outputs(
     kernel, config = x.kernel, x.kernel.attention
     outputs_kernel[(x.layout.num_chunks, x.num_heads, triton.cdiv(x.head_size, x.block_v))](
         x.q,
-        near.keys,
-        near.values,
-        near.key_scales,
-        near.value_scales,
+        exact.keys,
+        exact.values,
+        exact.key_scales,
+        exact.value_scales,
         phi_q,
         phi_in,
         v_in,
@@ -232,7 +232,7 @@ def chunk_outputs(
         *x.ring,
         *x.chunks,
         *x.q.stride()[:2],
-        *near.values.stride()[:2],
+        *exact.values.stride()[:2],
         *v_in.stride()[:2],
         *x.ring_strides,
         x.num_entries,
@@ -254,17 +254,17 @@ def chunk_outputs(
     )
 
 
-def write_near_rows(x: PrefillStep, near: NearTokens) -> None:
-    near_rows_kernel[(x.layout.num_sequences, x.num_groups)](
-        near.keys,
-        near.values,
-        near.key_scales,
-        near.value_scales,
+def write_exact_rows(x: PrefillStep, exact: ExactTokens) -> None:
+    exact_rows_kernel[(x.layout.num_sequences, x.num_groups)](
+        exact.keys,
+        exact.values,
+        exact.key_scales,
+        exact.value_scales,
         *x.ring,
         x.layout.slots,
         x.layout.positions,
         x.layout.cu_seqlens,
-        *near.values.stride()[:2],
+        *exact.values.stride()[:2],
         *x.ring_strides,
         D=x.head_size,
         WINDOW=x.kernel.attention.window,

@@ -1,4 +1,4 @@
-"""One layer's prefill as its kernels see it: how products are computed, the tensors, the near rows of its tokens."""
+"""One layer's prefill as its kernels see it: how products are computed, the tensors, the exact rows of its tokens."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +10,7 @@ from torch import Tensor
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import CHUNK_TOKENS, PrefillLayout, StepLayout
-from dijiang_model.ops.triton.decode import OPTIONS
+from dijiang_model.ops.triton.device import OPTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +45,12 @@ class Products:
 
 
 @dataclass(frozen=True, slots=True)
-class NearTokens:
-    """The segments' own keys and values as the near rows will hold them.
+class ExactTokens:
+    """The segments' own keys and values as the exact rows will hold them.
 
     Attributes:
         keys, values: [T, G, d], keys rotated; without a window as they were projected, and keys are not read.
-        key_scales, value_scales: [T, G] fp32 where near rows are int8; else whatever: not read.
+        key_scales, value_scales: [T, G] fp32 where exact rows are int8; else whatever: not read.
     """
 
     keys: Tensor
@@ -86,8 +86,8 @@ class PrefillStep:
         return self.kernel.attention.window > 0
 
     @property
-    def is_coded(self) -> bool:
-        """Whether near rows are in int8."""
+    def is_int8(self) -> bool:
+        """Whether exact rows are in int8."""
         return self.state.near_key_scales is not None
 
     @property
@@ -108,7 +108,7 @@ class PrefillStep:
 
     @property
     def ring_strides(self) -> tuple[int, int]:
-        """From one slot to the next, in elements: of near rows, of their scales."""
+        """From one slot to the next, in elements: of exact rows, of their scales."""
         near_keys, _, key_scales, _ = self.ring
         return near_keys.stride(0), key_scales.stride(0)
 

@@ -5,8 +5,7 @@ import triton
 from torch import Tensor, nn
 
 from dijiang_model.ops.layout import Rotary, frequencies_on
-from dijiang_model.ops.triton.decode import OPTIONS
-from dijiang_model.ops.triton.device import on_device_of
+from dijiang_model.ops.triton.device import OPTIONS, on_device_of
 from dijiang_model.ops.triton.kernels.small import angles_kernel, gated_norm_kernel
 from dijiang_model.rotary import Frequencies
 

@@ -6,7 +6,8 @@ Rules:
     - If no slot is free, a tenant that has none, or would with one more still have less than another, takes one of
       that other tenant's, if it has several; else who has none takes one that was kept for long. The sequence that was
       admitted last gives it up: its state is copied, it waits at its old place, and it goes on where it was. No token
-      changes.
+      changes. While as many such states are kept as may be, only sequences without one give their slot up, or for a
+      sequence that takes its own back.
     - At most `max_waiting` wait, the last `reserved_waiting` of them only if nothing of their tenant waits, and of no
       tenant more than its own limits say; one more is refused.
     - Prompts are begun one after the other as far as a step has tokens for them, short ones before that (`prompts`).
@@ -46,6 +47,7 @@ class Admission:
         running: the sequences that hold a slot, by request, in the order in which they got it.
         waiting: the others.
         num_preemptions: slots that were taken from one tenant for another.
+        num_parked: sequences that wait with a state of theirs kept elsewhere.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Admission:
         max_waiting: int,
         reserved_waiting: int = 0,
         can_preempt: bool = True,
+        max_parked: int | None = None,
         on_admission: Callable[[Sequence], None],
     ) -> None:
         """
@@ -63,6 +66,7 @@ class Admission:
             max_waiting: requests that may wait for a slot, >= 0.
             reserved_waiting: places among these for tenants of whom nothing waits.
             can_preempt: whether slots can be taken from running sequences.
+            max_parked: states of these that may be kept at once; None: any number.
             on_admission: called with a sequence that gets its first slot, before its first tokens are scheduled.
 
         Raises:
@@ -73,10 +77,11 @@ class Admission:
         self.running: dict[str, Sequence] = {}
         self.waiting = WaitingQueue()
         self.slots = SlotAllocator(num_slots)
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_parked = 0
         self._max_waiting = max_waiting
         self._reserved_waiting = min(reserved_waiting, max_waiting)
         self._can_preempt = can_preempt
+        self._max_parked = max_parked
         self._on_admission = on_admission
         self._groups = Groups()
         self._shares = SlotShares()
@@ -110,6 +115,8 @@ class Admission:
             del self.running[sequence.request_id]
             self._shares.gave_back(sequence.tenant)
             self.slots.free(sequence.slot)
+        else:
+            self.num_parked -= sequence.is_parked
 
     def find(self, request_id: str) -> Sequence | None:
         """A sequence that has not ended."""
@@ -132,7 +139,7 @@ class Admission:
         if self.slots.num_free == 0 and not self._can_preempt:
             return False
         sequence = self._next(num_tokens)
-        if sequence is None or (self.slots.num_free == 0 and not self._make_room(sequence.tenant, moves)):
+        if sequence is None or (self.slots.num_free == 0 and not self._make_room(sequence, moves)):
             return False
         if sequence.is_preempted:
             moves.resumed.append(sequence)
@@ -153,12 +160,15 @@ class Admission:
             reading = Reading(self.running.values(), tenant, num_tokens)
             for sequence in waiting[tenant.name]:
                 if not self._groups.holds(sequence) and (sequence.num_prompt_left == 0 or reading.wants(sequence)):
-                    return sequence
+                    if self.slots.num_free > 0 or self._victim(sequence) is not None:
+                        return sequence
+                    break
         return None
 
-    def _make_room(self, tenant: Tenant, moves: Moves) -> bool:
+    def _make_room(self, sequence: Sequence, moves: Moves) -> bool:
         """Takes a slot from another tenant; if the sequence there has a token under way, from the next step on."""
-        victim = self._shares.victims(tenant, self.running, self._num_steps)[0]
+        victim = self._victim(sequence)
+        assert victim is not None
         if not victim.is_settled:
             victim.is_yielding, self._yielding = True, victim
             return False
@@ -167,9 +177,16 @@ class Admission:
         slot = victim.preempt()
         self.slots.free(slot)
         self.waiting.add(victim)
+        self.num_parked += victim.is_parked
         moves.preempted.append((victim, slot))
         self.num_preemptions += 1
         return True
+
+    def _victim(self, sequence: Sequence) -> Sequence | None:
+        """Who gives a sequence its slot, within the memory for states of those who do; None: nobody."""
+        victims = self._shares.victims(sequence.tenant, self.running, self._num_steps)
+        is_full = self._max_parked is not None and self.num_parked - sequence.is_parked >= self._max_parked
+        return next((one for one in victims if not (is_full and one.has_state)), None)
 
     def _fork(self, moves: Moves) -> None:
         """Gives slots to the sequences of groups whose prompt has been computed, as far as there are slots."""
@@ -187,6 +204,7 @@ class Admission:
         slot = self.slots.allocate()
         assert slot is not None
         self.waiting.remove(sequence.request_id)
+        self.num_parked -= sequence.is_parked
         sequence.admit(slot)
         sequence.num_admitted = self._num_steps
         self.running[sequence.request_id] = sequence

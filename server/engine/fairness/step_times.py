@@ -1,6 +1,7 @@
 """What steps take, so that one that reads prompts is no longer than running answers may wait. Standard library only.
 
 A step is taken to cost what its decoding rows cost, as last seen without prompts, and so much for each prompt token.
+Where rows alone take half of the time that answers may wait, or more, prompts have as much as they.
 Both are means of what was measured last; a step that a busy machine held up counts no more than twice the mean.
 """
 
@@ -19,11 +20,17 @@ class StepTimes:
         self._decode_s = 0.0
         self._token_s = 0.0
 
-    def prompt_tokens(self, num_rows: int) -> int | None:
-        """Most prompt tokens of a step in which so many rows decode; None: any number."""
-        if num_rows == 0 or self._token_s == 0.0:
+    def prompt_tokens(self, num_rows: int, num_prompts: int = 1) -> int | None:
+        """Most prompt tokens of a step in which so many rows decode and prompts are read; None: any number.
+
+        One prompt that nobody waits beside is read as fast as can be. Beside another one steps are short too: then who
+        comes next, or has little to be read, has its first token soon.
+        """
+        if (num_rows == 0 and num_prompts < 2) or self._token_s == 0.0:
             return None
-        return max(LEAST_TOKENS, int((self._target_gap_s - self._decode_s) / self._token_s))
+        decode_s = self._decode_s if num_rows > 0 else 0.0
+        seconds = max(self._target_gap_s - decode_s, decode_s)
+        return max(LEAST_TOKENS, int(seconds / self._token_s))
 
     def observe(self, num_rows: int, num_prompt_tokens: int, seconds: float) -> None:
         """Takes in what a step of decoding rows and prompt tokens took."""

@@ -10,10 +10,10 @@ from server.engine.fast_steps.graphs import CudaCapture, DecodeGraphs, Model, ro
 from server.engine.state.pool import StatePool
 
 
-def recorder(
+def capturer(
     model: Model, *, pool: StatePool, vocab_size: int, device: torch.device
 ) -> Callable[[Tensor], DecodeGraphs] | None:
-    """What a `ModelRunner` makes its recorded steps with; None: this device has none.
+    """What a `ModelRunner` makes its captured steps with; None: this device has none.
 
     Recording a step takes about as long as some steps, once for each number of rows, before the engine is ready.
     """

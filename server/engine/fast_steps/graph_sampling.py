@@ -1,4 +1,4 @@
-"""Sampling with a form that does not depend on the requests, so that it can be recorded; the same tokens as `Sampler`.
+"""Sampling with a form that does not depend on the requests, so that it can be captured; the same tokens as `Sampler`.
 
 Rows that want more than this has (penalties, biases, grammars, ...) make the whole step go through `Sampler.sample`.
 """

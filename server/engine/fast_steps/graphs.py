@@ -1,7 +1,7 @@
-"""Decode steps recorded once and replayed: one graph for each number of rows, filled up with rows on the scratch slot.
+"""Decode steps captured once and replayed: one graph for each number of rows, filled up with rows on the scratch slot.
 
-A recorded step reads and writes the same memory whenever it is replayed: its inputs (`DecodeGraphs.feed`), the last
-token of every slot, the states, its logits and its tokens. What is recorded where is `Capture`'s business: CUDA
+A captured step reads and writes the same memory whenever it is replayed: its inputs (`DecodeGraphs.feed`), the last
+token of every slot, the states, its logits and its tokens. What is captured where is `Capture`'s business: CUDA
 graphs on a GPU; on a CPU `eager` simply runs the work again, so that everything around the graphs is tested there.
 Needs torch and the model alone.
 """
@@ -43,7 +43,7 @@ class CudaCapture:
         torch.cuda.current_stream().wait_stream(self._stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Threads that copy states may go on meanwhile: only this one is kept from what cannot be recorded.
+        # Threads that copy states may go on meanwhile: only this one is kept from what cannot be captured.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         return graph.replay
@@ -61,7 +61,7 @@ def row_buckets(max_rows: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
+class Captured:
     """One number of rows.
 
     Attributes:
@@ -79,7 +79,7 @@ class Sampling:
 
     Attributes:
         tokens: [rows] int32, negative for faults, of the last replay.
-        replay: samples the logits of the recorded model, and notes the slots' last tokens.
+        replay: samples the logits of the captured model, and notes the slots' last tokens.
     """
 
     tokens: Tensor
@@ -87,10 +87,10 @@ class Sampling:
 
 
 class DecodeGraphs:
-    """Recorded decode steps of a model on one pool of slots.
+    """Captured decode steps of a model on one pool of slots.
 
     Attributes:
-        buckets: the recorded numbers of rows, ascending.
+        buckets: the captured numbers of rows, ascending.
     """
 
     NUM_WORDS = 8
@@ -114,11 +114,11 @@ class DecodeGraphs:
         self._last_token_ids, self._capture = last_token_ids, capture
         self.device, self.buckets = last_token_ids.device, tuple(buckets)
         self._logits: Tensor | None = None  # [largest bucket, vocab], of the last replay, whichever it was
-        self._recorded = {rows: self._record(model, buffer, rows) for rows in reversed(self.buckets)}
+        self._captured = {rows: self._record(model, buffer, rows) for rows in reversed(self.buckets)}
         self._samplings: dict[tuple[int, str], Sampling] = {}
 
     def bucket_for(self, num_rows: int) -> int | None:
-        """The smallest recorded number of rows that is large enough; None if there is none."""
+        """The smallest captured number of rows that is large enough; None if there is none."""
         return next((bucket for bucket in self.buckets if bucket >= num_rows), None)
 
     def record_sampling(self, kind: str, choose: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -129,19 +129,19 @@ class DecodeGraphs:
             choose: logits [R, vocab], which it may overwrite, and words [F, R] -> [R] int64, negative for faults.
         """
         for rows in reversed(self.buckets):
-            self._samplings[rows, kind] = self._record_sampling(self._recorded[rows].words, choose)
+            self._samplings[rows, kind] = self._capture_sampling(self._captured[rows].words, choose)
 
     def samples(self, kind: str | None) -> bool:
-        """Whether this way of sampling was recorded."""
+        """Whether this way of sampling was captured."""
         return kind is not None and (self.buckets[0], kind) in self._samplings
 
     def feed(self, bucket: int, words: Tensor) -> None:
         """Puts a step's words [n * bucket] int64 in place, field after field; they were brought by one copy."""
-        self._recorded[bucket].words.view(-1)[: len(words)].copy_(words)
+        self._captured[bucket].words.view(-1)[: len(words)].copy_(words)
 
     def forward(self, bucket: int) -> Tensor:
         """Replays the model; its logits [bucket, vocab], which the next replay overwrites."""
-        self._recorded[bucket].replay()
+        self._captured[bucket].replay()
         return self._logits_of(bucket)
 
     def sample(self, bucket: int, kind: str) -> Tensor:
@@ -150,7 +150,7 @@ class DecodeGraphs:
         sampling.replay()
         return sampling.tokens
 
-    def _record(self, model: Model, buffer: StateBuffer, rows: int) -> Recorded:
+    def _record(self, model: Model, buffer: StateBuffer, rows: int) -> Captured:
         words = torch.zeros((self.NUM_WORDS, rows), dtype=torch.int64, device=self.device)
         slots, positions = words[0], words[1]
         logit_rows = torch.arange(rows, device=self.device)
@@ -163,13 +163,13 @@ class DecodeGraphs:
             if self._logits is None:
                 self._logits = torch.empty_like(run())
             logits = self._logits_of(rows)
-            return Recorded(words, self._capture(lambda: logits.copy_(run())))
+            return Captured(words, self._capture(lambda: logits.copy_(run())))
 
     def _logits_of(self, bucket: int) -> Tensor:
         assert self._logits is not None
         return self._logits[:bucket]
 
-    def _record_sampling(self, words: Tensor, choose: Callable[[Tensor, Tensor], Tensor]) -> Sampling:
+    def _capture_sampling(self, words: Tensor, choose: Callable[[Tensor, Tensor], Tensor]) -> Sampling:
         tokens = torch.zeros(words.shape[1], dtype=torch.int32, device=words.device)
         logits = self._logits_of(words.shape[1])
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dijiang_model.native.choose import NOT_FINITE, likeliest_tokens
-from dijiang_model.native.draw import drawn_tokens
+from dijiang_model.native.choose import NOT_FINITE, greedy_tokens
+from dijiang_model.native.draw import sampled_tokens
 from dijiang_model.native.library import DrawRules, load_library
 from server.engine.sampling.forbidden import bad_continuations
 from server.engine.sampling.grammar_masks import MaskPlan, apply_masks, prepare_masks
@@ -129,10 +129,10 @@ class Sampler:
         """
         library = self._library if logits.dtype == torch.float32 else None
         if library is not None:
-            likeliest = likeliest_tokens(logits, library)
+            greedy = greedy_tokens(logits, library)
             if plan.is_greedy:
-                return likeliest
-            is_finite = likeliest != FAULTY
+                return greedy
+            is_finite = greedy != FAULTY
         else:
             is_finite = torch.isfinite(logits.sum(dim=-1))  # one pass; NaN and infinities carry through a sum
         if plan.bias is not None:
@@ -231,7 +231,7 @@ def _choose(logits: Tensor, plan: DrawPlan | None, arrived: TransferredFields, l
         drawn = partial(draw, plan=plan, arrived=arrived)
     else:
         rules = _draw_rules(plan, arrived, logits.shape[-1])
-        drawn = partial(drawn_tokens, rules=rules, library=library)
+        drawn = partial(sampled_tokens, rules=rules, library=library)
     if plan.rows is None:
         return drawn(logits)
     token_ids, rows = logits.argmax(dim=-1), arrived[plan.rows]
@@ -261,7 +261,7 @@ def _draw_rules(plan: DrawPlan, arrived: TransferredFields, vocab_size: int) -> 
 def draw(logits: Tensor, plan: DrawPlan, arrived: TransferredFields) -> Tensor:
     """[M, vocab] fp32 -> [M] int64, by inverse CDF over the tokens that the filters leave.
 
-    Anywhere; on a CPU `drawn_tokens` does the same many times faster, but for typical-p.
+    Anywhere; on a CPU `sampled_tokens` does the same many times faster, but for typical-p.
     """
     scores = logits - logits.amax(dim=-1, keepdim=True)  # before the division: the best stays 0, never NaN
     weights = scores.div_(_column(plan.temperatures, arrived)).exp_()  # [M, vocab]; the best weighs 1

@@ -17,7 +17,7 @@ _FORGETTING = 0.995
 _LARGEST_SURPRISE = 2.0
 
 
-class StepPrices:
+class StepCosts:
     """Costs of steps by their number of rows; only their ratios mean anything."""
 
     def __init__(self, known: Mapping[int, float]) -> None:

@@ -4,7 +4,7 @@ A sequence's guesses (drafts) are what followed the longest earlier occurrence o
 output. One step feeds the last token and the drafts; every row is sampled exactly as it would be without drafts, and
 as long as the sampled token is the draft, the next row holds too. So drafts change the speed, never the tokens.
 
-How many drafts a step takes is a matter of its price: as many as bring the most tokens for the cost of the step with
+How many drafts a step takes is a matter of its cost: as many as bring the most tokens for the cost of the step with
 them (`cost_model` beside this). How likely they hold is counted for every sequence, from all of its tokens, drafted
 or not: text that does not repeat itself gets no drafts, and goes on being watched for free.
 
@@ -62,26 +62,26 @@ class OwnTextDrafter:
         history.push(token_id)
         self.last_token_id = token_id
 
-    def draft(self, most: int, *, prices: StepCosts, num_rows: int) -> tuple[int, ...]:
+    def draft(self, most: int, *, costs: StepCosts, num_rows: int) -> tuple[int, ...]:
         """As many tokens that may come next as bring the most for what their step costs.
 
         Args:
             most: no more than so many.
-            prices: of steps by their rows.
+            costs: of steps by their rows.
             num_rows: of the step without them, >= 1.
         """
         length = self._history.match_length
         if length == 0:
             return ()
         chance, num_tokens = 1.0, float(num_rows)
-        best, num_best = num_tokens / prices.step(num_rows), 0
+        best, num_best = num_tokens / costs.step(num_rows), 0
         drafts = self._history.continuation(most)
         for number, token_id in enumerate(drafts, start=1):
             chance *= self._chance(length)
             if chance < _LEAST_CHANCE or token_id in self._end_token_ids:
                 break
             num_tokens += chance
-            rate = num_tokens / prices.step(num_rows + number)
+            rate = num_tokens / costs.step(num_rows + number)
             if rate >= best:
                 best, num_best = rate, number
             length = min(length + 1, MAX_MATCH)

@@ -26,7 +26,7 @@ class LeadingModel:
         self._ranks.tell(Step(batch.lengths, batch.num_decode, len(batch.logit_rows)))
         # Decoded tokens are known to this rank's device alone, so the words go from device to device, not by the host.
         words = torch.cat((batch.token_ids, batch.positions, batch.slots, batch.logit_rows))
-        self._model.group.share_(words)
+        self._model.group.broadcast_(words)
         return cast(Tensor, self._model(batch, state))
 
 
@@ -35,7 +35,7 @@ def shared_batch(step: Step, model: ShardedModel, device: torch.device) -> Packe
     num_tokens, num_sequences = sum(step.lengths), len(step.lengths)
     sizes = (num_tokens, num_tokens, num_sequences, step.num_logit_rows)
     words = torch.empty(sum(sizes), dtype=torch.int64, device=device)
-    token_ids, positions, slots, logit_rows = model.group.share_(words).split(sizes)
+    token_ids, positions, slots, logit_rows = model.group.broadcast_(words).split(sizes)
     return PackedBatch(
         token_ids=token_ids,
         positions=positions,
@@ -73,7 +73,7 @@ class LeadingPool(StatePool):
     def take(self, slot: int) -> Tensor:
         """A whole copy of a slot on this rank's device, collected from all of them."""
         self._ranks.tell(TakeSlot(slot))
-        collected = self._group.collect(self._row(slot))
+        collected = self._group.gather(self._row(slot))
         assert collected is not None
         return self._parts.join(collected)
 
@@ -83,7 +83,9 @@ class LeadingPool(StatePool):
     def restore(self, slot: int, snapshot: Tensor) -> None:
         self._require_row(snapshot)
         self._ranks.tell(RestoreSlot(slot))
-        self._group.deal(self._parts.split(snapshot.to(self.buffer.storage.device, non_blocking=True)), self._row(slot))
+        self._group.scatter(
+            self._parts.split(snapshot.to(self.buffer.storage.device, non_blocking=True)), self._row(slot)
+        )
 
 
 class FollowingPool(StatePool):
@@ -91,8 +93,8 @@ class FollowingPool(StatePool):
 
     def give(self, slot: int, model: ShardedModel) -> None:
         """Rank 0's `take`."""
-        model.group.collect(self._row(slot))
+        model.group.gather(self._row(slot))
 
     def receive(self, slot: int, model: ShardedModel) -> None:
         """Rank 0's `restore`."""
-        model.group.deal(None, self._row(slot))
+        model.group.scatter(None, self._row(slot))

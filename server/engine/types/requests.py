@@ -208,6 +208,7 @@ class EngineConfig:
         num_threads: CPU threads for tensor work, >= 1.
         state_memory_bytes: budget from which the number of slots is computed.
         max_num_slots: upper bound on the slots, whatever the budget.
+        preemption_bytes: of the host, for states of running requests that had to give their slot up for a while.
         max_step_tokens: tokens (decode rows and prefill chunks together) in one step.
         max_waiting: requests that may wait for a slot before new ones are refused.
         reserved_waiting: places among these for tenants of whom nothing waits.
@@ -217,7 +218,7 @@ class EngineConfig:
         target_gap_ms: on a CPU: how long a step that reads prompts may keep running answers waiting; 0: any time.
         max_drafts: most guesses of next tokens that a step verifies for one sequence; 0: none; None: as many as are
             good where guesses can be verified.
-        decode_graphs: whether a CUDA device replays recorded decode steps.
+        decode_graphs: whether a CUDA device replays captured decode steps.
         states_folder: of state files, shared with the service; None: there are none.
         prefix_cache_host_bytes / prefix_cache_device_bytes: budgets of the prefix cache's tiers; both 0: no cache.
         prefix_cache_disk_bytes / prefix_cache_folder: of its tier on the disk, in a folder of this engine alone.
@@ -237,6 +238,7 @@ class EngineConfig:
     max_step_tokens: int
     max_waiting: int
     reserved_waiting: int = 0
+    preemption_bytes: int = 1 << 30
     scratch_folder: str | None = None
     heartbeat_s: float = 0.0
     target_gap_ms: int = 100
@@ -304,6 +306,8 @@ class EngineStats:
     """Guesses of next tokens that were verified."""
     num_preemptions: int = 0
     """Running requests that had to wait again, since another tenant was due."""
+    preempted_bytes: int = 0
+    """Memory of the states of those that wait now."""
     num_accepted_tokens: int = 0
     """Those of them that were right; they are among the decoded tokens."""
     prefix_cache: PrefixCacheStats = NO_PREFIX_CACHE

@@ -9,8 +9,8 @@ from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequestError
 from server.protocol.chat import MAX_MESSAGES, ChatRequest, MessageIn, ThinkingOption
+from server.protocol.response_format import JsonSchemaFormat, ResponseFormat
 from server.protocol.sampling import MAX_TOKENS
-from server.protocol.structure import JsonSchemaFormat, ResponseFormat
 from server.protocol.tools import (
     MAX_TOOLS,
     FunctionCallIn,

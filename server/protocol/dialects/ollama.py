@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 from server.errors import InvalidRequestError
 from server.protocol.chat import MAX_MESSAGES, ChatRequest, MessageIn
 from server.protocol.completions import CompletionRequest
-from server.protocol.structure import JsonSchemaFormat, ResponseFormat
+from server.protocol.response_format import JsonSchemaFormat, ResponseFormat
 from server.protocol.tools import MAX_TOOLS, FunctionCallIn, FunctionName, Tool, ToolCallIn
 from server.protocol.wire import RequestModel, ResponseModel
 

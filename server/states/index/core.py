@@ -113,7 +113,7 @@ class IndexCore:
             self._watch.begin(transaction.now, newest)
             if newest is not None and newest > transaction.now:
                 follow_step(transaction, transaction.now - newest)
-            register(transaction, self._replica, beats=self._lease_s is not None)
+            register(transaction, self._replica, heartbeats=self._lease_s is not None)
             gone = other_replicas(transaction, but=self._replica) if left_behind is None else left_behind
             reap(transaction, gone)
             self.totals = totals(transaction)
@@ -130,7 +130,7 @@ class IndexCore:
     def reserve(self, files: Collection[str], use: Use, *, held: Collection[str]) -> None:
         """Keeps room for files; raises `StorageFullError`."""
         with self._changing() as transaction:
-            register(transaction, self._replica, beats=self._lease_s is not None)
+            register(transaction, self._replica, heartbeats=self._lease_s is not None)
             drop_expired(transaction)
             for file in files:
                 note_use(transaction, self._replica, file, use)
@@ -154,7 +154,7 @@ class IndexCore:
         """
         with self._changing() as transaction:
             mine = in_use()
-            register(transaction, self._replica, beats=self._lease_s is not None)
+            register(transaction, self._replica, heartbeats=self._lease_s is not None)
             drop_unused(transaction, note_uses(transaction, self._replica, mine.files))
             break_off(transaction, f"maker = %s AND NOT id {AMONG}", self._replica, json.dumps([*mine.making]))
             if self._lease_s is not None and self._is_calm(transaction.now, self._lease_s):

@@ -122,11 +122,11 @@ class StateIndex(IndexCore):
             row = transaction.row("SELECT snapshot, maker, text_bytes FROM responses WHERE id = %s", response.id)
             if (not is_new) if row is None else row["maker"] is None:
                 return
-            maker = NOBODY if response.is_put_off else self._replica
+            maker = NOBODY if response.is_suspended else self._replica
             if response.snapshot is not None:
                 self._place(transaction, response.snapshot, owner=response.owner)
             num_bytes = write_response(transaction, response, maker=None if response.has_ended else maker)
-            if response.is_put_off:  # by a server that lives: it is not the response that ends servers
+            if response.is_suspended:  # by a server that lives: it is not the response that ends servers
                 transaction.run("UPDATE responses SET claims = 0 WHERE id = %s", response.id)
             end_uses(transaction, self._replica, [] if response.snapshot is None else [response.snapshot.file])
             drop_unused(transaction, [] if row is None or row["snapshot"] is None else [row["snapshot"]])
@@ -138,7 +138,7 @@ class StateIndex(IndexCore):
     def begin_use(self, record_id: str) -> None:
         """A state or response does not expire, for this replica goes on from it."""
         with self._changing() as transaction:
-            register(transaction, self._replica, beats=self._lease_s is not None)
+            register(transaction, self._replica, heartbeats=self._lease_s is not None)
             note_use(transaction, self._replica, use_of(record_id))
 
     def end_use(self, record_id: str, *, is_last: bool) -> None:
@@ -149,7 +149,7 @@ class StateIndex(IndexCore):
             if is_last:
                 end_uses(transaction, self._replica, [use_of(record_id)])
 
-    def take_up_responses(
+    def claim_responses(
         self, limit: int, *, fingerprint: str, on_taken: Callable[[Collection[str]], None]
     ) -> list[ResponseRecord]:
         """Those that wait, and that this server makes from now on."""
@@ -158,9 +158,9 @@ class StateIndex(IndexCore):
             if not transaction.rows(waiting, NOBODY, fingerprint, 1):
                 return []
         with self._changing() as transaction:
-            register(transaction, self._replica, beats=self._lease_s is not None)
+            register(transaction, self._replica, heartbeats=self._lease_s is not None)
             found = find_responses(transaction, f"id IN ({waiting})", NOBODY, fingerprint, limit)
-            taken = [response.taken_up() for response in found]
+            taken = [response.claimed() for response in found]
             for response in taken:
                 write_response(transaction, response, maker=self._replica)
                 transaction.run("UPDATE responses SET claims = claims + 1 WHERE id = %s", response.id)

@@ -25,7 +25,7 @@ _TABLES = {
     "points": "CREATE TABLE points (state {text} NOT NULL REFERENCES states (id) ON DELETE CASCADE, "
     "name {text} NOT NULL, created {real} NOT NULL, snapshot {text} NOT NULL REFERENCES snapshots (file), "
     "PRIMARY KEY (state, name))",
-    # `maker`: the server that makes a response; null: it has ended; empty: it was put off, and any may take it up.
+    # `maker`: the server that makes a response; null: it has ended; empty: it was suspended, and any may claim it.
     # `text_bytes`: of body and input_items. `claims`: how often a server has taken it up. `fingerprint`: of the model
     # that may; empty: any.
     "responses": "CREATE TABLE responses (id {text} PRIMARY KEY, owner {text} NOT NULL, created {real} NOT NULL, "

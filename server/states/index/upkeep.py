@@ -86,7 +86,7 @@ def reap(transaction: Transaction, replicas: Collection[str]) -> None:
     waiting = f"maker {AMONG} AND claims < {MAX_CLAIMS}"
     for response in find_responses(transaction, waiting, ids):
         if response.can_go_on:
-            write_response(transaction, response.put_off(), maker=NOBODY)
+            write_response(transaction, response.suspended(), maker=NOBODY)
     break_off(transaction, f"maker {AMONG}", ids)
     if transaction.run(f"DELETE FROM replicas WHERE id {AMONG}", ids):  # noqa: S608 (constants)
         rows = transaction.rows(f"SELECT file FROM snapshots AS n WHERE {UNREFERENCED}")  # noqa: S608 (constants)

@@ -53,9 +53,9 @@ def use_of(record_id: str) -> str:
     return f"use of {record_id}"
 
 
-def register(transaction: Transaction, replica: str, *, beats: bool) -> None:
+def register(transaction: Transaction, replica: str, *, heartbeats: bool) -> None:
     """Notes that a server lives; without heartbeats, that it is there."""
-    if not beats and transaction.row("SELECT 1 FROM replicas WHERE id = %s", replica) is not None:
+    if not heartbeats and transaction.row("SELECT 1 FROM replicas WHERE id = %s", replica) is not None:
         return
     transaction.run(
         "INSERT INTO replicas (id, beat) VALUES (%s,%s) ON CONFLICT (id) DO UPDATE SET beat = excluded.beat",

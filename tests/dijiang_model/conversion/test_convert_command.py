@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import read_stored_config
 from dijiang_model.checkpoints.default_sampling import read_default_sampling
+from dijiang_model.checkpoints.fingerprint import model_fingerprint
 from dijiang_model.conversion import default_model
 from dijiang_model.conversion.cli import convert_command, parse_size
 from dijiang_model.conversion.convert import convert
@@ -21,13 +22,7 @@ from dijiang_model.conversion.default_folder import MODEL_NAME
 from dijiang_model.conversion.default_model import ensure_default_model
 from dijiang_model.conversion.recipes import Recipe
 from dijiang_model.conversion.sources.source import sha256_of
-from dijiang_model.conversion.training.adapters import (
-    Adapter,
-    AdapterInfo,
-    load_adapter,
-    model_fingerprint,
-    save_adapter,
-)
+from dijiang_model.conversion.training.adapters import Adapter, AdapterInfo, load_adapter, save_adapter
 from dijiang_model.conversion.training.kernel_training import kernel_tensors
 from dijiang_model.errors import ConversionError
 from tests.dijiang_model.teachers import llama_teacher, save_teacher, write_gguf

@@ -16,11 +16,8 @@ from dijiang_model.checkpoints.config_json import read_stored_config
 from dijiang_model.conversion.convert import convert
 from dijiang_model.conversion.evaluation.cli import load_subjects
 from dijiang_model.conversion.merge import merge
-from dijiang_model.conversion.quantize import quantize_folder
-from dijiang_model.conversion.sources.find_source import find_source
-from dijiang_model.conversion.training.adapters import load_adapter, save_adapter
-from dijiang_model.errors import CheckpointError, ConfigError, ConversionError, ModelError
-from dijiang_model.formats.stub_files import LFS_HEAD
+from dijiang_model.conversion.training.adapters import save_adapter
+from dijiang_model.errors import ConversionError
 from dijiang_model.text.folder import UnsupportedTokenizerError
 from dijiang_model.text.template import TemplateSyntaxFailure
 from server.text.template import ChatTemplate
@@ -28,20 +25,14 @@ from server.text.tokenizer import load_tokenizer
 from tests.dijiang_model.conversion.training.test_adapters import made_for
 from tests.dijiang_model.stepping import logits_of, random_text
 from tests.dijiang_model.teachers import gpt_neox_teacher, llama_teacher, opt_teacher, save_teacher, write_gguf
-from tests.tiny_models import HYBRID, llama_config, write_tiny_model
 
 TEXT = random_text(30)
-POINTER = LFS_HEAD + b"v1\noid sha256:0123\nsize 123456\n"
+
 TIED: Mapping[str, tuple[Callable[[], PreTrainedModel], str, str]] = {
     "llama": (llama_teacher, "lm_head.weight", "model.embed_tokens.weight"),
     "gpt_neox": (lambda: gpt_neox_teacher(tie_word_embeddings=True), "embed_out.weight", "gpt_neox.embed_in.weight"),
     "opt": (opt_teacher, "lm_head.weight", "model.decoder.embed_tokens.weight"),
 }
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return save_teacher(llama_teacher(), tmp_path / "hf")
 
 
 def edit_json(path: Path, **changes: object) -> None:
@@ -157,144 +148,6 @@ def test_a_padding_token_without_a_row_is_left_out(source: Path, tmp_path: Path)
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
-def test_a_stale_index_beside_a_whole_file_is_ignored(source: Path, tmp_path: Path) -> None:
-    edit_json(
-        source / "model.safetensors.index.json", weight_map={"model.norm.weight": "model-00001-of-00002.safetensors"}
-    )
-    convert(source, tmp_path / "out")
-
-
-@pytest.mark.parametrize("content", [b"", POINTER], ids=["empty", "pointer"])
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "model.gguf"]
-)
-def test_a_file_that_is_not_there_yet_is_named(source: Path, tmp_path: Path, name: str, content: bytes) -> None:
-    (source / name).write_bytes(content)
-    words = "is empty" if content == b"" else r"is a Git LFS pointer, not the file; `git lfs pull`"
-    with pytest.raises(ModelError, match=rf"{name} {words}"):
-        convert(source / name if name == "model.gguf" else source, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def as_shards(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = list(tensors)
-    for number, part in enumerate((names[:7], names[7:]), start=1):
-        save_file({name: tensors[name] for name in part}, folder / f"model-{number:05d}-of-00002.safetensors")
-
-
-def renamed(change: Callable[[str], str]) -> Callable[[Path], None]:
-    return lambda folder: edit_tensors(folder, lambda tensors: {change(name): t for name, t in tensors.items()})
-
-
-FORMS: Mapping[str, Callable[[Path], None]] = {
-    "shards without an index": as_shards,
-    "torch.compile": renamed(lambda name: f"_orig_mod.{name}"),
-    "compiled layers": renamed(lambda name: name.replace("model.layers.0.", "model.layers.0._orig_mod.")),
-    "data parallel": renamed(lambda name: f"module.{name}"),
-    "both": renamed(lambda name: f"module._orig_mod.{name}"),
-    "the backbone alone": renamed(lambda name: name.removeprefix("model.")),
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_weights_in_other_forms_are_the_same_model(source: Path, tmp_path: Path, form: str) -> None:
-    convert(source, tmp_path / "usual")
-    FORMS[form](source)
-    convert(source, tmp_path / "out")
-    assert torch.equal(logits_of(load_model(tmp_path / "out"), TEXT), logits_of(load_model(tmp_path / "usual"), TEXT))
-
-
-def test_missing_shards_are_counted(source: Path, tmp_path: Path) -> None:
-    as_shards(source)
-    (source / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="only 1 of 2 shards: model-00002"):
-        convert(source, tmp_path / "out")
-
-
-def test_a_gguf_is_found_without_its_suffix_and_alone_in_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "hub").mkdir()
-    path = write_gguf(llama_teacher(), tmp_path / "hub" / "a.gguf")
-    shutil.copy(path, tmp_path / "0123abcd")
-    assert find_source(tmp_path / "hub") == path
-    assert find_source(tmp_path / "0123abcd") == tmp_path / "0123abcd"
-    convert(tmp_path / "0123abcd", tmp_path / "out")
-    shutil.copy(path, tmp_path / "hub" / "b.gguf")
-    with pytest.raises(ConversionError, match="holds 2 GGUF files; name one"):
-        convert(tmp_path / "hub", tmp_path / "other")
-
-
-def test_a_name_on_the_hub_is_taken_from_the_cache(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = tmp_path / "cache"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-    with pytest.raises(ConversionError, match="`hf download some/model` fetches the model"):
-        convert("some/model", tmp_path / "out")
-    repository = cache / "models--some--model"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("abc")
-    shutil.copytree(source, repository / "snapshots" / "abc")
-    convert("some/model", tmp_path / "out")
-    assert read_stored_config(tmp_path / "out").origin.teacher == "some/model"
-    with pytest.raises(ConversionError, match=r"did you mean .*snapshots/abc\?"):
-        convert(repository, tmp_path / "other")
-
-
-def peft_folder(folder: Path) -> Path:
-    folder.mkdir()
-    edit_json(folder / "adapter_config.json", base_model_name_or_path="some/model")
-    save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(1)}, folder / "adapter_model.safetensors")
-    return folder
-
-
-SLIPS: Mapping[str, tuple[Callable[[Path], Path], str]] = {
-    "an adapter of PEFT": (
-        lambda root: peft_folder(root / "peft"),
-        r"holds a PEFT adapter of some/model.*merge it first",
-    ),
-    "a file of weights": (
-        lambda root: root / "hf" / "model.safetensors",
-        "no GGUF file; of other formats name the folder",
-    ),
-    "nothing": (lambda root: root / "none", "does not exist"),
-    "a folder of models": (lambda root: root, r"did you mean .*hf\?"),
-}
-
-
-@pytest.mark.parametrize("slip", SLIPS)
-def test_likely_slips_are_named(source: Path, tmp_path: Path, slip: str) -> None:
-    make, words = SLIPS[slip]
-    with pytest.raises(ConversionError, match=words):
-        convert(make(tmp_path), tmp_path / "new" / "out")
-
-
-def test_quantize_of_an_unconverted_model_names_the_converter(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="`dijiang convert` makes such models"):
-        quantize_folder(source, tmp_path / "out", kind="int8")
-
-
-def test_a_file_in_the_place_of_a_models_folder_names_the_converter(tmp_path: Path) -> None:
-    path = write_gguf(llama_teacher(), tmp_path / "t.gguf")
-    for use in (load_model, lambda file: quantize_folder(file, tmp_path / "out", kind="int8")):
-        with pytest.raises(ConfigError, match=r"is a file, not the folder of a model; `dijiang convert .*t\.gguf OUT`"):
-            use(path)
-
-
-def test_an_adapter_is_found_in_its_runs_folder(tmp_path: Path) -> None:
-    base = write_tiny_model(tmp_path / "base", llama_config(HYBRID, HYBRID))
-    (tmp_path / "run").mkdir()
-    save_adapter(made_for(base), tmp_path / "run" / "adapter.safetensors")
-    assert load_adapter(tmp_path / "run").sha256 == load_adapter(tmp_path / "run" / "adapter.safetensors").sha256
-    with pytest.raises(CheckpointError, match=r"holds no adapter\.safetensors, as `dijiang train` writes it"):
-        load_adapter(base)
-    with pytest.raises(CheckpointError, match="holds a PEFT adapter of some/model"):
-        load_adapter(peft_folder(tmp_path / "an adapter"))
-    with pytest.raises(CheckpointError, match="one of the library PEFT"):
-        load_adapter(peft_folder(tmp_path / "peft") / "adapter_model.safetensors")
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -325,12 +178,6 @@ def test_every_damaged_tensor_is_listed(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConversionError) as caught:
         convert(source, tmp_path / "out")
     assert all(f"{name} has values that are not finite" in str(caught.value) for name in names)
-
-
-def test_one_part_of_a_gguf_is_told_to_be_joined(tmp_path: Path) -> None:
-    path = write_gguf(llama_teacher(), tmp_path / "a-00001-of-00002.gguf", metadata={"split.count": 2})
-    with pytest.raises(ConversionError, match="is one of 2 parts; join them first"):
-        convert(path, tmp_path / "out")
 
 
 def test_added_tokens_keep_their_flags(tmp_path: Path) -> None:

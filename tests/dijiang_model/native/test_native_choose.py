@@ -6,9 +6,9 @@ from ctypes import CDLL
 import pytest
 import torch
 
-from dijiang_model.native.choose import NOT_FINITE, likeliest_tokens
+from dijiang_model.native.choose import NOT_FINITE, greedy_tokens
 from dijiang_model.native.library import VARIANTS, load_library, load_variant
-from dijiang_model.reference.choosing import likeliest_token
+from dijiang_model.reference.choosing import greedy_token
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the kernels were not built: no compiler at install")
 
@@ -29,7 +29,7 @@ def test_every_row_gets_the_first_of_its_largest_logits(library: CDLL, width: in
     rows = torch.randn((9, width), generator=generator)
     rounded = (rows * 2).round()  # many equal ones
     for logits in (rows, rounded, -rounded.abs(), torch.full_like(rows, -1e30)):
-        assert likeliest_tokens(logits, library).tolist() == [likeliest_token(row) for row in logits]
+        assert greedy_tokens(logits, library).tolist() == [greedy_token(row) for row in logits]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -40,17 +40,17 @@ def test_a_row_with_any_number_that_is_not_finite_gets_no_token_and_the_others_t
     logits = torch.randn((width, width), generator=torch.Generator().manual_seed(1))[:70]
     for row in range(0, len(logits), 2):
         logits[row, width - 1 - row] = value
-    expected = [likeliest_token(row) for row in logits]
+    expected = [greedy_token(row) for row in logits]
     assert expected.count(None) == len(range(0, len(logits), 2))
-    chosen = likeliest_tokens(logits, library).tolist()
+    chosen = greedy_tokens(logits, library).tolist()
     assert chosen == [NOT_FINITE if token is None else token for token in expected]
 
 
 def test_rows_of_a_larger_matrix_are_taken_where_they_lie(library: CDLL) -> None:
     wide = torch.randn((4, 130), generator=torch.Generator().manual_seed(2))
-    assert likeliest_tokens(wide[:, :65], library).tolist() == wide[:, :65].argmax(dim=-1).tolist()
+    assert greedy_tokens(wide[:, :65], library).tolist() == wide[:, :65].argmax(dim=-1).tolist()
 
 
 def test_the_largest_finite_numbers_are_no_fault(library: CDLL) -> None:
     logits = torch.full((1, 40), torch.finfo(torch.float32).max)
-    assert likeliest_tokens(logits, library).tolist() == [0]
+    assert greedy_tokens(logits, library).tolist() == [0]

@@ -88,7 +88,7 @@ def test_a_window_longer_than_the_text_is_the_teacher(config: ModelConfig) -> No
     assert not torch.allclose(run_segments(model, ids, WindowAttention(5, 2)), teacher, rtol=1e-3)
 
 
-def test_a_window_attention_is_the_hybrid_with_a_silent_linear_part() -> None:
+def test_a_window_attention_is_the_hybrid_with_a_disabled_linear_part() -> None:
     model = tiny_model(llama_config(FAR, FAR), dtype=torch.float64)
     without = run_segments(model, tokens(80), WindowAttention())
     for attention in model.attentions:
@@ -102,8 +102,8 @@ def test_an_offset_changes_the_linear_part_alone() -> None:
     for op in (SoftmaxAttention(), WindowAttention()):
         there = run_segments(model, ids, op, offset=700)
         torch.testing.assert_close(there, run_segments(model, ids, op), rtol=1e-9, atol=1e-9)
-    far = run_segments(model, ids, HybridAttention(), offset=700)
-    assert not torch.allclose(far, run_segments(model, ids, HybridAttention()), rtol=1e-3)
+    linear = run_segments(model, ids, HybridAttention(), offset=700)
+    assert not torch.allclose(linear, run_segments(model, ids, HybridAttention()), rtol=1e-3)
 
 
 @pytest.mark.parametrize(

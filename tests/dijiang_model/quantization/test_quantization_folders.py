@@ -14,7 +14,7 @@ from dijiang_model.checkpoints.config_json import Origin, read_stored_config
 from dijiang_model.config import ModelConfig
 from dijiang_model.conversion.convert import convert
 from dijiang_model.conversion.evaluation.evaluate import Variant, score
-from dijiang_model.conversion.evaluation.quantized import rounded_variants
+from dijiang_model.conversion.evaluation.quantized import quantized_variants
 from dijiang_model.conversion.quantize import quantize_folder
 from dijiang_model.errors import CheckpointError, ConfigError, ConversionError, QuantizationError
 from dijiang_model.ops.training.attention import HybridAttention
@@ -219,7 +219,7 @@ def test_weights_that_cannot_be_rounded_leave_no_folder(tmp_path: Path) -> None:
 
 def test_evaluation_reads_the_model_in_fewer_bits_as_it_is_served() -> None:
     model, window = tiny_model(), torch.tensor(random_text(700))
-    compared = rounded_variants(model, ("int8", "int4", "bfloat16-state"))
+    compared = quantized_variants(model, ("int8", "int4", "bfloat16-state"))
     assert [variant.name for variant in compared] == [
         "ours, weights in int8",
         "ours, weights in int4",

@@ -38,8 +38,8 @@ def assert_same(actual: AnchoredState, expected: AnchoredState, *, tolerance: fl
             sets = [{p.position: p.score for p in getattr(head, part)} for head in (one, other)]
             assert sets[0] == sets[1], part
         assert one.recent == other.recent
-        torch.testing.assert_close(one.far.s, other.far.s, rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(one.far.z, other.far.z, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(one.linear.s, other.linear.s, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(one.linear.z, other.linear.z, rtol=tolerance, atol=tolerance)
 
 
 @st.composite
@@ -85,7 +85,7 @@ def test_scores_of_zero_that_age_are_the_plain_window(sinks: int) -> None:
     expected, plain = hybrid_recurrent(x, window=9, sinks=sinks)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     for g, head in enumerate(state.heads):
-        torch.testing.assert_close(head.far.s, plain.far.s[g], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(head.linear.s, plain.linear.s[g], rtol=1e-12, atol=1e-12)
         assert [place.position for place in (*head.anchors, *head.window)] == [entry[0] for entry in plain.ring]
 
 
@@ -104,7 +104,7 @@ def test_places_for_the_whole_text_are_softmax_attention() -> None:
     torch.testing.assert_close(anchored_parallel(x, make_scores(25), rules), softmax_attention(x, everything))
 
 
-def test_a_silent_linear_part_leaves_softmax_over_what_is_held() -> None:
+def test_a_disabled_linear_part_leaves_softmax_over_what_is_held() -> None:
     x = replace(make_inputs(30, silent=True), q_sink=make_inputs(30, silent=True).q)
     scores = make_scores(30)
     y, _ = anchored_recurrent(x, scores, RULES)

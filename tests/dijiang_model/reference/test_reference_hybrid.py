@@ -57,7 +57,7 @@ def test_recurrent_may_be_cut_anywhere(cut: int) -> None:
     y_first, between = reference.hybrid_recurrent(first, window=4, sinks=2)
     y_second, end = reference.hybrid_recurrent(second, window=4, sinks=2, state=between)
     torch.testing.assert_close(torch.cat([y_first, y_second]), whole, rtol=0, atol=0)
-    torch.testing.assert_close(end.far.s, state.far.s, rtol=0, atol=0)
+    torch.testing.assert_close(end.linear.s, state.linear.s, rtol=0, atol=0)
     assert [entry[0] for entry in end.ring] == [entry[0] for entry in state.ring] == [16, 17, 18, 19]
 
 
@@ -90,12 +90,12 @@ def test_sinks_are_scored_with_the_capped_query_and_others_are_not() -> None:
 
 
 def test_a_loud_far_part_is_normalised_linear_attention_over_what_left_the_window() -> None:
-    """As beta grows the near weights (at most w) vanish beside it; the oldest far token is sinks, the newest t - w."""
+    """As beta grows the exact weights (at most w) vanish beside it; it has the tokens from sinks to t - w."""
     x = make_inputs(15)
     loud = HybridInputs(x.q, x.q, x.k, x.v, x.phi_q, x.phi_k, x.beta * 1e14, x.log_decay)
     y, _ = reference.hybrid_recurrent(loud, window=3, sinks=2)
-    far = slice(2, 12)
+    linear = slice(2, 12)
     numerator, denominator, _ = reference.parallel(
-        x.phi_q[14:15].expand(10, -1, -1), x.phi_k[far], x.v[far], x.log_decay.expand(10, -1)
+        x.phi_q[14:15].expand(10, -1, -1), x.phi_k[linear], x.v[linear], x.log_decay.expand(10, -1)
     )
     torch.testing.assert_close(y[14], numerator[9] / denominator[9][:, None], rtol=1e-10, atol=1e-10)

@@ -1,4 +1,4 @@
-"""The compiled steps against the torch path: outputs and states, alone and in company, fp32 weights."""
+"""The compiled steps against the torch path: outputs and states, alone and in a batch, fp32 weights."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -213,7 +213,7 @@ def test_far_positions_are_as_exact_as_near_ones(position: int) -> None:
         assert_close_in_norm(actual, expected, tolerance=TOLERANCE)
 
 
-def test_silent_heads_still_write_the_state() -> None:
+def test_disabled_heads_still_write_the_state() -> None:
     config = llama_config(HYBRID, HYBRID)
     model = tiny_model(config)
     for attention in model.attentions:
@@ -268,9 +268,9 @@ def test_the_torch_path_serves_where_the_kernels_cannot() -> None:
     exact = tiny_network(dtype=torch.float64)
     assert exact.decode_path == "torch"
     assert "float64" in str(exact.slow_because)
-    assert not exact.can_hold
+    assert not exact.can_defer
     native = tiny_network()
-    assert (native.decode_path, native.slow_because, native.can_hold) == ("native", None, True)
+    assert (native.decode_path, native.slow_because, native.can_defer) == ("native", None, True)
     assert tiny_network(native=False).decode_path == "torch"
 
 

@@ -14,7 +14,7 @@ from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.native.choose import NOT_FINITE
 from dijiang_model.native.library import VARIANTS, load_library, load_variant
 from dijiang_model.quantization.config import INT8, Quantization
-from dijiang_model.reference.choosing import likeliest_token
+from dijiang_model.reference.choosing import greedy_token
 from dijiang_model.serving.decoding import Decoding
 from dijiang_model.serving.network import FrozenModel, NativeModel
 from dijiang_model.state import StateBuffer
@@ -74,7 +74,7 @@ def test_tokens_and_states_are_those_of_single_steps_and_naive_choices(library: 
     for number in range(NUM_STEPS):
         positions = torch.tensor(STARTS) + number
         logits = decode(model, expected, slots=torch.tensor(SLOTS), positions=positions, state=twin)
-        expected = torch.tensor([likeliest_token(row) for row in logits])
+        expected = torch.tensor([greedy_token(row) for row in logits])
         assert rows.choose() == expected.tolist()
         assert torch.equal(rows.logits, logits)
         assert torch.equal(state.storage, twin.storage)
@@ -124,5 +124,5 @@ def test_torch_and_tokens_that_are_more_than_looked_up_have_no_prepared_steps(
     config: ModelConfig | None, native: bool
 ) -> None:
     model = tiny_network(config, native=native)
-    assert model.can_hold == native
+    assert model.can_defer == native
     assert model.decoding(slots=[1], positions=[0], last_token_ids=torch.zeros(6).long(), state=cleared(model)) is None

@@ -41,6 +41,37 @@ def order(server: Loopback, what: str, **body: Any) -> httpx.Response:
     return server.http.post(f"/admin/{what}", json=body, headers=ADMIN)
 
 
+def test_a_drain_waits_for_what_runs_and_hands_over_what_is_left(
+    byte_tokenizer: Tokenizer, keyed: ServiceOptions
+) -> None:
+    gate = threading.Event()
+    user = {"authorization": "Bearer user"}
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        answers.append(server.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 9}, headers=user))
+
+    with serve(FakeEngine(hold_after=1, gate=gate), keyed, byte_tokenizer) as server:
+        asking = threading.Thread(target=ask)
+        asking.start()
+        server.wait_until(lambda: server.service.num_active == 1)
+        assert order(server, "drain").json()["active"] == 1
+        handed = order(server, "drain", wait_s=0.1, hand_over=True)
+        assert (handed.json()["status"], handed.json()["active"]) == ("draining", 0)
+        asking.join(PATIENCE_S)
+        assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "server_shutdown")
+        assert answers[0].headers["x-dijiang-retry"] == "another-replica"
+        refused = server.http.post("/v1/completions", json={"prompt": "x"}, headers=user)
+        assert refused.headers["x-dijiang-retry"] == "another-replica"
+        assert order(server, "resume").json()["status"] == "ok"
+        gate.set()
+        asking = threading.Thread(target=ask)
+        asking.start()
+        assert order(server, "drain", wait_s=PATIENCE_S).json()["active"] == 0
+        asking.join(PATIENCE_S)
+    assert answers[1].status_code in (200, 503)  # before the drain, or after it
+
+
 @pytest.mark.parametrize(
     ("method", "path"),
     [

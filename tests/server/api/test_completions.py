@@ -136,7 +136,7 @@ def test_sampling_fields_reach_the_engine(server: Loopback) -> None:
         assert getattr(sampling, name) == (tuple(value) if isinstance(value, list) else value)
 
 
-def test_top_p_zero_means_the_likeliest_token_and_minus_one_means_no_top_k(server: Loopback) -> None:
+def test_top_p_zero_means_the_most_likely_token_and_minus_one_means_no_top_k(server: Loopback) -> None:
     body = {"prompt": "x", "max_tokens": 1, "top_p": 0, "top_k": -1, "temperature": -0.0}
     assert server.http.post("/v1/completions", json=body).status_code == 200
     sampling = server.engine.submitted[0].sampling

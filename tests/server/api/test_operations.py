@@ -6,10 +6,14 @@ import json
 import logging
 from dataclasses import replace
 
+import httpx
 import openai
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 
 from server.engine.types.requests import EngineInfo
+from server.http.middleware import hash_key
+from server.keys import KeyFacts, owner_of
 from server.service import ServiceOptions
 from server.startup.logs import configure_logging
 from server.text.tokenizer import Tokenizer
@@ -107,6 +111,57 @@ def test_a_request_that_can_never_work_is_a_400_even_while_loading(server: Loopb
 
 def test_the_version_is_told(server: Loopback) -> None:
     assert server.http.get("/version").json() == {"version": "1.2.3"}
+
+
+def test_openmetrics_have_exemplars_that_name_the_request(server: Loopback) -> None:
+    body = {"prompt": "x", "max_tokens": 3}
+    server.http.post("/v1/completions", json=body, headers={"x-request-id": "r-7"}).raise_for_status()
+    answer = server.http.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+    assert answer.headers["content-type"].startswith("application/openmetrics-text")
+    families = {family.name: family for family in openmetrics_families(answer.text)}
+    for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "tenant_time_to_first_token"):
+        exemplars = [sample.exemplar for sample in families[f"dijiang_{name}_seconds"].samples if sample.exemplar]
+        assert {"request_id": "r-7"} in [exemplar.labels for exemplar in exemplars], name
+    assert server.http.get("/metrics").headers["content-type"].startswith("text/plain")
+
+
+def test_metrics_and_log_lines_say_whose_a_request_was(
+    options: ServiceOptions, byte_tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = {name: hash_key(f"sk-{name}".encode()) for name in ("ann", "bob")}
+    options = replace(
+        options, key_hashes=frozenset(keys.values()), keys=(KeyFacts(keys["ann"], "ann"),), default_answer_tokens=0
+    )
+    unnamed = f"key-{owner_of(keys['bob'])[:8]}"
+    with serve(FakeEngine(), options, byte_tokenizer) as server:
+
+        def ask(key: str, **fields: object) -> httpx.Response:
+            headers = {"authorization": f"Bearer sk-{key}"}
+            return server.http.post("/v1/completions", json={"prompt": "x", **fields}, headers=headers)
+
+        assert ask("ann", max_tokens=3).status_code == 200
+        assert ask("bob", max_tokens=2).status_code == 200
+        assert ask("bob", max_tokens="many").status_code == 400
+        server.engine.fail_after = 1
+        assert "engine_restarting" in ask("ann", stream=True).text
+        text = server.http.get("/metrics").text
+        server.wait_until(lambda: "'error': 'engine_restarting'" in caplog.text)
+        lines = [record.getMessage() for record in caplog.records if "first_token_ms" in record.getMessage()]
+        refused = next(record.getMessage() for record in caplog.records if "invalid_value" in record.getMessage())
+    assert 'dijiang_tenant_requests_finished_total{finished_reason="length",tenant="ann"} 1.0' in text
+    assert 'dijiang_tenant_requests_finished_total{finished_reason="error",tenant="ann"} 1.0' in text
+    assert f'dijiang_tenant_generation_tokens_total{{tenant="{unnamed}"}} 2.0' in text
+    assert f'dijiang_tenant_prompt_tokens_total{{tenant="{unnamed}"}}' in text
+    whole, other, failed = lines
+    for line, key in ((whole, "ann"), (other, unnamed), (failed, "ann")):
+        assert f"'key': '{key}'" in line
+        assert "'model': 'org/tiny'" in line
+    assert "'finish_reason': 'length'" in whole
+    assert "'error'" not in whole
+    assert "'error': 'engine_restarting'" in failed
+    assert "'status': 200" in failed
+    assert f"'key': '{unnamed}'" in refused
+    assert "'status': 400" in refused
 
 
 def test_metrics_count_what_happened(server: Loopback) -> None:

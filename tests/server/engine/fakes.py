@@ -8,7 +8,7 @@ from server.engine.batch import Batch, StepResult
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Chunk, Sequence
-from server.engine.speculation.cost_model import StepPrices
+from server.engine.speculation.cost_model import StepCosts
 from server.engine.speculation.drafts import OwnTextDrafter
 from server.engine.speculation.rules import Speculation
 from server.engine.types.requests import EngineInfo, GenerationRequest, SamplingParams
@@ -136,14 +136,14 @@ class FakeRunner:
         return token
 
 
-class FixedPrices(StepPrices):
+class FixedCosts(StepCosts):
     """Learns nothing, so that no test depends on a clock."""
 
     def observe(self, num_rows: int, seconds: float) -> None:
         pass
 
 
-FREE = FixedPrices({1: 1.0})
+FREE = FixedCosts({1: 1.0})
 """A step costs the same, however many rows it has."""
 
 

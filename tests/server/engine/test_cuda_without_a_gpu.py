@@ -26,11 +26,11 @@ ENGINES = (
     "OPT",
 )
 LAUNCHES = {
-    "SmolLM2, hybrid": 336,
-    "SmolLM2, hybrid, int8": 336,
-    "SmolLM2, hybrid, int4": 336,
-    "LLaMA-2-7B, hybrid": 358,
-    "LLaMA-2-7B, pure": 294,
+    "SmolLM2, hybrid": 276,
+    "SmolLM2, hybrid, int8": 276,
+    "SmolLM2, hybrid, int4": 276,
+    "LLaMA-2-7B, hybrid": 294,
+    "LLaMA-2-7B, pure": 262,
     "Pythia-2.8B, released": 358,
 }
 """Of a decode step, a captured one too; these only go down."""

@@ -9,7 +9,7 @@ from server.engine.speculation import rules
 from server.engine.speculation.index import MAX_PREDICTED
 from server.text.tokenizer import Tokenizer
 from tests.server.conftest import OPTIONS, Loopback, serve
-from tests.server.engine.fakes import FixedPrices
+from tests.server.engine.fakes import FixedCosts
 from tests.server.tiny_engine import TinyEngine
 from tests.tiny_models import tiny_network
 
@@ -19,9 +19,9 @@ NUM_TOKENS = 60
 
 @pytest.fixture(scope="module")
 def guessing(byte_tokenizer: Tokenizer) -> Iterator[Loopback]:
-    """Its prices are fixed: what a row costs a tiny model on a busy machine is a matter of chance."""
+    """Its costs are fixed: what a row costs a tiny model on a busy machine is a matter of chance."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rules, "StepPrices", FixedPrices)
+        patch.setattr(rules, "StepCosts", FixedCosts)
         engine = TinyEngine(tiny_network(), "tiny")
     with serve(engine, OPTIONS, byte_tokenizer) as running:  # type: ignore[arg-type]
         yield running

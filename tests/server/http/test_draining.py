@@ -92,6 +92,42 @@ def test_what_runs_is_finished_while_new_work_is_refused(byte_tokenizer: Tokeniz
     assert reader.lines[-1] == "data: [DONE]"
 
 
+def test_in_the_drain_delay_work_is_taken_and_balancers_are_told(
+    byte_tokenizer: Tokenizer, options: ServiceOptions
+) -> None:
+    with serve(FakeEngine(), options, byte_tokenizer, drain_timeout_s=60, drain_delay_s=3600) as server:
+        before = server.http.get("/ready")
+        assert (before.status_code, "connection" in before.headers) == (200, False)
+        server.signal()
+        ready = server.http.get("/ready")
+        assert (ready.status_code, ready.json()["status"]) == (503, "draining")
+        answer = server.http.post("/v1/completions", json={"prompt": "x"})
+        assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        assert server.http.get("/health").json()["status"] == "ok"
+        server.signal()  # no more waiting
+        wait_for_end(server)
+
+
+def test_after_the_drain_delay_new_work_is_for_another_replica(
+    byte_tokenizer: Tokenizer, options: ServiceOptions
+) -> None:
+    gate = threading.Event()
+    engine = FakeEngine(hold_after=1, gate=gate)
+    with serve(engine, options, byte_tokenizer, drain_timeout_s=3600, drain_delay_s=0.2) as server:
+        reader = Reader(server)
+        reader.start()
+        server.wait_until(lambda: server.service.num_active == 1)
+        server.signal()
+        server.wait_until(lambda: server.service.draining)
+        refused = server.http.post("/v1/completions", json={"prompt": "x"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert refused.headers["x-dijiang-retry"] == "another-replica"
+        gate.set()
+        reader.join(PATIENCE_S)
+        wait_for_end(server)
+    assert reader.text == ANSWER
+
+
 def test_after_the_deadline_what_runs_ends_with_a_clean_error(
     byte_tokenizer: Tokenizer, options: ServiceOptions
 ) -> None:

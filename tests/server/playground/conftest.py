@@ -1,4 +1,8 @@
-"""The fixtures of the HTTP tests: a service with a scripted engine on loopback."""
+"""The fixtures of the HTTP tests, a service with a scripted engine on loopback; and a Chromium."""
+
+from collections.abc import Iterator
+
+import pytest
 
 from tests.server.conftest import (  # noqa: F401 (fixtures, by their names)
     _quiet_logs,
@@ -8,3 +12,11 @@ from tests.server.conftest import (  # noqa: F401 (fixtures, by their names)
     shared_loopback,
     tokenizer_folder,
 )
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[None]:
+    from tests.server.playground.browser import started  # which needs playwright
+
+    with started():
+        yield

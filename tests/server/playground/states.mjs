@@ -6,19 +6,20 @@ import { pathToFileURL } from "node:url";
 const [modules, address, key] = process.argv.slice(2);
 const folder = pathToFileURL(`${modules}/`);
 const { Api, ApiError } = await import(new URL("api.mjs", folder));
-const { Conversation, Transcripts } = await import(new URL("conversation.mjs", folder));
-
-class Storage {
-  #items = new Map();
-  getItem = (name) => this.#items.get(name) ?? null;
-  setItem = (name, value) => void this.#items.set(name, value);
-  removeItem = (name) => void this.#items.delete(name);
-}
+const { Conversation } = await import(new URL("conversation.mjs", folder));
+const { Store } = await import(new URL("store.mjs", folder));
 
 const api = new Api(new URL(address), () => key);
-const storage = new Storage();
-const fresh = () => new Conversation(api, new Transcripts(storage));
+const store = new Store();
+const fresh = () => new Conversation(api, store);
 const GREEDY = { temperature: 0, max_tokens: 6, ignore_eos: true };
+const texts = (talk) => talk.path.map((turn) => turn.text);
+
+async function opened(id) {
+  const talk = fresh();
+  assert.ok(await talk.open(id));
+  return talk;
+}
 
 async function say(conversation, text, more = {}) {
   let last;
@@ -33,18 +34,24 @@ assert.equal((await api.models()).data.length, 1);
 const capacity = await api.capacity();
 assert.ok(capacity.state_bytes > 0 && capacity.kv_cache_bytes_per_token > 0);
 
-// Kept here alone: every message carries all turns.
+// Without a state every message carries all turns.
 const talk = fresh();
-talk.system = "Be brief.";
+await talk.setSystem("Be brief.");
 const first = await say(talk, "Hé?");
 assert.equal(first.usage.completion_tokens, 6);
-assert.equal(first.turn.finish, "length");
-assert.deepEqual(talk.turns.map((turn) => turn.role), ["user", "assistant"]);
+assert.equal(first.turn.end, "length");
+assert.deepEqual(talk.path.map((turn) => turn.role), ["user", "assistant"]);
+const id = talk.record.id;
 
-// Saved: every message carries only itself, and is as it would have been.
-const alone = fresh();
-alone.system = talk.system;
-alone.turns = structuredClone(talk.turns);
+// The rest of an answer, from its text.
+const begun = first.turn.text;
+let rest;
+for await (const step of talk.continue(talk.path.at(-1), GREEDY)) rest = step;
+assert.ok(rest.turn.text.startsWith(begun) && rest.turn.text.length > begun.length);
+assert.equal(rest.turn.stats.tokens, 12);
+
+// With one every message carries only itself, and is as it would have been.
+const alone = await opened(id);
 await talk.save("trip");
 assert.equal(talk.state.name, "trip");
 const before = talk.state.num_tokens;
@@ -57,28 +64,36 @@ assert.ok(second.usage.prompt_tokens_details.cached_tokens >= before - 1);
 assert.ok(talk.state.num_tokens > before);
 const size = talk.state.bytes;
 
+// The rest of an answer, from its state.
+for await (const step of talk.continue(talk.path.at(-1), GREEDY)) rest = step;
+await talk.rewind("start");
+await say(talk, "And then?", { max_tokens: 12 });
+assert.equal(rest.turn.text, texts(talk).at(-1));
+
 // Forks go their own way.
-const other = fresh();
-other.resume(talk.state);
-assert.deepEqual(other.turns.map((turn) => turn.text), talk.turns.map((turn) => turn.text));
-assert.equal(other.system, "Be brief.");
-await other.fork("branch");
+const other = await opened(await talk.fork("branch"));
+assert.deepEqual(texts(other), texts(talk));
+assert.equal(other.record.system, "Be brief.");
 await say(other, "Elsewhere?");
-assert.deepEqual([other.turns.length, talk.turns.length], [6, 4]);
-assert.notEqual(other.state.id, talk.state.id);
+assert.deepEqual([other.path.length, talk.path.length], [6, 4]);
+assert.notEqual(other.stateId, talk.stateId);
 
 // Back to a point, and on from there with the same words.
 await talk.rewind("start");
-assert.equal(talk.state.num_tokens, before);
-assert.equal(talk.turns.length, 2);
+assert.deepEqual([talk.state.num_tokens, talk.path.length], [before, 2]);
 const again = await say(talk, "And then?");
 assert.equal(again.turn.text, second.turn.text);
 
-// A fork from a point knows what was said until there.
-await talk.fork("from start", "start");
-assert.deepEqual([talk.turns.length, talk.state.num_tokens], [2, before]);
+// Another answer to the same message does not go through the state, which stays where it is.
+let another;
+for await (const step of talk.regenerate(talk.path.at(-1), GREEDY)) another = step;
+assert.equal(another.turn.text, second.turn.text);
+assert.equal(talk.stateId, null);
+await talk.show(talk.siblings(talk.path.at(-1))[0]);
+assert.equal(talk.state.name, "trip");
 
-// Stopping leaves the state as it was; what was said of it is marked, and not remembered.
+// Stopping leaves the state as it was; what was said stays here, and is sent with the next message.
+const length = talk.state.num_tokens;
 const stopping = new AbortController();
 const error = await (async () => {
   for await (const { turn } of talk.say("Long?", { ...GREEDY, max_tokens: 4000 }, stopping.signal)) {
@@ -86,32 +101,49 @@ const error = await (async () => {
   }
 })().catch((caught) => caught);
 assert.equal(error.name, "AbortError");
-assert.equal((await api.state(talk.state.id)).num_tokens, before);
-assert.deepEqual(talk.turns.slice(-2).map((turn) => turn.unsaved), [true, true]);
-const back = fresh();
-back.resume(await api.state(talk.state.id));
-assert.equal(back.turns.length, 2);
+assert.equal((await api.state(talk.stateId)).num_tokens, length);
+assert.deepEqual([talk.path.at(-1).end, talk.canContinue(talk.path.at(-1))], ["stopped", true]);
+for await (const step of talk.continue(talk.path.at(-1), GREEDY)) rest = step;
+assert.ok(rest.turn.text.length > 1);
+assert.ok(talk.state.num_tokens > length);
 
-// What the server refuses leaves the turns as they were.
-await assert.rejects(say(back, "x", { temperature: 7 }), ApiError);
-assert.equal(back.turns.length, 2);
+// A state that was saved behind an answer that was stopped is past its end: the rest comes from the text.
+const stopped = fresh();
+for await (const { turn } of stopped.say("Long?", { ...GREEDY, max_tokens: 4000 })) if (turn.text !== "") break;
+await stopped.save("past the end");
+for await (const step of stopped.continue(stopped.path.at(-1), GREEDY)) rest = step;
+assert.equal(rest.turn.end, "length");
+assert.equal(stopped.stateId, null);
+await api.deleteState((await api.states()).find((state) => state.name === "past the end").id);
+
+// What the server refuses is kept with the message.
+await assert.rejects(say(talk, "x", { temperature: 7 }), ApiError);
+assert.match(talk.path.at(-1).error, /temperature/);
 
 // Out as a file and in again: the same size, the same answer; its text is not known here.
-const file = await api.exportState(back.state.id);
-assert.equal(file.size, (await api.state(back.state.id)).bytes);
+const file = await api.exportState(other.stateId);
+assert.equal(file.size, (await api.state(other.stateId)).bytes);
 const moved = fresh();
-moved.resume(await api.importState(file, "moved"));
-assert.ok(moved.hasUnknownPast);
-assert.equal((await say(moved, "And then?")).turn.text, second.turn.text);
-assert.ok(!moved.hasUnknownPast);
+await moved.adopt(await api.importState(file, "moved"));
+assert.ok(moved.record.isPartial);
+const there = await say(moved, "And then?");
+assert.equal((await say(other, "And then?")).turn.text, there.turn.text);
+assert.ok(!moved.canBranch(moved.path[1]), "nobody knows what was said before");
+assert.ok(moved.canSay);
 await assert.rejects(api.importState(new Blob(["nonsense"]), "bad"), ApiError);
 
-// States have one size, whatever their length; deleting one forgets it.
+// States have one size, whatever their length; where one is gone and the text is here, all of it is sent.
 const states = await api.states();
-assert.deepEqual(states.map((state) => state.name).sort(), ["branch", "from start", "moved", "trip"]);
+assert.deepEqual(states.map((state) => state.name).sort(), ["branch", "moved", "trip"]);
 assert.ok(states.every((state) => Math.abs(state.bytes - size) < 200));
 for (const state of states) await api.deleteState(state.id);
 assert.deepEqual(await api.states(), []);
+await say(other, "Do you know me?");
+assert.equal(other.stateId, null);
+await assert.rejects(say(moved, "And you?"), ApiError);
+
+// Texts of tokens by their ids, whole and one by one.
+assert.deepEqual(await api.textOf([72, 195, 169]), { prompt: "Hé", token_texts: ["H", "\ufffd", "\ufffd"] });
 
 // Nothing to save is told.
 await assert.rejects(fresh().save("empty"), /nothing to save/);

@@ -23,8 +23,12 @@ def run_node(program: str, *arguments: str) -> None:
     assert done.stdout == "ok\n"
 
 
-def test_events_markdown_numbers_and_tokens() -> None:
+def test_events_numbers_tokens_trees_and_files() -> None:
     run_node("logic.mjs")
+
+
+def test_what_is_said_is_kept_whatever_happens() -> None:
+    run_node("talks.mjs")
 
 
 def test_conversations_and_states_at_a_server_below_a_path(tmp_path: Path) -> None:

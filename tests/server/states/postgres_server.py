@@ -85,7 +85,7 @@ class PostgresServer:
         """All its processes stop answering, and none of them ends."""
         self._signal(signal.SIGSTOP)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """After `hang`."""
         self._signal(signal.SIGCONT)
 

@@ -32,6 +32,10 @@ class Running:
         self.http = httpx.Client(base_url=self.base_url, timeout=PATIENCE_S, headers=bearer(ANN), trust_env=False)
         self.client = openai.OpenAI(base_url=f"{self.base_url}/v1", api_key=ANN, max_retries=0, timeout=PATIENCE_S)
 
+    @property
+    def port(self) -> int:
+        return int(self.base_url.rpartition(":")[2])
+
     def post(self, path: str, key: str = ANN, **body: Any) -> dict[str, Any]:
         """The answer to a request that must work."""
         response = self.http.post(path, json=body, headers=bearer(key))
@@ -116,9 +120,9 @@ def running(model: Path, states: Path, *options: str) -> Iterator[Running]:
         server.close()
 
 
-def start(model: Path, states: Path, *options: str) -> Running:
-    """A started and ready server; the caller closes or kills it."""
-    port = free_port()
+def start(model: Path, states: Path, *options: str, port: int | None = None) -> Running:
+    """A started and ready server, on a free port if none is given; the caller closes or kills it."""
+    port = free_port() if port is None else port
     command = [sys.executable, "-m", "server", "serve", str(model), "--port", str(port), "--threads", "1"]
     command += ["--max-conversations", "16", "--states-folder", str(states), "--api-keys", f"{ANN},{BOB}", *options]
     log = states.parent / f"{states.name}.{port}.log"

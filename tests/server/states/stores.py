@@ -100,13 +100,13 @@ class SharedKind:
         clock: Callable[[], float] | None = None,
         monotonic: Callable[[], float] | None = None,
         max_owner_bytes: int | None = None,
-        beat_s: float = HEARTBEAT_S,
+        heartbeat_s: float = HEARTBEAT_S,
         patience_s: float = 0.0,
         **more: Any,
     ) -> IndexedStore:
         clock = Clock() if clock is None else clock
         monotonic = clock if monotonic is None else monotonic
-        options = StoreOptions(max_bytes, eviction, max_owner_bytes, heartbeat_s=beat_s, patience_s=patience_s)
+        options = StoreOptions(max_bytes, eviction, max_owner_bytes, heartbeat_s=heartbeat_s, patience_s=patience_s)
         shared = SharedOptions(self.postgres.url, **{"schema": self.schema, "timeout_s": 10.0, **more})
         return open_shared_store(self.folder, shared, options, clock=clock, monotonic=monotonic)
 

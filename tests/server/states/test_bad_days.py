@@ -6,13 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.server.states.postgres_server import PostgresServer
-from tests.server.states.running import BOB, Running, bearer, start
+from tests.server.states.running import BOB, Running, bearer, running, start
 from tests.waiting import PATIENCE_S, until
 
 ASK: dict[str, Any] = {"input": "Tell me.", "seed": 5, "temperature": 1.0, "max_output_tokens": 300, "ignore_eos": True}
+
+
+def engine_of(server: Running) -> psutil.Process:
+    children = psutil.Process(server.process.pid).children()
+    return next(child for child in children if any("engine.process" in word for word in child.cmdline()))
 
 
 def text_of(response: dict[str, Any]) -> str:
@@ -53,6 +59,29 @@ def test_a_response_whose_server_was_killed_is_completed_with_the_same_text(tiny
         assert events.count("event: response.incomplete") == 1
     finally:
         server.close()
+
+
+@pytest.mark.slow
+def test_a_response_whose_engine_failed_is_made_anew_once_with_the_same_text(tiny: Path, tmp_path: Path) -> None:
+    ask = {**ASK, "max_output_tokens": 3_000}
+    with running(tiny, tmp_path / "states") as server:
+        wanted = server.post("/v1/responses", **ASK)
+        response_id = server.post("/v1/responses", **ask, background=True)["id"]
+        for _ in range(2):
+            until(lambda: server.gauge("dijiang_num_requests_running") >= 1)
+            num_restarts = server.gauge("dijiang_engine_restarts_total")
+            engine_of(server).kill()
+            until(lambda: server.gauge("dijiang_engine_restarts_total") > num_restarts)  # noqa: B023
+            until(lambda: server.http.get("/ready").status_code == 200)
+        response = ended(server, response_id)
+        assert (response["status"], response["error"]["code"]) == ("failed", "engine_restarting"), "it may be its fault"
+        response_id = server.post("/v1/responses", **ask, background=True)["id"]
+        until(lambda: server.gauge("dijiang_num_requests_running") >= 1)
+        engine_of(server).kill()
+        response = ended(server, response_id)
+        assert response["status"] == "incomplete"
+        assert response["usage"]["output_tokens"] == 3_000
+        assert text_of(response).startswith(text_of(wanted)[:100])
 
 
 def keyed(server: Running, key: str, owner: str | None = None, **body: Any) -> Any:
@@ -136,7 +165,7 @@ def test_an_answer_is_told_though_the_store_is_away_at_its_end(shared: Running, 
             assert answer["state_error"]["code"] == "state_store_unavailable"
             assert answer.get("state_id") is None
     finally:
-        postgres.go_on()
+        postgres.resume()
     until(lambda: shared.gauge("dijiang_state_store_up") == 1)
     response = ended(shared, started)
     text = next(text_of(answer) for answer in answers if "output" in answer)

@@ -82,13 +82,13 @@ def test_a_response_in_the_background_goes_on_after_the_restart_as_if_undisturbe
         assert ended["usage"]["output_tokens"] == undisturbed["usage"]["output_tokens"]
         assert ended["usage"]["input_tokens"] == undisturbed["usage"]["input_tokens"]
         assert not any(name.startswith("_") for name in ended)
-        told_again = events_at(again, response_id)
-        assert told_again == before + rest
+        replayed = events_at(again, response_id)
+        assert replayed == before + rest
         follow = {"input": "And then?", "temperature": 0, "max_output_tokens": 8}
         after = again.post("/v1/responses", **follow, previous_response_id=response_id)
         assert after["usage"]["input_tokens"] > ended["usage"]["total_tokens"]
     with running(tiny, tmp_path / "states") as third:  # told again after one more restart, from the store alone
-        assert events_at(third, response_id) == told_again
+        assert events_at(third, response_id) == replayed
 
 
 def test_one_that_had_not_begun_goes_on_too_and_after_another_response(tiny: Path, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_one_that_had_not_begun_goes_on_too_and_after_another_response(tiny: Pat
             assert ended["previous_response_id"] == first["id"]
 
 
-def test_one_that_is_put_off_is_cancelled_and_deleted_like_any_other(tiny: Path, tmp_path: Path) -> None:
+def test_one_that_is_suspended_is_cancelled_and_deleted_like_any_other(tiny: Path, tmp_path: Path) -> None:
     server = start(tiny, tmp_path / "states", *OPTIONS)
     try:
         one, two = (server.post("/v1/responses", **KINDS["form"], background=True)["id"] for _ in range(2))

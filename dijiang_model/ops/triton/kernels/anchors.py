@@ -7,8 +7,15 @@ window joins the anchors or drives one out, and whoever is evicted enters the st
 import triton
 import triton.language as tl
 
-from dijiang_model.ops.triton.kernels.decode import joined, load_tile
-from dijiang_model.ops.triton.kernels.parts import INDICES, features, narrowed, row_factors, stored, turned
+from dijiang_model.ops.triton.kernels.decode import (
+    joined,
+    load_tile,
+    new_row,
+    scaled_queries,
+    softmax_rows,
+    store_tile,
+)
+from dijiang_model.ops.triton.kernels.parts import INDICES, features, rounded_as
 
 
 @triton.jit
@@ -75,20 +82,9 @@ def places_part(
     Returns:
         [BLOCK_V] weighted values, their weights' sum, and w_h . q of the mixing weight.
     """
-    c = tl.arange(0, BLOCK_D)
-    in_d = c < D
-    query = turned(q, c, in_d, cos, sin, q, q, HALF, 0, 1)
-    mixing = query
-    if not ROTATED:
-        mixing = tl.load(q + c, mask=in_d, other=0.0).to(tl.float32)
-    mixed = tl.sum(mixing * tl.load(mix_weight + c, mask=in_d, other=0.0))
-    root = 1.0 / tl.sqrt(D * 1.0)
-    query *= root
-    sink_query = query
-    if SINKS > 0:
-        sink_query = turned(q, c, in_d, cos_sink, sin_sink, q, q, HALF, 0, 1) * root
-    col = v0 + tl.arange(0, BLOCK_V)
-    in_v = col < D
+    query, sink_query, mixed = scaled_queries(
+        q, cos, sin, cos_sink, sin_sink, mix_weight, D, HALF, ROTATED, SINKS, BLOCK_D
+    )
     largest, total = float("-inf"), 0.0
     sums = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, used, BLOCK_J):
@@ -96,20 +92,149 @@ def places_part(
         ago = (position % window + window - (j - SINKS)) % window
         in_ring = (j >= SINKS) & (j < SINKS + window) & (position - ago >= SINKS)
         is_anchor = (j >= SINKS + window) & (j < SINKS + window + left)
-        seen = (j < used) & (((j < SINKS) & (j <= position)) | in_ring | is_anchor)
-        key = tl.load(keys + j[:, None] * D + c[None, :], mask=seen[:, None] & in_d[None, :], other=0).to(tl.float32)
-        dots = tl.sum(tl.where(j[:, None] < SINKS, sink_query[None, :], query[None, :]) * key, 1)
-        dots *= tl.load(key_scales + j, mask=seen, other=0.0)
-        dots = tl.where(seen, dots, float("-inf"))
-        now = tl.maximum(largest, tl.max(dots, 0))  # column 0 is always seen
-        weights = tl.exp(dots - now)
-        shrink = tl.exp(largest - now)
-        value = tl.load(values + j[:, None] * D + col[None, :], mask=seen[:, None] & in_v[None, :], other=0)
-        scaled = weights * tl.load(value_scales + j, mask=seen, other=0.0)
-        sums = sums * shrink + tl.sum(scaled[:, None] * value.to(tl.float32), 0)
-        total = total * shrink + tl.sum(weights, 0)
-        largest = now
+        seen = (j < used) & (((j < SINKS) & (j <= position)) | in_ring | is_anchor)  # column 0 always is
+        largest, total, sums = softmax_rows(
+            query, sink_query, keys, values, key_scales, value_scales, j, seen, v0, largest, total, sums,
+            D, SINKS, BLOCK_D, BLOCK_V,
+        )  # fmt: skip
     return sums, total, mixed
+
+
+@triton.jit
+def next_places(
+    recent, scores, places, score, ages, position, window, limit, live,
+    SINKS: tl.constexpr, SPAN: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Who leaves the window, and who is evicted for it; notes the new token's `score`.
+
+    Returns:
+        The ring's column that the new token takes; the place and the score of whoever has it; whether that one joins
+        the anchors, and in which column; the column and the place of the evicted, and whether there is one; the score
+        that the token SPAN before the new one shares.
+    """
+    shared = shared_score(recent, score, position, live, SPAN, BLOCK_R)
+    leaving = position - window
+    leaves = live * tl.where(leaving >= SINKS, 1, 0)
+    own = tl.where(position < SINKS, position, SINKS + position % window)
+    own_score = tl.load(scores + own, mask=live > 0, other=0.0)
+    own_score = tl.where((SPAN > 0) & (leaving == position - SPAN), shared, own_score)
+    own_place = tl.load(places + own, mask=live > 0, other=0)
+    age = tl.load(ages)
+    lowest, column = lowest_anchor(scores, places, SINKS + window, limit * leaves, age, BLOCK_J)
+    is_full = leaving - SINKS >= limit
+    priority = own_score.to(tl.float64) + age * own_place.to(tl.float64)
+    wins = leaves * tl.where((is_full == 0) | ((priority >= lowest) & (limit > 0)), 1, 0)
+    target = tl.where(is_full, column, position)  # places fill up in order: leaving + window
+    is_evicted = leaves * tl.where(is_full, 1, 0)
+    loser = tl.where(wins > 0, target, own)
+    loser_place = tl.load(places + loser, mask=is_evicted > 0, other=0)
+    return own, own_place, own_score, wins, target, loser, loser_place, is_evicted, shared
+
+
+@triton.jit
+def take_out(
+    entering, keys, values, key_scales, value_scales, frequencies, loser, loser_place, is_evicted,
+    D: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Writes key and value of the evicted to `entering` [2, D] fp32, the key without its rotation unless features are
+    of rotated ones."""
+    c = tl.arange(0, BLOCK_D)
+    HALF_BACK: tl.constexpr = 0 if ROTATED else HALF
+    mask = c < D * is_evicted
+    key = turned_back_at(keys + loser * D, c, mask, loser_place, frequencies, HALF_BACK)
+    key *= tl.load(key_scales + loser, mask=is_evicted > 0, other=0.0)
+    value = tl.load(values + loser * D + c, mask=mask, other=0).to(tl.float32)
+    value *= tl.load(value_scales + loser, mask=is_evicted > 0, other=0.0)
+    tl.store(entering + c, key, mask=mask)
+    tl.store(entering + D + c, value, mask=mask)
+
+
+@triton.jit
+def take_places(
+    k, v, cos, sin, keys, values, key_scales, value_scales, places, scores, score, own, own_place, own_score, wins,
+    target, shared, position, window, live,
+    D: tl.constexpr, HALF: tl.constexpr, SINKS: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The one that stays takes its place among the anchors, and the new token takes over the one in the ring."""
+    c = tl.arange(0, BLOCK_D)
+    moves, width, known = c < D * live * wins, D * live, position - SPAN
+    moved_key = tl.load(keys + own * D + c, mask=moves, other=0)
+    moved_value = tl.load(values + own * D + c, mask=moves, other=0)
+    moved_key_scale = tl.load(key_scales + own, mask=wins > 0, other=0.0)
+    moved_value_scale = tl.load(value_scales + own, mask=wins > 0, other=0.0)
+    k_kept, k_scale, v_factor, v_scale = new_row(k, v, cos, sin, keys, values, D, HALF, BLOCK_D)
+    v_kept = rounded_as(tl.load(v + c, mask=c < D, other=0.0).to(tl.float32), values, v_factor)
+    tl.debug_barrier()
+    tl.store(keys + target * D + c, moved_key, mask=moves)
+    tl.store(values + target * D + c, moved_value, mask=moves)
+    tl.store(key_scales + target, moved_key_scale, mask=wins > 0)
+    tl.store(value_scales + target, moved_value_scale, mask=wins > 0)
+    tl.store(places + target, own_place, mask=wins > 0)
+    tl.store(scores + target, own_score, mask=wins > 0)
+    if SPAN > 0:
+        known_column = SINKS + known % window
+        tl.store(scores + known_column, shared, mask=(live > 0) & (known >= SINKS) & (known > position - window))
+    tl.store(keys + own * D + c, k_kept.to(tl.int8), mask=c < width)
+    tl.store(values + own * D + c, v_kept.to(tl.int8), mask=c < width)
+    tl.store(key_scales + own, k_scale, mask=live > 0)
+    tl.store(value_scales + own, v_scale, mask=live > 0)
+    tl.store(places + own, position.to(tl.int32), mask=live > 0)
+    tl.store(scores + own, score, mask=live > 0)
+    tl.debug_barrier()
+
+
+@triton.jit
+def make_room(
+    k, v, cos, sin, entering, recent, keys, values, key_scales, value_scales, places, scores, score, frequencies, ages,
+    position, window, limit, live,
+    D: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, SINKS: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Gives the new token its place; key and value of whoever is evicted for it go to `entering` [2, D].
+
+    Returns:
+        The evicted token's position, and 1 if there is one, else 0.
+    """
+    own, own_place, own_score, wins, target, loser, loser_place, is_evicted, shared = next_places(
+        recent, scores, places, score, ages, position, window, limit, live, SINKS, SPAN, BLOCK_J, BLOCK_R
+    )
+    take_out(
+        entering, keys, values, key_scales, value_scales, frequencies, loser, loser_place, is_evicted,
+        D, HALF, ROTATED, BLOCK_D,
+    )  # fmt: skip
+    take_places(
+        k, v, cos, sin, keys, values, key_scales, value_scales, places, scores, score, own, own_place, own_score, wins,
+        target, shared, position, window, live, D, HALF, SINKS, SPAN, BLOCK_D,
+    )  # fmt: skip
+    return loser_place, is_evicted
+
+
+@triton.jit
+def answer_anchored_heads(
+    q, low, out, cos, sin, cos_sink, sin_sink, far_up, mix_bias, mix_weight, basis, nodes, log_weights, scale, tile, z,
+    keys, values, key_scales, value_scales, position, window, limit, live, v0, q_head,
+    R: tl.constexpr, D: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, SINKS: tl.constexpr,
+    RANK: tl.constexpr, EXP: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """As `decode.answer_heads`, over what the places hold."""
+    HALF_LINEAR: tl.constexpr = HALF if ROTATED else 0
+    col = v0 + tl.arange(0, BLOCK_V)
+    left = tl.minimum(tl.maximum(position + 1 - SINKS - window, 0), limit)
+    used = (SINKS + window + left) * live
+    for r in range(R):
+        q_here = q + r * q_head
+        phi = features(
+            q_here, cos, sin, far_up + r * D * RANK, low, q, q, basis, nodes, log_weights, scale, D,
+            D, K, HALF_LINEAR, False, RANK, BLOCK_RANK, EXP, BLOCK_C, BLOCK_K,
+        )  # fmt: skip
+        sums, total, mixed = places_part(
+            q_here, keys, values, key_scales, value_scales, cos, sin, cos_sink, sin_sink, mix_weight + r * D, position,
+            window, used, left, v0, D, HALF, ROTATED, SINKS, BLOCK_D, BLOCK_V, BLOCK_J,
+        )  # fmt: skip
+        total = tl.where(live > 0, total, 1.0)
+        answer = joined(phi, tile, z, sums, total, mixed, mix_bias + r, K, 1, True)
+        tl.store(out + r * D + col, answer.to(out.dtype.element_ty), mask=col < D)
 
 
 @triton.jit(do_not_specialize_on_alignment=INDICES)
@@ -131,110 +256,41 @@ def anchored_decode_kernel(
     n, g, num_groups = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     slot, position = tl.load(slots + n), tl.load(positions + n)
     live = tl.where(slot > 0, 1, 0)
-    width = D * live
-    f, c = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
-    in_state = f < K * live
+    f = tl.arange(0, BLOCK_K)
     first, window, limit = tl.load(first_place + g), tl.load(windows + g), tl.load(limits + g)
     keys, values = near_keys + slot * near_slot + first * D, near_values + slot * near_slot + first * D
     numbers = slot * scales_slot + first
     key_scales, value_scales = near_key_scales + numbers, near_value_scales + numbers
-    places, scores = near_positions + numbers, near_scores + numbers
-
-    # Who leaves the window, and who is evicted for it.
-    score = tl.load(token_scores + n * num_groups + g)
-    shared = shared_score(recent_scores + slot * recent_slot + g * (2 * SPAN + 1), score, position, live, SPAN, BLOCK_R)
-    leaving, known = position - window, position - SPAN
-    leaves = live * tl.where(leaving >= SINKS, 1, 0)
-    own = tl.where(position < SINKS, position, SINKS + position % window)
-    own_score = tl.load(scores + own, mask=live > 0, other=0.0)
-    own_score = tl.where((SPAN > 0) & (leaving == known), shared, own_score)
-    own_place = tl.load(places + own, mask=live > 0, other=0)
-    age = tl.load(ages)
-    lowest, column = lowest_anchor(scores, places, SINKS + window, limit * leaves, age, BLOCK_J)
-    is_full = leaving - SINKS >= limit
-    priority = own_score.to(tl.float64) + age * own_place.to(tl.float64)
-    wins = leaves * tl.where((is_full == 0) | ((priority >= lowest) & (limit > 0)), 1, 0)
-    target = tl.where(is_full, column, position)  # places fill up in order: leaving + window
-    is_evicted = leaves * tl.where(is_full, 1, 0)
-    loser = tl.where(wins > 0, target, own)
-    loser_place = tl.load(places + loser, mask=is_evicted > 0, other=0)
-    entering_width = D * is_evicted
-    HALF_BACK: tl.constexpr = 0 if ROTATED else HALF
-    in_entering = c < entering_width
     own_entering = entering + (n * num_groups + g) * 2 * D
-    entering_key = turned_back_at(keys + loser * D, c, in_entering, loser_place, frequencies, HALF_BACK)
-    entering_key *= tl.load(key_scales + loser, mask=is_evicted > 0, other=0.0)
-    entering_value = tl.load(values + loser * D + c, mask=in_entering, other=0).to(tl.float32)
-    entering_value *= tl.load(value_scales + loser, mask=is_evicted > 0, other=0.0)
-    tl.store(own_entering + c, entering_key, mask=in_entering)
-    tl.store(own_entering + D + c, entering_value, mask=in_entering)
-
-    # The one that stays takes its place among the anchors, and the new token takes over the one in the ring.
-    moves = c < width * wins
-    moved_key = tl.load(keys + own * D + c, mask=moves, other=0)
-    moved_value = tl.load(values + own * D + c, mask=moves, other=0)
-    moved_key_scale = tl.load(key_scales + own, mask=wins > 0, other=0.0)
-    moved_value_scale = tl.load(value_scales + own, mask=wins > 0, other=0.0)
     cos_here, sin_here = cos + n * HALF, sin + n * HALF
-    k_here, v_here = k + n * k_row + g * k_head, v + n * v_row + g * v_head
-    k_new = turned(k_here, c, c < D, cos_here, sin_here, k, k, HALF, 0, 1)
-    v_new = tl.load(v_here + c, mask=c < D, other=0.0).to(tl.float32)
-    k_factor, k_scale = row_factors(k_new, near_keys, 0)
-    v_factor, v_scale = row_factors(v_new, near_values, 0)
-    tl.debug_barrier()
-    tl.store(keys + target * D + c, moved_key, mask=moves)
-    tl.store(values + target * D + c, moved_value, mask=moves)
-    tl.store(key_scales + target, moved_key_scale, mask=wins > 0)
-    tl.store(value_scales + target, moved_value_scale, mask=wins > 0)
-    tl.store(places + target, own_place, mask=wins > 0)
-    tl.store(scores + target, own_score, mask=wins > 0)
-    if SPAN > 0:
-        known_column = SINKS + known % window
-        tl.store(scores + known_column, shared, mask=(live > 0) & (known >= SINKS) & (known > leaving))
-    new_place = position.to(tl.int32)
-    tl.store(keys + own * D + c, narrowed(k_new, near_keys, k_factor).to(tl.int8), mask=c < width)
-    tl.store(values + own * D + c, narrowed(v_new, near_values, v_factor).to(tl.int8), mask=c < width)
-    tl.store(key_scales + own, k_scale, mask=live > 0)
-    tl.store(value_scales + own, v_scale, mask=live > 0)
-    tl.store(places + own, new_place, mask=live > 0)
-    tl.store(scores + own, score, mask=live > 0)
-    tl.debug_barrier()
-
-    log_step = tl.load(log_decay + g)
-    decay = tl.exp(log_step)
-    distance = tl.where(is_evicted > 0, position - loser_place, 0)
+    loser_place, is_evicted = make_room(
+        k + n * k_row + g * k_head, v + n * v_row + g * v_head, cos_here, sin_here, own_entering,
+        recent_scores + slot * recent_slot + g * (2 * SPAN + 1), keys, values, key_scales, value_scales,
+        near_positions + numbers, near_scores + numbers, tl.load(token_scores + n * num_groups + g), frequencies, ages,
+        position, window, limit, live, D, HALF, ROTATED, SINKS, SPAN, BLOCK_D, BLOCK_J, BLOCK_R,
+    )  # fmt: skip
+    log_step, in_state = tl.load(log_decay + g), f < K * live
+    entering_width, distance = D * is_evicted, tl.where(is_evicted > 0, position - loser_place, 0)
     phi_in = features(
         own_entering, cos, sin, k, k, k, k, basis, nodes + g * K, log_weights + g * K, scale, entering_width,
         D, K, 0, False, 0, 1, EXP, BLOCK_C, BLOCK_K,
     )  # fmt: skip
     phi_in *= tl.exp(log_step * distance.to(tl.float32)) * is_evicted
     z_here = normaliser + slot * normaliser_slot + g * K + f
-    z = phi_in + decay * tl.load(z_here, mask=in_state, other=0.0)
+    z = phi_in + tl.exp(log_step) * tl.load(z_here, mask=in_state, other=0.0)
     tile_rows = state + slot * state_slot + (g * K + f) * D
-    left = tl.minimum(tl.maximum(position + 1 - SINKS - window, 0), limit)
-    used = (SINKS + window + left) * live
-    HALF_FAR: tl.constexpr = HALF if ROTATED else 0
     for v0 in range(0, D, BLOCK_V):  # one turn, unless the tile is too large for the registers
         col = v0 + tl.arange(0, BLOCK_V)
         v_in = tl.load(own_entering + D + col, mask=col < entering_width, other=0.0)
-        tile = load_tile(tile_rows, in_state, v0, D, BLOCK_V) * decay + phi_in[:, None] * v_in[None, :]
-        for r in range(R):
-            q_here = q + n * q_row + (g * R + r) * q_head
-            phi = features(
-                q_here, cos_here, sin_here, far_up + (g * R + r) * D * RANK, low + n * RANK, q, q, basis, nodes + g * K,
-                log_weights + g * K, scale, D, D, K, HALF_FAR, False, RANK, BLOCK_RANK, EXP, BLOCK_C, BLOCK_K,
-            )  # fmt: skip
-            sums, total, mixed = places_part(
-                q_here, keys, values, key_scales, value_scales, cos_here, sin_here, cos_sink + n * HALF,
-                sin_sink + n * HALF, mix_weight + (g * R + r) * D, position, window, used, left, v0,
-                D, HALF, ROTATED, SINKS, BLOCK_D, BLOCK_V, BLOCK_J,
-            )  # fmt: skip
-            total = tl.where(live > 0, total, 1.0)
-            answer = joined(phi, tile, z, sums, total, mixed, mix_bias + g * R + r, K, 1, True)
-            tl.store(out + ((n * num_groups + g) * R + r) * D + col, answer.to(out.dtype.element_ty), mask=col < D)
+        tile = load_tile(tile_rows, in_state, v0, D, BLOCK_V) * tl.exp(log_step) + phi_in[:, None] * v_in[None, :]
+        answer_anchored_heads(
+            q + n * q_row + g * R * q_head, low + n * RANK, out + (n * num_groups + g) * R * D, cos_here, sin_here,
+            cos_sink + n * HALF, sin_sink + n * HALF, far_up + g * R * D * RANK, mix_bias + g * R,
+            mix_weight + g * R * D, basis, nodes + g * K, log_weights + g * K, scale, tile, z, keys, values,
+            key_scales, value_scales, position, window, limit, live, v0, q_head,
+            R, D, K, HALF, ROTATED, SINKS, RANK, EXP, BLOCK_RANK, BLOCK_C, BLOCK_D, BLOCK_K, BLOCK_V, BLOCK_J,
+        )  # fmt: skip
         tl.debug_barrier()
-        kept_tile = stored(tile, state, f[:, None] * D + col[None, :], position)
-        in_tile = in_state[:, None] & (col < D)[None, :]
-        tl.store(tile_rows[:, None] + col[None, :], kept_tile, mask=in_tile, eviction_policy="evict_first")
+        store_tile(tile, state, tile_rows, in_state, position, v0, D, BLOCK_K, BLOCK_V)
     tl.debug_barrier()
     tl.store(z_here, z, mask=in_state)

@@ -7,23 +7,15 @@ its query heads while it is in registers.
 import triton
 import triton.language as tl
 
-from dijiang_model.ops.triton.kernels.parts import INDICES, features, narrowed, row_factors, scale_at, stored, turned
+from dijiang_model.ops.triton.kernels.parts import INDICES, features, rounded_as, row_factors, scale_at, stored, turned
 
 
 @triton.jit
-def near_part(
-    q, k_new, v, v_factor, v_scale, keys, values, key_scales, value_scales, cos, sin, cos_sink, sin_sink, mix_weight,
-    position, num_near, v0,
-    D: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_J: tl.constexpr,
+def scaled_queries(
+    q, cos, sin, cos_sink, sin_sink, mix_weight,
+    D: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, SINKS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Exact softmax of one query over the first `num_near` near rows and the new token, which is not written yet.
-
-    `v_factor` and `v_scale` are the `row_factors` of the new value.
-
-    Returns:
-        [BLOCK_V] weighted values, their weights' sum, and w_h . q of the mixing weight.
-    """
+    """[BLOCK_D] query over the square root of D, the same for sinks, and w_h . q of the mixing weight."""
     c = tl.arange(0, BLOCK_D)
     in_d = c < D
     query = turned(q, c, in_d, cos, sin, q, q, HALF, 0, 1)
@@ -36,30 +28,66 @@ def near_part(
     sink_query = query
     if SINKS > 0:
         sink_query = turned(q, c, in_d, cos_sink, sin_sink, q, q, HALF, 0, 1) * root
+    return query, sink_query, mixed
+
+
+@triton.jit
+def softmax_rows(
+    query, sink_query, keys, values, key_scales, value_scales, j, seen, v0, largest, total, sums,
+    D: tl.constexpr, SINKS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One step of a softmax over exact rows: the BLOCK_J rows j, as far as they are `seen`.
+
+    Returns:
+        The largest score, the sum of weights relative to it, and [BLOCK_V] weighted values.
+    """
+    c, col = tl.arange(0, BLOCK_D), v0 + tl.arange(0, BLOCK_V)
+    key_mask, value_mask = seen[:, None] & (c < D)[None, :], seen[:, None] & (col < D)[None, :]
+    key = tl.load(keys + j[:, None] * D + c[None, :], mask=key_mask, other=0.0).to(tl.float32)
+    scores = tl.sum(tl.where(j[:, None] < SINKS, sink_query[None, :], query[None, :]) * key, 1)
+    scores *= scale_at(key_scales + j, seen, keys)
+    scores = tl.where(seen, scores, float("-inf"))
+    now = tl.maximum(largest, tl.max(scores, 0))
+    weights = tl.exp(scores - now)
+    shrink = tl.exp(largest - now)
+    value = tl.load(values + j[:, None] * D + col[None, :], mask=value_mask, other=0.0)
+    scaled = weights * scale_at(value_scales + j, seen, values)
+    sums = sums * shrink + tl.sum(scaled[:, None] * value.to(tl.float32), 0)
+    return now, total * shrink + tl.sum(weights, 0), sums
+
+
+@triton.jit
+def exact_part(
+    q, k_new, v, v_factor, v_scale, keys, values, key_scales, value_scales, cos, sin, cos_sink, sin_sink, mix_weight,
+    position, num_exact, v0,
+    D: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Exact softmax of one query over the first `num_exact` exact rows and the new token, which is not written yet.
+
+    `v_factor` and `v_scale` are the `row_factors` of the new value.
+
+    Returns:
+        [BLOCK_V] weighted values, their weights' sum, and w_h . q of the mixing weight.
+    """
+    query, sink_query, mixed = scaled_queries(
+        q, cos, sin, cos_sink, sin_sink, mix_weight, D, HALF, ROTATED, SINKS, BLOCK_D
+    )
     col = v0 + tl.arange(0, BLOCK_V)
-    in_v = col < D
     largest = tl.sum(tl.where(position < SINKS, sink_query, query) * k_new)
     total = largest * 0 + 1.0
-    sums = narrowed(tl.load(v + col, mask=in_v, other=0.0).to(tl.float32), values, v_factor) * v_scale
+    sums = rounded_as(tl.load(v + col, mask=col < D, other=0.0).to(tl.float32), values, v_factor) * v_scale
     ring = position % WINDOW
     for start in range(0, SINKS + WINDOW, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         # A ring row holds the last position of its residue; the new token's own row still holds the one before.
         held = position - (ring - (j - SINKS) + WINDOW) % WINDOW
         in_ring = (j >= SINKS) & (held >= SINKS) & (held < position)
-        seen = (j < num_near) & (((j < SINKS) & (j < position)) | in_ring)
-        key = tl.load(keys + j[:, None] * D + c[None, :], mask=seen[:, None] & in_d[None, :], other=0.0).to(tl.float32)
-        scores = tl.sum(tl.where(j[:, None] < SINKS, sink_query[None, :], query[None, :]) * key, 1)
-        scores *= scale_at(key_scales + j, seen, keys)
-        scores = tl.where(seen, scores, float("-inf"))
-        now = tl.maximum(largest, tl.max(scores, 0))
-        weights = tl.exp(scores - now)
-        shrink = tl.exp(largest - now)
-        value = tl.load(values + j[:, None] * D + col[None, :], mask=seen[:, None] & in_v[None, :], other=0.0)
-        scaled = weights * scale_at(value_scales + j, seen, values)
-        sums = sums * shrink + tl.sum(scaled[:, None] * value.to(tl.float32), 0)
-        total = total * shrink + tl.sum(weights, 0)
-        largest = now
+        seen = (j < num_exact) & (((j < SINKS) & (j < position)) | in_ring)
+        largest, total, sums = softmax_rows(
+            query, sink_query, keys, values, key_scales, value_scales, j, seen, v0, largest, total, sums,
+            D, SINKS, BLOCK_D, BLOCK_V,
+        )  # fmt: skip
     return sums, total, mixed
 
 
@@ -74,19 +102,42 @@ def load_tile(here, in_state, v0, D: tl.constexpr, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
+def store_tile(
+    tile, state, here, in_state, position, v0, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """Writes a tile where `load_tile` read it, in the dtype of `state`."""
+    f, col = tl.arange(0, BLOCK_K), v0 + tl.arange(0, BLOCK_V)
+    mask = in_state[:, None] & (col < D)[None, :]
+    kept = stored(tile, state, f[:, None] * D + col[None, :], position)
+    tl.store(here[:, None] + col[None, :], kept, mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def new_row(
+    k, v, cos, sin, near_keys, near_values, D: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """The new token's key as it is kept [BLOCK_D] fp32, and its scale; the `row_factors` of its value."""
+    c = tl.arange(0, BLOCK_D)
+    key = turned(k, c, c < D, cos, sin, k, k, HALF, 0, 1)
+    k_factor, k_scale = row_factors(key, near_keys, 0)
+    v_factor, v_scale = row_factors(tl.load(v + c, mask=c < D, other=0.0).to(tl.float32), near_values, 0)
+    return rounded_as(key, near_keys, k_factor), k_scale, v_factor, v_scale
+
+
+@triton.jit
 def joined(
     phi, tile, z, sums, total, mixed, mix_bias,
     K: tl.constexpr, WINDOW: tl.constexpr, DENOMINATOR: tl.constexpr,
 ):  # fmt: skip
     """The read-out of one head: [BLOCK_V], normalised together with the window, or raw sums without a denominator."""
-    far = tl.sum(phi[:, None] * tile, 0)
+    linear = tl.sum(phi[:, None] * tile, 0)
     if not DENOMINATOR:
-        return far
-    far_total = tl.sum(phi * z, 0)
+        return linear
+    linear_total = tl.sum(phi * z, 0)
     if WINDOW == 0:
-        return far / far_total
+        return linear / linear_total
     mix = K * tl.exp(tl.load(mix_bias) + mixed)
-    return (sums + mix * far) / (total + mix * far_total)
+    return (sums + mix * linear) / (total + mix * linear_total)
 
 
 @triton.jit
@@ -111,10 +162,10 @@ def entering(
     `leaving_width` is D, or 0 where none leaves.
     """
     if WINDOW == 0:
-        HALF_FAR: tl.constexpr = HALF if ROTATED else 0
+        HALF_LINEAR: tl.constexpr = HALF if ROTATED else 0
         phi = features(
             k, cos, sin, k, k, k, k, basis, nodes, log_weights, scale, D,
-            D, K, HALF_FAR, False, 0, 1, EXP, BLOCK_C, BLOCK_K,
+            D, K, HALF_LINEAR, False, 0, 1, EXP, BLOCK_C, BLOCK_K,
         )  # fmt: skip
         return phi * write
     HALF_BACK: tl.constexpr = 0 if ROTATED else HALF
@@ -128,7 +179,7 @@ def entering(
 @triton.jit
 def answer_heads(
     q, low, out, cos, sin, cos_sink, sin_sink, far_up, mix_bias, mix_weight, basis, nodes, log_weights, scale,
-    tile, z, read, k_new, v, v_factor, v_scale, keys, values, key_scales, value_scales, position, num_near, v0, q_head,
+    tile, z, read, k_new, v, v_factor, v_scale, keys, values, key_scales, value_scales, position, num_exact, v0, q_head,
     R: tl.constexpr, D: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, RANK: tl.constexpr, EXP: tl.constexpr, DENOMINATOR: tl.constexpr,
     BLOCK_RANK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -138,19 +189,19 @@ def answer_heads(
 
     q, out, far_up, mix_bias and mix_weight point to the group's first head.
     """
-    HALF_FAR: tl.constexpr = HALF if ROTATED else 0
+    HALF_LINEAR: tl.constexpr = HALF if ROTATED else 0
     col = v0 + tl.arange(0, BLOCK_V)
     for r in range(R):
         q_here = q + r * q_head
         phi = features(
             q_here, cos, sin, far_up + r * D * RANK, low, q, q, basis, nodes, log_weights, scale, D,
-            D, K, HALF_FAR, False, RANK, BLOCK_RANK, EXP, BLOCK_C, BLOCK_K,
+            D, K, HALF_LINEAR, False, RANK, BLOCK_RANK, EXP, BLOCK_C, BLOCK_K,
         )  # fmt: skip
         sums, total, mixed = phi, 0.0, 0.0
         if WINDOW > 0:
-            sums, total, mixed = near_part(
+            sums, total, mixed = exact_part(
                 q_here, k_new, v, v_factor, v_scale, keys, values, key_scales, value_scales, cos, sin, cos_sink,
-                sin_sink, mix_weight + r * D, position, num_near, v0,
+                sin_sink, mix_weight + r * D, position, num_exact, v0,
                 D, HALF, ROTATED, WINDOW, SINKS, BLOCK_D, BLOCK_V, BLOCK_J,
             )  # fmt: skip
         answer = joined(phi * read, tile, z, sums, total, mixed, mix_bias + r, K, WINDOW, DENOMINATOR)
@@ -170,12 +221,66 @@ def remember(rows, row, new, at, width, sink_width, position, D: tl.constexpr, S
 
 
 @triton.jit
-def remember_scale(scales, row, scale, near, width, sink_width, position, SINKS: tl.constexpr):
+def remember_scale(scales, row, scale, exact, width, sink_width, position, SINKS: tl.constexpr):
     """The same for the scale of a row in int8."""
-    if near.dtype.element_ty == tl.int8:
+    if exact.dtype.element_ty == tl.int8:
         tl.store(scales + row, scale, mask=width > 0)
         if SINKS > 0:
             tl.store(scales + position, scale, mask=sink_width > 0)
+
+
+@triton.jit
+def move_and_answer(
+    q, k, v, low, out, cos, sin, cos_sink, sin_sink, far_up, mix_bias, mix_weight, basis, nodes, log_weights, scale,
+    tile, phi_in, decay, read, state, tile_rows, in_state, z_here, keys, values, key_scales, value_scales, ring_row,
+    position, width, leaving_width, q_head,
+    R: tl.constexpr, D: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, RANK: tl.constexpr, EXP: tl.constexpr, DENOMINATOR: tl.constexpr,
+    BLOCK_RANK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Moves one group's state on by phi_in [BLOCK_K] and the value that enters with it, and answers its heads.
+
+    Pointers are the group's own. `tile` has the first BLOCK_V columns of the state; `width` is D, or 0 for padding.
+    """
+    c = tl.arange(0, BLOCK_D)
+    sink_width = tl.where(position < SINKS, width, 0)
+    num_exact = tl.where(width > 0, SINKS + WINDOW, 0)
+    # Without a window nobody asks for these.
+    k_kept, k_scale, v_factor, v_scale, v_in_scale = phi_in, 1.0, 1.0, 1.0, 1.0
+    if WINDOW > 0:
+        k_kept, k_scale, v_factor, v_scale = new_row(k, v, cos, sin, keys, values, D, HALF, BLOCK_D)
+        v_in_scale = scale_at(value_scales + ring_row, leaving_width > 0, values)
+    z = phi_in
+    if DENOMINATOR:
+        z = phi_in + decay * tl.load(z_here, mask=in_state, other=0.0)
+    for v0 in range(0, D, BLOCK_V):  # one turn, unless the tile is too large for the registers
+        col = v0 + tl.arange(0, BLOCK_V)
+        if WINDOW > 0:
+            v_in = tl.load(values + ring_row * D + col, mask=col < leaving_width, other=0.0).to(tl.float32) * v_in_scale
+        else:
+            v_in = tl.load(v + col, mask=col < D, other=0.0).to(tl.float32)
+        tile = tile * decay + phi_in[:, None] * v_in[None, :]
+        answer_heads(
+            q, low, out, cos, sin, cos_sink, sin_sink, far_up, mix_bias, mix_weight, basis, nodes, log_weights, scale,
+            tile, z, read, k_kept * k_scale, v, v_factor, v_scale, keys, values, key_scales, value_scales, position,
+            num_exact, v0, q_head,
+            R, D, K, HALF, ROTATED, WINDOW, SINKS, RANK, EXP, DENOMINATOR, BLOCK_RANK, BLOCK_C, BLOCK_D, BLOCK_K,
+            BLOCK_V, BLOCK_J,
+        )  # fmt: skip
+        tl.debug_barrier()
+        store_tile(tile, state, tile_rows, in_state, position, v0, D, BLOCK_K, BLOCK_V)
+        tile = load_tile(tile_rows, in_state, v0 + BLOCK_V, D, BLOCK_V)  # nothing behind the last turn
+        if WINDOW > 0:
+            v_kept = rounded_as(tl.load(v + col, mask=col < D, other=0.0).to(tl.float32), values, v_factor)
+            remember(values, ring_row, v_kept, col, width, sink_width, position, D, SINKS)
+    tl.debug_barrier()
+    if DENOMINATOR:
+        tl.store(z_here, z, mask=in_state)
+    if WINDOW > 0:
+        remember(keys, ring_row, k_kept, c, width, sink_width, position, D, SINKS)
+        remember_scale(key_scales, ring_row, k_scale, keys, width, sink_width, position, SINKS)
+        remember_scale(value_scales, ring_row, v_scale, values, width, sink_width, position, SINKS)
 
 
 @triton.jit(do_not_specialize_on_alignment=INDICES)
@@ -193,80 +298,41 @@ def decode_kernel(
 
     q [N, H, D], k and v [N, G, D] with any strides of rows and heads; low [N, RANK]; out [N, H, D].
     cos, sin and those of sinks [N, HALF]; late ones [HALF], the angles of WINDOW positions. state [P, G, K, D],
-    normaliser [P, G, K], near rows [P, G, SINKS + WINDOW, D] and, where they are int8, scales [P, G, SINKS + WINDOW],
+    normaliser [P, G, K], exact rows [P, G, SINKS + WINDOW, D] and, where they are int8, scales [P, G, SINKS + WINDOW],
     each slot contiguous, `*_slot` elements from one to the next.
     """
     n, g, num_groups = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     slot, position = tl.load(slots + n), tl.load(positions + n)
-    f, c = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    f = tl.arange(0, BLOCK_K)
     # A block may not be masked by a scalar in every version of Triton; bounds may depend on one.
     width = tl.where(slot > 0, D, 0)
     in_state = f < tl.where(slot > 0, K, 0)
-    num_near = tl.where(slot > 0, SINKS + WINDOW, 0)
     leaving_width = tl.where(position - WINDOW >= SINKS, width, 0)
-    sink_width = tl.where(position < SINKS, width, 0)
     log_step, write, read = factors(
         table_decay, table_write, table_read, log_decay, position, num_entries, g, num_groups, TABLE
     )
-    decay = tl.exp(log_step)
     # On its way while features are computed: the state is most of what has to be moved.
     tile_rows = state + slot * state_slot + (g * K + f) * D
     tile = load_tile(tile_rows, in_state, 0, D, BLOCK_V)
 
     k_here, v_here = k + n * k_row + g * k_head, v + n * v_row + g * v_head
     cos_here, sin_here = cos + n * HALF, sin + n * HALF
-    near = slot * near_slot + g * (SINKS + WINDOW) * D
-    keys, values = near_keys + near, near_values + near
+    exact = slot * near_slot + g * (SINKS + WINDOW) * D
+    keys, values = near_keys + exact, near_values + exact
     near_scale = slot * scales_slot + g * (SINKS + WINDOW)
     key_scales, value_scales = near_key_scales + near_scale, near_value_scales + near_scale
     ring_row = SINKS + position % WINDOW if WINDOW > 0 else 0
-    leaving_scale = scale_at(key_scales + ring_row, leaving_width > 0, near_keys)
+    leaving_scale = scale_at(key_scales + ring_row, leaving_width > 0, keys)
     phi_in = entering(
         k_here, keys + ring_row * D, leaving_scale, cos_here, sin_here, late_cos, late_sin, basis, nodes + g * K,
         log_weights + g * K, scale, leaving_width, log_step, write, D, K, HALF, ROTATED, WINDOW, EXP, BLOCK_C, BLOCK_K,
     )  # fmt: skip
-    # Without a window nobody asks for these.
-    k_kept, k_scale, v_factor, v_scale, v_in_scale = phi_in, 1.0, 1.0, 1.0, 1.0
-    if WINDOW > 0:
-        k_new = turned(k_here, c, c < D, cos_here, sin_here, k, k, HALF, 0, 1)
-        k_factor, k_scale = row_factors(k_new, near_keys, 0)
-        k_kept = narrowed(k_new, near_keys, k_factor)
-        v_factor, v_scale = row_factors(tl.load(v_here + c, mask=c < D, other=0.0).to(tl.float32), near_values, 0)
-        v_in_scale = scale_at(value_scales + ring_row, leaving_width > 0, near_values)
-    z = phi_in
-    z_here = normaliser + slot * normaliser_slot + g * K + f
-    if DENOMINATOR:
-        z = phi_in + decay * tl.load(z_here, mask=in_state, other=0.0)
-
-    for v0 in range(0, D, BLOCK_V):  # one turn, unless the tile is too large for the registers
-        col = v0 + tl.arange(0, BLOCK_V)
-        if WINDOW > 0:
-            v_in = tl.load(values + ring_row * D + col, mask=col < leaving_width, other=0.0).to(tl.float32)
-            v_in *= v_in_scale
-        else:
-            v_in = tl.load(v_here + col, mask=col < D, other=0.0).to(tl.float32)
-        tile = tile * decay + phi_in[:, None] * v_in[None, :]
-        answer_heads(
-            q + n * q_row + g * R * q_head, low + n * RANK, out + (n * num_groups + g) * R * D,
-            cos_here, sin_here, cos_sink + n * HALF, sin_sink + n * HALF, far_up + g * R * D * RANK, mix_bias + g * R,
-            mix_weight + g * R * D, basis, nodes + g * K, log_weights + g * K, scale, tile, z, read, k_kept * k_scale,
-            v_here, v_factor, v_scale, keys, values, key_scales, value_scales, position, num_near, v0, q_head,
-            R, D, K, HALF, ROTATED, WINDOW, SINKS, RANK, EXP, DENOMINATOR, BLOCK_RANK, BLOCK_C, BLOCK_D, BLOCK_K,
-            BLOCK_V, BLOCK_J,
-        )  # fmt: skip
-        tl.debug_barrier()
-        kept_tile = stored(tile, state, f[:, None] * D + col[None, :], position)
-        in_tile = in_state[:, None] & (col < D)[None, :]
-        tl.store(tile_rows[:, None] + col[None, :], kept_tile, mask=in_tile, eviction_policy="evict_first")
-        tile = load_tile(tile_rows, in_state, v0 + BLOCK_V, D, BLOCK_V)  # nothing behind the last turn
-        if WINDOW > 0:
-            v_new = tl.load(v_here + col, mask=col < D, other=0.0).to(tl.float32)
-            v_kept = narrowed(v_new, near_values, v_factor)
-            remember(values, ring_row, v_kept, col, width, sink_width, position, D, SINKS)
-    tl.debug_barrier()
-    if DENOMINATOR:
-        tl.store(z_here, z, mask=in_state)
-    if WINDOW > 0:
-        remember(keys, ring_row, k_kept, c, width, sink_width, position, D, SINKS)
-        remember_scale(key_scales, ring_row, k_scale, near_keys, width, sink_width, position, SINKS)
-        remember_scale(value_scales, ring_row, v_scale, near_values, width, sink_width, position, SINKS)
+    move_and_answer(
+        q + n * q_row + g * R * q_head, k_here, v_here, low + n * RANK, out + (n * num_groups + g) * R * D, cos_here,
+        sin_here, cos_sink + n * HALF, sin_sink + n * HALF, far_up + g * R * D * RANK, mix_bias + g * R,
+        mix_weight + g * R * D, basis, nodes + g * K, log_weights + g * K, scale, tile, phi_in, tl.exp(log_step), read,
+        state, tile_rows, in_state, normaliser + slot * normaliser_slot + g * K + f, keys, values, key_scales,
+        value_scales, ring_row, position, width, leaving_width, q_head,
+        R, D, K, HALF, ROTATED, WINDOW, SINKS, RANK, EXP, DENOMINATOR, BLOCK_RANK, BLOCK_C, BLOCK_D, BLOCK_K, BLOCK_V,
+        BLOCK_J,
+    )  # fmt: skip

@@ -12,7 +12,7 @@ Triton compiles a kernel anew for each pattern of aligned arguments: 2^5 of them
 
 @triton.jit
 def channels(x, c, mask, up, low, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr):
-    """x[c] in fp32; with a RANK (c 1-D then) x + U low, the far queries' update."""
+    """x[c] in fp32; with a RANK (c 1-D then) x + U low, the linear branch's queries' update."""
     value = tl.load(x + c, mask=mask, other=0.0).to(tl.float32)
     if RANK > 0:
         r = tl.arange(0, BLOCK_RANK)
@@ -122,14 +122,14 @@ def rounded(x, like, EMULATED: tl.constexpr):
 
 
 @triton.jit
-def row_factors(value, near, AXIS: tl.constexpr):
-    """Of whole rows of fp32 values along AXIS: the factor that `narrowed` takes, and the scale that goes with codes.
+def row_factors(value, exact, AXIS: tl.constexpr):
+    """Of whole rows of fp32 values along AXIS: the factor that `rounded_as` takes, and the scale that goes with codes.
 
-    For near rows in int8 127 over the largest magnitude, and the inverse; a row that is not finite has the scale NaN,
-    one of zeros the scale 0 (`ops.narrow.round_rows`). 1 and 1 for others.
+    For exact rows in int8 127 over the largest magnitude, and the inverse; a row that is not finite has the scale NaN,
+    one of zeros the scale 0 (`ops.torch.rounding.round_rows`). 1 and 1 for others.
     """
     factor, scale = 1.0, 1.0
-    if near.dtype.element_ty == tl.int8:
+    if exact.dtype.element_ty == tl.int8:
         # Magnitudes are in the order of their bits, and NaN is the largest.
         most = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS)
         is_finite = most < 0x7F800000
@@ -142,23 +142,23 @@ def row_factors(value, near, AXIS: tl.constexpr):
 
 
 @triton.jit
-def narrowed(value, near, factor):
-    """fp32 values as the near rows hold them, in fp32 again: rounded to their dtype; in int8 codes without their scale.
+def rounded_as(value, exact, factor):
+    """fp32 values as the exact rows hold them, in fp32 again: rounded to their dtype; in int8 without their scale.
 
     `factor`: the first of `row_factors`.
     """
-    if near.dtype.element_ty == tl.int8:
+    if exact.dtype.element_ty == tl.int8:
         # The bounds also keep product and sum apart: fused, a number beside a tie would go to the other side.
         bounded = tl.minimum(tl.maximum(tl.where(factor > 0, value, 0.0) * factor, -127.0), 127.0)
         value = (bounded + 12582912.0) - 12582912.0  # to an integer, ties to even
-    return value.to(near.dtype.element_ty).to(tl.float32)
+    return value.to(exact.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
-def scale_at(scales, mask, near):
-    """Scales of near rows at pointers; 1 for rows that have none. 0 where masked."""
+def scale_at(scales, mask, exact):
+    """Scales of exact rows at pointers; 1 for rows that have none. 0 where masked."""
     scale = 1.0
-    if near.dtype.element_ty == tl.int8:
+    if exact.dtype.element_ty == tl.int8:
         scale = tl.load(scales, mask=mask, other=0.0)
     return scale
 
@@ -173,16 +173,16 @@ def operand(x, like, EMULATED: tl.constexpr):
 
 @triton.jit
 def stored(x, like, place, position):
-    """fp32 values of a state in the dtype that `like` points to: bf16 stochastically (`ops.narrow`), others nearest.
+    """fp32 values of a state in the dtype that `like` points to: bf16 stochastically (`ops.torch.rounding`).
 
     `place` [...] is each value's place in its head's S, `position` that of the last token in it.
     """
     if like.dtype.element_ty == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        dice = place.to(tl.uint32) * 0x9E3779B1 + position.to(tl.uint32) * 0x85EBCA6B
-        dice = (dice ^ (dice >> 16)) * 0x7FEB352D
-        dice = (dice ^ (dice >> 15)) * 0x846CA68B
-        raised = (bits + (dice >> 16).to(tl.int32)) & -65536
+        random = place.to(tl.uint32) * 0x9E3779B1 + position.to(tl.uint32) * 0x85EBCA6B
+        random = (random ^ (random >> 16)) * 0x7FEB352D
+        random = (random ^ (random >> 15)) * 0x846CA68B
+        raised = (bits + (random >> 16).to(tl.int32)) & -65536
         is_finite = (bits & 0x7F800000) != 0x7F800000
         x = tl.where(is_finite, raised, bits).to(tl.float32, bitcast=True)
     return x.to(like.dtype.element_ty)

@@ -8,8 +8,8 @@ import triton.language as tl
 
 from dijiang_model.ops.triton.kernels.parts import (
     INDICES,
-    narrowed,
     positive,
+    rounded_as,
     row_factors,
     scale_at,
     turned,
@@ -92,13 +92,13 @@ def queries_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=INDICES)
 def keys_kernel(
-    k, v, rotated, coded, key_scales, value_scales, cos, sin, chunk_sequence, chunk_offset, starts, k_row, k_head,
+    k, v, rotated, int8_values, key_scales, value_scales, cos, sin, chunk_sequence, chunk_offset, starts, k_row, k_head,
     v_row, v_head,
     D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (M, G): the rotated keys [T, G, D], in the near rows' dtype.
+    """Grid (M, G): the rotated keys [T, G, D], in the exact rows' dtype.
 
-    Where that is int8 also the values, `coded` [T, G, D], and the scales of both [T, G].
+    Where that is int8 also the values, `int8_values` [T, G, D], and the scales of both [T, G].
     """
     g = tl.program_id(1)
     num_groups = tl.num_programs(1)
@@ -112,13 +112,40 @@ def keys_kernel(
     if rotated.dtype.element_ty == tl.int8:
         token = rows * num_groups + g
         factor, key_scale = row_factors(key, rotated, 1)
-        key = narrowed(key, rotated, factor[:, None])
+        key = rounded_as(key, rotated, factor[:, None])
         value = tl.load(v + rows * v_row + g * v_head + c, mask=mask, other=0.0).to(tl.float32)
-        factor, value_scale = row_factors(value, coded, 1)
-        tl.store(coded + here, narrowed(value, coded, factor[:, None]).to(coded.dtype.element_ty), mask=mask)
+        factor, value_scale = row_factors(value, int8_values, 1)
+        tl.store(
+            int8_values + here,
+            rounded_as(value, int8_values, factor[:, None]).to(int8_values.dtype.element_ty),
+            mask=mask,
+        )
         tl.store(key_scales + token, key_scale[:, None], mask=i < count)
         tl.store(value_scales + token, value_scale[:, None], mask=i < count)
     tl.store(rotated + here, key.to(rotated.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def leaving_rows(
+    rotated, v, key_scales, value_scales, near_keys, near_values, near_key_scales, near_value_scales, rows, source,
+    leaves, slot, position, v_row, v_head, near_slot, scales_slot, g, num_groups,
+    D: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Pointers [C] to the keys, the values and the scales of both that leave the window when `rows` come.
+
+    `source` [C]: their places in the segment; below 0 they are in the ring.
+    """
+    is_here = source >= 0
+    ring_row = g * (SINKS + WINDOW) + SINKS + position % WINDOW
+    ring, ring_scale = slot * near_slot + ring_row * D, slot * scales_slot + ring_row
+    own_scale = (rows - WINDOW) * num_groups + g
+    key = tl.where(is_here, rotated + own_scale * D, near_keys + ring)
+    value = tl.where(is_here, v + (rows - WINDOW) * v_row + g * v_head, near_values + ring)
+    # Rows that nothing leaves for are read as the ring's row 0, which is there, and come to nothing afterwards.
+    key = tl.where(leaves, key, near_keys + slot * near_slot)
+    key_scale = tl.where(is_here, key_scales + own_scale, near_key_scales + ring_scale)
+    value_scale = tl.where(is_here, value_scales + own_scale, near_value_scales + ring_scale)
+    return key, value, key_scale, value_scale
 
 
 @triton.jit(do_not_specialize_on_alignment=INDICES)
@@ -134,7 +161,7 @@ def entering_kernel(
 
     Without a window that is the token itself. With one it is the token that leaves it: of the same segment, or of
     the ring as the step before left it. Write factors and the decay of the window's steps are folded in, and the
-    scales of near rows in int8: `key_scales` and `value_scales` [T, G] of `rotated` and v, and those of the ring.
+    scales of exact rows in int8: `key_scales` and `value_scales` [T, G] of `rotated` and v, and those of the ring.
     """
     g = tl.program_id(1)
     num_groups = tl.num_programs(1)
@@ -146,19 +173,12 @@ def entering_kernel(
     if WINDOW > 0:
         source = offset + i - WINDOW
         position = tl.load(positions + tl.load(starts + n)) + source
-        slot = tl.load(slots + n)
-        ring_row = g * (SINKS + WINDOW) + SINKS + position % WINDOW
-        ring = slot * near_slot + ring_row * D
-        ring_scale = slot * scales_slot + ring_row
-        own_scale = (rows - WINDOW) * num_groups + g
-        is_here = source >= 0
         leaves = (i < count) & (position >= SINKS)
-        key = tl.where(is_here, rotated + ((rows - WINDOW) * num_groups + g) * D, near_keys + ring)
-        value = tl.where(is_here, v + (rows - WINDOW) * v_row + g * v_head, near_values + ring)
-        # Rows that nothing leaves for are read as the ring's row 0, which is there, and come to nothing below.
-        key = tl.where(leaves, key, near_keys + slot * near_slot)
-        key_scale = tl.where(is_here, key_scales + own_scale, near_key_scales + ring_scale)
-        value_scale = tl.where(is_here, value_scales + own_scale, near_value_scales + ring_scale)
+        key, value, key_scale, value_scale = leaving_rows(
+            rotated, v, key_scales, value_scales, near_keys, near_values, near_key_scales, near_value_scales, rows,
+            source, leaves, tl.load(slots + n), position, v_row, v_head, near_slot, scales_slot, g, num_groups,
+            D, WINDOW, SINKS,
+        )  # fmt: skip
         HALF_BACK: tl.constexpr = 0 if ROTATED else HALF
         phi = block_features(
             key[:, None], rows[:, None], count, scale_at(key_scale[:, None], leaves[:, None], near_keys),
@@ -176,11 +196,11 @@ def entering_kernel(
             values = (values.to(tl.float32) * scales).to(v_in.dtype.element_ty)
         tl.store(v_here, values, mask=(i[:, None] < count) & (c < D))
     else:
-        HALF_FAR: tl.constexpr = HALF if ROTATED else 0
+        HALF_LINEAR: tl.constexpr = HALF if ROTATED else 0
         phi = block_features(
             k + rows[:, None] * k_row + g * k_head, rows[:, None], count, 1.0, cos, sin, cos, sin,
             basis, group_nodes, group_weights, scale,
-            D, K, HALF_FAR, False, EXP, C, BLOCK_C, BLOCK_K, PRECISION,
+            D, K, HALF_LINEAR, False, EXP, C, BLOCK_C, BLOCK_K, PRECISION,
         )  # fmt: skip
         if TABLE:
             phi *= table_factors(table_write, positions, rows, count, num_entries, g, num_groups, C)[:, None]

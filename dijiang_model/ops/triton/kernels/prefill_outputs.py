@@ -1,4 +1,4 @@
-"""Prefill, third part: what each chunk answers, from the state before it, from itself, and from the near tokens."""
+"""Prefill, third part: what each chunk answers, from the state before it, from itself, and from the exact tokens."""
 
 import triton
 import triton.language as tl
@@ -35,7 +35,31 @@ def softmax_step(
 
 
 @triton.jit
-def near_tokens(
+def rows_at(
+    rotated, v, key_scales, value_scales, kept_keys, kept_values, kept_key_scales, kept_value_scales, token, kept_row,
+    start, v_row, g, num_groups,
+    D: tl.constexpr,
+):  # fmt: skip
+    """Pointers [J] to keys, values and the scales of both: of `token` [J] in the segment that begins in row `start`,
+    or, below 0, of `kept_row` [J] in the slot."""
+    is_here = token >= 0
+    own = (start + token) * num_groups + g
+    key_at = tl.where(is_here, rotated + own * D, kept_keys + kept_row * D)
+    value_at = tl.where(is_here, v + (start + token) * v_row, kept_values + kept_row * D)
+    key_scale_at = tl.where(is_here, key_scales + own, kept_key_scales + kept_row)
+    return key_at, value_at, key_scale_at, tl.where(is_here, value_scales + own, kept_value_scales + kept_row)
+
+
+@triton.jit
+def mixing_weights(q, query, mix_weight, c, mask, D: tl.constexpr, ROTATED: tl.constexpr):
+    """[C] w_h . q of C queries at pointers q, of which `query` are the rotated ones."""
+    if not ROTATED:
+        query = tl.load(q + c, mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(query * tl.load(mix_weight + c, mask=c < D, other=0.0), 1)
+
+
+@triton.jit
+def exact_tokens(
     q, rotated, v, key_scales, value_scales, near_keys, near_values, near_key_scales, near_value_scales, cos, sin,
     cos_sink, sin_sink, mix_weight, rows, row, count, offset, position, ring, ring_scales, q_row, v_row, g, v0,
     num_groups, like,
@@ -45,61 +69,50 @@ def near_tokens(
 ):  # fmt: skip
     """Softmax of C queries over their windows and sinks.
 
-    q and v point to the head, `ring` and `ring_scales` are the offsets of the near rows and their scales, `position` is
-    that of the segment's first token.
+    q and v point to the head, `ring` and `ring_scales` are the offsets of the exact rows and their scales, `position`
+    is that of the segment's first token.
 
     Returns:
         [C, BLOCK_V] weighted values, [C] sums of weights, [C] w_h . q of the mixing weight.
     """
-    i = tl.arange(0, C)[:, None]
-    c = tl.arange(0, BLOCK_D)[None, :]
+    i, c = tl.arange(0, C)[:, None], tl.arange(0, BLOCK_D)[None, :]
     col = v0 + tl.arange(0, BLOCK_V)[None, :]
     mask = (i < count) & (c < D)
-    angles = rows[:, None] * HALF
-    here = q + rows[:, None] * q_row
+    angles, here = rows[:, None] * HALF, q + rows[:, None] * q_row
     query = turned(here, c, mask, cos + angles, sin + angles, q, q, HALF, 0, 1)
-    mixing = query
-    if not ROTATED:
-        mixing = tl.load(here + c, mask=mask, other=0.0).to(tl.float32)
-    mixed = tl.sum(mixing * tl.load(mix_weight + c, mask=c < D, other=0.0), 1)
+    mixed = mixing_weights(here, query, mix_weight, c, mask, D, ROTATED)
     queries = rounded(query, like, EMULATED)
     root = 1.0 / tl.sqrt(D * 1.0)
     largest = tl.full([C], float("-inf"), tl.float32)
     total = tl.zeros([C], tl.float32)
     sums = tl.zeros([C, BLOCK_V], tl.float32)
-    j = tl.arange(0, BLOCK_J)
-    start = row - offset
+    j, start = tl.arange(0, BLOCK_J), row - offset
     for step in range(0, C + WINDOW - 1, BLOCK_J):
         behind = step + j - (WINDOW - 1)  # of the chunk's first token
         token = offset + behind
         held = position + token
         exists = (held >= SINKS) & (behind < count)
-        is_here = token >= 0
-        ring_row = SINKS + held % WINDOW
-        from_ring, scale_from_ring = ring + ring_row * D, ring_scales + ring_row
-        own = (start + token) * num_groups + g
-        key_at = tl.where(is_here, rotated + own * D, near_keys + from_ring)
-        value_at = tl.where(is_here, v + (start + token) * v_row, near_values + from_ring)
-        key_scale_at = tl.where(is_here, key_scales + own, near_key_scales + scale_from_ring)
-        value_scale_at = tl.where(is_here, value_scales + own, near_value_scales + scale_from_ring)
+        key_at, value_at, key_scale_at, value_scale_at = rows_at(
+            rotated, v, key_scales, value_scales, near_keys + ring, near_values + ring, near_key_scales + ring_scales,
+            near_value_scales + ring_scales, token, SINKS + held % WINDOW, start, v_row, g, num_groups, D,
+        )  # fmt: skip
         seen = (behind[None, :] <= i) & (behind[None, :] > i - WINDOW)
         largest, total, sums = softmax_step(
             queries, key_at, value_at, key_scale_at, value_scale_at, exists, seen, c, col, root, largest, total, sums,
             like, D, PRECISION, EMULATED,
         )  # fmt: skip
     if SINKS > 0:
-        sink_query = turned(here, c, mask, cos_sink + angles, sin_sink + angles, q, q, HALF, 0, 1)
-        queries = rounded(sink_query, like, EMULATED)
+        query = turned(here, c, mask, cos_sink + angles, sin_sink + angles, q, q, HALF, 0, 1)
+        queries = rounded(query, like, EMULATED)
         for step in range(0, SINKS, BLOCK_J):
             sink = step + j
             token = sink - position
-            is_here = token >= 0
             exists = (sink < SINKS) & (token < offset + count)
-            own = (start + token) * num_groups + g
-            key_at = tl.where(is_here, rotated + own * D, near_keys + ring + sink * D)
-            value_at = tl.where(is_here, v + (start + token) * v_row, near_values + ring + sink * D)
-            key_scale_at = tl.where(is_here, key_scales + own, near_key_scales + ring_scales + sink)
-            value_scale_at = tl.where(is_here, value_scales + own, near_value_scales + ring_scales + sink)
+            key_at, value_at, key_scale_at, value_scale_at = rows_at(
+                rotated, v, key_scales, value_scales, near_keys + ring, near_values + ring,
+                near_key_scales + ring_scales, near_value_scales + ring_scales, token, sink, start, v_row, g,
+                num_groups, D,
+            )  # fmt: skip
             seen = token[None, :] <= offset + i
             largest, total, sums = softmax_step(
                 queries, key_at, value_at, key_scale_at, value_scale_at, exists, seen, c, col, root, largest, total,
@@ -109,7 +122,7 @@ def near_tokens(
 
 
 @triton.jit
-def far_tokens(
+def linear_tokens(
     phi_q, phi_in, v_in, chunk_states, chunk_normalisers, total, rows, count, m, h, g, v0, num_heads, num_groups, v_row,
     v_head,
     D: tl.constexpr, K: tl.constexpr, DENOMINATOR: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -172,23 +185,23 @@ def outputs_kernel(
     i = tl.arange(0, C)
     rows = row + i
     total, _ = chunk_totals(log_decay, table_decay, positions, rows, count, num_entries, g, num_groups, TABLE, C)
-    sums, weights = far_tokens(
+    sums, weights = linear_tokens(
         phi_q, phi_in, v_in, chunk_states, chunk_normalisers, total, rows, count,
         m, h, g, v0, num_heads, num_groups, v_in_row, v_in_head,
         D, K, DENOMINATOR, C, BLOCK_K, BLOCK_V, PRECISION, EMULATED,
     )  # fmt: skip
     if WINDOW > 0:
-        slot, near_row = tl.load(slots + n), g * (SINKS + WINDOW)
-        near, near_weights, mixed = near_tokens(
+        slot, exact_row = tl.load(slots + n), g * (SINKS + WINDOW)
+        exact, exact_weights, mixed = exact_tokens(
             q + h * q_head, rotated, v + g * v_head, key_scales, value_scales, near_keys, near_values, near_key_scales,
             near_value_scales, cos, sin, cos_sink, sin_sink, mix_weight + h * D, rows, row, count, offset,
-            tl.load(positions + row - offset), slot * near_slot + near_row * D, slot * scales_slot + near_row,
+            tl.load(positions + row - offset), slot * near_slot + exact_row * D, slot * scales_slot + exact_row,
             q_row, v_row, g, v0, num_groups, phi_in,
             D, HALF, ROTATED, WINDOW, SINKS, C, BLOCK_D, BLOCK_V, BLOCK_J, PRECISION, EMULATED,
         )  # fmt: skip
         mix = K * tl.exp(tl.load(mix_bias + h) + mixed)
-        sums = near + mix[:, None] * sums
-        weights = near_weights + mix * weights
+        sums = exact + mix[:, None] * sums
+        weights = exact_weights + mix * weights
     if DENOMINATOR:
         sums /= tl.where(i < count, weights, 1.0)[:, None]
     col = v0 + tl.arange(0, BLOCK_V)[None, :]

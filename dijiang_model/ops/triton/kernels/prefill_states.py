@@ -1,4 +1,4 @@
-"""Prefill, second part: the state before each chunk and after the last, chunk by chunk; and the near rows."""
+"""Prefill, second part: the state before each chunk and after the last, chunk by chunk; and the exact rows."""
 
 import triton
 import triton.language as tl
@@ -86,7 +86,7 @@ def copy_rows(
     rotated, v, key_scales, value_scales, near_keys, near_values, near_key_scales, near_value_scales, token, v_from, to,
     to_scale, c, is_row, D: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of tokens [J, 1] to the near rows at the offsets `to` [J, 1], with their scales if in int8."""
+    """Keys and values of tokens [J, 1] to the exact rows at the offsets `to` [J, 1], with their scales if in int8."""
     mask = is_row & (c < D)
     tl.store(near_keys + to + c, tl.load(rotated + token * D + c, mask=mask), mask=mask)
     tl.store(near_values + to + c, tl.load(v + v_from + c, mask=mask), mask=mask)
@@ -96,7 +96,7 @@ def copy_rows(
 
 
 @triton.jit(do_not_specialize_on_alignment=INDICES)
-def near_rows_kernel(
+def exact_rows_kernel(
     rotated, v, key_scales, value_scales, near_keys, near_values, near_key_scales, near_value_scales, slots, positions,
     starts, v_row, v_head, near_slot, scales_slot,
     D: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -108,7 +108,7 @@ def near_rows_kernel(
     start = tl.load(starts + n)
     length = tl.load(starts + n + 1) - start
     position = tl.load(positions + start)
-    slot, near_row = tl.load(slots + n), g * (SINKS + WINDOW)
+    slot, exact_row = tl.load(slots + n), g * (SINKS + WINDOW)
     c = tl.arange(0, BLOCK_D)[None, :]
     j = tl.arange(0, BLOCK_J)[:, None]
     oldest = tl.maximum(length - WINDOW, 0)
@@ -116,7 +116,7 @@ def near_rows_kernel(
         offset = oldest + begin + j
         is_row = (begin + j < WINDOW) & (offset < length)
         rows = start + offset
-        to_row = near_row + SINKS + (position + offset) % WINDOW
+        to_row = exact_row + SINKS + (position + offset) % WINDOW
         copy_rows(
             rotated, v, key_scales, value_scales, near_keys, near_values, near_key_scales, near_value_scales,
             rows * num_groups + g, rows * v_row + g * v_head, slot * near_slot + to_row * D,
@@ -126,7 +126,7 @@ def near_rows_kernel(
         offset = begin + j
         is_row = (offset < length) & (position + offset < SINKS)
         rows = start + offset
-        to_row = near_row + position + offset
+        to_row = exact_row + position + offset
         copy_rows(
             rotated, v, key_scales, value_scales, near_keys, near_values, near_key_scales, near_value_scales,
             rows * num_groups + g, rows * v_row + g * v_head, slot * near_slot + to_row * D,

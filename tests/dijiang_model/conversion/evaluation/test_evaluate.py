@@ -142,9 +142,9 @@ def test_facts_are_asked_for_by_distance_as_far_as_the_range_goes(tmp_path: Path
 
 def test_an_answer_is_right_where_every_token_is_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
     chat = Context(tokens(700), (Recalled((10, 12), (600, 602)), Recalled((20, 21), (610, 611))))
-    is_likeliest = torch.zeros(699, dtype=torch.bool)
-    is_likeliest[[599, 609]] = True  # of the first answer's two tokens one, of the second answer its only one
-    monkeypatch.setattr(recall, "token_scores", lambda variant, ids: (torch.arange(699.0), is_likeliest))
+    is_greedy = torch.zeros(699, dtype=torch.bool)
+    is_greedy[[599, 609]] = True  # of the first answer's two tokens one, of the second answer its only one
+    monkeypatch.setattr(recall, "token_scores", lambda variant, ids: (torch.arange(699.0), is_greedy))
     variant = Variant("x", tiny_model(), HybridAttention(), None)
     (result,) = recall_probe([variant], [chat])
     assert (result.distance, result.num, result.right) == ("500-1,000", 2, {"x": 0.5})

@@ -8,6 +8,7 @@ import torch
 
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import read_stored_config
+from dijiang_model.checkpoints.fingerprint import model_fingerprint
 from dijiang_model.config import FeatureConfig
 from dijiang_model.conversion.calibration.calibrate import Calibration
 from dijiang_model.conversion.default_model import ADAPTER, REPORT
@@ -17,7 +18,6 @@ from dijiang_model.conversion.training.adapters import (
     adapted_model,
     apply_adapter,
     load_adapter,
-    model_fingerprint,
     save_adapter,
 )
 from dijiang_model.errors import CheckpointError, ConfigError

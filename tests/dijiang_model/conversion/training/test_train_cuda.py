@@ -10,7 +10,7 @@ from dijiang_model.conversion.training.adapters import ADAPTER_FILE
 from dijiang_model.conversion.training.setup import prepare_run
 from dijiang_model.conversion.training.train import train
 from tests.dijiang_model.conversion.training.test_train import STUDENT, options
-from tests.dijiang_model.conversion.training.test_train_peers import launched
+from tests.dijiang_model.conversion.training.test_train_processes import launched
 from tests.tiny_models import HYBRID, llama_config, write_tiny_model
 
 pytestmark = [

@@ -33,21 +33,21 @@ class ThreadGroup:
         self._barrier.wait(PATIENCE_S)
         return laid
 
-    def sum_(self, x: Tensor) -> Tensor:
+    def all_reduce_(self, x: Tensor) -> Tensor:
         self.num_sums += 1
         return x.copy_(torch.stack([row[0] for row in self._exchange(x)]).sum(0))
 
-    def join(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         return torch.cat([row[0] for row in self._exchange(x)], dim=-1)
 
-    def collect(self, x: Tensor) -> list[Tensor] | None:
+    def gather(self, x: Tensor) -> list[Tensor] | None:
         laid = self._exchange(x)
         return [row[0] for row in laid] if self.rank == 0 else None
 
-    def deal(self, parts: Sequence[Tensor] | None, out: Tensor) -> Tensor:
+    def scatter(self, parts: Sequence[Tensor] | None, out: Tensor) -> Tensor:
         return out.copy_(self._exchange(*(parts or []))[0][self.rank])
 
-    def share_(self, x: Tensor) -> Tensor:
+    def broadcast_(self, x: Tensor) -> Tensor:
         return x.copy_(self._exchange(x)[0][0])
 
 

@@ -95,3 +95,26 @@ def test_kernels_that_know_no_gradients_serve_nobody_who_wants_them(monkeypatch:
     assert not selection._is_fused(x, x, norm=norm)
     with torch.no_grad():
         assert selection._is_fused(x, x, norm=norm)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_what_a_family_adds_to_its_norms_weights_is_added(dtype: torch.dtype) -> None:
+    norm = RMSNorm(80, eps=1e-6, dtype=dtype, offset=1.0)
+    norm.weight = nn.Parameter(random(80, seed=3, dtype=dtype), requires_grad=False)
+    x, delta = random(5, 80, seed=1, dtype=dtype), random(5, 80, seed=2, dtype=dtype)
+    total, normed = around.residual_norm(x, delta, norm)
+    wide = RMSNorm(80, eps=1e-6, dtype=torch.float64, offset=1.0)
+    wide.weight = nn.Parameter(norm.weight.double(), requires_grad=False)
+    assert_close_in_norm(normed.cpu().float(), wide.cpu()(total.double().cpu()), tolerance=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize(("num_rows", "width", "num_outputs"), [(3, 576, 16), (1, 1030, 5), (0, 64, 4)])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_a_product_with_few_rows_widens_what_it_reads(
+    dtype: torch.dtype, num_rows: int, width: int, num_outputs: int
+) -> None:
+    x = random(num_rows, 2 * width, seed=1, dtype=dtype)[:, :width]  # rows that lie apart
+    weight = random(num_outputs, width, seed=2, dtype=torch.float32)
+    product = around.wide_product(x, weight)
+    assert product.dtype == torch.float32
+    assert_close_in_norm(product.cpu(), x.double().cpu() @ weight.double().cpu().T, tolerance=5e-6)

@@ -20,10 +20,10 @@ from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
 from dijiang_model.ops.selection import step_angles
 from dijiang_model.ops.torch.attention import TorchAttention
-from dijiang_model.ops.torch.narrow import round_by_chance
+from dijiang_model.ops.torch.rounding import round_stochastically
 from dijiang_model.ops.triton import TritonAttention, read_out
-from dijiang_model.reference.narrow import round_row_naive
 from dijiang_model.reference.network import Form, _attention
+from dijiang_model.reference.rounding import round_row_naive
 from dijiang_model.rotary import rotary_frequencies
 from dijiang_model.state import StateBuffer, StateSpec
 from tests.dijiang_model.stepping import POISON, assert_close_in_norm
@@ -77,13 +77,13 @@ class Layer:
         *,
         dtype: torch.dtype,
         op: AttentionOp,
-        is_narrow: bool = False,
-        is_coded: bool = False,
+        has_bf16_sums: bool = False,
+        is_int8: bool = False,
     ) -> None:
         self.shape, self.dtype, self.op = shape, dtype, op
         self.device = DEVICE if isinstance(op, TritonAttention) else torch.device("cpu")
         self.attention = random_attention(shape, dtype).to(self.device)
-        self.attention.is_narrow, self.attention.has_coded_window = is_narrow, is_coded
+        self.attention.has_bf16_sums, self.attention.has_int8_window = has_bf16_sums, is_int8
         self.buffer = StateBuffer(StateSpec(self.attention.state_tensors()), len(lengths) + 2, self.device)
         self.buffer.storage.fill_(POISON)
         self.buffer.storage[2:] = 0
@@ -166,13 +166,13 @@ def random_inputs(shape: Shape, n: int, length: int) -> tuple[Tensor, Tensor, Te
     return tuple(x.bfloat16().float() for x in (q, k, v))  # type: ignore[return-value]  # the same in every dtype
 
 
-def reference_output(shape: Shape, n: int, length: int, *, is_coded: bool = False) -> Tensor:
+def reference_output(shape: Shape, n: int, length: int, *, is_int8: bool = False) -> Tensor:
     """[T, H * d] in fp64; with the `group_norm` read-out after the norm and an open gate.
 
-    `is_coded`: of keys and values that went through int8; of shapes without rotation.
+    `is_int8`: of keys and values that went through int8; of shapes without rotation.
     """
     q, k, v = (x.double() for x in random_inputs(shape, n, length))
-    if is_coded:
+    if is_int8:
         assert shape.rotary_dims == 0
         k, v = widened_naive(k), widened_naive(v)
     own = random_attention(shape, torch.float64).state_dict()
@@ -188,8 +188,8 @@ def reference_output(shape: Shape, n: int, length: int, *, is_coded: bool = Fals
 
 def widened_naive(rows: Tensor) -> Tensor:
     """[..., d] as it is after int8, by the naive twin."""
-    coded = [round_row_naive(row) for row in rows.flatten(0, -2).tolist()]
-    return torch.stack([torch.tensor(codes) * scale for codes, scale in coded]).view_as(rows).to(rows.dtype)
+    int8 = [round_row_naive(row) for row in rows.flatten(0, -2).tolist()]
+    return torch.stack([torch.tensor(codes) * scale for codes, scale in int8]).view_as(rows).to(rows.dtype)
 
 
 def gates(length: int, width: int) -> Tensor:
@@ -285,8 +285,8 @@ def test_states_in_bf16_are_rounded_by_chance_as_everywhere(decode: bool) -> Non
     """The same fp32 sums, stored in either dtype; what a step reads are bf16 numbers in both."""
     shape = Shape(1, 1, 64, 64, PURE)
     wide, narrow = (
-        Layer(shape, (9,), dtype=torch.float32, op=TritonAttention(), is_narrow=is_narrow)
-        for is_narrow in (False, True)
+        Layer(shape, (9,), dtype=torch.float32, op=TritonAttention(), has_bf16_sums=has_bf16_sums)
+        for has_bf16_sums in (False, True)
     )
     start = torch.randn(64, 64, generator=torch.Generator().manual_seed(8)).bfloat16().to(DEVICE)
     for layer in (wide, narrow):
@@ -294,7 +294,7 @@ def test_states_in_bf16_are_rounded_by_chance_as_everywhere(decode: bool) -> Non
         layer.fed = [3]
         layer.step([0], {}) if decode else layer.step([], {0: 5})
     sums = wide.attention.layer_state(wide.buffer).linear_state[2].cpu()
-    expected = round_by_chance(sums[None], torch.tensor([3 if decode else 7]))[0]
+    expected = round_stochastically(sums[None], torch.tensor([3 if decode else 7]))[0]
     found = narrow.attention.layer_state(narrow.buffer).linear_state[2].cpu()
     assert torch.equal(found, expected)
     assert not torch.equal(found, sums.bfloat16()), "not to the nearest"
@@ -305,7 +305,8 @@ def test_fp32_models_with_states_in_bf16_keep_their_near_rows_as_torch_does() ->
     shape = Shape(2, 1, 64, 64, replace(HYBRID, window=4, sinks=1))
     steps: list[tuple[list[int], dict[int, int]]] = [([], {0: 9}), ([0], {})]
     ours, torchs = (
-        Layer(shape, (10,), dtype=torch.float32, op=op, is_narrow=True) for op in (TritonAttention(), TorchAttention())
+        Layer(shape, (10,), dtype=torch.float32, op=op, has_bf16_sums=True)
+        for op in (TritonAttention(), TorchAttention())
     )
     (output,), (expected,) = ours.run(steps), torchs.run(steps)
     assert_close_in_norm(output, expected, tolerance=BF16_TOLERANCE)

@@ -22,7 +22,7 @@ from tests.dijiang_model.ops.triton.test_triton_attention import (
     Shape,
     random_attention,
 )
-from tests.dijiang_model.ops.triton.test_triton_coded_windows import TIE_TOLERANCE
+from tests.dijiang_model.ops.triton.test_triton_int8_windows import TIE_TOLERANCE
 from tests.dijiang_model.stepping import assert_close_in_norm
 
 pytestmark = [
@@ -48,11 +48,11 @@ class Step:
         num_decode: int,
         lengths: tuple[int, ...],
         dtype: torch.dtype,
-        is_coded: bool = False,
-        is_narrow: bool = False,
+        is_int8: bool = False,
+        has_bf16_sums: bool = False,
     ) -> None:
         self.attention = random_attention(shape, dtype).to(DEVICE)
-        self.attention.has_coded_window, self.attention.is_narrow = is_coded, is_narrow
+        self.attention.has_int8_window, self.attention.has_bf16_sums = is_int8, has_bf16_sums
         self.num_slots = num_decode + len(lengths) + 1
         self.start = StateBuffer(StateSpec(self.attention.state_tensors()), self.num_slots, DEVICE)
         random = torch.Generator(DEVICE).manual_seed(1)
@@ -117,7 +117,7 @@ def test_many_rows_and_long_segments_equal_torchs_operator(name: str, dtype: tor
 @pytest.mark.parametrize("name", ["SmolLM2", "Pythia-1B"])
 def test_windows_in_int8_equal_torchs_operator(name: str) -> None:
     """But for numbers at ties, whose rotations differ in their last bit."""
-    step = Step(SHAPES[name], num_decode=97, lengths=(1, 700, 64, 65, 1500), dtype=torch.float32, is_coded=True)
+    step = Step(SHAPES[name], num_decode=97, lengths=(1, 700, 64, 65, 1500), dtype=torch.float32, is_int8=True)
     out, states = step.run(TritonAttention())
     expected, expected_states = step.run(TorchAttention())
     assert_close_in_norm(out, expected, tolerance=TIE_TOLERANCE)
@@ -128,19 +128,19 @@ def test_windows_in_int8_equal_torchs_operator(name: str) -> None:
             assert ((found - wanted).abs() <= 1).all()
 
 
-@pytest.mark.parametrize("is_coded", [False, True])
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_step_gives_the_same_bits_every_time(name: str, is_coded: bool) -> None:
+def test_a_step_gives_the_same_bits_every_time(name: str, is_int8: bool) -> None:
     """A race would show here sooner or later."""
-    if is_coded and SHAPES[name].attention.window == 0:
+    if is_int8 and SHAPES[name].attention.window == 0:
         pytest.skip("without a window there is nothing in int8")
     step = Step(
         SHAPES[name],
         num_decode=200,
         lengths=(130, 515),
         dtype=torch.bfloat16,
-        is_coded=is_coded,
-        is_narrow=is_coded,
+        is_int8=is_int8,
+        has_bf16_sums=is_int8,
     )
     out, states = step.run(TritonAttention())
     for _ in range(20):

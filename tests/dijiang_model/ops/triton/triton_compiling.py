@@ -153,11 +153,11 @@ def launches_of(
     *,
     dtype: torch.dtype = torch.bfloat16,
     state_dtype: torch.dtype = torch.float32,
-    is_coded: bool = False,
+    is_int8: bool = False,
     num_decode: int = 1,
     lengths: tuple[int, ...] = (69,),
 ) -> list[Launch]:
-    """All launches of a step of one layer with decode rows and prefill segments; `is_coded`: with near rows in int8."""
+    """All launches of a step of one layer with decode rows and prefill segments; `is_int8`: with exact rows in int8."""
     num_heads, num_groups, size, attention = SHAPES[shape]
     config = ModelConfig(
         "llama", 260, num_heads * size, 64, num_heads, num_groups, size, size, 1e4, 2048, 1e-5, "silu", False, False,
@@ -168,17 +168,17 @@ def launches_of(
         parameter.data.fill_(0.5)
     kernel.prepare()
     num_tokens, num_slots = num_decode + sum(lengths), num_decode + len(lengths) + 1
-    num_features, near = kernel.num_features, attention.window + attention.sinks
+    num_features, exact = kernel.num_features, attention.window + attention.sinks
     q = torch.zeros(num_tokens, num_heads, size, dtype=dtype)
     k, v = torch.zeros(2, num_tokens, num_groups, size, dtype=dtype)
-    near_dtype = torch.int8 if is_coded else dtype
-    near_rows = torch.zeros(2, num_slots, num_groups, near, size, dtype=near_dtype) if near else (None, None)
-    scales = torch.zeros(2, num_slots, num_groups, near) if near and is_coded else (None, None)
+    near_dtype = torch.int8 if is_int8 else dtype
+    exact_rows = torch.zeros(2, num_slots, num_groups, exact, size, dtype=near_dtype) if exact else (None, None)
+    scales = torch.zeros(2, num_slots, num_groups, exact) if exact and is_int8 else (None, None)
     has_normaliser = attention.read_out == "denominator"
     state = LayerState(
         torch.zeros(num_slots, num_groups, num_features, size, dtype=state_dtype),
         torch.zeros(num_slots, num_groups, num_features) if has_normaliser else None,
-        *near_rows,
+        *exact_rows,
         *scales,
     )
     positions, slots = torch.arange(num_tokens), torch.arange(1, num_slots)
@@ -206,7 +206,7 @@ def anchored_launches(shape: str, *, dtype: torch.dtype, state_dtype: torch.dtyp
         False, True, (attention,), position_table_length=64,
     )  # fmt: skip
     module = DiJiangAttention(config, 0, dtype=dtype)
-    module.is_narrow = state_dtype == torch.bfloat16
+    module.has_bf16_sums = state_dtype == torch.bfloat16
     for parameter in module.parameters():
         parameter.data.fill_(0.5)
     module.linear.prepare()
@@ -239,7 +239,7 @@ def resources(compiled: Any) -> dict[str, int]:
     }
 
 
-INT8: dict[str, Any] = {"state_dtype": torch.bfloat16, "is_coded": True}
+INT8: dict[str, Any] = {"state_dtype": torch.bfloat16, "is_int8": True}
 STEPS = ((1, (69,)), (2, (64, 1)), (3, (130,)), (4, (64, 64)), (6, (65, 64, 1)))
 """Decode rows and segments: what lies where in the step's one copy is different in each."""
 

@@ -122,6 +122,42 @@ def test_a_tenant_that_holds_all_slots_gives_one_up_and_goes_on_with_the_same_to
         assert sum(event.num_cached_tokens for event in events[name]) == 0
 
 
+@pytest.mark.parametrize("max_parked", [0, 1, 2])
+def test_no_more_slots_are_taken_than_there_is_memory_for_their_states(max_parked: int) -> None:
+    subject = scheduler(num_slots=4, max_step_tokens=64, max_parked=max_parked)
+    for number in range(4):
+        subject.add(of(A, f"a{number}", 1, 2))
+    plan(subject)
+    for number in range(3):
+        subject.add(of(Tenant(f"t{number}"), f"t{number}", 1))
+    for _ in range(5):
+        plan(subject)
+    assert subject.num_parked == max_parked
+    assert running(subject)["a"] == 4 - max_parked
+    for name in ("a0", "a1", "a2", "a3"):
+        subject.abort(name)
+    assert subject.num_parked == 0
+    plan(subject)
+    assert subject.num_running == 3, "who waited has the slots that are free"
+
+
+def test_who_takes_an_own_slot_back_needs_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shares, "QUANTUM", 6)
+    subject = scheduler(num_slots=1, max_parked=1)
+    for tenant in (A, B, C):
+        subject.add(of(tenant, tenant.name, 1, 2))
+    had: Counter[str] = Counter()
+    for _ in range(60):
+        had.update(plan(subject))
+        assert subject.num_parked <= 1
+    assert had["a"] > 20
+    assert had["b"] > 20
+    assert had["c"] == 0, "it waits for a slot that is free"
+    subject.abort("a")
+    subject.abort("b")
+    assert plan(subject) == {"c": 2}
+
+
 def test_a_slot_is_taken_only_from_who_has_more_and_by_weight() -> None:
     subject = scheduler(num_slots=4)
     for number in range(8):
@@ -230,6 +266,10 @@ def test_while_answers_run_prompts_take_no_more_than_their_gap_allows_and_all_of
     assert times.prompt_tokens(2) >= 60, "a step that was held up once counts no more than twice the mean"
     for _ in range(60):
         times.observe(2, 0, 0.5)
+        times.observe(2, 100, 0.5 + 100 * 0.001)
+    assert times.prompt_tokens(2) == pytest.approx(500, abs=5), "where answers alone take longer, prompts have half"
+    for _ in range(60):
+        times.observe(2, 100, 0.5 + 100 * 0.1)
     assert times.prompt_tokens(2) == LEAST_TOKENS
 
 
@@ -244,3 +284,5 @@ def test_a_scheduler_cuts_prompts_by_the_time_that_it_is_told() -> None:
     assert plan(subject)["long"] == 100
     subject.abort("answers")
     assert plan(subject)["long"] == 400
+    subject.add(of(C, "short", *range(10)))
+    assert plan(subject) == {"long": 90, "short": 10}, "two prompts: whoever is short need not wait for a whole step"

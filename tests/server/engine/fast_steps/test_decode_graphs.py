@@ -1,4 +1,4 @@
-"""Recorded decode steps and sampling that waits for the step before: the same tokens as plain, synchronous steps.
+"""Captured decode steps and sampling that waits for the step before: the same tokens as plain, synchronous steps.
 
 On a CPU recording is running again (`eager`): buckets, padding, fixed memory and order are the same as on a GPU.
 """
@@ -60,7 +60,7 @@ class CountingCapture:
 
 
 class Bench:
-    """An engine around a tiny model, with or without recorded steps."""
+    """An engine around a tiny model, with or without captured steps."""
 
     def __init__(
         self,
@@ -134,19 +134,19 @@ def test_every_number_of_rows_has_a_bucket_and_little_padding() -> None:
 
 
 @pytest.mark.parametrize("num_ahead", [0, 1])
-def test_recorded_steps_with_any_sampling_give_the_tokens_of_plain_ones(model: FrozenModel, num_ahead: int) -> None:
+def test_captured_steps_with_any_sampling_give_the_tokens_of_plain_ones(model: FrozenModel, num_ahead: int) -> None:
     requests = [*mixed_requests(12), make_request("plain", 5), make_request("drawn", 9, temperature=0.8, min_p=0.01)]
     expected, _ = Bench(model, num_ahead=0).run(requests)
-    recorded = Bench(model, num_ahead=num_ahead, buckets=(1, 2, 4, 6))
-    outputs, _ = recorded.run(requests)
+    captured = Bench(model, num_ahead=num_ahead, buckets=(1, 2, 4, 6))
+    outputs, _ = captured.run(requests)
     assert outputs == expected
-    assert sum(recorded.capture.replays[:4]) > 10
+    assert sum(captured.capture.replays[:4]) > 10
 
 
 def test_a_step_that_fits_no_bucket_runs_freshly(model: FrozenModel) -> None:
     requests = [make_request(f"r{n}", 3 + n, seed=n) for n in range(6)]
-    recorded = Bench(model, num_ahead=1, buckets=(2,))
-    assert recorded.run(requests)[0] == Bench(model, num_ahead=0).run(requests)[0]
+    captured = Bench(model, num_ahead=1, buckets=(2,))
+    assert captured.run(requests)[0] == Bench(model, num_ahead=0).run(requests)[0]
 
 
 @pytest.mark.parametrize(
@@ -162,9 +162,9 @@ def test_rows_of_every_kind_are_sampled_within_the_recording(
     model: FrozenModel, sampling: dict[str, float], kind: graph_sampling.Kind
 ) -> None:
     requests = [make_request(f"r{n}", 4 + n, seed=n, **sampling) for n in range(3)]
-    recorded = Bench(model, num_ahead=1, buckets=(4,))
-    assert recorded.run(requests)[0] == Bench(model, num_ahead=0).run(requests)[0]
-    forward, *samplings = recorded.capture.replays
+    captured = Bench(model, num_ahead=1, buckets=(4,))
+    assert captured.run(requests)[0] == Bench(model, num_ahead=0).run(requests)[0]
+    forward, *samplings = captured.capture.replays
     assert samplings[[*graph_sampling.KINDS].index(kind)] == forward > 0
 
 

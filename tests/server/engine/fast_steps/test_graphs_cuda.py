@@ -30,20 +30,20 @@ NUM_SLOTS = 6
         ("tiny-neox", "hybrid", torch.float32),
     ],
 )
-def test_recorded_steps_say_what_fresh_ones_say(
+def test_captured_steps_say_what_fresh_ones_say(
     shape: str, attention: str, state_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
     """Greedy, over buckets and slots in turn, padding included; fresh steps have as many rows, padding too."""
     torch.manual_seed(0)
     model = random_model(config_of(shape, attention), device="cuda", dtype=dtype).keep_states_in(state_dtype)
-    recorded, fresh = (StateBuffer(model.state_spec, NUM_SLOTS + 1, "cuda", cleared=True) for _ in range(2))
+    captured, fresh = (StateBuffer(model.state_spec, NUM_SLOTS + 1, "cuda", cleared=True) for _ in range(2))
     last = torch.arange(NUM_SLOTS + 1, device="cuda") * 7 % model.config.vocab_size
     last[0] = 0
     graphs = DecodeGraphs(
-        model, buffer=recorded, last_token_ids=last.clone(), buckets=(1, 2, 4, 6), capture=CudaCapture()
+        model, buffer=captured, last_token_ids=last.clone(), buckets=(1, 2, 4, 6), capture=CudaCapture()
     )
     graph_sampling.record(graphs, model.config.vocab_size)
-    recorded.storage.zero_()
+    captured.storage.zero_()
     for step in range(12):
         num_rows = 1 + step % NUM_SLOTS
         bucket = graphs.bucket_for(num_rows)
@@ -57,7 +57,7 @@ def test_recorded_steps_say_what_fresh_ones_say(
         tokens = graphs.sample(bucket, "greedy")
         assert torch.equal(tokens[:num_rows].long(), expected[:num_rows].argmax(-1))
         last[slots.cuda()] = expected.argmax(-1)
-    assert torch.equal(recorded.storage[1:], fresh.storage[1:])
+    assert torch.equal(captured.storage[1:], fresh.storage[1:])
 
 
 @torch.inference_mode()

@@ -160,3 +160,16 @@ def test_a_failure_is_logged_in_one_line_without_values(monkeypatch: pytest.Monk
         "step",
     ]
     assert "4815162342" not in lines[0]
+
+
+def test_requests_that_share_a_prompt_cross_in_one_message_with_one_prompt() -> None:
+    prompt = tuple(range(1, 2_000))
+    group = [replace(request(f"r{number}", *prompt), group="g") for number in range(16)]
+    other = request("other", 1, 2)
+    messages = AddRequests.of([*group, other])
+    assert len(messages) == 2
+    encoded = msgspec.msgpack.encode(messages[0])
+    assert len(encoded) < 2 * len(msgspec.msgpack.encode(prompt)) + 16 * 1_000
+    whole = msgspec.msgpack.decode(encoded, type=AddRequests).whole()
+    assert whole == group
+    assert all(one.prompt_token_ids is whole[0].prompt_token_ids for one in whole), "in memory it is there once, too"

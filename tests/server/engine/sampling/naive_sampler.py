@@ -71,7 +71,7 @@ def typical(probabilities: list[float], typical_p: float) -> list[float]:
 
 
 def naive_sample(scores: list[float], sampling: SamplingParams, output_index: int) -> int:
-    """The likeliest token, or the inverse CDF of the row's one uniform number, in vocabulary order."""
+    """The most likely token, or the inverse CDF of the row's one uniform number, in vocabulary order."""
     if sampling.temperature == 0:
         return scores.index(max(scores))
     point, reached = uniform(sampling.seed, output_index), 0.0

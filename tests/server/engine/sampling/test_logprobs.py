@@ -152,7 +152,7 @@ def test_log_probabilities_are_those_of_the_model(
             check_rows(answer.prompt, list(prompt[1:]), expected[: len(prompt) - 1], num_top=options.num_prompt)
 
 
-def test_further_tokens_come_behind_the_likeliest_ones(model: FrozenModel) -> None:
+def test_further_tokens_come_behind_the_most_likely_ones(model: FrozenModel) -> None:
     wide = make_request("wide", 12, LogprobOptions(num_output=2, num_prompt=1, token_ids=(7, 250, 0)))
     narrow = make_request("narrow", 5, LogprobOptions(num_output=0, token_ids=(9,)))
     answers = run(model, [wide, narrow])

@@ -122,8 +122,8 @@ def test_draws_follow_the_filtered_distribution() -> None:
         assert abs(counts[token] / num_draws - probability) <= deviation
 
 
-def test_typical_tokens_need_not_be_the_likeliest() -> None:
-    # Entropy 1.5 nats: the likeliest token says too little, the rare ones too much.
+def test_typical_tokens_need_not_be_the_most_likely() -> None:
+    # Entropy 1.5 nats: the most likely token says too little, the rare ones too much.
     probabilities = [0.5] + [0.09] * 5 + [0.05 / 6] * 6
     drawn = {sample_one(logits_of(probabilities), seed=seed, typical_p=0.4) for seed in range(60)}
     assert drawn == {1, 2, 3, 4, 5}
@@ -182,7 +182,7 @@ def test_top_p_keeps_the_token_that_crosses_it_and_the_first_always() -> None:
     assert {sample_one(logits, seed=seed, top_p=1e-300) for seed in range(100)} == {0}
 
 
-def test_min_p_one_keeps_only_the_likeliest() -> None:
+def test_min_p_one_keeps_only_the_most_likely() -> None:
     logits = logits_of([0.4, 0.39, 0.01] + [0.2 / (VOCAB_SIZE - 3)] * (VOCAB_SIZE - 3))
     assert {sample_one(logits, seed=seed, min_p=1.0) for seed in range(50)} == {0}
 

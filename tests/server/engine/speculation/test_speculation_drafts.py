@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.speculation.cost_model import MAX_ROWS, StepPrices
+from server.engine.speculation.cost_model import MAX_ROWS, StepCosts
 from server.engine.speculation.drafts import OwnTextDrafter, num_confirmed
 from server.engine.speculation.index import GAP, MAX_CANDIDATES, MAX_MATCH, TokenHistory
 from tests.server.engine.fakes import FREE
@@ -117,7 +117,7 @@ def test_a_short_history_takes_little_memory() -> None:
 
 
 def test_what_held_before_is_drafted_and_what_failed_is_not() -> None:
-    prices = StepPrices({1: 1.0, 2: 1.03, 3: 1.23})
+    costs = StepCosts({1: 1.0, 2: 1.03, 3: 1.23})
     prompt = [*range(50)]
     trusted, fooled = drafter_of(prompt), drafter_of(prompt)
     for _ in range(30):
@@ -126,48 +126,48 @@ def test_what_held_before_is_drafted_and_what_failed_is_not() -> None:
         for token_id in (1, 40, 2, 30, 3, 20):
             fooled.push(token_id)
     trusted.push(1)
-    assert trusted.draft(8, prices=prices, num_rows=1)[:4] == (2, 3, 4, 5)
-    assert len(trusted.draft(8, prices=prices, num_rows=1)) == 8
+    assert trusted.draft(8, costs=costs, num_rows=1)[:4] == (2, 3, 4, 5)
+    assert len(trusted.draft(8, costs=costs, num_rows=1)) == 8
     never = drafter_of([1, 2])
     for number in range(1_000):
         never.push(1)
         never.push(10 + number)
-    assert len(never.draft(8, prices=prices, num_rows=1)) == 0
+    assert len(never.draft(8, costs=costs, num_rows=1)) == 0
     never.push(1)
-    assert len(never.draft(8, prices=prices, num_rows=1)) <= 1
-    assert len(fooled.draft(8, prices=prices, num_rows=1)) <= len(trusted.draft(8, prices=prices, num_rows=1))
+    assert len(never.draft(8, costs=costs, num_rows=1)) <= 1
+    assert len(fooled.draft(8, costs=costs, num_rows=1)) <= len(trusted.draft(8, costs=costs, num_rows=1))
 
 
 def test_a_sequence_without_drafts_earns_them_back() -> None:
-    prices = StepPrices({1: 1.0, 2: 1.1, 3: 1.3})
+    costs = StepCosts({1: 1.0, 2: 1.1, 3: 1.3})
     drafter = drafter_of([1])
     for number in range(300):
         drafter.push(1)
         drafter.push(10 + number)
     drafter.push(1)
-    assert drafter.draft(8, prices=prices, num_rows=1) == ()
+    assert drafter.draft(8, costs=costs, num_rows=1) == ()
     for _ in range(40):
         for token_id in (2, 3, 1):
             drafter.push(token_id)
-    assert len(drafter.draft(8, prices=prices, num_rows=1)) == 8
+    assert len(drafter.draft(8, costs=costs, num_rows=1)) == 8
 
 
 def test_nothing_is_drafted_from_an_end_token_on() -> None:
     drafter = drafter_of([1, 2, 3, 99, 4, 1, 2], end_token_ids=frozenset({99}))
-    assert drafter.draft(8, prices=FREE, num_rows=1) == (3,)
-    assert drafter_of([1, 2, 3]).draft(8, prices=FREE, num_rows=1) == ()
+    assert drafter.draft(8, costs=FREE, num_rows=1) == (3,)
+    assert drafter_of([1, 2, 3]).draft(8, costs=FREE, num_rows=1) == ()
 
 
 @pytest.mark.parametrize("num_drafts", [0, 1, 3])
 def test_no_more_is_drafted_than_asked_for(num_drafts: int) -> None:
     drafter = drafter_of([1, 2, 3, 4, 5, 6, 1, 2])
-    assert drafter.draft(num_drafts, prices=FREE, num_rows=1) == (3, 4, 5)[:num_drafts]
+    assert drafter.draft(num_drafts, costs=FREE, num_rows=1) == (3, 4, 5)[:num_drafts]
 
 
 def test_rows_are_dearer_in_company() -> None:
-    prices = StepPrices({1: 1.0, 2: 1.03, 3: 1.23})
+    costs = StepCosts({1: 1.0, 2: 1.03, 3: 1.23})
     lengths = [
-        len(drafter_of([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]).draft(8, prices=prices, num_rows=rows))
+        len(drafter_of([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]).draft(8, costs=costs, num_rows=rows))
         for rows in (1, 4, 16, 256)
     ]
     assert lengths == sorted(lengths, reverse=True)
@@ -175,48 +175,48 @@ def test_rows_are_dearer_in_company() -> None:
 
 
 def test_drafts_fill_the_tiles_in_which_rows_are_multiplied() -> None:
-    prices = StepPrices({1: 1.0, 2: 1.6, 3: 1.6, 4: 1.6, 5: 3.0, 6: 3.0, 7: 3.0, 8: 1.7, 9: 9.0})
+    costs = StepCosts({1: 1.0, 2: 1.6, 3: 1.6, 4: 1.6, 5: 3.0, 6: 3.0, 7: 3.0, 8: 1.7, 9: 9.0})
     drafter = drafter_of([*range(40)])
     for _ in range(3):
         for token_id in range(40):
             drafter.push(token_id)
-    numbers = {most: len(drafter.draft(most, prices=prices, num_rows=1)) for most in range(1, 12)}
+    numbers = {most: len(drafter.draft(most, costs=costs, num_rows=1)) for most in range(1, 12)}
     assert {numbers[most] for most in (3, 4, 5, 6)} == {3}
     assert {numbers[most] for most in (7, 8, 9, 10, 11)} == {7}
 
 
-def test_prices_between_and_beyond_what_is_known_lie_on_straight_lines() -> None:
-    prices = StepPrices({1: 1.0, 2: 1.5, 4: 2.0})
-    assert [prices.step(rows) for rows in (1, 2, 3, 4, 6)] == pytest.approx([1.0, 1.5, 1.75, 2.0, 2.5])
-    assert prices.step(MAX_ROWS + 40) - prices.step(MAX_ROWS) == pytest.approx(40 * 0.25)
+def test_costs_between_and_beyond_what_is_known_lie_on_straight_lines() -> None:
+    costs = StepCosts({1: 1.0, 2: 1.5, 4: 2.0})
+    assert [costs.step(rows) for rows in (1, 2, 3, 4, 6)] == pytest.approx([1.0, 1.5, 1.75, 2.0, 2.5])
+    assert costs.step(MAX_ROWS + 40) - costs.step(MAX_ROWS) == pytest.approx(40 * 0.25)
 
 
-def test_prices_are_learned_from_the_steps_that_are_taken() -> None:
-    prices = StepPrices({1: 1.0, 2: 1.2, 8: 3.0})
+def test_costs_are_learned_from_the_steps_that_are_taken() -> None:
+    costs = StepCosts({1: 1.0, 2: 1.2, 8: 3.0})
     for _ in range(40):
-        prices.observe(1, 0.02)
-        prices.observe(8, 0.03)
-    assert prices.step(8) / prices.step(1) == pytest.approx(1.5, rel=0.15)
-    assert 1.0 < prices.step(2) / prices.step(1) < 1.3, "as known beforehand"
+        costs.observe(1, 0.02)
+        costs.observe(8, 0.03)
+    assert costs.step(8) / costs.step(1) == pytest.approx(1.5, rel=0.15)
+    assert 1.0 < costs.step(2) / costs.step(1) < 1.3, "as known beforehand"
 
 
 def test_a_price_that_was_not_seen_for_long_is_known_beforehand_again() -> None:
-    prices = StepPrices({1: 1.0, 8: 1.5})
-    prices.observe(1, 0.02)
-    prices.observe(8, 1.0)
-    dear = prices.step(8) / prices.step(1)
+    costs = StepCosts({1: 1.0, 8: 1.5})
+    costs.observe(1, 0.02)
+    costs.observe(8, 1.0)
+    dear = costs.step(8) / costs.step(1)
     assert 1.5 < dear < 3.0, "one step that was held up counts twice what it should have taken"
     for _ in range(5_000):
-        prices.observe(1, 0.02)
-    assert prices.step(8) / prices.step(1) == pytest.approx(1.5, rel=0.05)
+        costs.observe(1, 0.02)
+    assert costs.step(8) / costs.step(1) == pytest.approx(1.5, rel=0.05)
 
 
 @given(st.lists(st.tuples(st.integers(1, 200), st.floats(1e-6, 10.0)), max_size=60))
-def test_prices_are_positive_whatever_is_measured(observed: list[tuple[int, float]]) -> None:
-    prices = StepPrices({1: 1.0, 2: 1.2})
+def test_costs_are_positive_whatever_is_measured(observed: list[tuple[int, float]]) -> None:
+    costs = StepCosts({1: 1.0, 2: 1.2})
     for rows, seconds in observed:
-        prices.observe(rows, seconds)
-    assert all(prices.step(rows) > 0 for rows in range(1, MAX_ROWS + 20))
+        costs.observe(rows, seconds)
+    assert all(costs.step(rows) > 0 for rows in range(1, MAX_ROWS + 20))
 
 
 def pushed(history: TokenHistory, *tokens: int) -> TokenHistory:
@@ -297,16 +297,16 @@ def test_a_copy_of_a_history_goes_its_own_way() -> None:
 
 
 def test_a_prediction_is_trusted_until_it_proves_wrong() -> None:
-    prices = StepPrices({1: 1.0, 2: 1.2, 8: 1.6})
+    costs = StepCosts({1: 1.0, 2: 1.2, 8: 1.6})
     prediction = tuple(range(100, 200))
     drafter = drafter_of([1, 2, 3], prediction=prediction)
     assert drafter.follows_prediction
-    assert len(drafter.draft(7, prices=prices, num_rows=1)) == 7
+    assert len(drafter.draft(7, costs=costs, num_rows=1)) == 7
     for number in range(60):
         drafter.push(100 + number)
         drafter.push(1000 + number)
     drafter.push(160)
-    assert drafter.draft(7, prices=prices, num_rows=1) == ()
+    assert drafter.draft(7, costs=costs, num_rows=1) == ()
 
 
 @given(

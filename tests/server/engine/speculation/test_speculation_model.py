@@ -298,7 +298,7 @@ def test_drafts_are_made_by_default_where_they_can_be_verified(tmp_path: Path) -
 def test_drafts_that_could_not_be_verified_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="speculate is 3"):
         build_engine(tiny_network(native=False), engine_config(tmp_path, max_drafts=3))
-    assert speculation_of(0, can_hold=False, is_quantized=False) is None
+    assert speculation_of(0, can_defer=False, is_quantized=False) is None
 
 
 def test_repetition_takes_fewer_steps_than_tokens(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dijiang_model.native.library import load_library
-from dijiang_model.ops.torch.narrow import round_rows, widened_rows
+from dijiang_model.ops.torch.rounding import round_rows, widened_rows
 from dijiang_model.state import StateBuffer, StateSpec, StateTensor
 from server.engine.engine import Engine
 from server.engine.loading import Network, assemble_engine
@@ -155,7 +155,7 @@ def model_engine(*, native: bool) -> tuple[Engine, StatePool]:
     model = tiny_network(native=native)
     assert model.decode_path == ("native" if native else "torch")
     pool = StatePool(model.state_spec, 4)
-    network = Network(model, pool, model.config, 0, advance=model.advance if model.can_hold else None)
+    network = Network(model, pool, model.config, 0, advance=model.advance if model.can_defer else None)
     return assemble_engine(network, CONFIG), pool
 
 
