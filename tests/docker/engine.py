@@ -25,6 +25,8 @@ OWN_BASE = "dijiang-test/debian"
 PACKAGES = "ca-certificates,python3,python3-venv,python3-pip"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 COMPOSE = Path(sys.executable).with_name("docker-compose")
+WHEELS_PORT = 18437
+"""Always the same: the address is an argument of the build, and decides what of it is done already."""
 PULL_S, BUILD_S = 120, 3000
 
 
@@ -148,7 +150,7 @@ def wheels() -> Iterator[str]:
     if not Path(folder).is_dir() or not folder:
         yield ""
         return
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=folder))
+    server = ThreadingHTTPServer(("127.0.0.1", WHEELS_PORT), partial(_Quiet, directory=folder))
     Thread(target=server.serve_forever, daemon=True).start()
     with ExitStack() as stack:
         stack.callback(server.server_close)
