@@ -49,6 +49,16 @@ test-clients: $(VENV)/.dev $(VENV)/.model $(CLIENTS)/.python-clients $(CLIENTS)/
 test-docker: $(VENV)/.dev ## Build the image, start it through Compose, kill and resume it; says so where no Docker engine can be had
 	$(BIN)/python -m pytest -m docker tests/docker -rs
 
+.PHONY: test-chart
+test-chart: $(VENV)/.dev ## The Helm chart, rendered by Helm's engine and checked against the schemas of Kubernetes
+	$(PIP) install -c constraints.txt -e '.[chart]'
+	$(BIN)/python -m pytest tests/deploy
+
+.PHONY: test-ray
+test-ray: $(VENV)/.dev ## A fleet on Ray Serve: a killed engine, a rolling update, scaling, all under load
+	$(PIP) install -c constraints.txt -e '.[ray]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray tests/server/fleet
+
 .PHONY: docs
 docs: $(VENV)/.dev ## The documentation as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict

@@ -5,6 +5,7 @@ import contextlib
 import random
 import signal
 import socket
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     options = ("--max-conversations", str(NUM_SLOTS), "--max-step-tokens", "128", "--unread-timeout-s", "3600")
     with serving(folder, *options) as running:
         yield running
+
+
+def test_the_version_is_that_of_the_project(server: Server) -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert server.get("/version").json() == {"version": project["version"]}
 
 
 def test_64_requests_together_answer_as_each_alone(server: Server) -> None:
@@ -77,8 +83,7 @@ def test_200_clients_that_leave_at_once_free_every_slot(server: Server, prompt_l
             client = clients.enter_context(socket.create_connection((host, int(port))))
             client.sendall(f"{head}\r\n\r\n{body}".encode())
         until(lambda: _num_requests(server) == 200)
-    until(lambda: server.gauge("dijiang_slots_free") == NUM_SLOTS)
-    assert _num_requests(server) == 0
+    until(lambda: server.gauge("dijiang_slots_free") == NUM_SLOTS and _num_requests(server) == 0)
     assert server.greedy("after the storm", max_tokens=20) == before
 
 

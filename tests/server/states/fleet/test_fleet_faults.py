@@ -19,7 +19,7 @@ from tests.waiting import PATIENCE_S, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 FOR_EVER: dict[str, Any] = {"input": "Hi", "temperature": 0, "max_output_tokens": 1_000_000, "background": True}
-LONG: dict[str, Any] = {"input": "Tell me.", "seed": 5, "max_output_tokens": 3000, "ignore_eos": True}
+LONG: dict[str, Any] = {"input": "Tell me.", "seed": 5, "max_output_tokens": 12_000, "ignore_eos": True}
 
 
 def store(postgres: PostgresServer) -> tuple[str, ...]:
@@ -187,5 +187,5 @@ def test_a_later_schema_under_a_running_server_is_a_503_and_nothing_is_written(
         assert server.refused("POST", "/v1/states", json={"prompt": "x"})[:2] == (503, "state_store_unavailable")
         assert postgres.ask(count) == before
         assert server.complete("x")["finish_reason"] == "length"
-        postgres.ask(f"UPDATE {options[-1]}.version SET number = 2")
+        postgres.ask(f"UPDATE {options[-1]}.version SET number = 3")
         assert server.complete("!", state_id=state)["finish_reason"] == "length"
