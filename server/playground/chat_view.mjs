@@ -101,6 +101,7 @@ export class ChatView {
         log.replaceChildren(...shown);
       }
     } else log.replaceChildren(record.isPartial && state ? unknownPast(state) : this.#welcome());
+    document.title = record.title ? `${record.title} · DiJiang` : "DiJiang playground";
     this.#drawPlace();
     this.#drawComposer();
     this.#lookAgain();
