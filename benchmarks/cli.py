@@ -1,8 +1,6 @@
-"""`dijiang bench`: the commands are imported when they are called, so that `--help` is quick."""
+"""`dijiang bench`: the commands are imported when they are called or completed, so that `--help` is quick."""
 
-import typer
-
-from server.cli import add_command
+from server.cli import lazy_app
 
 COMMANDS = {
     "answers": "What a client gets that sends a question and nothing of sampling.",
@@ -15,13 +13,12 @@ COMMANDS = {
     "train": "Training steps of both stages: tokens per second and peak memory.",
 }
 
-app = typer.Typer(
+ROOMS = {"neighbour": "resilience.", "soak": "resilience.", "streams": "resilience."}
+"""Of commands that do not lie in `benchmarks` itself."""
+
+app = lazy_app(
+    {name: (f"benchmarks.{ROOMS.get(name, '')}{name}.{name}_command", purpose) for name, purpose in COMMANDS.items()},
     help="Measure this machine: each command ends with one line of JSON.",
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_enable=False,
 )
-ROOMS = {"neighbour": "resilience.", "soak": "resilience.", "streams": "resilience."}
-"""Of commands that do not lie in `benchmarks` itself."""
-for _name, _purpose in COMMANDS.items():
-    add_command(app, f"dijiang bench {_name}", f"benchmarks.{ROOMS.get(_name, '')}{_name}.{_name}_command", _purpose)

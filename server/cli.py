@@ -1,14 +1,14 @@
-"""The `dijiang` program. Its commands are imported when they are called, so that `--help` is quick."""
+"""The `dijiang` program. A command is imported when it is called or completed, so that `--help` is quick."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
-# Everything behind the command's name goes to the real command, `--help` included.
-PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
 COMMANDS = {
     "serve": ("server.startup.flags.serve", "Serve a model over HTTP; without a model: the default one."),
     "convert": ("dijiang_model.conversion.cli.convert_command", "Make a DiJiang model of a pretrained transformer."),
@@ -40,21 +40,69 @@ COMMANDS = {
         "clients.measuring_cli.selfcheck_command",
         "Measure on a running server that its answers do not depend on how they are computed.",
     ),
+    "ray": ("server.fleet.cli.app", "Serve with many engines behind one address, with Ray Serve."),
+    "bench": ("benchmarks.cli.app", "Measure this machine: decoding, prompts, serving, training."),
+    "state": (
+        "clients.state_cli.app",
+        "List, export, import, fork, rewind and delete saved conversations; `repair FOLDER` mends a server's store.",
+    ),
 }
-"""What each imports and runs, and what it is for."""
+"""The function, or the program of several commands, that each imports, and what it is for."""
+ADDED = {"state": {"repair": "server.states.repair.repair_command"}}
+"""Commands of a program that do not lie where the others do."""
 
-app = typer.Typer(
+
+class LazyGroup(TyperGroup):
+    """A group of commands that have only names and purposes until one of them is called or completed."""
+
+    targets: ClassVar[Mapping[str, str]]
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name = args[0] if args else ""
+        if name in self.targets:
+            self.commands[name] = _imported(self.targets[name], name)
+        return super().resolve_command(ctx, args)
+
+
+def lazy_app(commands: Mapping[str, tuple[str, str]], **options: Any) -> typer.Typer:
+    """A program of commands that are imported late; `commands` as `COMMANDS`, `options` as of `typer.Typer`."""
+    targets = {name: target for name, (target, _) in commands.items()}
+    group = type("Commands", (LazyGroup,), {"targets": targets})
+    program = typer.Typer(cls=group, pretty_exceptions_enable=False, **options)
+    for name, (_, purpose) in commands.items():
+        program.command(name, help=purpose)(_stand_in)
+    return program
+
+
+def _stand_in() -> None:
+    """Shown in the list of commands."""
+
+
+def _imported(target: str, name: str) -> Any:
+    """The function or program `package.module.name` as a command of typer's."""
+    module, _, attribute = target.rpartition(".")
+    program = getattr(import_module(module), attribute)
+    if not isinstance(program, typer.Typer):
+        function, program = program, typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        program.command(name)(function)
+    command = get_command(program)
+    for added, other in ADDED.get(name, {}).items():
+        assert isinstance(command, TyperGroup)
+        command.add_command(_imported(other, added))
+    return command
+
+
+app = lazy_app(
+    COMMANDS,
     name="dijiang",
     help="DiJiang models: linear attention with a constant-size state, served with the OpenAI API.",
     invoke_without_command=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
 )
 
 
 def main() -> None:
     """Entry point of the `dijiang` command."""
-    app()
+    app(prog_name="dijiang")
 
 
 @app.callback()
@@ -66,39 +114,3 @@ def _options(
         typer.echo(f"dijiang {version('dijiang')}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
-
-
-def run_as_program(target: str, name: str, args: list[str]) -> None:
-    """Runs the function `package.module.function` as a program of that name."""
-    module, _, function = target.rpartition(".")
-    command: Callable[..., Any] = getattr(import_module(module), function)
-    program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    program.command()(command)
-    program(args=args, prog_name=name)
-
-
-def add_command(group: typer.Typer, name: str, target: str, purpose: str) -> None:
-    """Adds a command, the last word of `name`, that imports and runs `target` when it is called."""
-
-    @group.command(name.split()[-1], help=purpose, context_settings=PASS_ON, add_help_option=False)
-    def _run(context: typer.Context) -> None:
-        run_as_program(target, name, context.args)
-
-
-for _name, (_target, _purpose) in COMMANDS.items():
-    add_command(app, f"dijiang {_name}", _target, _purpose)
-
-
-@app.command(context_settings=PASS_ON, add_help_option=False)
-def bench(context: typer.Context) -> None:
-    """Measure this machine: decoding, prompts, serving, training."""
-    import_module("benchmarks.cli").app(args=context.args, prog_name="dijiang bench")
-
-
-@app.command(context_settings=PASS_ON, add_help_option=False)
-def state(context: typer.Context) -> None:
-    """List, export, import, fork, rewind and delete saved conversations; `repair FOLDER` mends a server's store."""
-    if context.args[:1] == ["repair"]:
-        run_as_program("server.states.repair.repair_command", "dijiang state repair", context.args[1:])
-    else:
-        import_module("clients.state_cli").app(args=context.args, prog_name="dijiang state")

@@ -11,6 +11,7 @@ ServiceError
 ├── UnavailableError            not just now
 │   ├── OverloadedError         the queue is full
 │   ├── ShutdownError           the answer was cut off; names the states to resume from
+│   ├── ReplicaLostError        the server that made the answer is gone; names the state that it began from
 │   └── EngineUnavailableError  loading, restarting, draining
 └── InternalError               our bug
 """
@@ -107,6 +108,21 @@ class ShutdownError(UnavailableError):
             what = "resume from the states in `choices`"
         super().__init__(
             f"the server was stopped before the answer was complete; {what}", retry_after_s=SHUTDOWN_RETRY_S
+        )
+
+
+class ReplicaLostError(UnavailableError):
+    """The server that made the answer is gone before it was complete.
+
+    Attributes:
+        state_id: of the saved state that the answer began from, which is as it was; None: it began from none.
+    """
+
+    def __init__(self, state_id: str | None) -> None:
+        self.state_id = state_id
+        what = "" if state_id is None else f"; its state {state_id} is as it was before"
+        super().__init__(
+            f"the server was lost before the answer was complete{what}: send the request again", retry_after_s=1
         )
 
 

@@ -265,11 +265,7 @@ class Service:
         return max(wanted, min(math.ceil(info.load_s), MAX_RETRY_AFTER_S))
 
     def admit(self, owner: str, model: str | None) -> EngineInfo:
-        """Lets a request in that will make the engine work, and counts it.
-
-        Args:
-            owner: whose request it is.
-            model: that it names; None: any.
+        """Admits an owner's request that will make the engine work, and counts it; `model`: that it names, if any.
 
         Raises:
             NotFoundError: there is no such model.

@@ -46,6 +46,7 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
         {"default_folder", "recipes"},
     ),
     "server": (
+        {"fleet"},
         {"startup"},
         {"app"},
         {"api"},

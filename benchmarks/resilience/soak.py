@@ -160,10 +160,7 @@ async def soak(
         await _disturb(server, report, begin + seconds, kill_every_s)
     finally:
         load.stopping = True
-        try:
-            await asyncio.wait_for(clients, 2 * BACK_WITHIN_S)
-        except TimeoutError:
-            load.notes.problem("clients do not end")
+        await _until_ended(load, clients)
     report.seconds = time.monotonic() - begin
     await _look_back(load, report)
     report.after = Footprint.of(server)
@@ -191,6 +188,22 @@ async def _disturb(server: SoakServer, report: SoakReport, end: float, kill_ever
             report.engine_kills += 1
             next_kill = now + kill_every_s
         await asyncio.sleep(POLL_S)
+
+
+async def _until_ended(load: Load, clients: "asyncio.Task[None]") -> None:
+    """Waits for the clients' last answers, for as long as the engine gets on with them."""
+    num_tokens = -1.0
+    while True:
+        await asyncio.wait({clients}, timeout=BACK_WITHIN_S)
+        if clients.done():
+            clients.result()
+            return
+        seen, num_tokens = num_tokens, (await _numbers(load.http))["dijiang_engine_tokens"]
+        if num_tokens == seen:
+            load.notes.problem(f"clients do not end: {', '.join(load.doing)}")
+            clients.cancel()
+            await asyncio.wait({clients})
+            return
 
 
 async def _look_back(load: Load, report: SoakReport) -> None:
@@ -229,7 +242,9 @@ async def _numbers(http: httpx.AsyncClient) -> dict[str, float]:
     lines = (await http.get("/metrics")).text.splitlines()
     values = dict(line.split() for line in lines if line.startswith("dijiang_") and "{" not in line)
     wanted = ("slots", "slots_free", "num_requests_running", "num_requests_waiting", "preempted_states_bytes")
-    return {f"dijiang_{name}": float(values.get(f"dijiang_{name}", -1)) for name in wanted}
+    numbers = {f"dijiang_{name}": float(values.get(f"dijiang_{name}", -1)) for name in wanted}
+    tokens = [float(values.get(f"dijiang_engine_{kind}_tokens_total", 0)) for kind in ("prefill", "decode")]
+    return numbers | {"dijiang_engine_tokens": sum(tokens)}
 
 
 async def _final_status(http: httpx.AsyncClient, response_id: str) -> str:

@@ -50,11 +50,18 @@ class Notes:
 
 
 class Load:
-    """Clients of one server, whose address stays while it is killed and started."""
+    """Clients of one server, whose address stays while it is killed and started.
+
+    Attributes:
+        notes: what they have seen.
+        stopping: to be set for each to end with its present request.
+        doing: what they do now.
+    """
 
     def __init__(self, base_url: str, key: str, *, seed: int = 0) -> None:
         self.notes = Notes()
         self.stopping = False
+        self.doing: list[str] = []
         self._random = random.Random(seed)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
         headers = {"authorization": f"Bearer {key}"}
@@ -92,6 +99,7 @@ class Load:
         while not self.stopping:
             (act,) = self._random.choices(kinds, weights)
             begin = time.monotonic()
+            self.doing.append(act.__name__)
             try:
                 await act()
             except httpx.TimeoutException:
@@ -99,6 +107,8 @@ class Load:
             except (httpx.TransportError, json.JSONDecodeError):
                 self.notes.done["cut off"] += 1
                 await asyncio.sleep(PAUSE_S)
+            finally:
+                self.doing.remove(act.__name__)
 
     # What a client does.
 

@@ -52,7 +52,6 @@ class Checkpoint:
 
     config: ModelConfig
     tensors: TensorSource
-    is_released: bool
     quantization: Quantization | None = None
 
 
@@ -66,11 +65,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     document = read_config(path)
     if document.get("model_type") == MODEL_TYPE:
         stored = parse_stored_config(document)
-        return Checkpoint(stored.config, open_tensors(path), is_released=False, quantization=stored.quantization)
+        return Checkpoint(stored.config, open_tensors(path), quantization=stored.quantization)
     tensors = open_tensors(path)
     if is_released_format(tensors.infos()):
         config = released_model_config(document)
-        return Checkpoint(config, ReleasedTensors(tensors, config), is_released=True)
+        return Checkpoint(config, ReleasedTensors(tensors, config))
     raise CheckpointError(
         f"{path} holds a {document.get('model_type')} model with softmax attention, which `dijiang convert` can convert"
     )

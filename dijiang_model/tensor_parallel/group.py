@@ -69,10 +69,6 @@ class DistributedGroup:
         )
         self.all_reduce_(torch.zeros(1, device=device))  # NCCL makes its channels at the first operation
 
-    def disconnect(self) -> None:
-        """Leaves the group."""
-        dist.destroy_process_group()
-
     def all_reduce_(self, x: Tensor) -> Tensor:
         dist.all_reduce(x)
         return x

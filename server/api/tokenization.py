@@ -1,5 +1,8 @@
 """`POST /tokenize`, `POST /detokenize`, `POST /apply-template`, `GET /tokenizer_info`."""
 
+from collections.abc import Callable
+
+import orjson
 from fastapi import APIRouter, Request, Response
 
 from dijiang_model.text.template import TemplateFailure
@@ -25,9 +28,12 @@ from server.protocol.tokenization import (
     TokenizeResponse,
     TokenizerInfo,
 )
+from server.protocol.wire import ResponseModel
 from server.service import Service
 from server.text.stream import TextStream
 
+PIECE = 10_000
+"""Tokens that are written at once."""
 router = APIRouter(route_class=JsonRoute, tags=["tokenizer"])
 
 
@@ -41,10 +47,11 @@ async def tokenize(body: TokenizeRequest, request: Request, service: ServiceDepe
     answer = TokenizeResponse(
         count=len(token_ids),
         max_model_len=limit if limit > 0 else None,
-        tokens=token_ids,
-        token_strs=[tokenizer.piece(token_id) for token_id in token_ids] if body.return_token_strs else None,
+        tokens=[],
+        token_strs=[] if body.return_token_strs else None,
     )
-    return json_response(answer)
+    spelling = {"token_strs": tokenizer.piece} if body.return_token_strs else {}
+    return await run_if_long(len(token_ids), lambda: _with_lists(answer, token_ids, tokens=int, **spelling))
 
 
 async def _encode(body: TokenizeRequest, service: Service) -> list[int]:
@@ -84,22 +91,41 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDependency) -> Res
     """The text of token ids."""
     service.require_model(body.model)
     tokenizer = require_tokenizer(service, param="tokens")
-    for token_id in body.tokens:
-        if token_id >= tokenizer.vocab_size:
-            raise InvalidRequestError(
-                f"tokens: {str(token_id)[:24]} is outside the vocabulary of {tokenizer.vocab_size:,} tokens",
-                param="tokens",
-                code="invalid_value",
-            )
+    largest = max(body.tokens, default=0)
+    if largest >= tokenizer.vocab_size:
+        raise InvalidRequestError(
+            f"tokens: {str(largest)[:24]} is outside the vocabulary of {tokenizer.vocab_size:,} tokens",
+            param="tokens",
+            code="invalid_value",
+        )
     stream = TextStream(tokenizer.vocabulary, skip_special=body.skip_special_tokens is True, at_start=True)
 
-    def decode() -> str:
-        return "".join([stream.push(token_id) for token_id in body.tokens] + [stream.finish(is_whole=True)])
+    def decode() -> Response:
+        text = "".join([stream.push(token_id) for token_id in body.tokens] + [stream.finish(is_whole=True)])
+        if body.return_token_texts is not True:
+            return json_response(DetokenizeResponse(prompt=text))
+        answer = DetokenizeResponse(prompt=text, token_texts=[])
+        return _with_lists(
+            answer,
+            body.tokens,
+            token_texts=lambda token: tokenizer.vocabulary.bytes_of(token).decode("utf-8", "replace"),
+        )
 
-    answer = DetokenizeResponse(prompt=await run_if_long(len(body.tokens), decode))
-    if body.return_token_texts is True:
-        answer.token_texts = [tokenizer.vocabulary.bytes_of(token).decode("utf-8", "replace") for token in body.tokens]
-    return json_response(answer)
+    return await run_if_long(len(body.tokens), decode)
+
+
+def _with_lists(answer: ResponseModel, token_ids: list[int], **lists: Callable[[int], object]) -> Response:
+    """An answer in which each of these lists, empty so far, has an entry for each token.
+
+    Long ones are written piece by piece, so that in a thread of their own they leave others their turns.
+    """
+    parts = [answer.to_json()]
+    for name, entry in lists.items():
+        before, _, after = parts.pop().partition(f'"{name}":[]'.encode())
+        pieces = (token_ids[begin : begin + PIECE] for begin in range(0, len(token_ids), PIECE))
+        written = b",".join(orjson.dumps([entry(token_id) for token_id in piece])[1:-1] for piece in pieces)
+        parts += [before, f'"{name}":['.encode(), written, b"]", after]
+    return Response(b"".join(parts), media_type="application/json")
 
 
 @router.get("/tokenizer_info", responses={200: {"model": TokenizerInfo}}, response_class=Response)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from starlette.responses import Response
 
 from server import errors
-from server.errors import RateLimitError, ServiceError, ShutdownError, UnavailableError
+from server.errors import RateLimitError, ReplicaLostError, ServiceError, ShutdownError, UnavailableError
 from server.states import errors as states
 
 INVALID = "invalid_request_error"
@@ -54,6 +54,7 @@ TABLE: Mapping[type[ServiceError], WireError] = {
     errors.UnavailableError: WireError(503),
     errors.OverloadedError: WireError(503, code="overloaded", headers=ELSEWHERE),
     errors.ShutdownError: WireError(503, code="server_shutdown", headers=ELSEWHERE),
+    errors.ReplicaLostError: WireError(503, code="replica_lost"),
     errors.EngineUnavailableError: WireError(503, code="engine_unavailable", headers=ELSEWHERE),
     states.StoreUnavailableError: WireError(503, code="state_store_unavailable"),
     errors.DeadlineError: WireError(504, "timeout_error", "timeout", headers=NO_RETRY),
@@ -79,6 +80,8 @@ def envelope(error: ServiceError) -> dict[str, dict[str, Any]]:
     body: dict[str, Any] = {"message": error.message, "type": wire.type, "param": wire.param, "code": wire.code}
     if isinstance(error, ShutdownError):
         body |= {"state_id": error.state_id, "choices": error.choices}
+    if isinstance(error, ReplicaLostError):
+        body |= {"state_id": error.state_id}
     return {"error": body}
 
 

@@ -122,6 +122,9 @@ class State(ResponseModel):
     """The state that it was made from, which may be gone."""
     model: str
     """Name of the model."""
+    held_by: str | None
+    """Name of the server that wrote it last, as in `X-Dijiang-Replica`: there, resuming it needs no copy over the
+    network. null: there is one server alone, or it is not known."""
     model_fingerprint: str
     """What the model computes; only a model with the same fingerprint can resume this state."""
     num_tokens: int
@@ -144,6 +147,7 @@ class State(ResponseModel):
             expires_at=None if record.expires is None else int(record.expires),
             name=record.name,
             parent_id=record.parent,
+            held_by=record.head.held_by or None,
             model=model,
             model_fingerprint=record.head.fingerprint,
             num_tokens=record.head.num_tokens,

@@ -77,6 +77,8 @@ def _open_shared_store(settings: Settings, url: str, folder: Path, options: Stor
         max_copies_bytes=int(settings.state_store_copies),
         max_connections=settings.state_store_connections,
         timeout_s=settings.state_store_timeout_s,
+        bytes_url=settings.state_store_bytes,
+        replica_name=settings.replica_name or RANDOM_NAME,
     )
     return open_shared_store(folder, shared, options)
 

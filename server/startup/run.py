@@ -9,41 +9,25 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import uvicorn
 from rich.console import Console
 
-from dijiang_model.errors import ConfigError
-from dijiang_model.text.folder import UnsupportedTokenizerError
-from dijiang_model.text.template import TemplateSyntaxFailure
-from server.engine.types.requests import EngineConfig
 from server.engine_client.client import EngineClient
 from server.errors import EngineUnavailableError
-from server.grammar_check.checker import GrammarChecker
-from server.hardware import HardwareError, find_device, max_connections, raised_descriptor_limit
+from server.hardware import max_connections, raised_descriptor_limit
 from server.http.draining import DrainingServer
-from server.service import Service, ServiceOptions
+from server.service import Service
 from server.startup.assemble import (
-    engine_config,
-    find_model,
-    grammar_limits,
-    make_tracer,
-    open_store,
     recipe_of,
-    service_options,
 )
 from server.startup.errors import StartError
 from server.startup.keys import Files, key_options
 from server.startup.logs import configure_logging
+from server.startup.prepare import Prepared, prepare, started
 from server.startup.settings import Settings, misplaced_key
 from server.startup.summary import Summary
-from server.states.errors import StoreError
-from server.states.store import StateStore
-from server.text.tokenizer import Tokenizer, load_tokenizer
 
 LAST_ANSWERS_S = 5
 LOOK_EVERY_S = 5.0
@@ -63,106 +47,36 @@ def run(settings: Settings, console: Console) -> None:
             "and without them everybody has access",
             highlight=False,
         )
-    model, default_name = find_model(settings, console)
-    try:
-        device = find_device(settings.device, num_ranks=settings.tensor_parallel)
-        store = open_store(settings, default_name, console)
-        config = engine_config(settings, model, device, store)
-    except (HardwareError, StoreError) as error:
-        raise StartError(str(error)) from error
-    start = _Start(settings, model, default_name, config, EngineClient(config), store, _bind(settings))
-    _event_loop_runner()(_serve(start, console))
+    prepared = prepare(settings, console)
+    _event_loop_runner()(_serve(prepared, _bind(settings), console))
 
 
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """What is settled before the engine starts."""
-
-    settings: Settings
-    model: Path
-    default_name: str
-    config: EngineConfig
-    engine: EngineClient
-    store: StateStore | None
-    listener: socket.socket
-
-    def make_service(self) -> tuple[Service, Tokenizer | None]:
-        """Imports the application and reads the tokenizer: a second's work that the engine need not wait for.
-
-        Raises:
-            StartError: the tokenizer, the chat template, the keys or the tracer cannot be used.
-        """
-        import_module("server.app")
-        import_module("server.http.connections")
-        try:
-            tokenizer = load_tokenizer(self.model)
-            grammars = None if tokenizer is None else GrammarChecker(self.model, grammar_limits(self.settings))
-            service = Service(
-                self.engine,
-                self._options(),
-                tokenizer,
-                states=self.store,
-                grammars=grammars,
-                read_again=self._read,
-                tracer=make_tracer(self.settings),
-            )
-        except (ConfigError, UnsupportedTokenizerError, TemplateSyntaxFailure) as error:
-            raise StartError(str(error)) from error
-        if tokenizer is None and self.settings.reasoning_parser == "think":
-            raise StartError("reasoning_parser think has no effect: the model has no tokenizer")
-        return service, tokenizer
-
-    def make_server(self, service: Service) -> DrainingServer:
-        return DrainingServer(
-            _http_config(self.settings, service),
+async def _serve(prepared: Prepared, listener: socket.socket, console: Console) -> None:
+    """Starts the engine, then all else; the port is served while the engine loads."""
+    settings, engine = prepared.settings, prepared.engine
+    async with started(prepared) as (service, tokenizer):
+        server = DrainingServer(
+            _http_config(settings, service),
             service,
-            self.engine,
-            drain_timeout_s=self.settings.drain_timeout_s,
-            drain_delay_s=self.settings.drain_delay_s,
+            engine,
+            drain_timeout_s=settings.drain_timeout_s,
+            drain_delay_s=settings.drain_delay_s,
             give_up=_end_at_once,
         )
-
-    def _options(self) -> ServiceOptions:
-        return service_options(self.settings, self.model, self.default_name)
-
-    def _read(self) -> tuple[ServiceOptions, Tokenizer | None]:
-        return self._options(), load_tokenizer(self.model)
-
-
-async def _serve(start: _Start, console: Console) -> None:
-    """Starts the engine, then all else; the port is served while the engine loads."""
-    engine = start.engine
-    await engine.start()
-    async with contextlib.AsyncExitStack() as stack:
-        stack.push_async_callback(engine.close)
-        service, tokenizer = await asyncio.to_thread(start.make_service)
-        stack.push_async_callback(service.close)
-        server = start.make_server(service)
-        claiming = asyncio.create_task(_claim(service))
-        rereading = asyncio.create_task(_reread(start.settings, service, server.config))
-        if service.states is not None:
-            await service.states.start(service.end_background)
-        recipe = recipe_of(start.model)
-        summary = Summary(start.settings, start.config, service.options, recipe, tokenizer, start.listener)
+        rereading = asyncio.create_task(_reread(settings, service, server.config))
+        recipe = recipe_of(prepared.model)
+        summary = Summary(settings, prepared.config, service.options, recipe, tokenizer, listener)
         console.print(f"Loading {summary.model}; the port of {summary.base_url} is open already", highlight=False)
         waiting = asyncio.create_task(_announce(engine, summary, console))
         try:
-            await server.serve(sockets=[start.listener])
+            await server.serve(sockets=[listener])
         finally:
             waiting.cancel()
-            claiming.cancel()
             rereading.cancel()
-            await asyncio.gather(waiting, claiming, rereading, return_exceptions=True)
+            await asyncio.gather(waiting, rereading, return_exceptions=True)
             failure = engine.failure
-            await engine.close()  # before the service, which keeps what the engine still writes
     if failure is not None:
         raise StartError(f"the engine cannot run: {failure}")
-
-
-async def _claim(service: Service) -> None:
-    from server.responses.background import claim_forever  # by now the application was imported
-
-    await claim_forever(service)
 
 
 async def _reread(settings: Settings, service: Service, config: uvicorn.Config) -> None:

@@ -139,6 +139,9 @@ class Settings(BaseSettings):
     states_folder then holds working copies."""
     state_store_schema: str = _in("States", "dijiang", pattern=r"^[a-z_][a-z0-9_]{0,62}$")
     """Schema of the tables in state_store: one for each model."""
+    state_store_bytes: str | None = _in("States", None, pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#]*)?$")
+    """With state_store: keep the content of states in an object store that speaks S3, s3://bucket/prefix; the index
+    stays where it is. Address, region and keys as AWS's tools take them from the environment (AWS_ENDPOINT_URL_S3)."""
     state_store_copies: ByteSize = _in("States", ByteSize(1 << 30))
     """With state_store: disk space for copies of states that may be used again here."""
     state_store_connections: int = _in("States", 8, ge=1, le=100)
@@ -278,7 +281,7 @@ class Settings(BaseSettings):
             if not self.states and self.states_folder is not None
             else "",
             "state_store has no effect with --no-states" if not self.states and self.state_store is not None else "",
-            "state_store_schema, _copies, _connections and _timeout_s have no effect without state_store"
+            "state_store_schema, _bytes, _copies, _connections and _timeout_s have no effect without state_store"
             if self.state_store is None and any(name.startswith("state_store_") for name in self.model_fields_set)
             else "",
             "prefix_cache_disk has no effect while prefix_cache_memory is 0, or with --no-states"

@@ -291,6 +291,8 @@ class IndexedStore:
         """Says that this replica lives; see `StateIndex.heartbeat`."""
         result = await self._run(lambda: self._index.heartbeat(self._in_use))
         self._files.drop([*result.gone_copies])
+        if self._is_shared:
+            await self._run(self._files.tidy)
         return result
 
     async def close(self) -> None:

@@ -26,6 +26,8 @@ class SharedOptions:
         max_copies_bytes: of working copies that nobody uses just now.
         max_connections: to the database, of this server.
         timeout_s: for a connection, and for the answer to a statement.
+        bytes_url: `s3://bucket/prefix` for the content of files; None: it is in the database.
+        replica_name: of this server.
         lease_s: after how long without a heartbeat a server is taken for dead.
     """
 
@@ -34,6 +36,8 @@ class SharedOptions:
     max_copies_bytes: int = 1 << 30
     max_connections: int = 8
     timeout_s: float = 5.0
+    bytes_url: str | None = None
+    replica_name: str = ""
     lease_s: float = LEASE_S
 
 
@@ -65,7 +69,7 @@ def open_shared_store(
         )
     except psycopg.Error as error:
         raise _opening_failed(error) from error
-    files = SharedFiles(folder, max_bytes=shared.max_copies_bytes, database=database)
+    files = _open_files(folder, shared, database)
     try:
         index = StateIndex(
             database,
@@ -82,6 +86,20 @@ def open_shared_store(
             message = f"the tables of states cannot be made in the schema {shared.schema}: {error}"
             raise StoreError(message) from error
         raise _opening_failed(error) from error
+
+
+def _open_files(folder: Path, shared: SharedOptions, database: Postgres) -> SharedFiles:
+    """Raises `StoreError`: the folder, or the bucket, cannot be used."""
+    copies, name = shared.max_copies_bytes, shared.replica_name
+    if shared.bytes_url is None:
+        return SharedFiles(folder, max_bytes=copies, database=database, replica_name=name)
+    try:
+        from server.states.files.bucket import Bucket
+        from server.states.files.objects import ObjectFiles
+    except ImportError as error:
+        raise StoreError(f"state_store_bytes needs boto3: pip install 'dijiang[s3]' ({error})") from error
+    bucket = Bucket(shared.bytes_url, timeout_s=shared.timeout_s, max_connections=shared.max_connections)
+    return ObjectFiles(folder, max_bytes=copies, database=database, replica_name=name, bucket=bucket)
 
 
 def _opening_failed(error: Exception) -> StoreError:

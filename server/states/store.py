@@ -1,9 +1,8 @@
 """What a store of states promises, and what it holds.
 
 A *snapshot* is one immutable file, a conversation at one position. A *state* is a handle with an id and an owner whose
-head is a snapshot; advancing it gives it another head, a named *point* remembers one, a fork is another handle
-with the same head. A stored *response* of the Responses API has a snapshot of its own. A snapshot lives as long as
-anything refers to it or is just using it.
+head is a snapshot; advancing it gives it another head, a named *point* remembers one, a fork is another handle with the
+same head. A stored *response* has a snapshot of its own. A snapshot lives as long as anything refers to it or uses it.
 
 One folder with an SQLite index is the default; replicas share a PostgreSQL. Both keep to the protocol below.
 """
@@ -50,6 +49,7 @@ class SnapshotRecord:
         turn: where it ends.
         num_bytes: size of the file.
         fingerprint: of the model.
+        held_by: name of the server that wrote it, which may still have a copy; empty: unknown, or there is one alone.
     """
 
     file: str
@@ -59,6 +59,7 @@ class SnapshotRecord:
     turn: TurnEnd
     num_bytes: int
     fingerprint: str
+    held_by: str = ""
 
     @property
     def num_tokens(self) -> int:

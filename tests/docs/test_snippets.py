@@ -14,12 +14,15 @@ from pathlib import Path
 import openai
 import pytest
 import yaml
+from typer.core import TyperGroup
+from typer.main import get_command
 
+from server.cli import app
 from server.startup.keys import read_keys_file
 from tests.dijiang_model.teachers import llama_teacher, save_teacher
 from tests.docs.blocks import PARSED, Block, blocks
 from tests.docs.shell import Shell
-from tests.docs.tables import ADDRESS, KEY_DIGEST, PREPARED, RUN_ELSEWHERE, reason_to_skip
+from tests.docs.tables import ADDRESS, KEY_DIGEST, PREPARED, RUN_ELSEWHERE, bare, reason_to_skip
 from tests.e2e.serving import Server, serving
 from tests.tiny_models import write_tiny_model
 
@@ -124,3 +127,20 @@ def parse(block: Block, folder: Path) -> None:
 
 def digest(number: int) -> str:
     return hashlib.sha256(str(number).encode()).hexdigest()
+
+
+def test_what_is_skipped_has_only_options_that_exist() -> None:
+    commands = [bare(command) for block in BLOCKS if block.language == "bash" for command in block.commands]
+    ours = [shlex.split(command) for command in commands if reason_to_skip(command) is not None]
+    ours = [words[words.index("dijiang") + 1 :] for words in map(without_folder, ours) if "dijiang" in words]
+    assert ours
+    for arguments in ours:
+        context = get_command(app).make_context("dijiang", list(arguments))
+        while isinstance(context.command, TyperGroup):
+            name, command, rest = context.command.resolve_command(context, [*context._protected_args, *context.args])
+            assert command is not None
+            context = command.make_context(name, rest, parent=context)
+
+
+def without_folder(words: list[str]) -> list[str]:
+    return [word.removeprefix(".venv/bin/") for word in words]

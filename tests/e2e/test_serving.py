@@ -5,6 +5,7 @@ import contextlib
 import random
 import signal
 import socket
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     options = ("--max-conversations", str(NUM_SLOTS), "--max-step-tokens", "128", "--unread-timeout-s", "3600")
     with serving(folder, *options) as running:
         yield running
+
+
+def test_the_version_is_that_of_the_project(server: Server) -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert server.get("/version").json() == {"version": project["version"]}
 
 
 def test_64_requests_together_answer_as_each_alone(server: Server) -> None:

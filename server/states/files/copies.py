@@ -106,6 +106,9 @@ class WorkingCopies:
             self.drop([file])
         require_disk(self.folder, num_bytes)
 
+    def tidy(self) -> None:
+        """See `SnapshotFiles.tidy`: content goes with its row."""
+
     def spare_space(self) -> AbstractContextManager[None]:
         """See `SnapshotFiles.spare_space`: the index is elsewhere."""
         return nullcontext()

@@ -78,6 +78,9 @@ class LocalFiles:
         """See `SnapshotFiles.upload`: it is where it is kept."""
         self.path(snapshot.file).stat()
 
+    def tidy(self) -> None:
+        """See `SnapshotFiles.tidy`: the index removes its files itself."""
+
     def download(self, snapshot: SnapshotRecord) -> None:
         """See `SnapshotFiles.download`."""
 

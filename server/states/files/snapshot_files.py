@@ -81,6 +81,14 @@ class SnapshotFiles(Protocol):
         """Brings a file here, on a thread; raises `OSError`, `NotFoundError`."""
         ...
 
+    def tidy(self) -> None:
+        """Removes what was kept elsewhere and nothing refers to any more, on a thread; to be called now and then.
+
+        Raises:
+            StoreUnavailableError: later, then.
+        """
+        ...
+
     def close(self) -> None:
         """Everything is kept afterwards."""
         ...

@@ -28,7 +28,7 @@ UNREFERENCED = (
     "AND NOT EXISTS (SELECT 1 FROM responses WHERE snapshot = n.file) "
     "AND NOT EXISTS (SELECT 1 FROM uses WHERE uses.file = n.file)"
 )
-_SNAPSHOT = "n.file, n.position, n.pending, n.last_token, n.turn, n.num_bytes, n.fingerprint"
+_SNAPSHOT = "n.file, n.position, n.pending, n.last_token, n.turn, n.num_bytes, n.fingerprint, n.held_by"
 _STATES = f"SELECT s.*, {_SNAPSHOT} FROM states AS s JOIN snapshots AS n ON n.file = s.head"  # noqa: S608
 _POINTS = f"SELECT p.*, {_SNAPSHOT} FROM points AS p JOIN snapshots AS n ON n.file = p.snapshot"  # noqa: S608
 _RESPONSES = (
@@ -130,13 +130,13 @@ def delete_responses(transaction: Transaction, condition: str, *values: object) 
     return [row["snapshot"] for row in rows if row["snapshot"] is not None]
 
 
-def insert_snapshot(transaction: Transaction, snapshot: SnapshotRecord, *, owner: str) -> bool:
+def insert_snapshot(transaction: Transaction, snapshot: SnapshotRecord, *, owner: str, held_by: str = "") -> bool:
     """Without its content; false if it is there."""
     inserted = transaction.run(
-        "INSERT INTO snapshots (file, position, pending, last_token, turn, num_bytes, fingerprint, owner) "
-        "VALUES (%s,%s,%s,%s,%s,%s,%s,%s) ON CONFLICT DO NOTHING",
+        "INSERT INTO snapshots (file, position, pending, last_token, turn, num_bytes, fingerprint, owner, held_by) "
+        "VALUES (%s,%s,%s,%s,%s,%s,%s,%s,%s) ON CONFLICT DO NOTHING",
         *(snapshot.file, snapshot.position, json.dumps(snapshot.pending), snapshot.last_token),
-        *(str(snapshot.turn), snapshot.num_bytes, snapshot.fingerprint, owner),
+        *(str(snapshot.turn), snapshot.num_bytes, snapshot.fingerprint, owner, held_by),
     )
     return inserted > 0
 
@@ -191,7 +191,7 @@ def _response(row: Row) -> ResponseRecord:
 
 def _snapshot(row: Row) -> SnapshotRecord:
     return SnapshotRecord(
-        **{key: row[key] for key in ("file", "position", "last_token", "num_bytes", "fingerprint")},
+        **{key: row[key] for key in ("file", "position", "last_token", "num_bytes", "fingerprint", "held_by")},
         pending=tuple(json.loads(row["pending"])),
         turn=TurnEnd(row["turn"]),
     )

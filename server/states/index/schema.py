@@ -5,16 +5,16 @@ from collections.abc import Collection, Mapping
 from server.states.errors import StoreError
 from server.states.index.database import Database, Transaction
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 CHUNK_BYTES = 1 << 20
 _TABLES = {
     "version": "CREATE TABLE version (number INTEGER NOT NULL)",
     # Servers that use the index. `beat`: when one was heard last.
     "replicas": "CREATE TABLE replicas (id {text} PRIMARY KEY, beat {real} NOT NULL)",
-    # `owner`: whose budget pays for it.
+    # `owner`: whose budget pays for it. `held_by`: name of the server that wrote it.
     "snapshots": "CREATE TABLE snapshots (file {text} PRIMARY KEY, position {integer} NOT NULL, pending TEXT NOT NULL, "
     "last_token {integer} NOT NULL, turn TEXT NOT NULL, num_bytes {integer} NOT NULL, fingerprint TEXT NOT NULL, "
-    "owner {text} NOT NULL)",
+    "owner {text} NOT NULL, held_by TEXT NOT NULL)",
     # Files that a server is writing (with the room kept for them), or just reading (with none).
     "uses": "CREATE TABLE uses (file {text} NOT NULL, "
     "replica {text} NOT NULL REFERENCES replicas (id) ON DELETE CASCADE, "
@@ -46,11 +46,15 @@ _INDEXES = (
     "CREATE INDEX responses_by_maker ON responses (maker) WHERE maker IS NOT NULL",
     "CREATE INDEX snapshots_of_owner ON snapshots (owner)",
 )
+# Files whose content is in an object store, from before it is written until it is removed.
+_OBJECTS = 'CREATE TABLE objects (file TEXT COLLATE "C" PRIMARY KEY)'
+_HELD_BY = "ALTER TABLE snapshots ADD COLUMN held_by TEXT NOT NULL DEFAULT ''"
 _CONTENTS = (
     # A snapshot's content, in order. Not compressed: the numbers of a state do not shrink.
     'CREATE TABLE chunks (file TEXT COLLATE "C" NOT NULL REFERENCES snapshots (file) ON DELETE CASCADE, '
     "number INTEGER NOT NULL, data BYTEA NOT NULL, PRIMARY KEY (file, number))",
     "ALTER TABLE chunks ALTER COLUMN data SET STORAGE EXTERNAL",
+    _OBJECTS,
 )
 _POSTGRES = {
     "text": 'TEXT COLLATE "C"',
@@ -79,6 +83,7 @@ POSTGRES_MIGRATIONS: Mapping[int, tuple[str, ...]] = {
         "CREATE INDEX responses_of_owner ON responses (owner)",
         "CREATE INDEX snapshots_of_owner ON snapshots (owner)",
     ),
+    2: (_HELD_BY, _OBJECTS),
 }
 SQLITE_MIGRATIONS: Mapping[int, tuple[str, ...]] = {
     1: (
@@ -95,6 +100,7 @@ SQLITE_MIGRATIONS: Mapping[int, tuple[str, ...]] = {
         _OWNER_OF_SNAPSHOT,
         *(index for index in _INDEXES if "_by_head" not in index and "_by_snapshot" not in index),
     ),
+    2: (_HELD_BY,),
 }
 
 

@@ -22,7 +22,13 @@ INFO = {
 
 def client(name: str, max_tokens: int) -> OpenAIChatCompletionClient:
     return OpenAIChatCompletionClient(
-        model=name, base_url=BASE_URL, api_key="any", max_tokens=max_tokens, temperature=0, model_info=INFO, max_retries=0
+        model=name,
+        base_url=BASE_URL,
+        api_key="any",
+        max_tokens=max_tokens,
+        temperature=0,
+        model_info=INFO,
+        max_retries=0,
     )
 
 

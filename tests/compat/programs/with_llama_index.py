@@ -9,8 +9,6 @@ from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
 
 
-
-
 def model(name: str, max_tokens: int) -> Any:
     options = {"is_chat_model": True, "is_function_calling_model": True, "should_use_structured_outputs": True}
     return OpenAILike(

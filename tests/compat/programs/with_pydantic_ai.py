@@ -31,7 +31,9 @@ async def main() -> None:
             streams.add("".join([piece async for piece in stream.stream_text(delta=True)]))
         long = {"max_tokens": LONG, "temperature": 0}
         if kind is not AnthropicModel:
-            structured.append((await Agent(model, output_type=NativeOutput(Place)).run(QUESTION, model_settings=long)).output)
+            structured.append(
+                (await Agent(model, output_type=NativeOutput(Place)).run(QUESTION, model_settings=long)).output
+            )
         called = await Agent(model, output_type=ToolOutput(Place)).run(QUESTION, model_settings=long)
         calls.append(called.output)
         try:

@@ -1,21 +1,19 @@
-"""States in bf16: rounding by chance, on the kernels and in torch, over thousands of tokens."""
+"""States in bf16: stochastic rounding over thousands of tokens."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from dijiang_model.config import ModelConfig
-from dijiang_model.native.library import VARIANTS, load_library, load_variant
+from dijiang_model.native.library import load_library
 from dijiang_model.ops.torch.rounding import round_stochastically
 from dijiang_model.reference.rounding import round_stochastically_naive
-from dijiang_model.serving.network import FrozenModel, NativeModel, freeze
-from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, logits_of, random_text
+from dijiang_model.serving.network import FrozenModel, freeze
+from tests.dijiang_model.stepping import Stepper, random_text
 from tests.tiny_models import gpt_neox_config, llama_config, opt_config, tiny_model
 
 needs_kernels = pytest.mark.skipif(load_library() is None, reason="the kernels were not built: no compiler at install")
 CONFIGS = {"llama": llama_config(), "gpt_neox": gpt_neox_config(), "opt": opt_config()}
-# bf16 has 8 bits; keys, values and sums are rounded, and what is rounded is read again for many tokens.
-TOLERANCE = 3e-2
 
 
 @pytest.fixture(autouse=True)
@@ -90,45 +88,6 @@ def test_a_slot_takes_about_half_the_memory(config: ModelConfig) -> None:
     dtypes = {tensor.name.rsplit(".", 1)[-1]: tensor.dtype for tensor in narrow.tensors}
     assert dtypes.pop("normaliser", torch.float32) == torch.float32
     assert set(dtypes.values()) == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_kernels)], ids=["torch", "native"])
-def test_answers_stay_near_those_of_wide_states(config: ModelConfig, native: bool) -> None:
-    text = random_text(60)
-    narrow = Stepper(bf16_model(config, native=native)).open(1)
-    decoded = torch.cat([narrow.step(decode={1: token})[1] for token in text])
-    assert_close_in_norm(decoded, logits_of(tiny_model(config), text), tolerance=TOLERANCE)
-
-
-@needs_kernels
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_kernels_and_torch_leave_the_same_state(variant: str, config: ModelConfig) -> None:
-    library = load_variant(variant)
-    if library is None:
-        pytest.skip(f"no {variant} kernels for this processor")
-    model, text = tiny_model(config).keep_states_in(torch.bfloat16), random_text(40)
-    native = NativeModel(model, library=library)
-    ours, theirs = Stepper(native).open(1), Stepper(bf16_model(config, native=False)).open(1)
-    for token in text:
-        actual, expected = (stepper.step(decode={1: token})[1] for stepper in (ours, theirs))
-    assert_close_in_norm(actual, expected, tolerance=TOLERANCE)
-    for name, tensor in ours.state(1).items():
-        # The random bits are the same; where fp32 sums differ in their last bit, a number may be rounded the other way.
-        assert_close_in_norm(tensor.float(), theirs.state(1)[name].float(), tolerance=1e-2, what=name)
-
-
-@needs_kernels
-def test_a_prompt_leaves_the_same_bits_however_it_is_cut(config: ModelConfig) -> None:
-    model, text = bf16_model(config), random_text(50)
-    whole, cut, single = (Stepper(model).open(1, 2) for _ in range(3))
-    whole.step({1: text})
-    cut.step({1: text[:13], 2: text[:7]})
-    cut.step({2: text[7:9], 1: text[13:]})
-    for token in text:
-        single.step(decode={1: token, 2: 5})
-    for name, tensor in whole.state(1).items():
-        assert torch.equal(cut.state(1)[name], tensor), name
-        assert torch.equal(single.state(1)[name], tensor), name
 
 
 def test_a_nan_in_a_state_stays_a_nan(config: ModelConfig) -> None:

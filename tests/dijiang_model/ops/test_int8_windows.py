@@ -4,15 +4,13 @@ import pytest
 import torch
 
 from dijiang_model.config import ModelConfig
-from dijiang_model.native.library import VARIANTS, load_library, load_variant
 from dijiang_model.ops.torch.rounding import round_rows, widened_rows
 from dijiang_model.reference.rounding import round_row_naive
-from dijiang_model.serving.network import FrozenModel, NativeModel, freeze
-from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, logits_of, random_text
-from tests.tiny_models import gpt_neox_config, llama_config, opt_config, tiny_model
+from dijiang_model.serving.network import FrozenModel, freeze
+from tests.dijiang_model.ops.test_bf16_states import CONFIGS, needs_kernels
+from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, random_text
+from tests.tiny_models import tiny_model
 
-needs_kernels = pytest.mark.skipif(load_library() is None, reason="the kernels were not built: no compiler at install")
-CONFIGS = {"llama": llama_config(), "gpt_neox": gpt_neox_config(), "opt": opt_config()}
 # A code is off by 1/254 of the row's largest number at most; rows are read by every later token of the window.
 TOLERANCE = 3e-2
 
@@ -66,45 +64,6 @@ def test_a_window_takes_about_a_quarter_and_the_sums_a_half(config: ModelConfig)
         assert int8[name].num_bytes * {"linear_state": 2, "normaliser": 1}.get(kind, 4) == tensor.num_bytes
     added = {name.rsplit(".", 1)[-1] for name in int8.keys() - wide.keys()}
     assert added <= {"near_key_scales", "near_value_scales"}
-
-
-@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_kernels)], ids=["torch", "native"])
-def test_answers_stay_near_those_of_wide_states(config: ModelConfig, native: bool) -> None:
-    text = random_text(60)
-    int8 = Stepper(int8_model(config, native=native)).open(1)
-    decoded = torch.cat([int8.step(decode={1: token})[1] for token in text])
-    assert_close_in_norm(decoded, logits_of(tiny_model(config), text), tolerance=TOLERANCE)
-
-
-@needs_kernels
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_kernels_and_torch_leave_the_same_state(variant: str, config: ModelConfig) -> None:
-    library = load_variant(variant)
-    if library is None:
-        pytest.skip(f"no {variant} kernels for this processor")
-    model, text = tiny_model(config).keep_states_in(torch.int8), random_text(40)
-    native = NativeModel(model, library=library)
-    ours, theirs = Stepper(native).open(1), Stepper(int8_model(config, native=False)).open(1)
-    for token in text:
-        actual, expected = (stepper.step(decode={1: token})[1] for stepper in (ours, theirs))
-    assert_close_in_norm(actual, expected, tolerance=TOLERANCE)
-    for name, tensor in ours.state(1).items():
-        # Where fp32 sums differ in their last bit, a number may go to its other neighbour.
-        assert_close_in_norm(tensor.float(), theirs.state(1)[name].float(), tolerance=2e-2, what=name)
-
-
-@needs_kernels
-def test_a_prompt_leaves_the_same_bits_however_it_is_cut_and_whatever_runs_beside_it(config: ModelConfig) -> None:
-    model, text = int8_model(config), random_text(50)
-    whole, cut, single = (Stepper(model).open(1, 2) for _ in range(3))
-    whole.step({1: text})
-    cut.step({1: text[:13], 2: text[:7]})
-    cut.step({2: text[7:9], 1: text[13:]})
-    for token in text:
-        single.step(decode={1: token, 2: 5})
-    for name, tensor in whole.state(1).items():
-        assert torch.equal(cut.state(1)[name], tensor), name
-        assert torch.equal(single.state(1)[name], tensor), name
 
 
 @pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_kernels)], ids=["torch", "native"])

@@ -282,6 +282,22 @@ def test_a_large_good_prompt_is_taken(server: Loopback) -> None:
     assert (answer.status_code, answer.json()["usage"]["prompt_tokens"]) == (200, 300_000)
 
 
+def test_long_lists_of_tokens_are_told_as_short_ones(server: Loopback) -> None:
+    text = 'é"\\\n' * 9_000
+    told = server.http.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert told["count"] == len(told["tokens"]) == len(told["token_strs"]) > 40_000
+    assert told["tokens"][:5] == [*text[:4].encode()]
+    assert told["token_strs"][:5] == told["token_strs"][5:10]
+    back = server.http.post("/detokenize", json={"tokens": told["tokens"], "return_token_texts": True}).json()
+    assert back["prompt"] == text
+    assert len(back["token_texts"]) == told["count"]
+    assert back["token_texts"][2:5] == ['"', "\\", "\n"]
+    tricky = [*b'x"token_texts":[]']
+    back = server.http.post("/detokenize", json={"tokens": tricky, "return_token_texts": True}).json()
+    assert (back["prompt"], "".join(back["token_texts"])) == (bytes(tricky).decode(), bytes(tricky).decode())
+    assert server.http.post("/tokenize", json={"prompt": ""}).json()["tokens"] == []
+
+
 def test_where_no_prompt_is_carried_bodies_are_small(server: Loopback) -> None:
     answer = server.http.post(
         "/v1/states/state_1/fork", content=b" " * (300 << 10), headers={"content-type": "application/json"}

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.server.states.fleet.object_server import ObjectServer, object_server
 from tests.server.states.postgres_server import PostgresServer, find_programs, postgres_server
 from tests.server.states.running import Running, running
-from tests.server.states.stores import EmbeddedKind, Kind, SharedKind
+from tests.server.states.stores import EmbeddedKind, Kind, ObjectKind, SharedKind
 from tests.tiny_models import write_tiny_model
 
 
@@ -43,9 +44,29 @@ def shared_kind(postgres: PostgresServer, tmp_path: Path) -> Iterator[SharedKind
     kind.drop()
 
 
-@pytest.fixture(params=["embedded", "shared"])
+@pytest.fixture(scope="session")
+def objects() -> Iterator[ObjectServer]:
+    with object_server() as server:
+        yield server
+
+
+@pytest.fixture
+def object_kind(
+    postgres: PostgresServer, objects: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ObjectKind]:
+    for name, value in objects.environment.items():
+        monkeypatch.setenv(name, value)
+    kind = ObjectKind(postgres, tmp_path, objects)
+    yield kind
+    kind.drop()
+
+
+@pytest.fixture(params=["embedded", "shared", "objects"])
 def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Kind:
     if request.param == "embedded":
         return EmbeddedKind(tmp_path)
+    if request.param == "objects":
+        of_objects: ObjectKind = request.getfixturevalue("object_kind")
+        return of_objects
     shared: SharedKind = request.getfixturevalue("shared_kind")
     return shared

@@ -4,13 +4,18 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, Protocol
 
 from server.states.embedded import open_embedded_store
+from server.states.files.bucket import Bucket
+from server.states.files.objects import ObjectFiles
+from server.states.index.postgres import Postgres
 from server.states.index.upkeep import RECORD_BYTES
 from server.states.indexed import HEARTBEAT_S, IndexedStore, StoreOptions
 from server.states.shared import SharedOptions, open_shared_store
 from server.states.store import NewState, Reservation, ResponseRecord, SnapshotRecord, StateRecord, StateStore, TurnEnd
+from tests.server.states.fleet.object_server import ObjectServer
 from tests.server.states.postgres_server import PostgresServer
 
 SIZE = 100
@@ -125,6 +130,40 @@ class SharedKind:
 
     def drop(self) -> None:
         self.ask("DROP SCHEMA IF EXISTS {} CASCADE")
+
+
+class ObjectKind(SharedKind):
+    """The same with the content of states in an object store."""
+
+    def __init__(self, postgres: PostgresServer, folder: Path, objects: ObjectServer) -> None:
+        super().__init__(postgres, folder)
+        self._objects = objects
+        self._prefix = self.schema
+
+    @property
+    def bytes_url(self) -> str:
+        return f"s3://{self._objects.bucket}/{self._prefix}"
+
+    def open(self, **options: Any) -> IndexedStore:
+        return super().open(**{"bytes_url": self.bytes_url, **options})
+
+    def num_files(self) -> int:
+        self._tidy()
+        found = self._objects.sizes(f"{self._prefix}/")
+        assert found == dict(self.ask("SELECT file, num_bytes FROM {}.snapshots"))
+        assert found.keys() == {file for (file,) in self.ask("SELECT file FROM {}.objects")}
+        assert self.ask("SELECT count(*) FROM {}.chunks") == [(0,)]
+        return len(found)
+
+    def _tidy(self) -> None:
+        """What the next heartbeat of any server does."""
+        with TemporaryDirectory() as folder:
+            database = Postgres(self.postgres.url, schema=self.schema, max_connections=1, timeout_s=10)
+            bucket = Bucket(self.bytes_url, timeout_s=10, max_connections=1)
+            files = ObjectFiles(Path(folder), max_bytes=0, database=database, replica_name="", bucket=bucket)
+            files.tidy()
+            files.close()
+            database.close()
 
 
 def die(store: IndexedStore) -> None:

@@ -125,18 +125,18 @@ async def test_a_later_version_is_left_alone(shared_kind: SharedKind, tmp_path: 
     connection.close()
     shared_kind.ask("UPDATE {}.version SET number = 99")
     for kind in kinds:
-        with pytest.raises(StoreError, match="has states of version 99, this program writes version 2"):
+        with pytest.raises(StoreError, match="has states of version 99, this program writes version 3"):
             kind.open()
 
 
 async def test_a_server_writes_no_more_when_a_later_version_has_taken_over(shared_kind: SharedKind) -> None:
     store = shared_kind.open()
     state = await make(store)
-    shared_kind.ask("UPDATE {}.version SET number = 3")
+    shared_kind.ask("UPDATE {}.version SET number = 4")
     for call in (make(store), store.delete("ann", state.id), store.heartbeat()):
         with pytest.raises(StoreUnavailableError):
             await call
     assert not store.totals.is_up
     assert shared_kind.num_files() == 1
-    shared_kind.ask("UPDATE {}.version SET number = 2")
+    shared_kind.ask("UPDATE {}.version SET number = 3")
     await store.close()

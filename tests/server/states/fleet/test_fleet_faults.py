@@ -187,5 +187,5 @@ def test_a_later_schema_under_a_running_server_is_a_503_and_nothing_is_written(
         assert server.refused("POST", "/v1/states", json={"prompt": "x"})[:2] == (503, "state_store_unavailable")
         assert postgres.ask(count) == before
         assert server.complete("x")["finish_reason"] == "length"
-        postgres.ask(f"UPDATE {options[-1]}.version SET number = 2")
+        postgres.ask(f"UPDATE {options[-1]}.version SET number = 3")
         assert server.complete("!", state_id=state)["finish_reason"] == "length"

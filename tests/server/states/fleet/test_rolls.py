@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.states.balancer import Balancer
+from tests.server.states.fleet.balancer import Balancer
 from tests.server.states.postgres_server import PostgresServer
 from tests.server.states.running import ANN, Running, start
 from tests.waiting import PATIENCE_S, until
