@@ -45,6 +45,11 @@ browser: ## A Chromium for the tests of the page: the one that is there, or Debi
 test-clients: $(VENV)/.dev $(VENV)/.model $(CLIENTS)/.python-clients $(CLIENTS)/.node-clients ## Other people's clients against a running server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/compat
 
+.PHONY: test-chart
+test-chart: $(VENV)/.dev ## The Helm chart, rendered by Helm's engine and checked against the schemas of Kubernetes
+	$(PIP) install -c constraints.txt -e '.[chart]'
+	$(BIN)/python -m pytest tests/deploy
+
 .PHONY: test-ray
 test-ray: $(VENV)/.dev ## A fleet on Ray Serve: a killed engine, a rolling update, scaling, all under load
 	$(PIP) install -c constraints.txt -e '.[ray]'

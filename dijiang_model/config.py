@@ -190,6 +190,7 @@ class ModelConfig:
         rope_scaling: of the rotary frequencies; None: they are those of `rope_theta`.
         output_bias: whether the attention's output projection carries a bias; None: as `attention_bias` says.
         qk_norm: whether each head's queries and keys pass an RMS norm before they are rotated.
+        norms_all_heads: whether that norm is over all heads together.
         teacher_window: tokens that the unconverted attention sees, itself among them; 0: all before it.
         local_layers: those that differ from the others in that, and in their rotation; None: there are none.
         query_scale: factor on normed queries, beside softmax's 1/sqrt(head_size).
@@ -223,6 +224,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     output_bias: bool | None = None
     qk_norm: bool = False
+    norms_all_heads: bool = False
     teacher_window: int = 0
     local_layers: LocalLayers | None = None
     query_scale: float = 1.0
@@ -284,6 +286,11 @@ class ModelConfig:
     def is_local(self, layer: int) -> bool:
         """Whether a layer is one of `local_layers`."""
         return self.local_layers is not None and layer in self.local_layers.indices
+
+    @property
+    def global_layers(self) -> tuple[int, ...]:
+        """The layers that are none of `local_layers`."""
+        return tuple(layer for layer in range(self.num_layers) if not self.is_local(layer))
 
     def seen_by_teacher(self, layer: int) -> int:
         """Tokens that a layer's unconverted attention sees, itself among them; 0: all before it."""

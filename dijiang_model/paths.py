@@ -12,8 +12,9 @@ class Paths:
         layers: from the model, of the list of blocks.
         attention: from a block; the following ones too.
         query: with keys and values in it, interleaved by head ([H, 3, d]), where `key` is None.
+        input_norm, mlp_norm: of what attention and MLP read; None: they read the hidden state itself.
         mlp_gate: None: the MLP has no gate.
-        query_norm, key_norm: of each head, before the rotary embedding; None: there are none.
+        query_norm, key_norm: of each head or of all together, before the rotary embedding; None: there are none.
         attention_output_norm, mlp_output_norm: of what is added to the hidden state; None: there are none.
     """
 
@@ -22,8 +23,8 @@ class Paths:
     final_norm: str
     layers: str
     attention: str
-    input_norm: str
-    mlp_norm: str
+    input_norm: str | None
+    mlp_norm: str | None
     query: str
     output: str
     mlp_up: str

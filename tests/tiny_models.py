@@ -94,6 +94,11 @@ def gemma3_config(*layers: AttentionConfig) -> ModelConfig:
     )
 
 
+def olmo2_config(*layers: AttentionConfig) -> ModelConfig:
+    """Norms behind attention and MLP, none before, and one of all heads' queries or keys together."""
+    return replace(llama_config(*layers), family="olmo2", qk_norm=True, norms_all_heads=True)
+
+
 def gpt_neox_config(*layers: AttentionConfig, parallel_residual: bool = True) -> ModelConfig:
     """Two layers with the released read-out and position tables by default."""
     return ModelConfig(

@@ -22,7 +22,7 @@ SourceArgument = Annotated[
     Path,
     typer.Argument(
         help="Folder of an HF model (safetensors or pytorch_model.bin, whole or sharded), its name on the hub "
-        "where the cache has it, a GGUF file (llama, qwen2, qwen3), or a DiJiang checkpoint as the paper's "
+        "where the cache has it, a GGUF file (llama, qwen2, qwen3, phi3, gemma3, olmo2), or a DiJiang checkpoint as the paper's "
         "authors release them."
     ),
 ]

@@ -106,9 +106,14 @@ def convert(
     opened = open_source(source)
     with staged_tokenizer(opened.write_tokenizer) as tokenizer:
         opened = with_ends(opened, tokenizer.end_id)
+        window = window if state_bytes is None else 1  # the budget chooses another one
         config, origin = _target(opened, source, recipe=recipe, window=window, sinks=sinks, seed=seed)
         calibrated = None
-        if state_bytes is not None:
+        if state_bytes is not None and origin.recipe != Recipe.HYBRID:
+            raise ConversionError(f"a budget of bytes is for the recipe hybrid, not for {origin.recipe}")
+        if state_bytes is not None and config.teacher_window > 0:
+            config = _with_whole_window(config, state_bytes)
+        elif state_bytes is not None:
             calibrated = _calibrated(opened, config, origin, tokenizer, state_bytes, calibration_text, on_layer)
             config = calibrated.calibration.config(config)
         weights_dtype = DTYPES[dtype] if dtype is not None else _stored_dtype(opened)
@@ -163,6 +168,23 @@ def _made(plan: _Plan, out: Path, opened: Source, tokenizer: StagedTokenizer) ->
     )
 
 
+def _with_whole_window(config: ModelConfig, state_bytes: int) -> ModelConfig:
+    """The network of a teacher that sees a window alone, which is kept whole: it computes what the teacher does.
+
+    Raises:
+        ConversionError: the budget has no room for it.
+    """
+    seen = config.teacher_window
+    config = converted_config(config, Recipe.HYBRID, window=seen, sinks=0)
+    needed = build_model(config).state_spec.bytes_per_slot
+    if needed > state_bytes:
+        raise ConversionError(
+            f"the teacher sees the last {seen:,} tokens alone, and never learned to recall older ones; all of them "
+            f"take {needed:,} bytes: give --state-bytes {needed} or more, or a shorter --window in its place"
+        )
+    return config
+
+
 def _calibrated(
     opened: Source,
     config: ModelConfig,
@@ -172,15 +194,6 @@ def _calibrated(
     text: Sequence[Path],
     on_layer: Progress,
 ) -> Calibrated:
-    if origin.recipe != Recipe.HYBRID:
-        raise ConversionError(f"a budget of bytes is for the recipe hybrid, not for {origin.recipe}")
-    if config.teacher_window > 0:
-        raise ConversionError(
-            f"the teacher sees the last {config.teacher_window:,} tokens alone and never learned to recall older ones: "
-            f"give --window {config.teacher_window} or less in place of --state-bytes"
-        )
-    if config.local_layers is not None:
-        raise ConversionError("a budget of bytes needs a teacher whose layers all see everything: give --window")
     contexts = calibration_contexts(config, tokenizer.folder if tokenizer.is_there else None, text)
     return calibrate(config, opened.tensors.read, contexts, state_bytes=state_bytes, on_layer=on_layer)
 

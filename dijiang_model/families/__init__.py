@@ -10,6 +10,7 @@ from dijiang_model.families.gemma3 import GEMMA3
 from dijiang_model.families.gpt_neox import GPT_NEOX
 from dijiang_model.families.llama import LLAMA
 from dijiang_model.families.mistral import MISTRAL
+from dijiang_model.families.olmo2 import OLMO2
 from dijiang_model.families.opt import OPT
 from dijiang_model.families.phi3 import PHI3
 from dijiang_model.families.qwen2 import QWEN2
@@ -17,7 +18,7 @@ from dijiang_model.families.qwen3 import QWEN3
 from dijiang_model.model import DiJiangForCausalLM
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (GEMMA3, GPT_NEOX, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3)
+    family.name: family for family in (GEMMA3, GPT_NEOX, LLAMA, MISTRAL, OLMO2, OPT, PHI3, QWEN2, QWEN3)
 }
 """By HF's `model_type`."""
 

@@ -3,12 +3,15 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dijiang_model.config import ModelConfig
 from dijiang_model.formats.json_fields import Fields
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.paths import Paths
+
+Metadata = Callable[..., Any]
+"""Values of a GGUF file by their keys, without the architecture's name; a second argument is the default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +22,14 @@ class Gguf:
         architecture: its name in the file, and of the keys of its metadata.
         pairs_neighbours: whether rows of q and k are stored in the order of a rotary embedding that pairs neighbouring
             channels; HF's pairs the halves of a head.
+        norm_offset: what is added to the weights of norms before they are stored.
+        config: what the HF config says besides what all families' say.
     """
 
     architecture: str
     pairs_neighbours: bool = False
+    norm_offset: float = 0.0
+    config: Callable[[Metadata], Mapping[str, object]] = lambda value: {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +38,13 @@ class Fused:
 
     Attributes:
         path: from a block, in the checkpoint.
+        gguf: llama.cpp's name of it.
         parts: from a block, in the network.
         rows: of each part.
     """
 
     path: str
+    gguf: str
     parts: tuple[str, ...]
     rows: Callable[[ModelConfig], tuple[int, ...]]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import LocalLayers, ModelConfig
 from dijiang_model.families.config_fields import Rope, common_config, rope_document, scaling_of
-from dijiang_model.families.family import Family
+from dijiang_model.families.family import Family, Gguf, Metadata
 from dijiang_model.families.llama import BUFFERS, PATHS, LlamaAttention, LlamaForCausalLM, LlamaMLP
 from dijiang_model.families.parts import ACTIVATIONS, RMSNorm
 from dijiang_model.formats.json_fields import Fields
@@ -19,6 +19,8 @@ from dijiang_model.ops.residual import Residual
 GLOBAL_THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
 DEFAULT_PATTERN = 6
 """Every so many layers one sees everything."""
+LARGEST_LAYERS = 62
+"""Of the 27B model, which alone scales queries by the hidden size."""
 
 
 class Gemma3Block(nn.Module):
@@ -144,6 +146,19 @@ def _document(config: ModelConfig) -> dict[str, object]:
     }
 
 
+def _gguf_config(value: Metadata) -> dict[str, object]:
+    """llama.cpp stores neither which layers slide nor how queries are scaled: it knows both by the model's size."""
+    heads, head_size = value("attention.head_count"), value("attention.key_length", 256)
+    is_largest = value("block_count") == LARGEST_LAYERS
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": value("attention.sliding_window"),
+        "sliding_window_pattern": value("attention.sliding_window_pattern", DEFAULT_PATTERN),
+        "rope_local_base_freq": value("rope.freq_base_swa", LOCAL_THETA),
+        "query_pre_attn_scalar": value("embedding_length") // heads if is_largest else head_size,
+    }
+
+
 GEMMA3 = Family(
     name="gemma3_text",
     network=Gemma3ForCausalLM,
@@ -152,4 +167,5 @@ GEMMA3 = Family(
     write_config=_document,
     buffers=BUFFERS,
     sliding_window="by layer",
+    gguf=Gguf("gemma3", norm_offset=1.0, config=_gguf_config),
 )

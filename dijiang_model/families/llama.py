@@ -12,7 +12,7 @@ from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import ModelConfig
 from dijiang_model.families.config_fields import common_config, head_size_of, read_rope, rope_document
 from dijiang_model.families.family import Family, Gguf
-from dijiang_model.families.parts import ACTIVATIONS, RMSNorm, empty_embedding
+from dijiang_model.families.parts import ACTIVATIONS, AllHeadsNorm, RMSNorm, empty_embedding
 from dijiang_model.formats.json_fields import Fields
 from dijiang_model.merged import products
 from dijiang_model.model import DiJiangForCausalLM
@@ -42,7 +42,7 @@ PATHS = Paths(
 
 
 class LlamaAttention(DiJiangAttention):
-    """Separate q, k, v and output projections; queries and keys may be normed head by head."""
+    """Separate q, k, v and output projections; queries and keys may be normed, head by head or all heads together."""
 
     def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
         super().__init__(config, layer, dtype=dtype)
@@ -53,7 +53,12 @@ class LlamaAttention(DiJiangAttention):
         self.v_proj = nn.Linear(hidden, keys, bias=bias, dtype=dtype)
         has_output_bias = bias if config.output_bias is None else config.output_bias
         self.o_proj = nn.Linear(queries, hidden, bias=has_output_bias, dtype=dtype)
-        if config.qk_norm:
+        self.q_norm: RMSNorm
+        self.k_norm: RMSNorm
+        if config.norms_all_heads:
+            self.q_norm = AllHeadsNorm(queries, eps=config.norm_eps, dtype=dtype)
+            self.k_norm = AllHeadsNorm(keys, eps=config.norm_eps, dtype=dtype)
+        elif config.qk_norm:
             self.q_norm = RMSNorm(config.head_size, eps=config.norm_eps, dtype=dtype, offset=config.norm_offset)
             self.k_norm = RMSNorm(config.head_size, eps=config.norm_eps, dtype=dtype, offset=config.norm_offset)
 
@@ -156,6 +161,7 @@ def read_llama_like(
     qk_norm: bool = False,
     teacher_window: int = 0,
     default_head_size: int | None = None,
+    default_norm_eps: float = 1e-6,
     rotates_in_part: bool = False,
     default_token_ids: tuple[int | None, int | None] = (None, None),
 ) -> ModelConfig:
@@ -181,7 +187,7 @@ def read_llama_like(
         head_size=head_size,
         rotary_dims=int(head_size * rope.share),
         rope=rope,
-        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        norm_eps=fields.number("rms_norm_eps", default_norm_eps),
         activation=fields.text("hidden_act", "silu", choices=ACTIVATIONS),
         parallel_residual=False,
         attention_bias=attention_bias,

@@ -37,3 +37,10 @@ class RMSNorm(nn.Module):
         wide = x if x.dtype == torch.float64 else x.float()
         weight = self.weight.to(wide.dtype) + self.offset
         return functional.rms_norm(wide, self.weight.shape, weight, self.eps).to(x.dtype)
+
+
+class AllHeadsNorm(RMSNorm):
+    """RMSNorm over all heads together: [T, heads, d] -> the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1)).view(x.shape)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from dijiang_model.config import ModelConfig
-from dijiang_model.families.family import Fused
+from dijiang_model.families.family import Fused, Gguf, Metadata
 from dijiang_model.families.llama import LLAMA, PATHS, llama_document, read_llama_like
 from dijiang_model.formats.json_fields import Fields
 
@@ -27,6 +27,14 @@ def _document(config: ModelConfig) -> dict[str, object]:
     }
 
 
+def _gguf_config(value: Metadata) -> dict[str, object]:
+    head_size = value("embedding_length") // max(value("attention.head_count"), 1)
+    return {
+        "sliding_window": value("attention.sliding_window", 0) or None,
+        "partial_rotary_factor": value("rope.dimension_count", head_size) / head_size,
+    }
+
+
 def _query_key_value_rows(config: ModelConfig) -> tuple[int, ...]:
     keys = config.num_kv_heads * config.head_size
     return config.num_heads * config.head_size, keys, keys
@@ -41,9 +49,11 @@ PHI3 = replace(
     read_config=_phi3,
     write_config=_document,
     sliding_window="read",
-    gguf=None,
+    gguf=Gguf("phi3", config=_gguf_config),
     fused=(
-        Fused("self_attn.qkv_proj", (PATHS.query, PATHS.key, PATHS.value), _query_key_value_rows),
-        Fused("mlp.gate_up_proj", (PATHS.mlp_gate, PATHS.mlp_up), lambda config: (config.intermediate_size,) * 2),
+        Fused("self_attn.qkv_proj", "attn_qkv", (PATHS.query, PATHS.key, PATHS.value), _query_key_value_rows),
+        Fused(
+            "mlp.gate_up_proj", "ffn_up", (PATHS.mlp_gate, PATHS.mlp_up), lambda config: (config.intermediate_size,) * 2
+        ),
     ),
 )

@@ -141,6 +141,7 @@ class Layer(ctypes.Structure):
         ("attention_output_norm", Norm),
         ("mlp_output_norm", Norm),
         ("is_local", Integer),
+        ("norms_all_heads", Integer),
     )
 
 

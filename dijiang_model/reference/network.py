@@ -127,6 +127,18 @@ def _gemma_layer(config: ModelConfig, layer: AttentionConfig, part: Tensors, x: 
     return x + _norm(config, _below(part, "post_feedforward_layernorm"), grown)
 
 
+def _olmo_layer(config: ModelConfig, layer: AttentionConfig, part: Tensors, x: Tensor, form: Form) -> Tensor:
+    attention, mlp = _below(part, "self_attn"), _below(part, "mlp")
+    heads = (x.shape[0], -1, config.head_size)
+    q, k = (_norm(config, _below(attention, f"{i}_norm"), _dense(attention, f"{i}_proj", x)).view(heads) for i in "qk")
+    v = _dense(attention, "v_proj", x).view(heads)
+    attended = _dense(attention, "o_proj", _attention(config, layer, attention, q, k, v, normed=x, form=form))
+    x = x + _norm(config, _below(part, "post_attention_layernorm"), attended)
+    activated = ACTIVATIONS[config.activation](_dense(mlp, "gate_proj", x))
+    grown = _dense(mlp, "down_proj", activated * _dense(mlp, "up_proj", x))
+    return x + _norm(config, _below(part, "post_feedforward_layernorm"), grown)
+
+
 def _llama_layer(config: ModelConfig, layer: AttentionConfig, part: Tensors, x: Tensor, form: Form) -> Tensor:
     attention, mlp = _below(part, "self_attn"), _below(part, "mlp")
     normed = _norm(config, _below(part, "input_layernorm"), x)
@@ -166,7 +178,7 @@ def _opt_layer(config: ModelConfig, layer: AttentionConfig, part: Tensors, x: Te
 
 def _layer_of(paths: Paths) -> Callable[[ModelConfig, AttentionConfig, Tensors, Tensor, Form], Tensor]:
     if paths.attention_output_norm is not None:
-        return _gemma_layer
+        return _olmo_layer if paths.input_norm is None else _gemma_layer
     if paths.mlp_gate is not None:
         return _llama_layer
     return _neox_layer if paths.key is None else _opt_layer

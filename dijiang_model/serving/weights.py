@@ -215,9 +215,12 @@ def _layer(weights: NetworkWeights, block: nn.Module, names: "Paths", offsets: M
     def linear(path: str | None) -> library.Matrix:
         return weights.linear(None if path is None else block.get_submodule(path))
 
+    def norm(path: str | None) -> library.Norm:
+        return library.Norm() if path is None else weights.norm(block.get_submodule(path))
+
     layer = library.Layer(
-        input_norm=weights.norm(block.get_submodule(names.input_norm)),
-        mlp_norm=weights.norm(block.get_submodule(names.mlp_norm)),
+        input_norm=norm(names.input_norm),
+        mlp_norm=norm(names.mlp_norm),
         query=linear(names.query),
         key=linear(names.key),
         value=linear(names.value),
@@ -230,6 +233,7 @@ def _layer(weights: NetworkWeights, block: nn.Module, names: "Paths", offsets: M
     if names.query_norm is not None and names.key_norm is not None:
         layer.query_norm = weights.norm(block.get_submodule(names.query_norm), scale=attention.config.query_scale)
         layer.key_norm = weights.norm(block.get_submodule(names.key_norm))
+        layer.norms_all_heads = int(attention.config.norms_all_heads)
     if names.attention_output_norm is not None and names.mlp_output_norm is not None:
         layer.attention_output_norm = weights.norm(block.get_submodule(names.attention_output_norm))
         layer.mlp_output_norm = weights.norm(block.get_submodule(names.mlp_output_norm))

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from dijiang_model.config import ModelConfig
 from dijiang_model.families.gpt_neox import GPTNeoXBlock
+from dijiang_model.families.parts import RMSNorm
 from dijiang_model.kernel import LinearKernel, wide_product
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
@@ -135,6 +136,26 @@ class StraddlingGroupNorm(nn.Module):
         width = len(self.weight)
         normed = functional.group_norm(self._group.all_gather(x), self._num_groups)
         return torch.addcmul(self.bias, normed.narrow(1, self._group.rank * width, width), self.weight)
+
+
+class ParallelAllHeadsNorm(nn.Module):
+    """The RMSNorm over all heads together, of which a rank has some: the ranks add up the squares.
+
+    Parameters: weight [this rank's heads * d].
+    """
+
+    def __init__(self, norm: RMSNorm, group: TensorGroup) -> None:
+        """Takes the weight over from the norm of a smaller network."""
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+        self._group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, heads, d], this rank's -> the same, normed."""
+        wide = x.flatten(1) if x.dtype == torch.float64 else x.flatten(1).float()
+        squares = self._group.all_reduce_(wide.square().sum(-1, keepdim=True))
+        root = (squares / (wide.shape[1] * self._group.size) + self.eps).rsqrt()
+        return (wide * root * self.weight.to(wide.dtype)).to(x.dtype).view(x.shape)
 
 
 class ParallelKernel(LinearKernel):

@@ -15,13 +15,14 @@ from dijiang_model.batch import PackedBatch
 from dijiang_model.checkpoints.quantized import install
 from dijiang_model.config import ModelConfig
 from dijiang_model.families import build_model
-from dijiang_model.families.parts import empty_embedding
+from dijiang_model.families.parts import AllHeadsNorm, empty_embedding
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.quantization.config import Quantization
 from dijiang_model.quantization.modules import QuantizedEmbedding, QuantizedLinear
 from dijiang_model.state import StateBuffer, StateSpec
 from dijiang_model.tensor_parallel.group import TensorGroup
 from dijiang_model.tensor_parallel.modules import (
+    ParallelAllHeadsNorm,
     ParallelKernel,
     ParallelResidualBlock,
     PartialLinear,
@@ -81,6 +82,11 @@ def _cut_attention(attention: object, config: ModelConfig, *, dtype: torch.dtype
     """Puts in what is not just smaller."""
     assert isinstance(attention, DiJiangAttention)
     attention.linear = ParallelKernel(attention.config, attention.layer, state_dtype(dtype), group=group)
+    if config.norms_all_heads:
+        for name in ("q_norm", "k_norm"):
+            norm = attention.get_submodule(name)
+            assert isinstance(norm, AllHeadsNorm)
+            attention.set_submodule(name, ParallelAllHeadsNorm(norm, group))
     if attention.read_out == "group_norm":
         attention.set_submodule("group_norm", group_norm(config, dtype=dtype, group=group))
 

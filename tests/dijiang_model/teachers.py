@@ -106,7 +106,13 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if config.model_type == "phi3":
+        head_size = config.hidden_size // config.num_attention_heads
+        writer.add_rope_dimension_count(int(head_size * rope.get("partial_rotary_factor", 1.0)))
+    if config.model_type in ("phi3", "gemma3_text"):
+        writer.add_sliding_window(config.sliding_window or 0)
     if getattr(config, "head_dim", None) is not None:
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
@@ -119,9 +125,7 @@ def write_gguf(
     add_vocabulary(writer)
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight" or not config.tie_word_embeddings:
-            _add_tensor(
-                writer, name, tensor.float(), config, is_quantized=is_quantized, is_interleaved=architecture == "llama"
-            )
+            _add_tensor(writer, name, tensor.float(), config, is_quantized=is_quantized, architecture=architecture)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -160,9 +164,12 @@ def _add_tensor(
     config: LlamaConfig,
     *,
     is_quantized: bool,
-    is_interleaved: bool,
+    architecture: str,
 ) -> None:
-    gguf_name = _gguf_name(name)
+    gguf_name = _gguf_name(name, has_output_norms=architecture in ("gemma3", "olmo2"))
+    is_interleaved = architecture == "llama"
+    if architecture == "gemma3" and name.endswith("norm.weight"):
+        tensor = tensor + 1
     if is_interleaved and ".q_proj." in name:
         tensor = _interleaved(tensor, config.num_attention_heads)
     if is_interleaved and ".k_proj." in name:
@@ -180,7 +187,7 @@ def _interleaved(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
     return tensor.reshape(num_heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
 
 
-def _gguf_name(name: str) -> str:
+def _gguf_name(name: str, *, has_output_norms: bool) -> str:
     for hf, ours in {
         "model.embed_tokens": "token_embd",
         "model.norm": "output_norm",
@@ -195,8 +202,12 @@ def _gguf_name(name: str) -> str:
         "mlp.gate_proj": "ffn_gate",
         "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
+        "self_attn.qkv_proj": "attn_qkv",
+        "mlp.gate_up_proj": "ffn_up",
         "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+        "post_attention_layernorm": "post_attention_norm" if has_output_norms else "ffn_norm",
     }.items():
         name = name.replace(hf, ours)
     return name

@@ -23,6 +23,7 @@ from tests.tiny_models import (
     gemma3_config,
     gpt_neox_config,
     llama_config,
+    olmo2_config,
     opt_config,
     qwen2_config,
     qwen3_config,
@@ -65,6 +66,7 @@ CONFIGS = {
     "gemma3: local layers, norms behind": gemma3_config(),
     "gemma3: local features before rotation": gemma3_config(replace(UNROTATED, window=7, sinks=0), PURE),
     "qwen3: normed queries and keys, scaled rotation": qwen3_config(HYBRID, UNROTATED),
+    "olmo2: norms behind alone, and over all heads": olmo2_config(HYBRID, UNROTATED),
     "opt: post-norm, embedding of its own width": opt_config(HYBRID, RELEASED, pre_norm=False, embedding_size=24),
 }
 FP64_TOLERANCE = 1e-10

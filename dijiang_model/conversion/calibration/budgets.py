@@ -1,4 +1,7 @@
-"""Places for each head from a budget of bytes: the next one goes where it saves most of what is lost."""
+"""Places for each head from a budget of bytes: the next one goes where it saves most of what is lost.
+
+Layers in which the teacher sees a window alone keep that window, and get no places.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -43,14 +46,16 @@ def place_budget(config: ModelConfig, state_bytes: int, *, sinks: int) -> PlaceB
     Raises:
         ConversionError: there is no room for the smallest window; says how many bytes are needed.
     """
-    shape = (config.num_layers, config.num_kv_heads)
+    shape = (len(config.global_layers), config.num_kv_heads)
     needed = _state_bytes(anchored_config(config, torch.zeros(shape), window=SMALLEST_WINDOW, sinks=sinks))
     if state_bytes < needed:
+        kept = "" if config.local_layers is None else ", beside layers that keep the window that the teacher has there,"
         raise ConversionError(
             f"a state of {state_bytes:,} bytes is too small for this model: {sinks} sinks, a window of "
-            f"{SMALLEST_WINDOW} tokens and the linear part take {needed:,} bytes; give --state-bytes {needed} or more"
+            f"{SMALLEST_WINDOW} tokens and the linear part{kept} take {needed:,} bytes; "
+            f"give --state-bytes {needed} or more"
         )
-    room = max(state_bytes - needed - config.num_layers * PLACE_TENSORS * ALIGNMENT_BYTES, 0)
+    room = max(state_bytes - needed - shape[0] * PLACE_TENSORS * ALIGNMENT_BYTES, 0)
     more = room // _place_bytes(config)  # than that window
     num_heads, window = prod(shape), LARGEST_WINDOW
     while window > SMALLEST_WINDOW and 3 * window * num_heads > more + SMALLEST_WINDOW * num_heads:
@@ -59,11 +64,11 @@ def place_budget(config: ModelConfig, state_bytes: int, *, sinks: int) -> PlaceB
 
 
 def anchored_config(config: ModelConfig, anchors: Tensor, *, window: int, sinks: int) -> ModelConfig:
-    """The network with so many anchors [L, G], and one recent window for all heads."""
-    layers = []
-    for layer, own in zip(config.layers, (anchors + sinks + window).int().tolist(), strict=True):
+    """The network with so many anchors [L, G], and one recent window for all heads; L layers see everything."""
+    layers = list(config.layers)
+    for layer, own in zip(config.global_layers, (anchors + sinks + window).int().tolist(), strict=True):
         places = AnchorConfig(tuple(own), (window,) * len(own), age=AGE)
-        layers.append(replace(layer, window=window, sinks=sinks, anchors=places))
+        layers[layer] = replace(layers[layer], window=window, sinks=sinks, anchors=places)
     return replace(config, layers=tuple(layers))
 
 

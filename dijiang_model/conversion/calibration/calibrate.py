@@ -32,7 +32,7 @@ class Calibration:
     Attributes:
         state_bytes: the budget that priorities were chosen for.
         sinks: first tokens that every head holds.
-        sizes, losses: what each head [L, G] loses with so many anchors.
+        sizes, losses: what each head [L, G] loses with so many anchors; L layers see everything.
         correlation: [L, G], of predicted and true log attention on text that the predictor was not fitted to.
         recall: [L, G], attention from answers to the facts that they repeat.
         num_contexts, num_tokens: what the teacher read.
@@ -107,7 +107,7 @@ def calibrate(
     Raises:
         ConversionError: the budget is too small.
     """
-    sinks = config.layers[0].sinks
+    sinks = config.layers[config.global_layers[0]].sinks
     budget = place_budget(config, state_bytes, sinks=sinks)
     length = max(len(context.token_ids) for context in contexts)
     window = min(budget.window, max(length // 8, 1))
@@ -146,9 +146,9 @@ def _chosen(
     weight, bias = pick(torch.stack([fit.weight for fit in fits])), pick(torch.stack([fit.bias for fit in fits]))
     paths = FAMILIES[config.family].paths
     tensors: dict[str, Tensor] = {}
-    for layer in range(config.num_layers):
+    for number, layer in enumerate(config.global_layers):
         name = f"{paths.attention_of(layer)}.linear.priority"
-        tensors |= {f"{name}_weight": weight[layer], f"{name}_bias": bias[layer]}
+        tensors |= {f"{name}_weight": weight[number], f"{name}_bias": bias[number]}
     found = Calibration(
         state_bytes=state_bytes,
         sinks=geometry.sinks,

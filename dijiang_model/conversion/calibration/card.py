@@ -36,7 +36,9 @@ def _places(config: ModelConfig) -> str:
 
 def _recall(config: ModelConfig, calibration: Calibration) -> str:
     heads = [
-        (share, f"{layer}.{head}") for layer, own in enumerate(calibration.recall) for head, share in enumerate(own)
+        (share, f"{layer}.{head}")
+        for layer, own in zip(config.global_layers, calibration.recall, strict=True)
+        for head, share in enumerate(own)
     ]
     everything = sum(share for share, _ in heads)
     if everything == 0:

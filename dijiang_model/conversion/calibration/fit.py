@@ -1,5 +1,6 @@
 """One pass of the teacher: which tokens will be needed, by ridge regression, and what few places cost each head."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -80,11 +81,18 @@ def fit_layers(
     Args:
         model: on `meta`.
         on_layer: called with the number of layers that are done.
+
+    Returns:
+        What the layers need that see everything.
     """
     fits = []
-    for attention, inputs in teacher_layers(model, read, [context.token_ids for context in contexts]):
-        fits.append(_fit_layer(inputs, contexts, geometry, output_weight(attention)))
-        on_layer(len(fits))
+    layers = teacher_layers(model, read, [context.token_ids for context in contexts])
+    for layer, (attention, inputs) in enumerate(layers):
+        if model.config.is_local(layer):
+            deque(inputs, maxlen=0)
+        else:
+            fits.append(_fit_layer(inputs, contexts, geometry, output_weight(attention)))
+        on_layer(layer + 1)
     return fits
 
 

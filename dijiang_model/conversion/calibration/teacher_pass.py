@@ -96,7 +96,7 @@ def _layout(model: DiJiangForCausalLM, length: int) -> StepLayout:
     config, positions = model.config, torch.arange(length)
     none = torch.zeros(1, dtype=torch.int64)
     rotary = Rotary.at(positions, frequencies=config.frequencies, dtype=model.dtype)
-    return StepLayout(
+    layout = StepLayout(
         num_decode=0,
         positions=positions,
         decode_slots=none[:0],
@@ -104,6 +104,10 @@ def _layout(model: DiJiangForCausalLM, length: int) -> StepLayout:
         sink_rotary=rotary,
         prefill=PrefillLayout(positions, none, (length,)),
     )
+    if config.local_layers is not None:
+        local = Rotary.at(positions, frequencies=config.local_frequencies, dtype=model.dtype)
+        layout.local = layout.rotated(local, local)
+    return layout
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """A GGUF file as an HF config and HF tensors, dequantized one by one.
 
 Of LLaMA's models llama.cpp stores the rows of q and k in another order (`families.family.Gguf`); reading undoes that.
-Kinds of models that share an architecture's name but compute something else (sliding windows, experts, rotary factors
-of their own) are refused, all reasons listed.
+Kinds of models that share an architecture's name but compute something else (experts, rotary factors of their own,
+sliding windows where the family has none) are refused, all reasons listed.
 """
 
 import re
@@ -23,7 +23,6 @@ from dijiang_model.rotary import RopeScaling, rotary_frequencies
 
 if TYPE_CHECKING:
     from dijiang_model.families.family import Family
-    from dijiang_model.paths import Paths
 
 CHUNK_ELEMENTS = 2**20
 
@@ -47,6 +46,8 @@ _BLOCK_PARTS = {
     "ffn_gate": "mlp_gate",
     "ffn_up": "mlp_up",
     "ffn_down": "mlp_down",
+    "post_attention_norm": "attention_output_norm",
+    "post_ffw_norm": "mlp_output_norm",
 }
 """Attributes of `families.family.Paths` by the names of llama.cpp."""
 _PARTS = {"token_embd": "embedding", "output_norm": "final_norm", "output": "head"}
@@ -92,7 +93,7 @@ class GgufSource:
                 f"{path} has the GGUF architecture {architecture!r}; supported are {', '.join(known)}"
             )
         self.family = known[architecture]
-        self._tensors = {_hf_name(tensor.name, self.family.paths): tensor for tensor in self._reader.tensors}
+        self._tensors = {_hf_name(tensor.name, self.family): tensor for tensor in self._reader.tensors}
         self._rope_factors = self._tensors.pop(_ROPE_FACTORS, None)
         self._infos = {name: _info(tensor) for name, tensor in self._tensors.items()}
 
@@ -116,6 +117,8 @@ class GgufSource:
         except (NotImplementedError, ValueError) as error:
             raise CheckpointError(f"{tensor.name} of type {tensor.tensor_type.name} cannot be read: {error}") from error
         assert self.family.gguf is not None
+        if self.family.gguf.norm_offset and _NORM.search(name):
+            value = value - self.family.gguf.norm_offset
         if not self.family.gguf.pairs_neighbours:
             return value
         paths = self.family.paths
@@ -155,6 +158,7 @@ class GgufSource:
             "mlp_bias": f"{first}.{paths.mlp_up}.bias" in self._infos,
             "tie_word_embeddings": f"{paths.head}.weight" not in self._infos,
             **({} if (scaling := self._rope_scaling()) is None else {"rope_scaling": scaling}),
+            **(self.family.gguf.config(self._value) if self.family.gguf is not None else {}),
             **token_ids,
         }
 
@@ -214,6 +218,13 @@ class GgufSource:
         return int(self._value("attention.key_length", self._value("embedding_length") // self._heads_or_one))
 
     @property
+    def _sizes(self) -> tuple[str, ...]:
+        """Metadata that must be the head's size: of families whose heads rotate in part the config says how much."""
+        assert self.family.gguf is not None
+        says_share = "partial_rotary_factor" in self.family.gguf.config(self._value)
+        return ("attention.value_length",) if says_share else ("rope.dimension_count", "attention.value_length")
+
+    @property
     def _heads_or_one(self) -> int:
         return max(int(self._value("attention.head_count")), 1)
 
@@ -225,15 +236,17 @@ class GgufSource:
         if missing or not _is_number(self._num_kv_heads):
             return missing or [f"{key('attention.head_count_kv')} differs between layers, which is not supported"]
         problems = [
-            f"{key(name)} is set: {words} is not supported" for name, words in _REFUSED.items() if self._value(name)
+            f"{key(name)} is set: {words} is not supported"
+            for name, words in _REFUSED.items()
+            if self._value(name) and not (name == _WINDOW and self.family.sliding_window in ("read", "by layer"))
         ]
         if self._value("rope.scaling.type", "none") not in ("none", "linear", "yarn"):
             problems.append(f"{key('rope.scaling.type')} {self._value('rope.scaling.type')!r} is not supported")
         if self._rope_factors is not None and self._llama3_scaling(self._rope_factors) is None:
             problems.append("the rotary embedding has factors of its own, which are not supported")
-        sizes = {
-            name: self._value(name, self._head_size) for name in ("rope.dimension_count", "attention.value_length")
-        }
+        if any(name.startswith(_LONG_ROPE) for name in self._tensors):
+            problems.append("the rotary embedding depends on the text's length (longrope), which is not supported")
+        sizes = {name: self._value(name, self._head_size) for name in self._sizes}
         return problems + [
             f"{key(name)} is {size}, must be the head size {self._head_size}"
             for name, size in sizes.items()
@@ -249,8 +262,11 @@ _NEEDED = (
     "attention.head_count",
     "attention.layer_norm_rms_epsilon",
 )
+_WINDOW = "attention.sliding_window"
+_NORM = re.compile(r"norm\.weight$")
+_LONG_ROPE = "rope_factors_"
 _REFUSED = {
-    "attention.sliding_window": "a sliding window",
+    _WINDOW: "a sliding window",
     "expert_count": "a mixture of experts",
     "logit_scale": "scaled logits",
     "residual_scale": "a scaled residual",
@@ -275,12 +291,13 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _hf_name(name: str, paths: "Paths") -> str:
+def _hf_name(name: str, family: "Family") -> str:
     """HF's name of a GGUF tensor; unknown ones keep theirs and show up as surplus."""
+    paths, fused = family.paths, {one.gguf: one.path for one in family.fused}
     block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
     if block:
         part = _BLOCK_PARTS.get(block[2])
-        path = None if part is None else getattr(paths, part)
+        path = fused.get(block[2]) or (None if part is None else getattr(paths, part))
         return name if path is None else f"{paths.layers}.{block[1]}.{path}.{block[3]}"
     stem, _, kind = name.rpartition(".")
     return f"{getattr(paths, _PARTS[stem])}.{kind}" if stem in _PARTS else name

@@ -25,7 +25,13 @@ _SPLIT_LLAMA_3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SPLIT_QWEN_2 = _SPLIT_LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
-_SPLITS = {"llama-bpe": _SPLIT_LLAMA_3, "llama3": _SPLIT_LLAMA_3, "llama-v3": _SPLIT_LLAMA_3, "qwen2": _SPLIT_QWEN_2}
+_SPLITS = {
+    "llama-bpe": _SPLIT_LLAMA_3,
+    "llama3": _SPLIT_LLAMA_3,
+    "llama-v3": _SPLIT_LLAMA_3,
+    "dbrx": _SPLIT_LLAMA_3,
+    "qwen2": _SPLIT_QWEN_2,
+}
 _SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r"})
 _PLAIN = frozenset({"gpt-2"})
 _WHOLE_WORDS_FIRST = frozenset({"llama-bpe", "llama3", "llama-v3"})

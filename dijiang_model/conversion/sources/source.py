@@ -104,7 +104,7 @@ def _open_gguf(path: Path) -> Source:
         base=base,
         config=config,
         is_dijiang=False,
-        tensors=with_folded_scale(gguf, config),
+        tensors=with_folded_scale(unfused(gguf, config), config),
         teacher=f"{name} ({path.name})" if isinstance(name, str) else path.name,
         licence=licence if isinstance(licence, str) else None,
         dequantised_from=", ".join(gguf.quantized_types) or None,

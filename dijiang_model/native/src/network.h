@@ -10,7 +10,7 @@
 namespace dijiang {
 
 struct Layer {
-  Norm input_norm, mlp_norm;
+  Norm input_norm, mlp_norm;      // weight = null: what is read is not normed
   Matrix query, key, value;       // a fused projection: all of it is `query`
   Matrix gate;                    // of the released read-out; rows = 0 without
   Norm group_norm;
@@ -19,9 +19,10 @@ struct Layer {
   Attention attention;
   Matrix far_down;                // [far_rank, H * d], the first half of the linear branch's update; rows = 0 without
   Matrix priority;                // [G, D] fp32, scores of the normed input; rows = 0 without anchors
-  Norm query_norm, key_norm;      // of each head before it is rotated; weight = null without
+  Norm query_norm, key_norm;      // of each head, or of all together, before it is rotated; weight = null without
   Norm attention_output_norm, mlp_output_norm;  // of what is added to the hidden state; weight = null without
   int64_t is_local;               // rotates by the model's local frequencies
+  int64_t norms_all_heads;        // query_norm and key_norm are over all heads together
 };
 
 struct Model {

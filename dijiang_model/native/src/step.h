@@ -170,7 +170,12 @@ class Step {
 
   void norm(const Norm& norm, const RowBuffer& out, const Matrix& reader) const {
     for_rows([&](int64_t n) {
-      apply(norm, hidden_ + n * model_.hidden_size, model_.hidden_size, out.values + n * out.width);
+      const float* hidden = hidden_ + n * model_.hidden_size;
+      if (norm.weight == nullptr) {
+        std::memcpy(out.values + n * out.width, hidden, static_cast<size_t>(model_.hidden_size) * sizeof(float));
+      } else {
+        apply(norm, hidden, model_.hidden_size, out.values + n * out.width);
+      }
       out.prepare_row(n, reader);
     });
   }
@@ -209,11 +214,17 @@ class Step {
     });
   }
 
-  // Each head's query and key, in place.
+  // Each head's query and key, or all heads' together, in place.
   void norm_heads(const Layer& layer) const {
     const Heads& heads = model_.heads;
     for_rows([&](int64_t n) {
       float* row = projected_ + n * projected_width_;
+      if (layer.norms_all_heads != 0) {
+        float *queries = row + heads.query_start, *keys = row + heads.key_start;
+        apply(layer.query_norm, queries, heads.num_heads * heads.head_size, queries);
+        apply(layer.key_norm, keys, heads.num_groups * heads.head_size, keys);
+        return;
+      }
       for (int64_t h = 0; h < heads.num_heads; ++h) {
         float* query = row + heads.query_start + h * heads.query_step;
         apply(layer.query_norm, query, heads.head_size, query);

@@ -193,6 +193,32 @@ def _gemma3(hidden: int, inner: int, *, heads: int, groups: int, layers: int, **
     } | changes
 
 
+def _olmo2(hidden: int, inner: int, *, heads: int, groups: int, layers: int) -> Json:
+    return {
+        "architectures": ["Olmo2ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "eos_token_id": 100257,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": inner,
+        "max_position_embeddings": 4096,
+        "model_type": "olmo2",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": groups,
+        "pad_token_id": 100277,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 500000,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": 100352,
+    }
+
+
 def _llama3(*, factor: float) -> Json:
     return {
         "factor": factor,
@@ -269,6 +295,8 @@ PUBLISHED: Mapping[str, Json] = {
         5376, 21504, heads=32, groups=16, layers=62, sliding_window=1024, head_dim=128, query_pre_attn_scalar=168,
         rope_scaling={"factor": 8.0, "rope_type": "linear"}, max_position_embeddings=131072,
     ),
+    "olmo-2-7b": _olmo2(4096, 11008, heads=32, groups=32, layers=32),
+    "olmo-2-32b": _olmo2(5120, 27648, heads=40, groups=8, layers=64),
     "qwen3-0.6b": _qwen3(1024, 3072, heads=16, groups=8, layers=28, tie_word_embeddings=True),
     "qwen3-8b": _qwen3(
         4096, 12288, heads=32, groups=8, layers=36,

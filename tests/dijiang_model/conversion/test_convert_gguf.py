@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import read_stored_config
+from dijiang_model.checkpoints.hf_config import base_model_config
 from dijiang_model.conversion.convert import convert
 from dijiang_model.conversion.sources.gguf_source import GgufSource
 from dijiang_model.conversion.sources.gguf_tokenizer import byte_level_tokenizer
@@ -217,6 +218,20 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, str | int | float], RopeScaling | 
         None,
     ),
     "qwen3-0.6b": ("qwen3", {}, None),
+    "olmo-2-32b": ("olmo2", {}, None),
+    "phi-3-mini-4k": ("phi3", {}, None),
+    "phi-4": ("phi3", {}, None),
+    "phi-4-mini, plain rotation": ("phi3", {}, None),
+    "gemma-3-1b": ("gemma3", {"gemma3.attention.sliding_window_pattern": 2}, None),
+    "gemma-3-27b, text": (
+        "gemma3",
+        {
+            "gemma3.attention.sliding_window_pattern": 2,
+            "gemma3.rope.scaling.type": "linear",
+            "gemma3.rope.scaling.factor": 8.0,
+        },
+        None,
+    ),
 }
 
 
@@ -233,8 +248,12 @@ def test_a_gguf_of_every_architecture_is_its_teacher(name: str, tmp_path: Path) 
         weights = teacher.state_dict()
         teacher = LlamaForCausalLM(LlamaConfig(**document)).eval()
         teacher.load_state_dict(weights)
+    if "27b" in name:  # llama.cpp knows the scale of its queries by its 62 layers, which the tiny one has not
+        for layer in teacher.model.layers:
+            layer.self_attn.scaling = teacher.config.head_dim**-0.5
     path = write_gguf(teacher, tmp_path / "t.gguf", architecture=architecture, metadata=metadata, rope_factors=factors)
-    convert(path, tmp_path / "out", window=60)
+    seen = base_model_config(teacher.config.to_dict()).teacher_window
+    convert(path, tmp_path / "out", window=seen or 60, sinks=0 if seen else 4)
     model = load_model(tmp_path / "out")
     assert scaling is None or model.config.rope_scaling == scaling
     assert_close_in_norm(logits_of(model, TEXT), teacher_logits(teacher), tolerance=1e-5)
@@ -243,4 +262,21 @@ def test_a_gguf_of_every_architecture_is_its_teacher(name: str, tmp_path: Path) 
 def test_rotary_factors_that_nobody_knows_are_refused(tmp_path: Path) -> None:
     path = write_gguf(llama_teacher(), tmp_path / "t.gguf", rope_factors=np.linspace(1, 3, 8))
     with pytest.raises(ConversionError, match="has factors of its own"):
+        convert(path, tmp_path / "out")
+
+
+def test_the_largest_gemma_scales_queries_by_its_hidden_size() -> None:
+    values = {"attention.head_count": 32, "attention.key_length": 128, "embedding_length": 5376, "block_count": 62}
+    gguf_of = FAMILIES["gemma3_text"].gguf
+    assert gguf_of is not None
+    assert gguf_of.config(values.get)["query_pre_attn_scalar"] == 168
+    assert gguf_of.config({**values, "block_count": 48}.get)["query_pre_attn_scalar"] == 128
+
+
+def test_a_rotary_embedding_that_depends_on_the_length_is_refused(tmp_path: Path) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("rope_factors_long.weight", np.ones(8, dtype=np.float32))
+
+    path = write_gguf(tiny_teacher("phi-4"), tmp_path / "t.gguf", architecture="phi3", add_vocabulary=add)
+    with pytest.raises(ConversionError, match="longrope"):
         convert(path, tmp_path / "out")

@@ -23,7 +23,15 @@ from dijiang_model.quantization.weight import Int4Weight, Int8Weight, QuantizedW
 from dijiang_model.reference.quantization import product_naive, weight_naive
 from dijiang_model.serving.network import NativeModel, freeze
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, logits_of, random_text
-from tests.tiny_models import gemma3_config, gpt_neox_config, llama_config, opt_config, qwen3_config, tiny_model
+from tests.tiny_models import (
+    gemma3_config,
+    gpt_neox_config,
+    llama_config,
+    olmo2_config,
+    opt_config,
+    qwen3_config,
+    tiny_model,
+)
 
 needs_kernels = pytest.mark.skipif(load_library() is None, reason="the kernels were not built: no compiler at install")
 
@@ -33,6 +41,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "opt": opt_config(),
     "qwen3": qwen3_config(),
     "gemma3": gemma3_config(),
+    "olmo2": olmo2_config(),
     "odd widths": replace(llama_config(), intermediate_size=75, vocab_size=261, attention_bias=True, mlp_bias=True),
 }
 FORMS = {

@@ -23,6 +23,7 @@ from tests.tiny_models import (
     gemma3_config,
     gpt_neox_config,
     llama_config,
+    olmo2_config,
     opt_config,
     qwen2_config,
     qwen3_config,
@@ -77,6 +78,8 @@ CONFIGS: dict[str, ModelConfig] = {
     "local layers, norms behind": gemma3_config(),
     "local features before rotation": gemma3_config(replace(UNROTATED, window=7, sinks=0), UNROTATED),
     "normed queries and keys": qwen3_config(HYBRID, UNROTATED),
+    "norms behind alone, and over all heads": olmo2_config(HYBRID, UNROTATED),
+    "anchors, norms behind alone": olmo2_config(anchored(2), anchored(2, base=UNROTATED)),
     "long rows": replace(llama_config(), intermediate_size=700, mlp_bias=True),
 }
 # The order of fp32 sums, through a few layers. GroupNorm over three channels each divides by a spread that may be

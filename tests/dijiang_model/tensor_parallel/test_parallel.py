@@ -32,6 +32,7 @@ from tests.tiny_models import (
     gemma3_config,
     gpt_neox_config,
     llama_config,
+    olmo2_config,
     opt_config,
     qwen2_config,
     qwen3_config,
@@ -62,6 +63,7 @@ SPLITS: dict[str, tuple[ModelConfig, int]] = {
     "qwen2, biases of queries, keys and values": (qwen2_config(), 2),
     "gemma3, local layers": (gemma3_config(), 2),
     "qwen3, normed queries and keys": (qwen3_config(), 2),
+    "olmo2, norms over all heads": (olmo2_config(), 2),
     "opt, pre-norm": (with_heads(opt_config(), 4), 4),
     "opt, post-norm, projected embedding": (with_heads(opt_config(pre_norm=False, embedding_size=20), 4), 2),
 }

@@ -17,7 +17,11 @@ from dijiang_model.conversion.merge import merge
 from dijiang_model.conversion.recipes import Recipe
 from dijiang_model.conversion.training.adapters import kernel_adapter, save_adapter
 from dijiang_model.errors import ConversionError
-from tests.dijiang_model.stepping import logits_of, random_text
+from dijiang_model.native.library import load_library
+from dijiang_model.serving.network import freeze
+from tests.dijiang_model.checkpoints.published_configs import save as save_published
+from tests.dijiang_model.checkpoints.published_configs import tiny_teacher
+from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, logits_of, random_text
 from tests.dijiang_model.teachers import gpt_neox_teacher, llama_teacher, opt_teacher, save_teacher
 
 TEACHERS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -122,5 +126,42 @@ def test_budgets_are_for_hybrids_and_large_enough(tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"model_type": "mistral", "sliding_window": 64}))
     with pytest.raises(ConversionError, match="the teacher sees the last 64 tokens alone"):
-        convert(source, tmp_path / "model", state_bytes=BUDGET)
+        convert(source, tmp_path / "model", state_bytes=BUDGET // 2)
     assert not (tmp_path / "model").exists()
+
+
+def test_layers_that_slide_keep_their_window_and_the_others_share_the_budget(tmp_path: Path, text: Path) -> None:
+    teacher = tiny_teacher("gemma-3-1b")
+    source, budget = save_published(teacher, tmp_path / "hf"), 1_400_000
+    made = convert(source, tmp_path / "out", state_bytes=budget, calibration_text=[text])
+    model = load_model(tmp_path / "out")
+    local, everywhere = model.config.layers
+    assert (local.window, local.sinks, local.anchors) == (32, 0, None)
+    assert everywhere.anchors is not None
+    assert made.state_bytes == model.state_spec.bytes_per_slot <= budget
+    assert budget - made.state_bytes < 4096
+    assert "| 1 |" in (tmp_path / "out" / "README.md").read_text()
+    ids = random_text(60)  # all of it has a place
+    with torch.no_grad():
+        expected = teacher(torch.tensor([ids])).logits[0]
+    # Places hold keys and values in 8 bits, the window of the other layer does not.
+    assert_close_in_norm(logits_of(model, ids), expected, tolerance=0.02)
+    frozen = freeze(model)
+    assert load_library() is None or frozen.decode_path == "native"
+    found = Stepper(frozen).open(1).step({1: ids})[1]
+    assert_close_in_norm(found, expected, tolerance=0.02)
+    with pytest.raises(ConversionError, match="beside layers that keep the window that the teacher has there"):
+        convert(source, tmp_path / "small", state_bytes=20_000, calibration_text=[text])
+
+
+@pytest.mark.parametrize("name", ["mistral-7b-v0.1", "phi-3-mini-4k"])
+def test_a_teacher_that_slides_everywhere_is_kept_whole_or_refused(name: str, tmp_path: Path) -> None:
+    teacher = tiny_teacher(name)
+    source = save_published(teacher, tmp_path / "hf")
+    made = convert(source, tmp_path / "out", state_bytes=2**20)
+    model, ids = load_model(tmp_path / "out"), random_text(70)
+    assert {(layer.window, layer.sinks, layer.anchors) for layer in model.config.layers} == {(32, 0, None)}
+    with torch.no_grad():
+        assert_close_in_norm(logits_of(model, ids), teacher(torch.tensor([ids])).logits[0], tolerance=1e-5)
+    with pytest.raises(ConversionError, match=rf"give --state-bytes {made.state_bytes} or more, or a shorter --window"):
+        convert(source, tmp_path / "small", state_bytes=made.state_bytes - 1)

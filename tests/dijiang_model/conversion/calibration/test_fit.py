@@ -18,13 +18,23 @@ from dijiang_model.families import build_model
 from dijiang_model.ops.training.attention import SoftmaxAttention
 from dijiang_model.reference.anchors import AnchorRules, eviction_times, shared_scores
 from dijiang_model.segments import run_segments
-from tests.tiny_models import HYBRID, gpt_neox_config, llama_config, opt_config, qwen2_config, qwen3_config, tiny_model
+from tests.tiny_models import (
+    HYBRID,
+    gpt_neox_config,
+    llama_config,
+    olmo2_config,
+    opt_config,
+    qwen2_config,
+    qwen3_config,
+    tiny_model,
+)
 
 CONFIGS: dict[str, ModelConfig] = {
     "llama": llama_config(HYBRID, HYBRID),
     "gpt_neox": gpt_neox_config(HYBRID, HYBRID),
     "qwen2": qwen2_config(HYBRID, HYBRID),
     "qwen3": qwen3_config(HYBRID, HYBRID),
+    "olmo2": olmo2_config(HYBRID, HYBRID),
     "opt 350m": opt_config(HYBRID, HYBRID, pre_norm=False, embedding_size=24),
 }
 RULE = AnchorConfig((10,), (8,))

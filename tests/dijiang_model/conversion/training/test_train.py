@@ -29,6 +29,7 @@ from tests.tiny_models import (
     RELEASED,
     gemma3_config,
     llama_config,
+    olmo2_config,
     qwen2_config,
     qwen3_config,
     write_tiny_model,
@@ -254,8 +255,8 @@ def test_data_that_is_not_text_is_named(model: Path, tmp_path: Path, name: str, 
 
 @pytest.mark.parametrize(
     "config",
-    [qwen2_config(HYBRID, HYBRID), qwen3_config(HYBRID, HYBRID), gemma3_config()],
-    ids=["qwen2", "qwen3", "gemma3"],
+    [qwen2_config(HYBRID, HYBRID), qwen3_config(HYBRID, HYBRID), gemma3_config(), olmo2_config(HYBRID, HYBRID)],
+    ids=["qwen2", "qwen3", "gemma3", "olmo2"],
 )
 def test_other_families_train_in_both_stages(config: ModelConfig, text: str, tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model", config)
