@@ -46,6 +46,19 @@ browser: ## A Chromium for the tests of the page: the one that is there, or Debi
 test-clients: $(VENV)/.dev $(VENV)/.model $(CLIENT_STAMPS) $(CLIENTS)/npm/.installed ## Other people's clients against a running server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients -rs tests/compat
 
+# auditwheel names the oldest systems that take the wheel, by the C and C++ libraries of this machine.
+.PHONY: dist
+dist: $(VENV)/.dev ## Source archive and wheel, in dist/; the wheel is built from the archive, kernels inside
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist/raw .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist dist/raw/*.whl
+	mv dist/raw/*.tar.gz dist/
+	rm -r dist/raw
+
+.PHONY: test-dist
+test-dist: $(VENV)/.dev dist ## The wheel in an empty environment, without a compiler
+	TORCH_ARGS="$(TORCH_ARGS)" $(BIN)/python -m pytest -m dist tests/release
+
 .PHONY: test-chart
 test-chart: $(VENV)/.dev ## The Helm chart, rendered by Helm's engine and checked against the schemas of Kubernetes
 	$(PIP) install -c constraints.txt -e '.[chart]'
@@ -84,7 +97,7 @@ kernels: $(VENV)/.base ## Compile the kernels that are not of the sources at han
 
 .PHONY: clean
 clean: ## Remove .venv and the tools' caches
-	rm -rf $(VENV) $(CLIENTS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(CLIENTS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # torch comes first and alone, by its exact pin: installed by a range, pip may choose a larger build.
 $(VENV)/.base: $(VENV)/.python pyproject.toml constraints.txt setup.py $(wildcard dijiang_model/native/src/*)
