@@ -69,7 +69,7 @@ def attention_operations(config: ModelConfig) -> int:
     heads, groups, d = config.num_heads, config.num_kv_heads, config.head_size
     operations = 0
     for layer in config.layers:
-        features = d * len(layer.features.bases)
+        features = layer.features.num(d)
         operations += 2 * (heads + groups) * d * features + (3 * groups + 2 * heads) * features * d
         operations += 4 * heads * (layer.window + layer.sinks) * d
     return operations

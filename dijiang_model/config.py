@@ -16,6 +16,9 @@ from dijiang_model.rotary import Frequencies, RopeScaling, rotary_frequencies
 SINK_RANGE = 2048
 """Positions: teachers that claim 8,192 positions saw few texts of such length, and heed sinks from there less well."""
 
+WIDTH_MULTIPLE = 16
+"""Features are computed so many at a time."""
+
 Normalisation = Literal["softmax", "exp"]
 ReadOut = Literal["denominator", "group_norm"]
 Basis = Literal["dct2", "dct4", "matrix"]
@@ -39,6 +42,8 @@ class FeatureConfig:
         rotated: whether the map reads queries and keys after the rotary embedding, as released. Before it, what
             the linear part answers does not depend on where in the text it stands; its only measure of distance
             is the decay.
+        width: K where it is less: the first directions of the bases, of the lowest frequencies; 1 with `softmax`: one
+            constant feature, a decayed mean; 0: no linear part.
     """
 
     bases: tuple[Basis, ...] = ("dct2",)
@@ -47,6 +52,11 @@ class FeatureConfig:
     nodes: str = "midpoint"
     far_rank: int = 0
     rotated: bool = True
+    width: int | None = None
+
+    def num(self, head_size: int) -> int:
+        """K, the features of a head of so many channels."""
+        return head_size * len(self.bases) if self.width is None else self.width
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +66,8 @@ class AnchorConfig:
     Attributes:
         places: tokens that each head holds exactly: sinks, its recent window, and as many anchors as are left.
         windows: recent tokens among them; at least `span`, so that a priority is final before it decides.
-        age: what a priority gains with each position, >= 0: old anchors fade.
+        age: what a priority gains with each position, >= 0: old anchors fade, by default by a factor of e in 10,000
+            tokens. With five times as much, a tenth of the attention to facts told 1,000 to 2,000 tokens back is lost.
         grid: scores are rounded to multiples of it, a power of two, so that decode and prefill choose alike.
         span: a token's priority is the largest score of the tokens up to so many away from it.
         key_bits, value_bits: of the numbers in a place: 8, values also 4.
@@ -64,7 +75,7 @@ class AnchorConfig:
 
     places: tuple[int, ...]
     windows: tuple[int, ...]
-    age: float = 5e-4
+    age: float = 1e-4
     grid: float = 1 / 64
     span: int = 3
     key_bits: int = 8
@@ -151,6 +162,21 @@ class AttentionConfig:
             found.append(f"far_rank {self.features.far_rank} must be >= 0")
         if not self.features.bases:
             found.append("at least one basis is needed")
+        return found + self._width_problems()
+
+    def _width_problems(self) -> list[str]:
+        width = self.features.width
+        if width is None:
+            return []
+        found = []
+        if width < 0 or (width > 1 and width % WIDTH_MULTIPLE != 0):
+            found.append(f"width {width} must be 0, 1 or a multiple of {WIDTH_MULTIPLE}")
+        if width == 1 and self.features.normalisation != "softmax":
+            found.append("a width of 1 needs the normalisation softmax: one constant feature")
+        if "matrix" in self.features.bases:
+            found.append("basis 'matrix' has its own width")
+        if width == 0 and (self.window == 0 or self.features.far_rank > 0):
+            found.append("only a layer with a window can do without a linear part, and needs no update of its queries")
         return found
 
 
@@ -245,6 +271,8 @@ class ModelConfig:
         if self.rotary_dims % 2 != 0 or not 0 <= self.rotary_dims <= self.head_size:
             found.append(f"rotary_dims {self.rotary_dims} must be even and at most the head size {self.head_size}")
         for i, layer in enumerate(self.layers):
+            if layer.features.num(self.head_size) > self.head_size * len(layer.features.bases):
+                found.append(f"layer {i}: a width of {layer.features.width} is more than its bases have directions")
             if layer.anchors is not None and len(layer.anchors.places) != self.num_kv_heads:
                 found.append(f"layer {i}: places of {len(layer.anchors.places)} heads, there are {self.num_kv_heads}")
         tables = any(layer.decay == "table" for layer in self.layers)
@@ -320,7 +348,7 @@ class ModelConfig:
 
     def num_features(self, layer: int) -> int:
         """K, the feature width of a layer."""
-        return self.head_size * len(self.layers[layer].features.bases)
+        return self.layers[layer].features.num(self.head_size)
 
 
 @cache

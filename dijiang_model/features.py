@@ -33,8 +33,9 @@ _TRANSFORMS: Mapping[Basis, Callable[[int], Tensor]] = {"dct2": dct2, "dct4": dc
 
 
 def basis_matrix(features: FeatureConfig, head_size: int) -> Tensor:
-    """C transposed, [d, K] fp64, so that `x @ basis` is C x; stacked when there are several bases."""
-    return torch.cat([_TRANSFORMS[basis](head_size).T for basis in features.bases], dim=1).contiguous()
+    """C transposed, [d, K] fp64, so that `x @ basis` is C x; stacked when there are several bases, and then cut."""
+    whole = torch.cat([_TRANSFORMS[basis](head_size).T for basis in features.bases], dim=1)
+    return whole[:, : features.num(head_size)].contiguous()
 
 
 def _midpoint(num: int) -> Tensor:

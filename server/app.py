@@ -8,7 +8,19 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from server.api import admin, chat, completions, messages, models, ollama, operations, responses, states, tokenization
+from server.api import (
+    admin,
+    chat,
+    completions,
+    conversations,
+    messages,
+    models,
+    ollama,
+    operations,
+    responses,
+    states,
+    tokenization,
+)
 from server.api.playground import playground_router
 from server.errors import ServiceError
 from server.http.errors import HttpError, error_response, on_wire
@@ -47,7 +59,19 @@ def create_app(service: Service) -> FastAPI:
         },
     )
     app.state.service = service
-    for module in (completions, chat, messages, ollama, responses, states, models, tokenization, operations, admin):
+    for module in (
+        completions,
+        chat,
+        messages,
+        ollama,
+        responses,
+        conversations,
+        states,
+        models,
+        tokenization,
+        operations,
+        admin,
+    ):
         app.include_router(module.router)
     app.include_router(playground_router(assets))
     return app

@@ -22,6 +22,9 @@ BYTE_VOCAB_SIZE = 260
 EOS_TOKEN_ID = 258
 
 HYBRID = AttentionConfig(features=FeatureConfig(scale=16**-0.25), window=5, sinks=2)
+NO_LINEAR = replace(HYBRID, features=replace(HYBRID.features, width=0))
+CONSTANT = replace(HYBRID, features=replace(HYBRID.features, width=1, rotated=False))
+"""One feature: a decayed mean."""
 PURE = AttentionConfig(features=FeatureConfig(scale=16**-0.25))
 RELEASED = AttentionConfig(features=FeatureConfig(bases=("matrix",), nodes="checkpoint"), read_out="group_norm")
 TABLES = replace(RELEASED, decay="table")

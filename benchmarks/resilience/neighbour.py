@@ -11,12 +11,13 @@ first token within twice B's own value and one step, gaps below four times B's o
 
 import asyncio
 import json
+import os
 import secrets
 import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from rich.table import Table
 from benchmarks.own_server import ServerStartError, serving
 from dijiang_model.conversion.default_model import ensure_default_model
 
+ALONE = "alone"
 ANSWER_TOKENS = 16
 WIDTH = 140
 HEALTH_EVERY_S = 0.05
@@ -270,16 +272,31 @@ def _worst_ms(seconds: list[float]) -> float:
 
 
 async def measure(base_url: str, keys: tuple[str, str], names: list[str], seconds: float) -> list[Row]:
-    """Every row, B alone first."""
+    """Every row, and B alone before and after each, since the machine may be another one a minute later."""
     a, b = (Side(base_url, key) for key in keys)
     await watch(b, 1.0)
-    rows = [Row.of("alone", await watch(b, seconds))]
+    rows = [Row.of(ALONE, await watch(b, seconds))]
     for name in names:
         async with beside(a, ROWS[name]):
             await asyncio.sleep(min(3.0, seconds / 2))
             rows.append(Row.of(name, await watch(b, seconds)))
         await watch(b, 1.0)
+        rows.append(Row.of(ALONE, await watch(b, seconds)))
     return rows
+
+
+def judged(rows: list[Row]) -> dict[str, list[str]]:
+    """What each row misses, beside B alone before and after it, the slower of the two."""
+    found = {}
+    for before, row, after in zip(rows[::2], rows[1::2], rows[2::2], strict=False):
+        alone = replace(
+            before,
+            first_ms=max(before.first_ms, after.first_ms),
+            gap_ms=max(before.gap_ms, after.gap_ms),
+            worst_gap_ms=max(before.worst_gap_ms, after.worst_gap_ms),
+        )
+        found[row.name] = row.problems(alone)
+    return found
 
 
 def neighbour_command(
@@ -289,6 +306,7 @@ def neighbour_command(
     ),
     seconds: Annotated[float, typer.Option(help="Of each row.")] = 20.0,
     threads: Annotated[str, typer.Option(help="CPU threads of the server.")] = "auto",
+    save: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the JSON there.")] = None,
 ) -> None:
     """What one client notices of another, by what that one does."""
     names = [name.strip() for name in rows.split(",") if name.strip()]
@@ -303,10 +321,14 @@ def neighbour_command(
     except ServerStartError as error:
         raise typer.BadParameter(str(error)) from error
     table = Table("A", "first token, ms", "worst", "gap, ms", "worst", "worst /health, ms", "answers", "misses")
+    misses_of = judged(found)
     for row in found:
-        misses = ", ".join(row.problems(found[0])) if row is not found[0] else ""
+        misses = ", ".join(misses_of.get(row.name, []))
         numbers = (row.first_ms, row.worst_first_ms, row.gap_ms, row.worst_gap_ms, row.worst_health_ms)
         table.add_row(row.name, *(f"{number:,.1f}" for number in numbers), str(row.num_answers), misses)
     told = Console(width=WIDTH)
     told.print(table)
-    print(json.dumps({"neighbour": [asdict(row) for row in found]}))
+    document = {"neighbour": [asdict(row) for row in found], "misses": misses_of, "load_average": os.getloadavg()}
+    if save is not None:
+        save.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document))

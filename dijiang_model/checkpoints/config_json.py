@@ -237,10 +237,12 @@ def _feature_problems(features: FeatureConfig) -> list[str]:
 
 
 def attention_document(layer: AttentionConfig) -> dict[str, object]:
-    """A layer as JSON has it; `anchors` is absent where it has none, as in files from before there were any."""
+    """A layer as JSON has it; without `anchors` and `width` where it has none, as before there were any."""
     document = asdict(layer)
     if layer.anchors is None:
         del document["anchors"]
+    if layer.features.width is None:
+        del document["features"]["width"]
     return document
 
 
@@ -300,6 +302,7 @@ def _features(section: Fields) -> FeatureConfig:
         nodes=section.text("nodes", choices=(*NODE_NAMES, CHECKPOINT_NODES)),
         far_rank=section.integer("far_rank", 0, minimum=0),
         rotated=section.boolean("rotated", True),
+        width=section.integer("width", minimum=0) if "width" in section else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
@@ -12,18 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from dijiang_model.conversion.convert import DTYPES, Conversion, convert
 from dijiang_model.conversion.recipes import Recipe
 from dijiang_model.errors import ModelError
+from dijiang_model.formats.dtype_names import dtype_name
 from dijiang_model.quantization.config import WeightKind
-
-DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "f32": "float32", "f16": "float16"}
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-
 
 SourceArgument = Annotated[
     Path,
     typer.Argument(
         help="Folder of an HF model (safetensors or pytorch_model.bin, whole or sharded), its name on the hub "
-        "where the cache has it, a GGUF file (llama, qwen2, qwen3, phi3, gemma3, olmo2), or a DiJiang checkpoint as the paper's "
-        "authors release them."
+        "where the cache has it, a GGUF file (llama, qwen2, qwen3, phi3, gemma3, olmo2), or a DiJiang checkpoint as "
+        "the paper's authors release them."
     ),
 ]
 RecipeOption = Annotated[
@@ -81,7 +79,7 @@ def convert_command(
 ) -> None:
     """Make a DiJiang model of a pretrained transformer."""
     console = Console(stderr=True)
-    dtype = DTYPE_ALIASES.get(dtype or "", dtype)
+    dtype = None if dtype is None else str(dtype_name(dtype))
     _refuse_unknown(dtype, DTYPES, "--dtype")
     _refuse_unknown(weights, get_args(WeightKind), "--weights")
     max_shard_bytes = parse_size(max_shard_size)
@@ -127,7 +125,7 @@ def _refuse_unknown(value: str | None, known: Collection[str], hint: str) -> Non
 
 
 def parse_size(text: str, option: str = "--max-shard-size") -> int:
-    """Bytes from a whole number with an optional unit K, M or G (powers of 1024).
+    """Bytes from a number with an optional unit: K, M, G and KiB, MiB, GiB of 1,024, KB, MB, GB of 1,000.
 
     Args:
         option: whose text it is, for the message.
@@ -135,8 +133,11 @@ def parse_size(text: str, option: str = "--max-shard-size") -> int:
     Raises:
         typer.BadParameter: anything else, or less than 1 byte.
     """
-    match = re.fullmatch(r"(\d{1,12})\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    size = int(match[1]) * _UNITS[match[2].upper()] if match else 0
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)\s*([KMG]?)(i?B)?", text.strip(), re.IGNORECASE)
+    size = 0
+    if match:
+        base = 1000 if match[2] and (match[3] or "").upper() == "B" else 1024
+        size = int(Decimal(match[1]) * base ** " KMG".index(match[2].upper() or " "))
     if size < 1:
         raise typer.BadParameter(f"{text!r} is not a size such as 500M or 2G", param_hint=option)
     return size

@@ -108,14 +108,7 @@ def convert(
         opened = with_ends(opened, tokenizer.end_id)
         window = window if state_bytes is None else 1  # the budget chooses another one
         config, origin = _target(opened, source, recipe=recipe, window=window, sinks=sinks, seed=seed)
-        calibrated = None
-        if state_bytes is not None and origin.recipe != Recipe.HYBRID:
-            raise ConversionError(f"a budget of bytes is for the recipe hybrid, not for {origin.recipe}")
-        if state_bytes is not None and config.teacher_window > 0:
-            config = _with_whole_window(config, state_bytes)
-        elif state_bytes is not None:
-            calibrated = _calibrated(opened, config, origin, tokenizer, state_bytes, calibration_text, on_layer)
-            config = calibrated.calibration.config(config)
+        config, calibrated = _within_budget(opened, config, origin, tokenizer, state_bytes, calibration_text, on_layer)
         weights_dtype = DTYPES[dtype] if dtype is not None else _stored_dtype(opened)
         plan = _plan(opened, config, origin, calibrated, dtype=weights_dtype, weights=weights, name=out.absolute().name)
         write_checkpoint(
@@ -185,17 +178,25 @@ def _with_whole_window(config: ModelConfig, state_bytes: int) -> ModelConfig:
     return config
 
 
-def _calibrated(
+def _within_budget(
     opened: Source,
     config: ModelConfig,
     origin: Origin,
     tokenizer: StagedTokenizer,
-    state_bytes: int,
+    state_bytes: int | None,
     text: Sequence[Path],
     on_layer: Progress,
-) -> Calibrated:
+) -> tuple[ModelConfig, Calibrated | None]:
+    """A config whose state has so many bytes at most, and what calibration found, where it had to look."""
+    if state_bytes is None:
+        return config, None
+    if origin.recipe != Recipe.HYBRID:
+        raise ConversionError(f"a budget of bytes is for the recipe hybrid, not for {origin.recipe}")
+    if config.teacher_window > 0:
+        return _with_whole_window(config, state_bytes), None
     contexts = calibration_contexts(config, tokenizer.folder if tokenizer.is_there else None, text)
-    return calibrate(config, opened.tensors.read, contexts, state_bytes=state_bytes, on_layer=on_layer)
+    calibrated = calibrate(config, opened.tensors.read, contexts, state_bytes=state_bytes, on_layer=on_layer)
+    return calibrated.config, calibrated
 
 
 def _plan(
@@ -245,7 +246,8 @@ class _Reader:
     ) -> None:
         """Raises ConversionError if the source's tensors do not fit its config; all of it listed."""
         self._source, self._config, self._learned, self._seed = source, config, learned, seed
-        self._fresh = {} if source.is_dijiang else _fresh_parts(config, expected)
+        fresh = {} if source.is_dijiang else _fresh_parts(config, expected)
+        self._fresh = {name: part for name, part in fresh.items() if name not in learned}
         made = self._fresh.keys() | learned.keys()
         taken = {name: info for name, info in expected.items() if name not in made}
         found = source.tensors.infos()

@@ -64,8 +64,9 @@ def model_card(
         f"**{UNTRAINED_WARNING}**" if needs_training(config, origin) else "",
         _facts(config, origin, state, dtype),
         "" if calibration is None else f"## What a state holds\n\n{memory_section(config, calibration)}",
-        "## What was trained\n\n" + _training(origin, config),
-        "## Why it may be called DiJiang\n\n" + _conditions(config, origin, is_evaluated=evaluation is not None),
+        "## What was trained\n\n" + _training(origin, config, calibration),
+        "## Why it may be called DiJiang\n\n"
+        + _conditions(config, origin, calibration, is_evaluated=evaluation is not None),
         "" if evaluation is None else f"## Evaluation\n\n{evaluation.strip()}",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -115,6 +116,10 @@ def _attention_lines(config: ModelConfig) -> list[str]:
 
 def _attention(layer: AttentionConfig) -> str:
     bases = " and ".join(_LAYER_KINDS[basis] for basis in layer.features.bases)
+    if layer.features.width == 0:
+        return f"no linear part, window {layer.window}+{layer.sinks} of exact softmax"
+    if layer.features.width is not None:
+        bases = f"the first {layer.features.width} directions of {bases}"
     window = f", window {layer.window}+{layer.sinks} of exact softmax" if layer.window else ""
     features = layer.features
     place = "" if features.rotated else " before the rotary embedding"
@@ -125,7 +130,11 @@ def _attention(layer: AttentionConfig) -> str:
     )
 
 
-def _training(origin: Origin, config: ModelConfig) -> str:
+def _has_fitted_linear_parts(calibration: Calibration | None) -> bool:
+    return calibration is not None and any(share > 0 for layer in calibration.linear for share in layer)
+
+
+def _training(origin: Origin, config: ModelConfig, calibration: Calibration | None) -> str:
     if origin.tokens_trained > 0:
         return f"{origin.tokens_trained:,} tokens after the swap."
     if origin.recipe == "checkpoint":
@@ -133,7 +142,12 @@ def _training(origin: Origin, config: ModelConfig) -> str:
             "The weights are those of a DiJiang checkpoint, saved in another form; its training is not recorded here."
         )
     lines = ["Nothing was trained after the swap: all projections, norms and embeddings are the teacher's."]
-    if any(layer.window for layer in config.layers):
+    if _has_fitted_linear_parts(calibration):
+        lines.append(
+            "How much the linear branch counts was fitted to the teacher's answers by calibration, without gradients; "
+            "its features and nodes are fresh."
+        )
+    elif any(layer.window for layer in config.layers):
         lines.append(
             "The linear branch is disabled (its mixing weight is zero), so the model computes what attention to "
             "the tokens that it holds computes. What it does not hold is not used."
@@ -157,9 +171,10 @@ def _nodes(config: ModelConfig) -> str:
     )
 
 
-def _conditions(config: ModelConfig, origin: Origin, *, is_evaluated: bool) -> str:
+def _conditions(config: ModelConfig, origin: Origin, calibration: Calibration | None, *, is_evaluated: bool) -> str:
     is_matrix = any("matrix" in layer.features.bases for layer in config.layers)
-    is_silent = origin.tokens_trained == 0 and any(layer.window for layer in config.layers)
+    is_untrained = origin.tokens_trained == 0 and any(layer.window for layer in config.layers)
+    is_silent = is_untrained and not _has_fitted_linear_parts(calibration)
     computes = "Each layer computes `phi(q)^T sum phi(k) v^T` with " + (
         "the projection that the checkpoint stores as DCT times nodes; that it is one was not verified."
         if is_matrix

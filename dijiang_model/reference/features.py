@@ -43,7 +43,10 @@ def feature_map(x: Tensor, config: FeatureConfig, tensors: Mapping[str, Tensor])
         exponent = x @ tensors["projection"].to(x)
     else:
         nodes, log_weights = tensors["nodes"].to(x), tensors["log_weights"].to(x)
-        directions = torch.cat([dct_matrix(basis, x.shape[-1], x.dtype) for basis in config.bases])  # [K, d]
+        directions = torch.cat([dct_matrix(basis, x.shape[-1], x.dtype) for basis in config.bases])
+        directions = directions[: config.num(x.shape[-1])]  # [K, d]
+        if len(directions) == 0:
+            return torch.zeros((*x.shape[:2], 0), dtype=x.dtype)
         exponent = torch.zeros((*x.shape[:2], directions.shape[0]), dtype=x.dtype)
         num_per_group = x.shape[1] // nodes.shape[0]
         for head in range(x.shape[1]):

@@ -41,7 +41,7 @@ KERNEL_PARAMETERS = frozenset(
 KNOWN_SETTINGS = frozenset(
     {
         *("features", "read_out", "decay", "window", "sinks", "anchors"),
-        *("bases", "normalisation", "scale", "nodes", "far_rank", "rotated"),
+        *("bases", "normalisation", "scale", "nodes", "far_rank", "rotated", "width"),
     }
 )
 """What the kernels compute of `AttentionConfig` and `FeatureConfig`; a setting added there is refused unless it

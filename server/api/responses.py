@@ -13,13 +13,17 @@ from server.event_log import EventLog
 from server.generation.sessions import require_store, time_to_live
 from server.generation.streaming import close, collected, owner_of
 from server.http.sse import KEEP_ALIVE, EventStreamResponse
+from server.protocol.response_items import page_of_items
 from server.protocol.responses import ResponseRequest
 from server.responses.background import make_in_background
+from server.responses.conversations import PREFIX
 from server.responses.events import public, reported_later
 from server.responses.once import IdempotencyKey
 from server.responses.plan import plan_response
 from server.responses.run import ResponseRun
 from server.service import Service
+from server.states.errors import response_not_found
+from server.states.store import ResponseRecord, StateStore
 
 POLL_S = 0.5
 router = APIRouter(route_class=JsonRoute, prefix="/v1/responses", tags=["responses"])
@@ -59,6 +63,13 @@ async def create_response(body: ResponseRequest, request: Request, service: Serv
     return JSONResponse(await collected(request, run.whole(), close=end))
 
 
+@router.post("/compact")
+@router.post("/input_tokens")
+async def not_here() -> JSONResponse:
+    """Endpoints of OpenAI that are not built: a conversation needs no compacting, and `/tokenize` counts."""
+    raise NotFoundError("this server has no such endpoint", code="unknown_route")
+
+
 @router.get("/{response_id}", response_class=Response)
 async def get_response(
     response_id: str,
@@ -71,7 +82,7 @@ async def get_response(
     if starting_after is not None and not stream:
         raise InvalidRequestError("`starting_after` needs `stream`", param="starting_after", code="invalid_value")
     store, owner = require_store(service, param=None), owner_of(request)
-    record = await store.get_response(owner, response_id)
+    record = await _stored(store, owner, response_id)
     if not stream:
         return JSONResponse(public(record.body))
     return _events(service, owner, response_id, 0 if starting_after is None else starting_after + 1)
@@ -87,23 +98,15 @@ async def list_input_items(
     after: Annotated[str | None, Query(max_length=100)] = None,
 ) -> JSONResponse:
     """What a stored response has answered, the last item first unless asked otherwise; not the conversation before."""
-    record = await require_store(service, param=None).get_response(owner_of(request), response_id)
-    items = list(record.input_items) if order == "asc" else list(record.input_items)[::-1]
-    if after is not None:
-        ids = [item["id"] for item in items]
-        if after not in ids:
-            raise InvalidRequestError(f"there is no item {after!r}", param="after", code="invalid_value")
-        items = items[ids.index(after) + 1 :]
-    page = items[:limit]
-    ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
-    return JSONResponse({"object": "list", "data": page, "has_more": len(items) > limit, **ends})
+    record = await _stored(require_store(service, param=None), owner_of(request), response_id)
+    return JSONResponse(page_of_items(record.input_items, limit=limit, order=order, after=after))
 
 
 @router.delete("/{response_id}")
 async def delete_response(response_id: str, request: Request, service: ServiceDependency) -> JSONResponse:
     """Deletes a stored response and its conversation; later responses that continued it stay."""
     store, owner = require_store(service, param=None), owner_of(request)
-    await store.get_response(owner, response_id)
+    await _stored(store, owner, response_id)
     await _cancel(service, response_id)
     await store.delete_response(owner, response_id)
     return JSONResponse({"id": response_id, "object": "response", "deleted": True})
@@ -113,7 +116,7 @@ async def delete_response(response_id: str, request: Request, service: ServiceDe
 async def cancel_response(response_id: str, request: Request, service: ServiceDependency) -> JSONResponse:
     """Ends a response that is being made in the background; one that has ended stays as it is."""
     store, owner = require_store(service, param=None), owner_of(request)
-    record = await store.get_response(owner, response_id)
+    record = await _stored(store, owner, response_id)
     if not record.body["background"]:
         raise InvalidRequestError(
             "only responses with `background: true` can be cancelled", param="response_id", code="invalid_value"
@@ -121,6 +124,13 @@ async def cancel_response(response_id: str, request: Request, service: ServiceDe
     await _cancel(service, response_id)
     record = await store.cancel_response(owner, response_id)  # another replica may be making it
     return JSONResponse(public(record.body))
+
+
+async def _stored(store: StateStore, owner: str, response_id: str) -> ResponseRecord:
+    """Raises `NotFoundError`."""
+    if response_id.startswith(PREFIX):
+        raise response_not_found(response_id)  # a conversation
+    return await store.get_response(owner, response_id)
 
 
 def _run(
@@ -182,7 +192,7 @@ async def _bodies(service: Service, owner: str, response_id: str) -> AsyncIterat
     """The stored response, again and again until it has ended."""
     store = require_store(service, param=None)
     while True:
-        record = await store.get_response(owner, response_id)
+        record = await _stored(store, owner, response_id)
         yield record.body
         if record.has_ended:
             return

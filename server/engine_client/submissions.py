@@ -77,10 +77,6 @@ class Submission:
         """The request as the engine knows it."""
         return replace(self.request, request_id=self.name)
 
-    def push(self, event: TokenEvent) -> None:
-        """Passes an event on."""
-        self.on_event(replace(event, request_id=self.request.request_id))
-
 
 class Submissions:
     """See the module."""
@@ -156,15 +152,13 @@ class Submissions:
         if submission is not None:
             if event.finish_reason is not None:
                 self._forget(submission)
-            submission.push(event)
+            submission.on_event(replace(event, request_id=submission.request.request_id))
 
     def end(self, name: str, event: TokenEvent) -> bool:
         """Ends a request here; False if it has ended."""
-        submission = self._by_name.get(name)
-        if submission is None:
+        if name not in self._by_name:
             return False
-        self._forget(submission)
-        submission.push(event)
+        self.pass_on(replace(event, request_id=name))
         return True
 
     def end_all(self, event: TokenEvent, *, begun_only: bool = False) -> None:

@@ -51,11 +51,13 @@ class AnthropicWriter:
             if block["type"] == "tool_use":
                 block["input"] = _value(block["input"])
         reason, stop = self._reason(answer.finish_reason, answer.stop)
-        return MessageOut(**self._head, content=content, stop_reason=reason, stop_sequence=stop, usage=self._usage())
+        return MessageOut(
+            **self._head, content=content, stop_reason=reason, stop_sequence=stop, usage=self._usage(), **_NULLS
+        )
 
     def begin(self) -> Sequence[bytes]:
         usage = self._usage()
-        message = MessageOut(**self._head, content=[], stop_reason=None, stop_sequence=None, usage=usage)
+        message = MessageOut(**self._head, **_NULLS, content=[], stop_reason=None, stop_sequence=None, usage=usage)
         return [_event("message_start", message=message.model_dump()), _event("ping")]
 
     def delta(self, delta: TextDelta) -> Sequence[bytes]:
@@ -110,9 +112,15 @@ class AnthropicWriter:
             cache_creation_input_tokens=0,
             cache_read_input_tokens=num_cached,
             output_tokens=usage.completion_tokens,
+            **_NO_COUNTS,
         )
 
 
+_CALLER = {"caller": {"type": "direct"}}
+_NULLS: dict[str, Any] = dict.fromkeys(("stop_details", "container"))
+_NO_COUNTS: dict[str, Any] = dict.fromkeys(
+    ("cache_creation", "inference_geo", "output_tokens_details", "server_tool_use", "service_tier")
+)
 _GROWS = {"thinking": "thinking", "text": "text", "tool_use": "input"}
 _DELTAS = {
     "thinking": ("thinking_delta", "thinking"),
@@ -140,9 +148,9 @@ def _block(kind: str, name: str) -> Block:
         case "thinking":
             return {"type": kind, "thinking": "", "signature": ""}
         case "text":
-            return {"type": kind, "text": ""}
+            return {"type": kind, "text": "", "citations": None}
         case _:
-            return {"type": kind, "id": f"toolu_{uuid.uuid4().hex[:24]}", "name": name, "input": ""}
+            return {"type": kind, "id": f"toolu_{uuid.uuid4().hex[:24]}", "name": name, "input": "", **_CALLER}
 
 
 def _value(arguments: str) -> Any:

@@ -61,6 +61,7 @@ class ChatAnswer:
             role="assistant",
             content=content if content or not (calls or self._parser.is_forced) else None,
             refusal=None,
+            annotations=(),
             **({"reasoning_content": thought, "reasoning": thought} if thought else {}),
             **({"tool_calls": calls} if calls else {}),
         )
@@ -92,6 +93,7 @@ class ChatWriter(OpenAIWriter):
                 message=self._answers[index].message(answer.text, answer.finish_reason),
                 logprobs=self._chat_logprobs(answer.output),
                 finish_reason=self._answers[index].finish_reason(answer.finish_reason),
+                stop_reason=answer.stop,
                 **self._token_ids(tuple(answer.token_ids)),
                 **self._state(answer),
             )
@@ -156,7 +158,7 @@ class ChatWriter(OpenAIWriter):
             logprobs=self._chat_logprobs(output) if output else None,
             finish_reason=finish_reason,
             **self._token_ids(token_ids),
-            **({} if end is None else self._state(end)),
+            **({} if end is None else {"stop_reason": end.stop, **self._state(end)}),
         )
         return self._event(choices=[choice], **self._usage(), **more)
 

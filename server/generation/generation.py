@@ -264,28 +264,25 @@ class Generation:
         choice = self._by_request[event.request_id]
         if choice.has_ended:
             return
+        if choice.is_follower and not self._leader(choice).prompt_is_scored:
+            choice.deferred.append(event)
+            return
+        is_suspended = event.finish_reason is FinishReason.SUSPENDED
         try:
-            self._take(choice, event)
+            delta = TextDelta(choice.index, choice.cut_off(), (), None) if is_suspended else choice.take(event)
+            if choice.followers and not choice.prompt_is_scored:
+                self._share_prompt(choice, event)
+            if delta.finish_reason is not None or is_suspended:
+                self._end(choice, event, delta)
+                return
+            self._deltas.put_nowait(delta)
+            if self._deltas.qsize() > MAX_UNREAD_DELTAS:
+                raise DeadlineError("the answer is not read as fast as it is written")
         except ServiceError as error:
             self._fail(choice, error)
         except Exception:
             logger.exception("an answer failed")
             self._fail(choice, InternalError())
-
-    def _take(self, choice: Choice, event: TokenEvent) -> None:
-        if choice.is_follower and not self._leader(choice).prompt_is_scored:
-            choice.deferred.append(event)
-            return
-        is_suspended = event.finish_reason is FinishReason.SUSPENDED
-        delta = TextDelta(choice.index, choice.cut_off(), (), None) if is_suspended else choice.take(event)
-        if choice.followers and not choice.prompt_is_scored:
-            self._share_prompt(choice, event)
-        if delta.finish_reason is not None or is_suspended:
-            self._end(choice, event, delta)
-            return
-        self._deltas.put_nowait(delta)
-        if self._deltas.qsize() > MAX_UNREAD_DELTAS:
-            raise DeadlineError("the answer is not read as fast as it is written")
 
     def _share_prompt(self, leader: Choice, event: TokenEvent) -> None:
         """Gives the followers their log-probabilities of the prompt, and what had to wait for them."""

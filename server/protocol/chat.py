@@ -267,6 +267,8 @@ class ChatMessageOut(ResponseModel):
     """The text; null if there are only calls of tools."""
     refusal: None
     """Always null here."""
+    annotations: tuple[()]
+    """Always empty here."""
     reasoning_content: str = ""
     """What was thought before the answer, if anything was."""
     reasoning: str = ""
@@ -286,6 +288,8 @@ class ChatChoice(ResponseModel):
     """With `logprobs`: those of the tokens; in a stream of the tokens since the last chunk."""
     finish_reason: ChatFinishReason
     """`stop`: end of turn, stop token or stop string; `tool_calls`: likewise, after calls; `length`: the limit."""
+    stop_reason: str | None
+    """The stop string that ended it, if one did."""
     token_ids: tuple[int, ...] = ()
     """The generated tokens, with `return_token_ids`."""
     state_id: str | None = ""
@@ -343,6 +347,8 @@ class ChatChunkChoice(ResponseModel):
     """With `logprobs`: those of the tokens; in a stream of the tokens since the last chunk."""
     finish_reason: ChatFinishReason | None
     """Set in the last chunk of each answer."""
+    stop_reason: str | None = None
+    """In the last chunk: the stop string that ended the answer, if one did."""
     token_ids: tuple[int, ...] = ()
     """The tokens since the last chunk, with `return_token_ids`."""
     state_id: str | None = ""

@@ -86,6 +86,8 @@ class CompletionChoice(ResponseModel):
     """With `logprobs`: those of the tokens; in a stream of the tokens since the last chunk."""
     finish_reason: FinishReasonText | None
     """`stop`: end of sequence, stop token or stop string; `length`: the token limit; null: more follows."""
+    stop_reason: str | None = None
+    """With the `finish_reason`: the stop string that ended it, if one did."""
     token_ids: tuple[int, ...] = ()
     """The generated tokens; with `return_token_ids`, or if the model has no tokenizer."""
     prompt_token_ids: tuple[int, ...] = ()

@@ -1,6 +1,6 @@
-"""Items of the Responses API: what a conversation consists of, as it comes in."""
+"""Items of the Responses API, what a conversation consists of, and `/v1/conversations`, which keeps them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, FailFast, Field, StringConstraints, Tag, WithJsonSchema
@@ -12,6 +12,7 @@ from server.protocol.tools import FunctionCallIn, FunctionName, ToolCallIn
 from server.protocol.wire import RequestModel
 
 KINDS = ("message", "function_call", "function_call_output", "reasoning")
+MAX_ITEMS_AT_ONCE = 20
 _TEXT_PARTS = ("input_text", "output_text", "text")
 CallId = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
@@ -138,6 +139,13 @@ InputItems = Annotated[
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
     Field(min_length=1, max_length=MAX_MESSAGES),
 ]
+FewInputItems = Annotated[
+    list[_Tagged],
+    FailFast(),
+    BeforeValidator(lambda value: [] if value is None else _items(value)),
+    WithJsonSchema({"type": "array", "items": {"type": "object"}}),
+    Field(max_length=MAX_ITEMS_AT_ONCE),
+]
 
 
 def chat_messages(items: Sequence[InputItem]) -> list[MessageIn]:
@@ -197,3 +205,74 @@ def stored_item(item: InputItem, number: int, suffix: str) -> dict[str, Any]:
             return {"id": f"rs_{place}", "status": "completed", **item.model_dump(exclude_none=True)} | {
                 "summary": [part.model_dump() for part in item.summary or ()]
             }
+
+
+def page_of_items(
+    items: Sequence[Mapping[str, Any]], *, limit: int, order: Literal["asc", "desc"], after: str | None
+) -> dict[str, Any]:
+    """A page of stored items, behind the item `after`; raises `InvalidRequestError` if there is none of that id."""
+    found = list(items) if order == "asc" else list(items)[::-1]
+    if after is not None:
+        ids = [item["id"] for item in found]
+        if after not in ids:
+            raise InvalidRequestError(f"there is no item {after!r}", param="after", code="invalid_value")
+        found = found[ids.index(after) + 1 :]
+    page = found[:limit]
+    ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": page, "has_more": len(found) > limit, **ends}
+
+
+MAX_METADATA = 16
+Metadata = dict[
+    Annotated[str, StringConstraints(max_length=64)],
+    Annotated[str, StringConstraints(max_length=512)],
+]
+
+
+def _conversation_id(value: object) -> object:
+    if isinstance(value, dict):
+        value = value.get("id")
+        if not isinstance(value, str):
+            raise PydanticCustomError("conversation", "must be an id, or an object with an `id`")
+    return value
+
+
+ConversationId = Annotated[
+    Annotated[str, StringConstraints(min_length=1, max_length=100)],
+    BeforeValidator(_conversation_id),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}),
+]
+"""`"conv_..."` or `{"id": "conv_..."}`."""
+
+
+class CreateConversation(RequestModel):
+    """A new conversation."""
+
+    items: FewInputItems = Field(default_factory=list)
+    """What it begins with, at most 20 items."""
+    metadata: Metadata | None = Field(None, max_length=MAX_METADATA)
+    """Up to 16 texts that come back with it."""
+
+
+class UpdateConversation(RequestModel):
+    """What may be changed of a conversation besides its items."""
+
+    metadata: Metadata = Field(max_length=MAX_METADATA)
+    """In place of what there was."""
+
+
+class CreateItems(RequestModel):
+    """More items."""
+
+    items: FewInputItems
+    """At the end of the conversation, at most 20."""
+
+
+def conversation_object(conversation_id: str, created: float, metadata: Any) -> dict[str, Any]:
+    """As it is on the wire."""
+    return {
+        "id": conversation_id,
+        "object": "conversation",
+        "created_at": int(created),
+        "metadata": {} if metadata is None else metadata,
+    }

@@ -11,7 +11,13 @@ from server.errors import InvalidRequestError
 from server.protocol.chat import ChatRequest, MessageIn, ReasoningEffort
 from server.protocol.logprobs import MAX_TOP_LOGPROBS
 from server.protocol.response_format import ResponseFormat
-from server.protocol.response_items import InputFunctionCall, InputFunctionCallOutput, InputItems, chat_messages
+from server.protocol.response_items import (
+    ConversationId,
+    InputFunctionCall,
+    InputFunctionCallOutput,
+    InputItems,
+    chat_messages,
+)
 from server.protocol.sampling import MAX_TOKENS, SamplingFields
 from server.protocol.tools import (
     MAX_TOOLS,
@@ -168,6 +174,8 @@ class ResponseRequest(SamplingFields):
     """A system message before the input. After `previous_response_id` those of earlier responses stay in force."""
     previous_response_id: Annotated[str, StringConstraints(min_length=1, max_length=100)] | None = None
     """A stored response to continue from; only what is new is computed."""
+    conversation: ConversationId | None = None
+    """A conversation of `/v1/conversations` to answer and to extend."""
     max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     """Most tokens of the answer; no limit if absent."""
     text: TextOptions | None = None
@@ -223,7 +231,13 @@ class ResponseRequest(SamplingFields):
             raise InvalidRequestError("`stream_options` is only allowed with `stream: true`", param="stream_options")
         _check_echo("tools", self.echoed_tools)
         _check_echo("text.format", None if self.text is None else self.text.format)
-        if self.previous_response_id is None:
+        if self.previous_response_id is not None and self.conversation is not None:
+            raise InvalidRequestError(
+                "`conversation` and `previous_response_id` exclude each other",
+                param="conversation",
+                code="invalid_value",
+            )
+        if self.previous_response_id is None and self.conversation is None:
             self._check_calls()
         return self
 
@@ -241,8 +255,12 @@ class ResponseRequest(SamplingFields):
     @property
     def messages(self) -> list[MessageIn]:
         """The instructions, if there are any, and the input."""
-        own = [MessageIn(role="system", content=self.instructions)] if self.instructions is not None else []
-        return own + chat_messages(self.input)
+        return self.instruction_messages + chat_messages(self.input)
+
+    @property
+    def instruction_messages(self) -> list[MessageIn]:
+        """The instructions, if there are any."""
+        return [MessageIn(role="system", content=self.instructions)] if self.instructions is not None else []
 
     @property
     def echoed_tools(self) -> list[dict[str, Any]]:
@@ -258,12 +276,12 @@ class ResponseRequest(SamplingFields):
         """How much to think; None: as the model does by itself."""
         return None if self.reasoning is None else self.reasoning.effort
 
-    def chat(self, *, seed: int) -> ChatRequest:
-        """The same as a request of the chat API, but for the conversation before it."""
+    def chat(self, *, seed: int, messages: list[MessageIn]) -> ChatRequest:
+        """The same as a request of the chat API with these messages."""
         wants_logprobs = LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
         choice = self.tool_choice
         return ChatRequest(
-            messages=self.messages,
+            messages=messages,
             model=self.model,
             max_completion_tokens=self.max_output_tokens,
             **{name: getattr(self, name) for name in SamplingFields.model_fields} | {"seed": seed},

@@ -143,8 +143,8 @@ class GenerationFields(StateFields, SamplingFields):
     model: str | None = None
     """Name of the model; the one that is served if absent."""
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
-    """Most tokens of one answer. Completions: 16 if absent. Chat: `--default-answer-tokens` if absent (4,096). 0 only with `echo`,
-    `prompt_logprobs` or `return_state`: the prompt is read and nothing is generated."""
+    """Most tokens of one answer. Completions: 16 if absent. Chat: `--default-answer-tokens` if absent. 0 only with
+    `echo`, `prompt_logprobs` or `return_state`: the prompt is read and nothing is generated."""
     max_completion_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     """Newer name of `max_tokens`; wins when both are given."""
     n: int | None = Field(None, ge=1)

@@ -88,7 +88,6 @@ CHAT_FIELDS: Mapping[str, tuple[Any, ...]] = {
 RESPONSE_FIELDS: Mapping[str, tuple[Any, ...]] = {
     **_SHARED,
     "context_management": ([],),
-    "conversation": (),
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),

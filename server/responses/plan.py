@@ -11,8 +11,10 @@ from server.generation.planning import plan_request
 from server.generation.sessions import Past, check_fingerprint, require_store
 from server.generation.tools import form_of, template_tools
 from server.protocol.chat import ChatRequest, MessageIn
+from server.protocol.response_items import chat_messages
 from server.protocol.responses import FIELD_NAMES, ResponseRequest
 from server.protocol.wire import translated
+from server.responses.conversations import OpenConversation
 from server.responses.output import ResponseOutput
 from server.responses.run import ResponseRun
 from server.service import Service
@@ -26,11 +28,14 @@ async def plan_response(service: Service, info: EngineInfo, body: ResponseReques
     Raises:
         ServiceError: it can never be made, or not now.
     """
-    previous = await _previous(service, info, body, run.owner)
+    previous = await _previous(service, info, body.previous_response_id, run.owner)
+    messages = body.messages
+    if body.conversation is not None:
+        previous, messages = await _in_conversation(service, info, body, run)
     base = None if previous is None else previous.snapshot
     run.unfinished = replace(run.unfinished, base=base)
     with renamed_fields(FIELD_NAMES), translated():
-        chat = body.chat(seed=run.unfinished.seed)
+        chat = body.chat(seed=run.unfinished.seed, messages=messages)
         past = Past(base=base, base_of=previous)
         if previous is not None and chat.tools and previous.body.get("tools") != body.echoed_tools:
             # Tools stand at the beginning of a conversation, and nothing can be added to the beginning of a state.
@@ -42,10 +47,12 @@ async def plan_response(service: Service, info: EngineInfo, body: ResponseReques
 async def plan_resumed(service: Service, info: EngineInfo, body: ResponseRequest, run: ResponseRun) -> Generation:
     """Likewise, of one that was suspended at `run.snapshot`."""
     before = run.unfinished
+    if body.conversation is not None:
+        await _in_conversation(service, info, body, run)
     # The cache is for prompts, and what is resumed has an answer behind its own.
     past = Past(base=before.base, cut_off_at=run.snapshot, prompts=[before.prompt_token_ids], uses_cache=False)
     with renamed_fields(FIELD_NAMES):
-        return await _planned(service, info, body, run, body.chat(seed=before.seed), past)
+        return await _planned(service, info, body, run, body.chat(seed=before.seed, messages=body.messages), past)
 
 
 async def _planned(
@@ -66,13 +73,30 @@ def _tools_message(service: Service, chat: ChatRequest) -> MessageIn:
     return MessageIn(role="system", content=form_of(service.tokenizer).told(tools))
 
 
-async def _previous(service: Service, info: EngineInfo, body: ResponseRequest, owner: str) -> ResponseRecord | None:
-    """The response that this one comes after."""
-    if body.previous_response_id is None:
+async def _in_conversation(
+    service: Service, info: EngineInfo, body: ResponseRequest, run: ResponseRun
+) -> tuple[ResponseRecord | None, list[MessageIn]]:
+    """The response that has read the beginning of the conversation, if there is one, and the messages behind it."""
+    store, name = require_store(service, param="conversation"), str(body.conversation)
+    found = await OpenConversation.find(store, run.owner, name, instructions=body.instructions)
+    previous = None
+    try:
+        previous = await _previous(service, info, found.tip, run.owner)
+    except (NotFoundError, InvalidRequestError):  # deleted, or of another model
+        found = found.without_tip()
+    run.conversation = found
+    with renamed_fields(FIELD_NAMES), translated():
+        told = chat_messages([*found.items, *body.input])
+    return previous, told if previous is not None else [*body.instruction_messages, *told]
+
+
+async def _previous(service: Service, info: EngineInfo, response_id: str | None, owner: str) -> ResponseRecord | None:
+    """The response that another comes after."""
+    if response_id is None:
         return None
     store = require_store(service, param="previous_response_id")
     try:
-        record = await store.get_response(owner, body.previous_response_id)
+        record = await store.get_response(owner, response_id)
     except NotFoundError as error:
         raise NotFoundError(error.message, param="previous_response_id", code="previous_response_not_found") from error
     if record.snapshot is None or not record.has_ended:

@@ -22,6 +22,7 @@ from server.http.sse import KEEP_ALIVE
 from server.protocol.logprobs import ChatLogprobs
 from server.protocol.response_items import stored_item
 from server.protocol.responses import ResponseRequest, response_usage
+from server.responses.conversations import OpenConversation, stored_items
 from server.responses.events import begun, encoded, ended, resumed, suspended, with_pieces
 from server.responses.once import IdempotencyKey
 from server.responses.output import Event, Item, Logprobs, Pieces, ResponseOutput
@@ -52,6 +53,7 @@ class ResponseRun:
         log: of its events, while it is made in the background.
         unfinished: what is known of it beside its output, and what it was when it was suspended, if it was.
         snapshot: its conversation, where it was saved last.
+        conversation: that it answers and extends; None: none.
     """
 
     generation: Generation
@@ -99,6 +101,7 @@ class ResponseRun:
         self._incomplete_for = "max_output_tokens"
         self._response: dict[str, Any] = {}
         self._state_error: ServiceError | None = None
+        self.conversation: OpenConversation | None = None
 
     async def keep_state(self, snapshot: SnapshotRecord) -> str:
         """Keeps the conversation at the answer's end, at once, so that nobody removes it."""
@@ -261,6 +264,7 @@ class ResponseRun:
             "truncation": "disabled" if body.truncation is None else body.truncation,
             "usage": response_usage(self.generation.usage) if status in ("completed", "incomplete") else None,
             "user": body.user,
+            **({} if body.conversation is None else {"conversation": {"id": body.conversation}}),
         }
 
     async def _events_safely(self) -> AsyncGenerator[Event | None, None]:
@@ -301,6 +305,7 @@ class ResponseRun:
         self._response = self.object(self._status, with_output=True)
         try:
             await self.put(self._response)
+            await self._extend()
         except (StoreUnavailableError, StorageFullError) as error:
             if self._body.background:
                 raise
@@ -309,6 +314,14 @@ class ResponseRun:
             logger.error("a response could not be kept", id=self.id, problem=str(self._state_error))
             self._response |= {"state_error": state_error(self._state_error).model_dump()}
         yield ended(self._response)
+
+    async def _extend(self) -> None:
+        """Adds what was asked and answered to the conversation."""
+        if self.conversation is not None:
+            items = [*stored_items(self._body.input), *self._response["output"]]
+            is_kept = self._store is not None and self.snapshot is not None
+            read_by, instructions = self.id if is_kept else None, self._body.instructions
+            await self.conversation.extend(items, response_id=read_by, instructions=instructions)
 
     def _take(self, delta: TextDelta) -> list[Event]:
         events = self.output.push(delta.text, self._logprobs_of(delta), delta.finish_reason)

@@ -1,9 +1,8 @@
 """A store of states: an index in a database, and the files of snapshots.
 
-What was answered is there: a state is in the index, whole and committed, before its id is told. The engine writes and
-reads files in a folder here; a file goes to where it is kept before the index names it, and comes from there when it is
-used and not here. A heartbeat every few seconds says that this server lives and what it uses, and removes what has
-expired; servers that were not heard for a while are reaped: what they used is free.
+What was answered is there: a state is in the index, whole and committed, before its id is told. The engine works on
+files in a folder here; a file goes to where it is kept before the index names it. A heartbeat every few seconds says
+that this server lives and what it uses, and removes what has expired; servers not heard for a while are reaped.
 """
 
 import asyncio
@@ -24,6 +23,7 @@ from server.states.index.index import StateIndex
 from server.states.index.upkeep import Budget
 from server.states.index.uses import READING, Heartbeat, InUse, Use, use_of
 from server.states.store import (
+    Change,
     NewState,
     Reservation,
     ResponseRecord,
@@ -35,8 +35,7 @@ from server.states.store import (
 )
 
 Eviction = Literal["lru", "refuse"]
-SHORT_TTL_S = 30.0
-HEARTBEAT_S, PATIENCE_S, RETRY_S = 2.0, 10.0, 0.25
+SHORT_TTL_S, HEARTBEAT_S, PATIENCE_S, RETRY_S = 30.0, 2.0, 10.0, 0.25
 _NOT_NOW = (StoreUnavailableError, StorageFullError)
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -253,9 +252,8 @@ class IndexedStore:
 
     async def claim_responses(self, limit: int, *, fingerprint: str) -> list[ResponseRecord]:
         """See `StateStore.claim_responses`."""
-        return await self._run(
-            lambda: self._index.claim_responses(limit, fingerprint=fingerprint, on_taken=self._claim)
-        )
+        index = self._index
+        return await self._run(lambda: index.claim_responses(limit, fingerprint=fingerprint, on_taken=self._claim))
 
     def _claim(self, response_ids: Collection[str]) -> None:
         """Called on a thread of the database's, before anybody else, a heartbeat say, can see that they are ours."""
@@ -269,6 +267,10 @@ class IndexedStore:
     async def use_response(self, response_id: str) -> None:
         """See `StateStore.use_response`."""
         await self._free(lambda: self._index.use_response(response_id))
+
+    async def change_response(self, owner: str, response_id: str, change: Change) -> ResponseRecord:
+        """See `StateStore.change_response`."""
+        return await self._run(lambda: self._index.change_response(owner, response_id, change))
 
     async def cancel_response(self, owner: str, response_id: str) -> ResponseRecord:
         """See `StateStore.cancel_response`."""

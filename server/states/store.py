@@ -223,6 +223,9 @@ def new_state_id() -> str:
     return f"state_{secrets.token_hex(16)}"
 
 
+Change = Callable[[ResponseRecord], ResponseRecord]
+
+
 def new_file() -> str:
     """A snapshot's name; no two are the same, on any machine."""
     return f"{secrets.token_hex(20)}.safetensors"
@@ -252,7 +255,6 @@ class StateStore(Protocol):
             on_response_gone: called with the id of a response that is being made here, and was cancelled or deleted
                 elsewhere.
         """
-        ...
 
     def room(self, num_snapshots: int, *, bytes_each: int, owner: str) -> AbstractAsyncContextManager[Reservation]:
         """Space for snapshots; what is not kept when the context is left is removed.
@@ -260,7 +262,6 @@ class StateStore(Protocol):
         Raises:
             StorageFullError: the owner's budget is used up, or that of all, and nothing of the owner's may be evicted.
         """
-        ...
 
     def hold(
         self, snapshot: SnapshotRecord, *, of: "StateRecord | ResponseRecord | None" = None
@@ -274,7 +275,6 @@ class StateStore(Protocol):
         Raises:
             NotFoundError: it was deleted since it was looked up.
         """
-        ...
 
     async def add(self, new: NewState) -> StateRecord:
         """Keeps a snapshot as a state.
@@ -282,7 +282,6 @@ class StateStore(Protocol):
         Raises:
             StateConflictError: the owner has a state of that name.
         """
-        ...
 
     async def fork(
         self, owner: str, state_id: str, *, point: str | None, name: str | None, ttl_s: float | None
@@ -298,7 +297,6 @@ class StateStore(Protocol):
 
     async def get(self, owner: str, state_id: str) -> StateRecord:
         """Raises `NotFoundError`."""
-        ...
 
     async def use(self, owner: str, state_id: str) -> StateRecord:
         """Like `get`, and its time to live begins again."""
@@ -318,7 +316,6 @@ class StateStore(Protocol):
 
     async def delete(self, owner: str, state_id: str) -> None:
         """Raises `NotFoundError`."""
-        ...
 
     async def advance(self, record: StateRecord, head: SnapshotRecord) -> StateRecord:
         """Gives a state a new head.
@@ -373,15 +370,20 @@ class StateStore(Protocol):
 
     async def end_response(self, response_id: str) -> None:
         """Nobody makes this response any more: if it is kept and has not ended, it has failed. May be called twice."""
-        ...
 
     async def get_response(self, owner: str, response_id: str) -> ResponseRecord:
         """Raises `NotFoundError`."""
-        ...
 
     async def use_response(self, response_id: str) -> None:
         """Its time to live begins again."""
-        ...
+
+    async def change_response(self, owner: str, response_id: str, change: Change) -> ResponseRecord:
+        """Changes body and items of a response that has ended, at once for everybody; what it is now.
+
+        Raises:
+            NotFoundError: there is no such response; and whatever `change` raises.
+            StorageFullError: see `room`.
+        """
 
     async def cancel_response(self, owner: str, response_id: str) -> ResponseRecord:
         """Cancels a response unless it has ended, and tells whoever makes it; what it is now.
@@ -389,12 +391,9 @@ class StateStore(Protocol):
         Raises:
             NotFoundError: there is no such response.
         """
-        ...
 
     async def delete_response(self, owner: str, response_id: str) -> None:
         """Raises `NotFoundError`."""
-        ...
 
     async def close(self) -> None:
         """Everything is kept afterwards. May be called twice."""
-        ...

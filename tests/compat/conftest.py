@@ -1,4 +1,4 @@
-"""A running server with a tiny model, and the interpreter of the clients' own environment."""
+"""A running server with a tiny model, and the environments of the clients, one for each file of requirements."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from tests.e2e.serving import Server, serving
 from tests.tiny_models import write_tiny_model
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = ROOT / ".venv-clients"
+ENVIRONMENTS = ROOT / ".venv-clients"
 TIMEOUT_S = 600.0
 
 
@@ -33,13 +33,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
 
 
 def run_client(command: list[str], *, home: Path, **variables: str) -> str:
-    """Runs a program of the clients' environment that must end well; what it wrote to standard output."""
+    """Runs a program of a client's environment that must end well; what it wrote to standard output."""
     environment = {
-        "PATH": f"{ENVIRONMENT / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.environ["PATH"],
         "HOME": str(home),
         "HF_HOME": str(home / "hf"),
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "TOKENIZERS_PARALLELISM": "false",
         "NO_PROXY": "127.0.0.1",
         "OPENAI_API_KEY": "none",
@@ -52,9 +53,9 @@ def run_client(command: list[str], *, home: Path, **variables: str) -> str:
     return done.stdout
 
 
-def require(path: str) -> Path:
-    """A file in the clients' environment; skips the test where it is not installed."""
-    wanted = ENVIRONMENT / path
+def require(name: str, path: str) -> Path:
+    """A file in the environment of a client; skips the test where it could not be installed."""
+    wanted = ENVIRONMENTS / name / path
     if not wanted.exists():
-        pytest.skip(f"{wanted.name} is not installed; `make test-clients` does that")
+        pytest.skip(f"NOT RUN: {name} is not installed; `make test-clients` tries to")
     return wanted

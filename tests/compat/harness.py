@@ -11,7 +11,7 @@ from torch import Tensor
 from dijiang_model.batch import prefill
 from dijiang_model.serving.network import FrozenModel
 from dijiang_model.state import StateBuffer
-from tests.compat.conftest import ENVIRONMENT, ROOT, require, run_client
+from tests.compat.conftest import ROOT, require, run_client
 from tests.e2e.serving import Server
 
 TASKS = ROOT / "tests/compat/tasks"
@@ -25,10 +25,10 @@ def recorded(server: Server, folder: Path, questions: Sequence[dict[str, Any]]) 
         folder: for its files.
         questions: `{"question", "endings", "label"}` each.
     """
-    lm_eval = require("bin/lm_eval")
+    lm_eval = require("lm-eval", "bin/lm_eval")
     (folder / "choices.jsonl").write_text("".join(json.dumps(line) + "\n" for line in questions))
     options = f"model={server.model},base_url={server.base_url}/v1/completions,num_concurrent=4,max_retries=1"
-    command = [str(ENVIRONMENT / "bin/python"), str(lm_eval), "run", "--model", "local-completions"]
+    command = [str(lm_eval.with_name("python")), str(lm_eval), "run", "--model", "local-completions"]
     command += ["--model_args", f"{options},tokenizer_backend=remote", "--include_path", str(TASKS)]
     command += ["--tasks", "tiny_choice,tiny_answer", "--log_samples", "--output_path", str(folder / "out")]
     run_client(command, home=folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.compat.conftest import ENVIRONMENT, ROOT, Tiny, require, run_client
+from tests.compat.conftest import ROOT, Tiny, require, run_client
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(600)]
 PROGRAMS = ROOT / "tests/compat/programs"
@@ -33,9 +33,8 @@ def expected(tiny: Tiny) -> dict[str, Any]:
     }
 
 
-def run_python(program: str, tiny: Tiny, home: Path, *, needs: str) -> dict[str, Any]:
-    require(f"lib/python{_python_version()}/site-packages/{needs}")
-    command = [str(ENVIRONMENT / "bin/python"), str(PROGRAMS / program), tiny.server.model]
+def run_python(program: str, tiny: Tiny, home: Path) -> dict[str, Any]:
+    command = [str(require("official", "bin/python")), str(PROGRAMS / program), tiny.server.model]
     return json.loads(run_client(command, home=home, BASE_URL=f"{tiny.server.base_url}/v1"))  # type: ignore[no-any-return]
 
 
@@ -47,17 +46,11 @@ def run_node(program: str, tiny: Tiny, home: Path, *, needs: str) -> dict[str, A
 
 def node_script(program: Path, home: Path, *, needs: str) -> Path:
     """A copy of a program where Node finds its packages: next to it."""
-    modules = require(f"npm/node_modules/{needs}").parents[needs.count("/")]
+    modules = require("npm", f"node_modules/{needs}").parents[needs.count("/")]
     script = home / program.name
     script.write_text(program.read_text())
     (home / "node_modules").symlink_to(modules)
     return script
-
-
-def _python_version() -> str:
-    configuration = require("pyvenv.cfg").read_text()
-    version = next(line for line in configuration.splitlines() if line.startswith("version"))
-    return ".".join(version.split("=")[1].strip().split(".")[:2])
 
 
 def fits(place: dict[str, Any]) -> bool:
@@ -66,7 +59,7 @@ def fits(place: dict[str, Any]) -> bool:
 
 
 def test_the_official_python_client(tiny: Tiny, expected: dict[str, Any], tmp_path: Path) -> None:
-    got = run_python("official.py", tiny, tmp_path, needs="openai")
+    got = run_python("official.py", tiny, tmp_path)
     assert got["models"] == [tiny.server.model]
     assert got["whole"] == got["streamed"] == got["response"] == expected["text"]
     assert got["logprobs"] == expected["logprobs"]
@@ -77,7 +70,7 @@ def test_the_official_python_client(tiny: Tiny, expected: dict[str, Any], tmp_pa
 
 
 def test_langchain(tiny: Tiny, expected: dict[str, Any], tmp_path: Path) -> None:
-    got = run_python("with_langchain.py", tiny, tmp_path, needs="langchain_openai")
+    got = run_python("with_langchain.py", tiny, tmp_path)
     assert got["whole"] == got["streamed"] == expected["text"]
     assert got["usage"] == expected["num_tokens"]
     assert got["logprobs"] == expected["logprobs"]
@@ -87,7 +80,7 @@ def test_langchain(tiny: Tiny, expected: dict[str, Any], tmp_path: Path) -> None
 
 
 def test_anthropic(tiny: Tiny, expected: dict[str, Any], tmp_path: Path) -> None:
-    got = run_python("with_anthropic.py", tiny, tmp_path, needs="anthropic")
+    got = run_python("with_anthropic.py", tiny, tmp_path)
     assert got["text"] == got["streamed"] == expected["text"]
     assert got["stop_reasons"] == ["max_tokens", "max_tokens", "tool_use"]
     assert got["usage"] == [expected["num_tokens"]] * 2
@@ -97,13 +90,13 @@ def test_anthropic(tiny: Tiny, expected: dict[str, Any], tmp_path: Path) -> None
 
 
 def test_instructor(tiny: Tiny, tmp_path: Path) -> None:
-    got = run_python("with_instructor.py", tiny, tmp_path, needs="instructor")
+    got = run_python("with_instructor.py", tiny, tmp_path)
     assert len(got) == 2
     assert all(fits(place) for place in got.values())
 
 
 def test_the_llm_command(tiny: Tiny, expected: dict[str, Any], tmp_path: Path) -> None:
-    llm = require("bin/llm")
+    llm = require("official", "bin/llm")
     models = [{"model_id": "tiny", "model_name": tiny.server.model, "api_base": f"{tiny.server.base_url}/v1"}]
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps(models))  # JSON is YAML
     command = [str(llm), "-m", "tiny", "-o", "max_tokens", "8", "-o", "temperature", "0", "--no-log", "Hé?"]
@@ -122,21 +115,13 @@ def test_the_official_javascript_client(tiny: Tiny, expected: dict[str, Any], tm
     assert got["refused"] == {"kind": "BadRequestError", "param": "temperature"}
 
 
-def test_the_vercel_ai_sdk(tiny: Tiny, expected: dict[str, Any], tmp_path: Path) -> None:
-    got = run_node("vercel.mjs", tiny, tmp_path, needs="@ai-sdk/openai-compatible")
-    assert got["whole"] == got["streamed"] == expected["text"]
-    assert got["usage"] == got["streamUsage"] == expected["num_tokens"]
-    assert fits(got["parsed"])
-
-
 @pytest.mark.parametrize("language", ["js", "py"])
 def test_the_examples_of_streamed_tools(tiny: Tiny, tmp_path: Path, language: str) -> None:
     environment = {"BASE_URL": f"{tiny.server.base_url}/v1", "MAX_TOKENS": "8"}
     if language == "js":
         command = ["node", str(node_script(EXAMPLES / "stream_tools.mjs", tmp_path, needs="openai"))]
     else:
-        require(f"lib/python{_python_version()}/site-packages/openai")
-        command = [str(ENVIRONMENT / "bin/python"), str(EXAMPLES / "stream_tools.py")]
+        command = [str(require("official", "bin/python")), str(EXAMPLES / "stream_tools.py")]
     said = run_client([*command, "Weather?"], home=tmp_path, **environment)
     found = re.search(r"\[get_weather (\{.*?\})\n-> (.*?)\n", said, re.DOTALL)
     assert found is not None, said

@@ -13,9 +13,20 @@ from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops.torch.rounding import packed_nibbles, unpacked_nibbles
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, assert_states_close, logits_of, random_text
-from tests.tiny_models import HYBRID, anchored, gpt_neox_config, llama_config, opt_config, random_tensors, tiny_model
+from tests.tiny_models import (
+    CONSTANT,
+    HYBRID,
+    NO_LINEAR,
+    anchored,
+    gpt_neox_config,
+    llama_config,
+    opt_config,
+    random_tensors,
+    tiny_model,
+)
 
 RANKED = replace(HYBRID, features=FeatureConfig(scale=0.5, far_rank=3, bases=("dct2", "dct4")))
+FEWER = replace(HYBRID, features=FeatureConfig(scale=0.5, bases=("dct2", "dct4"), rotated=False, width=16))
 UNROTATED = replace(HYBRID, features=FeatureConfig(scale=0.5, nodes="signed_sphere", rotated=False))
 
 
@@ -29,6 +40,9 @@ CONFIGS = {
     "gpt_neox": neox(anchored(3), anchored(3, base=UNROTATED)),
     "opt": opt_config(anchored(3), anchored(3)),
     "values of 4 bits": llama_config(anchored(2, value_bits=4), anchored(2, base=UNROTATED, value_bits=4)),
+    "fewer features, or none": llama_config(
+        anchored(2, base=FEWER), anchored(2, base=NO_LINEAR, value_bits=4), anchored(2, base=CONSTANT)
+    ),
     "opt_350m": opt_config(anchored(3), pre_norm=False, embedding_size=32),
 }
 

@@ -11,7 +11,17 @@ from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops.training.attention import HybridAttention, SoftmaxAttention, WindowAttention
 from dijiang_model.segments import run_segments
 from tests.dijiang_model.stepping import assert_close_in_norm, logits_of, random_text
-from tests.tiny_models import HYBRID, PURE, anchored, gpt_neox_config, llama_config, opt_config, tiny_model
+from tests.tiny_models import (
+    CONSTANT,
+    HYBRID,
+    NO_LINEAR,
+    PURE,
+    anchored,
+    gpt_neox_config,
+    llama_config,
+    opt_config,
+    tiny_model,
+)
 
 FAR_QUERIES = replace(HYBRID, window=12, features=replace(HYBRID.features, far_rank=3))
 UNROTATED = replace(HYBRID, features=replace(HYBRID.features, rotated=False, far_rank=3))
@@ -25,6 +35,8 @@ CONFIGS = {
     "gpt_neox": replace(gpt_neox_config(HYBRID, PURE), position_table_length=0),
     "opt": opt_config(),
     "llama, anchors": llama_config(anchored(2), HYBRID, anchored(2, base=UNROTATED)),
+    "llama, anchors and no linear part": llama_config(anchored(2, base=NO_LINEAR), HYBRID),
+    "llama, anchors and a decayed mean": llama_config(anchored(2, base=CONSTANT, places=(11, 9)), HYBRID),
     "opt, anchors": opt_config(anchored(3), anchored(3, value_bits=4)),
 }
 TOLERANCE = 1e-10

@@ -24,7 +24,7 @@ from server.engine.types.requests import EngineConfig, GenerationRequest, Gramma
 from server.engine.types.state import StateOptions
 from tests.fake_cuda.machine import Machine
 from tests.server.engine.some_requests import make_request, mixed_requests
-from tests.tiny_models import HYBRID, PURE, anchored, llama_config, opt_config
+from tests.tiny_models import HYBRID, NO_LINEAR, PURE, anchored, llama_config, opt_config
 
 CUDA = torch.device("cuda", 0)
 NUM_LAYERS = 2
@@ -62,7 +62,7 @@ KINDS: Mapping[str, Kind] = {
     "LLaMA-2-7B, int4 with minimums": Kind(shape("llama-2-7b", "hybrid"), weights="int4-minimums"),
     "Pythia-2.8B, released": Kind(shape("pythia-2.8b", "released"), dtype=torch.float16),
     "OPT": Kind(opt_config(HYBRID, PURE)),
-    "anchors": Kind(llama_config(anchored(2), PURE), states=torch.int8),
+    "anchors": Kind(llama_config(anchored(2), anchored(2, base=NO_LINEAR), PURE), states=torch.int8),
 }
 
 

@@ -19,9 +19,23 @@ def memory_section(config: ModelConfig, calibration: Calibration) -> str:
             "not fitted to, it correlates with the logarithm of that attention by "
             f"{mean(correlation):.2f} on average, {min(correlation):.2f} to {max(correlation):.2f} by head. Places "
             "are where they save most of the teacher's answers.",
+            _linear(config, calibration),
             _places(config),
             _recall(config, calibration),
         ]
+    )
+
+
+def _linear(config: ModelConfig, calibration: Calibration) -> str:
+    saved = [share for layer in calibration.linear for share in layer if share > 0]
+    with_linear = [number for number in range(config.num_layers) if config.num_features(number) > 0]
+    if not saved or not with_linear:
+        return "What is evicted is not used: no linear part saved more than the places that its bytes hold."
+    return (
+        f"{len(with_linear)} of {config.num_layers} layers have a linear part over what is evicted, of "
+        f"{config.num_features(with_linear[0])} features. On contexts that it was not fitted to, it takes "
+        f"{100 * mean(saved):.0f} % of the error of the heads that use it. The other layers spend its bytes on places: "
+        f"there these save more."
     )
 
 

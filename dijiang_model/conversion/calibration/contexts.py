@@ -97,14 +97,18 @@ def fact_chat(
     rng: random.Random,
     facts_per_kind: int = FACTS_PER_KIND,
     facts_per_turn: int = FACTS_PER_TURN,
+    told_in: int | None = None,
 ) -> Context | None:
     """A chat of at most `length` tokens: passages to read, facts told before them, and all asked for at the end.
+
+    Args:
+        told_in: the first turns, in which alone facts are told; None: in all, as long as there are any.
 
     Returns:
         None if no fact fits.
     """
     facts = draw_facts(kinds, facts_per_kind * len(kinds), rng)
-    left = iter(facts)
+    left = iter(facts if told_in is None else facts[: told_in * facts_per_turn])
     turns: list[Message] = []
     questions: list[list[Message]] = []
     told: list[Fact] = []

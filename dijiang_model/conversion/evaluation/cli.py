@@ -21,11 +21,19 @@ from dijiang_model.checkpoints.outputs import output_folder
 from dijiang_model.config import ModelConfig
 from dijiang_model.conversion.calibration.calibrate import Calibration
 from dijiang_model.conversion.cli import parse_size
-from dijiang_model.conversion.evaluation.evaluate import Score, Variant, budget_variants, gap_closed, score, variants
+from dijiang_model.conversion.evaluation.evaluate import (
+    Score,
+    Variant,
+    budget_variants,
+    gap_closed,
+    score,
+    sized_variant,
+    variants,
+)
 from dijiang_model.conversion.evaluation.long_texts import LENGTH, LongScore, long_score, streams, tokens_to_read
 from dijiang_model.conversion.evaluation.measured import Evaluation
 from dijiang_model.conversion.evaluation.quantized import Rounding, quantized_variants
-from dijiang_model.conversion.evaluation.recall import Recall, fact_chats, recall_probe
+from dijiang_model.conversion.evaluation.recall import FIRST_TURN, SPREAD, ChatForm, Recall, fact_chats, recall_probe
 from dijiang_model.conversion.evaluation.report import card_table, check_report_folder, json_line, write_report
 from dijiang_model.conversion.evaluation.teacher import check_teacher, load_teacher
 from dijiang_model.conversion.model_card import title
@@ -45,6 +53,7 @@ class Measurements:
     Attributes:
         num_windows, length: windows of each text, and their tokens.
         num_facts: chats of 2,048 tokens in which facts are told and asked for; 0: none.
+        ablations: whether parts of the model are switched off too.
         budgets: other bytes of a state, for a curve; only of a calibrated model.
         num_long: texts of `evaluate_long.LENGTH` tokens to read; 0: none.
         rounded: in fewer bits, as the model is served.
@@ -56,6 +65,7 @@ class Measurements:
     num_long: int = 0
     rounded: tuple[Rounding, ...] = ()
     budgets: tuple[int, ...] = ()
+    ablations: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,7 @@ class Subjects:
         name, teacher_name: of the model and its teacher.
         tokens_trained, training: what the model says about its training.
         control, control_training: the window-only control and how it was trained.
+        others: conversions of the same teacher with states of other sizes.
     """
 
     model: DiJiangForCausalLM
@@ -78,6 +89,32 @@ class Subjects:
     tokens_trained: int
     training: str
     control_training: str | None
+    others: Sequence[DiJiangForCausalLM] = ()
+
+
+Facts = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Chats of 2,048 tokens with facts to recall, as many with facts in their first turn alone, a quarter "
+        "of 4,096 tokens and an eighth of 8,192; 0: none.",
+    ),
+]
+Budgets = Annotated[
+    list[str] | None,
+    typer.Option(help="Of a calibrated model: also with states of so many bytes, e.g. 4.4MB. Again for a curve."),
+]
+Also = Annotated[
+    list[Path] | None,
+    typer.Option(help="Another conversion of the teacher, with a state of another size. Again for a curve."),
+]
+Rounded = Annotated[
+    list[str] | None,
+    typer.Option(help="Also in fewer bits: int8 or int4 weights, bfloat16-state, int8-state. Again for more."),
+]
+Ablations = Annotated[
+    bool, typer.Option("--ablations/--no-ablations", help="Also with parts of the model switched off.")
+]
 
 
 def evaluate_command(
@@ -89,20 +126,13 @@ def evaluate_command(
     control: Annotated[
         Path | None, typer.Option(help="Adapter or model trained with `train --no-linear`: the window alone.")
     ] = None,
-    rounded: Annotated[
-        list[str] | None,
-        typer.Option(help="Also in fewer bits: int8 or int4 weights, bfloat16-state, int8-state. Again for more."),
-    ] = None,
+    rounded: Rounded = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each file, spread over it.")] = 8,
     length: Annotated[int, typer.Option(min=66, help="Tokens of a window.")] = 2048,
-    facts: Annotated[
-        int,
-        typer.Option(min=0, help="Chats with facts to recall, of 2,048 tokens, and half as many of 8,192; 0: none."),
-    ] = 4,
-    state_bytes: Annotated[
-        list[str] | None,
-        typer.Option(help="Of a calibrated model: also with states of so many bytes, e.g. 4MiB. Again for a curve."),
-    ] = None,
+    facts: Facts = 4,
+    ablations: Ablations = True,
+    state_bytes: Budgets = None,
+    also: Also = None,
     long: Annotated[int, typer.Option(min=0, help=f"Texts of {LENGTH:,} tokens to read in one go; 0: none.")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's choice.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
@@ -115,12 +145,12 @@ def evaluate_command(
     if unknown := set(rounded or ()) - set(kinds):
         raise typer.BadParameter(f"{min(unknown)!r} is none of {', '.join(get_args(Rounding))}", param_hint="--rounded")
     budgets = tuple(sorted(parse_size(size, "--state-bytes") for size in state_bytes or ()))
-    wanted = Measurements(windows, length, facts, long, kinds, budgets)
+    wanted = Measurements(windows, length, facts, long, kinds, budgets, ablations)
     try:
-        inputs = [model, teacher, *text, *(path for path in (adapter, control) if path is not None)]
+        inputs = [model, teacher, *text, *(also or ()), *(path for path in (adapter, control) if path is not None)]
         check_report_folder(output_folder(out, inputs=inputs))
         evaluation = evaluate(
-            load_subjects(model, teacher, adapter=adapter, control=control, device=device),
+            load_subjects(model, teacher, adapter=adapter, control=control, also=also or (), device=device),
             text,
             load_tokenizer(model),
             wanted,
@@ -141,6 +171,7 @@ def load_subjects(
     *,
     adapter: Path | None = None,
     control: Path | None = None,
+    also: Sequence[Path] = (),
     device: str = "cpu",
 ) -> Subjects:
     """Loads the models.
@@ -148,12 +179,14 @@ def load_subjects(
     Args:
         adapter: merged into the model of `folder`.
         control: an adapter for the teacher's weights, or a model's folder.
+        also: folders of other conversions of the teacher.
 
     Raises:
         ModelError: anything wrong with the models or the adapters.
     """
     stored = read_stored_config(folder)
-    check_teacher(stored, teacher_path)
+    for other in (stored, *map(read_stored_config, also)):
+        check_teacher(other, teacher_path)
     model, origin = load_model(folder, device=device), stored.origin
     tokens_trained, training = origin.tokens_trained, origin.recipe
     if adapter is not None:
@@ -175,6 +208,7 @@ def load_subjects(
         tokens_trained=tokens_trained,
         training=training,
         control_training=control_training,
+        others=[load_model(path, device=device) for path in also],
     )
 
 
@@ -192,7 +226,8 @@ def evaluate(
     Raises:
         ModelError: the text cannot be read or is too short.
     """
-    compared = variants(subjects.model, subjects.teacher, control=subjects.control)
+    compared = variants(subjects.model, subjects.teacher, control=subjects.control, ablations=wanted.ablations)
+    compared += [sized_variant(other) for other in subjects.others]
     compared += budget_variants(subjects.model, Calibration.read(subjects.folder), wanted.budgets)
     vocab_size = subjects.model.config.vocab_size
     cut = partial(_windows, text, tokenizer, vocab_size=vocab_size, render=render)
@@ -211,9 +246,10 @@ def evaluate(
         scores=scores,
         state_bytes={variant.name: variant.state_bytes for variant in scored},
         gap_closed=gap_closed(scores, list(scores)[:3]),
-        recall=_recall(compared, torch.cat(segments), tokenizer, subjects, wanted.num_facts, console),
+        recall=_recall(compared, torch.cat(segments), tokenizer, subjects, wanted.num_facts, console, SPREAD),
+        first_turn=_recall(compared, torch.cat(segments), tokenizer, subjects, wanted.num_facts, console, FIRST_TURN),
         control=subjects.control_training,
-        long_scores=_long_scores(subjects, long_texts, console) if long_texts else {},
+        long_scores=_long_scores(subjects, long_texts, console, ablations=wanted.ablations) if long_texts else {},
         num_long=len(long_texts),
         cache_bytes=_cache_bytes(subjects.model.config),
     )
@@ -262,19 +298,22 @@ def _recall(
     subjects: Subjects,
     num: int,
     console: Console,
+    forms: Sequence[ChatForm],
 ) -> list[Recall]:
     if num == 0:
         return []
     render = load_chat_template(subjects.folder) or plain_chat
     longest = subjects.model.config.max_position_embeddings
-    chats = fact_chats(tokenizer, filler, render=render, num=num, longest=longest)
+    chats = fact_chats(tokenizer, filler, render=render, num=num, longest=longest, forms=forms)
     with _progress(console) as progress:
         task = progress.add_task("facts", total=len(chats) * len(compared))
         return recall_probe(compared, chats, on_chat=lambda: progress.advance(task))
 
 
-def _long_scores(subjects: Subjects, texts: Sequence[Tensor], console: Console) -> dict[str, LongScore]:
-    compared = streams(subjects.model, subjects.teacher)
+def _long_scores(
+    subjects: Subjects, texts: Sequence[Tensor], console: Console, *, ablations: bool
+) -> dict[str, LongScore]:
+    compared = streams(subjects.model, subjects.teacher) if ablations else {"ours": subjects.model}
     # Fresh starts ask what a position does to our model; the others are there for comparison.
     total = sum(tokens_to_read(len(texts), with_fresh=name == "ours") for name in compared)
     with _progress(console) as progress:

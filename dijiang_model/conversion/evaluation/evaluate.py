@@ -75,30 +75,39 @@ class Score:
 
 
 def variants(
-    model: DiJiangForCausalLM, teacher: DiJiangForCausalLM, *, control: DiJiangForCausalLM | None = None
+    model: DiJiangForCausalLM,
+    teacher: DiJiangForCausalLM,
+    *,
+    control: DiJiangForCausalLM | None = None,
+    ablations: bool = True,
 ) -> list[Variant]:
     """What is compared, the teacher, the window of equal bytes and ours first; ablations where the model has a window.
 
+    With anchors, what has a constant state is read as it is served.
+
     Args:
         control: a model that was trained like ours, of which the window alone is taken.
+        ablations: whether parts of the model are switched off too.
 
     Raises:
         ConversionError: the control has a layer without a window.
     """
     own_bytes = model.state_spec.bytes_per_slot
     layers = model.config.layers
+    has_anchors = any(layer.anchors is not None for layer in layers)
     sinks = max(layer.sinks for layer in model.config.layers) or 4
     window = equal_window(model, sinks=sinks)
+    plain = silenced(teacher, window=window, sinks=sinks).keep_states_in(torch.int8) if has_anchors else teacher
     found = [
         Variant("teacher", teacher, SoftmaxAttention(), None),
-        Variant(f"window {window}+{sinks}, no training", teacher, WindowAttention(window, sinks), own_bytes),
-        Variant("ours", model, HybridAttention(), own_bytes),
+        Variant(f"window {window}+{sinks}, no training", plain, WindowAttention(window, sinks), own_bytes, has_anchors),
+        Variant("ours", model, HybridAttention(), own_bytes, has_anchors),
     ]
-    if any(layer.anchors is not None for layer in layers):
+    if has_anchors and ablations:
         found.append(Variant("ours, anchors off", model, HybridAttention(window=layers[0].window), own_bytes))
         if any(bool(attention.linear.mix_bias.isfinite().any()) for attention in model.attentions):
-            found.append(Variant("ours, linear part off", silenced(model), HybridAttention(), own_bytes))
-    elif all(layer.window > 0 for layer in layers):
+            found.append(Variant("ours, linear part off", silenced(model), HybridAttention(), own_bytes, True))
+    elif ablations and all(layer.window > 0 for layer in layers):
         found += [
             Variant("ours, linear part off", model, WindowAttention(), own_bytes),
             Variant("ours, window off", model, HybridAttention(window=1), own_bytes),
@@ -123,9 +132,15 @@ def budget_variants(
     found = []
     for num_bytes in budgets:
         resized = with_config(model, calibration.config(model.config, state_bytes=num_bytes))
-        name = f"ours, {num_bytes / 2**20:g} MiB"
-        found.append(Variant(name, resized, HybridAttention(), resized.state_spec.bytes_per_slot))
+        found.append(sized_variant(resized, num_bytes))
     return found
+
+
+def sized_variant(model: DiJiangForCausalLM, num_bytes: int | None = None) -> Variant:
+    """A model with a state of another size; by default it is called by what its state takes."""
+    taken = model.state_spec.bytes_per_slot
+    name = f"ours, {(taken if num_bytes is None else num_bytes) / 2**20:.4g} MiB"
+    return Variant(name, model, HybridAttention(), taken, is_served=True)
 
 
 def _control(control: DiJiangForCausalLM) -> Variant:

@@ -1,53 +1,65 @@
-"""Facts that evaluation tells and asks for: other kinds, wordings, names and values than calibration's."""
+"""Facts that evaluation tells and asks for: other kinds, wordings, names and values than calibration's.
+
+No choice in this package was made on them: a choice that looks at what they measure needs others to be judged by.
+"""
 
 from dijiang_model.conversion.calibration.facts import FactKind, digits, one_of
 
 KINDS = (
     FactKind(
-        ("Remember that the ticket number for {subject} is {value}.", "The {subject} ticket has the number {value}."),
-        ("What is the ticket number for {subject}?", "Tell me the number of the {subject} ticket."),
-        ("The ticket number for {subject} is ",),
-        one_of("Vienna", "Geneva", "Madrid", "Warsaw", "Athens", "Cairo", "Boston", "Seoul"),
-        digits(5),
+        ("Our cabin on the ship {subject} is number {value}.", "On the {subject} we have cabin {value}."),
+        ("Which cabin do we have on the {subject}?", "What is our cabin number on the {subject}?"),
+        ("Your cabin on the {subject} is number ", "On the {subject} you have cabin "),
+        one_of("Aurora", "Calypso", "Meridian", "Sea Star", "Northern Wind", "Esperanza", "Polaris", "Odyssey"),
+        digits(3),
     ),
     FactKind(
-        ("{subject} works as a {value}.", "In case you wonder, {subject} is a {value} by profession."),
-        ("What is the profession of {subject}?", "What does {subject} do for a living?"),
-        ("{subject} is a ", "{subject} works as a "),
-        one_of("Alma", "Boris", "Clara", "Dmitri", "Edith", "Felix", "Greta", "Hugo"),
-        one_of(
-            "plumber", "surgeon", "violinist", "baker", "pilot", "lawyer", "gardener", "chemist", "tailor", "judge",
-        ),
+        ("{subject} plays the {value} in our band.", "In our band the {value} is played by {subject}."),
+        ("Which instrument does {subject} play?", "What does {subject} play in our band?"),
+        ("{subject} plays the ",),
+        one_of("Leonie", "Marcus", "Noemi", "Otto", "Paula", "Quentin", "Rosa", "Stefan"),
+        one_of("cello", "trumpet", "drums", "harp", "banjo", "flute", "accordion", "clarinet", "saxophone"),
     ),
     FactKind(
-        ("The favourite {subject} of my wife is {value}.", "My wife's favourite {subject} is {value}."),
-        ("What is my wife's favourite {subject}?", "Which {subject} does my wife like best?"),
-        ("Your wife's favourite {subject} is ",),
-        one_of("flower", "colour", "fruit", "drink", "dish", "season"),
-        one_of("lavender", "turquoise", "apricot", "lemonade", "risotto", "autumn", "saffron", "cherry"),
+        ("The {subject} recipe needs {value} grams of sugar.", "For the {subject}, take {value} grams of sugar."),
+        ("How many grams of sugar does the {subject} recipe need?", "How much sugar goes into the {subject}?"),
+        ("The {subject} recipe needs ", "For the {subject} you need "),
+        one_of("plum cake", "rhubarb jam", "almond tart", "carrot cake", "fudge", "custard", "meringue"),
+        digits(3),
     ),
     FactKind(
-        ("The {subject} is parked {value}.", "I left the {subject} {value}."),
-        ("Where is the {subject} parked?", "Where did I leave the {subject}?"),
-        ("The {subject} is parked ", "You left the {subject} "),
-        one_of("van", "motorbike", "trailer", "caravan", "scooter", "jeep"),
-        one_of(
-            "behind the bakery", "near the old mill", "at the harbour", "opposite the museum", "outside the stadium",
-            "by the lighthouse",
-        ),
+        ("The {subject} room is painted {value}.", "We painted the {subject} room {value}."),
+        ("What colour is the {subject} room?", "In which colour did we paint the {subject} room?"),
+        ("The {subject} room is painted ", "The {subject} room is "),
+        one_of("dining", "guest", "children's", "music", "reading", "laundry"),
+        one_of("green", "yellow", "purple", "orange", "crimson", "silver", "violet", "beige"),
     ),
     FactKind(
-        ("The train to {subject} leaves at {value}.", "Departure for {subject} is at {value}."),
-        ("When does the train to {subject} leave?", "At what time does the train to {subject} depart?"),
-        ("The train to {subject} leaves at ",),
-        one_of("Leeds", "Ghent", "Turin", "Bergen", "Krakow", "Seville"),
-        lambda rng: f"{rng.randint(6, 22)}:{rng.choice(('05', '15', '20', '35', '40', '50'))}",
+        ("My {subject} comes from {value}.", "I bought my {subject} in {value}."),
+        ("Where does my {subject} come from?", "In which country did I buy my {subject}?"),
+        ("Your {subject} comes from ", "You bought your {subject} in "),
+        one_of("carpet", "vase", "clock", "hat", "lamp", "knife", "teapot", "mirror"),
+        one_of("Morocco", "Finland", "Japan", "Mexico", "Portugal", "India", "Scotland", "Brazil", "Iceland", "Kenya"),
     ),
     FactKind(
-        ("Our team is named {value} for the {subject}.", "For the {subject} our team has the name {value}."),
-        ("What is our team's name for the {subject}?",),
-        ("Our team's name for the {subject} is ", "Your team is named "),
-        one_of("quiz", "regatta", "marathon", "tournament", "relay"),
-        one_of("Silver Foxes", "Night Owls", "Red Kites", "Iron Bears", "Blue Herons", "Wild Geese"),
+        ("The horse {subject} belongs to {value}.", "{value} owns the horse {subject}."),
+        ("Who owns the horse {subject}?", "To whom does the horse {subject} belong?"),
+        ("The horse {subject} belongs to ", "The owner of {subject} is "),
+        one_of("Thunder", "Duchess", "Comet", "Snowflake", "Bandit", "Juniper"),
+        one_of("Mrs Hartley", "Mr Novak", "Doctor Bell", "Miss Okafor", "Captain Reyes", "Lady Grey", "Mr Lindqvist"),
+    ),
+    FactKind(
+        ("The meeting with the {subject} takes {value} minutes.", "Plan {value} minutes for the {subject}."),
+        ("How many minutes does the meeting with the {subject} take?", "How long will the {subject} take?"),
+        ("The meeting with the {subject} takes ", "The {subject} will take "),
+        one_of("architect", "accountant", "mayor", "printer", "florist", "notary", "landlord"),
+        one_of("15", "20", "25", "35", "40", "45", "50", "75", "80", "90"),
+    ),
+    FactKind(
+        ("The password for the {subject} is {value}.", "To open the {subject}, type {value}."),
+        ("What is the password for the {subject}?", "What must I type to open the {subject}?"),
+        ("The password for the {subject} is ", "To open the {subject}, type "),
+        one_of("newsletter", "photo album", "old laptop", "ticket shop", "router", "diary", "weather station"),
+        one_of("sunflower", "hurricane", "marmalade", "telescope", "butterfly", "volcano", "cinnamon", "labyrinth"),
     ),
 )  # fmt: skip

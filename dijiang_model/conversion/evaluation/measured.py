@@ -46,6 +46,7 @@ class Evaluation:
         state_bytes: by variant; None: grows with the text.
         gap_closed: share of the gap from `FAR_FROM` on; None where there is none.
         recall, long_scores: empty where they were not asked for.
+        first_turn: of facts told in the first turn alone.
         control: how the control was trained; None without one.
         num_long: texts behind `long_scores`.
         cache_bytes: that ordinary attention of this shape keeps of each token, in 16-bit numbers; 0: not known.
@@ -63,6 +64,7 @@ class Evaluation:
     state_bytes: Mapping[str, int | None]
     gap_closed: float | None
     recall: Sequence[Recall] = ()
+    first_turn: Sequence[Recall] = ()
     control: str | None = None
     long_scores: Mapping[str, LongScore] = field(default_factory=dict)
     num_long: int = 0

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import ceil
 
 import torch
 from tokenizers import Tokenizer as HfTokenizer
@@ -20,15 +21,27 @@ SEED = 1
 
 
 @dataclass(frozen=True, slots=True)
-class _Form:
-    """Chats of one length: tokens at most, facts told in a turn, and of each kind."""
+class ChatForm:
+    """Chats of one length.
+
+    Attributes:
+        length: tokens at most.
+        per_turn, per_kind: facts told in a turn, and of each kind.
+        share: chats of this form for each that was asked for.
+        turns: in whose first ones alone facts are told; None: in all.
+    """
 
     length: int
     per_turn: int
     per_kind: int
+    share: float
+    turns: int | None = None
 
 
-SHORT, LONG = _Form(2048, 2, 3), _Form(8192, 1, 4)
+SPREAD = (ChatForm(2048, 2, 2, 1.0), ChatForm(4096, 1, 3, 0.25), ChatForm(8192, 1, 4, 0.125))
+"""Facts told all along."""
+FIRST_TURN = (ChatForm(1100, 3, 1, 1.0, turns=1),)
+"""Facts told in the first turn, then some turns about something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +52,7 @@ class Recall:
         low, high: tokens between the fact and its answer, [low, high).
         num: facts.
         right: share of answers whose every token is the most likely one, by variant.
+        shared: share of the answers that the first variant has right which this one has right too; None: it has none.
         loss: mean negative log-likelihood of the answers' tokens, by variant.
     """
 
@@ -46,6 +60,7 @@ class Recall:
     high: int
     num: int
     right: Mapping[str, float]
+    shared: Mapping[str, float | None]
     loss: Mapping[str, float]
 
     @property
@@ -53,18 +68,27 @@ class Recall:
         return f"{self.low:,}-{self.high:,}"
 
 
-def fact_chats(tokenizer: HfTokenizer, filler: Tensor, *, render: RenderChat, num: int, longest: int) -> list[Context]:
-    """`num` chats of 2,048 tokens, and half as many of 8,192 where `longest` is not less.
+def fact_chats(
+    tokenizer: HfTokenizer,
+    filler: Tensor,
+    *,
+    render: RenderChat,
+    num: int,
+    longest: int,
+    forms: Sequence[ChatForm] = SPREAD,
+) -> list[Context]:
+    """`num` chats of the first form, and fewer of the longer ones where `longest` is not less.
 
     Args:
         filler: [T] int64, running text that the user pastes between the facts; each chat begins elsewhere in it.
         longest: the teacher's range in tokens; shorter ones have shorter chats.
     """
     rng = random.Random(SEED)  # noqa: S311  reproducible, nothing secret
-    forms = [SHORT] * num + [LONG] * ((num + 1) // 2 if longest >= LONG.length else 0)
+    usable = [form for form in forms if form is forms[0] or longest >= form.length]
+    each = [form for form in usable for _ in range(ceil(num * form.share))]
     chats = []
-    for number, form in enumerate(forms):
-        text = tokenizer.decode(filler.roll(-number * len(filler) // len(forms)).tolist())
+    for number, form in enumerate(each):
+        text = tokenizer.decode(filler.roll(-number * len(filler) // len(each)).tolist())
         chat = fact_chat(
             tokenizer,
             cut_passages(text, rng),
@@ -74,6 +98,7 @@ def fact_chats(tokenizer: HfTokenizer, filler: Tensor, *, render: RenderChat, nu
             rng=rng,
             facts_per_kind=form.per_kind,
             facts_per_turn=form.per_turn,
+            told_in=form.turns,
         )
         chats += [] if chat is None else [chat]
     return chats
@@ -106,7 +131,13 @@ def recall_probe(
         num = int(is_there.sum())
         if num > 0:
             shares = {name: float(values[is_there].mean()) for name, values in right.items()}
-            results.append(Recall(low, high, num, shares, {name: float(loss[name][is_there].mean()) for name in loss}))
+            reference = next(iter(right.values()))[is_there] > 0
+            shared = {
+                name: float(values[is_there][reference].mean()) if reference.any() else None
+                for name, values in right.items()
+            }
+            means = {name: float(values[is_there].mean()) for name, values in loss.items()}
+            results.append(Recall(low, high, num, shares, shared, means))
     return results
 
 

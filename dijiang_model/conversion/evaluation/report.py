@@ -8,6 +8,7 @@ from pathlib import Path
 from dijiang_model.conversion.evaluation.evaluate import FAR_FROM
 from dijiang_model.conversion.evaluation.long_texts import EDGES as LONG_EDGES
 from dijiang_model.conversion.evaluation.measured import LONG_RANGES, RANGES, Evaluation
+from dijiang_model.conversion.evaluation.recall import Recall
 from dijiang_model.conversion.evaluation.report_plots import write_plots
 from dijiang_model.errors import CheckpointError, ConfigError
 from dijiang_model.formats.atomic_file import write_atomically
@@ -15,12 +16,14 @@ from dijiang_model.formats.json_fields import read_json_object
 
 REPORT_FILE, JSON_FILE, TABLES_FILE = "report.md", "report.json", "tables.md"
 REPORT_FILES = (JSON_FILE, TABLES_FILE, REPORT_FILE, "nll.png", "long.png", "recall.png", "sizes.png")
+TOLD_ALL_ALONG = "Facts of eight kinds, told between passages of the text and asked for at the end of the chat."
+TOLD_FIRST = "Three facts told in the first turn, then passages of the text, and all asked for at the end."
 _JSON_MEMBERS = {"model", "teacher", "title", "scores", "state_bytes"}
 
 
 def json_line(evaluation: Evaluation) -> str:
     """One line, for tables over many evaluations."""
-    measured = ("scores", "recall", "long_scores")
+    measured = ("scores", "recall", "first_turn", "long_scores")
     plain = {name: getattr(evaluation, name) for name in evaluation.__dataclass_fields__ if name not in measured}
     scores = {
         name: {"by_position": dict(zip(RANGES, score.means, strict=True)), f"from_{FAR_FROM}": score.far}
@@ -30,8 +33,11 @@ def json_line(evaluation: Evaluation) -> str:
         name: {"by_position": dict(zip(LONG_RANGES, score.means, strict=True)), "fresh": score.fresh}
         for name, score in evaluation.long_scores.items()
     }
-    recall = [asdict(result) for result in evaluation.recall]
-    return json.dumps({**plain, "scores": scores, "long_scores": long_scores, "recall": recall})
+    facts = {
+        name: [asdict(result) for result in found]
+        for name, found in (("recall", evaluation.recall), ("first_turn", evaluation.first_turn))
+    }
+    return json.dumps({**plain, "scores": scores, "long_scores": long_scores, **facts})
 
 
 def card_table(evaluation: Evaluation) -> str:
@@ -58,7 +64,9 @@ def tables(evaluation: Evaluation) -> str:
     if evaluation.long_scores:
         parts += ["### Beyond the teacher's range", _long_table(evaluation)]
     if evaluation.recall:
-        parts += ["### Facts told in chats", _recall_table(evaluation)]
+        parts += ["### Facts told in chats", _recall_table(evaluation.recall, TOLD_ALL_ALONG)]
+    if evaluation.first_turn:
+        parts += ["### Facts told in the first turn", _recall_table(evaluation.first_turn, TOLD_FIRST)]
     if len(evaluation.by_size) > 1:
         parts += ["### Quality by the bytes of a state", _size_table(evaluation)]
     return "\n\n".join(parts)
@@ -149,22 +157,27 @@ def _long_table(evaluation: Evaluation) -> str:
     return f"{text}\n\n{_table(header, rows)}"
 
 
-def _recall_table(evaluation: Evaluation) -> str:
-    names = list(evaluation.recall[0].right)
+def _recall_table(found: Sequence[Recall], told: str) -> str:
+    names = list(found[0].right)
     header = ["tokens back", "facts", *names]
     rows = [
-        [
-            result.distance,
-            str(result.num),
-            *(f"{100 * result.right[name]:.0f} % ({result.loss[name]:.2f})" for name in names),
-        ]
-        for result in evaluation.recall
+        [result.distance, str(result.num), *(f"{_answers(result, name)} ({result.loss[name]:.2f})" for name in names)]
+        for result in found
     ]
     text = (
-        "Facts of six kinds, told between passages of the text and asked for at the end of the chat. Share of answers "
-        "that are right in every token; in brackets the mean loss per token of the answer."
+        f"{told} How many answers are right in every token, and how many of these the teacher has right too (shared); "
+        "in brackets the mean loss per token of the answer."
     )
     return f"{text}\n\n{_table(header, rows)}"
+
+
+def _answers(result: Recall, name: str) -> str:
+    """As `12, shared 10`: right, and right where the first variant is."""
+    first, shared = next(iter(result.right)), result.shared[name]
+    right = round(result.num * result.right[name])
+    if name == first or shared is None:
+        return str(right)
+    return f"{right}, shared {round(shared * result.num * result.right[first])}"
 
 
 def _size_table(evaluation: Evaluation) -> str:

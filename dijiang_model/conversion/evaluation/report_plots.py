@@ -51,23 +51,17 @@ def _figure(lines: Lines, places: Sequence[str], x_label: str, y_label: str, *, 
 
 
 def _sizes(evaluation: Evaluation) -> Any:
-    """Likelihood and facts by the bytes of a state."""
+    """Likelihood and facts by the bytes of a state, and how a cache of keys and values grows beside it."""
     from matplotlib.figure import Figure
 
     points = evaluation.by_size
-    sizes = [point.state_bytes / 2**20 for point in points]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
+    sizes = [point.state_bytes / 1e6 for point in points]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes, growth = figure.subplots(1, 2)
     axes.plot(sizes, [point.gap for point in points], marker="o", color="tab:blue")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
-    axes.set_xlabel("state of a conversation, MiB")
-    if evaluation.cache_bytes > 0:
-        tokens = 2**20 / evaluation.cache_bytes
-        scale: Any = (lambda size: size * tokens, lambda length: length / tokens)
-        top = axes.secondary_xaxis("top", functions=scale)
-        top.set_xticks([size * tokens for size in sizes], [f"{size * tokens:,.0f}" for size in sizes])
-        top.set_xlabel("tokens that a 16-bit cache of keys and values of these bytes would hold")
+    axes.set_xlabel("state of a conversation, MB")
     axes.set_ylabel("nats per token behind the teacher", color="tab:blue")
     axes.set_ylim(bottom=0)
     facts = [(size, 100 * point.facts) for size, point in zip(sizes, points, strict=True) if point.facts is not None]
@@ -76,4 +70,15 @@ def _sizes(evaluation: Evaluation) -> Any:
         right.plot(*zip(*facts, strict=True), marker="s", color="tab:orange")
         right.set_ylabel("facts of the teacher's, %", color="tab:orange")
         right.set_ylim(0, 105)
+    lengths = [2**power for power in range(7, 18)]
+    growth.plot(lengths, [length * evaluation.cache_bytes / 1e6 for length in lengths], label="16-bit keys and values")
+    for size in sizes:
+        growth.axhline(size, linestyle="--", color="tab:gray")
+        growth.annotate(f"{size:.3g} MB", (lengths[-1], size), ha="right", va="bottom")
+    growth.set_xscale("log", base=2)
+    growth.set_yscale("log")
+    growth.set_xticks(lengths[::2], [f"{length:,}" for length in lengths[::2]])
+    growth.set_xlabel("tokens of a conversation")
+    growth.set_ylabel("memory, MB")
+    growth.legend()
     return figure

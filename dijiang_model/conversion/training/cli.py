@@ -20,6 +20,7 @@ from dijiang_model.conversion.training.progress import replay, run
 from dijiang_model.conversion.training.setup import PLOT_FILE, StudentOptions, prepare_run
 from dijiang_model.conversion.training.train import Trainer, TrainingOptions
 from dijiang_model.errors import ConversionError, ModelError
+from dijiang_model.formats.dtype_names import dtype_name
 
 Model = Annotated[Path, typer.Argument(help="Folder of a converted model, recipe hybrid or pure, not trained yet.")]
 Data = Annotated[
@@ -163,6 +164,7 @@ def _stages(text: str) -> tuple[int, ...]:
 def _precision(text: str, device: str) -> Precision:
     if text == "auto":
         return "bf16" if device.startswith("cuda") else "fp32"
+    text = {"float32": "fp32", "bfloat16": "bf16"}.get(str(dtype_name(text)), text)
     if text not in get_args(Precision):
         raise typer.BadParameter(f"{text!r} is none of auto, fp32, bf16", param_hint="--precision")
     return cast(Precision, text)

@@ -31,16 +31,22 @@ def check_trainable(config: ModelConfig) -> None:
 
 
 def with_features(config: ModelConfig, features: FeatureConfig) -> ModelConfig:
-    """The network with one feature map in all layers; its temperature fits the nodes and 1/sqrt(d)."""
+    """The network with one feature map in all layers; its temperature fits the nodes and 1/sqrt(d).
+
+    Layers with anchors keep theirs: more features would take the bytes that calibration gave to places.
+    """
     radius = SPHERE_RADIUS if features.nodes == SIGNED_SPHERE else 1.0
     features = replace(features, scale=config.head_size**-0.25 * radius)
-    return replace(config, layers=tuple(replace(layer, features=features) for layer in config.layers))
+    layers = (layer if layer.anchors is not None else replace(layer, features=features) for layer in config.layers)
+    return replace(config, layers=tuple(layers))
 
 
 def new_student(
     base: DiJiangForCausalLM, config: ModelConfig, *, look_back: LookBack | None, seed: int
 ) -> DiJiangForCausalLM:
     """A model of `config` that shares the backbone's tensors with `base`; its kernels start from the calibration.
+
+    Those of layers with anchors start as conversion made them.
 
     Args:
         look_back: None: kernels start at zero, to be filled by `Trainer.resume`.
@@ -66,6 +72,8 @@ def new_student(
         value = torch.zeros(wanted.shape)
         if part == "mix_bias" and config.is_local(layer):
             value = value - math.inf  # the window there is all that the teacher sees: nothing is left to learn
+        elif look_back is not None and config.layers[layer].anchors is not None:
+            value = state[name]
         elif look_back is not None:
             value = _start(part, wanted, config.layers[layer].features, layer, look_back, generator)
         tensors[name] = value.to(device=base.device, dtype=wanted.dtype).contiguous()

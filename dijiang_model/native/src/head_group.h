@@ -82,6 +82,8 @@ class HeadGroup {
 
  private:
   bool is_rotated() const { return a_.late_cos == nullptr; }
+  // Whether there is a linear part.
+  bool is_there() const { return a_.num_features > 0; }
   size_t row_bytes() const { return static_cast<size_t>(d_) * sizeof(float); }
   const float* query(const float* projected, int64_t r) const {
     return projected + heads_.query_start + (first_head_ + r) * heads_.query_step;
@@ -249,12 +251,16 @@ class HeadGroup {
       const float* read = is_rotated() ? rotated_ + r * d_ : query(projected, r);
       mix_[r] = bias + dot(read, a_.mix_weight + (first_head_ + r) * d_, d_);
       // A disabled head (bias -inf) needs nothing of the state: its features and its read-out are left out.
-      reads_ = reads_ || bias != -std::numeric_limits<float>::infinity();
+      reads_ = reads_ || (is_there() && bias != -std::numeric_limits<float>::infinity());
     }
     for (int64_t r = 0; r < shared_; ++r) mix_[r] = static_cast<float>(a_.num_features) * exponential(mix_[r]);
   }
 
   void make_features(bool leaves) {
+    if (a_.num_features <= 1) {  // none, or one constant feature
+      std::fill(phi_, phi_ + (shared_ + 1) * a_.num_features, 1.0f);
+      return;
+    }
     const int64_t features = a_.num_features, first = reads_ ? 0 : shared_, last = leaves ? shared_ + 1 : shared_;
     const float *nodes = a_.nodes + group_ * features, *log_weights = a_.log_weights + group_ * features;
     weighted(last - first, linear_rows_ + first * d_, d_, a_.basis, features, d_, phi_ + first * features, features);
@@ -267,6 +273,7 @@ class HeadGroup {
   }
 
   void move_linear(const Token& token, bool is_asked, bool leaves) {
+    if (!is_there()) return;
     const int64_t features = a_.num_features;
     float decay = 0.0f, write = 1.0f;
     if (a_.table_write != nullptr) {

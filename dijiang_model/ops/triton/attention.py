@@ -7,6 +7,7 @@ from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import Rotary, StepLayout
 from dijiang_model.ops.torch.anchors import anchored_attention
+from dijiang_model.ops.torch.attention import TorchAttention
 from dijiang_model.ops.triton.anchors import decode_anchors
 from dijiang_model.ops.triton.decode import decode
 from dijiang_model.ops.triton.device import on_device_of
@@ -19,7 +20,8 @@ STATE_DTYPES = (torch.float32, torch.bfloat16)
 class TritonAttention:
     """Decode rows in one launch, prefill segments in five; sums and decays in fp32, products in the weights' dtype.
 
-    Prompts of layers with anchors, and all of those with values of 4 bits, are computed by torch operations.
+    Prompts of layers with anchors, and all of those with values of 4 bits or with less than 16 features, are computed
+    by torch operations.
 
     Fp64 models are not for it (`dijiang_model.ops.attention_for` gives them torch's).
     """
@@ -39,6 +41,8 @@ class TritonAttention:
     def _answer(
         self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
     ) -> Tensor:
+        if kernel.num_features < 16:
+            return TorchAttention()(q, k, v, kernel=kernel, layout=layout, state=state)
         anchors = kernel.attention.anchors
         if anchors is not None:
             decode_rows = decode_anchors if anchors.value_bits == 8 else None  # the kernel knows no others

@@ -344,6 +344,16 @@ class AnthropicUsage(ResponseModel):
     """Of the prompt: those that were not computed again."""
     output_tokens: int
     """Generated."""
+    cache_creation: None = None
+    """Always null, as are the others below: of what is not here."""
+    inference_geo: None = None
+    """Always null."""
+    output_tokens_details: None = None
+    """Always null."""
+    server_tool_use: None = None
+    """Always null."""
+    service_tier: None = None
+    """Always null."""
 
 
 class MessageOut(ResponseModel):
@@ -365,6 +375,10 @@ class MessageOut(ResponseModel):
     """Which of `stop_sequences` was found."""
     usage: AnthropicUsage
     """Token counts."""
+    stop_details: None = None
+    """Always null."""
+    container: None = None
+    """Always null."""
 
 
 class TokenCount(ResponseModel):

@@ -25,7 +25,7 @@ from server.states.index.rows import (
 )
 from server.states.index.upkeep import NOBODY, RECORD_BYTES, break_off, drop_expired, drop_unused
 from server.states.index.uses import end_uses, note_use, register, use_of
-from server.states.store import NewState, ResponseRecord, SnapshotRecord, StateRecord
+from server.states.store import Change, NewState, ResponseRecord, SnapshotRecord, StateRecord
 
 
 class StateIndex(IndexCore):
@@ -176,6 +176,14 @@ class StateIndex(IndexCore):
         """Notes that a response was gone on from."""
         with self._changing() as transaction:
             transaction.run("UPDATE responses SET used = %s WHERE id = %s", transaction.now, response_id)
+
+    def change_response(self, owner: str, response_id: str, change: Change) -> ResponseRecord:
+        """Raises `NotFoundError`, `StorageFullError`, and what `change` raises."""
+        with self._changing() as transaction:
+            response = change(find_response(transaction, owner, response_id))
+            write_response(transaction, response, maker=None)
+            self._make_room(transaction, owner, [], keep=response_id)
+            return response
 
     def cancel_response(self, owner: str, response_id: str) -> ResponseRecord:
         """Raises `NotFoundError`."""

@@ -19,16 +19,17 @@ INFO = {
     "multiple_system_messages": True,
 }
 
+OPTIONS = {"api_key": "any", "max_retries": 0}
+
 
 def client(name: str, max_tokens: int) -> OpenAIChatCompletionClient:
     return OpenAIChatCompletionClient(
         model=name,
         base_url=BASE_URL,
-        api_key="any",
         max_tokens=max_tokens,
         temperature=0,
         model_info=INFO,
-        max_retries=0,
+        **OPTIONS,
     )
 
 

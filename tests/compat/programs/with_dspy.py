@@ -15,16 +15,16 @@ long = dspy.LM(f"openai/{MODEL}", max_tokens=LONG, **PLACE)
 
 async def stream() -> tuple[str, str]:
     """What came in pieces, and the whole; the answer of a random model is none of the signature's."""
-    pieces = []
+    pieces = ""
     try:
         async for chunk in dspy.streamify(dspy.Predict("question -> answer"))(question=QUESTION):
-            pieces.append(chunk.choices[0].delta.content or "")
+            pieces += chunk.choices[0].delta.content or ""
     except (AdapterParseError, BaseExceptionGroup) as problem:
         inner: BaseException = problem
         while isinstance(inner, BaseExceptionGroup):
             (inner,) = inner.exceptions
         assert isinstance(inner, AdapterParseError), inner
-        return "".join(pieces), inner.lm_response
+        return pieces, inner.lm_response
     raise AssertionError("a random model has followed a signature")
 
 

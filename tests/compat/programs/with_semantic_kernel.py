@@ -15,8 +15,8 @@ from semantic_kernel.functions import kernel_function
 
 class Looking:
     @kernel_function(name="look_up", description="Looks up.")
-    def look_up(self, place: Annotated[Place, "Which."]) -> str:
-        return place.city
+    def look_up(self, is_large: Annotated[bool, "Which."]) -> str:
+        return str(is_large)
 
 
 def service(name: str) -> OpenAIChatCompletion:
@@ -40,8 +40,8 @@ async def main() -> None:
     kernel.add_plugin(Looking(), "looking")
     forced = settings(LONG, function_choice_behavior=FunctionChoiceBehavior.Required(auto_invoke=False))
     called = await chat.get_chat_message_content(history, forced, kernel=kernel)
-    print(called.items[0].arguments)
-    calls = [item.parse_arguments()["place"] for item in called.items if isinstance(item, FunctionCallContent)]
+    arguments = [item.parse_arguments() for item in called.items if isinstance(item, FunctionCallContent)]
+    calls = [Place(city="Paris", size=int(given["is_large"])) for given in arguments if given is not None]
     structured = await chat.get_chat_message_content(history, settings(LONG, response_format=Place))
     problem: object = None
     try:

@@ -8,7 +8,7 @@ from smolagents import ChatMessage, MessageRole, OpenAIModel, Tool
 class LookUp(Tool):
     name = "look_up"
     description = "Looks up."
-    inputs = {name: {"description": "Which.", **SCHEMA["properties"][name]} for name in ("city", "size")}
+    inputs = {name: {"description": "Which.", **SCHEMA["properties"][name]} for name in ("city", "size")}  # noqa: RUF012
     output_type = "string"
 
     def forward(self, city: str, size: int) -> str:

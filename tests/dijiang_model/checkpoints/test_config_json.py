@@ -20,7 +20,7 @@ from dijiang_model.checkpoints.config_json import (
 from dijiang_model.checkpoints.hf_config import base_model_config
 from dijiang_model.config import SINK_RANGE, AttentionConfig, FeatureConfig, ModelConfig
 from dijiang_model.errors import ConfigError
-from tests.tiny_models import HYBRID, anchored, gpt_neox_config, llama_config, opt_config
+from tests.tiny_models import HYBRID, NO_LINEAR, anchored, gpt_neox_config, llama_config, opt_config
 
 PYTHIA = {
     "model_type": "gpt_neox",
@@ -209,6 +209,29 @@ def test_anchors_read_back_and_layers_without_are_written_as_before_there_were_a
     assert layers["default"]["anchors"]["places"] == [13, 7]
     assert "anchors" not in layers["overrides"]["1"]
     assert "anchors" not in stored_config_text(stored(llama_config()))
+
+
+def test_widths_read_back_and_are_absent_where_all_features_are_kept() -> None:
+    config = llama_config(anchored(2), anchored(2, base=NO_LINEAR))
+    text = stored_config_text(stored(config))
+    assert parse_stored_config(json.loads(text)).config == config
+    assert text.count("width") == 1
+    assert [config.num_features(layer) for layer in (0, 1)] == [16, 0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "part"),
+    [
+        (replace(HYBRID, features=replace(HYBRID.features, width=8)), "0, 1 or a multiple of 16"),
+        (replace(HYBRID, features=replace(HYBRID.features, width=-16)), "multiple of 16"),
+        (replace(HYBRID, features=replace(HYBRID.features, width=32)), "more than its bases have directions"),
+        (replace(NO_LINEAR, window=0, sinks=0), "only a layer with a window"),
+        (replace(NO_LINEAR, features=replace(NO_LINEAR.features, far_rank=3)), "update of its queries"),
+    ],
+)
+def test_widths_that_cannot_be_are_refused(layer: AttentionConfig, part: str) -> None:
+    with pytest.raises(ConfigError, match=part):
+        llama_config(layer)
 
 
 @pytest.mark.parametrize(

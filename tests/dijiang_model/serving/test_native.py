@@ -15,7 +15,9 @@ from dijiang_model.serving.network import FrozenModel, NativeModel, freeze
 from dijiang_model.serving.weights import why_unsupported
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, assert_states_close, logits_of, random_text
 from tests.tiny_models import (
+    CONSTANT,
     HYBRID,
+    NO_LINEAR,
     PURE,
     RELEASED,
     TABLES,
@@ -39,6 +41,7 @@ NO_SINKS = replace(HYBRID, window=7, sinks=0)
 FAR_QUERIES = replace(HYBRID, features=replace(HYBRID.features, far_rank=5))
 UNROTATED = replace(HYBRID, features=replace(HYBRID.features, rotated=False))
 TWO_BASES = replace(HYBRID, features=replace(HYBRID.features, bases=("dct2", "dct4")))
+FEWER = replace(TWO_BASES, features=replace(TWO_BASES.features, width=16, rotated=False))
 MANY_SINKS = replace(HYBRID, sinks=9)
 """More than a block of keys."""
 
@@ -73,6 +76,13 @@ CONFIGS: dict[str, ModelConfig] = {
     ),
     "anchors, features before rotation": gpt_neox_config(anchored(3, base=UNROTATED), anchored(3)),
     "anchors, values of 4 bits": llama_config(anchored(2, value_bits=4), anchored(2, base=UNROTATED, value_bits=4)),
+    "anchors, fewer features or none": llama_config(
+        anchored(2, base=FEWER),
+        anchored(2, base=NO_LINEAR),
+        anchored(2, base=CONSTANT, value_bits=4),
+        CONSTANT,
+        NO_LINEAR,
+    ),
     "anchors, nothing to rotate": opt_config(anchored(3, base=UNROTATED), PURE),
     "biases of queries, keys and values": qwen2_config(),
     "local layers, norms behind": gemma3_config(),

@@ -24,7 +24,9 @@ from dijiang_model.tensor_parallel.states import StateParts, rank_specs
 from tests.dijiang_model.checkpoints.golden_checkpoints import FOLDER
 from tests.dijiang_model.conversion.training.thread_ranks import ThreadGroup, on_ranks, shard_of
 from tests.tiny_models import (
+    CONSTANT,
     HYBRID,
+    NO_LINEAR,
     PURE,
     RELEASED,
     TABLES,
@@ -55,7 +57,10 @@ SPLITS: dict[str, tuple[ModelConfig, int]] = {
     "llama, far queries": (llama_config(FAR, UNROTATED), 2),
     "llama, head not tied": (replace(llama_config(), tie_word_embeddings=False), 2),
     "llama, anchors": (llama_config(anchored(2), FAR, anchored(2, base=UNROTATED)), 2),
-    "opt, anchors": (opt_config(anchored(3, value_bits=4), PURE), 3),
+    "opt, anchors": (
+        opt_config(anchored(3, value_bits=4), PURE, anchored(3, base=NO_LINEAR), anchored(3, base=CONSTANT)),
+        3,
+    ),
     "gpt_neox, tables, norm groups within ranks": (with_heads(gpt_neox_config(), 4), 2),
     "gpt_neox, tables, norm groups across ranks": (with_heads(gpt_neox_config(), 6), 3),
     "gpt_neox, sequential, hybrid": (gpt_neox_config(HYBRID, PURE, parallel_residual=False), 3),

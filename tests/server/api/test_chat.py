@@ -60,6 +60,7 @@ def test_the_chunks_of_a_stream_have_the_shape_of_the_api(server: Loopback) -> N
     assert head["object"] == "chat.completion.chunk"
     for chunk in chunks:
         assert {key: chunk.pop(key) for key in head} == head
+    assert chunks[-2]["choices"][0].pop("stop_reason") is None
     deltas = [{"role": "assistant", "content": ""}, {"content": "T"}, {"content": "h"}, {}]
     reasons = [None, None, None, "length"]
     assert chunks[:-1] == [

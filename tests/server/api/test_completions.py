@@ -27,7 +27,7 @@ def test_the_wire_shape_is_that_of_the_api(server: Loopback) -> None:
     assert body == {
         "object": "text_completion",
         "model": MODEL,
-        "choices": [{"index": 0, "text": "T", "logprobs": None, "finish_reason": "length"}],
+        "choices": [{"index": 0, "text": "T", "logprobs": None, "finish_reason": "length", "stop_reason": None}],
         "usage": {
             "prompt_tokens": 1,
             "completion_tokens": 1,

@@ -38,11 +38,13 @@ def events(answer: httpx.Response) -> list[dict[str, Any]]:
 
 def test_an_answer_is_a_message(server: Loopback) -> None:
     answer = post(server).json()
-    assert answer["content"] == [{"type": "text", "text": ANSWER}]
+    assert answer["content"] == [{"type": "text", "text": ANSWER, "citations": None}]
+    assert (answer["stop_details"], answer["container"]) == (None, None)
     assert (answer["type"], answer["role"], answer["model"]) == ("message", "assistant", "org/tiny")
     assert (answer["stop_reason"], answer["stop_sequence"]) == ("end_turn", None)
     assert answer["id"].startswith("msg_")
     usage = answer["usage"]
+    assert usage.keys() >= {"cache_creation", "output_tokens_details", "server_tool_use", "service_tier"}
     assert (usage["output_tokens"], usage["cache_read_input_tokens"]) == (len(ANSWER.encode()) + 1, 0)
     count = server.http.post("/v1/messages/count_tokens", json={"model": "org/tiny", "messages": HELLO}).json()
     assert count == {"input_tokens": usage["input_tokens"]}
@@ -60,7 +62,7 @@ def test_calls_are_blocks(server: Loopback) -> None:
     say(server, f"Let me see.\n{CALL}\n{SECOND}")
     answer = post(server, tools=TOOLS).json()
     text, first, second = answer["content"]
-    assert text == {"type": "text", "text": "Let me see."}
+    assert text == {"type": "text", "text": "Let me see.", "citations": None}
     assert (first["type"], first["name"], first["input"]) == ("tool_use", "get_weather", {"city": "Oslo"})
     assert (second["name"], second["input"], answer["stop_reason"]) == ("get_time", {}, "tool_use")
     assert first["id"].startswith("toolu_")

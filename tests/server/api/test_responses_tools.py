@@ -195,7 +195,6 @@ def test_effort_and_summary_without_a_place_for_them_are_taken(server: Loopback)
         ({"max_tool_calls": 0}, "max_tool_calls"),
         ({"reasoning": {"effort": "much"}}, "reasoning.effort"),
         ({"reasoning": {"summary": "long"}}, "reasoning.summary"),
-        ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "x"}}, "prompt"),
         ({"stream_options": {}}, "stream_options"),
     ],

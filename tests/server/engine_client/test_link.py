@@ -10,6 +10,7 @@ from server.engine.process.messages import StepDone
 from server.engine.types.requests import EngineConfig
 from server.engine_client.link import EngineLink
 from tests.server.engine_client.fake_process import MODULE
+from tests.waiting import until_async
 
 pytestmark = pytest.mark.anyio
 
@@ -29,7 +30,9 @@ async def environment_of_an_engine() -> dict[str, str]:
     link = await EngineLink.open(CONFIG, module=MODULE)
     try:
         assert link.pid is not None
-        return psutil.Process(link.pid).environ()
+        process = psutil.Process(link.pid)
+        await until_async(lambda: MODULE in process.cmdline() and process.environ())  # before it is the parent's copy
+        return process.environ()
     finally:
         await link.close()
 

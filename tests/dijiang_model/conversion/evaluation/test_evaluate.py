@@ -27,7 +27,7 @@ from dijiang_model.conversion.evaluation.evaluate import (
     variants,
 )
 from dijiang_model.conversion.evaluation.long_texts import long_score
-from dijiang_model.conversion.evaluation.recall import fact_chats, far_recall, recall_probe
+from dijiang_model.conversion.evaluation.recall import FIRST_TURN, fact_chats, far_recall, recall_probe
 from dijiang_model.conversion.evaluation.report import (
     LONG_RANGES,
     RANGES,
@@ -130,14 +130,42 @@ def test_facts_are_asked_for_by_distance_as_far_as_the_range_goes(tmp_path: Path
     write_byte_tokenizer(tmp_path)
     tokenizer, filler = load_tokenizer(tmp_path), torch.tensor(list(TEXT.encode()))
     chats = fact_chats(tokenizer, filler, render=plain_chat, num=2, longest=8192)
-    assert [len(chat.token_ids) <= length for chat, length in zip(chats, (2048, 2048, 8192), strict=True)] == [True] * 3
+    lengths = (2048, 2048, 4096, 8192)
+    assert [len(chat.token_ids) <= length for chat, length in zip(chats, lengths, strict=True)] == [True] * 4
     variant = Variant("x", model, HybridAttention(), None)
     results = recall_probe([variant], chats)
     assert sum(result.num for result in results) == sum(len(chat.recalled) for chat in chats)
     assert [result.low for result in results] == sorted({result.low for result in results})
     assert all(0 <= result.right["x"] <= 1 and math.isfinite(result.loss["x"]) for result in results)
+    assert results[0].shared == {"x": 1.0 if results[0].right["x"] > 0 else None}
     assert fact_chats(tokenizer, filler, render=plain_chat, num=2, longest=64) == []
     assert recall_probe([variant], []) == []
+
+
+def test_facts_of_the_first_turn_lie_far_behind_other_turns(tmp_path: Path) -> None:
+    write_byte_tokenizer(tmp_path)
+    tokenizer, filler = load_tokenizer(tmp_path), torch.tensor(list(TEXT.encode() * 3))
+    form = replace(FIRST_TURN[0], length=6000)  # a byte is a token here
+    chats = fact_chats(tokenizer, filler, render=plain_chat, num=1, longest=8192, forms=[form])
+    assert [len(chat.recalled) for chat in chats] == [3]
+    assert max(fact.told[1] for fact in chats[0].recalled) < min(fact.answered[0] for fact in chats[0].recalled) - 200
+
+
+def test_answers_right_where_the_first_variant_is_are_counted_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = tuple(Recalled((10 + i, 11 + i), (600 + i, 601 + i)) for i in range(4))
+    chat = Context(tokens(700), facts)
+
+    def likeliest(variant: Variant, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = {"first": [599, 600], "second": [600, 601, 602]}[variant.name]
+        hits = torch.zeros(699, dtype=torch.bool)
+        hits[rows] = True
+        return torch.arange(699.0), hits
+
+    monkeypatch.setattr(recall, "token_scores", likeliest)
+    both = [Variant(name, tiny_model(), HybridAttention(), None) for name in ("first", "second")]
+    (result,) = recall_probe(both, [chat])
+    assert result.right == {"first": 0.5, "second": 0.75}
+    assert result.shared == {"first": 1.0, "second": 0.5}
 
 
 def test_an_answer_is_right_where_every_token_is_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +193,7 @@ def test_a_calibrated_model_is_measured_with_states_of_other_sizes(tmp_path: Pat
         console=Console(quiet=True),
     )
     assert [name for name in evaluation.scores if name.startswith("ours")] == [
-        "ours", "ours, anchors off", "ours, 0.0190735 MiB", "ours, 0.0762939 MiB",
+        "ours", "ours, anchors off", "ours, 0.01907 MiB", "ours, 0.07629 MiB",
     ]  # fmt: skip
     sizes = [point.state_bytes for point in evaluation.by_size]
     assert sizes == sorted(sizes)

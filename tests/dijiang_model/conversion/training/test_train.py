@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.config import FeatureConfig, ModelConfig
-from dijiang_model.conversion.training.adapters import ADAPTER_FILE
+from dijiang_model.conversion.convert import convert
+from dijiang_model.conversion.training.adapters import ADAPTER_FILE, adapted_model, load_adapter
 from dijiang_model.conversion.training.cli import train_command
 from dijiang_model.conversion.training.kernel_training import kernel_tensors
 from dijiang_model.conversion.training.log import LOG_FILE, read_log
@@ -22,6 +23,8 @@ from dijiang_model.conversion.training.text_mixture import load_mixture, parse_s
 from dijiang_model.conversion.training.text_windows import TokenWindows, load_tokenizer, load_windows
 from dijiang_model.conversion.training.train import Trainer, TrainingOptions, train
 from dijiang_model.errors import CheckpointError, ConversionError
+from tests.dijiang_model.stepping import logits_of, random_text
+from tests.dijiang_model.teachers import llama_teacher, save_teacher
 from tests.tiny_models import (
     BYTE_VOCAB_SIZE,
     HYBRID,
@@ -235,7 +238,6 @@ def test_the_teacher_writes_chat_and_trains_on_it(model: Path, text: str, tmp_pa
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("texts.parquet", r"is Parquet; make JSON lines of it: pandas\.read_parquet\(texts\.parquet\)"),
         ("texts.txt.gz", "is compressed; unpack it first"),
         ("book.pdf", "is a document; extract its text first"),
         ("model.safetensors", "is a file of tensors"),
@@ -293,3 +295,21 @@ def test_a_run_that_is_done_says_so(model: Path, text: str, tmp_path: Path) -> N
     assert "The run is done already: 256 tokens" in result.output
     assert "nan" not in result.output
     assert all((tmp_path / "run" / name).read_bytes() == content for name, content in before.items())
+
+
+def test_an_anchored_model_trains_from_what_calibration_fitted_and_keeps_its_bytes(tmp_path: Path, text: str) -> None:
+    source = save_teacher(llama_teacher(max_position_embeddings=512), tmp_path / "teacher")
+    rain = tmp_path / "rain.txt"
+    rain.write_text("It rained all day. Nobody went out. The cat slept on the stove. " * 150)
+    convert(source, tmp_path / "model", state_bytes=40_000, calibration_text=[rain])
+    fitted, run = load_model(tmp_path / "model"), tmp_path / "run"
+    trainer = prepared(tmp_path / "model", text, run, tokens=1280)
+    start, before = trainer.adapter(), fitted.state_dict()
+    assert start.config(fitted.config) == fitted.config
+    kernels = {name: value for name, value in start.tensors.items() if ".linear." in name}
+    assert all(torch.allclose(value, before[name], rtol=1e-5) for name, value in kernels.items())
+    assert not train(trainer, run, should_stop=lambda: trainer.progress.step == 4)
+    assert train(prepared(tmp_path / "model", text, run, tokens=1280, resume=True), run)
+    trained = adapted_model(fitted, load_adapter(run))
+    assert trained.state_spec == fitted.state_spec
+    assert bool(logits_of(trained, random_text(100)).isfinite().all())

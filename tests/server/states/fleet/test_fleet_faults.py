@@ -19,7 +19,7 @@ from tests.waiting import PATIENCE_S, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 FOR_EVER: dict[str, Any] = {"input": "Hi", "temperature": 0, "max_output_tokens": 1_000_000, "background": True}
-LONG: dict[str, Any] = {"input": "Tell me.", "seed": 5, "max_output_tokens": 3000, "ignore_eos": True}
+LONG: dict[str, Any] = {"input": "Tell me.", "seed": 5, "max_output_tokens": 12_000, "ignore_eos": True}
 
 
 def store(postgres: PostgresServer) -> tuple[str, ...]:

@@ -1,0 +1,26 @@
+// The Vercel AI SDK with its Anthropic provider.
+import { createAnthropic } from "@ai-sdk/anthropic";
+import { generateObject, generateText, streamText, tool } from "ai";
+import { baseURL, failure, long, model, nobody, place, question, report, short } from "./common.mjs";
+
+const provider = createAnthropic({ baseURL, apiKey: "any" });
+const plain = { model: provider(model), prompt: question, maxOutputTokens: short, temperature: 0, maxRetries: 0 };
+const whole = await generateText(plain);
+let streamed = "";
+const stream = streamText(plain);
+for await (const text of stream.textStream) streamed += text;
+const called = await generateText({
+  ...plain,
+  maxOutputTokens: long,
+  tools: { look_up: tool({ description: "Looks up.", inputSchema: place }) },
+  toolChoice: "required",
+});
+const { object } = await generateObject({ ...plain, maxOutputTokens: long, schema: place });
+report({
+  text: whole.text,
+  streamed,
+  calls: called.toolCalls.map((call) => call.input),
+  structured: [object],
+  usage: [whole.usage.outputTokens, (await stream.usage).outputTokens],
+  error: await failure(() => generateText({ ...plain, model: provider(nobody) })),
+});
