@@ -16,10 +16,6 @@ from dijiang_model.errors import ModelError
 from dijiang_model.formats.dtype_names import dtype_name
 from dijiang_model.quantization.config import WeightKind
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "f32": "float32", "f16": "float16"}
-
-
 SourceArgument = Annotated[
     Path,
     typer.Argument(

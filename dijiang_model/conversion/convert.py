@@ -108,9 +108,6 @@ def convert(
         opened = with_ends(opened, tokenizer.end_id)
         window = window if state_bytes is None else 1  # the budget chooses another one
         config, origin = _target(opened, source, recipe=recipe, window=window, sinks=sinks, seed=seed)
-        calibrated = None
-        if state_bytes is not None:
-            config, calibrated = _budgeted(opened, config, origin, tokenizer, state_bytes, calibration_text, on_layer)
         config, calibrated = _within_budget(opened, config, origin, tokenizer, state_bytes, calibration_text, on_layer)
         weights_dtype = DTYPES[dtype] if dtype is not None else _stored_dtype(opened)
         plan = _plan(opened, config, origin, calibrated, dtype=weights_dtype, weights=weights, name=out.absolute().name)
@@ -181,7 +178,6 @@ def _with_whole_window(config: ModelConfig, state_bytes: int) -> ModelConfig:
     return config
 
 
-def _budgeted(
 def _within_budget(
     opened: Source,
     config: ModelConfig,
@@ -191,7 +187,6 @@ def _within_budget(
     text: Sequence[Path],
     on_layer: Progress,
 ) -> tuple[ModelConfig, Calibrated | None]:
-    """The network for a budget of bytes, and what was calibrated for it."""
     """A config whose state has so many bytes at most, and what calibration found, where it had to look."""
     if state_bytes is None:
         return config, None
@@ -201,7 +196,6 @@ def _within_budget(
         return _with_whole_window(config, state_bytes), None
     contexts = calibration_contexts(config, tokenizer.folder if tokenizer.is_there else None, text)
     calibrated = calibrate(config, opened.tensors.read, contexts, state_bytes=state_bytes, on_layer=on_layer)
-    return calibrated.calibration.config(config), calibrated
     return calibrated.config, calibrated
 
 
