@@ -59,6 +59,10 @@ dist: $(VENV)/.dev ## Source archive and wheel, in dist/; the wheel is built fro
 test-dist: $(VENV)/.dev dist ## The wheel in an empty environment, without a compiler
 	TORCH_ARGS="$(TORCH_ARGS)" $(BIN)/python -m pytest -m dist tests/release
 
+.PHONY: test-docker
+test-docker: $(VENV)/.dev ## Build the image, start it through Compose, kill and resume it; says so where no Docker engine can be had
+	$(BIN)/python -m pytest -m docker tests/docker -rs
+
 .PHONY: test-chart
 test-chart: $(VENV)/.dev ## The Helm chart, rendered by Helm's engine and checked against the schemas of Kubernetes
 	$(PIP) install -c constraints.txt -e '.[chart]'
@@ -81,7 +85,7 @@ check: docs ## Formatting, lint, types, import contracts, layout, words, links, 
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_layout.py tests/test_words.py tests/test_docs.py tests/docs/test_tables.py
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/docker-compose --profile cpu --profile gpu --profile shared --profile ui config --quiet
+	$(BIN)/docker-compose --profile cpu --profile gpu --profile shared --profile ui --profile observability config --quiet
 
 .PHONY: format
 format: $(VENV)/.dev ## Format, and mend what lint can mend
@@ -90,6 +94,13 @@ format: $(VENV)/.dev ## Format, and mend what lint can mend
 
 .PHONY: install
 install: $(VENV)/.dev $(VENV)/.model ## Only the set-up that the others do by themselves
+
+.PHONY: lock
+lock: $(VENV)/.dev ## Write requirements.lock, what the image installs, by version and hash
+	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*[d for d in (*p["dependencies"], *p["optional-dependencies"]["postgres"]) if not d.startswith("torch>")], sep="\n")' \
+	  | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	    -c <(grep -vE '^(torch|triton)==' constraints.txt) -o requirements.lock -
 
 .PHONY: kernels
 kernels: $(VENV)/.base ## Compile the kernels that are not of the sources at hand; needs a C++ compiler
