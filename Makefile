@@ -46,6 +46,23 @@ browser: ## A Chromium for the tests of the page: the one that is there, or Debi
 test-clients: $(VENV)/.dev $(VENV)/.model $(CLIENT_STAMPS) $(CLIENTS)/npm/.installed ## Other people's clients against a running server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients -rs tests/compat
 
+# auditwheel names the oldest systems that take the wheel, by the C and C++ libraries of this machine.
+.PHONY: dist
+dist: $(VENV)/.dev ## Source archive and wheel, in dist/; the wheel is built from the archive, kernels inside
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist/raw .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist dist/raw/*.whl
+	mv dist/raw/*.tar.gz dist/
+	rm -r dist/raw
+
+.PHONY: test-dist
+test-dist: $(VENV)/.dev dist ## The wheel in an empty environment, without a compiler
+	TORCH_ARGS="$(TORCH_ARGS)" $(BIN)/python -m pytest -m dist tests/release
+
+.PHONY: test-docker
+test-docker: $(VENV)/.dev ## Build the image, start it through Compose, kill and resume it; says so where no Docker engine can be had
+	$(BIN)/python -m pytest -m docker tests/docker -rs
+
 .PHONY: test-chart
 test-chart: $(VENV)/.dev ## The Helm chart, rendered by Helm's engine and checked against the schemas of Kubernetes
 	$(PIP) install -c constraints.txt -e '.[chart]'
@@ -68,7 +85,7 @@ check: docs ## Formatting, lint, types, import contracts, layout, words, links, 
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_layout.py tests/test_words.py tests/test_docs.py tests/docs/test_tables.py
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/docker-compose --profile cpu --profile gpu --profile shared --profile ui config --quiet
+	$(BIN)/docker-compose --profile cpu --profile gpu --profile shared --profile ui --profile observability config --quiet
 
 .PHONY: format
 format: $(VENV)/.dev ## Format, and mend what lint can mend
@@ -78,13 +95,20 @@ format: $(VENV)/.dev ## Format, and mend what lint can mend
 .PHONY: install
 install: $(VENV)/.dev $(VENV)/.model ## Only the set-up that the others do by themselves
 
+.PHONY: lock
+lock: $(VENV)/.dev ## Write requirements.lock, what the image installs, by version and hash
+	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*[d for d in (*p["dependencies"], *p["optional-dependencies"]["postgres"]) if not d.startswith("torch>")], sep="\n")' \
+	  | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	    -c <(grep -vE '^(torch|triton)==' constraints.txt) -o requirements.lock -
+
 .PHONY: kernels
 kernels: $(VENV)/.base ## Compile the kernels that are not of the sources at hand; needs a C++ compiler
 	$(PIP) install --no-deps -e .
 
 .PHONY: clean
 clean: ## Remove .venv and the tools' caches
-	rm -rf $(VENV) $(CLIENTS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(CLIENTS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # torch comes first and alone, by its exact pin: installed by a range, pip may choose a larger build.
 $(VENV)/.base: $(VENV)/.python pyproject.toml constraints.txt setup.py $(wildcard dijiang_model/native/src/*)

@@ -58,7 +58,7 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
         {"metrics", "protocol", "selfcheck", "tools"},
         {"engine_client", "grammar_check", "states"},
         {"engine", "playground", "rate_limits"},
-        {"cli", "errors", "event_log", "hardware", "keys", "tracing"},
+        {"cli", "errors", "event_log", "hardware", "healthcheck", "keys", "tracing"},
     ),
     "server.engine": (
         {"process"},

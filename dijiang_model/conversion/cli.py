@@ -13,10 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from dijiang_model.conversion.convert import DTYPES, Conversion, convert
 from dijiang_model.conversion.recipes import Recipe
 from dijiang_model.errors import ModelError
+from dijiang_model.formats.dtype_names import dtype_name
 from dijiang_model.quantization.config import WeightKind
-
-DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "f32": "float32", "f16": "float16"}
-
 
 SourceArgument = Annotated[
     Path,
@@ -81,7 +79,7 @@ def convert_command(
 ) -> None:
     """Make a DiJiang model of a pretrained transformer."""
     console = Console(stderr=True)
-    dtype = DTYPE_ALIASES.get(dtype or "", dtype)
+    dtype = None if dtype is None else str(dtype_name(dtype))
     _refuse_unknown(dtype, DTYPES, "--dtype")
     _refuse_unknown(weights, get_args(WeightKind), "--weights")
     max_shard_bytes = parse_size(max_shard_size)

@@ -45,8 +45,8 @@ const connection = new Connection(api, {
 });
 const render = inTurn((text) => api.render(text));
 const failed = (error, { isNoted }) => {
-  const isAboutConnection = connection.take(error);
-  if (!isNoted && !isAboutConnection) tell(find("chat-error"), error);
+  connection.take(error);
+  if (!isNoted && error.status !== 401) tell(find("chat-error"), error);
 };
 const chat = new ChatView({
   memory,

@@ -69,10 +69,11 @@ export class ChatView {
 
   /** Shows another conversation. */
   open(conversation) {
+    const early = this.#conversation === undefined ? find("question").value : ""; // typed before this program ran
     this.#conversation = conversation;
     this.#views.clear();
     find("log").replaceChildren();
-    find("question").value = sessionStorage.getItem(this.#draftKey) ?? "";
+    find("question").value = early || (sessionStorage.getItem(this.#draftKey) ?? "");
     find("system").value = conversation.record.system;
     tell(find("chat-error"), null);
     this.draw();
@@ -101,6 +102,7 @@ export class ChatView {
         log.replaceChildren(...shown);
       }
     } else log.replaceChildren(record.isPartial && state ? unknownPast(state) : this.#welcome());
+    document.title = record.title ? `${record.title} · DiJiang` : "DiJiang playground";
     this.#drawPlace();
     this.#drawComposer();
     this.#lookAgain();

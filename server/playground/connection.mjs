@@ -27,11 +27,10 @@ export class Connection {
     return this.#attempt;
   }
 
-  /** What an error of a request says about the connection; true: it was about that. */
+  /** What an error of a request says about the connection. */
   take(error) {
     if (error.status === 401) this.askForKey({ isRefused: true });
     else if (error.isPassing) this.connect();
-    return error.status === 401 || error.isPassing === true;
   }
 
   async askForKey({ isRefused = false } = {}) {

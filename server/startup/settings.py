@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from dijiang_model.formats.dtype_names import dtype_name
+
 PREFIX = "DIJIANG_"
 CLIENT_VARIABLES = frozenset({"DIJIANG_BASE_URL", "DIJIANG_API_KEY"})
 """Read by `dijiang chat` and `dijiang complete`, so they are no mistakes here."""
@@ -68,7 +70,9 @@ class Settings(BaseSettings):
     """Where the converted default model is kept. Default: ~/.cache/dijiang."""
     device: str = _in("Model", "auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
     """auto, cpu, cuda or cuda:N. auto takes the first CUDA device if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = _in("Model", "auto")
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"], BeforeValidator(dtype_name)] = (
+        _in("Model", "auto")
+    )
     """Data type of the weights: auto is what they are stored in if that is int8 or int4, else float32 on a CPU and
     bfloat16 on CUDA; int8 and int4 quantize while loading, for memory, and on a CPU for speed, as bfloat16 there.
     Running sums are float32 (`state_dtype`)."""
@@ -84,7 +88,9 @@ class Settings(BaseSettings):
     """Processes that heads, states and weights are split over, each on a CUDA device of its own (device and those that
     follow it) or with its share of the threads. Must divide the model's key-value heads."""
 
-    state_dtype: Literal["float32", "bfloat16", "int8"] = _in("Capacity", "float32")
+    state_dtype: Annotated[Literal["float32", "bfloat16", "int8"], BeforeValidator(dtype_name)] = _in(
+        "Capacity", "float32"
+    )
     """Data type of a conversation's state. bfloat16 halves its memory: twice as many conversations fit; its sums are
     rounded stochastically, so that long ones do not drift. int8 keeps the window's keys and values in a quarter.
     A saved state can only be resumed with the dtype it was saved in."""

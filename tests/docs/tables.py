@@ -40,10 +40,12 @@ RUN_ELSEWHERE: Mapping[str, str] = {"docs/transformers.md": "tests/dijiang_model
 """Pages whose Python another test runs."""
 
 SKIPPED: Mapping[str, str] = {
-    r"make (serve|test|install|check|docs).*": "sets up an environment of its own, or runs this test",
+    r"make (serve|test|install|check|docs|dist).*": "sets up an environment of its own, or runs this test",
     r"\.venv/bin/pre-commit install": "changes the hooks of the checkout",
     r"(MODEL_FOLDER=\S+ )?docker compose .*": "needs a Docker engine; make test-docker",
     r"python -m dijiang_model\.hf lm_eval .*": "needs lm-evaluation-harness",
+    r"dijiang ray deploy .*": "needs Ray; make test-ray",
+    r"(kubectl|helm) .*": "needs a Kubernetes cluster; make test-chart",
     r"torchrun --nproc-per-node 4 .*": "needs four GPUs",
     r"dijiang serve path/to/model --tensor-parallel 2": "needs two CUDA devices; the next line does it on CPUs",
     r"py-spy .*": "needs the right to look into other processes",

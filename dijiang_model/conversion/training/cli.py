@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from dijiang_model.config import Basis, FeatureConfig
 from dijiang_model.conversion.training.adapters import ADAPTER_FILE
+from dijiang_model.conversion.training.costs import measured_speed, step_cost
 from dijiang_model.conversion.training.distill import Precision
 from dijiang_model.conversion.training.log import LOG_FILE, read_log
 from dijiang_model.conversion.training.loss_plot import plot_losses
@@ -20,6 +21,7 @@ from dijiang_model.conversion.training.progress import replay, run
 from dijiang_model.conversion.training.setup import PLOT_FILE, StudentOptions, prepare_run
 from dijiang_model.conversion.training.train import Trainer, TrainingOptions
 from dijiang_model.errors import ConversionError, ModelError
+from dijiang_model.formats.dtype_names import dtype_name
 
 Model = Annotated[Path, typer.Argument(help="Folder of a converted model, recipe hybrid or pure, not trained yet.")]
 Data = Annotated[
@@ -132,6 +134,8 @@ def _go(
             if epochs > 0 and processes.num > 1:
                 raise ConversionError(f"--epochs trains in one process, and there are {processes.num}")
             trainer = prepare(device=own_device, processes=processes)
+            if not trainer.is_done:
+                console.print(trainer_cost(trainer), highlight=False)
             is_done = replay(trainer, out, epochs, console) if epochs > 0 else run(trainer, out, console, save_every_s)
             if processes.is_first:
                 plot_losses(read_log(out / LOG_FILE), out / PLOT_FILE)
@@ -144,6 +148,13 @@ def _go(
         )
         raise typer.Exit(130)
     console.print(f"Adapter: {escape(str(out / ADAPTER_FILE))}", highlight=False)
+
+
+def trainer_cost(trainer: Trainer) -> str:
+    """What each step of a run is going to cost, in words."""
+    num_trained = sum(parameter.numel() for _, parameter in trainer.trained())
+    cost = step_cost(trainer.model, trainer.options, num_trained=num_trained)
+    return cost.text(measured_speed(trainer.model))
 
 
 def _refuse_contradictions(options: TrainingOptions, epochs: int) -> None:
@@ -163,6 +174,7 @@ def _stages(text: str) -> tuple[int, ...]:
 def _precision(text: str, device: str) -> Precision:
     if text == "auto":
         return "bf16" if device.startswith("cuda") else "fp32"
+    text = {"float32": "fp32", "bfloat16": "bf16"}.get(str(dtype_name(text)), text)
     if text not in get_args(Precision):
         raise typer.BadParameter(f"{text!r} is none of auto, fp32, bf16", param_hint="--precision")
     return cast(Precision, text)

@@ -1,4 +1,4 @@
-"""Files of text as people have them: plain text, or JSON objects with a text or a conversation each.
+"""Files of text as people have them: plain text, or JSON objects or rows of Parquet with a text or a conversation each.
 
 An object has `text`, or `messages` (`role` and `content`), or `conversations` (`from` and `value`), as the common data
 sets of the hub do. Conversations become text in the form of the model's own chat template.
@@ -12,10 +12,8 @@ from dijiang_model.conversion.training.chat_prompt import Message, RenderChat, p
 from dijiang_model.errors import ConversionError
 from dijiang_model.formats.stub_files import stub_problem
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text", ".jsonl")
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text", ".jsonl", ".parquet")
 OTHER_FORMATS = {
-    ".parquet": "Parquet; make JSON lines of it: "
-    "pandas.read_parquet(FILE).to_json(FILE.jsonl, orient='records', lines=True)",
     ".arrow": "Arrow; make JSON lines of it: datasets.Dataset.from_file(FILE).to_json(FILE.jsonl)",
     ".csv": "CSV; make JSON lines of it: pandas.read_csv(FILE).to_json(FILE.jsonl, orient='records', lines=True)",
     **dict.fromkeys((".gz", ".zst", ".xz", ".bz2", ".zip"), "compressed; unpack it first"),
@@ -26,6 +24,7 @@ OTHER_FORMATS = {
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "system": "system"}
 """Of `conversations`, as ShareGPT names them."""
 _JSON = (".jsonl", ".json")
+_PARQUET = ".parquet"
 
 
 def text_files(paths: Sequence[Path]) -> list[Path]:
@@ -52,7 +51,7 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_text(file: Path, *, render: RenderChat = plain_chat) -> str:
-    """The text of a UTF-8 file; documents of JSON follow each other with an empty line between.
+    """The text of a UTF-8 file; documents of JSON and Parquet follow each other with an empty line between.
 
     Args:
         render: makes text of conversations.
@@ -60,6 +59,8 @@ def read_text(file: Path, *, render: RenderChat = plain_chat) -> str:
     Raises:
         ConversionError: it cannot be read, is encoded otherwise, or an object has neither text nor conversation.
     """
+    if file.suffix.lower() == _PARQUET:
+        return "\n\n".join(_document(where, value, render) for where, value in _rows(file))
     try:
         text = file.read_text("utf-8")
     except UnicodeDecodeError as error:
@@ -98,6 +99,22 @@ def _objects(file: Path, text: str) -> Iterator[tuple[str, object]]:
                 yield f"{file}, line {number:,}", json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ConversionError(f"{file}, line {number:,}, is not valid JSON: {error}") from error
+
+
+def _rows(file: Path) -> Iterator[tuple[str, object]]:
+    """Where each row of a Parquet file stands, in words, and the row as an object."""
+    try:
+        from pyarrow import ArrowException, parquet  # an extra
+    except ImportError as error:
+        raise ConversionError(f"{file} is Parquet, which needs pyarrow: pip install 'dijiang[parquet]'") from error
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}, row {number:,}", row
+    except (ArrowException, OSError) as error:
+        raise ConversionError(f"{file} cannot be read as Parquet: {error}") from error
 
 
 def _document(where: str, value: object, render: RenderChat) -> str:

@@ -18,7 +18,11 @@ from tests.ports import free_port
 from tests.server.states.running import ANN, bearer
 from tests.waiting import PATIENCE_S, until
 
-ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_raylet_start_wait_time_s": "600",
+}
 
 
 @dataclass

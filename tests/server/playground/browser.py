@@ -38,11 +38,16 @@ class Watched:
 
     def page(self, path: str = "") -> Any:
         """A new tab that has loaded."""
+        page = self.blank()
+        page.goto(f"{self._address}{path}")
+        return page
+
+    def blank(self) -> Any:
+        """A new tab."""
         page = self._context.new_page()
         page.on("pageerror", lambda error: self._problems.append(str(error)))
         page.on("console", lambda told: self._problems.append(told.text) if told.type == "error" else None)
         page.on("request", lambda asked: self._hosts.add(urlsplit(asked.url).netloc))
-        page.goto(f"{self._address}{path}")
         return page
 
     def check(self) -> None:

@@ -15,6 +15,7 @@ from tests.server.playground.browser import (
     WIDTHS,
     ask,
     begin,
+    browser_at,
     close_drawer,
     ended,
     expect,
@@ -259,6 +260,20 @@ def test_settings_are_remembered_and_the_model_s_own_are_shown(server: Loopback,
         open_cards(page)
         page.click("#settings-reset")
         assert page.input_value("[name=temperature]") == ""
+
+
+def test_what_is_typed_before_the_page_has_loaded_stays(server: Loopback) -> None:
+    with browser_at(server.url) as browser:
+        page = browser.blank()
+        waiting: list[Any] = []
+        page.route("**/app.mjs", lambda route: waiting.append(route))
+        page.goto(server.url, wait_until="commit")
+        page.fill("#question", "Early")
+        while not waiting:
+            page.wait_for_timeout(10)
+        waiting[0].continue_()
+        page.locator("#send:enabled").wait_for()
+        assert page.input_value("#question") == "Early"
 
 
 def test_other_conversations_can_be_read_while_an_answer_grows(server: Loopback) -> None:

@@ -275,3 +275,14 @@ def test_sampling_is_the_models_own_unless_the_operator_says_otherwise(model: Pa
     for wrong in ("", "hot", "seed=1", "temperature=warm", "top_k=1.5", "temperature=3"):
         with pytest.raises(ConfigError, match="--default-sampling has"):
             sampling(wrong)
+
+
+@pytest.mark.parametrize(
+    ("short", "full"), [("bf16", "bfloat16"), ("fp32", "float32"), ("FP16", "float16"), ("int8", "int8")]
+)
+def test_number_formats_have_short_names(short: str, full: str) -> None:
+    assert read_settings({"dtype": short}).dtype == full
+
+
+def test_states_have_them_too() -> None:
+    assert read_settings({"state_dtype": "bf16"}).state_dtype == "bfloat16"

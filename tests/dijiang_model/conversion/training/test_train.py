@@ -238,7 +238,6 @@ def test_the_teacher_writes_chat_and_trains_on_it(model: Path, text: str, tmp_pa
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("texts.parquet", r"is Parquet; make JSON lines of it: pandas\.read_parquet\(texts\.parquet\)"),
         ("texts.txt.gz", "is compressed; unpack it first"),
         ("book.pdf", "is a document; extract its text first"),
         ("model.safetensors", "is a file of tensors"),
