@@ -156,7 +156,10 @@ def _given(**options: object) -> GenerationOptions:
 def _enable_line_editing() -> None:
     # Importing it is what gives `input` history and cursor keys; not every Python has it.
     with suppress(ImportError):
-        import_module("readline")
+        readline = import_module("readline")
+        # What is pasted is one message, with its lines; Alt-Enter begins another line.
+        readline.parse_and_bind("set enable-bracketed-paste on")
+        readline.parse_and_bind(r'"\e\C-m": "\C-v\C-j"')
 
 
 def _discard_output() -> None:

@@ -11,12 +11,14 @@ from clients.conversation import Conversation, Spoken
 from clients.errors import ClientError
 
 PROMPT = "you> "
+MORE = "...> "
 HELP = """\
 /system TEXT  set the system prompt; without TEXT: remove it
 /reset        forget the conversation, keep the system prompt
 /save FILE    write the conversation as JSON
 /help         show this
 /exit         leave (so does Ctrl-D)
+A pasted text is one message. Several lines: Alt-Enter, or a backslash at the end of a line.
 Ctrl-C stops an answer. A message that begins with a slash: put a space before it."""
 INTERRUPTED = 130
 """Exit status of a program that Ctrl-C ended, as shells have it."""
@@ -68,7 +70,10 @@ class Terminal:
 
     def _read_line(self) -> str:
         if self._is_interactive:
-            return input(PROMPT)
+            line = input(PROMPT)
+            while line.endswith("\\"):
+                line = f"{line[:-1]}\n{input(MORE)}"
+            return line
         line = sys.stdin.readline()
         if line == "":
             raise EOFError

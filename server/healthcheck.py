@@ -1,6 +1,6 @@
 """`python -m server.healthcheck`: exit status 0 if the server that the environment describes is ready.
 
-For the health checks of containers. Imports nothing but the standard library, so that it is cheap to run every few seconds.
+For the health checks of containers. Imports nothing but the standard library: it runs every few seconds.
 """
 
 import os

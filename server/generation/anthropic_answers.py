@@ -148,7 +148,7 @@ def _block(kind: str, name: str) -> Block:
         case "thinking":
             return {"type": kind, "thinking": "", "signature": ""}
         case "text":
-            return {"type": kind, "text": "", "citations": None}
+            return {"type": kind, "text": "", "citations": []}
         case _:
             return {"type": kind, "id": f"toolu_{uuid.uuid4().hex[:24]}", "name": name, "input": "", **_CALLER}
 

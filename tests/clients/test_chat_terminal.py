@@ -148,3 +148,23 @@ def test_a_pipe_gets_the_answer_without_the_thought() -> None:
         command = [sys.executable, "-c", program, "--base-url", server.url, "--model", "tiny"]
         done = subprocess.run(command, input="2+2?\n", capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert done.stdout == "It is 4.\n"
+
+
+def test_what_is_pasted_is_one_message_and_several_lines_can_be_typed() -> None:
+    with (
+        loopback_server(_chat_server) as server,
+        chat_at_terminal([], {"DIJIANG_BASE_URL": server.url, "TERM": "xterm"}) as terminal,
+    ):
+        terminal.read_until(PROMPT)
+        terminal.type("\x1b[200~one\ntwo\nthree\x1b[201~\r")
+        terminal.read_until("You said: one")
+        terminal.read_until(PROMPT)
+        terminal.type("four\x1b\rfive\r")
+        terminal.read_until("You said: four")
+        terminal.read_until(PROMPT)
+        terminal.type("six\\\r")
+        terminal.read_until("...> ")
+        terminal.type("seven\r")
+        terminal.read_until("You said: six")
+    bodies = [exchange.body for exchange in server.requests[1:]]
+    assert [body["messages"][-1]["content"] for body in bodies] == ["one\ntwo\nthree", "four\nfive", "six\nseven"]

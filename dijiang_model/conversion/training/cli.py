@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from dijiang_model.config import Basis, FeatureConfig
 from dijiang_model.conversion.training.adapters import ADAPTER_FILE
+from dijiang_model.conversion.training.costs import measured_speed, step_cost
 from dijiang_model.conversion.training.distill import Precision
 from dijiang_model.conversion.training.log import LOG_FILE, read_log
 from dijiang_model.conversion.training.loss_plot import plot_losses
@@ -133,6 +134,8 @@ def _go(
             if epochs > 0 and processes.num > 1:
                 raise ConversionError(f"--epochs trains in one process, and there are {processes.num}")
             trainer = prepare(device=own_device, processes=processes)
+            if not trainer.is_done:
+                console.print(trainer_cost(trainer), highlight=False)
             is_done = replay(trainer, out, epochs, console) if epochs > 0 else run(trainer, out, console, save_every_s)
             if processes.is_first:
                 plot_losses(read_log(out / LOG_FILE), out / PLOT_FILE)
@@ -145,6 +148,13 @@ def _go(
         )
         raise typer.Exit(130)
     console.print(f"Adapter: {escape(str(out / ADAPTER_FILE))}", highlight=False)
+
+
+def trainer_cost(trainer: Trainer) -> str:
+    """What each step of a run is going to cost, in words."""
+    num_trained = sum(parameter.numel() for _, parameter in trainer.trained())
+    cost = step_cost(trainer.model, trainer.options, num_trained=num_trained)
+    return cost.text(measured_speed(trainer.model))
 
 
 def _refuse_contradictions(options: TrainingOptions, epochs: int) -> None:

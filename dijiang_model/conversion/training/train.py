@@ -129,7 +129,7 @@ class Trainer:
         self.updates: Mapping[str, LoraLinear] = {}
         if options.lora_rank > 0 and 2 in options.stages:
             self.updates = attach_lora(model, rank=options.lora_rank, seed=options.seed)
-        processes.broadcast_([parameter.detach() for _, parameter in self._trained()])
+        processes.broadcast_([parameter.detach() for _, parameter in self.trained()])
         self.progress = Progress()
         self._optimizer = self._enter(options.stages[0])
 
@@ -264,7 +264,7 @@ class Trainer:
                 "num_processes": self.processes.num,
                 "fingerprint": self._info.fingerprint,
                 "progress": asdict(self.progress),
-                "trained": {name: parameter.detach() for name, parameter in self._trained()},
+                "trained": {name: parameter.detach() for name, parameter in self.trained()},
                 "optimizer": self._optimizer.state_dict(),
             },
             buffer,
@@ -297,7 +297,7 @@ class Trainer:
             raise CheckpointError(f"{path} was made by {num} processes, this run has {self.processes.num}")
         self.progress = Progress(**saved["progress"])
         with torch.no_grad():
-            for name, parameter in self._trained():
+            for name, parameter in self.trained():
                 parameter.copy_(saved["trained"][name])
         step = self.progress.stage_step
         self._optimizer = self._enter(self.progress.stage)
@@ -321,7 +321,8 @@ class Trainer:
                     raise CheckpointError(f"{name} {list(tensor.shape)} needs a stage 2 with --lora-rank of its rank")
                 mine.copy_(tensor)
 
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The tensors that training changes, by their names in the model."""
         kernels = {id(p) for p in trained_parameters(self.model, (*VECTORS, *MATRICES))}
         low = {id(p) for update in self.updates.values() for p in (update.lora_down, update.lora_up)}
         for name, parameter in self.model.named_parameters():

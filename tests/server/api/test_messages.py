@@ -38,7 +38,7 @@ def events(answer: httpx.Response) -> list[dict[str, Any]]:
 
 def test_an_answer_is_a_message(server: Loopback) -> None:
     answer = post(server).json()
-    assert answer["content"] == [{"type": "text", "text": ANSWER, "citations": None}]
+    assert answer["content"] == [{"type": "text", "text": ANSWER, "citations": []}]
     assert (answer["stop_details"], answer["container"]) == (None, None)
     assert (answer["type"], answer["role"], answer["model"]) == ("message", "assistant", "org/tiny")
     assert (answer["stop_reason"], answer["stop_sequence"]) == ("end_turn", None)
@@ -62,7 +62,7 @@ def test_calls_are_blocks(server: Loopback) -> None:
     say(server, f"Let me see.\n{CALL}\n{SECOND}")
     answer = post(server, tools=TOOLS).json()
     text, first, second = answer["content"]
-    assert text == {"type": "text", "text": "Let me see.", "citations": None}
+    assert text == {"type": "text", "text": "Let me see.", "citations": []}
     assert (first["type"], first["name"], first["input"]) == ("tool_use", "get_weather", {"city": "Oslo"})
     assert (second["name"], second["input"], answer["stop_reason"]) == ("get_time", {}, "tool_use")
     assert first["id"].startswith("toolu_")
