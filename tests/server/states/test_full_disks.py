@@ -147,7 +147,7 @@ def test_a_disk_that_fills_up_under_an_answer_costs_its_state_alone(disk: SmallD
     assert events[-1] == "response.incomplete"
     disk.clear()
     chunks = []
-    body = {"prompt": "Hi", "temperature": 0, "max_tokens": 500, "ignore_eos": True, "return_state": True}
+    body = {"prompt": "Hi", "temperature": 0, "max_tokens": 20_000, "ignore_eos": True, "return_state": True}
     with server.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):

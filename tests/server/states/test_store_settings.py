@@ -24,11 +24,11 @@ URL = "postgresql://ann:secret@127.0.0.1:1/db"
         ({"state_store": URL, "states": False}, "state_store has no effect with --no-states"),
         (
             {"state_store_schema": "mine"},
-            "state_store_schema, _copies, _connections and _timeout_s have no effect without state_store",
+            "state_store_schema, _bytes, _copies, _connections and _timeout_s have no effect without state_store",
         ),
         (
             {"state_store_copies": "1GiB"},
-            "state_store_schema, _copies, _connections and _timeout_s have no effect without state_store",
+            "state_store_schema, _bytes, _copies, _connections and _timeout_s have no effect without state_store",
         ),
         ({"state_store": URL, "state_store_schema": 'a"; DROP TABLE x'}, "--state-store-schema"),
     ],

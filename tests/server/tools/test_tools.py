@@ -85,7 +85,13 @@ def test_calls_are_streamed_in_the_shape_of_the_api(server: Loopback) -> None:
     events = server.http.post("/v1/chat/completions", json=body).text.split("\n\n")
     choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events[:-2]]
     assert choices[0]["delta"] == {"role": "assistant", "content": ""}
-    assert choices[-1] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "tool_calls"}
+    assert choices[-1] == {
+        "index": 0,
+        "delta": {},
+        "logprobs": None,
+        "finish_reason": "tool_calls",
+        "stop_reason": None,
+    }
     deltas = [choice["delta"] for choice in choices[1:-1]]
     assert "".join(delta["content"] for delta in deltas if "content" in delta) == "Let me see."
     calls = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
