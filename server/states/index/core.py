@@ -31,7 +31,7 @@ from server.states.index.upkeep import (
     totals,
     wanted_bytes,
 )
-from server.states.index.uses import Heartbeat, InUse, Use, end_uses, note_use, note_uses, register
+from server.states.index.uses import Heartbeat, InUse, Use, end_uses, has_room, note_use, note_uses, register
 from server.states.store import SnapshotRecord
 
 
@@ -139,12 +139,12 @@ class IndexCore:
             self._make_room(transaction, use.owner, held, can_evict=can_fit)
 
     def release(self, files: Collection[str]) -> None:
-        """Gives back room that `reserve` has kept and that nothing was kept in."""
-        if self._home is not None:
-            self._home.remove(files)
+        """Gives back room that `reserve` has kept; files that became snapshots meanwhile stay, the others are gone."""
         with self._changing() as transaction:
             end_uses(transaction, self._replica, files)
             drop_unused(transaction, files)
+            if self._home is not None:
+                self._withdraw(transaction, {*files} - files_among(transaction, files))
 
     def heartbeat(self, in_use: Callable[[], InUse]) -> Heartbeat:
         """To be called every few seconds: says that this server lives and what it uses, and tidies up.
@@ -251,16 +251,22 @@ class IndexCore:
         if not (gone := unreferenced(transaction, files - {*self._home.held})):
             return
         delete_unreferenced(transaction, gone)
-        for file in gone:
+        self._withdraw(transaction, gone)
+
+    def _withdraw(self, transaction: Transaction, files: Collection[str]) -> None:
+        """Files without a snapshot go with the commit; a use tells of them in case of a crash before that."""
+        for file in files:
             note_use(transaction, self._replica, file)
-        transaction.retired += gone
+        transaction.retired += files
 
     def _place(self, transaction: Transaction, snapshot: SnapshotRecord, *, owner: str) -> None:
-        """Raises `NotFoundError` if it should be there and is not."""
+        """Raises `NotFoundError` if it should be there and is not, or its room was given back meanwhile."""
         if self._home is None:
             require_snapshot(transaction, snapshot)
-        else:
+        elif has_room(transaction, self._replica, snapshot.file):
             insert_snapshot(transaction, snapshot, owner=owner)
+        else:
+            require_snapshot(transaction, snapshot)
 
     def _is_calm(self, now: float, lease_s: float) -> bool:
         """Whether the store was there for a whole lease: who could not be heard before is not dead for that."""

@@ -72,6 +72,12 @@ def note_use(transaction: Transaction, replica: str, file: str, use: Use = READI
     )
 
 
+def has_room(transaction: Transaction, replica: str, file: str) -> bool:
+    """Whether a server has room for a file that it writes."""
+    statement = "SELECT 1 FROM uses WHERE replica = %s AND file = %s AND num_bytes > 0"
+    return transaction.row(statement, replica, file) is not None
+
+
 def end_uses(transaction: Transaction, replica: str, files: Collection[str]) -> None:
     """A server uses the files no more."""
     if files:

@@ -81,13 +81,14 @@ class PostgresServer:
         """That users who are no superusers may have."""
         return int(OPTIONS["max_connections"]) - 3
 
-    def hang(self) -> None:
-        """All its processes stop answering, and none of them ends."""
+    @contextlib.contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Meanwhile all its processes do not answer, and none of them ends."""
         self._signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """After `hang`."""
-        self._signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self._signal(signal.SIGCONT)
 
     def _signal(self, number: int) -> None:
         assert self._process is not None

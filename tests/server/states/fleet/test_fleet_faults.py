@@ -55,8 +55,7 @@ def test_a_store_that_hangs_is_a_503_at_every_server_and_within_a_requests_own_d
     pair: tuple[Running, Running], postgres: PostgresServer
 ) -> None:
     state = pair[0].post("/v1/states", prompt="Kept")["id"]
-    postgres.hang()
-    try:
+    with postgres.hanging():
         for server in pair:
             refused = server.refused("POST", "/v1/completions", json={"prompt": "x", "state_id": state, "timeout": 3})
             assert (refused[0], refused[1]) in [(503, "state_store_unavailable"), (504, "timeout")]
@@ -66,8 +65,6 @@ def test_a_store_that_hangs_is_a_503_at_every_server_and_within_a_requests_own_d
             assert server.complete("x")["finish_reason"] == "length"
             answer = server.http.get(f"/v1/states/{state}")
             assert "x-dijiang-retry" not in answer.headers, "no other replica has another store"
-    finally:
-        postgres.go_on()
     for server in pair:
         until(lambda server=server: server.http.get(f"/v1/states/{state}").status_code == 200)
         assert server.gauge("dijiang_state_store_up") == 1

@@ -135,15 +135,12 @@ async def test_a_server_that_hangs_is_away_within_its_time_and_comes_back(
 ) -> None:
     store = kind.open(timeout_s=1.0)
     state = await make(store)
-    kind.postgres.hang()
-    try:
+    with kind.postgres.hanging():
         results = await asyncio.gather(*(store.get("ann", state.id) for _ in range(40)), return_exceptions=True)
         assert {type(result) for result in results} == {StoreUnavailableError}
         assert not store.totals.is_up
         with pytest.raises(StoreUnavailableError):
             await store.heartbeat()
-    finally:
-        kind.postgres.resume()
     assert [record.levelname for record in caplog.records if "does not answer" in record.message] == ["ERROR"]
     while not store.totals.is_up:
         with contextlib.suppress(StoreUnavailableError):

@@ -316,3 +316,26 @@ async def test_what_is_in_use_does_not_expire_and_its_time_begins_again_afterwar
     with pytest.raises(NotFoundError):
         await store.get("ann", state.id)
     await store.close()
+
+
+async def test_who_leaves_while_a_state_is_kept_loses_no_file_of_it(kind: Kind, store: StateStore) -> None:
+    for delay in range(60):
+        keeping = asyncio.create_task(make(store, name=f"n{delay}"))
+        await asyncio.sleep(delay * 1e-4)
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+    await kind.settle(store)
+    states = await store.list_states("ann", limit=100, after=None, name=None)
+    for state in states:
+        async with store.hold(state.head) as path:
+            assert path.stat().st_size == SIZE
+    assert kind.num_files() == len(states)
+
+
+async def test_what_is_kept_after_its_room_was_given_back_is_refused(kind: Kind, store: StateStore) -> None:
+    async with store.room(1, bytes_each=SIZE, owner="ann") as room:
+        written = write(room)
+    with pytest.raises((NotFoundError, FileNotFoundError)):
+        await store.add(NewState("ann", written, None, None, None))
+    await kind.settle(store)
+    assert kind.num_files() == 0
