@@ -1,6 +1,7 @@
 """What a person has written is never lost: reload, new tab, two tabs, kill of the browser and of the server."""
 
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,7 @@ from tests.server.playground.browser import (
 )
 from tests.server.playground.scripted_server import HELD_AFTER, WORDS, scripted
 from tests.server.tools.test_tools import say
+from tests.waiting import PATIENCE_S
 
 pytestmark = needs_browser
 CURRENT = "#talks li.current"
@@ -115,9 +117,15 @@ def test_a_browser_that_is_killed_forgets_nothing(server: Loopback, tmp_path: Pa
     with profile_at(tmp_path / "profile", server.url) as browser:
         page = browser.page()
         ask(page, "Is this kept?")
-        for process in psutil.process_iter(["cmdline"]):
-            if any(str(tmp_path / "profile") in argument for argument in process.info["cmdline"] or ()):
+        processes = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if any(str(tmp_path / "profile") in argument for argument in process.info["cmdline"] or ())
+        ]
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):  # its parent has gone before it
                 process.kill()
+        psutil.wait_procs(processes, PATIENCE_S)
         if not page.is_closed():
             page.wait_for_event("close")
     with profile_at(tmp_path / "profile", server.url) as browser:
