@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 PREPARED: Mapping[str, Mapping[str, str]] = {
     "docs/comparison.md": {"SOURCE": "teacher", "HELD_OUT": "text"},
-    "docs/memory.md": {"SOURCE": "teacher", "HELD_OUT": "text", "SMALLER": "model"},
+    "docs/memory.md": {"SOURCE": "teacher", "HELD_OUT": "text"},
     "docs/models.md": {"SOURCE": "teacher"},
     "docs/own-model.md": {"path/to/hf-folder": "teacher", "path/to/texts": "texts", "path/to/held-out": "text"},
     "docs/parallel.md": {"path/to/model": "model"},

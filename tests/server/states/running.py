@@ -124,7 +124,8 @@ def start(model: Path, states: Path, *options: str, port: int | None = None) -> 
     """A started and ready server, on a free port if none is given; the caller closes or kills it."""
     port = free_port() if port is None else port
     command = [sys.executable, "-m", "server", "serve", str(model), "--port", str(port), "--threads", "1"]
-    command += ["--max-conversations", "16", "--states-folder", str(states), "--api-keys", f"{ANN},{BOB}", *options]
+    command += ["--max-conversations", "16", "--states-folder", str(states), "--api-keys", f"{ANN},{BOB}"]
+    command += ["--max-answer-tokens", "0", *options]  # on a busy machine, what runs for ever is longer than the limit
     log = states.parent / f"{states.name}.{port}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=output)
