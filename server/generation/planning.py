@@ -105,7 +105,7 @@ class RequestPlan:
         """How log-probabilities are written."""
         return LogprobFormat(
             None if self.tokenizer is None else self.tokenizer.vocabulary,
-            num_extra=len(self.fields.logprob_options.token_ids),
+            names_tokens=bool(self.fields.logprob_token_ids),
             as_token_ids=self.fields.return_tokens_as_token_ids is True,
         )
 
