@@ -2,20 +2,24 @@
 
 import asyncio
 import socket
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import uvicorn
 
 from server.engine.types.requests import GenerationRequest, TokenEvent
 from server.http.connections import ConnectionLimits
 from server.service import ServiceOptions
+from server.startup.run import http_config
+from server.startup.settings import Settings
 from server.text.tokenizer import Tokenizer
 from tests.server.api.test_bad_requests import assert_still_right
 from tests.server.conftest import OPTIONS, Loopback, serve
 from tests.server.fake_engine import FakeEngine
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, until
 
 GET = b"GET /health HTTP/1.1\r\nhost: x\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -124,6 +128,25 @@ def test_a_used_connection_has_the_same_time_for_its_next_headers(strict: Loopba
         read_one(connection)
         connection.sendall(b"\r\n")
         assert read_all(connection) == b""
+
+
+def test_idle_connections_are_kept_for_as_long_as_the_operator_says(server: Loopback) -> None:
+    proxies_keep_them_s = 75  # nginx; others 60
+    assert Settings().idle_connection_s > proxies_keep_them_s
+    config = http_config(Settings(idle_connection_s=1), server.service)
+    running = uvicorn.Server(config)
+    config.port = 0
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    until(lambda: running.started)
+    with socket.create_connection(running.servers[0].sockets[0].getsockname(), timeout=PATIENCE_S) as connection:
+        connection.sendall(GET + b"\r\n")
+        read_one(connection)
+        (protocol,) = running.server_state.connections
+        assert protocol.timeout_keep_alive == 1
+        assert connection.recv(1) == b"", "it was closed, and nothing was said"
+    running.should_exit = True
+    thread.join(PATIENCE_S)
 
 
 def test_an_answer_may_take_longer_than_headers_may(strict: Loopback) -> None:
