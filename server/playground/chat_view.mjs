@@ -1,6 +1,7 @@
 // The conversation on the page.
 
 import { ask, find, h, tell } from "./dom.mjs";
+import { NEW } from "./drafts.mjs";
 import { bytes, count } from "./measure.mjs";
 import { optionsOf } from "./settings.mjs";
 import { TurnView } from "./turn_view.mjs";
@@ -14,6 +15,7 @@ const LOOK_AGAIN_MS = 2000;
  */
 export class ChatView {
   #conversation;
+  #drafts;
   #memory;
   #render;
   #on;
@@ -27,7 +29,8 @@ export class ChatView {
    * `on`: `{changed(), failed(error, {isNoted}), started(), forked(id)}`: states may have changed; something went wrong, and
    * the answer says so already; an answer has begun; there is a copy.
    */
-  constructor({ memory, render, on }) {
+  constructor({ drafts, memory, render, on }) {
+    this.#drafts = drafts;
     this.#memory = memory;
     this.#render = render;
     this.#on = on;
@@ -41,11 +44,11 @@ export class ChatView {
       this.#send();
     });
     find("question").addEventListener("input", () => {
-      this.#keepDraft();
       this.#drawComposer();
+      this.#drafts.keep(this.#draftPlace, find("question").value);
     });
     find("stop").addEventListener("click", () => this.stop());
-    find("system").addEventListener("change", () => this.#conversation.setSystem(find("system").value.trim()));
+    find("system").addEventListener("input", () => this.#conversation.setSystem(find("system").value.trim()));
   }
 
   get conversation() {
@@ -73,7 +76,7 @@ export class ChatView {
     this.#conversation = conversation;
     this.#views.clear();
     find("log").replaceChildren();
-    find("question").value = early || (sessionStorage.getItem(this.#draftKey) ?? "");
+    find("question").value = early || this.#drafts.of(this.#draftPlace);
     find("system").value = conversation.record.system;
     tell(find("chat-error"), null);
     this.draw();
@@ -144,19 +147,15 @@ export class ChatView {
     }
   }
 
-  get #draftKey() {
+  get #draftPlace() {
     const { record, turns } = this.#conversation;
-    return `dijiang.draft.${turns.size > 0 || record.isPartial ? record.id : "new"}`;
-  }
-
-  #keepDraft() {
-    sessionStorage.setItem(this.#draftKey, find("question").value);
+    return turns.size > 0 || record.isPartial ? record.id : NEW;
   }
 
   #send() {
     const text = find("question").value.trim();
     if (text === "" || find("send").disabled || this.isBusy || this.#options() === null) return;
-    sessionStorage.removeItem(this.#draftKey);
+    this.#drafts.keep(this.#draftPlace, "");
     find("question").value = "";
     this.#run((talk, options, signal) => talk.say(text, options, signal));
     find("log").scrollTop = find("log").scrollHeight;
