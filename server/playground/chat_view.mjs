@@ -44,11 +44,13 @@ export class ChatView {
       this.#send();
     });
     find("question").addEventListener("input", () => {
+      if (this.#conversation === undefined) return; // `open` takes it
       this.#drawComposer();
       this.#drafts.keep(this.#draftPlace, find("question").value);
     });
     find("stop").addEventListener("click", () => this.stop());
-    find("system").addEventListener("input", () => this.#conversation.setSystem(find("system").value.trim()));
+    stayAtEnd(find("log"));
+    find("system").addEventListener("input", () => this.#conversation?.setSystem(find("system").value.trim()));
   }
 
   get conversation() {
@@ -76,11 +78,12 @@ export class ChatView {
     this.#conversation = conversation;
     this.#views.clear();
     find("log").replaceChildren();
+    if (early) this.#drafts.keep(this.#draftPlace, early);
     find("question").value = early || this.#drafts.of(this.#draftPlace);
     find("system").value = conversation.record.system;
     tell(find("chat-error"), null);
     this.draw();
-    find("log").scrollTop = find("log").scrollHeight;
+    toEnd(find("log"));
     this.showMemory();
   }
 
@@ -158,7 +161,7 @@ export class ChatView {
     this.#drafts.keep(this.#draftPlace, "");
     find("question").value = "";
     this.#run((talk, options, signal) => talk.say(text, options, signal));
-    find("log").scrollTop = find("log").scrollHeight;
+    toEnd(find("log"));
   }
 
   /** Follows an answer to its end, whatever is shown meanwhile. */
@@ -173,7 +176,7 @@ export class ChatView {
       for await (const step of begin(conversation, options, stopping.signal)) {
         if (isFirst) {
           this.#on.started(conversation);
-          if (isShown()) this.#drawAtEnd();
+          if (isShown()) this.draw();
         }
         isFirst = false;
         if (isShown()) this.#later(step);
@@ -184,30 +187,20 @@ export class ChatView {
     this.#running.delete(conversation.record.id);
     cancelAnimationFrame(this.#frame);
     if (isShown()) {
-      this.#drawAtEnd();
+      this.draw();
       this.showMemory();
       if (document.activeElement === document.body) find("question").focus();
     }
     await this.#on.changed();
   }
 
-  #drawAtEnd() {
-    const log = find("log");
-    const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-    this.draw();
-    if (isAtEnd) log.scrollTop = log.scrollHeight;
-  }
-
   /** At the next frame, so that fast answers do not draw more often than is seen. */
   #later({ turn }) {
     cancelAnimationFrame(this.#frame);
     this.#frame = requestAnimationFrame(() => {
-      const log = find("log");
-      const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
       if (!this.#views.get(turn.id)?.grow(turn)) this.draw();
       this.#memory.show(turn.stats);
       if (turn.total) this.#memory.tokens = turn.total;
-      if (isAtEnd) log.scrollTop = log.scrollHeight;
     });
   }
 
@@ -305,6 +298,19 @@ export class ChatView {
       h("div", { class: "row" }, ...examples),
     );
   }
+}
+
+/** Who reads the end goes on reading it: answers grow, and the question below takes more room. */
+function stayAtEnd(log) {
+  let isAtEnd = true;
+  log.addEventListener("scroll", () => (isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60));
+  const follow = () => isAtEnd && toEnd(log);
+  new ResizeObserver(() => requestAnimationFrame(follow)).observe(log);
+  new MutationObserver(follow).observe(log, { childList: true, characterData: true, subtree: true });
+}
+
+function toEnd(log) {
+  log.scrollTop = log.scrollHeight;
 }
 
 function unknownPast(state) {

@@ -53,7 +53,8 @@ class Watched:
     def check(self) -> None:
         assert self._hosts <= {urlsplit(self._address).netloc, ""}  # blobs have no host
         # That a request is refused is no fault of the page.
-        assert [text for text in self._problems if not text.startswith("Failed to load resource")] == []
+        problems = [text for text in self._problems if not text.startswith("Failed to load resource")]
+        assert not problems, problems
 
 
 class _Running:
