@@ -1,8 +1,10 @@
 """Connections that trickle, say nothing, say too much or are not read: each ends, and others are not troubled."""
 
 import asyncio
+import json
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -195,6 +197,42 @@ def test_what_is_no_http_is_answered_in_the_envelope(server: Loopback) -> None:
         answer = read_all(connection)
     assert answer.startswith(b"HTTP/1.1 400")
     assert b'{"error": {"message"' in answer
+
+
+@pytest.mark.parametrize("in_two", [False, True], ids=["one segment", "two segments"])
+def test_a_body_whose_chunks_cannot_be_read_is_answered_too(server: Loopback, in_two: bool) -> None:
+    head = POST + b'transfer-encoding: chunked\r\n\r\n5\r\n{"pro\r\n'
+    with connect(server) as connection:
+        if in_two:
+            connection.sendall(head)
+            time.sleep(0.02)  # two segments, as far as one can ask for them
+            connection.sendall(b"zz\r\n")
+        else:
+            connection.sendall(head + b"zz\r\n")
+        answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert answer.count(b"HTTP/1.1") == 1
+    assert b"invalid_http" in answer
+    assert_still_right(server)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("more", [b"", b"connection: keep-alive\r\n"])
+def test_http_1_0_gets_no_chunks(server: Loopback, stream: bool, more: bytes) -> None:
+    body = json.dumps({"prompt": "x", "max_tokens": 5, "stream": stream}).encode()
+    head = POST.replace(b"HTTP/1.1", b"HTTP/1.0") + more + b"content-length: %d\r\n\r\n" % len(body)
+    with connect(server) as connection:
+        connection.sendall(head + body)
+        told, _, answer = read_all(connection).partition(b"\r\n\r\n")
+    assert told.startswith(b"HTTP/1.1 200")
+    assert b"transfer-encoding" not in told
+    assert (b"content-length" in told) != stream
+    if stream:
+        assert answer.startswith(b"data: {")
+        assert answer.endswith(b"data: [DONE]\n\n")
+        assert all(line.startswith(b"data: ") for line in answer.splitlines() if line)
+    else:
+        assert json.loads(answer)["usage"]["completion_tokens"] == 5
 
 
 def test_a_stream_that_is_not_read_ends_and_takes_bounded_memory(
