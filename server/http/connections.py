@@ -191,7 +191,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.scope["http_version"] == "1.0":
             assert self.cycle is not None
-            self.cycle.send = _until_close(self.cycle)  # type: ignore[method-assign]
+            self.cycle.send = _until_close(self.cycle)  # type: ignore[method-assign,assignment]
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
