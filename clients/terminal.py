@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from clients.conversation import Conversation, Spoken
-from clients.errors import ClientError
+from clients.errors import APIError, ClientError
 
 PROMPT = "you> "
 MORE = "...> "
@@ -105,7 +105,9 @@ class Terminal:
             return True
         except ClientError as error:
             self._output.out("")
-            return self._fail(str(error))
+            has_no_template = isinstance(error, APIError) and error.code == "no_chat_template"
+            remedy = "\nIt continues texts: echo 'Once upon a time' | dijiang complete" if has_no_template else ""
+            return self._fail(f"{error}{remedy}")
         self._output.out("")
         return True
 

@@ -320,8 +320,8 @@ class Service:
         return self.engine.info
 
     def require_model(self, name: str | None) -> None:
-        """Raises `NotFoundError` for any name but those of the served model."""
-        if name is not None and name != self.options.model_name and name not in self.options.other_names:
+        """Raises `NotFoundError` for any name but those of the served model; an empty one is none."""
+        if name and name != self.options.model_name and name not in self.options.other_names:
             raise NotFoundError(
                 f"the model {name[:100]!r} does not exist here; this server has {self.options.model_name!r}",
                 param="model",

@@ -48,6 +48,14 @@ WindowOption = Annotated[
     int | None,
     typer.Option(min=1, help="hybrid: recent tokens seen by exact softmax, nothing else held. Default: 60."),
 ]
+SinksOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="hybrid: first tokens seen by exact softmax, from any later place as if they were 2,048 positions away at "
+        "most, or fewer where the teacher knows fewer.",
+    ),
+]
 DtypeOption = Annotated[
     str | None,
     typer.Option(
@@ -68,7 +76,7 @@ def convert_command(
     state_bytes: StateBytesOption = None,
     calibrate: CalibrateOption = None,
     window: WindowOption = None,
-    sinks: Annotated[int, typer.Option(min=0, help="hybrid: first tokens seen by exact softmax.")] = 4,
+    sinks: SinksOption = 4,
     dtype: DtypeOption = None,
     weights: WeightsOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Of fresh random tensors (recipe released).")] = 0,

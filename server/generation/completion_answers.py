@@ -70,7 +70,7 @@ class CompletionWriter(OpenAIWriter):
         num_top = self._fields.num_top_logprobs
         if num_top is None:
             return None
-        return self._logprobs.completion([*prompt, *output] if self._fields.echoes else output, num_top=num_top)
+        return self._logprobs.completion(prompt if self._fields.echoes else (), output, num_top=num_top)
 
     def _token_ids(self, index: int, token_ids: tuple[int, ...]) -> dict[str, Any]:
         """With those of the prompt in the first chunk of a choice."""

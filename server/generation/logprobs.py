@@ -55,27 +55,29 @@ class ScoredTokens:
 class LogprobFormat:
     """Writes the tables of one request."""
 
-    def __init__(self, vocabulary: Vocabulary | None, *, num_extra: int, as_token_ids: bool) -> None:
+    def __init__(self, vocabulary: Vocabulary | None, *, names_tokens: bool, as_token_ids: bool) -> None:
         """
         Args:
             vocabulary: texts of tokens; None: the model has no tokenizer.
-            num_extra: tokens that the request names, the last columns of each table.
+            names_tokens: whether the request names the tokens to report of its answer; else the most likely ones are.
             as_token_ids: write `token_id:7` for the text of token 7, as without a tokenizer.
         """
         self._vocabulary = vocabulary
-        self._num_extra = num_extra
+        self._names_tokens = names_tokens
         self._as_token_ids = as_token_ids or vocabulary is None
         self._text = cache(self._decode)
 
-    def completion(self, places: Iterable[ScoredTokens], *, num_top: int) -> CompletionLogprobs:
+    def completion(
+        self, prompt: Iterable[ScoredTokens], output: Iterable[ScoredTokens], *, num_top: int
+    ) -> CompletionLogprobs:
         """The parallel lists of a completion."""
         answer = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-        for part in places:
+        for part, columns in [(part, _likeliest) for part in prompt] + [(part, self._of_output) for part in output]:
             answer.tokens += map(self._text, part.token_ids)
             answer.text_offset += part.offsets
             for row in part.rows():
                 answer.token_logprobs.append(None if row is None else finite(row.values[0]))
-                answer.top_logprobs.append(None if row is None else self._by_text(row, num_top))
+                answer.top_logprobs.append(None if row is None else self._by_text(columns(row, num_top)))
         return answer
 
     def chat(self, places: Iterable[ScoredTokens], *, num_top: int) -> ChatLogprobs:
@@ -84,7 +86,8 @@ class LogprobFormat:
         for part in places:
             for row in part.rows():
                 assert row is not None
-                top = [self._top(*entry) for entry in self._columns(row, num_top)[1:]]
+                columns = self._of_output(row, num_top)
+                top = [self._top(*entry) for entry in (columns if self._names_tokens else columns[1:])]
                 token = self._top(row.token_ids[0], row.values[0])
                 content.append(ChatTokenLogprob.model_construct(**token.__dict__, top_logprobs=top))
         return ChatLogprobs(content=content, refusal=None)
@@ -93,25 +96,23 @@ class LogprobFormat:
         """The list of dictionaries by token id."""
         return [None if row is None else self._by_token_id(row, num_top) for part in places for row in part.rows()]
 
-    def _columns(self, row: LogprobRow, num_top: int) -> list[tuple[int, float]]:
-        """The token itself, the most likely ones, the named ones."""
-        entries = list(zip(row.token_ids, row.values, strict=True))
-        first_extra = len(entries) - self._num_extra
-        return entries[: min(1 + num_top, first_extra)] + entries[first_extra:]
+    def _of_output(self, row: LogprobRow, num_top: int) -> list[tuple[int, float]]:
+        """The token itself and what is reported beside it; named tokens once each."""
+        if not self._names_tokens:
+            return _likeliest(row, num_top)
+        return list(dict(zip(row.token_ids, row.values, strict=True)).items())
 
-    def _by_text(self, row: LogprobRow, num_top: int) -> dict[str, float]:
+    def _by_text(self, columns: Iterable[tuple[int, float]]) -> dict[str, float]:
         values: dict[str, float] = {}
-        for token_id, value in self._columns(row, num_top):
+        for token_id, value in columns:
             text, value = self._text(token_id), finite(value)
             values[text] = max(value, values.get(text, value))
         return values
 
     def _by_token_id(self, row: LogprobRow, num_top: int) -> dict[str, PromptLogprob]:
-        columns = self._columns(row, num_top)
-        num_ranked = len(columns) - self._num_extra
         entries: dict[str, PromptLogprob] = {}
-        for place, (token_id, value) in enumerate(columns):
-            rank = (row.rank if place == 0 else place) if place < num_ranked else None
+        for place, (token_id, value) in enumerate(_likeliest(row, num_top)):
+            rank = place or row.rank
             entry = PromptLogprob.model_construct(logprob=finite(value), rank=rank, decoded_token=self._text(token_id))
             entries.setdefault(str(token_id), entry)
         return entries
@@ -124,6 +125,11 @@ class LogprobFormat:
         if self._as_token_ids or self._vocabulary is None:
             return f"token_id:{token_id}"
         return self._vocabulary.bytes_of(token_id).decode("utf-8", "replace")
+
+
+def _likeliest(row: LogprobRow, num_top: int) -> list[tuple[int, float]]:
+    """The token itself and the most likely ones, of which it may be one."""
+    return list(zip(row.token_ids, row.values, strict=True))[: 1 + num_top]
 
 
 def finite(value: float) -> float:

@@ -105,7 +105,7 @@ class RequestPlan:
         """How log-probabilities are written."""
         return LogprobFormat(
             None if self.tokenizer is None else self.tokenizer.vocabulary,
-            num_extra=len(self.fields.logprob_options.token_ids),
+            names_tokens=bool(self.fields.logprob_token_ids),
             as_token_ids=self.fields.return_tokens_as_token_ids is True,
         )
 
@@ -138,7 +138,7 @@ async def _plan(
     thinking = _thinking(service, body, prompts[0])
     points: tuple[int, ...] = ()
     if isinstance(body, ChatRequest) and past.base is None and past.uses_cache:
-        points = system_prefix(service, body.messages, prompts[0], tools=tools)
+        points = await system_prefix(service, body.messages, prompts[0], tools=tools)
     grammar, wanted = None, body.wanted_grammar
     if wanted is not None or body.tool_use is not None:
         grammar = await checked_grammar(service, info, wanted, owner=owner, use=body.tool_use, thinking=thinking)
@@ -210,7 +210,7 @@ async def _requests(
     limit: int | None,
 ) -> tuple[GenerationRequest, ...]:
     """What the engine gets for every prompt and choice."""
-    bad_words = bad_words_of(service, body)
+    bad_words = await bad_words_of(service, body)
     predicted = await predicted_tokens(service, body.prediction) if isinstance(body, ChatRequest) else None
     name, logprobs, num = body.own_id, body.logprob_options, body.num_choices
     return tuple(

@@ -107,7 +107,7 @@ async def encode_messages(
         )
 
     try:
-        return await run_if_long(_size(conversation), encode)
+        return await run_if_long(_size(conversation, tools), encode)
     except TemplateFailure as error:
         raise InvalidRequestError(str(error), param="messages", code="chat_template_error") from error
 
@@ -172,7 +172,7 @@ def _check_thinking(service: Service, thinks: bool, *, can_tell: bool) -> None:
         )
 
 
-def system_prefix(
+async def system_prefix(
     service: Service,
     messages: Sequence[MessageIn],
     prompt: Sequence[int],
@@ -183,9 +183,11 @@ def system_prefix(
     template, first = service.chat_template, messages[0]
     if template is None or first.role not in ("system", "developer") or len(messages) == 1:
         return ()
+    system = ChatMessage(first.role, first.text, first.name)
     try:
-        system = ChatMessage(first.role, first.text, first.name)
-        prefix = template.encode([system], tools=tools, add_generation_prompt=False)
+        prefix = await run_if_long(
+            _size([system], tools), lambda: template.encode([system], tools=tools, add_generation_prompt=False)
+        )
     except TemplateFailure:
         return ()  # a template that wants a user's message first
     return (len(prefix),) if tuple(prompt[: len(prefix)]) == tuple(prefix) else ()
@@ -211,6 +213,7 @@ async def predicted_tokens(service: Service, prediction: Prediction | None) -> t
     return tuple(token_ids)
 
 
-def _size(conversation: Sequence[ChatMessage]) -> int:
-    """About how many characters there are to encode."""
-    return sum(len(message.content) + MAX_INLINE_CHARACTERS * bool(message.tool_calls) for message in conversation)
+def _size(conversation: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]]) -> int:
+    """About how many characters there are to encode; tools and calls are taken for many."""
+    has_objects = bool(tools) or any(message.tool_calls for message in conversation)
+    return sum(len(message.content) for message in conversation) + (MAX_INLINE_CHARACTERS + 1) * has_objects

@@ -15,13 +15,13 @@ Bodies are limited by `server.http.middleware.BodyMiddleware`.
 import asyncio
 import logging
 from asyncio.events import TimerHandle
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, ClassVar
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.http.errors import HttpError, error_json
 
@@ -189,6 +189,9 @@ class LimitedProtocol(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            assert self.cycle is not None
+            self.cycle.send = _until_close(self.cycle)  # type: ignore[method-assign,assignment]
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -264,8 +267,12 @@ class LimitedProtocol(HttpToolsProtocol):
         self._is_refused = True
         self._cut(reason)
         if self._is_answering:
-            self.transport.close()  # an answer to an earlier request is on its way: nothing may come between
-            return
+            assert self.cycle is not None
+            is_in_body = not (self._awaits_head or self.pipeline or self.cycle.response_started)
+            if not is_in_body:
+                self.transport.close()  # another answer is on its way: nothing may come between
+                return
+            self.cycle.disconnected = True  # this answer is the only one to what has begun
         body = error_json(HttpError(message, code=_CODES[status], status=status))
         head = (
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
@@ -276,6 +283,21 @@ class LimitedProtocol(HttpToolsProtocol):
             self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
         else:
             self.transport.close()
+
+
+def _until_close(cycle: RequestResponseCycle) -> Callable[[Any], Coroutine[Any, Any, None]]:
+    """Sends an answer without chunks, which HTTP/1.0 does not know: one of no told length ends with the connection."""
+    send = cycle.send
+
+    async def send_plain(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            if all(name.lower() != b"content-length" for name, _ in message.get("headers", ())):
+                cycle.chunked_encoding = False
+        elif cycle.chunked_encoding is False and cycle.expected_content_length == 0:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    return send_plain
 
 
 _CODES = {400: "invalid_http", 408: "headers_timeout", 431: "headers_too_large", 503: "too_many_connections"}

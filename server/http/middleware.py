@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -38,6 +39,8 @@ PROMPT_PATHS = frozenset(
     )
 )
 """Where bodies may be as large as the operator allows; elsewhere none carries a prompt."""
+CONVERSATION_ITEMS = re.compile("/v1/conversations/[^/]+/items")
+OLLAMA_PATHS = "/api/"
 MAX_SMALL_BODY_BYTES = 256 << 10
 WITHOUT_VERSION = ("/chat/completions", "/completions", "/responses", "/models", "/messages", "/conversations")
 JSON_MEDIA_TYPES = ("application/json",)
@@ -199,10 +202,12 @@ class BodyMiddleware:
                 status=415,
             )
         is_state = scope["path"] == STATE_IMPORT_PATH
-        if is_state or not _is_empty(headers):
+        if scope["path"].startswith(OLLAMA_PATHS) and "origin" not in headers:
+            scope = _with_json_type(scope)
+        elif is_state or not _is_empty(headers):
             _check_content_type(headers, STATE_MEDIA_TYPES if is_state else JSON_MEDIA_TYPES)
         max_bytes = self._service.max_state_file_bytes if is_state else self._service.options.max_body_bytes
-        if not is_state and scope["path"] not in PROMPT_PATHS:
+        if not (is_state or scope["path"] in PROMPT_PATHS or CONVERSATION_ITEMS.fullmatch(scope["path"])):
             max_bytes = min(max_bytes, MAX_SMALL_BODY_BYTES)
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -273,6 +278,15 @@ class BodyMiddleware:
 def _is_empty(headers: Headers) -> bool:
     """Whether no body comes, so that it needs no type: as `curl -X POST` sends to routes that need none."""
     return headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+
+
+def _with_json_type(scope: Scope) -> Scope:
+    """A request whose body is JSON whatever it says: Ollama's documented `curl` commands say it is a form.
+
+    Not for web pages: browsers ask before they send JSON to another site, and do not before they send a form.
+    """
+    others = [header for header in scope["headers"] if header[0] != b"content-type"]
+    return {**scope, "headers": [*others, (b"content-type", JSON_MEDIA_TYPES[0].encode())]}
 
 
 def _check_content_type(headers: Headers, allowed: tuple[str, ...]) -> None:

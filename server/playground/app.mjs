@@ -5,6 +5,7 @@ import { ChatView } from "./chat_view.mjs";
 import { Connection, storedKey } from "./connection.mjs";
 import { Conversation } from "./conversation.mjs";
 import { find, tell } from "./dom.mjs";
+import { Drafts } from "./drafts.mjs";
 import { Drawer } from "./drawer.mjs";
 import { ListView } from "./list_view.mjs";
 import { MemoryView } from "./memory_view.mjs";
@@ -49,6 +50,7 @@ const failed = (error, { isNoted }) => {
   if (!isNoted && error.status !== 401) tell(find("chat-error"), error);
 };
 const chat = new ChatView({
+  drafts: await Drafts.load(store, tab),
   memory,
   render,
   on: { failed, changed, started: ({ record }) => record.id === chat.conversation.record.id && place(record.id), forked: open },
@@ -140,7 +142,7 @@ for (const name of TABS) {
   });
 }
 find("top-new").addEventListener("click", begin);
-find("system").addEventListener("change", () => store.setSetting(LAST_SYSTEM, find("system").value.trim()).catch(problem));
+find("system").addEventListener("input", () => store.setSetting(LAST_SYSTEM, find("system").value.trim()).catch(problem));
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || find("asker").open || event.defaultPrevented) return;
   if (drawer.close()) return;

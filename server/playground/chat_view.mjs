@@ -1,6 +1,7 @@
 // The conversation on the page.
 
 import { ask, find, h, tell } from "./dom.mjs";
+import { NEW } from "./drafts.mjs";
 import { bytes, count } from "./measure.mjs";
 import { optionsOf } from "./settings.mjs";
 import { TurnView } from "./turn_view.mjs";
@@ -14,6 +15,7 @@ const LOOK_AGAIN_MS = 2000;
  */
 export class ChatView {
   #conversation;
+  #drafts;
   #memory;
   #render;
   #on;
@@ -27,7 +29,8 @@ export class ChatView {
    * `on`: `{changed(), failed(error, {isNoted}), started(), forked(id)}`: states may have changed; something went wrong, and
    * the answer says so already; an answer has begun; there is a copy.
    */
-  constructor({ memory, render, on }) {
+  constructor({ drafts, memory, render, on }) {
+    this.#drafts = drafts;
     this.#memory = memory;
     this.#render = render;
     this.#on = on;
@@ -41,11 +44,13 @@ export class ChatView {
       this.#send();
     });
     find("question").addEventListener("input", () => {
-      this.#keepDraft();
+      if (this.#conversation === undefined) return; // `open` takes it
       this.#drawComposer();
+      this.#drafts.keep(this.#draftPlace, find("question").value);
     });
     find("stop").addEventListener("click", () => this.stop());
-    find("system").addEventListener("change", () => this.#conversation.setSystem(find("system").value.trim()));
+    stayAtEnd(find("log"));
+    find("system").addEventListener("input", () => this.#conversation?.setSystem(find("system").value.trim()));
   }
 
   get conversation() {
@@ -73,11 +78,12 @@ export class ChatView {
     this.#conversation = conversation;
     this.#views.clear();
     find("log").replaceChildren();
-    find("question").value = early || (sessionStorage.getItem(this.#draftKey) ?? "");
+    if (early) this.#drafts.keep(this.#draftPlace, early);
+    find("question").value = early || this.#drafts.of(this.#draftPlace);
     find("system").value = conversation.record.system;
     tell(find("chat-error"), null);
     this.draw();
-    find("log").scrollTop = find("log").scrollHeight;
+    toEnd(find("log"));
     this.showMemory();
   }
 
@@ -144,22 +150,18 @@ export class ChatView {
     }
   }
 
-  get #draftKey() {
+  get #draftPlace() {
     const { record, turns } = this.#conversation;
-    return `dijiang.draft.${turns.size > 0 || record.isPartial ? record.id : "new"}`;
-  }
-
-  #keepDraft() {
-    sessionStorage.setItem(this.#draftKey, find("question").value);
+    return turns.size > 0 || record.isPartial ? record.id : NEW;
   }
 
   #send() {
     const text = find("question").value.trim();
     if (text === "" || find("send").disabled || this.isBusy || this.#options() === null) return;
-    sessionStorage.removeItem(this.#draftKey);
+    this.#drafts.keep(this.#draftPlace, "");
     find("question").value = "";
     this.#run((talk, options, signal) => talk.say(text, options, signal));
-    find("log").scrollTop = find("log").scrollHeight;
+    toEnd(find("log"));
   }
 
   /** Follows an answer to its end, whatever is shown meanwhile. */
@@ -174,7 +176,7 @@ export class ChatView {
       for await (const step of begin(conversation, options, stopping.signal)) {
         if (isFirst) {
           this.#on.started(conversation);
-          if (isShown()) this.#drawAtEnd();
+          if (isShown()) this.draw();
         }
         isFirst = false;
         if (isShown()) this.#later(step);
@@ -185,30 +187,20 @@ export class ChatView {
     this.#running.delete(conversation.record.id);
     cancelAnimationFrame(this.#frame);
     if (isShown()) {
-      this.#drawAtEnd();
+      this.draw();
       this.showMemory();
       if (document.activeElement === document.body) find("question").focus();
     }
     await this.#on.changed();
   }
 
-  #drawAtEnd() {
-    const log = find("log");
-    const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-    this.draw();
-    if (isAtEnd) log.scrollTop = log.scrollHeight;
-  }
-
   /** At the next frame, so that fast answers do not draw more often than is seen. */
   #later({ turn }) {
     cancelAnimationFrame(this.#frame);
     this.#frame = requestAnimationFrame(() => {
-      const log = find("log");
-      const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
       if (!this.#views.get(turn.id)?.grow(turn)) this.draw();
       this.#memory.show(turn.stats);
       if (turn.total) this.#memory.tokens = turn.total;
-      if (isAtEnd) log.scrollTop = log.scrollHeight;
     });
   }
 
@@ -306,6 +298,19 @@ export class ChatView {
       h("div", { class: "row" }, ...examples),
     );
   }
+}
+
+/** Who reads the end goes on reading it: answers grow, and the question below takes more room. */
+function stayAtEnd(log) {
+  let isAtEnd = true;
+  log.addEventListener("scroll", () => (isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60));
+  const follow = () => isAtEnd && toEnd(log);
+  new ResizeObserver(() => requestAnimationFrame(follow)).observe(log);
+  new MutationObserver(follow).observe(log, { childList: true, characterData: true, subtree: true });
+}
+
+function toEnd(log) {
+  log.scrollTop = log.scrollHeight;
 }
 
 function unknownPast(state) {

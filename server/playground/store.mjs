@@ -120,6 +120,16 @@ export class Store {
     return this.#records.change(SETTINGS, name, () => value);
   }
 
+  /** Those whose names begin so, by name. */
+  settings(prefix) {
+    return this.#records.beginningWith(SETTINGS, prefix);
+  }
+
+  /** Writes a setting at once, for a page may be about to go; undefined: there is none any more. */
+  putSetting(name, value) {
+    this.#records.send(SETTINGS, name, value);
+  }
+
   #announce(id) {
     this.#channel?.postMessage(id);
   }
@@ -143,6 +153,15 @@ export class Records {
     const changed = change(structuredClone(this.#tables[table].get(key)));
     if (changed !== null) this.#tables[table].set(key, structuredClone(changed));
     return changed;
+  }
+
+  async beginningWith(table, prefix) {
+    return new Map([...this.#tables[table]].filter(([key]) => key.startsWith(prefix)));
+  }
+
+  send(table, key, value) {
+    if (value === undefined) this.#tables[table].delete(key);
+    else this.#tables[table].set(key, value);
   }
 
   async put(records) {
@@ -193,6 +212,22 @@ class IndexedRecords {
     return changed;
   }
 
+  async beginningWith(table, prefix) {
+    const range = IDBKeyRange.bound(prefix, `${prefix}\uffff`);
+    const records = this.#database.transaction(table).objectStore(table);
+    const [keys, values] = await Promise.all([result(records.getAllKeys(range)), result(records.getAll(range))]);
+    return new Map(keys.map((key, number) => [key, values[number]]));
+  }
+
+  /** One request and its end, both on their way before this returns: the browser finishes what a page has begun. */
+  send(table, key, value) {
+    const transaction = this.#writing([table], "relaxed");
+    const records = transaction.objectStore(table);
+    if (value === undefined) records.delete(key);
+    else records.put(value, key);
+    transaction.commit?.();
+  }
+
   async put(records) {
     const transaction = this.#writing(Object.keys(records));
     for (const [table, some] of Object.entries(records)) some.forEach((one) => transaction.objectStore(table).put(one));
@@ -205,8 +240,8 @@ class IndexedRecords {
     await finished(transaction);
   }
 
-  #writing(tables) {
-    return this.#database.transaction(tables, "readwrite", { durability: "strict" });
+  #writing(tables, durability = "strict") {
+    return this.#database.transaction(tables, "readwrite", { durability });
   }
 }
 

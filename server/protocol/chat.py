@@ -253,9 +253,7 @@ class ChatRequest(GenerationFields, ConversationFields, ToolFields):
     @property
     def num_top_logprobs(self) -> int | None:
         """How many of the most likely tokens are shown at each place; None: no log-probabilities are."""
-        if not self.logprobs:
-            return super().num_top_logprobs
-        return 0 if self.top_logprobs is None else self.top_logprobs
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class ChatMessageOut(ResponseModel):

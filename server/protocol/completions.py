@@ -67,7 +67,7 @@ class CompletionRequest(GenerationFields):
     @property
     def num_top_logprobs(self) -> int | None:
         """How many of the most likely tokens are shown at each place; None: no log-probabilities are."""
-        return self.logprobs if self.logprobs is not None else super().num_top_logprobs
+        return self.logprobs
 
     @property
     def prompts(self) -> list[Prompt]:

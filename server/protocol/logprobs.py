@@ -16,7 +16,8 @@ class CompletionLogprobs(ResponseModel):
     token_logprobs: list[float | None]
     """Of each token; null for the first token of an echoed prompt."""
     top_logprobs: list[dict[str, float] | None]
-    """The most likely tokens at each place and the token itself; of tokens of equal text the most likely one."""
+    """The token itself at each place, and the most likely ones or those of `logprob_token_ids`; of tokens of equal text
+    the most likely one."""
     text_offset: list[int]
     """Where in the text each token begins, in characters; in a stream from the beginning of the first chunk."""
 
@@ -36,7 +37,7 @@ class ChatTokenLogprob(ChatTopLogprob):
     """A token of the answer."""
 
     top_logprobs: list[ChatTopLogprob]
-    """The most likely tokens at its place, `top_logprobs` of them, then those of `logprob_token_ids`."""
+    """The most likely tokens at its place, `top_logprobs` of them. With `logprob_token_ids`: itself, then those."""
 
 
 class ChatLogprobs(ResponseModel):
@@ -53,8 +54,8 @@ class PromptLogprob(ResponseModel):
 
     logprob: float
     """Its log-probability."""
-    rank: int | None
-    """Its place among all tokens, from 1; null for tokens of `logprob_token_ids`."""
+    rank: int
+    """Its place among all tokens, from 1."""
     decoded_token: str
     """Its text."""
 

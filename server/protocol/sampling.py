@@ -156,7 +156,7 @@ class GenerationFields(StateFields, SamplingFields):
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     """Return the log-probability of each token of the prompt, and of that many most likely tokens in its place."""
     logprob_token_ids: list[int] | None = Field(None, max_length=MAX_LOGPROB_TOKEN_IDS)
-    """Wherever log-probabilities are returned, return those of these tokens too. Without `logprobs`: for the answer."""
+    """With `logprobs`: at each place of the answer, report these tokens in place of the most likely ones."""
     request_id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,64}$")
     """Name of the request, part of the answer's `id`; no two may run at once under one name."""
     response_format: ResponseFormat | None = None
@@ -170,6 +170,9 @@ class GenerationFields(StateFields, SamplingFields):
     def _consistent(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("`stream_options` is only allowed with `stream: true`", param="stream_options")
+        if self.logprob_token_ids and (self.num_top_logprobs is None or self.token_limit == 0):
+            missing = "an answer: `max_tokens` is 0" if self.token_limit == 0 else "`logprobs`"
+            raise InvalidRequestError(f"`logprob_token_ids` needs {missing}", param="logprob_token_ids")
         return self
 
     @cached_property
@@ -190,15 +193,15 @@ class GenerationFields(StateFields, SamplingFields):
     @property
     def num_top_logprobs(self) -> int | None:
         """How many of the most likely tokens are shown at each place of the answer; None: no log-probabilities are."""
-        return 0 if self.logprob_token_ids else None
+        return None
 
     @property
     def logprob_options(self) -> LogprobOptions:
         """What the engine has to report."""
         shown = self.num_top_logprobs
         of_prompt = [num for num in (self.prompt_logprobs, shown if self.echoes else None) if num is not None]
-        token_ids = () if self.logprob_token_ids is None else tuple(self.logprob_token_ids)
-        return LogprobOptions(shown, max(of_prompt, default=None), token_ids)
+        named = tuple(self.logprob_token_ids or ())
+        return LogprobOptions(0 if named else shown, max(of_prompt, default=None), named)
 
     @property
     def wanted_grammar(self) -> WantedGrammar | None:

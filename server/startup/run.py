@@ -56,7 +56,7 @@ async def _serve(prepared: Prepared, listener: socket.socket, console: Console) 
     settings, engine = prepared.settings, prepared.engine
     async with started(prepared) as (service, tokenizer):
         server = DrainingServer(
-            _http_config(settings, service),
+            http_config(settings, service),
             service,
             engine,
             drain_timeout_s=settings.drain_timeout_s,
@@ -128,7 +128,8 @@ def _bind(settings: Settings) -> socket.socket:
     return listener
 
 
-def _http_config(settings: Settings, service: Service) -> uvicorn.Config:
+def http_config(settings: Settings, service: Service) -> uvicorn.Config:
+    """How connections are served. Raises `StartError`."""
     # By now these were imported beside the engine's start.
     from server.app import create_app
     from server.http.connections import ConnectionLimits, limited_protocol

@@ -121,6 +121,19 @@ def test_failed_turn_is_told_and_forgotten_and_the_program_goes_on(tmp_path: Pat
     assert server.requests[1].body["messages"] == [{"role": "user", "content": "short"}]
 
 
+def test_a_model_without_a_chat_template_has_another_command() -> None:
+    def refuse(exchange: Exchange) -> None:
+        exchange.answer(400, answers.error("this model has no chat template", code="no_chat_template"))
+
+    with (
+        loopback_server(refuse) as server,
+        chat_at_terminal(["--base-url", server.url, "--model", "tiny"], {}) as terminal,
+    ):
+        terminal.read_until(PROMPT)
+        terminal.type("Hello\n")
+        assert "| dijiang complete" in terminal.read_until(PROMPT)
+
+
 def _thinking_server(exchange: Exchange) -> None:
     thought = [answers.chat_chunk({"reasoning_content": piece, "reasoning": piece}) for piece in ("Let me", " see.")]
     first, *others = answers.chat_chunks("It is 4.")

@@ -57,8 +57,7 @@ class LogprobPlan:
         prompts = [batch.chunks[number].sequence.request.logprobs for number in scored]
         tops = [options.num_output or 0 for options in outputs] + [options.num_prompt or 0 for options in prompts]
         rows = [options.token_ids for options in outputs]
-        for number, options in zip(scored, prompts, strict=True):
-            rows += [options.token_ids] * batch.chunks[number].num_scored
+        rows += [()] * sum(batch.chunks[number].num_scored for number in scored)
         num_extra = max(map(len, rows))
         padded = (token_id for ids in rows for token_id in (*ids, *(0,) * (num_extra - len(ids))))
         return cls(
@@ -126,7 +125,7 @@ class LogprobPlan:
             chunk = batch.chunks[number]
             options = chunk.sequence.request.logprobs
             block = rows[begin : begin + chunk.num_scored]
-            prompts[number] = _table(block, width, options.num_prompt, len(options.token_ids), self)
+            prompts[number] = _table(block, width, options.num_prompt, 0, self)
             begin += chunk.num_scored
         return StepLogprobs(sampled, prompts)
 

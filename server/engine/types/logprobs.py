@@ -16,7 +16,7 @@ class LogprobOptions:
     Attributes:
         num_output: how many most likely tokens at each place of the output, beside the sampled one; None: nothing.
         num_prompt: the same at each place of the prompt but the first; None: nothing.
-        token_ids: further tokens, at every place that is reported.
+        token_ids: further tokens, at each place of the output that is reported.
     """
 
     num_output: int | None = None
@@ -31,7 +31,8 @@ NO_LOGPROBS = LogprobOptions()
 class LogprobTable:
     """Log-probabilities at R consecutive places, C columns each, row by row, in this machine's byte order.
 
-    The first column is the token that is there, then come the most likely in order, then `LogprobOptions.token_ids`.
+    The first column is the token that is there, then come the most likely in order, then, of the output,
+    `LogprobOptions.token_ids`.
 
     Attributes:
         num_columns: C >= 1.

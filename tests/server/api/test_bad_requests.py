@@ -97,7 +97,7 @@ COMPLETION_ERRORS = [
     ({"echo": 1}, "echo"),
     ({"echo": True, "state_id": "state_0123"}, "state_id"),
     ({"prompt_logprobs": 21}, "prompt_logprobs"),
-    ({"logprob_token_ids": [260]}, "logprob_token_ids"),
+    ({"logprobs": 0, "logprob_token_ids": [260]}, "logprob_token_ids"),
     ({"logprob_token_ids": [1] * 129}, "logprob_token_ids"),
     ({"suffix": "x"}, "suffix"),
     ({"stop": ["x"] * 17}, "stop"),

@@ -113,8 +113,11 @@ def test_token_ids_of_a_stream_add_up(server: Loopback) -> None:
     assert tuple(chunks[0]["prompt_token_ids"]) == server.engine.submitted[0].prompt_token_ids
 
 
-def test_the_assistants_message_can_be_continued(server: Loopback) -> None:
-    messages = [*HELLO, {"role": "assistant", "content": "It is "}]
+@pytest.mark.parametrize("content", ["It is ", "", " ", "<", "d", "<|im_end|>", "user"])
+def test_the_assistants_message_can_be_continued(server: Loopback, content: str) -> None:
+    messages = [*HELLO, {"role": "assistant", "content": content}]
     body = {"messages": messages, "continue_final_message": True, "max_tokens": 1}
     assert server.http.post("/v1/chat/completions", json=body).status_code == 200
-    assert bytes(server.engine.submitted[0].prompt_token_ids[-6:]) == b"It is "
+    user, assistant = RENDERED
+    expected = (IM_START, *user, IM_END, *b"\n", IM_START, *assistant, *content.encode())
+    assert server.engine.submitted[0].prompt_token_ids == expected

@@ -46,6 +46,13 @@ def test_a_conversation_is_created_read_changed_and_deleted(server: Server) -> N
     assert caught.value.code == "conversation_not_found"
 
 
+def test_an_item_may_be_as_long_as_a_prompt(server: Server) -> None:
+    made = server.client.conversations.create()
+    text = "long " * 80_000
+    server.client.conversations.items.create(made.id, items=[{**HELLO, "content": text}])
+    assert [item.content[0].text for item in items(server, made.id)] == [text]
+
+
 def test_items_are_added_paged_read_and_deleted(server: Server) -> None:
     conversations = server.client.conversations
     made = conversations.create()

@@ -114,3 +114,13 @@ def test_errors_have_the_dialects_envelope(server: Loopback, path: str, fields: 
 def test_an_error_after_the_200_is_a_line(server: Loopback) -> None:
     server.engine.fail_after = 3
     assert lines(post(server, "chat", messages=HELLO))[-1].keys() == {"error"}
+
+
+@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "text/plain"])
+def test_a_body_is_json_whatever_its_type_as_with_ollamas_curl_commands(server: Loopback, kind: str | None) -> None:
+    body = json.dumps({"model": "org/tiny", "messages": HELLO, "stream": False})
+    headers = {} if kind is None else {"content-type": kind}
+    answer = server.http.post("/api/chat", content=body, headers=headers)
+    assert answer.json()["message"]["content"] == ANSWER
+    from_page = server.http.post("/api/chat", content=body, headers={**headers, "origin": "https://evil.example"})
+    assert (from_page.status_code, "content type" in from_page.json()["error"]) == (415, True)

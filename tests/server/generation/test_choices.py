@@ -65,7 +65,7 @@ def test_two_prompts_share_nothing_with_each_other(server: Loopback) -> None:
 SCORED: list[dict[str, Any]] = [
     {"echo": True, "logprobs": 2},
     {"prompt_logprobs": 1},
-    {"prompt_logprobs": 0, "echo": True, "logprobs": 1, "logprob_token_ids": [3]},
+    {"prompt_logprobs": 0, "echo": True, "logprobs": 1, "logprob_token_ids": [3, 3]},
     {"echo": True, "logprobs": 0, "max_tokens": 0},
 ]
 

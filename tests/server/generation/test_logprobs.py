@@ -137,7 +137,7 @@ def test_an_echo_looks_for_no_stop_string_in_the_prompt(server: Loopback) -> Non
 
 def test_a_prompt_is_scored_by_token_id_with_ranks(server: Loopback, model: FrozenModel) -> None:
     prompt = list(PROMPT.encode())
-    choice = complete(server, prompt_logprobs=2, logprob_token_ids=[65], max_tokens=1)
+    choice = complete(server, prompt_logprobs=2, max_tokens=1)
     expected = naive(model, prompt)
     assert len(choice["prompt_logprobs"]) == len(prompt)
     assert choice["prompt_logprobs"][0] is None
@@ -146,10 +146,47 @@ def test_a_prompt_is_scored_by_token_id_with_ranks(server: Loopback, model: Froz
         row = expected[place - 1]
         assert own["logprob"] == pytest.approx(row[prompt[place]].item(), abs=TOLERANCE)
         assert abs(own["rank"] - 1 - int((row > row[prompt[place]]).sum())) <= 1
-        assert entries["65"]["logprob"] == pytest.approx(row[65].item(), abs=TOLERANCE)
-        assert entries["65"]["decoded_token"] == "A"
-        assert len(entries) <= 4
-    assert len(choice["logprobs"]["top_logprobs"][0]) == 2  # the sampled one and A
+        assert own["decoded_token"] == token_text(prompt[place])
+        assert sorted(entry["rank"] for entry in entries.values())[:2] == [1, 2]
+        assert len(entries) <= 3
+
+
+def test_named_tokens_stand_in_place_of_the_most_likely_ones(server: Loopback, model: FrozenModel) -> None:
+    plain = complete(server, max_tokens=2)
+    first, second = plain["token_ids"]
+    named = [65, second, 65, 66]
+    fields: dict[str, Any] = {"logprob_token_ids": named, "max_tokens": 2, "return_tokens_as_token_ids": True}
+    expected = naive(model, [*PROMPT.encode(), first])[-2:]
+    shown = [[first, 65, second, 66], [second, 65, 66]]  # the token itself, then the others, each once
+    for num_top in (0, 3):
+        tops = complete(server, **fields, logprobs=num_top)["logprobs"]["top_logprobs"]
+        for place, tokens in enumerate(shown):
+            values = {f"token_id:{token_id}": expected[place, token_id].item() for token_id in tokens}
+            assert list(tops[place]) == list(values)
+            assert tops[place] == pytest.approx(values, abs=TOLERANCE)
+
+
+def test_named_tokens_of_a_chat_and_of_an_echo(server: Loopback) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "temperature": 0, "ignore_eos": True}
+    body |= {"logprob_token_ids": [65, 66], "return_tokens_as_token_ids": True, "logprobs": True}
+    answer = server.http.post("/v1/chat/completions", json={**body, "top_logprobs": 5}).json()
+    for entry in answer["choices"][0]["logprobs"]["content"]:
+        itself, *others = entry["top_logprobs"]
+        assert (itself["token"], itself["logprob"]) == (entry["token"], entry["logprob"])
+        assert {"token_id:65", "token_id:66"} <= {other["token"] for other in others} | {itself["token"]}
+        assert len(others) <= 2
+    fields: dict[str, Any] = {"echo": True, "logprobs": 1, "return_tokens_as_token_ids": True, "max_tokens": 1}
+    tops = complete(server, **fields, logprob_token_ids=[65, 66])["logprobs"]["top_logprobs"]
+    plain = complete(server, **fields)["logprobs"]["top_logprobs"]
+    assert tops[:-1] == plain[:-1]
+    assert {"token_id:65", "token_id:66"} <= tops[-1].keys() <= {"token_id:65", "token_id:66", *plain[-1]}
+
+
+@pytest.mark.parametrize("fields", [{}, {"logprobs": None}, {"logprobs": 1, "echo": True, "max_tokens": 0}], ids=str)
+def test_named_tokens_need_an_answer_with_log_probabilities(server: Loopback, fields: dict[str, Any]) -> None:
+    body = {"prompt": "x", "logprob_token_ids": [65], **fields}
+    answer = server.http.post("/v1/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "logprob_token_ids")
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,11 @@ def test_a_stop_string_ends_a_structured_answer_too(server: Server) -> None:
     assert complete(server, {"regex": "ab+c"}, stop="b").choices[0].text == "a"
 
 
+def wide(letter: str) -> str:
+    """A rule that is cheap to begin, and then has thousands of ways to go on."""
+    return " | ".join(f'"{letter}{number:04}"' for number in range(5_000))
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"response_format": json_schema({"type": "object", "not": {}})}, "response_format"),
     ({"response_format": json_schema({"$ref": "https://example.com/schema.json"})}, "response_format"),
@@ -187,6 +192,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": {"grammar": "root ::= root"}}, "structured_outputs"),
     ({"structured_outputs": {"grammar": "root ::= missing"}}, "structured_outputs"),
     ({"structured_outputs": {"regex": "a" * 300_000}}, "structured_outputs"),
+    ({"structured_outputs": {"grammar": f"start: a b\na: {wide('x')}\nb: {wide('y')}"}}, "structured_outputs"),
     ({"structured_outputs": {"json": {"type": "integer", "minimum": 2, "maximum": 1}}}, "structured_outputs"),
 ]
 

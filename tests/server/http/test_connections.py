@@ -1,21 +1,27 @@
 """Connections that trickle, say nothing, say too much or are not read: each ends, and others are not troubled."""
 
 import asyncio
+import json
 import socket
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import uvicorn
 
 from server.engine.types.requests import GenerationRequest, TokenEvent
 from server.http.connections import ConnectionLimits
 from server.service import ServiceOptions
+from server.startup.run import http_config
+from server.startup.settings import Settings
 from server.text.tokenizer import Tokenizer
 from tests.server.api.test_bad_requests import assert_still_right
 from tests.server.conftest import OPTIONS, Loopback, serve
 from tests.server.fake_engine import FakeEngine
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, until
 
 GET = b"GET /health HTTP/1.1\r\nhost: x\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -126,6 +132,25 @@ def test_a_used_connection_has_the_same_time_for_its_next_headers(strict: Loopba
         assert read_all(connection) == b""
 
 
+def test_idle_connections_are_kept_for_as_long_as_the_operator_says(server: Loopback) -> None:
+    proxies_keep_them_s = 75  # nginx; others 60
+    assert Settings().idle_connection_s > proxies_keep_them_s
+    config = http_config(Settings(idle_connection_s=1), server.service)
+    running = uvicorn.Server(config)
+    config.port = 0
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    until(lambda: running.started)
+    with socket.create_connection(running.servers[0].sockets[0].getsockname(), timeout=PATIENCE_S) as connection:
+        connection.sendall(GET + b"\r\n")
+        read_one(connection)
+        (protocol,) = running.server_state.connections
+        assert protocol.timeout_keep_alive == 1
+        assert connection.recv(1) == b"", "it was closed, and nothing was said"
+    running.should_exit = True
+    thread.join(PATIENCE_S)
+
+
 def test_an_answer_may_take_longer_than_headers_may(strict: Loopback) -> None:
     strict.engine.hold_after = 1
     with connect(strict) as connection:
@@ -172,6 +197,42 @@ def test_what_is_no_http_is_answered_in_the_envelope(server: Loopback) -> None:
         answer = read_all(connection)
     assert answer.startswith(b"HTTP/1.1 400")
     assert b'{"error": {"message"' in answer
+
+
+@pytest.mark.parametrize("in_two", [False, True], ids=["one segment", "two segments"])
+def test_a_body_whose_chunks_cannot_be_read_is_answered_too(server: Loopback, in_two: bool) -> None:
+    head = POST + b'transfer-encoding: chunked\r\n\r\n5\r\n{"pro\r\n'
+    with connect(server) as connection:
+        if in_two:
+            connection.sendall(head)
+            time.sleep(0.02)  # two segments, as far as one can ask for them
+            connection.sendall(b"zz\r\n")
+        else:
+            connection.sendall(head + b"zz\r\n")
+        answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert answer.count(b"HTTP/1.1") == 1
+    assert b"invalid_http" in answer
+    assert_still_right(server)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("more", [b"", b"connection: keep-alive\r\n"])
+def test_http_1_0_gets_no_chunks(server: Loopback, stream: bool, more: bytes) -> None:
+    body = json.dumps({"prompt": "x", "max_tokens": 5, "stream": stream}).encode()
+    head = POST.replace(b"HTTP/1.1", b"HTTP/1.0") + more + b"content-length: %d\r\n\r\n" % len(body)
+    with connect(server) as connection:
+        connection.sendall(head + body)
+        told, _, answer = read_all(connection).partition(b"\r\n\r\n")
+    assert told.startswith(b"HTTP/1.1 200")
+    assert b"transfer-encoding" not in told
+    assert (b"content-length" in told) != stream
+    if stream:
+        assert answer.startswith(b"data: {")
+        assert answer.endswith(b"data: [DONE]\n\n")
+        assert all(line.startswith(b"data: ") for line in answer.splitlines() if line)
+    else:
+        assert json.loads(answer)["usage"]["completion_tokens"] == 5
 
 
 def test_a_stream_that_is_not_read_ends_and_takes_bounded_memory(

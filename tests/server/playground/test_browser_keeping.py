@@ -3,6 +3,7 @@
 import signal
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -16,6 +17,7 @@ from tests.server.playground.browser import (
     expect,
     name_of_download,
     needs_browser,
+    open_cards,
     page_at,
     profile_at,
     said,
@@ -23,7 +25,7 @@ from tests.server.playground.browser import (
 )
 from tests.server.playground.scripted_server import HELD_AFTER, WORDS, scripted
 from tests.server.tools.test_tools import say
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, until
 
 pytestmark = needs_browser
 CURRENT = "#talks li.current"
@@ -117,6 +119,12 @@ def test_a_browser_that_is_killed_forgets_nothing(server: Loopback, tmp_path: Pa
     with profile_at(tmp_path / "profile", server.url) as browser:
         page = browser.page()
         ask(page, "Is this kept?")
+        page.fill("#question", "half a thought")
+        other = browser.page()
+        other.fill("#question", "another one")
+        open_cards(other)
+        other.fill("#system", "Be brief.")
+        expect_stored(other, "half a thought", "another one")
         processes = [
             process
             for process in psutil.process_iter(["cmdline"])
@@ -130,8 +138,47 @@ def test_a_browser_that_is_killed_forgets_nothing(server: Loopback, tmp_path: Pa
             page.wait_for_event("close")
     with profile_at(tmp_path / "profile", server.url) as browser:
         page = browser.page()
+        expect(page.locator("#question")).to_have_value("another one")
+        expect(page.locator("#system")).to_have_value("Be brief.")
         page.click("#talks >> text=Is this kept?")
         shows(page, "Is this kept?", "It is kept.")
+        expect(page.locator("#question")).to_have_value("half a thought")
+        say(server, "So is this.")
+        ask(page, "The whole thought")
+        page.reload()
+        shows(page, "Is this kept?", "It is kept.", "The whole thought", "So is this.")
+        expect(page.locator("#question")).to_have_value("")
+        page.click("#new")
+        expect(page.locator("#question")).to_have_value("another one")
+
+
+def expect_stored(page: Any, *texts: str) -> None:
+    """Waits until the browser has them as drafts."""
+    stored = """async () => {
+        const request = indexedDB.open("dijiang");
+        await new Promise((done) => (request.onsuccess = done));
+        const all = request.result.transaction("settings").objectStore("settings").getAll();
+        await new Promise((done) => (all.onsuccess = done));
+        request.result.close();
+        return all.result.filter((value) => typeof value === "string");
+    }"""
+    until(lambda: {*texts} <= {*page.evaluate(stored)})
+
+
+def test_a_draft_belongs_to_the_tab_in_which_it_is_typed(server: Loopback) -> None:
+    with browser_at(server.url) as browser:
+        left, right = browser.page(), browser.page()
+        left.fill("#question", "to the left")
+        right.fill("#question", "to the right")
+        for page, text in ((left, "to the left"), (right, "to the right"), (left, "to the left")):
+            page.reload()
+            expect(page.locator("#question")).to_have_value(text)
+        third = browser.page()
+        expect(third.locator("#question")).to_have_value("")
+        expect_stored(left, "to the left", "to the right")
+        right.close()
+        fourth = browser.page()
+        expect(fourth.locator("#question")).to_have_value("to the right")
 
 
 def test_conversations_are_found_renamed_deleted_and_brought_back(server: Loopback) -> None:

@@ -75,6 +75,29 @@ def test_everything_has_a_name_and_can_be_read(server: Loopback, width: dict[str
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_who_reads_the_end_goes_on_reading_it(server: Loopback, width: dict[str, Any]) -> None:
+    say(server, f"{RICH}\n\n{RICH}")
+    with page_at(server.url, **width) as page:
+        ask(page, "Hello")
+        end = page.locator(".turn.assistant .foot")
+        page.locator(".code-comment").first.wait_for()
+        expect(end).to_be_in_viewport(ratio=1)
+        page.fill("#question", "several\nlines\nof a\nquestion")
+        expect(end).to_be_in_viewport(ratio=1)
+        page.reload()
+        page.locator(".code-comment").first.wait_for()
+        expect(end).to_be_in_viewport(ratio=1)
+        page.locator("#log").evaluate("log => log.scrollTo(0, 0)")
+        expect(page.locator(".turn.user .said")).to_be_in_viewport(ratio=1)
+        page.fill("#question", "a line")
+        ask(page, "Once more")
+        expect(page.locator(".turn.assistant .foot").last).to_be_in_viewport(ratio=1)
+        page.locator("#log").evaluate("log => log.scrollTo(0, 0)")
+        page.fill("#question", "several\nlines\nof a\nquestion")
+        expect(page.locator(".turn.user .said").first).to_be_in_viewport(ratio=1)
+
+
 def test_on_a_phone_the_side_is_a_drawer_and_everything_is_large_enough_for_a_finger(server: Loopback) -> None:
     say(server, RICH)
     with page_at(server.url, **PHONE) as page:

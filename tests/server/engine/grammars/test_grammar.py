@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dijiang_model.text.folder import UnsupportedTokenizerError
 from dijiang_model.text.vocabulary import Vocabulary
 from server.engine.grammars.grammar import HEADER, GrammarCompiler, GrammarConstraint, GrammarError, read_vocabulary
-from server.grammar_check.sources import GrammarKind, GrammarSource, translate
+from server.grammar_check.sources import GrammarKind, GrammarSource, schema_text, translate
 from server.text.tokenizer import load_tokenizer
 from tests.byte_tokenizer import write_byte_tokenizer
 
@@ -159,6 +159,16 @@ texts = st.text(st.characters(codec="utf-8", exclude_characters="\x7f"), max_siz
 def test_any_json_object_is_a_json_object(compiler: GrammarCompiler, value: object) -> None:
     text = json.dumps({"value": value}, ensure_ascii=False)
     assert accepts(constraint(compiler, 'start: %json {"type": "object"}'), text)
+
+
+@pytest.mark.parametrize("others", [True, {"type": "integer"}, False], ids=str)
+def test_a_property_that_the_schema_names_comes_once(compiler: GrammarCompiler, others: object) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": others}
+    lark = "start: %json " + schema_text(schema, strict=True)
+    assert accepts(constraint(compiler, lark), '{"a": 1}')
+    assert accepts(constraint(compiler, lark), '{"a": 1, "b": 2}') == bool(others)
+    assert not accepts(constraint(compiler, lark), '{"a": 1, "a": 2}')
+    assert not accepts(constraint(compiler, lark), '{"a": 1, "b": 2, "a": 2}')
 
 
 def test_the_vocabulary_is_read_as_the_text_layer_reads_it(folder: Path) -> None:

@@ -152,15 +152,16 @@ def test_log_probabilities_are_those_of_the_model(
             check_rows(answer.prompt, list(prompt[1:]), expected[: len(prompt) - 1], num_top=options.num_prompt)
 
 
-def test_further_tokens_come_behind_the_most_likely_ones(model: FrozenModel) -> None:
+def test_further_tokens_come_behind_the_most_likely_ones_of_the_output(model: FrozenModel) -> None:
     wide = make_request("wide", 12, LogprobOptions(num_output=2, num_prompt=1, token_ids=(7, 250, 0)))
     narrow = make_request("narrow", 5, LogprobOptions(num_output=0, token_ids=(9,)))
     answers = run(model, [wide, narrow])
     expected = naive(model, (*wide.prompt_token_ids, *answers["wide"].tokens))
-    for place, row in enumerate(answers["wide"].prompt + answers["wide"].output):
+    for place, row in enumerate(answers["wide"].output, start=11):
         assert row.token_ids[-3:] == (7, 250, 0)
         torch.testing.assert_close(torch.tensor(row.values[-3:]), expected[place, [7, 250, 0]], atol=TOLERANCE, rtol=0)
-        assert len(row.token_ids) == 1 + (1 if place < 11 else 2) + 3
+        assert len(row.token_ids) == 1 + 2 + 3
+    check_rows(answers["wide"].prompt, list(wide.prompt_token_ids[1:]), expected[:11], num_top=1)
     assert [row.token_ids[1:] for row in answers["narrow"].output] == [(9,)] * 6
 
 
