@@ -35,7 +35,7 @@ def list_command(base_url: BaseUrl = DEFAULT_BASE_URL, api_key: ApiKey = None) -
             state.name if state.name is not None else "",
             state.id,
             f"{state.num_tokens:,}",
-            f"{state.bytes / 2**20:.1f} MiB",
+            f"{state.bytes / 2**10:,.1f} KiB",
             datetime.fromtimestamp(state.last_used_at).isoformat(" ", "minutes"),
             ", ".join(point.name for point in state.points),
         )

@@ -43,7 +43,7 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
         {"calibration"},
         {"training"},
         {"sources"},
-        {"default_folder", "recipes"},
+        {"bars", "default_folder", "recipes"},
     ),
     "server": (
         {"fleet"},

@@ -62,6 +62,8 @@ def _only_writer(out: Path) -> Iterator[None]:
             finally:
                 path.unlink(missing_ok=True)
     except Timeout as error:
+        if not path.exists():  # a place where no file can be made, such as /proc
+            raise CheckpointError(f"{out} cannot be written: {out.parent} takes no files") from error
         raise CheckpointError(f"another process is writing {out}") from error
 
 

@@ -71,7 +71,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         config = released_model_config(document)
         return Checkpoint(config, ReleasedTensors(tensors, config))
     raise CheckpointError(
-        f"{path} holds a {document.get('model_type')} model with softmax attention, which `dijiang convert` can convert"
+        f"{path} holds a {document.get('model_type')} model with softmax attention; `dijiang convert {path} OUT` makes "
+        "a model of it that this command takes"
     )
 
 

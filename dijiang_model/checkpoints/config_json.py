@@ -33,6 +33,7 @@ from dijiang_model.families import FAMILIES
 from dijiang_model.families.config_fields import eos_ids
 from dijiang_model.features import NODE_NAMES
 from dijiang_model.formats.json_fields import Fields, read_json_object
+from dijiang_model.formats.model_folder import no_model_problem
 from dijiang_model.quantization.config import Quantization, WeightKind
 
 FORMAT_VERSION = 1
@@ -106,10 +107,11 @@ def read_config(path: Path) -> dict[str, object]:
     """Returns the `config.json` of a model folder of any format.
 
     Raises:
-        ConfigError: there is none, it is damaged, or `path` is no folder.
+        ConfigError: there is none, it is damaged, or `path` is something else than the folder of a model.
     """
-    if path.is_file():
-        raise ConfigError(f"{path} is a file, not the folder of a model; `dijiang convert {path} OUT` makes one of it")
+    problem = no_model_problem(path)
+    if problem is not None:
+        raise ConfigError(problem)
     return read_json_object(path / CONFIG_FILE)
 
 

@@ -13,10 +13,10 @@ from dijiang_model.formats.json_fields import Fields
 
 _WINDOW_SWITCH = "use_sliding_window"
 _REFUSED = {
-    "sliding_window": "a sliding window",
-    "quantization_config": "quantized weights",
-    "num_local_experts": "a mixture of experts",
-    "num_experts": "a mixture of experts",
+    "sliding_window": "a sliding window is not supported",
+    "quantization_config": "quantized weights are not supported; take the model they were made of, or a GGUF file",
+    "num_local_experts": "a mixture of experts is not supported",
+    "num_experts": "a mixture of experts is not supported",
 }
 
 
@@ -28,6 +28,8 @@ def base_model_config(document: Mapping[str, object]) -> ModelConfig:
     Raises:
         ConfigError: unsupported or contradictory values, all of them listed.
     """
+    if document.get("model_type") is None:
+        raise ConfigError("config.json names no model_type, so it is not the config of a language model")
     family = FAMILIES.get(str(document.get("model_type")))
     if family is None:
         *others, last = FAMILIES
@@ -50,7 +52,7 @@ def _refuse_unsupported(fields: Fields, family: Family) -> None:
         del refused["sliding_window"]
     for name, words in refused.items():
         if name in fields and fields.value(name) not in ({}, 0):
-            fields.report(f"{name} is set; {words} is not supported")
+            fields.report(f"{name} is set; {words}")
     kinds = fields.value("layer_types") if family.sliding_window != "by layer" else None
     if isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds):
         fields.report("layer_types names other kinds of layers than full_attention")

@@ -13,7 +13,7 @@ from dijiang_model.checkpoints.config_json import CONFIG_FILE, MODEL_TYPE
 from dijiang_model.checkpoints.default_sampling import SAMPLING_FILE
 from dijiang_model.errors import CheckpointError, ConfigError
 from dijiang_model.formats.json_fields import read_json_object
-from dijiang_model.formats.tensor_files import SAFETENSORS_FILE, SAFETENSORS_INDEX
+from dijiang_model.formats.model_folder import SAFETENSORS_FILE, SAFETENSORS_INDEX
 
 CARD_FILE = "README.md"
 CALIBRATION_FILE = "calibration.json"
@@ -28,9 +28,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-_MODEL_FILES = frozenset(
-    (CONFIG_FILE, SAMPLING_FILE, CARD_FILE, CALIBRATION_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX, *TOKENIZER_FILES)
-)
+_MODEL_FILES = frozenset((CONFIG_FILE, SAMPLING_FILE, CARD_FILE, CALIBRATION_FILE, *TOKENIZER_FILES))
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 _Identity = tuple[int, int]
@@ -56,7 +54,8 @@ def output_folder(out: Path, *, inputs: Iterable[Path]) -> Path:
             if identity is None:
                 continue
             if identity == own:
-                raise CheckpointError(f"{out} is {given}, which is read here; name another folder to write")
+                same = "" if str(out) == str(given) else f" is {given}, which"
+                raise CheckpointError(f"{out}{same} is read here; name another folder to write")
             if own is not None and own in _identities(found):
                 raise CheckpointError(f"{out} contains {given}, which is read here; name another folder to write")
             if identity in around:
@@ -122,14 +121,13 @@ def holds_only_model_files(folder: Path) -> bool:
     return all(_is_model_file(entry) for entry in folder.iterdir())
 
 
-def is_weights_file(entry: Path) -> bool:
-    """Whether a file of a folder has the name of one with a saved model's weights."""
-    is_known = entry.name in (SAFETENSORS_FILE, SAFETENSORS_INDEX) or _SHARD.fullmatch(entry.name) is not None
-    return is_known and entry.is_file()
+def is_weights_name(name: str) -> bool:
+    """Whether a file of this name holds a saved model's weights, or lists them."""
+    return name in (SAFETENSORS_FILE, SAFETENSORS_INDEX) or _SHARD.fullmatch(name) is not None
 
 
 def _is_model_file(entry: Path) -> bool:
-    is_known = entry.name in _MODEL_FILES or _SHARD.fullmatch(entry.name) is not None
+    is_known = entry.name in _MODEL_FILES or is_weights_name(entry.name)
     return is_known and entry.is_file() and not entry.is_symlink()
 
 

@@ -8,12 +8,13 @@ from typing import Annotated, cast, get_args
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
+from dijiang_model.conversion.bars import bars, counted, sizes
 from dijiang_model.conversion.convert import DTYPES, Conversion, convert
 from dijiang_model.conversion.recipes import Recipe
 from dijiang_model.errors import ModelError
 from dijiang_model.formats.dtype_names import dtype_name
+from dijiang_model.formats.sizes import size_text
 from dijiang_model.quantization.config import WeightKind
 
 SourceArgument = Annotated[
@@ -97,9 +98,7 @@ def convert_command(
     if num_bytes is None and calibrate:
         raise typer.BadParameter("calibration needs a budget: --state-bytes 8MiB", param_hint="--calibrate")
     try:
-        with _progress(console) as progress:
-            layers = progress.add_task("calibrating", total=None, visible=num_bytes is not None, unit="layers")
-            task = progress.add_task("converting", total=None, unit="MiB")
+        with bars(console) as progress:
             made = convert(
                 source,
                 out,
@@ -113,18 +112,16 @@ def convert_command(
                 seed=seed,
                 max_shard_bytes=max_shard_bytes,
                 overwrite=overwrite,
-                on_progress=lambda written, total: progress.update(task, completed=written >> 20, total=total >> 20),
-                on_layer=lambda done, total: progress.update(layers, completed=done, total=total),
+                on_layer=counted(progress, "calibrating", lambda done, total: f"{done}/{total} layers"),
+                on_progress=counted(progress, "converting", sizes),
             )
     except ModelError as error:
         console.print(f"[red]error:[/red] {_escaped(str(error))}", highlight=False)
         raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        console.print(f"Stopped; nothing was written to {_escaped(str(out))}", highlight=False)
+        raise typer.Exit(130) from error
     _summarise(made, console)
-
-
-def _progress(console: Console) -> Progress:
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[unit]}", TimeElapsedColumn())
-    return Progress(*columns, console=console)
 
 
 def _refuse_unknown(value: str | None, known: Collection[str], hint: str) -> None:
@@ -154,7 +151,7 @@ def parse_size(text: str, option: str = "--max-shard-size") -> int:
 def _summarise(made: Conversion, console: Console) -> None:
     for warning in made.warnings:
         console.print(f"[yellow]warning:[/yellow] {_escaped(warning)}", highlight=False)
-    size = f"{made.state_bytes / 2**20:.2f} MiB of state per conversation"
+    size = f"{size_text(made.state_bytes)} of state per conversation"
     console.print(f"{made.title}: {size}, {made.memory}", highlight=False)
     if made.ends:
         console.print(f"An answer ends at {_escaped(', '.join(made.ends))}", highlight=False)

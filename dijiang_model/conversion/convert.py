@@ -253,7 +253,8 @@ class _Reader:
         found = source.tensors.infos()
         problems = tensor_problems(config, taken, found)
         if problems:
-            raise ConversionError(problem_list("the source's tensors do not fit its config", problems))
+            hint = _misfit_hint(source, found)
+            raise ConversionError(problem_list(f"the source's tensors do not fit its config{hint}", problems))
         order = [*(name for name in found if name in taken), *self._fresh, *learned]
         self._infos = {name: expected[name] for name in order}
 
@@ -289,6 +290,16 @@ class _Reader:
         damaged = [first, *(name for name in later if not has_valid(name, read(name).to(self._infos[name].dtype)))]
         problems = [f"{name} has values that are not finite in {self._infos[name].dtype}" for name in damaged]
         return ConversionError(problem_list("the source is damaged, or --dtype cannot represent it", problems))
+
+
+def _misfit_hint(source: Source, names: Iterable[str]) -> str:
+    """What a misfit is likely to come from."""
+    if any(".lora_" in name or "base_model.model." in name for name in names):
+        return " (an adapter of PEFT that was not merged? `merge_and_unload()` before `save_pretrained` merges it)"
+    architectures = source.base.get("architectures")
+    kind = architectures[0] if isinstance(architectures, list) and architectures else ""
+    is_other = isinstance(kind, str) and kind.endswith(("Classification", "Answering", "RewardModel"))
+    return f" (a {kind} has another head than a language model's)" if is_other else ""
 
 
 def _fresh_parts(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple[int, str]]:
@@ -354,7 +365,10 @@ def _warnings(config: ModelConfig, origin: Origin, opened: Source, *, has_tokeni
     if needs_training(config, origin):
         warnings.append(UNTRAINED_WARNING)
     if not has_tokenizer:
-        warnings.append("The source has no tokenizer: the model serves prompts of token ids only.")
+        warnings.append(
+            "The source has no tokenizer: the model serves prompts of token ids only. Put tokenizer.json and "
+            "tokenizer_config.json of the model that it was made of beside its config.json to serve text."
+        )
     if not config.eos_token_ids:
         warnings.append("The source names no end of sequence: answers run to their token limit.")
     return tuple(warnings)

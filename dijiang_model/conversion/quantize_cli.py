@@ -6,11 +6,12 @@ from typing import Annotated, cast, get_args
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dijiang_model.conversion.bars import bars, counted, sizes
 from dijiang_model.conversion.cli import parse_size
 from dijiang_model.conversion.quantize import QuantizedFolder, description, quantize_folder
 from dijiang_model.errors import ModelError
+from dijiang_model.formats.sizes import size_text
 from dijiang_model.quantization.config import DEFAULT_GROUP_SIZE, GROUP_SIZES, WeightKind
 
 
@@ -47,10 +48,8 @@ def quantize_command(
     if weights == "int8" and (group_size != DEFAULT_GROUP_SIZE or minimums is not None):
         raise typer.BadParameter("int8 weights have a scale for each row, no groups", param_hint="--weights")
     max_shard_bytes = parse_size(max_shard_size)
-    columns = (TextColumn("rounding"), BarColumn(), DownloadColumn(binary_units=True), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("quantize", total=None)
+        with bars(console) as progress:
             made = quantize_folder(
                 model,
                 out,
@@ -59,17 +58,18 @@ def quantize_command(
                 has_minimums=minimums,
                 max_shard_bytes=max_shard_bytes,
                 overwrite=overwrite,
-                on_progress=lambda written, total: progress.update(task, completed=written, total=total),
+                on_progress=counted(progress, "rounding", sizes),
             )
     except ModelError as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        console.print(f"Stopped; nothing was written to {escape(str(out))}", highlight=False)
+        raise typer.Exit(130) from error
     _summarise(made, out, console)
 
 
 def _summarise(made: QuantizedFolder, out: Path, console: Console) -> None:
     console.print(escape(description(made.quantization)), highlight=False)
-    console.print(
-        f"{made.bytes_before / 2**20:,.1f} MiB before, {made.bytes_after / 2**20:,.1f} MiB after", highlight=False
-    )
+    console.print(f"{size_text(made.bytes_before)} before, {size_text(made.bytes_after)} after", highlight=False)
     console.print(f"Serve it with `dijiang serve {escape(str(out))}`", highlight=False)

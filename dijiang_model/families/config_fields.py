@@ -139,13 +139,13 @@ def scaling_of(fields: Fields, values: Fields, name: str) -> RopeScaling | None:
                 fields.report(f"{name}: low_freq_factor {low} must be below high_freq_factor {high}")
             return RopeScaling("llama3", values.number("factor"), original, low, high)
         case "yarn":
-            return _yarn(fields, values, original)
+            return _yarn(values, original)
     fields.report(f"{name} of type {kind!r} is not supported; default, linear, llama3 and yarn are")
     return None
 
 
-def _yarn(fields: Fields, values: Fields, original: int) -> RopeScaling:
-    factor = values.number("factor", fields.integer("max_position_embeddings", 2048) / original)
+def _yarn(values: Fields, original: int) -> RopeScaling:
+    factor = values.number("factor")
     given = {name: values.number(name) for name in ("mscale", "mscale_all_dim") if name in values}
     return RopeScaling(
         "yarn",

@@ -17,7 +17,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from dijiang_model.formats.tensor_files import SAFETENSORS_DTYPES, SAFETENSORS_FILE, SAFETENSORS_INDEX, TensorInfo
+from dijiang_model.formats.model_folder import SAFETENSORS_FILE, SAFETENSORS_INDEX
+from dijiang_model.formats.tensor_files import SAFETENSORS_DTYPES, TensorInfo
 
 DEFAULT_SHARD_BYTES = 2 * 2**30
 HEADER_ALIGNMENT_BYTES = 64

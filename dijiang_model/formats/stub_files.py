@@ -1,4 +1,4 @@
-"""Files that stand where another one should be: empty ones, and the pointers of Git LFS."""
+"""Files that stand where another one should be: empty ones, pointers of Git LFS, links to nothing."""
 
 from pathlib import Path
 
@@ -17,3 +17,14 @@ def stub_problem(path: Path) -> str | None:
         if file.read(len(LFS_HEAD)) == LFS_HEAD:
             return f"{path} is a Git LFS pointer, not the file; `git lfs pull` in its repository fetches it"
     return None
+
+
+def link_problem(folder: Path) -> str | None:
+    """Returns which links in a folder lead to nothing, as copies of a hub's snapshot do; None: none does."""
+    broken = sorted(path.name for path in folder.iterdir() if path.is_symlink() and not path.exists())
+    if not broken:
+        return None
+    return (
+        f"{folder} holds links to files that are not there: {', '.join(broken)}"[:500]
+        + "; copy such a folder with `cp -rL`, or fetch it again with `hf download`"
+    )

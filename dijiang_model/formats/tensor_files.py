@@ -20,16 +20,14 @@ from torch import Tensor
 
 from dijiang_model.errors import CheckpointError, ConfigError
 from dijiang_model.formats.json_fields import read_json_object
+from dijiang_model.formats.model_folder import SAFETENSORS_FILE, SAFETENSORS_INDEX, TORCH_FILE, TORCH_INDEX
 from dijiang_model.formats.problem_list import problem_list
 from dijiang_model.formats.stub_files import stub_problem
 
-SAFETENSORS_FILE = "model.safetensors"
-SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS_SUFFIX = ".safetensors"
-TORCH_FILE = "pytorch_model.bin"
-TORCH_INDEX = "pytorch_model.bin.index.json"
 
 REMAPPED_BYTES = 2**28
+UNFINISHED = "was a download broken off? The same `hf download` again fetches what is missing"
 
 SAFETENSORS_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -129,14 +127,7 @@ def open_tensors(folder: Path) -> TensorSource:
         if shards:
             owners = {name: shard for shard in shards for name in _open(folder / shard)[0]}
             return _open_sharded(folder, owners, "their names")
-    raise CheckpointError(f"{folder} has neither {SAFETENSORS_FILE} nor {TORCH_FILE} nor shards of them")
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether `open_tensors` would find files of weights in a folder, readable or not."""
-    names = (SAFETENSORS_FILE, SAFETENSORS_INDEX, TORCH_FILE, TORCH_INDEX)
-    patterns = (f"model-*-of-*{SAFETENSORS_SUFFIX}", "pytorch_model-*-of-*.bin")
-    return any((folder / name).is_file() for name in names) or any(any(folder.glob(name)) for name in patterns)
+    raise CheckpointError(f"{folder} has neither {SAFETENSORS_FILE} nor {TORCH_FILE} nor shards of them; {UNFINISHED}")
 
 
 def _shards(folder: Path, stem: str, suffix: str) -> list[str]:
@@ -154,9 +145,8 @@ def _shards(folder: Path, stem: str, suffix: str) -> list[str]:
     totals, numbers = {int(match[2]) for match in found.values()}, [int(match[1]) for match in found.values()]
     if len(totals) > 1 or sorted(numbers) != list(range(1, max(totals) + 1)):
         wanted = " or ".join(map(str, sorted(totals)))
-        raise CheckpointError(
-            f"{folder} has no index, and only {len(found)} of {wanted} shards: {', '.join(found)}"[:500]
-        )
+        listed = f"{folder} has no index, and only {len(found)} of {wanted} shards: {', '.join(found)}"[:500]
+        raise CheckpointError(f"{listed}; {UNFINISHED}")
     return list(found)
 
 
@@ -177,7 +167,7 @@ def _open_sharded(folder: Path, weight_map: Mapping[str, str], index: str) -> Te
         expected = [name for name, owner in weight_map.items() if owner == shard]
         problems += [f"{name} is not in {shard}, as {index} says" for name in expected if name not in shard_infos]
     if problems:
-        raise CheckpointError(problem_list(f"{folder} is damaged", problems))
+        raise CheckpointError(problem_list(f"{folder} is damaged or not complete ({UNFINISHED})", problems))
     return _Files(locations, infos)
 
 
@@ -204,11 +194,19 @@ def _open(path: Path) -> tuple[dict[str, TensorInfo], Callable[[str], Tensor]]:
     return _open_safetensors(path) if path.suffix == SAFETENSORS_SUFFIX else _open_torch(path)
 
 
+def unreadable(path: Path, kind: str) -> str:
+    """Returns that a file is not what its name says, in words that say what to do."""
+    size = path.stat().st_size
+    return f"{path} is not a readable {kind}: it is cut short or damaged ({size:,} bytes); fetch it again"
+
+
 def _open_safetensors(path: Path) -> tuple[dict[str, TensorInfo], Callable[[str], Tensor]]:
     try:
         file = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise CheckpointError(unreadable(path, "safetensors file")) from error
     infos = {}
     for name in file.offset_keys():
         view = file.get_slice(name)

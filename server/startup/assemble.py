@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from dijiang_model.checkpoints.default_sampling import NEUTRAL, DefaultSampling, read_default_sampling
 from dijiang_model.conversion import default_folder
 from dijiang_model.errors import ConfigError
+from dijiang_model.formats.model_folder import no_model_problem
 from server.engine.types.requests import EngineConfig
 from server.grammar_check.checker import GrammarLimits
 from server.hardware import Device, HardwareError, default_state_bytes, default_threads
@@ -263,21 +264,14 @@ def find_model(settings: Settings, console: Console) -> tuple[Path, str]:
     if settings.model is None:
         return _default_model(settings.cache_dir, console, is_quantized=settings.dtype in ("auto", "int8"))
     folder = settings.model.expanduser().resolve()
-    if not (folder / "config.json").is_file():
-        raise StartError(f"{settings.model} is not the folder of a model: {_why_no_model(folder)}")
+    problem = no_model_problem(settings.model.expanduser())
+    if problem is not None:
+        raise StartError(problem)
     try:
         json.loads((folder / "config.json").read_bytes())
     except ValueError as error:
         raise StartError(f"{settings.model}: config.json is not valid JSON: {error}") from error
     return folder, folder.name
-
-
-def _why_no_model(path: Path) -> str:
-    if path.suffix == ".gguf" and path.is_file():
-        return f"make one of it with `dijiang convert {path.name} OUT`"
-    if path.is_file():
-        return "it is a file"
-    return "it has no config.json" if path.is_dir() else "it does not exist, and nothing is downloaded"
 
 
 def _default_model(home: Path | None, console: Console, *, is_quantized: bool) -> tuple[Path, str]:

@@ -23,6 +23,7 @@ from dijiang_model.conversion.default_folder import MODEL_NAME, is_noted
 from dijiang_model.conversion.sources.tokenizer_files import check_served
 from dijiang_model.errors import ModelError
 from dijiang_model.families import FAMILIES
+from dijiang_model.formats.sizes import size_text
 from dijiang_model.native import library
 from server.hardware import (
     CUDA_DEVICE_FILES,
@@ -35,7 +36,6 @@ from server.hardware import (
     free_host_bytes,
 )
 from server.startup.settings import SettingsError, read_settings
-from server.startup.summary import size_text
 from server.states.files.local import INDEX_FILE
 
 LITTLE_DISK_BYTES = 2**30

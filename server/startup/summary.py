@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from rich.table import Table
 from rich.text import Text
 
+from dijiang_model.formats.sizes import size_text
 from server.engine.types.requests import EngineConfig, EngineInfo
 from server.service import ServiceOptions
 from server.startup.settings import Settings
@@ -90,13 +91,3 @@ class Summary:
         config = self._config
         num_bytes = config.prefix_cache_host_bytes + config.prefix_cache_device_bytes
         return f"up to {size_text(num_bytes)}" if num_bytes else "off"
-
-
-def size_text(num_bytes: int) -> str:
-    """`4.4 MiB`: one digit after the point, in the largest unit that gives at least 1."""
-    size = float(num_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

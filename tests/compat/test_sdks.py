@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from tests.compat.conftest import ROOT, Tiny, require, run_client
+from tests.docs.blocks import blocks
+from tests.docs.tables import ADDRESS
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(600)]
 PROGRAMS = ROOT / "tests/compat/programs"
@@ -113,6 +115,19 @@ def test_the_official_javascript_client(tiny: Tiny, expected: dict[str, Any], tm
     assert got["usage"] == expected["num_tokens"]
     assert got["echoed"] == "Hé?"
     assert got["refused"] == {"kind": "BadRequestError", "param": "temperature"}
+
+
+def test_the_javascript_of_the_pages(tiny: Tiny, tmp_path: Path) -> None:
+    found = [block for block in blocks() if block.language == "js"]
+    assert found
+    for number, block in enumerate(found):
+        program = tmp_path / "pages" / f"{number}.mjs"
+        program.parent.mkdir(exist_ok=True)
+        text = re.sub(ADDRESS, tiny.server.base_url.removeprefix("http://"), block.text)
+        program.write_text(text.replace("smollm2-135m-dijiang", tiny.server.model))
+        (tmp_path / str(number)).mkdir()
+        script = node_script(program, tmp_path / str(number), needs="openai")
+        assert run_client(["node", str(script)], home=tmp_path), f"{block} says nothing"
 
 
 @pytest.mark.parametrize("language", ["js", "py"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.test_layout import ROOT
 
-RUN = ("bash", "python")
+RUN = ("bash", "python", "js")
 PARSED = ("json", "toml", "yaml")
 SHOWN = ("text", "promql")
 """Figures, output, and expressions of other programs: nothing to run."""

@@ -33,6 +33,9 @@ SMALLER: Mapping[str, str] = {
 TYPED: Mapping[str, str] = {r"dijiang chat": "My name is Ann.\n"}
 """What a command reads from its terminal before that ends."""
 
+JAVASCRIPT = "tests/compat/test_sdks.py"
+"""Runs the pages' JavaScript, with npm's packages; `make test-clients`."""
+
 COLLECTED = r"-m pytest"
 """Tests that a page names are collected, not run: they run anyway."""
 

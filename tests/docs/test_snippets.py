@@ -22,7 +22,7 @@ from server.startup.keys import read_keys_file
 from tests.dijiang_model.teachers import llama_teacher, save_teacher
 from tests.docs.blocks import PARSED, Block, blocks
 from tests.docs.shell import Shell
-from tests.docs.tables import ADDRESS, KEY_DIGEST, PREPARED, RUN_ELSEWHERE, bare, reason_to_skip
+from tests.docs.tables import ADDRESS, JAVASCRIPT, KEY_DIGEST, PREPARED, RUN_ELSEWHERE, bare, reason_to_skip
 from tests.e2e.serving import Server, serving
 from tests.tiny_models import write_tiny_model
 
@@ -90,6 +90,8 @@ def run(block: Block, shell: Shell, namespace: dict[str, object]) -> Iterator[st
             if reason is None:
                 shell.run(command)
             yield f"{block} ran: {shown}" if reason is None else f"{block} skipped, {reason}: {shown}"
+    elif block.language == "js":
+        yield f"{block} run by {JAVASCRIPT}"
     elif block.page in RUN_ELSEWHERE:
         yield f"{block} ran by {RUN_ELSEWHERE[block.page]}"
     elif block.language == "python":

@@ -4,13 +4,12 @@ import re
 from pathlib import Path
 
 from dijiang_model.checkpoints.config_json import CONFIG_FILE
-from dijiang_model.errors import ConfigError, ConversionError
-from dijiang_model.formats.json_fields import read_json_object
-from dijiang_model.formats.stub_files import stub_problem
-from dijiang_model.formats.tensor_files import has_weights
+from dijiang_model.errors import ConversionError
+from dijiang_model.formats.model_folder import GGUF_SUFFIX, inner_models, peft_problem
+from dijiang_model.formats.stub_files import link_problem, stub_problem
 
-GGUF_MAGIC, GGUF_SUFFIX = b"GGUF", ".gguf"
-PEFT_CONFIG_FILE = "adapter_config.json"
+GGUF_MAGIC = b"GGUF"
+_HUB_URL = re.compile(r"(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+).*")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
@@ -27,35 +26,23 @@ def find_source(path: Path) -> Path:
         return _in_folder(path)
     if path.is_file():
         return _file(path)
-    if _HUB_NAME.fullmatch(str(path)) is None:
-        raise ConversionError(f"{path} does not exist; a source is a model folder or a .gguf file")
-    snapshot = _cached_snapshot(str(path))
+    url = _HUB_URL.fullmatch(str(path))
+    name = str(path) if url is None else url[1]
+    if _HUB_NAME.fullmatch(name) is None:
+        known = _cached_names(name)
+        hint = f"; did you mean {known[0]}, which the hub's cache has?" if known else ""
+        raise ConversionError(f"{path} does not exist; a source is a model folder or a .gguf file{hint}")
+    snapshot = _cached_snapshot(name)
     if snapshot is None:
         raise ConversionError(
-            f"{path} does not exist. If it is a name on the Hugging Face hub: `hf download {path}` fetches the model, "
+            f"{path} does not exist. If it is a name on the Hugging Face hub: `hf download {name}` fetches the model, "
             "and the same command converts it then"
         )
     return _in_folder(snapshot)
 
 
-def peft_problem(folder: Path) -> str | None:
-    """Returns what to do with a folder that holds an adapter of the library PEFT and no model; None: it does not."""
-    if not (folder / PEFT_CONFIG_FILE).is_file() or has_weights(folder):
-        return None
-    try:
-        base = read_json_object(folder / PEFT_CONFIG_FILE).get("base_model_name_or_path")
-    except ConfigError:
-        base = None
-    of_base = f" of {base}" if isinstance(base, str) else ""
-    return (
-        f"{folder} holds a PEFT adapter{of_base}, not a whole model; merge it first: "
-        "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(MERGED), "
-        "and save the tokenizer beside it"
-    )
-
-
 def _in_folder(folder: Path) -> Path:
-    problem = peft_problem(folder)
+    problem = link_problem(folder) or peft_problem(folder)
     if problem is not None:
         raise ConversionError(problem)
     if (folder / CONFIG_FILE).is_file():
@@ -65,8 +52,8 @@ def _in_folder(folder: Path) -> Path:
         return _file(files[0])
     if files:
         raise ConversionError(f"{folder} holds {len(files)} GGUF files; name one: {', '.join(map(str, files))}"[:1000])
-    inner = [*folder.glob(f"*/{CONFIG_FILE}"), *folder.glob(f"snapshots/*/{CONFIG_FILE}")]
-    hint = f"; did you mean {sorted(inner)[0].parent}?" if inner else ""
+    inner = inner_models(folder)
+    hint = f"; did you mean {inner[0]}?" if inner else ""
     raise ConversionError(f"{folder} holds no {CONFIG_FILE}, so it is no model folder{hint}")
 
 
@@ -89,3 +76,12 @@ def _cached_snapshot(name: str) -> Path | None:
 
     found = try_to_load_from_cache(name, CONFIG_FILE)
     return Path(found).parent if isinstance(found, str) else None
+
+
+def _cached_names(name: str) -> list[str]:
+    """Repositories in the hub's cache that have this name behind their owner's."""
+    from huggingface_hub.constants import HF_HUB_CACHE  # rarely needed
+
+    folders = Path(HF_HUB_CACHE).glob("models--*--*")
+    names = sorted(folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders)
+    return [found for found in names if found.partition("/")[2].lower() == name.lower()]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dijiang_model.errors import CheckpointError, ConversionError
 from dijiang_model.formats.problem_list import problem_list
-from dijiang_model.formats.tensor_files import TensorInfo
+from dijiang_model.formats.tensor_files import TensorInfo, unreadable
 from dijiang_model.rotary import RopeScaling, rotary_frequencies
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ class GgufSource:
             )
         architecture = self.metadata.get("general.architecture")
         known = {family.gguf.architecture: family for family in families if family.gguf is not None}
+        if architecture is None:
+            raise ConversionError(f"{path} is no model: its metadata has no general.architecture")
         if architecture not in known:
             raise ConversionError(
                 f"{path} has the GGUF architecture {architecture!r}; supported are {', '.join(known)}"
@@ -283,8 +285,10 @@ def _unreadable(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             return f"{path} is not a readable GGUF file: it does not begin with GGUF"
-    size = path.stat().st_size
-    return f"{path} is not a readable GGUF file: it is cut short or damaged ({size:,} bytes); fetch it again"
+        version = int.from_bytes(file.read(4), "little")
+    if 0 < version < gguf.GGUF_VERSION - 1:
+        return f"{path} is of GGUF version {version}, which is too old; fetch a newer file of the model"
+    return unreadable(path, "GGUF file")
 
 
 def _is_number(value: object) -> bool:

@@ -121,7 +121,10 @@ def check_tokenizer(folder: Path, *, vocab_size: int, must_round_trip: bool) -> 
     check_served(folder)
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= vocab_size:
-        raise ConversionError(f"the tokenizer has ids up to {largest}, the model's vocabulary only {vocab_size} tokens")
+        raise ConversionError(
+            f"the tokenizer has ids up to {largest}, the model's vocabulary only {vocab_size} tokens: it is another "
+            "model's, or it was extended and the model was not (`model.resize_token_embeddings(len(tokenizer))`)"
+        )
     if not must_round_trip:
         return
     for text in _SAMPLES:

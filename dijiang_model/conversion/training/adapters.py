@@ -21,19 +21,18 @@ from dijiang_model.checkpoints.config_json import StoredConfig, attention_docume
 from dijiang_model.checkpoints.fingerprint import fingerprint, is_kernel_tensor, model_fingerprint
 from dijiang_model.checkpoints.outputs import CALIBRATION_FILE
 from dijiang_model.config import ModelConfig
-from dijiang_model.conversion.sources.find_source import peft_problem
 from dijiang_model.conversion.sources.tokenizer_files import write_tokenizer
 from dijiang_model.conversion.training.lora import DOWN, UP, merged
 from dijiang_model.errors import CheckpointError
 from dijiang_model.families import build_model
 from dijiang_model.formats.atomic_file import write_atomically
+from dijiang_model.formats.model_folder import ADAPTER_FILE, peft_problem
 from dijiang_model.formats.problem_list import problem_list
 from dijiang_model.formats.stub_files import stub_problem
-from dijiang_model.formats.tensor_files import TensorInfo, TensorSource, open_tensors
+from dijiang_model.formats.tensor_files import SAFETENSORS_SUFFIX, TensorInfo, TensorSource, open_tensors, unreadable
 from dijiang_model.model import DiJiangForCausalLM
 
 FORMAT = "dijiang-adapter-1"
-ADAPTER_FILE = "adapter.safetensors"
 """In the folder of a training run."""
 
 
@@ -128,8 +127,12 @@ def load_adapter(path: Path) -> Adapter:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable adapter: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} is not a readable adapter: {error.strerror or error}") from error
+    except SafetensorError as error:
+        other = f"{path} is not a readable adapter; name a run's folder, or {ADAPTER_FILE} in it"
+        is_damaged = path.suffix == SAFETENSORS_SUFFIX
+        raise CheckpointError(unreadable(path, "adapter") if is_damaged else other) from error
     if metadata.get("format") != FORMAT:
         is_peft = any(".lora_A." in name for name in tensors)
         hint = "; it is one of the library PEFT: merge it into its base, and convert the result" if is_peft else ""

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from dijiang_model.config import Basis, FeatureConfig
-from dijiang_model.conversion.training.adapters import ADAPTER_FILE
 from dijiang_model.conversion.training.costs import measured_speed, step_cost
 from dijiang_model.conversion.training.distill import Precision
 from dijiang_model.conversion.training.log import LOG_FILE, read_log
@@ -22,6 +21,7 @@ from dijiang_model.conversion.training.setup import PLOT_FILE, StudentOptions, p
 from dijiang_model.conversion.training.train import Trainer, TrainingOptions
 from dijiang_model.errors import ConversionError, ModelError
 from dijiang_model.formats.dtype_names import dtype_name
+from dijiang_model.formats.model_folder import ADAPTER_FILE
 
 Model = Annotated[Path, typer.Argument(help="Folder of a converted model, recipe hybrid or pure, not trained yet.")]
 Data = Annotated[
@@ -118,11 +118,18 @@ def train_command(
     prepare = partial(
         prepare_run, model, data, out, options, student, self_distill=self_distill, resume=resume, start=start
     )
-    _go(prepare, out, device=device, threads=threads, epochs=epochs, save_every_s=save_every)
+    _go(prepare, model, out, device=device, threads=threads, epochs=epochs, save_every_s=save_every)
 
 
 def _go(
-    prepare: Callable[..., Trainer], out: Path, *, device: str, threads: int, epochs: int, save_every_s: float
+    prepare: Callable[..., Trainer],
+    model: Path,
+    out: Path,
+    *,
+    device: str,
+    threads: int,
+    epochs: int,
+    save_every_s: float,
 ) -> None:
     """Runs, as one of the processes that a launcher started or alone; ends the command with its status."""
     if threads > 0:
@@ -148,6 +155,8 @@ def _go(
         )
         raise typer.Exit(130)
     console.print(f"Adapter: {escape(str(out / ADAPTER_FILE))}", highlight=False)
+    merging = f"dijiang merge {model} {out} MERGED"
+    console.print(f"`{escape(merging)}` makes a model of it to serve", highlight=False)
 
 
 def trainer_cost(trainer: Trainer) -> str:

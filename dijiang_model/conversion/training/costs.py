@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from dijiang_model.conversion.training.train import TrainingOptions
+from dijiang_model.formats.sizes import size_text
 from dijiang_model.model import DiJiangForCausalLM
 
 PASSES = 8
@@ -33,10 +34,9 @@ class StepCost:
 
     def text(self, flops_per_s: float) -> str:
         """Returns the sentence that is printed before a run."""
-        seconds, gib, mib = self.flops / flops_per_s, self.memory_bytes / 2**30, self.disk_bytes / 2**20
         return (
-            f"A step reads {self.tokens:,} tokens: about {seconds:,.1f} s here, {gib:,.1f} GiB of memory; "
-            f"the run keeps {mib:,.0f} MiB on disk"
+            f"A step reads {self.tokens:,} tokens: about {self.flops / flops_per_s:,.1f} s here, "
+            f"{size_text(self.memory_bytes)} of memory; the run keeps {size_text(self.disk_bytes)} on disk"
         )
 
 

@@ -12,7 +12,7 @@ from dijiang_model.checkpoints.fingerprint import model_fingerprint
 from dijiang_model.checkpoints.outputs import check_new_run, output_folder
 from dijiang_model.config import FeatureConfig, ModelConfig
 from dijiang_model.conversion.training import calibrate
-from dijiang_model.conversion.training.adapters import ADAPTER_FILE, Adapter, AdapterInfo, adapted_model, load_adapter
+from dijiang_model.conversion.training.adapters import Adapter, AdapterInfo, adapted_model, load_adapter
 from dijiang_model.conversion.training.chat_prompt import load_chat_prompt, load_chat_template, plain_chat
 from dijiang_model.conversion.training.log import LOG_FILE
 from dijiang_model.conversion.training.process_group import ALONE, ProcessGroup
@@ -21,6 +21,7 @@ from dijiang_model.conversion.training.student import check_trainable, new_stude
 from dijiang_model.conversion.training.text_mixture import Mixture, TextSource, load_mixture, parse_source
 from dijiang_model.conversion.training.text_windows import load_tokenizer
 from dijiang_model.conversion.training.train import CHECKPOINT_FILE, Trainer, TrainingOptions
+from dijiang_model.formats.model_folder import ADAPTER_FILE
 from dijiang_model.model import DiJiangForCausalLM
 
 ANSWERS_FILE, PLOT_FILE = "answers.txt", "loss.png"

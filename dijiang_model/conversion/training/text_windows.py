@@ -77,7 +77,10 @@ def load_windows(
     parts = [_cut(_encode(read_text(file, render=render), tokenizer), length, first) for file in text_files(paths)]
     tokens = np.concatenate(parts) if parts else np.zeros((0, length), np.int32)
     if len(tokens) == 0:
-        raise ConversionError(f"the text has no {length:,} tokens in a row: give more, or a shorter --sequence-length")
+        raise ConversionError(
+            f"no file of text has {length:,} tokens: give more, or shorter windows "
+            "(`train --sequence-length`, `evaluate --length`)"
+        )
     if int(tokens.max()) >= vocab_size:
         raise ConversionError(f"the tokenizer gives the id {int(tokens.max()):,}, the model has {vocab_size:,} tokens")
     return TokenWindows(tokens, seed)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dijiang_model.checkpoints.config_json import attention_document
-from dijiang_model.conversion.training.adapters import ADAPTER_FILE, Adapter, AdapterInfo, save_adapter
+from dijiang_model.conversion.training.adapters import Adapter, AdapterInfo, save_adapter
 from dijiang_model.conversion.training.distill import Precision, imitation_loss, layer_losses, random_offset
 from dijiang_model.conversion.training.kernel_training import (
     MATRICES,
@@ -37,6 +37,7 @@ from dijiang_model.conversion.training.lora import DOWN, UP, LoraLinear, attach_
 from dijiang_model.conversion.training.process_group import ALONE, ProcessGroup
 from dijiang_model.errors import CheckpointError
 from dijiang_model.formats.atomic_file import write_atomically
+from dijiang_model.formats.model_folder import ADAPTER_FILE
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops.training.attention import HybridAttention, WindowAttention
 

@@ -26,10 +26,11 @@ from dijiang_model.conversion.training.train import train
 from dijiang_model.errors import CheckpointError, ModelError
 from tests.dijiang_model.conversion.training.test_adapters import made_for
 from tests.dijiang_model.conversion.training.test_train import STUDENT, options
+from tests.dijiang_model.hf.conftest import load
 from tests.dijiang_model.teachers import llama_teacher, save_teacher
 from tests.tiny_models import HYBRID, llama_config, write_tiny_model
 
-COMMANDS = ("convert", "quantize", "merge", "train", "evaluate")
+COMMANDS = ("convert", "quantize", "merge", "train", "evaluate", "save_pretrained")
 PLACES = ("hf", "model", "second", "run", "texts", "home", "new", "report")
 """An HF model, our model that is read, one that is not, a run, texts, somebody's folder, nothing, a report."""
 NESTED = ("", "inside", "..", "texts", "../texts", "../hf")
@@ -40,6 +41,9 @@ FOREIGN = (
     "report.md",
     "answers.txt",
     "config.json",
+    "generation_config.json",
+    "model-00001-of-00002.safetensors",
+    "model.safetensors.index.json",
     "log.jsonl",
 )
 
@@ -96,9 +100,11 @@ def run_command(name: str, world: World, out: Path, *, overwrite: bool, model: P
             train(trainer, out)
         case "evaluate":
             evaluate_command(model, model, [text], out, windows=1, length=66, facts=0)
+        case "save_pretrained":
+            load(model).save_pretrained(out, max_shard_size="60KB" if overwrite else "1GB")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     command=st.sampled_from(COMMANDS),
     place=st.sampled_from(PLACES),
@@ -140,12 +146,13 @@ def test_no_arrangement_of_folders_loses_a_byte_that_was_not_written_here(
         assert contents(root) == before
         return
     lost = {name for name, digest in before.items() if contents(root).get(name) != digest}
-    # What may be replaced: a whole model that nothing reads, on request; a report; a run's own files, when resumed.
+    # What may be replaced: a whole model that nothing reads, on request; a report; a run's own files, when resumed; the
+    # weights of a model, by `save_pretrained`, which writes beside whatever else is in a folder.
     replaceable = {
         "convert": ("model/", "second/"), "quantize": ("second/",), "merge": ("second/",), "train": (),
-        "evaluate": ("report/report.json",),
+        "evaluate": ("report/report.json",), "save_pretrained": ("model/", "second/"),
     }[command]  # fmt: skip
-    assert all(overwrite or command == "evaluate" for _ in lost)
+    assert all(overwrite or command in ("evaluate", "save_pretrained") for _ in lost)
     assert all(name.startswith(replaceable) for name in lost if replaceable), lost
     assert not lost or replaceable
     assert not {f"{folder}/{name}" for folder, name in foreign} & (lost - set(contents(pattern)))

@@ -1,5 +1,6 @@
 """`dijiang convert` on the command line, and the default model's cache."""
 
+import re
 import shutil
 import threading
 from dataclasses import asdict, replace
@@ -45,9 +46,23 @@ def test_the_command_converts_and_says_how_to_serve(source: Path, tmp_path: Path
     code, output = run(source, tmp_path / "out", "--window", 12, "--sinks", 2, "--max-shard-size", "100K")
     assert code == 0, output
     assert "DiJiang hybrid, window 12+2" in output
+    assert re.search(r"converting .* (\d+\.\d KiB) of \1", output), "tiny sizes have a unit that suits them"
+    assert re.search(r"window 12\+2: \d+\.\d KiB of state", output)
     assert "dijiang serve" in output
     assert load_model(tmp_path / "out").config.layers[0].window == 12
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_an_interrupted_conversion_says_that_nothing_was_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dijiang_model.formats.safetensors_writer._write_data", interrupted)
+    code, output = run(source, tmp_path / "out")
+    assert (code, "Stopped; nothing was written to" in output) == (130, True)
+    assert {path.name for path in tmp_path.iterdir()} == {"teacher"}
 
 
 def test_a_budget_of_bytes_is_calibrated_for(source: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from dijiang_model.checkpoints.checkpoint import load_model
@@ -16,6 +17,9 @@ from dijiang_model.conversion.sources.find_source import find_source
 from dijiang_model.conversion.training.adapters import load_adapter, save_adapter
 from dijiang_model.errors import CheckpointError, ConfigError, ConversionError, ModelError
 from dijiang_model.formats.stub_files import LFS_HEAD
+from server.startup.assemble import find_model
+from server.startup.errors import StartError
+from server.startup.settings import Settings
 from tests.dijiang_model.conversion.test_own_models import TEXT, edit_json, edit_tensors
 from tests.dijiang_model.conversion.training.test_adapters import made_for
 from tests.dijiang_model.stepping import logits_of
@@ -106,8 +110,40 @@ def test_a_name_on_the_hub_is_taken_from_the_cache(
     shutil.copytree(source, repository / "snapshots" / "abc")
     convert("some/model", tmp_path / "out")
     assert read_stored_config(tmp_path / "out").origin.teacher == "some/model"
+    assert find_source(Path("https://huggingface.co/some/model/tree/main")) == repository / "snapshots" / "abc"
+    with pytest.raises(ConversionError, match="did you mean some/model, which the hub's cache has"):
+        convert("Model", tmp_path / "other")
+    with pytest.raises(ConversionError, match=r"did you mean .*snapshots/abc\?"):
+        convert(cache, tmp_path / "other")
     with pytest.raises(ConversionError, match=r"did you mean .*snapshots/abc\?"):
         convert(repository, tmp_path / "other")
+
+
+def with_broken_link(folder: Path) -> Path:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("../../blobs/0123")
+    return folder
+
+
+def without(folder: Path, name: str) -> Path:
+    (folder / name).unlink()
+    return folder
+
+
+def cut_short(folder: Path) -> Path:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    return folder
+
+
+def renamed_in(folder: Path, change: Callable[[str], str]) -> Path:
+    renamed(change)(folder)
+    return folder
+
+
+def edited(folder: Path, **changes: object) -> Path:
+    edit_json(folder / "config.json", **changes)
+    return folder
 
 
 def peft_folder(folder: Path) -> Path:
@@ -128,14 +164,36 @@ SLIPS: Mapping[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "nothing": (lambda root: root / "none", "does not exist"),
     "a folder of models": (lambda root: root, r"did you mean .*hf\?"),
+    "a copied snapshot": (lambda root: with_broken_link(root / "hf"), r"not there: tokenizer\.json; copy .* `cp -rL`"),
+    "no weights": (lambda root: without(root / "hf", "model.safetensors"), "was a download broken off"),
+    "weights cut short": (lambda root: cut_short(root / "hf"), "is cut short or damaged .* fetch it again"),
+    "an adapter that was not merged": (
+        lambda root: renamed_in(root / "hf", lambda name: f"base_model.model.{name}"),
+        "adapter of PEFT that was not merged",
+    ),
+    "a classifier": (
+        lambda root: edited(root / "hf", architectures=["LlamaForSequenceClassification"], num_hidden_layers=1),
+        "LlamaForSequenceClassification has another head",
+    ),
+    "no kind of model": (lambda root: edited(root / "hf", model_type=None), "names no model_type"),
+    "quantized weights": (lambda root: edited(root / "hf", quantization_config={"bits": 4}), "or a GGUF file"),
+    "yarn without its factor": (
+        lambda root: edited(root / "hf", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+        r"factor is missing",
+    ),
+    "a kind of scaling that nobody knows": (
+        lambda root: edited(root / "hf", rope_parameters={"rope_type": "wibble", "rope_theta": 1e4}),
+        "'wibble' is not supported; default, linear, llama3 and yarn are",
+    ),
 }
 
 
 @pytest.mark.parametrize("slip", SLIPS)
 def test_likely_slips_are_named(source: Path, tmp_path: Path, slip: str) -> None:
     make, words = SLIPS[slip]
-    with pytest.raises(ConversionError, match=words):
+    with pytest.raises(ModelError, match=words):
         convert(make(tmp_path), tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
 
 
 def test_quantize_of_an_unconverted_model_names_the_converter(source: Path, tmp_path: Path) -> None:
@@ -150,6 +208,38 @@ def test_a_file_in_the_place_of_a_models_folder_names_the_converter(tmp_path: Pa
             use(path)
 
 
+NO_MODEL: Mapping[str, tuple[Callable[[Path], Path], str]] = {
+    "a run": (lambda root: run_folder(root / "run"), r"`dijiang merge MODEL .*run OUT` makes one"),
+    "its adapter": (
+        lambda root: run_folder(root / "run") / "adapter.safetensors",
+        r"`dijiang merge MODEL .*adapter\.safetensors OUT` makes one of it",
+    ),
+    "an adapter of PEFT": (lambda root: peft_folder(root / "peft"), "holds a PEFT adapter of some/model"),
+    "a folder of a GGUF": (lambda root: write_gguf(llama_teacher(), root / "t.gguf").parent, "`dijiang convert"),
+    "nothing": (lambda root: root / "none", "does not exist, and nothing is downloaded"),
+    "a folder of models": (lambda root: write_tiny_model(root / "inner").parent, r"did you mean .*inner\?"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_MODEL)
+def test_what_is_no_model_is_told_alike_by_every_command(tmp_path: Path, kind: str) -> None:
+    make, words = NO_MODEL[kind]
+    (tmp_path / "world").mkdir()
+    path = make(tmp_path / "world")
+    for use in (load_model, lambda folder: quantize_folder(folder, tmp_path / "out", kind="int8")):
+        with pytest.raises(ConfigError, match=words):
+            use(path)
+    with pytest.raises(StartError, match=words):
+        find_model(Settings(model=path), Console())
+
+
+def run_folder(folder: Path) -> Path:
+    base = write_tiny_model(folder.parent / "base", llama_config(HYBRID, HYBRID))
+    folder.mkdir()
+    save_adapter(made_for(base), folder / "adapter.safetensors")
+    return folder
+
+
 def test_an_adapter_is_found_in_its_runs_folder(tmp_path: Path) -> None:
     base = write_tiny_model(tmp_path / "base", llama_config(HYBRID, HYBRID))
     (tmp_path / "run").mkdir()
@@ -157,6 +247,9 @@ def test_an_adapter_is_found_in_its_runs_folder(tmp_path: Path) -> None:
     assert load_adapter(tmp_path / "run").sha256 == load_adapter(tmp_path / "run" / "adapter.safetensors").sha256
     with pytest.raises(CheckpointError, match=r"holds no adapter\.safetensors, as `dijiang train` writes it"):
         load_adapter(base)
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK" * 500)
+    with pytest.raises(CheckpointError, match="name a run's folder, or adapter"):
+        load_adapter(tmp_path / "run" / "checkpoint.pt")
     with pytest.raises(CheckpointError, match="holds a PEFT adapter of some/model"):
         load_adapter(peft_folder(tmp_path / "an adapter"))
     with pytest.raises(CheckpointError, match="one of the library PEFT"):

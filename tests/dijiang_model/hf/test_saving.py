@@ -79,6 +79,39 @@ def test_another_model_is_never_replaced(kind: str, folder: Path, tmp_path: Path
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+TAKEN = {
+    "somebody's sampling": ("generation_config.json", "1GB"),
+    "a shard of another model": ("model-00001-of-*.safetensors", "20KB"),
+    "an index of another model": ("model.safetensors.index.json", "20KB"),
+}
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_a_file_that_the_saved_model_does_not_name_is_kept(kind: str, folder: Path, tmp_path: Path) -> None:
+    name, size = TAKEN[kind]
+    if kind != "somebody's sampling":
+        load(folder).save_pretrained(tmp_path)
+        load(folder).save_pretrained(tmp_path / "sharded", max_shard_size=size)
+        (name,) = (path.name for path in (tmp_path / "sharded").glob(name))  # it would be written
+    (tmp_path / name).write_text("precious")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(CheckpointError, match=f"{name}.* name another folder"):
+        load(folder).save_pretrained(tmp_path, max_shard_size=size)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors"])
+def test_what_a_link_leads_to_is_not_replaced(name: str, folder: Path, tmp_path: Path) -> None:
+    """As in a snapshot of the hub's cache."""
+    load(folder).save_pretrained(tmp_path / "snapshot")
+    (tmp_path / "snapshot" / name).rename(tmp_path / "blob")
+    (tmp_path / "snapshot" / name).symlink_to(tmp_path / "blob")
+    before = (tmp_path / "blob").read_bytes()
+    with pytest.raises(CheckpointError, match=f"{name} is a link"):
+        load(folder).save_pretrained(tmp_path / "snapshot")
+    assert (tmp_path / "blob").read_bytes() == before
+
+
 def test_tensors_that_do_not_fit_are_not_saved(folder: Path, tmp_path: Path) -> None:
     model = load(folder)
     state = {name: tensor for name, tensor in model.state_dict().items() if "norm" not in name}

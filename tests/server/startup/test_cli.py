@@ -74,7 +74,10 @@ def test_mistakes_are_sentences_and_end_with_a_status(
 
 
 def test_a_file_is_not_a_folder_and_a_gguf_file_can_become_one(tmp_path: Path) -> None:
-    for name, message in (("model.gguf", "dijiang convert model.gguf OUT"), ("notes.txt", "it is a file")):
+    for name, message in (
+        ("model.gguf", "model.gguf OUT` makes one"),
+        ("notes.txt", "is a file, not the folder"),
+    ):
         (tmp_path / name).write_text("x")
         assert message in " ".join(dijiang("serve", str(tmp_path / name)).stderr.split())
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dijiang_model.formats.sizes import size_text
 from server.hardware import Device
 from server.http.middleware import hash_key
 from server.service import ServiceOptions
 from server.startup.assemble import engine_config
 from server.startup.settings import Settings
-from server.startup.summary import Summary, size_text
+from server.startup.summary import Summary
 from tests.server.fake_engine import FakeEngine
 
 

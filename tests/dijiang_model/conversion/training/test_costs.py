@@ -21,6 +21,7 @@ def test_the_sentence_names_all_three() -> None:
     model = tiny_model()
     text = step_cost(model, options(), num_trained=2**20).text(1e9)
     assert "tokens: about" in text
-    assert "GiB of memory" in text
-    assert text.endswith("16 MiB on disk")
+    assert " of memory" in text
+    assert text.endswith("16.0 MiB on disk")
+    assert step_cost(model, options(), num_trained=3).text(1e9).endswith("keeps 48 B on disk"), "not 0 MiB"
     assert measured_speed(model) > 0
