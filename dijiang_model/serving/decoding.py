@@ -12,7 +12,7 @@ from ctypes import CDLL
 import torch
 from torch import Tensor
 
-from dijiang_model.native.library import Matrix, Network
+from dijiang_model.native.structures import Matrix, Network
 from dijiang_model.state import StateBuffer
 
 

@@ -92,7 +92,7 @@ class Step {
     add_product(layer.output, attended_, layer.attention_output_norm);
     if (!is_parallel) norm(layer.mlp_norm, mlp_normed_, layer.mlp_up);
     mlp(layer);
-    if (layer.mlp_down.reads_quantized()) for_rows([&](int64_t n) { inner_.prepare_row(n, layer.mlp_down); });
+    if (layer.mlp_down.reads_quantized()) for_prepared(inner_, layer.mlp_down, [](int64_t) {});
     add_product(layer.mlp_down, inner_, layer.mlp_output_norm);
   }
 
@@ -114,10 +114,11 @@ class Step {
 
   void logits(const int64_t* wanted, int64_t num_wanted, float* out) {
     const int64_t size = model_.hidden_size;
-    for (int64_t i = 0; i < num_wanted; ++i) {
+    for (int64_t i = 0; i < num_wanted; ++i)
       apply(model_.final_norm, hidden_ + wanted[i] * size, size, normed_.values + i * size);
-      normed_.prepare_row(i, model_.head);
-    }
+    const int64_t together = rows_together(model_.head, num_wanted);
+    for (int64_t i = 0; i < num_wanted; i += together)
+      normed_.prepare(i, std::min(together, num_wanted - i), num_wanted, model_.head);
     const Activations x = normed_.activations();
     for_outputs(model_.head.rows, num_wanted, [&](int64_t first, int64_t last) {
       product(model_.head, x, num_wanted, first, last, out, model_.head.rows, false);
@@ -127,7 +128,7 @@ class Step {
  private:
   RowBuffer rows(Scratch& scratch, size_t which, int64_t width) const {
     float* values = scratch.floats(which, num_rows_ * width);
-    float* rounded = scratch.floats(which + 1, num_rows_ * padded(width) / 2 + 1);
+    float* rounded = scratch.floats(which + 1, rounded_bytes(num_rows_, width) / 4 + 1);
     float* scales = scratch.floats(which + 2, num_rows_ * (padded_sums(width) + 1));
     return {values, reinterpret_cast<uint8_t*>(rounded), scales, scales + num_rows_, width};
   }
@@ -146,6 +147,17 @@ class Step {
   template <class Task>
   void for_rows(const Task& task) const {
     Pool::instance().run(num_rows_, num_rows_ >= 8 ? threads_ : 1, [&](int64_t n, int) { task(n); });
+  }
+
+  // task(n) for each row, then what it has written made ready for the matrix that reads it.
+  template <class Task>
+  void for_prepared(const RowBuffer& out, const Matrix& reader, const Task& task) const {
+    const int64_t together = rows_together(reader, num_rows_), parts = (num_rows_ + together - 1) / together;
+    Pool::instance().run(parts, num_rows_ >= 8 ? threads_ : 1, [&](int64_t part, int) {
+      const int64_t first = part * together, count = std::min(together, num_rows_ - first);
+      for (int64_t n = first; n < first + count; ++n) task(n);
+      out.prepare(first, count, num_rows_, reader);
+    });
   }
 
   // Rows in blocks, for products with small matrices.
@@ -169,14 +181,13 @@ class Step {
   }
 
   void norm(const Norm& norm, const RowBuffer& out, const Matrix& reader) const {
-    for_rows([&](int64_t n) {
+    for_prepared(out, reader, [&](int64_t n) {
       const float* hidden = hidden_ + n * model_.hidden_size;
       if (norm.weight == nullptr) {
         std::memcpy(out.values + n * out.width, hidden, static_cast<size_t>(model_.hidden_size) * sizeof(float));
       } else {
         apply(norm, hidden, model_.hidden_size, out.values + n * out.width);
       }
-      out.prepare_row(n, reader);
     });
   }
 
@@ -293,11 +304,10 @@ class Step {
   void finish_attention(const Layer& layer) const {
     const bool is_gated = layer.gate.rows > 0;
     if (!is_gated && !layer.output.reads_quantized()) return;
-    for_rows([&](int64_t n) {
+    for_prepared(attended_, layer.output, [&](int64_t n) {
       float* row = attended_.values + n * attended_.width;
       if (is_gated)
         gated_group_norm(layer.group_norm, model_.heads.head_size, attended_.width, gate_ + n * attended_.width, row);
-      attended_.prepare_row(n, layer.output);
     });
   }
 
