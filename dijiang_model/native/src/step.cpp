@@ -50,7 +50,7 @@ int dijiang_step(const dijiang::Model* model, float* hidden, const int64_t* posi
     int64_t uncommitted_rows = 0, uncommitted_before = 0, sequence = 0, left = num_sequences > 0 ? lengths[0] : 0;
     for (int64_t i = first_uncommitted; i < first_uncommitted + num_uncommitted; ++i) uncommitted_rows += lengths[i];
     for (int64_t first = 0, count = 0; first < num_rows; first += count) {
-      std::vector<Step::Segment> segments;
+      std::vector<dijiang::Segment> segments;
       int64_t uncommitted_here = 0;
       for (count = 0; sequence < num_sequences && count < kMaxRows;) {
         const bool is_uncommitted = sequence >= first_uncommitted && sequence < first_uncommitted + num_uncommitted;

@@ -9,18 +9,13 @@
 
 #include "head_group.h"
 #include "network.h"
+#include "shares.h"
 #include "threads.h"
 
 namespace dijiang {
 
 class Step {
  public:
-  // Rows first ... last - 1 belong to one sequence, in order. An uncommitted one leaves its slot as it is.
-  struct Segment {
-    int64_t first, last;
-    bool is_uncommitted;
-  };
-
   Step(const Model& model, Scratch& scratch, float* hidden, int64_t num_rows, int num_threads)
       : model_(model), num_rows_(num_rows), threads_(num_threads), hidden_(hidden) {
     const Heads& heads = model.heads;
@@ -53,6 +48,8 @@ class Step {
     segments_ = std::move(segments);
     if (std::any_of(segments_.begin(), segments_.end(), [](const Segment& s) { return s.is_uncommitted; }))
       copies_ = reinterpret_cast<uint8_t*>(scratch.floats(20, copy_bytes_ / 4 * kMaxThreads));
+    shares_ = Shares(segments_, model_.heads.num_groups, threads_);
+    shared_copies_ = reinterpret_cast<uint8_t*>(scratch.floats(21, copy_bytes_ / 4 * shares_.num_copies()));
     const int64_t sets = model_.local_frequencies == nullptr ? 1 : 2;
     for (int64_t set = 0; set < sets; ++set) {
       std::vector<Token>& tokens = set == 0 ? tokens_ : local_tokens_;
@@ -275,30 +272,68 @@ class Step {
     return copied(attention, model_.heads, group, state, copies_ + thread * copy_bytes_);
   }
 
-  // The keys that are read `ahead` tasks after this one.
-  const uint8_t* keys_of(const Attention& attention, int64_t task) const {
-    const int64_t num_groups = model_.heads.num_groups;
-    if (task / num_groups >= static_cast<int64_t>(segments_.size())) return nullptr;
-    const Segment& segment = segments_[static_cast<size_t>(task / num_groups)];
+  // The keys of a share that is read whole; null: there are no more.
+  const uint8_t* keys_of(const Attention& attention, int64_t index) const {
+    if (index >= static_cast<int64_t>(shares_.whole.size())) return nullptr;
+    const Share& share = shares_.whole[static_cast<size_t>(index)];
+    return slot_state(attention, share).keys;
+  }
+
+  GroupState slot_state(const Attention& attention, const Share& share) const {
+    const Segment& segment = segments_[static_cast<size_t>(share.segment)];
     uint8_t* slot = tokens_[static_cast<size_t>(segment.first)].slot;
-    return group_state(attention, model_.heads, slot, task % num_groups).keys;
+    return group_state(attention, model_.heads, slot, share.group);
+  }
+
+  // Feeds rows first ... last - 1 to a group's state, and answers them if is_asked.
+  void walk(const Layer& layer, int64_t group, const GroupState& state, int64_t first, int64_t last, bool is_asked,
+            int thread, const uint8_t* next) const {
+    const int64_t rank = layer.attention.far_rank;
+    HeadGroup head(layer.attention, model_.heads, group, state, arenas_ + thread * arena_size_, next);
+    for (int64_t n = first; n < last; ++n)
+      head.feed(tokens_of(layer)[static_cast<size_t>(n)], projected_ + n * projected_width_,
+                rank > 0 && is_asked ? far_low_ + n * rank : nullptr,
+                is_asked ? attended_.values + n * attended_.width : nullptr);
   }
 
   void attend_all(const Layer& layer) const {
-    const Heads& heads = model_.heads;
     const Attention& attention = layer.attention;
-    const int64_t rank = attention.far_rank, num_segments = static_cast<int64_t>(segments_.size());
-    if (rank > 0) lower_queries(layer);
-    Pool::instance().run(num_segments * heads.num_groups, threads_, [&](int64_t index, int thread) {
-      const Segment segment = segments_[static_cast<size_t>(index / heads.num_groups)];
-      const int64_t group = index % heads.num_groups;
-      HeadGroup head(attention, heads, group, state_of(attention, segment, group, thread),
-                     arenas_ + thread * arena_size_, keys_of(attention, index + threads_));
-      for (int64_t n = segment.first; n < segment.last; ++n)
-        head.feed(tokens_of(layer)[static_cast<size_t>(n)], projected_ + n * projected_width_,
-                  rank > 0 ? far_low_ + n * rank : nullptr, attended_.values + n * attended_.width);
+    const auto num_split = static_cast<int64_t>(shares_.split.size()), num_parts = shares_.num_parts;
+    std::vector<GroupState> starts(static_cast<size_t>(num_split * num_parts));  // of the parts
+    if (attention.far_rank > 0) lower_queries(layer);
+    Pool::instance().run(num_split + static_cast<int64_t>(shares_.whole.size()), threads_, [&](int64_t index, int thread) {
+      if (index < num_split) {
+        find_starts(layer, index, thread, starts.data() + index * num_parts);
+        return;
+      }
+      const Share& share = shares_.whole[static_cast<size_t>(index - num_split)];
+      const Segment& segment = segments_[static_cast<size_t>(share.segment)];
+      walk(layer, share.group, state_of(attention, segment, share.group, thread), segment.first, segment.last, true,
+           thread, keys_of(attention, index - num_split + threads_));
+    });
+    Pool::instance().run(num_split * num_parts, threads_, [&](int64_t index, int thread) {
+      const Share& share = shares_.split[static_cast<size_t>(index / num_parts)];
+      const Segment& segment = segments_[static_cast<size_t>(share.segment)];
+      const int64_t part = index % num_parts;
+      walk(layer, share.group, starts[static_cast<size_t>(index)], shares_.start_of(segment, part),
+           shares_.start_of(segment, part + 1), true, thread, nullptr);
     });
     finish_attention(layer);
+  }
+
+  // The states at the beginnings of a share's parts: copies, but the last one is the slot's own.
+  void find_starts(const Layer& layer, int64_t index, int thread, GroupState* starts) const {
+    const Share& share = shares_.split[static_cast<size_t>(index)];
+    const Segment& segment = segments_[static_cast<size_t>(share.segment)];
+    const GroupState state = slot_state(layer.attention, share);
+    const int64_t last = shares_.num_parts - 1;
+    for (int64_t part = 0; part < last; ++part) {
+      uint8_t* memory = shared_copies_ + (index * last + part) * copy_bytes_;
+      starts[part] = copied(layer.attention, model_.heads, share.group, state, memory);
+      walk(layer, share.group, state, shares_.start_of(segment, part), shares_.start_of(segment, part + 1), false, thread,
+           nullptr);
+    }
+    starts[last] = state;
   }
 
   void finish_attention(const Layer& layer) const {
@@ -350,10 +385,12 @@ class Step {
   float* hidden_;  // [N, D], each layer adds to it
   int64_t projected_width_ = 0, arena_size_ = 0, copy_bytes_ = 0;
   uint8_t* copies_ = nullptr;  // by thread: a copy of a group's state
+  uint8_t* shared_copies_ = nullptr;  // at the beginnings of parts
   float *gate_, *inner_gate_, *projected_, *far_queries_, *far_low_, *angles_, *arenas_;
   RowBuffer normed_, mlp_normed_, attended_, inner_;
   std::vector<Token> tokens_, local_tokens_;
   std::vector<Segment> segments_;
+  Shares shares_;
 };
 
 }  // namespace dijiang
