@@ -133,6 +133,7 @@ class NativeDecoder:
             self._library,
             self._weights.network,
             self._table,
+            kept=self._weights,
             slots=slots,
             positions=positions,
             last_token_ids=last_token_ids,
