@@ -24,7 +24,9 @@ COMMON = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-g0", "-
 VARIANTS = {"base": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
     AVX512 = ("-march=x86-64-v4", "-mavx512vnni")
+    TILES = ("-mamx-tile", "-mamx-int8", "-mamx-bf16")
     VARIANTS |= {"avx2": ("-march=x86-64-v3",), "avx512": AVX512, "avx512bf16": (*AVX512, "-mavx512bf16")}
+    VARIANTS |= {"amx": (*AVX512, *TILES)}
 
 
 def is_current(library: Path) -> bool:

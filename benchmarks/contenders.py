@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from benchmarks.machine import synchronised
+from benchmarks.machine import DTYPES, synchronised
 from dijiang_model.batch import PackedBatch, decode
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.model import DiJiangForCausalLM
@@ -18,7 +18,6 @@ from dijiang_model.quantization.config import WeightKind
 from dijiang_model.serving.network import FrozenModel, freeze
 from dijiang_model.state import StateBuffer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZED = ("int8", "int4")
 WEIGHTS = (*DTYPES, *QUANTIZED)
 

@@ -15,16 +15,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 
 from benchmarks import llama_cpp, plots, report
-from benchmarks.contenders import DTYPES, WEIGHTS, awake, has_transformers_twin, load_models, our_step
+from benchmarks.contenders import WEIGHTS, awake, has_transformers_twin, load_models, our_step
 from benchmarks.costs import step_costs
 from benchmarks.machine import Machine, best_ms, interleaved, is_cuda, median_ms, ratio
 from benchmarks.rivals import HF, LLAMA_CPP, NAMES, Rivals, cache_bytes_per_token
-from benchmarks.transformers_twin import transformers_twin
+from benchmarks.transformers_twin import kind_of_twin, twins_of
 from dijiang_model.errors import ModelError
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.serving.network import freeze
@@ -43,7 +42,9 @@ class Line:
 
     Attributes:
         num_rows, context: conversations in the step, tokens in each so far.
-        times_hf: speed over HF's fastest way in the same rounds; None for rivals and without HF.
+        times_hf: speed over HF's fastest way in the same rounds, with the same kind of weights (beside int8 and int4:
+            bf16); None for rivals and without HF.
+        times_hf_fp32: the same over HF with fp32 weights.
         times_llama_cpp: over llama.cpp in the same class of weights.
         num_bytes, operations: what the step must do; None for rivals.
         floor_ms: the least time for that at the measured rates.
@@ -58,6 +59,7 @@ class Line:
     best_ms: float
     tokens_per_s: float
     times_hf: float | None = None
+    times_hf_fp32: float | None = None
     times_llama_cpp: float | None = None
     num_bytes: int | None = None
     operations: int | None = None
@@ -111,20 +113,19 @@ class Bench:
         took = median_ms(measured)
         line = Line(name, num_rows, context, took, best_ms(measured), tokens_per_s=num_rows / took * 1e3)
         if not name.startswith("ours "):
-            # llama.cpp keeps halves.
+            # These keep halves.
             per_token = cache_bytes_per_token(next(iter(self.models.values())).config)
-            share = 0.5 if name.startswith("llama.cpp") else 1.0
+            share = 0.5 if name.startswith(("llama.cpp", "HF bf16", "HF fp16")) else 1.0
             return replace(line, conversation_mib=share * per_token * context / 2**20)
         kind = name.removeprefix("ours ")
         model = self.models[kind]
         costs = step_costs(model, num_rows=num_rows)
-        rivals = [rival for rival in times if rival.startswith("HF")]
-        hf = min(rivals, key=lambda rival: median_ms(times[rival])) if rivals else None
         other = f"llama.cpp {llama_cpp.CLASSES.get(kind)}"
-        floor = costs.floor_ms(self.machine)
+        floor = costs.floor_ms(self.machine.multiplying(kind_of_twin(kind)))
         return replace(
             line,
-            times_hf=None if hf is None else ratio(times[hf], measured),
+            times_hf=_times_fastest(f"HF {kind_of_twin(kind)} ", times, measured),
+            times_hf_fp32=_times_fastest("HF fp32 ", times, measured),
             times_llama_cpp=ratio(times[other], measured) if other in times else None,
             num_bytes=costs.num_bytes,
             operations=costs.operations,
@@ -134,8 +135,15 @@ class Bench:
         )
 
 
+def _times_fastest(prefix: str, times: Mapping[str, list[float]], measured: list[float]) -> float | None:
+    """Speed over the fastest contender whose name begins so."""
+    rivals = [rival for rival in times if rival.startswith(prefix)]
+    fastest = min(rivals, key=lambda rival: median_ms(times[rival])) if rivals else None
+    return None if fastest is None else ratio(times[fastest], measured)
+
+
 def table(lines: list[Line]) -> Table:
-    headings = ("contender", "rows", "context", "ms", "best", "tokens/s", "x HF", "x llama.cpp")
+    headings = ("contender", "rows", "context", "ms", "best", "tokens/s", "x HF", "x HF fp32", "x llama.cpp")
     shown = Table(*headings, "MB moved", "GFLOP", "floor ms", "x floor", "MiB each")
     for line in lines:
         shown.add_row(
@@ -146,6 +154,7 @@ def table(lines: list[Line]) -> Table:
             f"{line.best_ms:.2f}",
             f"{line.tokens_per_s:.1f}",
             _shown(line.times_hf),
+            _shown(line.times_hf_fp32),
             _shown(line.times_llama_cpp),
             "" if line.num_bytes is None else f"{line.num_bytes / 1e6:.0f}",
             "" if line.operations is None else f"{line.operations / 1e9:.2f}",
@@ -213,19 +222,19 @@ def decode_command(
     kinds = report.kinds_of_weights(weights, device)
     wanted = report.words(rivals, "--rivals", NAMES)
     folder = report.model_folder(model)
-    machine = report.measured_machine(clock, device, DTYPES.get(kinds[0], torch.float32))
+    machine = report.measured_machine(clock, device, list(map(kind_of_twin, kinds)))
     told.introduce(machine)
     with ExitStack() as stack:
         try:
             models = load_models(folder, kinds, device=device)
         except ModelError as error:
             raise report.failed(error) from error
-        path = freeze(next(iter(models.values()))).decode_path
-        twin = _twin(folder, models, told) if set(wanted) - {LLAMA_CPP} else None
+        frozen = freeze(next(iter(models.values())))
+        twins = _twins(folder, models, told) if set(wanted) - {LLAMA_CPP} else {}
         files = _files(gguf, model, kinds, machine, device, told, stack) if LLAMA_CPP in wanted else {}
         others = Rivals(
             names=tuple(wanted),
-            twin=twin,
+            twins=twins,
             files=files,
             cache_bytes=cache_bytes_per_token(next(iter(models.values())).config),
             device=device,
@@ -237,7 +246,8 @@ def decode_command(
         bench = Bench(machine, models, others, clock, rounds)
         lines = [line for case in parsed for line in bench.case(*case)]
         flatness = bench.flatness() if flat else None
-    result: dict[str, Any] = {"model": folder.name, "device": device, "decode_path": path, "cpus": os.cpu_count()}
+    result: dict[str, Any] = {"model": folder.name, "device": device, "cpus": os.cpu_count()}
+    result |= {"decode_path": frozen.decode_path, "kernels": frozen.kernels}
     result |= {"clock": clock, "lines": [asdict(line) for line in lines], "position_100000_over_1000": flatness}
     if flatness is not None:
         for kind, value in flatness.items():
@@ -245,12 +255,11 @@ def decode_command(
     told.finish(machine, result, table(lines), lambda file: draw(lines, file))
 
 
-def _twin(folder: Path, models: Mapping[str, DiJiangForCausalLM], told: report.Report) -> Any:
-    plain = next((model for kind, model in models.items() if kind in DTYPES), None)
-    if plain is None or not has_transformers_twin(folder):
-        told.note("Without HF: its model is made of plain weights of the LLaMA family (add fp32 to --weights).")
-        return None
-    return transformers_twin(folder, plain)
+def _twins(folder: Path, models: Mapping[str, DiJiangForCausalLM], told: report.Report) -> dict[str, Any]:
+    if not has_transformers_twin(folder):
+        told.note("Without HF: its model is made of the LLaMA family's configuration, which is not at hand.")
+        return {}
+    return twins_of(folder, models)
 
 
 def _files(

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-FASTEST_HF = "HF transformers fp32"
+FASTEST_HF, FASTEST_HF_BF16 = "HF transformers fp32", "HF transformers bf16"
 NAMES = {
     "ours fp32": "DiJiang fp32",
     "ours int8": "DiJiang int8",
     "HF": FASTEST_HF,
+    "HF bf16": FASTEST_HF_BF16,
     "llama.cpp F32": "llama.cpp F32",
     "llama.cpp Q8_0": "llama.cpp Q8_0",
 }
@@ -23,6 +24,7 @@ COLOURS = {
     "DiJiang fp32": "#0f766e",
     "DiJiang int8": "#14b8a6",
     FASTEST_HF: "#c2410c",
+    FASTEST_HF_BF16: "#fb923c",
     "llama.cpp F32": "#475569",
     "llama.cpp Q8_0": "#94a3b8",
 }
@@ -36,7 +38,8 @@ def curves_of(lines: Sequence[Mapping[str, Any]], *, by: str, value: str, fixed:
     """Of the lines that have `fixed`; at each place the fastest of HF's ways, or of several runs."""
     found: dict[str, dict[int, tuple[float, float]]] = defaultdict(dict)
     for line in lines:
-        key = "HF" if line["name"].startswith("HF") else line["name"]
+        name = line["name"]
+        key = "HF bf16" if name.startswith("HF bf16") else "HF" if name.startswith("HF") else name
         if key not in NAMES or any(line[name] != wanted for name, wanted in fixed.items()):
             continue
         at = found[NAMES[key]]

@@ -5,8 +5,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +16,8 @@ RESULTS = Path(__file__).parent / "results"
 BANDWIDTH_BYTES = 2**29
 MATRIX = {"cpu": 1024, "cuda": 8192}
 """Rows of the square matrices whose product gives the matrix rate."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+UNITS = frozenset({"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"})
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """`cpu` counts this process alone: for one thread on a machine that others use too."""
 
@@ -30,7 +32,9 @@ class Machine:
         read_gb_s: measured rate of reading memory that is not in a cache, all threads together.
         load_average: runnable processes over the last minute when the benchmark started; above 1 or so the
             machine was not ours alone, and only ratios of interleaved runs mean something.
-        matrix_gflop_s: measured rate of a large matrix product in the weights' dtype, 10^9 operations a second.
+        matrix_gflop_s: measured rate of a large matrix product in the first kind of weights, 10^9 operations a second.
+        matrix_rates: the same in each kind of `DTYPES` that is compared.
+        units: what the processor has for products, as its flags name it; empty elsewhere than on Linux.
     """
 
     processor: str
@@ -38,16 +42,25 @@ class Machine:
     read_gb_s: float
     load_average: float
     matrix_gflop_s: float
+    matrix_rates: Mapping[str, float] = field(default_factory=dict)
+    units: str = ""
+
+    def multiplying(self, kind: str) -> "Machine":
+        """The same with the rate of one of its kinds; with the first one's if that was not measured."""
+        return replace(self, matrix_gflop_s=self.matrix_rates.get(kind, self.matrix_gflop_s))
 
 
-def this_machine(clock: str = "wall", *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
-    """Names the device and measures it, by one of `CLOCKS`."""
+def this_machine(clock: str = "wall", *, device: str = "cpu", kinds: Sequence[str] = ("fp32",)) -> Machine:
+    """Names the device and measures it, by one of `CLOCKS`; `kinds` of weights, one at least."""
+    rates = {kind: matrix_gflop_s(clock, device=device, dtype=DTYPES[kind]) for kind in dict.fromkeys(kinds)}
     return Machine(
         processor=torch.cuda.get_device_name(device) if is_cuda(device) else _processor(),
         num_threads=torch.get_num_threads(),
         read_gb_s=read_bandwidth_gb_s(clock, device=device),
         load_average=os.getloadavg()[0],
-        matrix_gflop_s=matrix_gflop_s(clock, device=device, dtype=dtype),
+        matrix_gflop_s=next(iter(rates.values())),
+        matrix_rates=rates,
+        units="" if is_cuda(device) else " ".join(sorted(UNITS & _cpu_flags())),
     )
 
 
@@ -155,7 +168,15 @@ def write_result(benchmark: str, machine: Machine, result: Mapping[str, object])
 
 
 def _processor() -> str:
+    return _cpu_line("model name") or platform.machine()
+
+
+def _cpu_flags() -> set[str]:
+    return set(_cpu_line("flags").split())
+
+
+def _cpu_line(name: str) -> str:
+    """What Linux says of the first core; empty: nothing."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")

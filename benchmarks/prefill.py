@@ -11,20 +11,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 
 from benchmarks import plots, report
-from benchmarks.contenders import DTYPES, WEIGHTS, has_transformers_twin, load_models, our_prefill, their_prefill
+from benchmarks.contenders import WEIGHTS, has_transformers_twin, load_models, our_prefill, their_prefill
 from benchmarks.costs import Costs, step_costs, weight_bytes
 from benchmarks.machine import Machine, best_ms, interleaved, median_ms, ratio
-from benchmarks.transformers_twin import transformers_twin
+from benchmarks.transformers_twin import kind_of_twin, twins_of
 from dijiang_model.errors import ModelError
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.serving.network import freeze
 
-HF = "HF sdpa"
 DEFAULT_LENGTHS = "128,512,2048"
 DEFAULT_RAGGED = "48,130,300,700"
 LONG_TOKENS = 4096
@@ -36,7 +34,9 @@ class Line:
 
     Attributes:
         lengths: tokens of each prompt.
-        times_hf: speed over HF in the same rounds; None for HF itself.
+        times_hf: speed over HF in the same rounds, with the same kind of weights (beside int8 and int4: bf16); None for
+            HF itself.
+        times_hf_fp32: the same over HF with fp32 weights.
         num_bytes, operations: what must be done at least; None for HF.
         floor_ms: the least time for that at the measured rates.
         times_floor: the best run over it.
@@ -48,6 +48,7 @@ class Line:
     best_ms: float
     tokens_per_s: float
     times_hf: float | None = None
+    times_hf_fp32: float | None = None
     num_bytes: int | None = None
     operations: int | None = None
     floor_ms: float | None = None
@@ -63,7 +64,7 @@ def prompt_costs(model: DiJiangForCausalLM, lengths: list[int]) -> Costs:
 
 def run_case(
     models: Mapping[str, DiJiangForCausalLM],
-    twin: Any,
+    twins: Mapping[str, Any],
     lengths: list[int],
     *,
     machine: Machine,
@@ -73,20 +74,22 @@ def run_case(
 ) -> list[Line]:
     """All contenders, in turn."""
     runs = {f"ours {kind}": our_prefill(model, lengths=lengths) for kind, model in models.items()}
-    if twin is not None:
-        runs[HF] = their_prefill(twin, lengths=lengths, device=device)
+    runs |= {_hf(kind): their_prefill(twin, lengths=lengths, device=device) for kind, twin in twins.items()}
     # A long prompt takes many seconds, next to which a cold start is nothing.
     times = interleaved(runs, num_rounds=num_rounds, warm_up=1 if sum(lengths) < LONG_TOKENS else 0, clock=clock)
     lines = []
     for name, measured in times.items():
         took = median_ms(measured)
         line = Line(name, lengths, took, best_ms(measured), tokens_per_s=sum(lengths) / took * 1e3)
-        if name != HF:
-            costs = prompt_costs(models[name.removeprefix("ours ")], lengths)
-            floor = costs.floor_ms(machine)
+        if name.startswith("ours "):
+            kind = name.removeprefix("ours ")
+            costs = prompt_costs(models[kind], lengths)
+            floor = costs.floor_ms(machine.multiplying(kind_of_twin(kind)))
+            same, plain = times.get(_hf(kind_of_twin(kind))), times.get(_hf("fp32"))
             line = replace(
                 line,
-                times_hf=ratio(times[HF], measured) if HF in times else None,
+                times_hf=None if same is None else ratio(same, measured),
+                times_hf_fp32=None if plain is None else ratio(plain, measured),
                 num_bytes=costs.num_bytes,
                 operations=costs.operations,
                 floor_ms=floor,
@@ -96,13 +99,19 @@ def run_case(
     return lines
 
 
+def _hf(kind: str) -> str:
+    return f"HF {kind} sdpa"
+
+
 def label(lengths: list[int]) -> str:
     """`2,048`, or `48+130+300` for a batch."""
     return "+".join(f"{length:,}" for length in lengths)
 
 
 def table(lines: list[Line]) -> Table:
-    shown = Table("contender", "tokens", "ms", "best", "tokens/s", "x HF", "MB moved", "GFLOP", "floor ms", "x floor")
+    shown = Table("contender", "tokens", "ms", "best", "tokens/s", "x HF", "x HF fp32")
+    for heading in ("MB moved", "GFLOP", "floor ms", "x floor"):
+        shown.add_column(heading)
     for line in lines:
         shown.add_row(
             line.name,
@@ -111,6 +120,7 @@ def table(lines: list[Line]) -> Table:
             f"{line.best_ms:.0f}",
             f"{line.tokens_per_s:.0f}",
             "" if line.times_hf is None else f"{line.times_hf:.2f}",
+            "" if line.times_hf_fp32 is None else f"{line.times_hf_fp32:.2f}",
             "" if line.num_bytes is None else f"{line.num_bytes / 1e6:.0f}",
             "" if line.operations is None else f"{line.operations / 1e9:.1f}",
             "" if line.floor_ms is None else f"{line.floor_ms:.0f}",
@@ -159,23 +169,24 @@ def prefill_command(
         cases.append(report.numbers(ragged, "--ragged"))
     kinds = report.kinds_of_weights(weights, device)
     folder = report.model_folder(model)
-    machine = report.measured_machine(clock, device, DTYPES.get(kinds[0], torch.float32))
+    machine = report.measured_machine(clock, device, list(map(kind_of_twin, kinds)))
     told.introduce(machine)
     try:
         models = load_models(folder, kinds, device=device)
     except ModelError as error:
         raise report.failed(error) from error
-    plain = next((each for kind, each in models.items() if kind in DTYPES), None)
-    twin = transformers_twin(folder, plain) if hf and plain is not None and has_transformers_twin(folder) else None
-    if hf and twin is None:
-        told.note("Without HF: its model is made of plain weights of the LLaMA family (add fp32 to --weights).")
+    twins = twins_of(folder, models) if hf and has_transformers_twin(folder) else {}
+    if hf and not twins:
+        told.note("Without HF: its model is made of the LLaMA family's configuration, which is not at hand.")
+    frozen = freeze(next(iter(models.values())))
     found: list[Line] = []
     for case in cases:
-        found += run_case(models, twin, case, machine=machine, device=device, num_rounds=rounds, clock=clock)
+        found += run_case(models, twins, case, machine=machine, device=device, num_rounds=rounds, clock=clock)
     result = {
         "model": folder.name,
         "device": device,
-        "path": freeze(next(iter(models.values()))).decode_path,
+        "path": frozen.decode_path,
+        "kernels": frozen.kernels,
         "clock": clock,
         "lines": [asdict(line) for line in found],
     }

@@ -62,9 +62,10 @@ class Report:
 
     def introduce(self, machine: Machine, text: str = "") -> None:
         """Says what the floors are made of."""
+        rates = ", ".join(f"{rate:,.0f} GFLOP/s in {kind}" for kind, rate in machine.matrix_rates.items())
         self.console.print(
             f"{machine.processor}, {machine.num_threads} threads: {machine.read_gb_s:.1f} GB/s read, "
-            f"{machine.matrix_gflop_s:,.0f} GFLOP/s, load {machine.load_average:.1f}. {text}",
+            f"{rates}, load {machine.load_average:.1f}. {text}",
             markup=False,
             highlight=False,
         )
@@ -119,9 +120,9 @@ def prepare(threads: int | None, clock: str, device: str) -> None:
         raise typer.BadParameter("torch finds no CUDA device here", param_hint="--device")
 
 
-def measured_machine(clock: str, device: str, dtype: torch.dtype) -> Machine:
+def measured_machine(clock: str, device: str, kinds: Sequence[str] = ("fp32",)) -> Machine:
     """`this_machine`, without the benchmark's clock on a CUDA device."""
-    return this_machine("wall" if is_cuda(device) else clock, device=device, dtype=dtype)
+    return this_machine("wall" if is_cuda(device) else clock, device=device, kinds=kinds)
 
 
 def numbers(text: str, flag: str, *, least: int = 1) -> list[int]:

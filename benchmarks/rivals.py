@@ -1,8 +1,9 @@
 """What a user would run instead, as decode steps to time: HF transformers in four ways, and llama.cpp.
 
-`hf` is HF's model with its dynamic and its static cache; `hf-compiled` the static cache under `torch.compile`;
-`hf-continuous` its continuous batching (`generate_batch`), timed by its own account of when tokens came, for it steps
-in a thread of its own; `llama.cpp` the GGUF file that the model was made from, read in full before it is timed.
+`hf` is HF's model, in each kind of weights, with its dynamic and its static cache; `hf-compiled` the static cache under
+`torch.compile`; `hf-continuous` its continuous batching (`generate_batch`), timed by its own account of when tokens
+came, for it steps in a thread of its own; `llama.cpp` the GGUF file that the model was made from, read in full before
+it is timed.
 """
 
 import signal
@@ -39,9 +40,9 @@ class Rivals:
 
     Attributes:
         names: of `NAMES`.
-        twin: HF's model on the same weights; None: none of its ways.
+        twins: HF's model on the same weights, by their kind; empty: none of its ways.
         files: llama.cpp's, by type; empty: without it.
-        cache_bytes: of one token in HF's caches.
+        cache_bytes: of one token in HF's caches, in fp32.
         device, num_threads: of all.
         limit_s: most seconds for compiling, and for a run of continuous batching.
         max_read_tokens: longest context that is read for llama.cpp, which starts from no made-up cache.
@@ -49,7 +50,7 @@ class Rivals:
     """
 
     names: tuple[str, ...]
-    twin: Any
+    twins: Mapping[str, Any]
     files: Mapping[str, Path]
     cache_bytes: int
     device: str
@@ -64,30 +65,34 @@ class Rivals:
 
     def token_times(self, num_rows: int, context: int, *, num_rounds: int) -> dict[str, list[float]]:
         """Seconds between tokens of those that step by themselves."""
-        if CONTINUOUS not in self.names or self.twin is None or not self._fits(num_rows, context):
+        if CONTINUOUS not in self.names or not self._fits(num_rows, context):
             return {}
-        try:
-            with time_limit(self.limit_s):
-                times = token_times(self.twin, num_rows=num_rows, num_tokens=context, num_times=num_rounds)
-        except Exception as error:  # whatever it raises is what is to be told
-            self.note(f"Without HF's continuous batching at {num_rows} x {context:,}: {_in_words(error)}")
-            return {}
-        return {"HF continuous": times}
+        found = {}
+        for kind, twin in self.twins.items():
+            try:
+                with time_limit(self.limit_s):
+                    times = token_times(twin, num_rows=num_rows, num_tokens=context, num_times=num_rounds)
+            except Exception as error:  # whatever it raises is what is to be told
+                self.note(f"Without HF's continuous batching at {num_rows} x {context:,}: {_in_words(error)}")
+            else:
+                found[f"HF {kind} continuous"] = times
+        return found
 
     def _hf_steps(self, num_rows: int, context: int, room: int) -> dict[str, Step]:
-        if self.twin is None or not self._fits(num_rows, context):
+        if not self.twins or not self._fits(num_rows, context):
             return {}
         shape = {"num_rows": num_rows, "num_tokens": context, "num_steps": room}
         steps: dict[str, Step] = {}
-        if HF in self.names:
-            for kind in CACHES:
-                steps[f"HF {kind}"] = synchronised(decode_step(self.twin, kind=kind, **shape), self.device)
-        if COMPILED in self.names:
+        for kind, twin in self.twins.items():
+            for cache in CACHES if HF in self.names else ():
+                steps[f"HF {kind} {cache}"] = synchronised(decode_step(twin, kind=cache, **shape), self.device)
+            if COMPILED not in self.names:
+                continue
             try:
-                step = synchronised(decode_step(Compiled(self.twin), kind="static", **shape), self.device)
+                step = synchronised(decode_step(Compiled(twin), kind="static", **shape), self.device)
                 with time_limit(self.limit_s), torch.inference_mode():
                     step()
-                steps["HF compiled"] = step
+                steps[f"HF {kind} compiled"] = step
             except Exception as error:
                 self.note(f"Without HF's compiled static cache at {num_rows} x {context:,}: {_in_words(error)}")
         return steps
@@ -108,7 +113,7 @@ class Rivals:
         if is_cuda(self.device):
             return True
         num_caches = sum(len(CACHES) if name == HF else 1 for name in self.names if name != LLAMA_CPP)
-        needed = num_caches * num_rows * context * self.cache_bytes
+        needed = max(len(self.twins), 1) * num_caches * num_rows * context * self.cache_bytes
         if needed <= SHARE_OF_MEMORY * psutil.virtual_memory().available:
             return True
         self.note(f"Without HF at {num_rows} x {context:,}: its caches would take {needed / 2**30:.0f} GiB")

@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Annotated
 
 import httpx
-import torch
 import typer
 from rich.table import Table
 
 from benchmarks import plots, report
-from benchmarks.contenders import DTYPES, load_weights, our_step
+from benchmarks.contenders import load_weights, our_step
 from benchmarks.costs import step_costs
 from benchmarks.load import PERCENTILES, Load, Seen, percentiles_ms
 from benchmarks.machine import Machine, interleaved, median_ms
 from benchmarks.own_server import ServerStartError, serving
+from benchmarks.transformers_twin import kind_of_twin
 from clients.client import Client
 from clients.errors import APIResponseError, ClientError
 from dijiang_model.errors import ModelError
@@ -228,7 +228,7 @@ def serve_command(
         raise typer.BadParameter("a running server has its own model", param_hint="MODEL")
     load = Load(prompt_tokens, tokens, requests)
     options = ["--speculate", speculate, *([] if threads is None else ["--threads", str(threads)])]
-    machine = report.measured_machine("wall", device, DTYPES.get(kind, torch.float32))
+    machine = report.measured_machine("wall", device, [kind_of_twin(kind)])
     told.introduce(machine)
     try:
         with ExitStack() as stack:

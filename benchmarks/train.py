@@ -163,7 +163,7 @@ def train_command(
     if precision is not None:
         products = "bf16" if report.word(precision, "--precision", ("fp32", "bf16")) == "bf16" else "fp32"
     folder = report.model_folder(model)
-    machine = report.measured_machine("wall", device, torch.bfloat16 if products == "bf16" else torch.float32)
+    machine = report.measured_machine("wall", device, ["bf16" if products == "bf16" else "fp32"])
     told.introduce(machine)
     lines = []
     try:

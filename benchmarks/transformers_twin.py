@@ -1,7 +1,7 @@
 """The softmax model that a DiJiang model was made from, in HF transformers, on the same weights in memory."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from logging import CRITICAL, getLogger
 from pathlib import Path
@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.utils import logging
 
+from benchmarks.contenders import load_weights
+from benchmarks.machine import DTYPES, is_cuda
 from dijiang_model.model import DiJiangForCausalLM
 
 CacheKind = Literal["dynamic", "static"]
@@ -36,6 +38,20 @@ def transformers_twin(folder: Path, model: DiJiangForCausalLM) -> Any:
     missing = [name for name, tensor in twin.named_parameters() if tensor.is_meta]
     assert not missing, missing
     return twin.eval()
+
+
+def twins_of(folder: Path, models: Mapping[str, DiJiangForCausalLM]) -> dict[str, Any]:
+    """HF's model in each kind of plain weights that one of ours, by kind, is compared with (`kind_of_twin`); on a CPU
+    in fp32 too. A kind that is not among ours is read from the folder."""
+    device = str(next(iter(models.values())).device)
+    kinds = dict.fromkeys([*([] if is_cuda(device) else ["fp32"]), *map(kind_of_twin, models)])
+    plain = {kind: models[kind] if kind in models else load_weights(folder, kind, device=device) for kind in kinds}
+    return {kind: transformers_twin(folder, model) for kind, model in plain.items()}
+
+
+def kind_of_twin(kind: str) -> str:
+    """Which of HF's kinds of weights is to be beaten by one of ours: its own; by quantized weights HF's 16 bits."""
+    return kind if kind in DTYPES else "bf16"
 
 
 def cache_of(twin: Any, *, num_rows: int, num_tokens: int, kind: CacheKind, room: int) -> Any:

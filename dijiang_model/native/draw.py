@@ -6,7 +6,7 @@ from ctypes import CDLL
 import torch
 from torch import Tensor
 
-from dijiang_model.native.library import DrawRules
+from dijiang_model.native.structures import DrawRules
 
 
 def sampled_tokens(logits: Tensor, rules: Sequence[DrawRules], library: CDLL) -> Tensor:

@@ -1,7 +1,7 @@
 """Loads the compiled kernels and describes their structures.
 
-`setup.py` compiles `src/` once for each kind of CPU it may meet; the best one that this CPU runs
-is loaded. The build is optional: without a compiler there is no library and everything runs in torch.
+`setup.py` compiles `src/` once for each kind of CPU it may meet; of those that this CPU runs, the one that is fastest
+here is loaded. The build is optional: without a compiler there is no library and everything runs in torch.
 """
 
 import ctypes
@@ -12,178 +12,46 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from dijiang_model.native.digest import source_digest
+from dijiang_model.native.structures import DrawRules, Integer, Layer, Network, Pointer
+from dijiang_model.native.timing import fastest
 
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "fma", "bmi2"})
 VARIANTS: dict[str, frozenset[str]] = {
+    "amx": _AVX512 | {"amx_tile", "amx_int8", "amx_bf16"},
     "avx512bf16": _AVX512 | {"avx512_bf16"},
     "avx512": _AVX512,
     "avx2": frozenset({"avx2", "fma", "bmi2", "f16c"}),
     "base": frozenset(),
 }
-"""Best first: the CPU flags that each needs (x86; other CPUs have `base` alone)."""
+"""Usually the fastest first: the CPU flags that each needs (x86; other CPUs have `base` alone)."""
+
+MEASURED = ("avx512", "avx512bf16", "amx")
+"""Which units for matrices are worth it differs from processor to processor, so these are timed, the plainest first."""
+
+_NOT_COMPILED, _OTHER_SOURCES = "not compiled", "built from other sources"
+MENDED_BY_BUILDING = (_NOT_COMPILED, _OTHER_SOURCES)
+"""What `variants_in_words` says of kernels that would be there after a build."""
 
 SOURCES = Path(__file__).parent / "src"
 _log = logging.getLogger(__name__)
 _CPU_INFO = Path("/proc/cpuinfo")
 
-Pointer = ctypes.c_void_p
-Integer = ctypes.c_int64
-
-
-class Matrix(ctypes.Structure):
-    """A projection: fp32 or bf16 weights, int8 codes with a scale per output, or int4 codes with scales of groups."""
-
-    _fields_ = (
-        ("weight", Pointer),
-        ("halves", Pointer),
-        ("codes", Pointer),
-        ("scales", Pointer),
-        ("pairs", Pointer),
-        ("group_scales", Pointer),
-        ("group_minimums", Pointer),
-        ("bias", Pointer),
-        ("rows", Integer),
-        ("columns", Integer),
-        ("group_size", Integer),
-    )
-
-
-class Norm(ctypes.Structure):
-    """Layer norm; RMS norm without a bias."""
-
-    _fields_ = (("weight", Pointer), ("bias", Pointer), ("eps", ctypes.c_double))
-
-
-class Attention(ctypes.Structure):
-    """What stands between a layer's projections; see `src/attention.h`."""
-
-    _fields_ = (
-        ("basis", Pointer),
-        ("nodes", Pointer),
-        ("log_weights", Pointer),
-        ("decay", Pointer),
-        ("late", Pointer),
-        ("table_write", Pointer),
-        ("table_read", Pointer),
-        ("mix_bias", Pointer),
-        ("mix_weight", Pointer),
-        ("late_cos", Pointer),
-        ("late_sin", Pointer),
-        ("far_up", Pointer),
-        ("first_place", Pointer),
-        ("windows", Pointer),
-        ("log_decay", Pointer),
-        ("frequencies", Pointer),
-        ("age", ctypes.c_double),
-        ("grid", ctypes.c_double),
-        ("span", Integer),
-        ("value_bits", Integer),
-        ("far_rank", Integer),
-        ("table_entries", Integer),
-        ("num_features", Integer),
-        ("window", Integer),
-        ("sinks", Integer),
-        ("is_softmax", Integer),
-        ("has_denominator", Integer),
-        ("exact_numbers", Integer),
-        ("linear_numbers", Integer),
-        ("state_offset", Integer),
-        ("normaliser_offset", Integer),
-        ("keys_offset", Integer),
-        ("values_offset", Integer),
-        ("key_scales_offset", Integer),
-        ("value_scales_offset", Integer),
-        ("positions_offset", Integer),
-        ("scores_offset", Integer),
-        ("recent_offset", Integer),
-    )
-
-
-class Heads(ctypes.Structure):
-    """Head counts, and where each head lies in the projected row."""
-
-    _fields_ = (
-        ("num_heads", Integer),
-        ("num_groups", Integer),
-        ("head_size", Integer),
-        ("rotary_half", Integer),
-        ("query_start", Integer),
-        ("query_step", Integer),
-        ("key_start", Integer),
-        ("key_step", Integer),
-        ("value_start", Integer),
-        ("value_step", Integer),
-        ("score_start", Integer),
-        ("num_scores", Integer),
-    )
-
-
-class Layer(ctypes.Structure):
-    """One block of the network."""
-
-    _fields_ = (
-        ("input_norm", Norm),
-        ("mlp_norm", Norm),
-        ("query", Matrix),
-        ("key", Matrix),
-        ("value", Matrix),
-        ("gate", Matrix),
-        ("group_norm", Norm),
-        ("output", Matrix),
-        ("mlp_gate", Matrix),
-        ("mlp_up", Matrix),
-        ("mlp_down", Matrix),
-        ("attention", Attention),
-        ("far_down", Matrix),
-        ("priority", Matrix),
-        ("query_norm", Norm),
-        ("key_norm", Norm),
-        ("attention_output_norm", Norm),
-        ("mlp_output_norm", Norm),
-        ("is_local", Integer),
-        ("norms_all_heads", Integer),
-    )
-
-
-class Network(ctypes.Structure):
-    """The whole network."""
-
-    _fields_ = (
-        ("layers", ctypes.POINTER(Layer)),
-        ("num_layers", Integer),
-        ("final_norm", Norm),
-        ("head", Matrix),
-        ("heads", Heads),
-        ("frequencies", Pointer),
-        ("local_frequencies", Pointer),
-        ("hidden_size", Integer),
-        ("inner_size", Integer),
-        ("last_sink_position", Integer),
-        ("activation", Integer),
-        ("is_parallel", Integer),
-    )
-
-
-class DrawRules(ctypes.Structure):
-    """How one row's token is drawn."""
-
-    _fields_ = (
-        ("uniform", ctypes.c_double),
-        ("temperature", ctypes.c_float),
-        ("min_p", ctypes.c_float),
-        ("top_k", Integer),
-        ("top_p", ctypes.c_double),
-    )
-
 
 @cache
 def load_library() -> ctypes.CDLL | None:
-    """The best kernels that were built and that this CPU runs; None when there are none."""
-    for variant in VARIANTS:
-        library = load_variant(variant)
-        if library is not None:
-            return library
-    return None
+    """The fastest kernels that were built and that this CPU runs; None when there are none.
+
+    Where there is a choice among `MEASURED` they are timed, once a process: a few milliseconds.
+    """
+    measured = {variant: library for variant in MEASURED if (library := load_variant(variant)) is not None}
+    if measured:
+        return measured[fastest(measured)]
+    return next((library for variant in VARIANTS if (library := load_variant(variant)) is not None), None)
+
+
+def variant_of(library: ctypes.CDLL) -> str:
+    """Which of `VARIANTS` a library of ours is."""
+    return Path(library._name).name.removeprefix("_kernels_").partition(".")[0]
 
 
 def why_missing() -> str | None:
@@ -199,18 +67,25 @@ def why_missing() -> str | None:
 
 def variants_in_words() -> dict[str, str]:
     """Returns for each of `VARIANTS` that it is `used`, or why not."""
-    words: dict[str, str] = {}
-    for variant, flags in VARIANTS.items():
-        missing = sorted(flags - _processor_flags())
-        if missing:
-            words[variant] = f"this CPU lacks {', '.join(missing)}"
-        elif "used" in words.values():
-            words[variant] = "not needed: a better one is used"
-        elif not _path(variant).exists():
-            words[variant] = "not compiled"
-        else:
-            words[variant] = "built from other sources" if load_variant(variant) is None else "used"
-    return words
+    library = load_library()
+    used = None if library is None else variant_of(library)
+    return {variant: _in_words(variant, used) for variant in VARIANTS}
+
+
+def _in_words(variant: str, used: str | None) -> str:
+    missing = sorted(VARIANTS[variant] - _processor_flags())
+    if missing:
+        return f"this CPU lacks {', '.join(missing)}"
+    if variant == used:
+        return "used"
+    order = list(VARIANTS)
+    if used is not None and order.index(variant) > order.index(used):
+        return "not needed: a better one is used"
+    if not _path(variant).exists():
+        return _NOT_COMPILED
+    if load_variant(variant) is not None:
+        return "not needed: another one is faster on this CPU"
+    return _OTHER_SOURCES if _loaded(variant) is None else "this CPU or its system keeps the matrix unit"
 
 
 def _path(variant: str) -> Path:
@@ -219,9 +94,15 @@ def _path(variant: str) -> Path:
 
 
 def load_variant(variant: str) -> ctypes.CDLL | None:
-    """The kernels of one key of `VARIANTS`; None if they were not built or this CPU lacks something."""
+    """The kernels of one key of `VARIANTS`; None if they were not built or this CPU or its system lacks something."""
     if not VARIANTS[variant] <= _processor_flags():
         return None
+    library = _loaded(variant)
+    return library if library is not None and library.dijiang_is_ready() == 1 else None
+
+
+def _loaded(variant: str) -> ctypes.CDLL | None:
+    """The library of a variant, whether or not it may run."""
     path = _path(variant)
     if not path.exists():
         return None

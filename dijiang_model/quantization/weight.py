@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dijiang_model.native.library import Matrix, load_library
+from dijiang_model.native.library import load_library
+from dijiang_model.native.structures import Matrix
 from dijiang_model.ops.quantized import QuantizedMatrix
 from dijiang_model.ops.selection import quantized_product, quantized_rows
 from dijiang_model.quantization.config import Quantization

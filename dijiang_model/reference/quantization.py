@@ -25,6 +25,20 @@ def product_naive(weight: QuantizedWeight, x: Tensor) -> Tensor:
     return (x * inverse).round().double() * scales @ weight_naive(weight).T
 
 
+def code_product_naive(codes: Tensor, scales: Tensor, x: Tensor) -> Tensor:
+    """The same for int8 codes [rows, columns] and scales [rows] as the matrix unit does it, to the bit: [N, rows] fp32.
+
+    Sums are whole numbers, rounded to fp32 once. x is finite.
+    """
+    result = torch.zeros((len(x), len(codes)))
+    for n, row in enumerate(x.numpy()):
+        most = abs(row).max()
+        inverse = most.dtype.type(32767) / most if most > 0 else most  # torch takes a reciprocal first
+        whole = torch.from_numpy((row * inverse).round()).long()
+        result[n] = (codes.long() * whole).sum(dim=1).float() * (scales * float(most / most.dtype.type(32767)))
+    return result
+
+
 def _value(weight: QuantizedWeight, row: int, column: int) -> float:
     if isinstance(weight, Int8Weight):
         return int(weight.codes[row, column]) * float(weight.scales[row])

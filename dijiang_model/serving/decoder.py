@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.native.library import load_library
+from dijiang_model.native.library import load_library, variant_of
 from dijiang_model.serving.decoding import Decoding
 from dijiang_model.serving.weights import network_weights, token_table
 from dijiang_model.state import StateBuffer
@@ -49,6 +49,7 @@ class NativeDecoder:
         library = load_library() if library is None else library
         assert library is not None
         self._library = library
+        self.kernels = variant_of(library)
         self._step = library.dijiang_step
         self._advance = library.dijiang_advance
         self._uncommitted: _Uncommitted | None = None
@@ -132,6 +133,7 @@ class NativeDecoder:
             self._library,
             self._weights.network,
             self._table,
+            kept=self._weights,
             slots=slots,
             positions=positions,
             last_token_ids=last_token_ids,

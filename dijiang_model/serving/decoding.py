@@ -12,7 +12,7 @@ from ctypes import CDLL
 import torch
 from torch import Tensor
 
-from dijiang_model.native.library import Matrix, Network
+from dijiang_model.native.structures import Matrix, Network
 from dijiang_model.state import StateBuffer
 
 
@@ -29,6 +29,7 @@ class Decoding:
         network: Network,
         table: Matrix,
         *,
+        kept: object,
         slots: Sequence[int],
         positions: Sequence[int],
         last_token_ids: Tensor,
@@ -37,7 +38,8 @@ class Decoding:
         """
         Args:
             library: of `library.load_library`.
-            network: the weights; whoever made it keeps them alive.
+            network: the weights.
+            kept: what keeps them alive, for as long as these steps may be taken.
             table: what the first block reads of each token.
             slots: N >= 1 of the state's; distinct, but for scratch slot 0.
             positions: N, of the tokens that the first step feeds; the next one feeds those at the positions behind.
@@ -61,7 +63,7 @@ class Decoding:
         self._chosen = array("q", bytes(8 * num_rows))
         places = (array("q", positions), array("q", slots), array("q", range(num_rows)), array("q", [1]) * num_rows)
         self._run, self._table = library.dijiang_decode, table
-        self._alive = (network, hidden, places, last_token_ids, state.storage)
+        self._alive = (network, kept, hidden, places, last_token_ids, state.storage)
         self._arguments = (
             ctypes.addressof(network),
             ctypes.addressof(table),

@@ -36,6 +36,7 @@ class FrozenModel(ABC):
         num_parameters: numbers in the model, a tied head once.
         device, dtype: of the weights, in a quantized model of those that are not quantized.
         decode_path: what runs steps.
+        kernels: which of the compiled kernels run steps, a key of `native.library.VARIANTS`; empty: none of them.
         slow_because: why the compiled kernels do not run a model on a CPU; None: they do, or it is on another device.
         can_defer: whether steps may leave slots uncommitted (`PackedBatch.num_uncommitted`) and commit them
             afterwards, to the same bits.
@@ -43,6 +44,7 @@ class FrozenModel(ABC):
 
     decode_path: DecodePath
     can_defer: bool
+    kernels: str = ""
     slow_because: str | None = None
 
     def __init__(self, model: DiJiangForCausalLM) -> None:
@@ -111,6 +113,7 @@ class NativeModel(FrozenModel):
         """Takes a model that `why_unsupported` has nothing against, and the best kernels unless others are given."""
         super().__init__(model)
         self._decoder = NativeDecoder(model, library=library)
+        self.kernels = self._decoder.kernels
 
     def __call__(self, batch: PackedBatch, state: StateBuffer) -> Tensor:
         return self._decoder.step(

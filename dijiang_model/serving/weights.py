@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import AnchorConfig, AttentionConfig, FeatureConfig
 from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.native import library
+from dijiang_model.native import library, structures
 from dijiang_model.ops.layout import Rotary
 from dijiang_model.ops.torch.attention import TorchAttention
 from dijiang_model.paths import Paths
@@ -96,13 +96,13 @@ def _unknown_settings(config: AttentionConfig | FeatureConfig) -> set[str]:
 
 @dataclass(slots=True)
 class NetworkWeights:
-    """A `library.Network` and everything that its pointers need alive.
+    """A `structures.Network` and everything that its pointers need alive.
 
     Attributes:
         kept: what they point at, or a part of it.
     """
 
-    network: library.Network = field(default_factory=library.Network)
+    network: structures.Network = field(default_factory=structures.Network)
     kept: list[object] = field(default_factory=list)
 
     def pointer(self, tensor: Tensor) -> int:
@@ -123,17 +123,17 @@ class NetworkWeights:
         self.kept.append(tensor)
         return tensor.data_ptr()
 
-    def linear(self, module: nn.Module | None) -> library.Matrix:
+    def linear(self, module: nn.Module | None) -> structures.Matrix:
         """A projection of either kind; without one, a matrix of no rows."""
         if module is None:
-            return library.Matrix()
+            return structures.Matrix()
         if isinstance(module, QuantizedLinear):
             return self.codes(module.weight, module.bias)
         return self.matrix(cast(Tensor, module.weight), cast("Tensor | None", module.bias))
 
-    def matrix(self, weight: Tensor, bias: Tensor | None = None) -> library.Matrix:
+    def matrix(self, weight: Tensor, bias: Tensor | None = None) -> structures.Matrix:
         """fp32 or bf16 weights [rows, columns]."""
-        return library.Matrix(
+        return structures.Matrix(
             weight=self.pointer(weight) if weight.dtype == torch.float32 else None,
             halves=self.pointer(weight) if weight.dtype == torch.bfloat16 else None,
             bias=None if bias is None else self.floats(bias),
@@ -141,17 +141,17 @@ class NetworkWeights:
             columns=weight.shape[1],
         )
 
-    def codes(self, weight: QuantizedWeight, bias: Tensor | None = None) -> library.Matrix:
+    def codes(self, weight: QuantizedWeight, bias: Tensor | None = None) -> structures.Matrix:
         """Quantized weights."""
         self.kept += [weight, *weight.buffers()]
         return weight.matrix(None if bias is None else self.floats(bias))
 
-    def norm(self, module: nn.Module, *, scale: float = 1.0) -> library.Norm:
+    def norm(self, module: nn.Module, *, scale: float = 1.0) -> structures.Norm:
         """Layer norm, group norm, or RMS norm (which has no bias); its output times `scale`."""
         bias = getattr(module, "bias", None)
         weight, offset = cast(Tensor, module.weight), cast(float, getattr(module, "offset", 0.0))
         is_own = offset == 0 and scale == 1
-        return library.Norm(
+        return structures.Norm(
             weight=self.floats(weight) if is_own else self.derived((weight.float() + offset) * scale),
             bias=None if bias is None else self.floats(bias),
             eps=cast(float, module.eps),
@@ -164,12 +164,12 @@ def network_weights(model: DiJiangForCausalLM) -> NetworkWeights:
     config, weights = model.config, NetworkWeights()
     names = model.paths
     offsets = model.state_spec.offsets()
-    layers = (library.Layer * config.num_layers)(*(_layer(weights, block, names, offsets) for block in model.blocks))
+    layers = (structures.Layer * config.num_layers)(*(_layer(weights, block, names, offsets) for block in model.blocks))
     half = config.rotary_dims // 2
     frequencies = torch.tensor(config.frequencies, dtype=torch.float64)
     weights.kept += [layers, frequencies]
     network = weights.network
-    network.layers = ctypes.cast(layers, ctypes.POINTER(library.Layer))
+    network.layers = ctypes.cast(layers, ctypes.POINTER(structures.Layer))
     network.num_layers = config.num_layers
     head = model.head
     network.head = weights.codes(head) if isinstance(head, QuantizedWeight) else weights.matrix(head)
@@ -187,7 +187,7 @@ def network_weights(model: DiJiangForCausalLM) -> NetworkWeights:
     return weights
 
 
-def token_table(weights: NetworkWeights, model: DiJiangForCausalLM) -> library.Matrix | None:
+def token_table(weights: NetworkWeights, model: DiJiangForCausalLM) -> structures.Matrix | None:
     """What the first block reads of each token; None where it is more than a row of the embedding, in fp32 or bf16."""
     if model.learns_positions or model.config.embedding_scale != 1:
         return None
@@ -197,7 +197,7 @@ def token_table(weights: NetworkWeights, model: DiJiangForCausalLM) -> library.M
     return weights.matrix(module.weight) if type(module) is nn.Embedding else None
 
 
-def _heads(model: DiJiangForCausalLM, half: int) -> library.Heads:
+def _heads(model: DiJiangForCausalLM, half: int) -> structures.Heads:
     config = model.config
     heads, groups, size = config.num_heads, config.num_kv_heads, config.head_size
     if model.paths.key is None:  # [H, 3, d]
@@ -206,19 +206,19 @@ def _heads(model: DiJiangForCausalLM, half: int) -> library.Heads:
         places = (0, size, heads * size, size, (heads + groups) * size, size)
     num_scores = groups if any(layer.anchors is not None for layer in config.layers) else 0
     width = (heads + 2 * groups) * size
-    return library.Heads(heads, groups, size, half, *places, width, num_scores)
+    return structures.Heads(heads, groups, size, half, *places, width, num_scores)
 
 
-def _layer(weights: NetworkWeights, block: nn.Module, names: "Paths", offsets: Mapping[str, int]) -> library.Layer:
+def _layer(weights: NetworkWeights, block: nn.Module, names: "Paths", offsets: Mapping[str, int]) -> structures.Layer:
     attention = cast(DiJiangAttention, block.dijiang)
 
-    def linear(path: str | None) -> library.Matrix:
+    def linear(path: str | None) -> structures.Matrix:
         return weights.linear(None if path is None else block.get_submodule(path))
 
-    def norm(path: str | None) -> library.Norm:
-        return library.Norm() if path is None else weights.norm(block.get_submodule(path))
+    def norm(path: str | None) -> structures.Norm:
+        return structures.Norm() if path is None else weights.norm(block.get_submodule(path))
 
-    layer = library.Layer(
+    layer = structures.Layer(
         input_norm=norm(names.input_norm),
         mlp_norm=norm(names.mlp_norm),
         query=linear(names.query),
@@ -248,7 +248,7 @@ def _layer(weights: NetworkWeights, block: nn.Module, names: "Paths", offsets: M
     return layer
 
 
-def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mapping[str, int]) -> library.Attention:
+def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mapping[str, int]) -> structures.Attention:
     kernel = module.linear
     config = kernel.attention
     kept = {tensor.name.rsplit(".", 1)[-1]: tensor for tensor in module.state_tensors()}
@@ -257,7 +257,7 @@ def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mappi
         nodes, log_weights = kernel.ones, kernel.zeros
     else:
         nodes, log_weights = kernel.nodes, kernel.log_weights
-    attention = library.Attention(
+    attention = structures.Attention(
         basis=weights.pointer(kernel.basis),
         nodes=weights.derived(nodes * config.features.scale),
         log_weights=weights.derived(log_weights),
@@ -303,7 +303,7 @@ def _attention(weights: NetworkWeights, module: DiJiangAttention, offsets: Mappi
 
 
 def _add_places(
-    attention: library.Attention, anchors: AnchorConfig, weights: NetworkWeights, module: DiJiangAttention
+    attention: structures.Attention, anchors: AnchorConfig, weights: NetworkWeights, module: DiJiangAttention
 ) -> None:
     config = module.config
     first = torch.tensor([0, *accumulate(anchors.places)])

@@ -55,7 +55,7 @@ class Network:
         decode: prepares steps in which every sequence decodes; None: each is made anew.
         is_quantized: whether its weights are codes.
         can_capture: whether its steps run in this process alone, so that they can be captured on a CUDA device.
-        steps, slow_because: for `EngineInfo`.
+        steps, kernels, slow_because: for `EngineInfo`.
     """
 
     run: Model
@@ -67,6 +67,7 @@ class Network:
     is_quantized: bool = False
     can_capture: bool = False
     steps: Literal["native", "triton", "torch"] = "torch"
+    kernels: str = ""
     slow_because: str | None = None
 
 
@@ -115,6 +116,7 @@ def build_engine(model: FrozenModel, config: EngineConfig, *, started: float | N
         is_quantized=model.quantization is not None,
         can_capture=True,
         steps=model.decode_path,
+        kernels=model.kernels,
         slow_because=model.slow_because,
     )
     return assemble_engine(network, config, started=started)
@@ -205,6 +207,7 @@ def _info(
         state_bytes_per_rank=pool.buffer.spec.bytes_per_slot,
         max_drafts=0 if speculation is None else speculation.max_drafts,
         steps=network.steps,
+        kernels=network.kernels,
         slow_because=network.slow_because,
         kv_cache_bytes_per_token=_kv_cache_bytes(network.config),
         memory=network.config.memory,

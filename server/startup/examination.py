@@ -178,12 +178,11 @@ def _kernels() -> Iterator[Finding]:
     if used is None:
         yield Finding("kernels on the CPU", f"none{others}", library.why_missing(), "make kernels")
         return
-    better = [
-        variant for variant in list(words)[: list(words).index(used)] if not words[variant].startswith("this CPU")
-    ]
+    others_before = list(words)[: list(words).index(used)]
+    better = [variant for variant in others_before if words[variant] in library.MENDED_BY_BUILDING]
     yield Finding(
         "kernels on the CPU",
-        f"{used}, the best that was compiled and runs here{others}",
+        f"{used}, the fastest that was compiled and runs here{others}",
         f"{', '.join(better)} would be faster, but {words[better[0]]}" if better else None,
         "make kernels",
         is_serious=False,

@@ -60,7 +60,7 @@ class Summary:
             "device": f"{info.device} ({info.device_name}){self._ranks_text(info)}",
             "dtype": f"{info.weights_dtype} weights, {info.state_dtype} state",
             "threads": str(self._config.num_threads),
-            "steps": _STEPS[info.steps],
+            "steps": _STEPS[info.steps] + (f" ({info.kernels})" if info.kernels else ""),
             "capacity": f"{info.num_slots} conversations of {each}, whatever their length",
             "memory": f"{each}: {info.memory}" if info.memory else "not known",
             "state": f"{size_text(total)} ({total:,} bytes)",

@@ -13,6 +13,7 @@ from server.cli import app
 from tests.tiny_models import write_tiny_model
 
 PNG = b"\x89PNG\r\n"
+HF_WAYS = ("HF fp32 dynamic", "HF fp32 static", "HF bf16 dynamic", "HF bf16 static")
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +45,14 @@ def test_decode_measures_ours_and_hf_in_every_case_and_says_how_far_from_the_flo
     result = bench("decode", model, "--cases", "1:8,3:5", "--rounds", 2, "--threads", 1, "--flat", "--plot", plot)
     lines = found(result)["lines"]
     assert [(line["name"], line["num_rows"], line["context"]) for line in lines] == [
-        (name, *case) for case in ((1, 8), (3, 5)) for name in ("ours fp32", "ours int8", "HF dynamic", "HF static")
+        (name, *case) for case in ((1, 8), (3, 5)) for name in ("ours fp32", "ours int8", *HF_WAYS)
     ]
     for line in lines:
         assert line["best_ms"] <= line["median_ms"]
         assert line["tokens_per_s"] == pytest.approx(line["num_rows"] / line["median_ms"] * 1e3)
         if line["name"].startswith("ours"):
             assert line["times_hf"] > 0
+            assert (line["times_hf"] == line["times_hf_fp32"]) == (line["name"] == "ours fp32")
             assert line["times_floor"] == pytest.approx(line["best_ms"] / line["floor_ms"])
     assert plot.read_bytes().startswith(PNG)
     assert "x floor" in result.stdout
@@ -59,7 +61,7 @@ def test_decode_measures_ours_and_hf_in_every_case_and_says_how_far_from_the_flo
 def test_continuous_batching_of_hf_is_timed_by_its_own_account(model: Path) -> None:
     arguments = ("--cases", "3:20", "--rounds", 2, "--threads", 1, "--weights", "fp32", "--rivals", "hf-continuous")
     ours, theirs = found(bench("decode", model, *arguments))["lines"]
-    assert (theirs["name"], theirs["num_rows"], theirs["context"]) == ("HF continuous", 3, 20)
+    assert (theirs["name"], theirs["num_rows"], theirs["context"]) == ("HF fp32 continuous", 3, 20)
     assert theirs["median_ms"] > 0
     assert ours["times_hf"] > 0
 
@@ -75,7 +77,7 @@ def test_a_rival_that_cannot_be_measured_is_left_out_in_words(model: Path, monke
     monkeypatch.setattr(rivals, "Compiled", NoCompiler)
     arguments = ("--cases", "1:8", "--rounds", 1, "--threads", 1, "--weights", "fp32", "--rivals", "hf-compiled,hf")
     document = found(bench("decode", model, *arguments))
-    assert [line["name"] for line in document["lines"]] == ["ours fp32", "HF dynamic", "HF static"]
+    assert [line["name"] for line in document["lines"]] == ["ours fp32", "HF fp32 dynamic", "HF fp32 static"]
     assert document["notes"] == ["Without HF's compiled static cache at 1 x 8: RuntimeError: no compiler"]
 
 
@@ -99,9 +101,9 @@ def test_prefill_measures_prompts_alone_and_together(model: Path, tmp_path: Path
         "prefill", model, "--lengths", "5,9", "--ragged", "3,7", "--rounds", 1, "--threads", 1, "--plot", plot
     )
     lines = found(result)["lines"]
-    assert [line["lengths"] for line in lines[::3]] == [[5], [9], [3, 7]]
-    assert {line["name"] for line in lines} == {"ours fp32", "ours int8", "HF sdpa"}
-    alone, together = lines[0], lines[6]
+    assert [line["lengths"] for line in lines[::4]] == [[5], [9], [3, 7]]
+    assert {line["name"] for line in lines} == {"ours fp32", "ours int8", "HF fp32 sdpa", "HF bf16 sdpa"}
+    alone, together = lines[0], lines[8]
     assert together["operations"] > alone["operations"]
     assert plot.read_bytes().startswith(PNG)
 

@@ -9,6 +9,7 @@
 #include "operands.h"
 #include "round_rows.h"
 #include "threads.h"
+#include "tiles.h"
 
 namespace dijiang {
 
@@ -309,6 +310,9 @@ __attribute__((noinline)) static void product_range(const Matrix& m, const Activ
 // Outputs first ... last - 1 of all rows: y[n][o] (+)= W[o] . x[n] + b[o].
 static inline void product(const Matrix& m, const Activations& x, int64_t num_rows, int64_t first, int64_t last,
                            float* y, int64_t y_stride, bool add) {
+#if DIJIANG_TILES
+  if (takes_tiles(m)) return tile_product(m, x, num_rows, first, last, y, y_stride, add);
+#endif
   if (m.codes != nullptr) {
     product_range<Kind::kInt8>(m, x, num_rows, first, last, y, y_stride, add);
   } else if (m.pairs != nullptr) {

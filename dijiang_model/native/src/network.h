@@ -64,11 +64,9 @@ struct RowBuffer {
 
   Activations activations() const { return {values, width, rounded, scales, sums}; }
 
-  // Makes a row ready for a matrix that is going to read it.
-  void prepare_row(int64_t n, const Matrix& reader) const {
-    if (!reader.reads_quantized()) return;
-    scales[n] = round_row(reader, values + n * width, width, rounded + n * 2 * padded(width),
-                          sums + n * padded_sums(width));
+  // Makes rows ready for a matrix that is going to read all num_rows: `rows_together` of them from row n, or the rest.
+  void prepare(int64_t n, int64_t count, int64_t num_rows, const Matrix& reader) const {
+    if (reader.reads_quantized()) round_rows(reader, values, num_rows, n, count, rounded, scales, sums);
   }
 };
 

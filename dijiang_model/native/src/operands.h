@@ -41,7 +41,7 @@ struct Activations {
   const float* values;    // [N, stride]
   int64_t stride;
   // [N, 2 * padded(columns)] bytes, zeros behind the columns. For int8: int16 of value / scale; for bf16: bf16;
-  // for int4: planes, high bytes and low bytes of value / scale + 32768.
+  // for int4: planes, high bytes and low bytes of value / scale + 32768. For the matrix unit: see `tile_rows.h`.
   const uint8_t* rounded;
   const float* scales;    // [N]
   const float* sums;      // [N, padded_sums(columns)] sums of value / scale over int4 groups, zeros behind them

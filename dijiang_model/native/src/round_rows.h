@@ -3,6 +3,7 @@
 
 #include "int4.h"
 #include "operands.h"
+#include "tile_rows.h"
 
 namespace dijiang {
 
@@ -63,6 +64,31 @@ static inline float round_row(const Matrix& reader, const float* x, int64_t colu
   });
   group_sums(rounded, columns, reader.group_size, sums);
   return scale;
+}
+
+// Bytes of that for rows of so many columns; whole tiles of them.
+static inline int64_t rounded_bytes(int64_t num_rows, int64_t columns) {
+  return (num_rows + kTileRows - 1) / kTileRows * kTileRows * 2 * padded(columns);
+}
+
+// Rows n ... n + count - 1 of num_rows made ready, `rows_together` of them or what is left.
+static inline void round_rows(const Matrix& reader, const float* values, int64_t num_rows, int64_t n, int64_t count,
+                              uint8_t* rounded, float* scales, float* sums) {
+  const int64_t columns = reader.columns;
+#if DIJIANG_TILES
+  if (takes_tiles(reader)) {
+    uint8_t* to = rounded + n * 2 * padded(columns);
+    if (num_rows == 1) {
+      round_row_to_planes(reader, values, to, scales[0]);
+    } else {
+      round_rows_to_tiles(reader, values + n * columns, columns, count, to, scales + n);
+    }
+    return;
+  }
+#endif
+  for (int64_t i = n; i < n + count; ++i)
+    scales[i] = round_row(reader, values + i * columns, columns, rounded + i * 2 * padded(columns),
+                          sums + i * padded_sums(columns));
 }
 
 }  // namespace dijiang

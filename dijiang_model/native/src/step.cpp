@@ -21,6 +21,9 @@ extern "C" {
 // Digest of the sources that this was built from.
 const char* dijiang_source() { return DIJIANG_SOURCE; }
 
+// Whether the system lets this process use all that the library was compiled for; 0 or 1.
+int dijiang_is_ready() { return dijiang::is_unit_ready() ? 1 : 0; }
+
 // Sizes of the structures that the caller lays out, so that a mismatch is found when the library is loaded.
 int64_t dijiang_sizeof_model() { return sizeof(dijiang::Model); }
 int64_t dijiang_sizeof_layer() { return sizeof(dijiang::Layer); }
@@ -47,7 +50,7 @@ int dijiang_step(const dijiang::Model* model, float* hidden, const int64_t* posi
     int64_t uncommitted_rows = 0, uncommitted_before = 0, sequence = 0, left = num_sequences > 0 ? lengths[0] : 0;
     for (int64_t i = first_uncommitted; i < first_uncommitted + num_uncommitted; ++i) uncommitted_rows += lengths[i];
     for (int64_t first = 0, count = 0; first < num_rows; first += count) {
-      std::vector<Step::Segment> segments;
+      std::vector<dijiang::Segment> segments;
       int64_t uncommitted_here = 0;
       for (count = 0; sequence < num_sequences && count < kMaxRows;) {
         const bool is_uncommitted = sequence >= first_uncommitted && sequence < first_uncommitted + num_uncommitted;
@@ -110,12 +113,13 @@ int dijiang_linear(const dijiang::Matrix* matrix, const float* x, int64_t num_ro
     const int64_t columns = matrix->columns;
     Activations rows{x, columns, nullptr, nullptr, nullptr};
     if (matrix->reads_quantized()) {
-      auto* rounded = reinterpret_cast<uint8_t*>(scratch->floats(0, num_rows * padded(columns) / 2 + 1));
+      auto* rounded = reinterpret_cast<uint8_t*>(scratch->floats(0, rounded_bytes(num_rows, columns) / 4 + 1));
       float* scales = scratch->floats(1, num_rows);
       float* sums = scratch->floats(2, num_rows * padded_sums(columns));
-      pool.run(num_rows, num_rows >= 8 ? num_threads : 1, [&](int64_t n, int) {
-        scales[n] = round_row(*matrix, x + n * columns, columns, rounded + n * 2 * padded(columns),
-                              sums + n * padded_sums(columns));
+      const int64_t together = rows_together(*matrix, num_rows), parts = (num_rows + together - 1) / together;
+      pool.run(parts, num_rows >= 8 ? num_threads : 1, [&](int64_t part, int) {
+        const int64_t n = part * together, count = num_rows - n < together ? num_rows - n : together;
+        round_rows(*matrix, x, num_rows, n, count, rounded, scales, sums);
       });
       rows.rounded = rounded;
       rows.scales = scales;

@@ -9,18 +9,13 @@
 
 #include "head_group.h"
 #include "network.h"
+#include "shares.h"
 #include "threads.h"
 
 namespace dijiang {
 
 class Step {
  public:
-  // Rows first ... last - 1 belong to one sequence, in order. An uncommitted one leaves its slot as it is.
-  struct Segment {
-    int64_t first, last;
-    bool is_uncommitted;
-  };
-
   Step(const Model& model, Scratch& scratch, float* hidden, int64_t num_rows, int num_threads)
       : model_(model), num_rows_(num_rows), threads_(num_threads), hidden_(hidden) {
     const Heads& heads = model.heads;
@@ -53,6 +48,8 @@ class Step {
     segments_ = std::move(segments);
     if (std::any_of(segments_.begin(), segments_.end(), [](const Segment& s) { return s.is_uncommitted; }))
       copies_ = reinterpret_cast<uint8_t*>(scratch.floats(20, copy_bytes_ / 4 * kMaxThreads));
+    shares_ = Shares(segments_, model_.heads.num_groups, threads_);
+    shared_copies_ = reinterpret_cast<uint8_t*>(scratch.floats(21, copy_bytes_ / 4 * shares_.num_copies()));
     const int64_t sets = model_.local_frequencies == nullptr ? 1 : 2;
     for (int64_t set = 0; set < sets; ++set) {
       std::vector<Token>& tokens = set == 0 ? tokens_ : local_tokens_;
@@ -92,7 +89,7 @@ class Step {
     add_product(layer.output, attended_, layer.attention_output_norm);
     if (!is_parallel) norm(layer.mlp_norm, mlp_normed_, layer.mlp_up);
     mlp(layer);
-    if (layer.mlp_down.reads_quantized()) for_rows([&](int64_t n) { inner_.prepare_row(n, layer.mlp_down); });
+    if (layer.mlp_down.reads_quantized()) for_prepared(inner_, layer.mlp_down, [](int64_t) {});
     add_product(layer.mlp_down, inner_, layer.mlp_output_norm);
   }
 
@@ -114,10 +111,11 @@ class Step {
 
   void logits(const int64_t* wanted, int64_t num_wanted, float* out) {
     const int64_t size = model_.hidden_size;
-    for (int64_t i = 0; i < num_wanted; ++i) {
+    for (int64_t i = 0; i < num_wanted; ++i)
       apply(model_.final_norm, hidden_ + wanted[i] * size, size, normed_.values + i * size);
-      normed_.prepare_row(i, model_.head);
-    }
+    const int64_t together = rows_together(model_.head, num_wanted);
+    for (int64_t i = 0; i < num_wanted; i += together)
+      normed_.prepare(i, std::min(together, num_wanted - i), num_wanted, model_.head);
     const Activations x = normed_.activations();
     for_outputs(model_.head.rows, num_wanted, [&](int64_t first, int64_t last) {
       product(model_.head, x, num_wanted, first, last, out, model_.head.rows, false);
@@ -127,7 +125,7 @@ class Step {
  private:
   RowBuffer rows(Scratch& scratch, size_t which, int64_t width) const {
     float* values = scratch.floats(which, num_rows_ * width);
-    float* rounded = scratch.floats(which + 1, num_rows_ * padded(width) / 2 + 1);
+    float* rounded = scratch.floats(which + 1, rounded_bytes(num_rows_, width) / 4 + 1);
     float* scales = scratch.floats(which + 2, num_rows_ * (padded_sums(width) + 1));
     return {values, reinterpret_cast<uint8_t*>(rounded), scales, scales + num_rows_, width};
   }
@@ -146,6 +144,17 @@ class Step {
   template <class Task>
   void for_rows(const Task& task) const {
     Pool::instance().run(num_rows_, num_rows_ >= 8 ? threads_ : 1, [&](int64_t n, int) { task(n); });
+  }
+
+  // task(n) for each row, then what it has written made ready for the matrix that reads it.
+  template <class Task>
+  void for_prepared(const RowBuffer& out, const Matrix& reader, const Task& task) const {
+    const int64_t together = rows_together(reader, num_rows_), parts = (num_rows_ + together - 1) / together;
+    Pool::instance().run(parts, num_rows_ >= 8 ? threads_ : 1, [&](int64_t part, int) {
+      const int64_t first = part * together, count = std::min(together, num_rows_ - first);
+      for (int64_t n = first; n < first + count; ++n) task(n);
+      out.prepare(first, count, num_rows_, reader);
+    });
   }
 
   // Rows in blocks, for products with small matrices.
@@ -169,14 +178,13 @@ class Step {
   }
 
   void norm(const Norm& norm, const RowBuffer& out, const Matrix& reader) const {
-    for_rows([&](int64_t n) {
+    for_prepared(out, reader, [&](int64_t n) {
       const float* hidden = hidden_ + n * model_.hidden_size;
       if (norm.weight == nullptr) {
         std::memcpy(out.values + n * out.width, hidden, static_cast<size_t>(model_.hidden_size) * sizeof(float));
       } else {
         apply(norm, hidden, model_.hidden_size, out.values + n * out.width);
       }
-      out.prepare_row(n, reader);
     });
   }
 
@@ -264,40 +272,77 @@ class Step {
     return copied(attention, model_.heads, group, state, copies_ + thread * copy_bytes_);
   }
 
-  // The keys that are read `ahead` tasks after this one.
-  const uint8_t* keys_of(const Attention& attention, int64_t task) const {
-    const int64_t num_groups = model_.heads.num_groups;
-    if (task / num_groups >= static_cast<int64_t>(segments_.size())) return nullptr;
-    const Segment& segment = segments_[static_cast<size_t>(task / num_groups)];
+  // The keys of a share that is read whole; null: there are no more.
+  const uint8_t* keys_of(const Attention& attention, int64_t index) const {
+    if (index >= static_cast<int64_t>(shares_.whole.size())) return nullptr;
+    const Share& share = shares_.whole[static_cast<size_t>(index)];
+    return slot_state(attention, share).keys;
+  }
+
+  GroupState slot_state(const Attention& attention, const Share& share) const {
+    const Segment& segment = segments_[static_cast<size_t>(share.segment)];
     uint8_t* slot = tokens_[static_cast<size_t>(segment.first)].slot;
-    return group_state(attention, model_.heads, slot, task % num_groups).keys;
+    return group_state(attention, model_.heads, slot, share.group);
+  }
+
+  // Feeds rows first ... last - 1 to a group's state, and answers them if is_asked.
+  void walk(const Layer& layer, int64_t group, const GroupState& state, int64_t first, int64_t last, bool is_asked,
+            int thread, const uint8_t* next) const {
+    const int64_t rank = layer.attention.far_rank;
+    HeadGroup head(layer.attention, model_.heads, group, state, arenas_ + thread * arena_size_, next);
+    for (int64_t n = first; n < last; ++n)
+      head.feed(tokens_of(layer)[static_cast<size_t>(n)], projected_ + n * projected_width_,
+                rank > 0 && is_asked ? far_low_ + n * rank : nullptr,
+                is_asked ? attended_.values + n * attended_.width : nullptr);
   }
 
   void attend_all(const Layer& layer) const {
-    const Heads& heads = model_.heads;
     const Attention& attention = layer.attention;
-    const int64_t rank = attention.far_rank, num_segments = static_cast<int64_t>(segments_.size());
-    if (rank > 0) lower_queries(layer);
-    Pool::instance().run(num_segments * heads.num_groups, threads_, [&](int64_t index, int thread) {
-      const Segment segment = segments_[static_cast<size_t>(index / heads.num_groups)];
-      const int64_t group = index % heads.num_groups;
-      HeadGroup head(attention, heads, group, state_of(attention, segment, group, thread),
-                     arenas_ + thread * arena_size_, keys_of(attention, index + threads_));
-      for (int64_t n = segment.first; n < segment.last; ++n)
-        head.feed(tokens_of(layer)[static_cast<size_t>(n)], projected_ + n * projected_width_,
-                  rank > 0 ? far_low_ + n * rank : nullptr, attended_.values + n * attended_.width);
+    const auto num_split = static_cast<int64_t>(shares_.split.size()), num_parts = shares_.num_parts;
+    std::vector<GroupState> starts(static_cast<size_t>(num_split * num_parts));  // of the parts
+    if (attention.far_rank > 0) lower_queries(layer);
+    Pool::instance().run(num_split + static_cast<int64_t>(shares_.whole.size()), threads_, [&](int64_t index, int thread) {
+      if (index < num_split) {
+        find_starts(layer, index, thread, starts.data() + index * num_parts);
+        return;
+      }
+      const Share& share = shares_.whole[static_cast<size_t>(index - num_split)];
+      const Segment& segment = segments_[static_cast<size_t>(share.segment)];
+      walk(layer, share.group, state_of(attention, segment, share.group, thread), segment.first, segment.last, true,
+           thread, keys_of(attention, index - num_split + threads_));
+    });
+    Pool::instance().run(num_split * num_parts, threads_, [&](int64_t index, int thread) {
+      const Share& share = shares_.split[static_cast<size_t>(index / num_parts)];
+      const Segment& segment = segments_[static_cast<size_t>(share.segment)];
+      const int64_t part = index % num_parts;
+      walk(layer, share.group, starts[static_cast<size_t>(index)], shares_.start_of(segment, part),
+           shares_.start_of(segment, part + 1), true, thread, nullptr);
     });
     finish_attention(layer);
+  }
+
+  // The states at the beginnings of a share's parts: copies, but the last one is the slot's own.
+  void find_starts(const Layer& layer, int64_t index, int thread, GroupState* starts) const {
+    const Share& share = shares_.split[static_cast<size_t>(index)];
+    const Segment& segment = segments_[static_cast<size_t>(share.segment)];
+    const GroupState state = slot_state(layer.attention, share);
+    const int64_t last = shares_.num_parts - 1;
+    for (int64_t part = 0; part < last; ++part) {
+      uint8_t* memory = shared_copies_ + (index * last + part) * copy_bytes_;
+      starts[part] = copied(layer.attention, model_.heads, share.group, state, memory);
+      walk(layer, share.group, state, shares_.start_of(segment, part), shares_.start_of(segment, part + 1), false, thread,
+           nullptr);
+    }
+    starts[last] = state;
   }
 
   void finish_attention(const Layer& layer) const {
     const bool is_gated = layer.gate.rows > 0;
     if (!is_gated && !layer.output.reads_quantized()) return;
-    for_rows([&](int64_t n) {
+    for_prepared(attended_, layer.output, [&](int64_t n) {
       float* row = attended_.values + n * attended_.width;
       if (is_gated)
         gated_group_norm(layer.group_norm, model_.heads.head_size, attended_.width, gate_ + n * attended_.width, row);
-      attended_.prepare_row(n, layer.output);
     });
   }
 
@@ -340,10 +385,12 @@ class Step {
   float* hidden_;  // [N, D], each layer adds to it
   int64_t projected_width_ = 0, arena_size_ = 0, copy_bytes_ = 0;
   uint8_t* copies_ = nullptr;  // by thread: a copy of a group's state
+  uint8_t* shared_copies_ = nullptr;  // at the beginnings of parts
   float *gate_, *inner_gate_, *projected_, *far_queries_, *far_low_, *angles_, *arenas_;
   RowBuffer normed_, mlp_normed_, attended_, inner_;
   std::vector<Token> tokens_, local_tokens_;
   std::vector<Segment> segments_;
+  Shares shares_;
 };
 
 }  // namespace dijiang

@@ -21,7 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dijiang_model.native.choose import NOT_FINITE, greedy_tokens
 from dijiang_model.native.draw import sampled_tokens
-from dijiang_model.native.library import DrawRules, load_library
+from dijiang_model.native.library import load_library
+from dijiang_model.native.structures import DrawRules
 from server.engine.sampling.forbidden import bad_continuations
 from server.engine.sampling.grammar_masks import MaskPlan, apply_masks, prepare_masks
 from server.engine.sampling.penalties import PenaltyPlan, PenaltyTables

@@ -280,6 +280,8 @@ class EngineInfo:
     """Of the running sums in a state."""
     steps: Literal["native", "triton", "torch"] = "torch"
     """What computes: the compiled kernels, Triton's, or torch operations."""
+    kernels: str = ""
+    """Which of the compiled kernels: those for one kind of processor; empty: none of them."""
     slow_because: str | None = None
     """Why the compiled kernels do not, where they could be expected to (one process, a CPU), in a sentence."""
     kv_cache_bytes_per_token: int = 0

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dijiang_model.native.draw import sampled_tokens
-from dijiang_model.native.library import VARIANTS, DrawRules, load_library, load_variant
+from dijiang_model.native.library import VARIANTS, load_library, load_variant
+from dijiang_model.native.structures import DrawRules
 from dijiang_model.reference.drawing import sampled_token
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the kernels were not built: no compiler at install")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dijiang_model.native.library import VARIANTS, Matrix, load_library, load_variant
+from dijiang_model.native.library import VARIANTS, load_library, load_variant
+from dijiang_model.native.structures import Matrix
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the kernels were not built: no compiler at install")
 

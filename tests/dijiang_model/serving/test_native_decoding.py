@@ -1,5 +1,7 @@
 """Steps prepared once for sequences that decode: the bits of single steps, and tokens of the naive choice."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from ctypes import CDLL
 from functools import partial
@@ -126,3 +128,16 @@ def test_torch_and_tokens_that_are_more_than_looked_up_have_no_prepared_steps(
     model = tiny_network(config, native=native)
     assert model.can_defer == native
     assert model.decoding(slots=[1], positions=[0], last_token_ids=torch.zeros(6).long(), state=cleared(model)) is None
+
+
+def test_steps_outlive_the_model_that_prepared_them() -> None:
+    """Whoever holds them holds the weights: the kernels would read what is no longer there."""
+    model = NativeModel(MODELS["int8"]())
+    weights = weakref.ref(next(part for part in model._decoder._weights.kept if isinstance(part, torch.Tensor)))
+    rows = decoding(model, torch.zeros(6, dtype=torch.int64), cleared(model))
+    del model
+    gc.collect()
+    assert weights() is not None
+    del rows
+    gc.collect()
+    assert weights() is None

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from dijiang_model.config import ModelConfig
 from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.native.library import VARIANTS, Matrix, load_library, load_variant
+from dijiang_model.native.library import VARIANTS, load_library, load_variant
+from dijiang_model.native.structures import Matrix
 from dijiang_model.reference.halves import half_naive, half_product_naive
 from dijiang_model.serving.decoder import NativeDecoder
 from dijiang_model.serving.network import NativeModel, freeze

@@ -171,7 +171,7 @@ async def test_each_rank_holds_half_of_every_state(pair: EngineClient, single: E
     assert info.num_ranks == 2
     assert info.state_bytes_per_rank * 2 == info.state_bytes_per_slot
     assert replace(info, num_ranks=1, state_bytes_per_rank=info.state_bytes_per_slot, load_s=0.0) == replace(
-        single.info, load_s=0.0, max_drafts=0, steps="torch"
+        single.info, load_s=0.0, max_drafts=0, steps="torch", kernels=""
     ), "capacity, parameters, fingerprint and the layout of saved states are those of the whole model"
     assert len(ranks_of(pair)) == 1
 

@@ -1,0 +1,4 @@
+#include "choose.cpp"
+#include "draw.cpp"
+#include "step.cpp"
+#include "decode.cpp"
