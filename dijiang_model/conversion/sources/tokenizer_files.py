@@ -73,9 +73,19 @@ def staged_tokenizer(write: Callable[[Path], bool]) -> Iterator[StagedTokenizer]
 
     Args:
         write: as `write_tokenizer`, with its errors.
+
+    Raises:
+        ConversionError: a file cannot be read, or the disk of temporary files is full.
     """
     with tempfile.TemporaryDirectory(prefix="dijiang-tokenizer-") as folder:
-        yield StagedTokenizer(Path(folder), write(Path(folder)))
+        try:
+            is_there = write(Path(folder))
+        except OSError as error:
+            raise ConversionError(
+                f"the tokenizer cannot be copied to {folder}: {error.strerror or error}; if its disk is full, make "
+                "room, or name another place in the environment variable TMPDIR"
+            ) from error
+        yield StagedTokenizer(Path(folder), is_there)
 
 
 def write_tokenizer(source: Path, folder: Path, *, vocab_size: int) -> bool:

@@ -1,5 +1,6 @@
 """Models as people have them: nothing is silently wrong, and a likely slip works or is named with its remedy."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -227,6 +228,18 @@ def test_a_gguf_is_recognised_as_a_teacher_by_its_bytes(tmp_path: Path) -> None:
     other = write_gguf(llama_teacher(), tmp_path / "o.gguf", metadata={"general.author": "somebody"})
     with pytest.raises(ConversionError, match="has other weights"):
         load_subjects(tmp_path / "model", other)
+
+
+def test_a_full_disk_of_temporary_files_is_a_sentence(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(ConversionError, match=r"No space left on device; .* TMPDIR"):
+        convert(source, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}
 
 
 UNSERVABLE: Mapping[str, Callable[[Path], object]] = {
