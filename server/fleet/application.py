@@ -34,11 +34,7 @@ def build(args: Mapping[str, Any]) -> Application:
             look_back_period_s=2.0,
             policy=AutoscalingPolicy(
                 policy_function="server.fleet.scaling:SlotPolicy",
-                policy_kwargs={
-                    "target_load": fleet.target_load,
-                    "upscale_delay_s": fleet.upscale_delay_s,
-                    "downscale_delay_s": fleet.downscale_delay_s,
-                },
+                policy_kwargs={"target_load": fleet.target_load},
             ),
         ),
         request_router_config=RequestRouterConfig(

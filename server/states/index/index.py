@@ -8,6 +8,7 @@ database, written before anything refers to them. A file in a home is known to t
 snapshot, or as in use while it is written, and from the commit that drops it until it is removed.
 """
 
+import logging
 from collections.abc import Callable, Collection
 
 from server.states.errors import name_taken, state_conflict
@@ -27,9 +28,14 @@ from server.states.index.upkeep import NOBODY, RECORD_BYTES, break_off, drop_exp
 from server.states.index.uses import end_uses, note_use, register, use_of
 from server.states.store import Change, NewState, ResponseRecord, SnapshotRecord, StateRecord
 
+_log = logging.getLogger(__name__)
+
 
 class StateIndex(IndexCore):
     """See the module. Every method is one transaction, or two."""
+
+    _fingerprint: str | None = None
+    """Of the model that the log has told about."""
 
     def add(self, new: NewState, *, state_id: str) -> StateRecord:
         """Raises `NotFoundError`, `StateConflictError`. May be repeated."""
@@ -152,7 +158,10 @@ class StateIndex(IndexCore):
     def claim_responses(
         self, limit: int, *, fingerprint: str, on_taken: Callable[[Collection[str]], None]
     ) -> list[ResponseRecord]:
-        """Those that wait, and that this server makes from now on."""
+        """Those that wait, and that this server makes from now on; the first time, the log tells what it cannot use."""
+        if fingerprint != self._fingerprint:
+            self._tell_of_other_models(fingerprint)
+            self._fingerprint = fingerprint
         waiting = "SELECT id FROM responses WHERE maker = %s AND fingerprint IN ('', %s) ORDER BY created LIMIT %s"
         with self._reading() as transaction:
             if not transaction.rows(waiting, NOBODY, fingerprint, 1):
@@ -166,6 +175,16 @@ class StateIndex(IndexCore):
                 transaction.run("UPDATE responses SET claims = claims + 1 WHERE id = %s", response.id)
             on_taken([response.id for response in taken])
             return taken
+
+    def _tell_of_other_models(self, fingerprint: str) -> None:
+        states = "SELECT count(*) AS number FROM states s JOIN snapshots n ON n.file = s.head WHERE n.fingerprint <> %s"
+        waiting = "SELECT count(*) AS number FROM responses WHERE maker = %s AND fingerprint NOT IN ('', %s)"
+        with self._reading() as transaction:
+            counts = transaction.number(states, fingerprint), transaction.number(waiting, NOBODY, fingerprint)
+        if any(counts):
+            _log.warning(
+                "the store has %d states and %d waiting responses that only servers of another model can use", *counts
+            )
 
     def get_response(self, owner: str, response_id: str) -> ResponseRecord:
         """Raises `NotFoundError`."""

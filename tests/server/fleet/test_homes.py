@@ -1,4 +1,4 @@
-"""Which engine a request goes to, whether it may be sent twice, and how many engines there are to be; without Ray."""
+"""Which engine a request goes to, and whether it may be sent twice; without Ray."""
 
 import json
 from typing import Any
@@ -9,7 +9,6 @@ from server.fleet.config import FleetConfig
 from server.fleet.exchange import Exchange, Head
 from server.fleet.homes import Homes, exchange_of, ids_in
 from server.fleet.metrics import merged_metrics
-from server.fleet.scaling import wanted_replicas
 
 STATE, RESPONSE = "state_" + "a" * 32, "resp_" + "b" * 32
 
@@ -118,11 +117,3 @@ def test_metrics_of_replicas_are_told_apart_and_types_are_said_once() -> None:
 def test_configurations_that_cannot_take_effect_are_refused(tables: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         FleetConfig(**tables)
-
-
-def test_there_are_as_many_engines_as_the_busy_slots_want() -> None:
-    assert wanted_replicas(0, 16, 2, target_load=0.5) == 1
-    assert wanted_replicas(8, 16, 2, target_load=0.5) == 2
-    assert wanted_replicas(9, 16, 2, target_load=0.5) == 3
-    assert wanted_replicas(100, 16, 2, target_load=1.0) == 13
-    assert wanted_replicas(5, 0, 0, target_load=0.5) == 1, "nobody has told its slots yet"

@@ -25,6 +25,7 @@ class Running:
 
     base_url: str
     process: subprocess.Popen[bytes]
+    log: Path
     http: httpx.Client = field(init=False)
     client: openai.OpenAI = field(init=False)
 
@@ -129,7 +130,7 @@ def start(model: Path, states: Path, *options: str, port: int | None = None) -> 
     log = states.parent / f"{states.name}.{port}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=output)
-    server = Running(f"http://127.0.0.1:{port}", process)
+    server = Running(f"http://127.0.0.1:{port}", process, log)
 
     def is_ready() -> bool:
         assert process.poll() is None, log.read_text()

@@ -1,6 +1,7 @@
 """A full disk costs what is new, and nothing that is there: a small file system that something else fills."""
 
 import os
+import secrets
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from server.states.errors import DiskFullError
+from tests.server.states.postgres_server import PostgresServer
 from tests.server.states.running import Running, start
 from tests.server.states.stores import EmbeddedKind, SharedKind, make, put_response
 from tests.waiting import until
@@ -156,3 +158,27 @@ def test_a_disk_that_fills_up_under_an_answer_costs_its_state_alone(disk: SmallD
                     disk.fill()
     assert '"state_error"' in chunks[-1]
     assert '"code":"state_storage_full"' in chunks[-1]
+
+
+@pytest.mark.slow
+def test_copies_of_a_shared_store_make_way_on_a_full_disk_and_then_it_says_so(
+    disk: SmallDisk, tiny: Path, postgres: PostgresServer
+) -> None:
+    schema = f"test_{secrets.token_hex(8)}"
+    server = start(tiny, disk.folder, "--state-store", postgres.url, "--state-store-schema", schema)
+    try:
+        states = [server.post("/v1/states", prompt=f"State {number}")["id"] for number in range(40)]
+        disk.fill()
+        states.append(server.post("/v1/states", prompt="One more, where copies were")["id"])
+        for state in states:  # each comes back where another one makes way
+            assert server.complete("!", state_id=state)["finish_reason"] == "length"
+        disk.fill()
+        more_than_all_copies = {"prompt": "x", "n": 16, "max_tokens": 1, "return_state": True}
+        refused = server.refused("POST", "/v1/completions", json=more_than_all_copies)
+        assert refused[:2] == (507, "state_storage_full")
+        for state in states:
+            assert server.complete("!", state_id=state)["finish_reason"] == "length"
+        disk.clear()
+        assert len(server.post("/v1/completions", **more_than_all_copies)["choices"]) == 16
+    finally:
+        server.close()

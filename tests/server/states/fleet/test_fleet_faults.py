@@ -1,5 +1,6 @@
 """Two real servers and a real PostgreSQL on the days that fleets have; `docs/states.md` says what to expect."""
 
+import hashlib
 import secrets
 import signal
 import threading
@@ -12,8 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
+from server.keys import owner_of
+from tests.server.states.index.tables_of_version_1 import in_postgresql
 from tests.server.states.postgres_server import PostgresServer
-from tests.server.states.running import Running, running, start
+from tests.server.states.running import ANN, Running, running, start
 from tests.tiny_models import write_tiny_model
 from tests.waiting import PATIENCE_S, until
 
@@ -51,14 +54,14 @@ def status_of(server: Running, response_id: str) -> str:
     return str(server.get(f"/v1/responses/{response_id}")["status"])
 
 
-def test_a_store_that_hangs_is_a_503_at_every_server_and_within_a_requests_own_deadline(
+def test_a_store_that_hangs_is_a_503_at_every_server_and_said_in_its_log(
     pair: tuple[Running, Running], postgres: PostgresServer
 ) -> None:
     state = pair[0].post("/v1/states", prompt="Kept")["id"]
     with postgres.hanging():
         for server in pair:
-            refused = server.refused("POST", "/v1/completions", json={"prompt": "x", "state_id": state, "timeout": 3})
-            assert (refused[0], refused[1]) in [(503, "state_store_unavailable"), (504, "timeout")]
+            refused = server.refused("POST", "/v1/completions", json={"prompt": "x", "state_id": state})
+            assert refused[:2] == (503, "state_store_unavailable")
             assert server.refused("GET", f"/v1/states/{state}")[:2] == (503, "state_store_unavailable")
             assert server.gauge("dijiang_state_store_up") == 0
             assert server.http.get("/ready").status_code == 200
@@ -68,6 +71,7 @@ def test_a_store_that_hangs_is_a_503_at_every_server_and_within_a_requests_own_d
     for server in pair:
         until(lambda server=server: server.http.get(f"/v1/states/{state}").status_code == 200)
         assert server.gauge("dijiang_state_store_up") == 1
+        assert "the store of states does not answer" in server.log.read_text()
 
 
 def test_a_suspended_response_waits_for_a_server_of_its_weights(
@@ -75,9 +79,12 @@ def test_a_suspended_response_waits_for_a_server_of_its_weights(
 ) -> None:
     other = write_tiny_model(tmp_path / "models" / "other", seed=7)
     options = (*store(postgres), "--served-model-name", "same", "--admin-keys", "root")
-    with running(other, tmp_path / "two", *options) as new:
+    with ExitStack() as stack:
         old = start(tiny, tmp_path / "one", *options, "--drain-timeout-s", "0.2")
         try:
+            old.post("/v1/states", prompt="Kept")
+            new = stack.enter_context(running(other, tmp_path / "two", *options))
+            until(lambda: "has 1 states and 0 waiting responses that only servers of another" in new.log.read_text())
             expected = old.post("/v1/responses", **LONG)
             started = old.post("/v1/responses", **LONG, background=True)["id"]
             old.process.send_signal(signal.SIGTERM)
@@ -103,6 +110,17 @@ def test_many_saves_at_once_wait_for_few_connections(pair: tuple[Running, Runnin
 
     with ThreadPoolExecutor(32) as pool:
         assert [*pool.map(save, range(128))] == [200] * 128
+
+
+def test_servers_that_may_have_more_connections_than_the_store_gives_wait_for_each_other(
+    tiny: Path, postgres: PostgresServer, tmp_path: Path
+) -> None:
+    postgres.ask("CREATE ROLE few LOGIN CONNECTION LIMIT 5")
+    postgres.ask("GRANT CREATE ON DATABASE postgres TO few")
+    options = ("--state-store", postgres.url.replace("dijiang@", "few@"), *store(postgres)[2:])
+    with two_of(tiny, tmp_path, *options, "--state-store-connections", "8") as pair, ThreadPoolExecutor(32) as pool:
+        saved = pool.map(lambda n: pair[n % 2].post("/v1/states", prompt=f"State {n}")["id"], range(128))
+        assert len({*saved}) == 128
 
 
 def test_pages_go_on_at_another_server_though_states_between_them_are_deleted(pair: tuple[Running, Running]) -> None:
@@ -186,3 +204,15 @@ def test_a_later_schema_under_a_running_server_is_a_503_and_nothing_is_written(
         assert server.complete("x")["finish_reason"] == "length"
         postgres.ask(f"UPDATE {options[-1]}.version SET number = 3")
         assert server.complete("!", state_id=state)["finish_reason"] == "length"
+
+
+def test_tables_of_an_earlier_version_are_migrated_at_the_start_with_what_they_have(
+    tiny: Path, postgres: PostgresServer, tmp_path: Path
+) -> None:
+    options = store(postgres)
+    postgres.ask(in_postgresql(options[-1]))
+    postgres.ask(f"UPDATE {options[-1]}.states SET owner = %s", owner_of(hashlib.sha256(ANN.encode()).digest()))
+    with running(tiny, tmp_path / "one", *options) as server:
+        made = server.post("/v1/states", prompt="Kept")["id"]
+        assert [state["id"] for state in server.get("/v1/states")["data"]] == [made, "state_1"]
+        assert server.complete("!", state_id=made)["finish_reason"] == "length"
