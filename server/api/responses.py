@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from server.api.json_body import JsonRoute, ServiceDependency
 from server.errors import InvalidRequestError, NotFoundError
 from server.event_log import EventLog
+from server.generation.sampling import deadline_of
 from server.generation.sessions import require_store, time_to_live
 from server.generation.streaming import close, collected, owner_of
 from server.http.sse import KEEP_ALIVE, EventStreamResponse
@@ -32,13 +33,15 @@ router = APIRouter(route_class=JsonRoute, prefix="/v1/responses", tags=["respons
 @router.post("", response_class=Response, responses={200: {"content": {"text/event-stream": {}}}})
 async def create_response(body: ResponseRequest, request: Request, service: ServiceDependency) -> Response:
     """Answers an input, alone or after an earlier response; with an `Idempotency-Key` the same request only once."""
+    deadline = deadline_of(body, service.options)
     owner, source = owner_of(request), await request.body()
     once = IdempotencyKey.of(request.headers, owner=owner, source=source)
-    if once is not None and (earlier := await _earlier(service, body, owner, once)) is not None:
-        return earlier
-    info = service.admit(owner, body.model)
-    run = _run(service, body, owner, source=source.decode(), once=once)
-    generation = await plan_response(service, info, body, run)
+    async with deadline.kept():
+        if once is not None and (earlier := await _earlier(service, body, owner, once)) is not None:
+            return earlier
+        info = service.admit(owner, body.model)
+        run = _run(service, body, owner, source=source.decode(), once=once)
+        generation = await plan_response(service, info, body, run, deadline=deadline)
     await generation.start()
 
     async def end() -> None:

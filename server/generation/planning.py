@@ -18,7 +18,6 @@ from server.generation.sampling import (
     check_fields,
     given,
     sampling_params,
-    timeout_of,
     within_limit,
 )
 from server.generation.sessions import Past, cache_use
@@ -110,24 +109,19 @@ class RequestPlan:
         )
 
 
-async def plan_request(service: Service, info: EngineInfo, owner: str, body: Body, past: Past) -> RequestPlan:
+async def plan_request(
+    service: Service, info: EngineInfo, owner: str, body: Body, past: Past, *, deadline: Deadline
+) -> RequestPlan:
     """The one builder of plans.
 
     Args:
         info: of the engine, which has let the request in.
         past: where the conversation begins, and what becomes of its states.
+        deadline: of the request, kept by the caller until the plan is made.
 
     Raises:
         ServiceError: the request can never work, or not now.
     """
-    deadline = Deadline.starting_now(timeout_of(body, service.options))
-    async with deadline.kept():
-        return await _plan(service, info, owner, body, past, deadline)
-
-
-async def _plan(
-    service: Service, info: EngineInfo, owner: str, body: Body, past: Past, deadline: Deadline
-) -> RequestPlan:
     check_counts(service.options, body)
     tools = template_tools(body.tool_use) if past.shows_tools else ()
     prompts = past.prompts if past.prompts is not None else await _encode(service, body, past, tools)
@@ -152,7 +146,27 @@ async def _plan(
         limit=limit,
         has_grammar=grammar is not None,
     )
-    session = StateSession(
+    calls = call_token_ids(service.tokenizer) if body.tool_use is not None else frozenset()
+    return RequestPlan(
+        owner=owner,
+        fields=body,
+        requests=await _requests(service, body, prompts, grammar=grammar, limit=limit),
+        num_prompts=len(prompts),
+        session=_session(service, info, owner, body, past, points),
+        deadline=deadline,
+        tokenizer=service.tokenizer,
+        tools=body.tool_use,
+        thinking=thinking,
+        shown_token_ids=calls if thinking is None else calls | thinking.form.token_ids,
+        counts_predicted=isinstance(body, ChatRequest) and body.prediction is not None,
+    )
+
+
+def _session(
+    service: Service, info: EngineInfo, owner: str, body: Body, past: Past, points: tuple[int, ...]
+) -> StateSession:
+    """Of the states of a request; `points`: see `CacheUse`."""
+    return StateSession(
         service.engine,
         owner=owner,
         store=service.states,
@@ -165,20 +179,6 @@ async def _plan(
         rescue=past.rescue,
         cut_off_at=past.cut_off_at,
         tenant=service.tenant_of(owner),
-    )
-    calls = call_token_ids(service.tokenizer) if body.tool_use is not None else frozenset()
-    return RequestPlan(
-        owner=owner,
-        fields=body,
-        requests=await _requests(service, body, prompts, grammar=grammar, limit=limit),
-        num_prompts=len(prompts),
-        session=session,
-        deadline=deadline,
-        tokenizer=service.tokenizer,
-        tools=body.tool_use,
-        thinking=thinking,
-        shown_token_ids=calls if thinking is None else calls | thinking.form.token_ids,
-        counts_predicted=isinstance(body, ChatRequest) and body.prediction is not None,
     )
 
 

@@ -7,9 +7,10 @@ from typing import TypeVar
 from dijiang_model.checkpoints.default_sampling import DefaultSampling
 from server.engine.types.requests import SamplingParams
 from server.errors import ContextLengthError, InvalidRequestError
+from server.generation.deadline import Deadline
 from server.generation.logprobs import check_num_entries
 from server.generation.prompts import require_tokenizer, run_if_long
-from server.protocol.sampling import GenerationFields
+from server.protocol.sampling import GenerationFields, SamplingFields
 from server.service import Service, ServiceOptions
 from server.states.store import SnapshotRecord
 from server.text.tokenizer import Tokenizer
@@ -98,10 +99,10 @@ def within_limit(max_tokens: int | None, options: ServiceOptions) -> int | None:
     return min(limits, default=None)
 
 
-def timeout_of(fields: GenerationFields, options: ServiceOptions) -> float | None:
-    """Seconds after which the request ends; None: never."""
+def deadline_of(fields: SamplingFields, options: ServiceOptions) -> Deadline:
+    """Of a request that has just arrived."""
     limits = [fields.timeout, options.request_timeout_s if options.request_timeout_s > 0 else None]
-    return min((limit for limit in limits if limit is not None), default=None)
+    return Deadline.starting_now(min((limit for limit in limits if limit is not None), default=None))
 
 
 def check_counts(options: ServiceOptions, fields: GenerationFields) -> None:

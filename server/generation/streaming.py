@@ -15,6 +15,7 @@ from server.generation.choice import Answer, TextDelta
 from server.generation.generation import Generation
 from server.generation.logprobs import LogprobFormat, ScoredTokens
 from server.generation.planning import Body, plan_request
+from server.generation.sampling import deadline_of
 from server.generation.sessions import find_past
 from server.http.errors import error_json, on_wire
 from server.http.sse import DONE, KEEP_ALIVE, EventStreamResponse, event, unless_disconnected
@@ -131,10 +132,13 @@ async def started(service: Service, owner: str, body: Body) -> Generation:
     Raises:
         ServiceError: the request can never work, or not now.
     """
+    deadline = deadline_of(body, service.options)
     info = service.admit(owner, body.model)
-    with current().measured("store", operation="find"):
-        past = await find_past(service, info, owner, body)
-    generation = Generation(service, await plan_request(service, info, owner, body, past))
+    async with deadline.kept():
+        with current().measured("store", operation="find"):
+            past = await find_past(service, info, owner, body)
+        plan = await plan_request(service, info, owner, body, past, deadline=deadline)
+    generation = Generation(service, plan)
     await generation.start()
     return generation
 

@@ -30,6 +30,9 @@ class CreateStateRequest(StateFields):
     ttl_s: TimeToLive | None = None
     """Seconds without use after which it is deleted; the server's default if absent."""
 
+    timeout: float | None = Field(None, gt=0, le=86400)
+    """Seconds after which the request ends with an error."""
+
     @model_validator(mode="after")
     def _one_input(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
@@ -44,7 +47,7 @@ class CreateStateRequest(StateFields):
     def generation(self) -> ChatRequest | CompletionRequest:
         """The same as a request that generates nothing and returns its state."""
         shared: dict[str, Any] = {
-            **{name: getattr(self, name) for name in ("model", "state_id", "cache_prompt", "cache_salt")},
+            **{name: getattr(self, name) for name in ("model", "state_id", "cache_prompt", "cache_salt", "timeout")},
             "add_special_tokens": self.add_special_tokens,
             "return_state": ReturnState(name=self.name, ttl_s=self.ttl_s),
             "max_tokens": 0,

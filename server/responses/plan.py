@@ -6,8 +6,10 @@ from typing import Any
 
 from server.engine.types.requests import EngineInfo
 from server.errors import InvalidRequestError, NotFoundError, renamed_fields
+from server.generation.deadline import Deadline
 from server.generation.generation import Generation
 from server.generation.planning import plan_request
+from server.generation.sampling import deadline_of
 from server.generation.sessions import Past, check_fingerprint, require_store
 from server.generation.tools import form_of, template_tools
 from server.protocol.chat import ChatRequest, MessageIn
@@ -22,8 +24,13 @@ from server.states.session import Rescue
 from server.states.store import ResponseRecord
 
 
-async def plan_response(service: Service, info: EngineInfo, body: ResponseRequest, run: ResponseRun) -> Generation:
+async def plan_response(
+    service: Service, info: EngineInfo, body: ResponseRequest, run: ResponseRun, *, deadline: Deadline
+) -> Generation:
     """Gives a run its output and its generation.
+
+    Args:
+        deadline: see `plan_request`.
 
     Raises:
         ServiceError: it can never be made, or not now.
@@ -41,27 +48,35 @@ async def plan_response(service: Service, info: EngineInfo, body: ResponseReques
             # Tools stand at the beginning of a conversation, and nothing can be added to the beginning of a state.
             past = replace(past, shows_tools=False)
             chat = chat.model_copy(update={"messages": [_tools_message(service, chat), *chat.messages]})
-        return await _planned(service, info, body, run, chat, past)
+        return await _planned(service, info, body, run, chat, past, deadline)
 
 
 async def plan_resumed(service: Service, info: EngineInfo, body: ResponseRequest, run: ResponseRun) -> Generation:
     """Likewise, of one that was suspended at `run.snapshot`."""
-    before = run.unfinished
-    if body.conversation is not None:
-        await _in_conversation(service, info, body, run)
-    # The cache is for prompts, and what is resumed has an answer behind its own.
-    past = Past(base=before.base, cut_off_at=run.snapshot, prompts=[before.prompt_token_ids], uses_cache=False)
-    with renamed_fields(FIELD_NAMES):
-        return await _planned(service, info, body, run, body.chat(seed=before.seed, messages=body.messages), past)
+    before, deadline = run.unfinished, deadline_of(body, service.options)
+    async with deadline.kept():
+        if body.conversation is not None:
+            await _in_conversation(service, info, body, run)
+        # The cache is for prompts, and what is resumed has an answer behind its own.
+        past = Past(base=before.base, cut_off_at=run.snapshot, prompts=[before.prompt_token_ids], uses_cache=False)
+        with renamed_fields(FIELD_NAMES):
+            chat = body.chat(seed=before.seed, messages=body.messages)
+            return await _planned(service, info, body, run, chat, past, deadline)
 
 
 async def _planned(
-    service: Service, info: EngineInfo, body: ResponseRequest, run: ResponseRun, chat: ChatRequest, past: Past
+    service: Service,
+    info: EngineInfo,
+    body: ResponseRequest,
+    run: ResponseRun,
+    chat: ChatRequest,
+    past: Past,
+    deadline: Deadline,
 ) -> Generation:
     if body.store is not False and service.states is not None:
         rescue = Rescue(run.keep_state, is_own=body.background is True, in_any_form=True)
         past = replace(past, keep=run.keep_state, rescue=rescue)
-    plan = await plan_request(service, info, run.owner, chat, past)
+    plan = await plan_request(service, info, run.owner, chat, past, deadline=deadline)
     run.output = ResponseOutput(plan.answer_parser(), with_logprobs=chat.logprobs is True)
     run.logprobs = plan.logprob_format() if chat.logprobs else None
     run.generation = Generation(service, plan)

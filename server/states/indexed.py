@@ -33,10 +33,10 @@ from server.states.store import (
     new_file,
     new_state_id,
 )
+from server.states.telling import Telling
 
 Eviction = Literal["lru", "refuse"]
 SHORT_TTL_S, HEARTBEAT_S, PATIENCE_S, RETRY_S = 30.0, 2.0, 10.0, 0.25
-_NOT_NOW = (StoreUnavailableError, StorageFullError)
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -93,6 +93,7 @@ class IndexedStore:
         self._heartbeat: asyncio.Task[None] | None = None
         self._is_closed = False
         self._is_up = True
+        self._tell = Telling(self._run)
         index.open(files.left_behind)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="states")
 
@@ -145,13 +146,10 @@ class IndexedStore:
         """Gives back files that were held, and room that nothing was kept in."""
         for file in files:
             self._files.release(file)
-        # Shielded: a request that is cancelled gives them back. If it cannot be told now, the next heartbeat tells.
-        with suppress(*_NOT_NOW):
-            if unused:
-                await asyncio.shield(self._run(lambda: self._index.release(unused)))
-        with suppress(*_NOT_NOW):
-            if not self._is_shared:
-                await asyncio.shield(self._run(lambda: self._index.sweep(files)))
+        if unused:
+            await self._tell(lambda: self._index.release(unused))
+        if not self._is_shared:
+            await self._tell(lambda: self._index.sweep(files))
 
     @asynccontextmanager
     async def _in_use_of(self, record: StateRecord | ResponseRecord | None) -> AsyncIterator[None]:
@@ -170,8 +168,7 @@ class IndexedStore:
             is_last = self._users[record.id] == 0
             if is_last:
                 del self._users[record.id]
-            with suppress(*_NOT_NOW):  # the next heartbeat tells that it is not used any more
-                await asyncio.shield(self._run(lambda: self._index.end_use(record.id, is_last=is_last)))
+            await self._tell(lambda: self._index.end_use(record.id, is_last=is_last))
 
     async def add(self, new: NewState) -> StateRecord:
         """See `StateStore.add`."""
@@ -305,6 +302,7 @@ class IndexedStore:
         if self._heartbeat is not None:
             self._heartbeat.cancel()
             await asyncio.gather(self._heartbeat, return_exceptions=True)
+        await self._tell.ended()
         with suppress(StoreUnavailableError):
             await self._run(self._index.close)
         self._threads.shutdown()

@@ -74,6 +74,25 @@ def test_a_store_that_hangs_is_a_503_at_every_server_and_said_in_its_log(
         assert "the store of states does not answer" in server.log.read_text()
 
 
+def test_a_requests_own_deadline_begins_at_its_arrival_also_while_the_store_hangs(
+    tiny: Path, postgres: PostgresServer, tmp_path: Path
+) -> None:
+    with running(tiny, tmp_path / "one", *store(postgres), "--state-store-timeout-s", "60") as server:
+        state = server.post("/v1/states", prompt="Kept")["id"]
+        response = server.post("/v1/responses", input="Kept", max_output_tokens=2)["id"]
+        asks: list[tuple[str, dict[str, Any]]] = [
+            ("/v1/completions", {"prompt": "x", "state_id": state}),
+            ("/v1/completions", {"prompt": "x", "return_state": True}),
+            ("/v1/states", {"prompt": "x"}),
+            ("/v1/responses", {"input": "x"}),
+            ("/v1/responses", {"input": "x", "previous_response_id": response}),
+        ]
+        with postgres.hanging():
+            for path, body in asks:
+                assert server.refused("POST", path, json={**body, "timeout": 1})[:2] == (504, "timeout")
+        assert server.complete("!", state_id=state)["finish_reason"] == "length"
+
+
 def test_a_suspended_response_waits_for_a_server_of_its_weights(
     tiny: Path, postgres: PostgresServer, tmp_path: Path
 ) -> None:
