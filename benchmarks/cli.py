@@ -6,6 +6,7 @@ COMMANDS = {
     "answers": "What a client gets that sends a question and nothing of sampling.",
     "decode": "Decode steps beside HF transformers and llama.cpp, and against the memory they must move.",
     "prefill": "The reading of prompts beside HF transformers, one by one and in ragged batches.",
+    "distance": "Likelihood far into a text, beside the same tokens read from nearby.",
     "neighbour": "What one client notices of another that does its worst.",
     "serve": "The service over a real socket: throughput and latencies by the number of clients.",
     "soak": "Mixed load and kills: nothing may be lost, wrong, or left over at the end.",

@@ -169,6 +169,20 @@ def test_what_cannot_be_measured_is_said_in_words(arguments: tuple[str, ...], co
     assert complaint in " ".join(result.output.replace("│", " ").split())
 
 
+def test_distance_compares_the_same_tokens(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("It was a bright cold day in April. " * 20)
+    result = bench("distance", text, "--model", model, "--span", 8, "--ends", "8,16,64,100000")
+    assert result.exit_code == 0, result.output
+    first, last = json.loads(result.stdout.splitlines()[-1])["distance"]["rows"]
+    assert (first["end"], last["end"]) == (16, 64)
+    assert first["far"] == first["near"], "the same is read"
+    assert last["far"] != last["near"]
+    short = bench("distance", text, "--model", model, "--ends", "100000")
+    assert short.exit_code == 1
+    assert "no text is as long" in short.output
+
+
 def test_answers_counts_those_that_are_right_and_end(model: Path) -> None:
     result = bench("answers", model, "--seeds", 3, "--max-tokens", 1, "--answer", "")
     assert result.exit_code == 0, result.output
