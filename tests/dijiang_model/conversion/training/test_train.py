@@ -201,7 +201,7 @@ def test_text_of_another_encoding_is_an_error(model: Path, tmp_path: Path) -> No
 def test_too_little_text_is_an_error(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("short")
-    with pytest.raises(ConversionError, match="no 128 tokens in a row"):
+    with pytest.raises(ConversionError, match="no file of text has 128 tokens"):
         prepared(model, str(path), tmp_path / "run")
 
 

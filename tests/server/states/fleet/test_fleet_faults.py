@@ -38,12 +38,21 @@ def two_of(model: Path, folder: Path, *options: str) -> Iterator[tuple[Running, 
 
 
 @pytest.fixture(scope="module")
-def pair(
+def both(
     tiny: Path, postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Running, Running]]:
     options = (*store(postgres), "--state-store-connections", "2", "--state-store-timeout-s", "2")
-    with two_of(tiny, tmp_path_factory.mktemp("pair"), *options) as pair:
-        yield pair
+    with two_of(tiny, tmp_path_factory.mktemp("pair"), *options) as both:
+        yield both
+
+
+@pytest.fixture
+def pair(both: tuple[Running, Running]) -> tuple[Running, Running]:
+    """Two servers that have found the store again, which another test may have stopped for a while."""
+    for server in both:
+        until(lambda server=server: server.http.get("/v1/states/state_none").status_code == 404)
+        until(lambda server=server: server.gauge("dijiang_state_store_up") == 1)
+    return both
 
 
 def text_of(response: dict[str, Any]) -> str:
