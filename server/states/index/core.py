@@ -31,7 +31,7 @@ from server.states.index.upkeep import (
     totals,
     wanted_bytes,
 )
-from server.states.index.uses import Heartbeat, InUse, Use, end_uses, has_room, note_use, note_uses, register
+from server.states.index.uses import Heartbeat, InUse, Use, end_uses, files_with_room, note_use, note_uses, register
 from server.states.store import SnapshotRecord
 
 
@@ -141,10 +141,7 @@ class IndexCore:
     def release(self, files: Collection[str]) -> None:
         """Gives back room that `reserve` has kept; files that became snapshots meanwhile stay, the others are gone."""
         with self._changing() as transaction:
-            end_uses(transaction, self._replica, files)
-            drop_unused(transaction, files)
-            if self._home is not None:
-                self._withdraw(transaction, {*files} - files_among(transaction, files))
+            self._give_back(transaction, files)
 
     def heartbeat(self, in_use: Callable[[], InUse]) -> Heartbeat:
         """To be called every few seconds: says that this server lives and what it uses, and tidies up.
@@ -155,7 +152,9 @@ class IndexCore:
         with self._changing() as transaction:
             mine = in_use()
             register(transaction, self._replica, heartbeats=self._lease_s is not None)
+            rooms = files_with_room(transaction, self._replica) - mine.files.keys()
             drop_unused(transaction, note_uses(transaction, self._replica, mine.files))
+            self._give_back(transaction, rooms)  # what `release` could not tell
             break_off(transaction, f"maker = %s AND NOT id {AMONG}", self._replica, json.dumps([*mine.making]))
             if self._lease_s is not None and self._is_calm(transaction.now, self._lease_s):
                 reap(transaction, silent_replicas(transaction, transaction.now - self._lease_s))
@@ -253,6 +252,12 @@ class IndexCore:
         delete_unreferenced(transaction, gone)
         self._withdraw(transaction, gone)
 
+    def _give_back(self, transaction: Transaction, files: Collection[str]) -> None:
+        end_uses(transaction, self._replica, files)
+        drop_unused(transaction, files)
+        if self._home is not None:
+            self._withdraw(transaction, {*files} - files_among(transaction, files))
+
     def _withdraw(self, transaction: Transaction, files: Collection[str]) -> None:
         """Files without a snapshot go with the commit; a use tells of them in case of a crash before that."""
         for file in files:
@@ -261,9 +266,7 @@ class IndexCore:
 
     def _place(self, transaction: Transaction, snapshot: SnapshotRecord, *, owner: str) -> None:
         """Raises `NotFoundError` if it should be there and is not, or its room was given back meanwhile."""
-        if self._home is None:
-            require_snapshot(transaction, snapshot)
-        elif has_room(transaction, self._replica, snapshot.file):
+        if self._home is not None and snapshot.file in files_with_room(transaction, self._replica):
             insert_snapshot(transaction, snapshot, owner=owner)
         else:
             require_snapshot(transaction, snapshot)

@@ -72,10 +72,10 @@ def note_use(transaction: Transaction, replica: str, file: str, use: Use = READI
     )
 
 
-def has_room(transaction: Transaction, replica: str, file: str) -> bool:
-    """Whether a server has room for a file that it writes."""
-    statement = "SELECT 1 FROM uses WHERE replica = %s AND file = %s AND num_bytes > 0"
-    return transaction.row(statement, replica, file) is not None
+def files_with_room(transaction: Transaction, replica: str) -> set[str]:
+    """The files that a server writes, for which room is kept."""
+    rows = transaction.rows("SELECT file FROM uses WHERE replica = %s AND num_bytes > 0", replica)
+    return {row["file"] for row in rows}
 
 
 def end_uses(transaction: Transaction, replica: str, files: Collection[str]) -> None:

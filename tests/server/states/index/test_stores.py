@@ -1,13 +1,15 @@
 """What every store of states promises: owned, named, bounded, and there again after a restart."""
 
 import asyncio
+from collections.abc import Collection
 from dataclasses import replace
 
 import pytest
 
 from server.errors import NotFoundError
 from server.http.errors import on_wire
-from server.states.errors import StateConflictError, StorageFullError
+from server.states.errors import StateConflictError, StorageFullError, StoreUnavailableError
+from server.states.index.index import StateIndex
 from server.states.store import NewState, ResponseRecord, StateStore
 from tests.server.states.stores import (
     SIZE,
@@ -339,3 +341,23 @@ async def test_what_is_kept_after_its_room_was_given_back_is_refused(kind: Kind,
         await store.add(NewState("ann", written, None, None, None))
     await kind.settle(store)
     assert kind.num_files() == 0
+
+
+async def test_room_that_could_not_be_given_back_at_once_is_at_the_next_heartbeat(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(self: StateIndex, files: Collection[str]) -> None:
+        raise StoreUnavailableError("away")
+
+    store = kind.open()
+    with monkeypatch.context() as broken:
+        broken.setattr(StateIndex, "release", away)
+        async with store.room(1, bytes_each=SIZE, owner="ann") as room:
+            write(room)
+    await store.heartbeat()
+    assert kind.num_files() == 0
+    await make(store)
+    await store.close()
+    again = kind.open()
+    assert len(await again.list_states("ann", limit=9, after=None, name=None)) == 1
+    await again.close()
