@@ -35,11 +35,12 @@ def anchored(
     *,
     base: AttentionConfig = HYBRID,
     places: tuple[int, ...] = (13, 7, 24),
+    windows: tuple[int, ...] = (4, 5, 7),
     value_bits: int = 8,
 ) -> AttentionConfig:
     """A hybrid with places of unequal number in each head; one head of several has no anchors."""
     places = tuple(places[head % len(places)] for head in range(num_kv_heads))
-    windows = tuple((4, 5, 7)[head % 3] for head in range(num_kv_heads))
+    windows = tuple(windows[head % len(windows)] for head in range(num_kv_heads))
     return replace(base, window=max(windows), anchors=AnchorConfig(places, windows, age=0.02, value_bits=value_bits))
 
 

@@ -2,8 +2,7 @@
 #pragma once
 
 #include "attention.h"
-#include "places.h"
-#include "score_codes.h"
+#include "block_attention.h"
 
 namespace dijiang {
 
@@ -16,7 +15,8 @@ class HeadGroup {
     const int64_t planes = 2 * shared * plane_bytes(std::max(d, a.most_places(heads.num_groups))) / 4;
     return (6 * shared + 4) * d + (shared + 1) * a.num_features +
            shared * padded_rows(a.most_places(heads.num_groups)) + 2 * shared + 2 * heads.rotary_half +
-           (a.has_anchors() ? planes : 0) + shared * static_cast<int64_t>(sizeof(Words)) / 4 + 20 * 16;
+           (a.has_anchors() ? planes + block_size(a, heads) : 0) + shared * static_cast<int64_t>(sizeof(Words)) / 4 +
+           25 * 16;
   }
 
   // `next`: keys that this thread is likely to read next, or null.
@@ -24,7 +24,9 @@ class HeadGroup {
             const uint8_t* next)
       : a_(a), heads_(heads), at_(state), next_(next), group_(group), shared_(heads.num_heads / heads.num_groups),
         d_(heads.head_size), num_places_(a.places(group)), first_head_(group * shared_),
-        places_(a, state, group, heads.head_size) {
+        places_(a, state, group, heads.head_size),
+        block_(scratch, a.places(group), shared_, d_, a.value_bits) {
+    if (a.has_anchors()) scratch += BlockReader::scratch_size(a.most_places(heads.num_groups), shared_, d_);
     auto take = [&scratch](int64_t count) {
       float* taken = scratch;
       scratch += (count + 15) / 16 * 16;
@@ -46,6 +48,11 @@ class HeadGroup {
     words_ = reinterpret_cast<Words*>(take(shared_ * static_cast<int64_t>(sizeof(Words)) / 4));
     planes_ = reinterpret_cast<int8_t*>(
         take(a.has_anchors() ? 2 * shared_ * plane_bytes(std::max(d_, num_places_)) / 4 : 0));
+    const int64_t together = a.has_anchors() && kReadsBlocks ? kBlockTokens : 0;
+    block_exact_ = take(together * d_);
+    block_sums_ = take(together);
+    block_mix_ = take(together * shared_);
+    block_below_ = take(together * shared_);
     linear_key_ = linear_rows_ + shared_ * d_;
     phi_key_ = phi_ + shared_ * a.num_features;
   }
@@ -80,7 +87,56 @@ class HeadGroup {
     is_warm_ = true;
   }
 
+  // How many of the next `count` tokens are better fed together, from `position` on: 0 for one by one.
+  int64_t block_of(int64_t position, int64_t count) const {
+    constexpr int64_t kFewest = 4;
+    if (!kReadsBlocks || !a_.has_anchors() || position < a_.sinks) return 0;
+    const int64_t together = std::min({count, kBlockTokens, places_.window()});
+    return together < kFewest ? 0 : together;
+  }
+
+  // So many tokens at once, all of them asked for: what `feed` does one after the other, to the same bits. Rows are
+  // `projected_stride`, far_rank (or far_low is null) and out_stride apart.
+  void feed_block(const Token* tokens, int64_t count, const float* projected, int64_t projected_stride,
+                  const float* far_low, float* out, int64_t out_stride) {
+    reads_block_ = true;
+    block_.begin(at_, places_.used(tokens[count - 1].position));
+    for (int64_t i = 0; i < count; ++i, projected += projected_stride) {
+      reads_ = true;
+      rotate(key(projected), d_, heads_.rotary_half, tokens[i].cos, tokens[i].sin, new_key_);
+      turn_queries(tokens[i], projected, far_low == nullptr ? nullptr : far_low + i * a_.far_rank);
+      block_.ask(exact_query_, sink_query_);
+      const bool leaves = move_places(tokens[i], value(projected), projected[heads_.score_start + group_]);
+      weigh(projected);
+      make_features(leaves);
+      move_linear(tokens[i], true, leaves);
+      is_warm_ = true;
+      for (int64_t r = 0; r < shared_; ++r) {
+        block_mix_[r * kBlockTokens + i] = mix_[r];
+        block_below_[r * kBlockTokens + i] = below(r);
+        std::memcpy(out + i * out_stride + (first_head_ + r) * d_, linear_ + r * d_, row_bytes());
+      }
+    }
+    block_.end();
+    reads_block_ = false;
+    for (int64_t r = 0; r < shared_; ++r) {
+      block_.read(r, places_, tokens[0].position, a_.sinks, block_exact_, d_, block_sums_);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = r * kBlockTokens + i;
+        float* target = out + i * out_stride + (first_head_ + r) * d_;
+        join_parts(reads_ ? target : nullptr, block_exact_ + i * d_, d_, block_sums_[i], block_mix_[at], block_below_[at],
+                   target);
+      }
+    }
+  }
+
  private:
+  static int64_t block_size(const Attention& a, const Heads& heads) {
+    const int64_t shared = heads.num_heads / heads.num_groups, d = heads.head_size;
+    const int64_t own = kReadsBlocks ? kBlockTokens * (d + 2 * shared + 1) : 0;
+    return own + BlockReader::scratch_size(a.most_places(heads.num_groups), shared, d);
+  }
+
   bool is_rotated() const { return a_.late_cos == nullptr; }
   // Whether there is a linear part.
   bool is_there() const { return a_.num_features > 0; }
@@ -106,7 +162,7 @@ class HeadGroup {
       const float* own = query(projected, r);
       float *linear = linear_rows_ + r * d_, *rotated = rotated_ + r * d_, *sink = sink_query_ + r * d_;
       rotate(own, d_, half, token.cos, token.sin, rotated);
-      far_query(own, far_low, r, linear);
+      far_query(own, far_low, a_.far_up + (first_head_ + r) * d_, a_.far_rank, heads_.num_heads * d_, d_, linear);
       if (is_rotated() && far_low == nullptr) std::memcpy(linear, rotated, row_bytes());
       if (is_rotated() && far_low != nullptr) {
         std::memcpy(exact_, linear, row_bytes());
@@ -117,18 +173,6 @@ class HeadGroup {
       if (a_.sinks == 0) continue;
       rotate(own, d_, half, token.sink_cos, token.sink_sin, sink);
       scaled(sink, sink);
-    }
-  }
-
-  // q + U D q of one head, before the rotary embedding.
-  void far_query(const float* own, const float* far_low, int64_t r, float* to) const {
-    const float* up = a_.far_up + (first_head_ + r) * d_;
-    const int64_t stride = heads_.num_heads * d_;
-    for (int64_t i = 0; i < d_; i += kLanes) {
-      Vec update = splat(0.0f);
-      for (int64_t j = 0; far_low != nullptr && j < a_.far_rank; ++j)
-        update = fma(splat(far_low[j]), load(up + j * stride + i), update);
-      store(to + i, far_low == nullptr ? load(own + i) : load(own + i) + update);
     }
   }
 
@@ -186,12 +230,15 @@ class HeadGroup {
       }
       late_ = exponential(a_.log_decay[group_] * static_cast<float>(token.position - evicted.position));
       if (!is_rotated()) unrotate(linear_key_, evicted.position);
+    }, [this](int64_t from, int64_t to) {
+      if (reads_block_) block_.moved(from, to);
     });
     if (!leaves) std::memset(linear_value_, 0, row_bytes());  // it is multiplied by zeros
     const int64_t row = places_.column_of(token.position);
     at_.key_scales[row] = put_row(new_key_, d_, keys + row * d_);
     at_.value_scales[row] = has_nibbles ? put_nibbles(value, d_, at_.values + row * d_ / 2)
                                         : put_row(value, d_, values + row * d_);
+    if (reads_block_) block_.placed(at_, row);
     return leaves;
   }
 
@@ -302,24 +349,25 @@ class HeadGroup {
       at_.normaliser[j] = phi_key_[j] + at_.normaliser[j] * decay;
   }
 
+  // phi(q)^T z of a head.
+  float below(int64_t r) const {
+    return reads_ ? dot(phi_ + r * a_.num_features, at_.normaliser, a_.num_features) : 0.0f;
+  }
+
   // The window and the linear part under one denominator; without one, the linear part alone.
   void join(float* target) const {
     for (int64_t r = 0; r < shared_; ++r, target += d_) {
-      const float *linear = linear_ + r * d_, *exact = exact_ + r * d_;
+      const float* linear = linear_ + r * d_;
       if (a_.has_denominator == 0) {
         std::memcpy(target, linear, row_bytes());
         continue;
       }
-      const float below = reads_ ? dot(phi_ + r * a_.num_features, at_.normaliser, a_.num_features) : 0.0f;
-      if (a_.window == 0) {
-        for (int64_t i = 0; i < d_; ++i) target[i] = linear[i] / below;
+      if (a_.window > 0) {
+        join_parts(reads_ ? linear : nullptr, exact_ + r * d_, d_, sums_[r], mix_[r], below(r), target);
         continue;
       }
-      const Vec mix = splat(mix_[r]), all = splat(sums_[r] + mix_[r] * below);
-      for (int64_t i = 0; i < d_; i += kLanes) {
-        const Vec above = reads_ ? load(linear + i) : splat(0.0f);
-        store(target + i, (load(exact + i) + mix * above) / all);
-      }
+      const float all = below(r);
+      for (int64_t i = 0; i < d_; ++i) target[i] = linear[i] / all;
     }
   }
 
@@ -329,12 +377,14 @@ class HeadGroup {
   const uint8_t* next_;
   const int64_t group_, shared_, d_, num_places_, first_head_;
   Places places_;
-  bool reads_ = true, is_warm_ = false;
+  BlockReader block_;
+  bool reads_ = true, is_warm_ = false, reads_block_ = false;
   float *linear_rows_;  // the linear branch's queries, then the key that enters the state
   float *new_key_, *linear_value_, *exact_query_, *sink_query_, *rotated_, *linear_, *exact_, *phi_, *weights_;
   float *sums_, *mix_;
   float *linear_key_, *phi_key_;
   float* angles_;
+  float *block_exact_, *block_sums_, *block_mix_, *block_below_;  // of a block: [R, tokens] or [tokens]
   Words* words_;  // [R]
   int8_t* planes_;
   float late_ = 1.0f;  // decay of whoever was evicted last

@@ -84,4 +84,25 @@ static inline void update_and_read(int64_t num_heads, const float* x, int64_t x_
   update_some<true>(num_heads, x, x_stride, state, width, num_rows, out, out_stride, update);
 }
 
+// The linear branch's query of one head, q + U D q, before the rotary embedding. `low` [rank] is D q; null: q itself.
+// U^T's rows `up` are `stride` apart.
+static inline void far_query(const float* own, const float* low, const float* up, int64_t rank, int64_t stride, int64_t d,
+                             float* to) {
+  for (int64_t i = 0; i < d; i += kLanes) {
+    Vec update = splat(0.0f);
+    for (int64_t j = 0; low != nullptr && j < rank; ++j) update = fma(splat(low[j]), load(up + j * stride + i), update);
+    store(to + i, low == nullptr ? load(own + i) : load(own + i) + update);
+  }
+}
+
+// What is exact and the linear part (null: it counts nothing) under one denominator; `linear` may be the target itself.
+static inline void join_parts(const float* linear, const float* exact, int64_t d, float sum, float mix, float below,
+                              float* target) {
+  const Vec by = splat(mix), all = splat(sum + mix * below);
+  for (int64_t i = 0; i < d; i += kLanes) {
+    const Vec above = linear != nullptr ? load(linear + i) : splat(0.0f);
+    store(target + i, (load(exact + i) + by * above) / all);
+  }
+}
+
 }  // namespace dijiang

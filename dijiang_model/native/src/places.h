@@ -31,10 +31,13 @@ class Places {
     return position < sinks_ ? position : sinks_ + position % window_;
   }
 
+  int64_t window() const { return window_; }
+
   // Notes the new token's score and lets the token that leaves the window join the anchors. evict(Evicted) is called for
-  // whoever loses its place, before that is overwritten. The new token's own place is free afterwards.
-  template <class Evict>
-  bool make_room(int64_t position, float score, const Evict& evict) {
+  // whoever loses its place, before that is overwritten; moved(from, to) of columns, if that token stays. The new token's
+  // own place is free afterwards.
+  template <class Evict, class Moved>
+  bool make_room(int64_t position, float score, const Evict& evict, const Moved& moved) {
     const int64_t own = column_of(position), leaving = position - window_;
     const float shared = remember(position, score);
     const int64_t known = position - span_;
@@ -44,6 +47,7 @@ class Places {
       const int64_t count = leaving - sinks_;
       if (count < limit_) {
         move(own, sinks_ + window_ + count);
+        moved(own, sinks_ + window_ + count);
         lowest_ = -1;
       } else {
         const int64_t lowest = limit_ > 0 ? lowest_anchor() : own;
@@ -52,6 +56,7 @@ class Places {
         is_evicted = true;
         if (loser != own) {
           move(own, loser);
+          moved(own, loser);
           lowest_ = -1;
         }
       }

@@ -1,7 +1,8 @@
 // One step of a whole network: packed segments of N sequences, states moved on in place.
 //
-// A segment's attention goes token by token, as in decoding: the state of a head stays in the cache meanwhile, and a
-// prompt leaves the same state and logits, bit for bit, however it is cut into segments.
+// A segment's attention goes token by token, as in decoding, or by blocks to the same bits (`block_attention.h`): the
+// state of a head stays in the cache meanwhile, and a prompt leaves the same state and logits, bit for bit, however it is
+// cut into segments.
 #pragma once
 
 #include <algorithm>
@@ -35,12 +36,12 @@ class Step {
     for (int64_t i = 0; i < model.num_layers; ++i) {
       const Attention& attention = model.layers[i].attention;
       rank = std::max(rank, attention.far_rank);
-      arena_size_ = std::max(arena_size_, HeadGroup::scratch_size(attention, heads));
+      arena_size_ = std::max(arena_size_, (HeadGroup::scratch_size(attention, heads) + 15) / 16 * 16);
       for (int64_t group = 0; group < heads.num_groups; ++group)
         copy_bytes_ = std::max(copy_bytes_, (GroupBytes(attention, heads, group).most() + 63) / 64 * 64);
     }
     far_low_ = scratch.floats(19, num_rows * rank);
-    arenas_ = scratch.floats(17, arena_size_ * kMaxThreads);
+    arenas_ = scratch.floats(17, arena_size_ * std::min(num_threads, kMaxThreads));
   }
 
   void start(Scratch& scratch, std::vector<Segment> segments, const int64_t* positions, uint8_t* const* slots) {
@@ -59,11 +60,11 @@ class Step {
         float* angles = angles_ + (set * num_rows_ + n) * 4 * half;
         const int64_t position = positions[n];
         const int64_t sink_position = position < model_.last_sink_position ? position : model_.last_sink_position;
-        fill_angles(frequencies, position, angles);
+        fill_angles(frequencies, half, position, angles);
         if (sink_position == position) {
           std::memcpy(angles + 2 * half, angles, static_cast<size_t>(2 * half) * sizeof(float));
         } else {
-          fill_angles(frequencies, sink_position, angles + 2 * half);
+          fill_angles(frequencies, half, sink_position, angles + 2 * half);
         }
         tokens[static_cast<size_t>(n)] = {position,          slots[n],         angles, angles + half,
                                           angles + 2 * half, angles + 3 * half};
@@ -128,16 +129,6 @@ class Step {
     float* rounded = scratch.floats(which + 1, rounded_bytes(num_rows_, width) / 4 + 1);
     float* scales = scratch.floats(which + 2, num_rows_ * (padded_sums(width) + 1));
     return {values, reinterpret_cast<uint8_t*>(rounded), scales, scales + num_rows_, width};
-  }
-
-  // Angles in fp64: in fp32 a position of 10^6 is off by 0.06 rad.
-  void fill_angles(const double* frequencies, int64_t position, float* out) const {
-    const int64_t half = model_.heads.rotary_half;
-    for (int64_t i = 0; i < half; ++i) {
-      const double angle = static_cast<double>(position) * frequencies[i];
-      out[i] = static_cast<float>(std::cos(angle));
-      out[half + i] = static_cast<float>(std::sin(angle));
-    }
   }
 
   // Work too small to share is done at once: handing it over takes about a microsecond.
@@ -290,10 +281,18 @@ class Step {
             int thread, const uint8_t* next) const {
     const int64_t rank = layer.attention.far_rank;
     HeadGroup head(layer.attention, model_.heads, group, state, arenas_ + thread * arena_size_, next);
-    for (int64_t n = first; n < last; ++n)
-      head.feed(tokens_of(layer)[static_cast<size_t>(n)], projected_ + n * projected_width_,
-                rank > 0 && is_asked ? far_low_ + n * rank : nullptr,
-                is_asked ? attended_.values + n * attended_.width : nullptr);
+    const Token* tokens = tokens_of(layer).data();
+    for (int64_t n = first, together; n < last; n += std::max<int64_t>(together, 1)) {
+      together = is_asked ? head.block_of(tokens[n].position, last - n) : 0;
+      const float* projected = projected_ + n * projected_width_;
+      const float* far_low = rank > 0 && is_asked ? far_low_ + n * rank : nullptr;
+      float* out = is_asked ? attended_.values + n * attended_.width : nullptr;
+      if (together > 0) {
+        head.feed_block(tokens + n, together, projected, projected_width_, far_low, out, attended_.width);
+      } else {
+        head.feed(tokens[n], projected, far_low, out);
+      }
+    }
   }
 
   void attend_all(const Layer& layer) const {

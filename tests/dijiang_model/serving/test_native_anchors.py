@@ -11,10 +11,11 @@ from dijiang_model.native.library import load_library
 from dijiang_model.quantization.config import Quantization
 from dijiang_model.serving.network import FrozenModel, freeze
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, random_text
-from tests.tiny_models import anchored, llama_config, qwen3_config, tiny_model
+from tests.tiny_models import HYBRID, NO_LINEAR, anchored, llama_config, qwen3_config, tiny_model
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the kernels were not built: no compiler at install")
 CONFIG = llama_config(anchored(2), anchored(2))
+UNROTATED = replace(HYBRID, features=replace(HYBRID.features, rotated=False))
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 
 
@@ -41,6 +42,38 @@ def test_a_text_leaves_the_same_places_in_any_cut_and_any_company(weights: str) 
     for name, tensor in whole.state(2).items():
         assert torch.equal(cut.state(2)[name], tensor), name
         assert torch.equal(single.state(2)[name], tensor), name
+
+
+# Windows of 16 tokens and more: where there is a matrix unit, a prompt's tokens then ask their places 16 at a time.
+WIDE = {
+    "a window of more tokens than are read together": anchored(2, places=(61, 40), windows=(20, 33)),
+    "values of 4 bits": anchored(2, places=(61, 40), windows=(16, 17), value_bits=4),
+    "anchors that hardly stay": anchored(2, places=(22, 38), windows=(16, 16)),
+    "no anchors at all": anchored(2, places=(22, 38), windows=(20, 36)),
+    "more sinks than go together": anchored(2, places=(61, 70), windows=(18, 5), base=replace(HYBRID, sinks=19)),
+    "features before rotation": anchored(2, places=(61, 40), windows=(18, 25), base=UNROTATED),
+    "no linear part": anchored(2, places=(61, 40), windows=(18, 25), base=NO_LINEAR),
+}
+
+
+@pytest.mark.parametrize("head_size", [16, 64, 80])
+@pytest.mark.parametrize("layer", list(WIDE))
+def test_tokens_that_are_read_together_see_what_each_would_alone(layer: str, head_size: int) -> None:
+    config = replace(llama_config(WIDE[layer], num_heads=6), head_size=head_size, rotary_dims=head_size)
+    model, text = freeze(tiny_model(config)), random_text(170)
+    assert model.decode_path == "native"
+    whole, cut, single = (Stepper(model).open(1) for _ in range(3))
+    logits = whole.step({1: text})[1]
+    pieces, first = [], 0
+    for size in (3, 41, 5, 16, 105):
+        pieces.append(cut.step({1: text[first : first + size]})[1])
+        first += size
+    tokens = [single.step(decode={1: token})[1] for token in text]
+    assert torch.equal(torch.cat(pieces), logits)
+    assert torch.equal(torch.cat(tokens), logits)
+    for name, tensor in whole.state(1).items():
+        assert torch.equal(cut.state(1)[name], tensor), name
+        assert torch.equal(single.state(1)[name], tensor), name
 
 
 @pytest.mark.parametrize(
