@@ -7,8 +7,8 @@ Rules:
     - There are never more running sequences than tokens in a step, so decoding never starves.
     - Who gets a slot, and who gives one up, is `fairness.admission`'s to say; how prompts share the tokens of a step
       is `fairness.prompts`': every tenant by its weight, the oldest prompt of each at least a half of that.
-    - While answers run, prompts take no more tokens of a step than their gap allows (`fairness.step_times`); while
-      none do, all of it. Time is given by `observe`; nothing here looks at a clock.
+    - Prompts take no more tokens of a step than the gap of answers allows (`fairness.step_times`). Time is given by
+      `observe`; nothing here looks at a clock.
     - Prompts whose tokens are scored take at most `max_scored_tokens` of a step together, for each of those needs
       the logits of a whole vocabulary: the memory for them is fixed, however long the prompts are.
     - Every request that was added ends in exactly one terminal event.
@@ -22,7 +22,7 @@ from dataclasses import replace
 
 from server.engine.batch import Batch
 from server.engine.fairness.admission import Admission, Moves
-from server.engine.fairness.prompts import PromptShares, StepBudget
+from server.engine.fairness.prompts import PromptShares, StepBudget, until_first_token
 from server.engine.fairness.step_times import StepTimes
 from server.engine.request_faults import fault_of
 from server.engine.sequence import FROM_NOTHING, Chunk, Sequence, SequenceStatus, StartState
@@ -281,15 +281,17 @@ class Scheduler:
         for follower in moves.followers:  # in this very step, while its leader is where it is
             chunks += budget.feed(follower, 1)
         reading = [one for one in reading if one not in moves.followers]
-        budget.num_tokens = min(budget.num_tokens, self._prompt_tokens(num_known, num_rows, len(reading)))
+        if reading:
+            num_tokens = min(budget.num_tokens, self._prompt_tokens(num_known, num_rows))
+            budget.num_tokens = num_tokens if self._step_times is None else until_first_token(reading, num_tokens)
         for sequence, most in self._prompts.split(reading, budget.num_tokens):
             chunks += budget.feed(sequence, most)
         return chunks
 
-    def _prompt_tokens(self, num_decoding: int, num_rows: int, num_prompts: int = 1) -> int:
-        """Most prompt tokens of a step in which so many sequences decode, in so many rows, and prompts are read."""
+    def _prompt_tokens(self, num_decoding: int, num_rows: int) -> int:
+        """Most prompt tokens of a step in which so many sequences decode, in so many rows."""
         left = self._max_step_tokens - num_rows
-        limit = None if self._step_times is None else self._step_times.prompt_tokens(num_decoding, num_prompts)
+        limit = None if self._step_times is None else self._step_times.prompt_tokens(num_decoding)
         return left if limit is None else min(left, limit)
 
     def _commit_chunk(self, chunk: Chunk, token_ids: Items[int], faults: Items[bool]) -> TokenEvent:

@@ -107,8 +107,8 @@ class Settings(BaseSettings):
     max_queue: int = _in("Capacity", 1024, ge=0, le=1_000_000)
     """Requests that may wait for a free conversation before new ones are refused with 503."""
     target_gap_ms: int = _in("Capacity", 100, ge=0)
-    """On a CPU: while answers run, a step reads only so many prompt tokens that the next tokens come after that
-    many milliseconds; 0: as many as there is room for."""
+    """On a CPU: a step reads only so many prompt tokens that the next tokens of answers come after that many
+    milliseconds; 0: as many as there is room for."""
     reserved_queue: Annotated[int, Field(ge=0)] | Auto = _in("Fair shares", "auto")
     """Places in the queue for keys of which nothing waits. auto: an eighth of max_queue if there are several keys."""
     max_running_per_key: int = _in("Fair shares", 0, ge=0)

@@ -64,6 +64,16 @@ def split_among(prompts: list[Sequence], num_tokens: int) -> dict[Sequence, int]
     return given
 
 
+def until_first_token(prompts: list[Sequence], num_tokens: int) -> int:
+    """Of so many tokens of a step, how many are read: half, if a prompt ends in it that is a small part of them.
+
+    Its first token comes with the end of the step, and need not wait for what others can read in the next one.
+    """
+    shortest = min(one.num_prompt_left for one in prompts)
+    is_small = len(prompts) > 1 and 2 * shortest * len(prompts) <= num_tokens
+    return num_tokens // 2 if is_small else num_tokens
+
+
 class Reading:
     """Whether one tenant is to read one more prompt in a step: not so many that none gets on, nor begun too early.
 

@@ -1,4 +1,4 @@
-"""What steps take, so that one that reads prompts is no longer than running answers may wait. Standard library only.
+"""What steps take, so that one that reads prompts is no longer than answers may wait. Standard library only.
 
 A step is taken to cost what its decoding rows cost, as last seen without prompts, and so much for each prompt token.
 Where rows alone take half of the time that answers may wait, or more, prompts have as much as they.
@@ -15,18 +15,17 @@ class StepTimes:
     """Learns from the steps of one engine on a device that computes one step after the other."""
 
     def __init__(self, target_gap_s: float) -> None:
-        """`target_gap_s`: how long a step may take in which answers run, seconds."""
+        """`target_gap_s`: how long a step may take, seconds."""
         self._target_gap_s = target_gap_s
         self._decode_s = 0.0
         self._token_s = 0.0
 
-    def prompt_tokens(self, num_rows: int, num_prompts: int = 1) -> int | None:
-        """Most prompt tokens of a step in which so many rows decode and prompts are read; None: any number.
+    def prompt_tokens(self, num_rows: int) -> int | None:
+        """Most prompt tokens of a step in which so many rows decode; None: any number.
 
-        One prompt that nobody waits beside is read as fast as can be. Beside another one steps are short too: then who
-        comes next, or has little to be read, has its first token soon.
+        Also where none does: whoever comes meanwhile waits for the end of the step.
         """
-        if (num_rows == 0 and num_prompts < 2) or self._token_s == 0.0:
+        if self._token_s == 0.0:
             return None
         decode_s = self._decode_s if num_rows > 0 else 0.0
         seconds = max(self._target_gap_s - decode_s, decode_s)
