@@ -73,6 +73,12 @@ test-ray: $(VENV)/.dev ## A fleet on Ray Serve: a killed engine, a rolling updat
 	$(PIP) install -c constraints.txt -e '.[ray]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray tests/server/fleet
 
+.PHONY: test-triton
+test-triton: $(VENV)/.dev ## The CUDA kernels in Triton's interpreter, and compiled for GPUs without having one; installs 1 GB
+	$(PIP) install -c constraints.txt -e '.[triton]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/dijiang_model/ops/triton \
+	  tests/server/engine/state/test_int8_states_triton.py
+
 .PHONY: docs
 docs: $(VENV)/.dev ## The documentation as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("triton", reason="needs the extra `triton`; run by `make test` where it is installed")
+pytest.importorskip("triton", reason="needs the extra `triton`; run by `make test-triton`")
 
 from dijiang_model.config import ModelConfig
 from dijiang_model.families.llama import RMSNorm

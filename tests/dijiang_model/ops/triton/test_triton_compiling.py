@@ -9,14 +9,15 @@ import pytest
 
 from tests.waiting import PATIENCE_S
 
-pytest.importorskip("triton", reason="needs the extra `triton`; run by `make test` where it is installed")
+pytest.importorskip("triton", reason="needs the extra `triton`; run by `make test-triton`")
 
-SHARED_MEMORY_BYTES = {80: 99 * 1024, 90: 227 * 1024}
+SHARED_MEMORY_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """What one program may use; of the devices that run code for 8.0 the smallest (8.6, 8.9) have 99 KiB."""
 SHAPES = ("SmolLM2-135M, hybrid", "LLaMA-2-7B, pure", "Pythia-2.8B, released")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_launch_of_a_step_compiles_and_fits(shape: str) -> None:
     lines = compiled(shape)
@@ -34,10 +35,13 @@ def test_every_launch_of_a_step_compiles_and_fits(shape: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_decode_kernel_of_places_compiles_and_fits() -> None:
     lines = compiled("SmolLM2-135M, anchors")
     assert {(line["capability"], line["kernel"]) for line in lines} == {
-        (capability, "anchored_decode_kernel") for capability in SHARED_MEMORY_BYTES
+        (capability, kernel)
+        for capability in SHARED_MEMORY_BYTES
+        for kernel in ("anchored_decode_kernel", "wide_product_kernel")
     }
     for line in lines:
         assert line["shared_bytes"] <= SHARED_MEMORY_BYTES[line["capability"]], line
@@ -48,6 +52,6 @@ def compiled(shape: str) -> list[dict[str, int]]:
     """What `triton_compiling` prints of a shape."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.dijiang_model.ops.triton.triton_compiling", shape]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=10 * PATIENCE_S, check=False)
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]

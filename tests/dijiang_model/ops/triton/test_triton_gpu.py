@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="needs the extra `triton`")
+pytest.importorskip("triton", reason="needs the extra `triton`; run by `make test-triton`")
 
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
 from dijiang_model.ops.torch.attention import TorchAttention

@@ -3,9 +3,9 @@
     python -m tests.dijiang_model.ops.triton.triton_compiling [SHAPE ...]
 
 Runs layers of real shapes on CPU tensors with every launch recorded in place of being run, then compiles each
-recorded launch for compute capabilities 8.0 and 9.0. Prints one JSON line per launch: kernel, shape, registers, spills
-and shared memory; at last one line for each kernel that would be compiled anew for some steps of one model, with the
-number of its variants. Needs triton's own assembler and no driver. Not in Triton's interpreter.
+recorded launch for compute capabilities 8.0, 9.0 and 10.0. Prints one JSON line per launch: kernel, shape, registers,
+spills and shared memory; at last one line for each kernel that would be compiled anew for some steps of one model,
+with the number of its variants. Needs triton's own assembler and no driver. Not in Triton's interpreter.
 """
 
 import json
@@ -30,11 +30,11 @@ from dijiang_model.config import AnchorConfig, AttentionConfig, FeatureConfig, M
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
-from dijiang_model.ops.triton import TritonAttention, anchors, around, decode, prefill, read_out, rounded
+from dijiang_model.ops.triton import TritonAttention, anchors, around, decode, prefill, quantized, read_out
 from dijiang_model.rotary import rotary_frequencies
 from dijiang_model.state import StateBuffer, StateSpec
 
-CAPABILITIES = (80, 90)
+CAPABILITIES = (80, 90, 100)
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 TYPES = {
     torch.float32: "*fp32",
@@ -118,7 +118,7 @@ class _Recorder:
 def recorded() -> Iterator[list[Launch]]:
     """Every launch of the operator's kernels goes into the list, and nothing runs."""
     launches: list[Launch] = []
-    hosts = (decode, anchors, prefill, read_out, around, rounded)
+    hosts = (decode, anchors, prefill, read_out, around, quantized)
     kernels = [(host, name) for host in hosts for name in vars(host) if name.endswith("_kernel")]
     originals = [(host, name, getattr(host, name)) for host, name in kernels]
     try:

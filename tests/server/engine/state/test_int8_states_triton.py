@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="needs the extra `triton`")
+pytest.importorskip("triton", reason="needs the extra `triton`; run by `make test-triton`")
 if torch.cuda.is_available():
     pytest.skip("in Triton's interpreter; test_graphs_cuda has a device", allow_module_level=True)
 
