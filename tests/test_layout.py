@@ -33,7 +33,7 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
         {"errors", "rotary"},
     ),
     "dijiang_model.conversion": (
-        {"default_model", "quantize_cli"},
+        {"default_model", "merge_cli", "quantize_cli"},
         {"merge"},
         {"evaluation"},
         {"cli"},
