@@ -8,18 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import typer
 
 from clients.client import Client
 from clients.measuring_cli import selfcheck_command
 from clients.scoring import score, summary
-from dijiang_model.batch import prefill
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.serving.network import freeze
-from dijiang_model.state import StateBuffer
 from tests.clients.loopback import loopback_server
 from tests.e2e.serving import Server, serving
+from tests.read_at_once import log_probabilities
 from tests.tiny_models import write_tiny_model
 from tests.waiting import PATIENCE_S
 
@@ -40,18 +38,7 @@ def server(folder: Path) -> Iterator[Server]:
 def log_probability(folder: Path, text: str) -> float:
     """Of all bytes but the first, computed by the model directly."""
     model, tokens = freeze(load_model(folder)), list(text.encode())
-    state = StateBuffer(model.state_spec, 2)
-    state.storage.zero_()
-    with torch.inference_mode():
-        logits = prefill(
-            model,
-            torch.tensor(tokens),
-            lengths=[len(tokens)],
-            slots=torch.tensor([1]),
-            starts=torch.tensor([0]),
-            state=state,
-        )
-    return logits.log_softmax(dim=-1)[range(len(tokens) - 1), tokens[1:]].sum().item()
+    return log_probabilities(model, tokens)[range(len(tokens) - 1), tokens[1:]].sum().item()
 
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
