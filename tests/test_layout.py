@@ -30,7 +30,7 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
         {"batch", "kernel", "native", "text"},
         {"features", "formats", "paths", "state"},
         {"config"},
-        {"errors", "rotary"},
+        {"errors", "program", "rotary"},
     ),
     "dijiang_model.conversion": (
         {"default_model", "merge_cli", "quantize_cli"},

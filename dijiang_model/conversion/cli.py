@@ -13,6 +13,7 @@ from dijiang_model.conversion.bars import bars, counted, sizes
 from dijiang_model.errors import ModelError
 from dijiang_model.formats.dtype_names import dtype_name
 from dijiang_model.formats.sizes import size_text
+from dijiang_model.program import program
 from dijiang_model.quantization.config import WeightKind
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def _summarise(made: "Conversion", console: Console) -> None:
     console.print(f"{made.title}: {size}, {made.memory}", highlight=False)
     if made.ends:
         console.print(f"An answer ends at {_escaped(', '.join(made.ends))}", highlight=False)
-    console.print(f"Serve it with `dijiang serve {_escaped(str(made.out))}`", highlight=False)
+    console.print(f"Serve it with `{program()} serve {_escaped(str(made.out))}`", highlight=False)
 
 
 def _escaped(text: str) -> str:

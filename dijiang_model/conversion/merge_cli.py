@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from dijiang_model.errors import ConversionError, ModelError
+from dijiang_model.program import program
 
 
 def merge_command(
@@ -37,7 +38,7 @@ def merge_command(
     except ModelError as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from error
-    console.print(f"{name}. Serve it with `dijiang serve {escape(str(out))}`", highlight=False)
+    console.print(f"{name}. Serve it with `{program()} serve {escape(str(out))}`", highlight=False)
 
 
 def _tables(file: Path) -> str:

@@ -11,6 +11,7 @@ from dijiang_model.conversion.bars import bars, counted, sizes
 from dijiang_model.conversion.cli import parse_size
 from dijiang_model.errors import ModelError
 from dijiang_model.formats.sizes import size_text
+from dijiang_model.program import program
 from dijiang_model.quantization.config import DEFAULT_GROUP_SIZE, GROUP_SIZES, WeightKind
 
 if TYPE_CHECKING:
@@ -77,4 +78,4 @@ def quantize_command(
 
 def _summarise(made: "QuantizedFolder", out: Path, console: Console) -> None:
     console.print(f"{size_text(made.bytes_before)} before, {size_text(made.bytes_after)} after", highlight=False)
-    console.print(f"Serve it with `dijiang serve {escape(str(out))}`", highlight=False)
+    console.print(f"Serve it with `{program()} serve {escape(str(out))}`", highlight=False)

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from dijiang_model.program import program
+
 if TYPE_CHECKING:
     from server.startup.examination import Finding
 
@@ -45,7 +47,7 @@ def doctor_command(
         count = len(problems)
         console.print(f"\n{count} {'problem' if count == 1 else 'problems'}: see what to type above")
     else:
-        console.print("\nall is well: dijiang serve")
+        console.print(f"\nall is well: {program()} serve")
     if problems:
         raise typer.Exit(1)
 

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from clients.measuring_cli import selfcheck_command
 from clients.scoring import score, summary
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.serving.network import freeze
-from tests.clients.loopback import loopback_server
+from tests.clients.loopback import Exchange, loopback_server
+from tests.clients.terminal_session import at_terminal
 from tests.e2e.serving import Server, serving
 from tests.read_at_once import log_probabilities
 from tests.tiny_models import write_tiny_model
@@ -110,6 +112,21 @@ def test_more_than_the_tolerance_is_a_failure(capsys: pytest.CaptureFixture[str]
     assert "2.50e-01" in shown.out
     assert "not possible here" in shown.out
     assert "that is more than 0.1" in shown.err
+
+
+def test_at_a_terminal_what_takes_its_time_says_so() -> None:
+    report = {"passed": True, "tolerance": 0.1, "largest_difference": 0.0, "findings": []}
+    is_seen = threading.Event()
+
+    def hold(exchange: Exchange) -> None:
+        assert is_seen.wait(PATIENCE_S)
+        exchange.answer(200, json.dumps(report))
+
+    with loopback_server(hold) as remote, at_terminal(["selfcheck", remote.url]) as terminal:
+        terminal.read_until("the server checks itself 0:00:0")
+        is_seen.set()
+        terminal.read_until("largest difference: 0.00e+00")
+        assert terminal.wait() == 0
 
 
 def test_without_an_admin_key_it_is_one_clear_line(server: Server) -> None:

@@ -13,6 +13,7 @@ from dijiang_model.config import Basis, FeatureConfig
 from dijiang_model.errors import ConversionError, ModelError
 from dijiang_model.formats.dtype_names import dtype_name
 from dijiang_model.formats.model_folder import ADAPTER_FILE
+from dijiang_model.program import program
 
 if TYPE_CHECKING:
     from dijiang_model.conversion.training.distill import Precision
@@ -163,7 +164,7 @@ def _go(
         )
         raise typer.Exit(130)
     console.print(f"Adapter: {escape(str(out / ADAPTER_FILE))}", highlight=False)
-    merging = f"dijiang merge {model} {out} MERGED"
+    merging = f"{program()} merge {model} {out} MERGED"
     console.print(f"`{escape(merging)}` makes a model of it to serve", highlight=False)
 
 
