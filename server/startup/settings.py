@@ -255,7 +255,8 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = _in("Operation", "info")
     """Least important messages to log."""
     log_format: Literal["console", "json"] = _in("Operation", "console")
-    """console for eyes, json for machines. Prompts and answers are never logged."""
+    """console for eyes, json for machines: then every line that is written is an object. Prompts and answers are never
+    logged."""
 
     @model_validator(mode="after")
     def _take_effect(self) -> Self:
