@@ -10,8 +10,7 @@ import httpx
 import typer
 from rich.console import Console
 
-from benchmarks.own_server import ServerStartError, serving
-from dijiang_model.conversion.default_model import ensure_default_model
+from benchmarks.own_server import ServerStartError, served_folder, serving
 
 AT_ONCE = 8
 TIMEOUT_S = 300.0
@@ -60,7 +59,7 @@ def answers_command(
 ) -> None:
     """Asks a question without any field of sampling, once for each seed; prints how many answers are right and end."""
     try:
-        folder = ensure_default_model() if model is None else model
+        folder = served_folder(model)
         with serving(folder, "--default-sampling", default_sampling) as base_url:
             found = asyncio.run(ask(base_url, question, answer, num_seeds=seeds, max_tokens=max_tokens))
     except ServerStartError as error:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from benchmarks.machine import DTYPES, synchronised
+from benchmarks.machine import PLAIN, synchronised
 from dijiang_model.batch import PackedBatch, decode
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.model import DiJiangForCausalLM
@@ -18,9 +18,6 @@ from dijiang_model.quantization.config import WeightKind
 from dijiang_model.serving.network import FrozenModel, freeze
 from dijiang_model.state import StateBuffer
 
-QUANTIZED = ("int8", "int4")
-WEIGHTS = (*DTYPES, *QUANTIZED)
-
 
 def load_models(folder: Path, weights: Sequence[str], *, device: str) -> dict[str, DiJiangForCausalLM]:
     """One model for each kind of weights, all heads of the linear part awake."""
@@ -28,9 +25,9 @@ def load_models(folder: Path, weights: Sequence[str], *, device: str) -> dict[st
 
 
 def load_weights(folder: Path, kind: str, *, device: str) -> DiJiangForCausalLM:
-    """The model as it is, with weights of one of the kinds `WEIGHTS`."""
-    if kind in DTYPES:
-        return load_model(folder, device=device, dtype=DTYPES[kind])
+    """The model as it is, with weights of one of the kinds `machine.WEIGHTS`."""
+    if kind in PLAIN:
+        return load_model(folder, device=device, dtype=getattr(torch, PLAIN[kind]))
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     return load_model(folder, device=device, dtype=dtype, weights=cast(WeightKind, kind))
 

@@ -7,28 +7,38 @@ Every round takes two steps of each contender in turn and times the second: ours
 for in all but llama.cpp's. Ratios are medians over rounds, so that other work on the machine cancels out.
 """
 
+from __future__ import annotations
+
 import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from benchmarks import llama_cpp, plots, report
-from benchmarks.contenders import WEIGHTS, awake, has_transformers_twin, load_models, our_step
-from benchmarks.costs import step_costs
-from benchmarks.machine import Machine, best_ms, interleaved, is_cuda, median_ms, ratio
-from benchmarks.rivals import HF, LLAMA_CPP, NAMES, Rivals, cache_bytes_per_token
-from benchmarks.transformers_twin import kind_of_twin, twins_of
+from benchmarks import plots, report
+from benchmarks.machine import (
+    HF,
+    LLAMA_CPP,
+    RIVALS,
+    WEIGHTS,
+    Machine,
+    best_ms,
+    interleaved,
+    is_cuda,
+    kind_of_twin,
+    median_ms,
+    ratio,
+)
 from dijiang_model.errors import ModelError
-from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.serving.network import freeze
 
-__all__ = ["Line", "awake", "decode_command", "our_step"]
+if TYPE_CHECKING:
+    from benchmarks.rivals import Rivals
+    from dijiang_model.model import DiJiangForCausalLM
 
 DEFAULT_CASES = "1:128,1:4096,16:2048"
 NEAR, FAR = 1_000, 100_000
@@ -84,6 +94,8 @@ class Bench:
 
     def case(self, num_rows: int, context: int) -> list[Line]:
         """All contenders, in turn."""
+        from benchmarks.contenders import our_step
+
         steps = {
             f"ours {kind}": our_step(model, num_rows=num_rows, position=context) for kind, model in self.models.items()
         }
@@ -101,6 +113,8 @@ class Bench:
 
     def flatness(self) -> dict[str, float]:
         """By kind: time per token at position 100,000 over that at 1,000, rounds taken in turn."""
+        from benchmarks.contenders import our_step
+
         found = {}
         for kind, model in self.models.items():
             steps = {str(at): our_step(model, num_rows=1, position=at) for at in (NEAR, FAR)}
@@ -109,6 +123,10 @@ class Bench:
         return found
 
     def _line(self, name: str, times: Mapping[str, list[float]], num_rows: int, context: int) -> Line:
+        from benchmarks.costs import step_costs
+        from benchmarks.llama_cpp import CLASSES
+        from benchmarks.rivals import cache_bytes_per_token
+
         measured = times[name]
         took = median_ms(measured)
         line = Line(name, num_rows, context, took, best_ms(measured), tokens_per_s=num_rows / took * 1e3)
@@ -120,7 +138,7 @@ class Bench:
         kind = name.removeprefix("ours ")
         model = self.models[kind]
         costs = step_costs(model, num_rows=num_rows)
-        other = f"llama.cpp {llama_cpp.CLASSES.get(kind)}"
+        other = f"llama.cpp {CLASSES.get(kind)}"
         floor = costs.floor_ms(self.machine.multiplying(kind_of_twin(kind)))
         return replace(
             line,
@@ -202,7 +220,7 @@ def decode_command(
     weights: Annotated[
         str | None, typer.Option(help=f"Kinds of ours: {', '.join(WEIGHTS)}. Default: fp32,int8; bf16 on CUDA.")
     ] = None,
-    rivals: Annotated[str, typer.Option(help=f"Of {', '.join(NAMES)}, with commas; or nothing.")] = HF,
+    rivals: Annotated[str, typer.Option(help=f"Of {', '.join(RIVALS)}, with commas; or nothing.")] = HF,
     gguf: Annotated[Path | None, typer.Option(help="llama.cpp's file; the default model's if absent.")] = None,
     most_read: Annotated[int, typer.Option(min=1, help="Longest context that llama.cpp is made to read.")] = 8192,
     rival_limit_s: Annotated[float, typer.Option(min=1, help="For compiling, and for continuous batching.")] = 120,
@@ -220,16 +238,15 @@ def decode_command(
     report.prepare(threads, clock, device)
     parsed = parse_cases(cases)
     kinds = report.kinds_of_weights(weights, device)
-    wanted = report.words(rivals, "--rivals", NAMES)
+    wanted = report.words(rivals, "--rivals", RIVALS)
     folder = report.model_folder(model)
     machine = report.measured_machine(clock, device, list(map(kind_of_twin, kinds)))
     told.introduce(machine)
+    # Imported late: `--help` and mistakes in options need nothing of torch.
+    from benchmarks.rivals import Rivals, cache_bytes_per_token
+
     with ExitStack() as stack:
-        try:
-            models = load_models(folder, kinds, device=device)
-        except ModelError as error:
-            raise report.failed(error) from error
-        frozen = freeze(next(iter(models.values())))
+        models = _models(folder, kinds, device)
         twins = _twins(folder, models, told) if set(wanted) - {LLAMA_CPP} else {}
         files = _files(gguf, model, kinds, machine, device, told, stack) if LLAMA_CPP in wanted else {}
         others = Rivals(
@@ -246,8 +263,7 @@ def decode_command(
         bench = Bench(machine, models, others, clock, rounds)
         lines = [line for case in parsed for line in bench.case(*case)]
         flatness = bench.flatness() if flat else None
-    result: dict[str, Any] = {"model": folder.name, "device": device, "cpus": os.cpu_count()}
-    result |= {"decode_path": frozen.decode_path, "kernels": frozen.kernels}
+    result: dict[str, Any] = {"model": folder.name, "device": device, "cpus": os.cpu_count(), **_way(models)}
     result |= {"clock": clock, "lines": [asdict(line) for line in lines], "position_100000_over_1000": flatness}
     if flatness is not None:
         for kind, value in flatness.items():
@@ -255,7 +271,27 @@ def decode_command(
     told.finish(machine, result, table(lines), lambda file: draw(lines, file))
 
 
+def _models(folder: Path, kinds: list[str], device: str) -> Mapping[str, DiJiangForCausalLM]:
+    from benchmarks.contenders import load_models
+
+    try:
+        return load_models(folder, kinds, device=device)
+    except ModelError as error:
+        raise report.failed(error) from error
+
+
+def _way(models: Mapping[str, DiJiangForCausalLM]) -> dict[str, str]:
+    """How the first of them decodes."""
+    from dijiang_model.serving.network import freeze
+
+    frozen = freeze(next(iter(models.values())))
+    return {"decode_path": frozen.decode_path, "kernels": frozen.kernels}
+
+
 def _twins(folder: Path, models: Mapping[str, DiJiangForCausalLM], told: report.Report) -> dict[str, Any]:
+    from benchmarks.contenders import has_transformers_twin
+    from benchmarks.transformers_twin import twins_of
+
     if not has_transformers_twin(folder):
         told.note("Without HF: its model is made of the LLaMA family's configuration, which is not at hand.")
         return {}
@@ -271,6 +307,8 @@ def _files(
     told: report.Report,
     stack: ExitStack,
 ) -> Mapping[str, Path]:
+    from benchmarks import llama_cpp
+
     source = gguf if gguf is not None else llama_cpp.default_gguf() if model is None else None
     if not llama_cpp.is_available() or source is None or is_cuda(device):
         told.note("Without llama.cpp: it needs the `bench` extra, a CPU, and --gguf unless it is the default model.")

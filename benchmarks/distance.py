@@ -10,12 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.own_server import ServerStartError, serving
+from benchmarks.own_server import ServerStartError, served_folder, serving
 from benchmarks.report import failed, numbers
 from clients.client import Client
 from clients.errors import ClientError
 from clients.scoring import token_logprobs
-from dijiang_model.conversion.default_model import ensure_default_model
 from dijiang_model.errors import ModelError
 
 NAME = "measured"
@@ -78,7 +77,7 @@ def distance_command(
     """Compares the likelihood of tokens far into a text with that of the same tokens read from nearby."""
     wanted = numbers(ends, "--ends")
     try:
-        folder = ensure_default_model() if model is None else model
+        folder = served_folder(model)
         with (
             serving(folder, "--served-model-name", NAME) as base_url,
             Client(base_url, model=NAME, timeout=TIMEOUT_S) as client,

@@ -10,13 +10,15 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-
 RESULTS = Path(__file__).parent / "results"
 BANDWIDTH_BYTES = 2**29
 MATRIX = {"cpu": 1024, "cuda": 8192}
 """Rows of the square matrices whose product gives the matrix rate."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PLAIN = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Kinds of weights that are not quantized, as torch calls them."""
+WEIGHTS = (*PLAIN, "int8", "int4")
+RIVALS = HF, COMPILED, CONTINUOUS, LLAMA_CPP = "hf", "hf-compiled", "hf-continuous", "llama.cpp"
+"""What ours is timed beside (`benchmarks.rivals`)."""
 UNITS = frozenset({"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"})
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """`cpu` counts this process alone: for one thread on a machine that others use too."""
@@ -33,7 +35,7 @@ class Machine:
         load_average: runnable processes over the last minute when the benchmark started; above 1 or so the
             machine was not ours alone, and only ratios of interleaved runs mean something.
         matrix_gflop_s: measured rate of a large matrix product in the first kind of weights, 10^9 operations a second.
-        matrix_rates: the same in each kind of `DTYPES` that is compared.
+        matrix_rates: the same in each kind of `PLAIN` that is compared.
         units: what the processor has for products, as its flags name it; empty elsewhere than on Linux.
     """
 
@@ -52,7 +54,9 @@ class Machine:
 
 def this_machine(clock: str = "wall", *, device: str = "cpu", kinds: Sequence[str] = ("fp32",)) -> Machine:
     """Names the device and measures it, by one of `CLOCKS`; `kinds` of weights, one at least."""
-    rates = {kind: matrix_gflop_s(clock, device=device, dtype=DTYPES[kind]) for kind in dict.fromkeys(kinds)}
+    import torch
+
+    rates = {kind: matrix_gflop_s(clock, device=device, kind=kind) for kind in dict.fromkeys(kinds)}
     return Machine(
         processor=torch.cuda.get_device_name(device) if is_cuda(device) else _processor(),
         num_threads=torch.get_num_threads(),
@@ -66,18 +70,20 @@ def this_machine(clock: str = "wall", *, device: str = "cpu", kinds: Sequence[st
 
 def read_bandwidth_gb_s(clock: str = "wall", *, device: str = "cpu", num_runs: int = 15) -> float:
     """Best of some passes over half a gigabyte: a dot product, which reads and hardly computes."""
+    import torch
+
     half = BANDWIDTH_BYTES // 8
     a, b = torch.ones(half, device=device), torch.ones(half, device=device)
     run = synchronised(lambda: torch.dot(a, b), device)
     return BANDWIDTH_BYTES / min(interleaved({"dot": run}, num_rounds=num_runs, clock=clock)["dot"]) / 1e9
 
 
-def matrix_gflop_s(
-    clock: str = "wall", *, device: str = "cpu", dtype: torch.dtype = torch.float32, num_runs: int = 9
-) -> float:
+def matrix_gflop_s(clock: str = "wall", *, device: str = "cpu", kind: str = "fp32", num_runs: int = 9) -> float:
     """Best rate of a square matrix product."""
+    import torch
+
     size = MATRIX["cuda" if is_cuda(device) else "cpu"]
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, PLAIN[kind])) for _ in range(2))
     run = synchronised(lambda: a @ b, device)
     return 2 * size**3 / min(interleaved({"product": run}, num_rounds=num_runs, clock=clock)["product"]) / 1e9
 
@@ -87,10 +93,16 @@ def is_cuda(device: str) -> bool:
     return device.startswith("cuda")
 
 
+def kind_of_twin(kind: str) -> str:
+    """Which of HF's kinds of weights is to be beaten by one of ours: its own; by quantized weights HF's 16 bits."""
+    return kind if kind in PLAIN else "bf16"
+
+
 def synchronised(run: Callable[[], object], device: str) -> Callable[[], object]:
     """The same, over only when the device has done it."""
     if not is_cuda(device):
         return run
+    import torch
 
     def wait() -> object:
         result = run()
@@ -100,7 +112,6 @@ def synchronised(run: Callable[[], object], device: str) -> Callable[[], object]
     return wait
 
 
-@torch.inference_mode()
 def interleaved(
     runs: Mapping[str, Callable[[], object]],
     *,
@@ -118,17 +129,20 @@ def interleaved(
     Returns:
         Seconds of each round, by name.
     """
+    import torch
+
     times: dict[str, list[float]] = {name: [] for name in runs}
     read = CLOCKS[clock]
-    for round_ in range(warm_up + num_rounds):
-        for name, run in runs.items():
-            for _ in range(num_before):
+    with torch.inference_mode():
+        for round_ in range(warm_up + num_rounds):
+            for name, run in runs.items():
+                for _ in range(num_before):
+                    run()
+                start = read()
                 run()
-            start = read()
-            run()
-            elapsed = read() - start
-            if round_ >= warm_up:
-                times[name].append(elapsed)
+                elapsed = read() - start
+                if round_ >= warm_up:
+                    times[name].append(elapsed)
     return times
 
 

@@ -63,3 +63,12 @@ def wait_until_ready(process: "subprocess.Popen[bytes]", address: str, words: IO
                 return
         time.sleep(POLL_S)
     raise ServerStartError(f"the server was not ready after {START_TIMEOUT_S:.0f} s")
+
+
+def served_folder(given: Path | None) -> Path:
+    """The model to serve: the one that is given, or the default one."""
+    if given is not None:
+        return given
+    from dijiang_model.conversion.default_model import ensure_default_model
+
+    return ensure_default_model()

@@ -6,22 +6,23 @@ Every round feeds the same prompts to each contender in turn: ours by kind of we
 sdpa and a new dynamic cache, prompts of different lengths padded on the left. All answer the logits of the last token.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from benchmarks import plots, report
-from benchmarks.contenders import WEIGHTS, has_transformers_twin, load_models, our_prefill, their_prefill
-from benchmarks.costs import Costs, step_costs, weight_bytes
-from benchmarks.machine import Machine, best_ms, interleaved, median_ms, ratio
-from benchmarks.transformers_twin import kind_of_twin, twins_of
+from benchmarks.machine import WEIGHTS, Machine, best_ms, interleaved, kind_of_twin, median_ms, ratio
 from dijiang_model.errors import ModelError
-from dijiang_model.model import DiJiangForCausalLM
-from dijiang_model.serving.network import freeze
+
+if TYPE_CHECKING:
+    from benchmarks.costs import Costs
+    from dijiang_model.model import DiJiangForCausalLM
 
 DEFAULT_LENGTHS = "128,512,2048"
 DEFAULT_RAGGED = "48,130,300,700"
@@ -57,6 +58,8 @@ class Line:
 
 def prompt_costs(model: DiJiangForCausalLM, lengths: list[int]) -> Costs:
     """Of reading prompts together: weights once, the last token's logits of each."""
+    from benchmarks.costs import Costs, step_costs, weight_bytes
+
     each = [step_costs(model, num_rows=1, num_tokens=length) for length in lengths]
     shared = (len(lengths) - 1) * weight_bytes(model)
     return Costs(sum(costs.num_bytes for costs in each) - shared, sum(costs.operations for costs in each))
@@ -73,6 +76,8 @@ def run_case(
     clock: str,
 ) -> list[Line]:
     """All contenders, in turn."""
+    from benchmarks.contenders import our_prefill, their_prefill
+
     runs = {f"ours {kind}": our_prefill(model, lengths=lengths) for kind, model in models.items()}
     runs |= {_hf(kind): their_prefill(twin, lengths=lengths, device=device) for kind, twin in twins.items()}
     # A long prompt takes many seconds, next to which a cold start is nothing.
@@ -171,6 +176,11 @@ def prefill_command(
     folder = report.model_folder(model)
     machine = report.measured_machine(clock, device, list(map(kind_of_twin, kinds)))
     told.introduce(machine)
+    # Imported late: `--help` and mistakes in options need nothing of torch.
+    from benchmarks.contenders import has_transformers_twin, load_models
+    from benchmarks.transformers_twin import twins_of
+    from dijiang_model.serving.network import freeze
+
     try:
         models = load_models(folder, kinds, device=device)
     except ModelError as error:

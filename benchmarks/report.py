@@ -6,15 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import plots
-from benchmarks.contenders import WEIGHTS
-from benchmarks.machine import CLOCKS, Machine, document, is_cuda, save_document, this_machine
-from dijiang_model.conversion.default_model import ensure_default_model
+from benchmarks.machine import CLOCKS, WEIGHTS, Machine, document, is_cuda, save_document, this_machine
 from dijiang_model.errors import ModelError
 
 WIDTH = 140
@@ -90,6 +87,8 @@ def model_folder(given: Path | None) -> Path:
     Raises:
         typer.Exit: it is not there, after saying so.
     """
+    from dijiang_model.conversion.default_model import ensure_default_model
+
     try:
         return ensure_default_model(is_quantized=False) if given is None else given
     except ModelError as error:
@@ -108,6 +107,8 @@ def prepare(threads: int | None, clock: str, device: str) -> None:
     Raises:
         typer.BadParameter: a clock that does not exist or would mislead, a device that is not there.
     """
+    import torch
+
     if threads is not None:
         torch.set_num_threads(threads)
     if clock not in CLOCKS:

@@ -18,12 +18,10 @@ import psutil
 import torch
 
 from benchmarks import llama_cpp
-from benchmarks.machine import is_cuda, synchronised
+from benchmarks.machine import COMPILED, CONTINUOUS, HF, LLAMA_CPP, is_cuda, synchronised
 from benchmarks.transformers_twin import CacheKind, Compiled, decode_step, token_times
 from dijiang_model.config import ModelConfig
 
-HF, COMPILED, CONTINUOUS, LLAMA_CPP = "hf", "hf-compiled", "hf-continuous", "llama.cpp"
-NAMES = (HF, COMPILED, CONTINUOUS, LLAMA_CPP)
 CACHES: tuple[CacheKind, ...] = ("dynamic", "static")
 SHARE_OF_MEMORY = 0.6
 
@@ -39,7 +37,7 @@ class Rivals:
     """Who is measured beside ours.
 
     Attributes:
-        names: of `NAMES`.
+        names: of `machine.RIVALS`.
         twins: HF's model on the same weights, by their kind; empty: none of its ways.
         files: llama.cpp's, by type; empty: without it.
         cache_bytes: of one token in HF's caches, in fp32.

@@ -26,12 +26,9 @@ import typer
 from rich.table import Table
 
 from benchmarks import plots, report
-from benchmarks.contenders import load_weights, our_step
-from benchmarks.costs import step_costs
 from benchmarks.load import PERCENTILES, Load, Seen, percentiles_ms
-from benchmarks.machine import Machine, interleaved, median_ms
+from benchmarks.machine import Machine, interleaved, kind_of_twin, median_ms
 from benchmarks.own_server import ServerStartError, serving
-from benchmarks.transformers_twin import kind_of_twin
 from clients.client import Client
 from clients.errors import APIResponseError, ClientError
 from dijiang_model.errors import ModelError
@@ -268,6 +265,10 @@ def own_target(
     folder: Path, kind: str, options: list[str], *, device: str, numbers: list[int], machine: Machine
 ) -> Iterator[Target]:
     """A server of our own, and its model alone."""
+    # Imported late: `--help` and a running server need nothing of torch.
+    from benchmarks.contenders import load_weights, our_step
+    from benchmarks.costs import step_costs
+
     network = load_weights(folder, kind, device=device)
     floors = {number: step_costs(network, num_rows=number).floor_ms(machine) for number in numbers}
     step = our_step(network, num_rows=1, position=128) if 1 in numbers else None

@@ -8,29 +8,28 @@ the products with the frozen weights at the measured matrix rate: one pass in st
 the gradient's in stage 2, the head's with each.
 """
 
+from __future__ import annotations
+
 import resource
 import statistics
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.table import Table
-from torch import Tensor
 
 from benchmarks import plots, report
-from benchmarks.costs import num_projected, weight_bytes
 from benchmarks.machine import Machine, is_cuda
-from dijiang_model.checkpoints.checkpoint import load_model
-from dijiang_model.checkpoints.fingerprint import model_fingerprint
-from dijiang_model.conversion.training.adapters import AdapterInfo
-from dijiang_model.conversion.training.distill import Precision
-from dijiang_model.conversion.training.student import check_trainable, new_student
-from dijiang_model.conversion.training.train import Trainer, TrainingOptions
 from dijiang_model.errors import ModelError
-from dijiang_model.model import DiJiangForCausalLM
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dijiang_model.conversion.training.distill import Precision
+    from dijiang_model.conversion.training.train import TrainingOptions
+    from dijiang_model.model import DiJiangForCausalLM
 
 STAGES = {1: "attention outputs", 2: "whole network"}
 PASSES = {1: 1, 2: 3}
@@ -46,6 +45,8 @@ class RandomText:
 
     def batch(self, step: int, size: int) -> Tensor:
         """[size, length] int64."""
+        import torch
+
         generator = torch.Generator().manual_seed(step)
         return torch.randint(self.vocab_size, (size, self.length), generator=generator)
 
@@ -75,6 +76,14 @@ def run_stage(
     base: DiJiangForCausalLM, stage: int, *, options: TrainingOptions, num_steps: int, machine: Machine
 ) -> Line:
     """Times some steps of one stage behind a first one that is not counted."""
+    import torch
+
+    from benchmarks.costs import num_projected, weight_bytes
+    from dijiang_model.checkpoints.fingerprint import model_fingerprint
+    from dijiang_model.conversion.training.adapters import AdapterInfo
+    from dijiang_model.conversion.training.student import new_student
+    from dijiang_model.conversion.training.train import Trainer
+
     student = new_student(base, base.config, look_back=None, seed=0)
     text = RandomText(base.config.vocab_size, options.sequence_length)
     info = AdapterInfo(
@@ -104,6 +113,8 @@ def run_stage(
 def peak_bytes(device: str) -> int:
     """The most memory so far: of a CUDA device's tensors, else of this process."""
     if is_cuda(device):
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -165,24 +176,16 @@ def train_command(
     folder = report.model_folder(model)
     machine = report.measured_machine("wall", device, ["bf16" if products == "bf16" else "fp32"])
     told.introduce(machine)
+    # Imported late: `--help` and mistakes in options need nothing of torch.
+    from dijiang_model.checkpoints.checkpoint import load_model
+    from dijiang_model.conversion.training.student import check_trainable
+
     lines = []
     try:
         base = load_model(folder, device=device)
         check_trainable(base.config)
         for stage in wanted:
-            options = TrainingOptions(
-                tokens=(steps + 1) * batch * length,
-                minutes=None,
-                stages=(stage,),
-                stage_one_share=1.0,
-                sequence_length=length,
-                batch_size=batch,
-                learning_rate=1e-4,
-                lora_rank=lora_rank if stage == 2 else 0,
-                precision=products,
-                linear=True,
-                seed=0,
-            )
+            options = _options(stage, (steps + 1) * batch * length, length, batch, lora_rank, products)
             lines.append(run_stage(base, stage, options=options, num_steps=steps, machine=machine))
     except ModelError as error:
         raise report.failed(error) from error
@@ -196,6 +199,26 @@ def train_command(
         "lines": [asdict(line) for line in lines],
     }
     told.finish(machine, result, table(lines), lambda file: draw(lines, file))
+
+
+def _options(
+    stage: int, num_tokens: int, length: int, batch: int, lora_rank: int, products: Precision
+) -> TrainingOptions:
+    from dijiang_model.conversion.training.train import TrainingOptions
+
+    return TrainingOptions(
+        tokens=num_tokens,
+        minutes=None,
+        stages=(stage,),
+        stage_one_share=1.0,
+        sequence_length=length,
+        batch_size=batch,
+        learning_rate=1e-4,
+        lora_rank=lora_rank if stage == 2 else 0,
+        precision=products,
+        linear=True,
+        seed=0,
+    )
 
 
 if __name__ == "__main__":

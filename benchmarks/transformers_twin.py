@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 from transformers.utils import logging
 
 from benchmarks.contenders import load_weights
-from benchmarks.machine import DTYPES, is_cuda
+from benchmarks.machine import is_cuda, kind_of_twin
 from dijiang_model.model import DiJiangForCausalLM
 
 CacheKind = Literal["dynamic", "static"]
@@ -47,11 +47,6 @@ def twins_of(folder: Path, models: Mapping[str, DiJiangForCausalLM]) -> dict[str
     kinds = dict.fromkeys([*([] if is_cuda(device) else ["fp32"]), *map(kind_of_twin, models)])
     plain = {kind: models[kind] if kind in models else load_weights(folder, kind, device=device) for kind in kinds}
     return {kind: transformers_twin(folder, model) for kind, model in plain.items()}
-
-
-def kind_of_twin(kind: str) -> str:
-    """Which of HF's kinds of weights is to be beaten by one of ours: its own; by quantized weights HF's 16 bits."""
-    return kind if kind in DTYPES else "bf16"
 
 
 def cache_of(twin: Any, *, num_rows: int, num_tokens: int, kind: CacheKind, room: int) -> Any:

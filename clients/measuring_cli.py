@@ -3,11 +3,14 @@
 import json
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from clients.calls import Call
@@ -33,7 +36,8 @@ def score_command(
     table = Table("text", "tokens", "log-probability", "perplexity", "bits per byte")
     with connected(base_url, api_key, model, notices) as (client, name):
         for file, text in texts:
-            result = score(client, text, model=name)
+            with _waiting(f"{name} reads {file}", notices):
+                result = score(client, text, model=name)
             if as_json:
                 typer.echo(json.dumps(_as_json(file, result)))
             else:
@@ -61,7 +65,7 @@ def selfcheck_command(
     """
     notices = Console(stderr=True)
     check = Call("POST", "/admin/selfcheck", SelfCheckReport.model_validate, {"tolerance": tolerance}, retry=False)
-    with connected(base_url, api_key, "", notices) as (client, _):
+    with connected(base_url, api_key, "", notices) as (client, _), _waiting("the server checks itself", notices):
         report = client.answer(check)
     table = Table("compared with a prompt read at once, by itself", "values", "largest difference")
     for finding in report.findings:
@@ -72,6 +76,15 @@ def selfcheck_command(
     if not report.passed:
         notices.print(f"error: that is more than {tolerance:g}", style="red", highlight=False)
         raise typer.Exit(1)
+
+
+@contextmanager
+def _waiting(text: str, notices: Console) -> Iterator[None]:
+    """At a terminal: says what is waited for, and for how long."""
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    with Progress(*columns, console=notices, transient=True, disable=not notices.is_terminal) as progress:
+        progress.add_task(text, total=None)
+        yield
 
 
 def _read(file: Path, notices: Console) -> str:

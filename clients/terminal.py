@@ -106,8 +106,9 @@ class Terminal:
         except ClientError as error:
             self._output.out("")
             has_no_template = isinstance(error, APIError) and error.code == "no_chat_template"
-            remedy = "\nIt continues texts: echo 'Once upon a time' | dijiang complete" if has_no_template else ""
-            return self._fail(f"{error}{remedy}")
+            program = sys.argv[0] if Path(sys.argv[0]).name == "dijiang" else "dijiang"
+            hint = f"\nIt continues texts: echo 'Once upon a time' | {program} complete"
+            return self._fail(f"{error}{hint if has_no_template else ''}")
         self._output.out("")
         return True
 

@@ -25,7 +25,7 @@ COMMANDS = {
         "Measure what a conversion lost, and what its linear branch brings.",
     ),
     "merge": (
-        "dijiang_model.conversion.merge.merge_command",
+        "dijiang_model.conversion.merge_cli.merge_command",
         "Merge a trained adapter into its model, ready to be served.",
     ),
     "top": ("clients.top.top_command", "Watch a running server: slots, queue by key, tokens a second, gaps."),

@@ -30,10 +30,10 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
         {"batch", "kernel", "native", "text"},
         {"features", "formats", "paths", "state"},
         {"config"},
-        {"errors", "rotary"},
+        {"errors", "program", "rotary"},
     ),
     "dijiang_model.conversion": (
-        {"default_model", "quantize_cli"},
+        {"default_model", "merge_cli", "quantize_cli"},
         {"merge"},
         {"evaluation"},
         {"cli"},

@@ -26,8 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.own_server import ServerStartError, serving
-from dijiang_model.conversion.default_model import ensure_default_model
+from benchmarks.own_server import ServerStartError, served_folder, serving
 
 ALONE = "alone"
 ANSWER_TOKENS = 16
@@ -316,7 +315,7 @@ def neighbour_command(
     keys = (f"sk-{secrets.token_hex(8)}", f"sk-{secrets.token_hex(8)}")
     options = ("--threads", threads, "--api-keys", ",".join(keys), "--max-conversations", "32")
     try:
-        with serving(ensure_default_model() if model is None else model, *options) as base_url:
+        with serving(served_folder(model), *options) as base_url:
             found = asyncio.run(measure(base_url, keys, names, seconds))
     except ServerStartError as error:
         raise typer.BadParameter(str(error)) from error

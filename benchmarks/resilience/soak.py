@@ -28,9 +28,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.own_server import END_TIMEOUT_S, ServerStartError, wait_until_ready
+from benchmarks.own_server import END_TIMEOUT_S, ServerStartError, served_folder, wait_until_ready
 from benchmarks.resilience.soak_load import BACK_WITHIN_S, REPORTED, Load
-from dijiang_model.conversion.default_model import ensure_default_model
 
 FINAL = frozenset({"completed", "incomplete", "failed", "cancelled"})
 CACHE = "64MiB"
@@ -322,7 +321,7 @@ def soak_command(
     save: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the JSON there.")] = None,
 ) -> None:
     """Mixed load, kills, and a comparison with a fresh server; fails if anything was lost, wrong or left over."""
-    folder = ensure_default_model() if model is None else model
+    folder = served_folder(model)
     options = ("--threads", threads, "--max-conversations", "32")
     try:
         report = run_soak(

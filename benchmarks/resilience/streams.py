@@ -21,8 +21,7 @@ from typing import Annotated
 import httpx
 import typer
 
-from benchmarks.own_server import ServerStartError, serving
-from dijiang_model.conversion.default_model import ensure_default_model
+from benchmarks.own_server import ServerStartError, served_folder, serving
 
 PATIENCE_S = 600.0
 """Without a byte for so long, a stream has failed."""
@@ -153,7 +152,7 @@ def streams_command(
     save: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the JSON there.")] = None,
 ) -> None:
     """Many streams at once; fails if one of them fails, or is silent for longer than the keep-alive."""
-    folder = ensure_default_model() if model is None else model
+    folder = served_folder(model)
     try:
         with serving(folder, "--threads", threads, "--keepalive-s", str(keepalive)) as base_url:
             begin = time.monotonic()

@@ -38,6 +38,7 @@ from dijiang_model.formats.problem_list import problem_list
 from dijiang_model.formats.safetensors_writer import DEFAULT_SHARD_BYTES, num_bytes, write_tensors, write_text
 from dijiang_model.formats.tensor_files import TensorInfo, TensorSource, open_tensors
 from dijiang_model.model import DiJiangForCausalLM
+from dijiang_model.program import program
 from dijiang_model.quantization.config import Quantization, WeightKind
 from dijiang_model.quantization.modules import quantized_weights
 from dijiang_model.quantization.tensors import QuantizedTensors
@@ -71,8 +72,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         config = released_model_config(document)
         return Checkpoint(config, ReleasedTensors(tensors, config))
     raise CheckpointError(
-        f"{path} holds a {document.get('model_type')} model with softmax attention; `dijiang convert {path} OUT` makes "
-        "a model of it that this command takes"
+        f"{path} holds a {document.get('model_type')} model with softmax attention; `{program()} convert {path} OUT` "
+        "makes a model of it that this command takes"
     )
 
 

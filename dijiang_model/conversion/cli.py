@@ -4,18 +4,20 @@ import re
 from collections.abc import Collection
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 from rich.console import Console
 
 from dijiang_model.conversion.bars import bars, counted, sizes
-from dijiang_model.conversion.convert import DTYPES, Conversion, convert
-from dijiang_model.conversion.recipes import Recipe
 from dijiang_model.errors import ModelError
 from dijiang_model.formats.dtype_names import dtype_name
 from dijiang_model.formats.sizes import size_text
+from dijiang_model.program import program
 from dijiang_model.quantization.config import WeightKind
+
+if TYPE_CHECKING:
+    from dijiang_model.conversion.convert import Conversion
 
 SourceArgument = Annotated[
     Path,
@@ -26,7 +28,7 @@ SourceArgument = Annotated[
     ),
 ]
 RecipeOption = Annotated[
-    Recipe | None,
+    str | None,
     typer.Option(
         help="How attention is replaced. hybrid: a window of exact softmax beside a linear branch of weight zero, "
         "answers sensibly without training. pure: the paper's normalised kernel alone. released: as the authors' "
@@ -87,8 +89,13 @@ def convert_command(
     ] = False,
 ) -> None:
     """Make a DiJiang model of a pretrained transformer."""
+    # Imported late: `--help` and mistakes in options need nothing of torch.
+    from dijiang_model.conversion.convert import DTYPES, convert
+    from dijiang_model.conversion.recipes import Recipe
+
     console = Console(stderr=True)
     dtype = None if dtype is None else str(dtype_name(dtype))
+    _refuse_unknown(recipe, tuple(Recipe), "--recipe")
     _refuse_unknown(dtype, DTYPES, "--dtype")
     _refuse_unknown(weights, get_args(WeightKind), "--weights")
     max_shard_bytes = parse_size(max_shard_size)
@@ -102,7 +109,7 @@ def convert_command(
             made = convert(
                 source,
                 out,
-                recipe=recipe,
+                recipe=None if recipe is None else Recipe(recipe),
                 window=60 if window is None else window,
                 sinks=sinks,
                 state_bytes=num_bytes,
@@ -148,14 +155,14 @@ def parse_size(text: str, option: str = "--max-shard-size") -> int:
     return size
 
 
-def _summarise(made: Conversion, console: Console) -> None:
+def _summarise(made: "Conversion", console: Console) -> None:
     for warning in made.warnings:
         console.print(f"[yellow]warning:[/yellow] {_escaped(warning)}", highlight=False)
     size = f"{size_text(made.state_bytes)} of state per conversation"
     console.print(f"{made.title}: {size}, {made.memory}", highlight=False)
     if made.ends:
         console.print(f"An answer ends at {_escaped(', '.join(made.ends))}", highlight=False)
-    console.print(f"Serve it with `dijiang serve {_escaped(str(made.out))}`", highlight=False)
+    console.print(f"Serve it with `{program()} serve {_escaped(str(made.out))}`", highlight=False)
 
 
 def _escaped(text: str) -> str:

@@ -1,20 +1,13 @@
-"""`dijiang merge`: an adapter and its base as one model, with what was measured in the model card."""
+"""An adapter and its base as one model, with what was measured in the model card."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
-
-import typer
-from rich.console import Console
-from rich.markup import escape
 
 from dijiang_model.checkpoints.config_json import read_stored_config
 from dijiang_model.checkpoints.outputs import check_replaceable, output_folder
 from dijiang_model.conversion.calibration.calibrate import Calibration
-from dijiang_model.conversion.evaluation.report import TABLES_FILE
 from dijiang_model.conversion.model_card import model_card, title
 from dijiang_model.conversion.training.adapters import apply_adapter, calibration_text, load_adapter
-from dijiang_model.errors import ConversionError, ModelError
 from dijiang_model.families import build_model
 from dijiang_model.formats.tensor_files import open_tensors
 
@@ -54,35 +47,3 @@ def merge(
     )
     apply_adapter(folder, adapter, out, card=card, overwrite=overwrite)
     return title(config)
-
-
-def merge_command(
-    model: Annotated[Path, typer.Argument(help="Folder of the converted model that was trained.")],
-    adapter: Annotated[Path, typer.Argument(help="Its adapter, as `dijiang train` writes it.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write. It appears complete or not at all.")],
-    report: Annotated[
-        Path | None, typer.Option(help="Folder of `dijiang evaluate`: its tables go into the model card.")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT if it is a model saved by this program.")
-    ] = False,
-) -> None:
-    """Merge a trained adapter into its model, ready to be served."""
-    console = Console(stderr=True)
-    try:
-        evaluation = None
-        if report is not None:
-            output_folder(out, inputs=[report / TABLES_FILE])
-            evaluation = _tables(report)
-        name = merge(model, adapter, out, evaluation=evaluation, overwrite=overwrite)
-    except ModelError as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
-        raise typer.Exit(1) from error
-    console.print(f"{name}. Serve it with `dijiang serve {escape(str(out))}`", highlight=False)
-
-
-def _tables(report: Path) -> str:
-    try:
-        return (report / TABLES_FILE).read_text("utf-8")
-    except OSError as error:
-        raise ConversionError(f"{report} holds no {TABLES_FILE}, as `dijiang evaluate` writes it") from error

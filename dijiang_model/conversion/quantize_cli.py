@@ -1,7 +1,7 @@
 """`dijiang quantize`: the command line of the quantizer."""
 
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 from rich.console import Console
@@ -9,10 +9,13 @@ from rich.markup import escape
 
 from dijiang_model.conversion.bars import bars, counted, sizes
 from dijiang_model.conversion.cli import parse_size
-from dijiang_model.conversion.quantize import QuantizedFolder, description, quantize_folder
 from dijiang_model.errors import ModelError
 from dijiang_model.formats.sizes import size_text
+from dijiang_model.program import program
 from dijiang_model.quantization.config import DEFAULT_GROUP_SIZE, GROUP_SIZES, WeightKind
+
+if TYPE_CHECKING:
+    from dijiang_model.conversion.quantize import QuantizedFolder
 
 
 def quantize_command(
@@ -48,6 +51,9 @@ def quantize_command(
     if weights == "int8" and (group_size != DEFAULT_GROUP_SIZE or minimums is not None):
         raise typer.BadParameter("int8 weights have a scale for each row, no groups", param_hint="--weights")
     max_shard_bytes = parse_size(max_shard_size)
+    # Imported late, as in `convert_command`.
+    from dijiang_model.conversion.quantize import description, quantize_folder
+
     try:
         with bars(console) as progress:
             made = quantize_folder(
@@ -66,10 +72,10 @@ def quantize_command(
     except KeyboardInterrupt as error:
         console.print(f"Stopped; nothing was written to {escape(str(out))}", highlight=False)
         raise typer.Exit(130) from error
+    console.print(escape(description(made.quantization)), highlight=False)
     _summarise(made, out, console)
 
 
-def _summarise(made: QuantizedFolder, out: Path, console: Console) -> None:
-    console.print(escape(description(made.quantization)), highlight=False)
+def _summarise(made: "QuantizedFolder", out: Path, console: Console) -> None:
     console.print(f"{size_text(made.bytes_before)} before, {size_text(made.bytes_after)} after", highlight=False)
-    console.print(f"Serve it with `dijiang serve {escape(str(out))}`", highlight=False)
+    console.print(f"Serve it with `{program()} serve {escape(str(out))}`", highlight=False)

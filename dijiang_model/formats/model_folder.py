@@ -4,6 +4,7 @@ from pathlib import Path
 
 from dijiang_model.errors import ConfigError
 from dijiang_model.formats.json_fields import read_json_object
+from dijiang_model.program import program
 
 CONFIG_FILE = "config.json"
 SAFETENSORS_FILE = "model.safetensors"
@@ -51,9 +52,9 @@ def no_model_problem(path: Path) -> str | None:
     if not path.exists():
         return f"{path} is not the folder of a model: it does not exist, and nothing is downloaded"
     if path.suffix.lower() == GGUF_SUFFIX:
-        return f"{path} is a file, not the folder of a model; `dijiang convert {path} OUT` makes one of it"
+        return f"{path} is a file, not the folder of a model; `{program()} convert {path} OUT` makes one of it"
     if path.name == ADAPTER_FILE:
-        return f"{path} is an adapter, not the folder of a model; `dijiang merge MODEL {path} OUT` makes one of it"
+        return f"{path} is an adapter, not the folder of a model; `{program()} merge MODEL {path} OUT` makes one of it"
     return f"{path} is a file, not the folder of a model"
 
 
@@ -63,11 +64,11 @@ def _folder_problem(folder: Path) -> str | None:
         return problem
     if (folder / ADAPTER_FILE).is_file():
         return (
-            f"{folder} is the folder of a training run, not of a model; `dijiang merge MODEL {folder} OUT` makes "
+            f"{folder} is the folder of a training run, not of a model; `{program()} merge MODEL {folder} OUT` makes "
             "one of the MODEL that was trained"
         )
     if any(path.suffix.lower() == GGUF_SUFFIX for path in folder.iterdir()):
-        return f"{folder} holds a GGUF file; `dijiang convert {folder} OUT` makes a model of it"
+        return f"{folder} holds a GGUF file; `{program()} convert {folder} OUT` makes a model of it"
     inner = inner_models(folder)
     hint = f"; did you mean {inner[0]}?" if inner else ""
     return f"{folder} is not the folder of a model: it has no {CONFIG_FILE}{hint}"

@@ -1,9 +1,11 @@
 """How processes of the engine end when something fails: exit status, a line on standard error, word to the service."""
 
 import json
+import logging
 import os
 import sys
 import traceback
+from datetime import UTC, datetime
 
 from dijiang_model.errors import ModelError
 
@@ -17,7 +19,18 @@ def log_failure(event: str, error: BaseException) -> None:
         f"{os.path.basename(frame.filename)}:{frame.lineno} {frame.name}"
         for frame in traceback.extract_tb(error.__traceback__)
     ]
-    line = {"level": "error", "event": event, "error": type(error).__name__, "message": str(error), "frames": frames}
+    _write("error", event, error=type(error).__name__, message=str(error), frames=frames)
+
+
+class LineHandler(logging.Handler):
+    """What libraries log, as lines of the same form."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _write(record.levelname.lower(), record.getMessage(), logger=record.name)
+
+
+def _write(level: str, event: str, **fields: object) -> None:
+    line = {"level": level, "event": event, "timestamp": datetime.now(UTC).isoformat(), **fields}
     sys.stderr.write(json.dumps(line) + "\n")
     sys.stderr.flush()
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import ray
 from ray import serve
-from rich.console import Console
 
 from server.fleet.config import settings_of
 from server.fleet.exchange import Exchange, Head
@@ -17,6 +16,7 @@ from server.fleet.router import FREE, WAITING
 from server.fleet.scaling import BUSY, SLOTS
 from server.service import Service
 from server.startup.logs import configure_logging
+from server.startup.notices import Notices
 from server.startup.prepare import Prepared, prepare, started
 
 SAVE_S, LOOK_S = 15.0, 0.25
@@ -41,7 +41,7 @@ class EngineReplica:
         name = str(serve.get_replica_context().replica_id.unique_id)
         read = settings_of({**settings, "replica_name": name})
         configure_logging(level=read.log_level, log_format=read.log_format)
-        self._prepared = await asyncio.to_thread(prepare, read, Console(stderr=True))
+        self._prepared = await asyncio.to_thread(prepare, read, Notices(as_json=read.log_format == "json"))
         self._stack = AsyncExitStack()
         self._service, _ = await self._stack.enter_async_context(started(self._prepared))
         from server.app import create_app  # by now it was imported, on a thread

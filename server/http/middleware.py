@@ -307,7 +307,10 @@ def _check_headers(scope: Scope) -> None:
 
 def _check_host(scope: Scope, names: tuple[str, ...]) -> None:
     """Refuses names that are not this server's: a page of another site may have one that leads here."""
-    host = Headers(scope=scope).get("host", "").lower()
+    hosts = Headers(scope=scope).getlist("host")
+    if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1"):
+        raise HttpError(f"a request has one Host header, this one has {len(hosts)}", code="invalid_host")
+    host = "".join(hosts).lower()
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if not names or not name:
         return

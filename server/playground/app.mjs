@@ -49,8 +49,9 @@ const failed = (error, { isNoted }) => {
   connection.take(error);
   if (!isNoted && error.status !== 401) tell(find("chat-error"), error);
 };
+const drafts = await Drafts.load(store, tab);
 const chat = new ChatView({
-  drafts: await Drafts.load(store, tab),
+  drafts,
   memory,
   render,
   on: { failed, changed, started: ({ record }) => record.id === chat.conversation.record.id && place(record.id), forked: open },
@@ -155,5 +156,5 @@ find("not-kept").hidden = store.lasts;
 navigator.storage?.persist?.().catch(() => {}); // so that it is not the first to go when the disk is full
 await settings.load();
 await showHash();
-store.purge(Date.now() - PURGED_AFTER_MS).catch(problem);
+store.purge(Date.now() - PURGED_AFTER_MS).then(() => drafts.purge()).catch(problem);
 connection.connect();

@@ -1,7 +1,7 @@
 // The conversation on the page.
 
 import { ask, find, h, tell } from "./dom.mjs";
-import { NEW } from "./drafts.mjs";
+import { editing, NEW } from "./drafts.mjs";
 import { bytes, count } from "./measure.mjs";
 import { optionsOf } from "./settings.mjs";
 import { TurnView } from "./turn_view.mjs";
@@ -206,7 +206,10 @@ export class ChatView {
 
   #drawn(turn) {
     const talk = this.#conversation;
-    if (!this.#views.has(turn.id)) this.#views.set(turn.id, new TurnView(turn, this.#does, this.#render));
+    if (!this.#views.has(turn.id)) {
+      const draft = turn.role === "user" ? this.#drafts.of(editing(turn)) : "";
+      this.#views.set(turn.id, new TurnView(turn, this.#does, this.#render, draft));
+    }
     const view = this.#views.get(turn.id);
     view.draw(turn, {
       end: talk.endOf(turn),
@@ -225,6 +228,7 @@ export class ChatView {
     retry: (turn) => this.#run((talk, options, signal) => talk.retry(turn, options, signal)),
     edit: (turn, text) => this.#run((talk, options, signal) => talk.edit(turn, text, options, signal)),
     show: (turn) => this.change(() => this.#conversation.show(turn)),
+    draft: (turn, text) => this.#drafts.keep(editing(turn), text),
     redraw: () => this.draw(),
   };
 

@@ -3,6 +3,8 @@
 const PREFIX = "draft/";
 /** The place of what begins a conversation. */
 export const NEW = "new";
+/** The place of what a message is being changed to. */
+export const editing = (turn) => `${turn.conversation}:${turn.id}`;
 
 export class Drafts {
   #store;
@@ -39,6 +41,14 @@ export class Drafts {
   /** Stores a draft; an empty one is none. */
   keep(place, text) {
     this.#put(this.#name(place), text);
+  }
+
+  /** Forgets those of conversations that are not there any more. */
+  async purge() {
+    for (const name of [...this.#texts.keys()]) {
+      const id = name.split("/")[1].split(":")[0];
+      if (id !== NEW && !(await this.#store.conversation(id))) this.#put(name, "");
+    }
   }
 
   #name(place) {

@@ -9,11 +9,16 @@ export class TurnView {
   #said;
   #does;
   #editor = null;
+  #draft;
   #hadThought = false;
 
-  /** `does`: `{regenerate, edit, continue, retry, show}`, each called with a turn; `render`: see `RichText`. */
-  constructor(turn, does, render) {
+  /**
+   * `does`: `{regenerate, edit, continue, retry, show, draft}`, each called with a turn; `draft`: what the message was being
+   * changed to, and is no longer sent nor left; `render`: see `RichText`.
+   */
+  constructor(turn, does, render, draft = "") {
     this.#does = does;
+    this.#draft = draft;
     this.#said = turn.role === "user" ? null : new RichText(render);
     this.element = h("article", { class: `turn ${turn.role}`, "data-turn": turn.id });
   }
@@ -21,6 +26,7 @@ export class TurnView {
   /** `facts`: `{end, siblings, isBusy, canContinue, canBranch, canSay}`. */
   draw(turn, facts) {
     if (this.#editor !== null) return;
+    if (this.#draft !== "" && facts.canBranch) return this.#edit(turn);
     this.element.setAttribute("aria-busy", String(facts.end === null));
     const focused = this.element.contains(document.activeElement) ? document.activeElement.textContent : null;
     this.element.replaceChildren(
@@ -98,9 +104,13 @@ export class TurnView {
 
   #edit(turn) {
     const field = h("textarea", { rows: "3", "aria-label": "Edit this message", dir: "auto" });
-    field.value = turn.text;
+    field.value = this.#draft || turn.text;
+    const isNew = this.#draft === "";
+    const keep = (text) => this.#does.draft(turn, (this.#draft = text));
+    field.addEventListener("input", () => keep(field.value));
     const end = (text) => {
       this.#editor = null;
+      keep("");
       if (text !== null && text.trim() !== "" && text !== turn.text) this.#does.edit(turn, text.trim());
       else this.#does.redraw();
     };
@@ -124,7 +134,7 @@ export class TurnView {
     });
     this.#editor = editor;
     this.element.replaceChildren(h("h3", { class: "who" }, "You"), editor);
-    field.focus();
+    if (isNew) field.focus();
   }
 }
 

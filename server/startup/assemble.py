@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from dijiang_model.checkpoints.default_sampling import NEUTRAL, DefaultSampling, read_default_sampling
@@ -23,6 +22,7 @@ from server.hardware import Device, HardwareError, default_state_bytes, default_
 from server.service import ServiceOptions
 from server.startup.errors import StartError
 from server.startup.keys import key_options
+from server.startup.notices import Notices
 from server.startup.settings import Settings
 from server.states.embedded import open_embedded_store
 from server.states.errors import StoreError
@@ -37,7 +37,7 @@ RANDOM_NAME = secrets.token_hex(4)
 """Of this server if it was given none; one for all its life, though options may be read again."""
 
 
-def open_store(settings: Settings, model_name: str, console: Console) -> StateStore | None:
+def open_store(settings: Settings, model_name: str, notices: Notices) -> StateStore | None:
     """Where states are kept; None if they are not.
 
     Raises:
@@ -62,7 +62,7 @@ def open_store(settings: Settings, model_name: str, console: Console) -> StateSt
     except StoreError as error:
         if settings.states_folder is not None:
             raise
-        console.print("[yellow]warning:[/yellow] no states are kept:", escape(str(error)), highlight=False)
+        notices.warn(f"no states are kept: {error}")
         return None
 
 
@@ -259,10 +259,10 @@ def recipe_of(model: Path) -> str:
         return "released"
 
 
-def find_model(settings: Settings, console: Console) -> tuple[Path, str]:
+def find_model(settings: Settings, notices: Notices) -> tuple[Path, str]:
     """The model's folder and its name."""
     if settings.model is None:
-        return _default_model(settings.cache_dir, console, is_quantized=settings.dtype in ("auto", "int8"))
+        return _default_model(settings.cache_dir, notices.console, is_quantized=settings.dtype in ("auto", "int8"))
     folder = settings.model.expanduser().resolve()
     problem = no_model_problem(settings.model.expanduser())
     if problem is not None:

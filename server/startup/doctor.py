@@ -4,13 +4,16 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from server.startup.examination import Finding, Place, examine
+from dijiang_model.program import program
+
+if TYPE_CHECKING:
+    from server.startup.examination import Finding
 
 _SIGNS = {"ok": ("✓", "green"), "notice": ("!", "yellow"), "problem": ("✗", "red")}
 
@@ -26,6 +29,9 @@ def doctor_command(
 
     Exit status 1: a server would not start, or be several times slower than it could; 0: all is well. Changes nothing.
     """
+    # Imported late: `--help` needs nothing of torch.
+    from server.startup.examination import Place, examine
+
     home = Path(os.environ.get("DIJIANG_CACHE_DIR", cache_dir)).expanduser()
     place = Place(home, _hub_cache(), host, port, None if model is None else model.expanduser())
     findings, console = [], Console(highlight=False)
@@ -41,7 +47,7 @@ def doctor_command(
         count = len(problems)
         console.print(f"\n{count} {'problem' if count == 1 else 'problems'}: see what to type above")
     else:
-        console.print("\nall is well: dijiang serve")
+        console.print(f"\nall is well: {program()} serve")
     if problems:
         raise typer.Exit(1)
 
@@ -52,13 +58,13 @@ def _hub_cache() -> Path:
     return Path(HF_HUB_CACHE)
 
 
-def _level(finding: Finding) -> str:
+def _level(finding: "Finding") -> str:
     if finding.problem is None:
         return "ok"
     return "problem" if finding.is_serious else "notice"
 
 
-def _line(finding: Finding) -> Text:
+def _line(finding: "Finding") -> Text:
     sign, style = _SIGNS[_level(finding)]
     line = Text.assemble((sign, style), " ", (finding.name, "bold"), f": {finding.found}")
     if finding.problem is not None:

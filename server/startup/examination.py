@@ -25,6 +25,7 @@ from dijiang_model.errors import ModelError
 from dijiang_model.families import FAMILIES
 from dijiang_model.formats.sizes import size_text
 from dijiang_model.native import library
+from dijiang_model.program import program
 from server.hardware import (
     CUDA_DEVICE_FILES,
     HardwareError,
@@ -208,18 +209,21 @@ def _model(folder: Path, name: str) -> Finding:
         document = read_config(folder)
         if document.get("model_type") != MODEL_TYPE and str(document.get("model_type")) in FAMILIES:
             return Finding(
-                name, f"{folder}: {document.get('model_type')}", "it is not converted", f"dijiang convert {folder} OUT"
+                name,
+                f"{folder}: {document.get('model_type')}",
+                "it is not converted",
+                f"{program()} convert {folder} OUT",
             )
         _, network = open_network(folder, dtype=torch.float32)
         check_served(folder)
         budget = default_state_bytes(find_device("cpu"), folder)
         recipe = read_stored_config(folder).origin.recipe if document.get("model_type") == MODEL_TYPE else "released"
     except ModelError as error:
-        remedy = f"convert it again: dijiang convert SOURCE {folder} --overwrite"
+        remedy = f"convert it again: {program()} convert SOURCE {folder} --overwrite"
         return Finding(name, str(folder), " ".join(str(error).split()), remedy)
     except HardwareError as error:
         return Finding(
-            name, str(folder), str(error), "serve it on a larger machine, or: dijiang quantize", is_serious=True
+            name, str(folder), str(error), f"serve it on a larger machine, or: {program()} quantize", is_serious=True
         )
     slot, millions = network.state_spec.bytes_per_slot, network.num_parameters / 1e6
     current = ", current" if folder.name == MODEL_NAME and is_noted(folder) else ""
@@ -250,7 +254,7 @@ def _states(folder: Path) -> Iterator[Finding]:
         has_states = any(path.suffix != "" and path.name != INDEX_FILE for path in files)
         is_lost = has_states and not (own / INDEX_FILE).is_file()
         problem = f"its index {INDEX_FILE} is missing" if is_lost else None
-        yield Finding(f"states of {own.name}", f"{own}: {size}", problem, f"dijiang state repair {own}")
+        yield Finding(f"states of {own.name}", f"{own}: {size}", problem, f"{program()} state repair {own}")
 
 
 def _disk(home: Path) -> Finding:

@@ -1,14 +1,16 @@
 """`dijiang serve` as typer sees it: one option for each setting, made from `Settings` itself."""
 
 import inspect
+import os
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 from pydantic import ByteSize, SecretStr
-from rich.console import Console
 
-from server.startup.settings import Settings, SettingsError, StoreUrl, flag_of, read_settings
+from server.startup.logs import configure_logging
+from server.startup.notices import Notices
+from server.startup.settings import Settings, SettingsError, StoreUrl, flag_of, read_settings, variable_of
 
 METAVARS = {int: "N", float: "SECONDS", ByteSize: "SIZE", Path: "PATH", str: "TEXT", SecretStr: "KEYS", StoreUrl: "URL"}
 
@@ -18,31 +20,28 @@ def serve(**values: Any) -> None:
 
     Every option is an environment variable too: --state-memory 2GiB is DIJIANG_STATE_MEMORY=2GiB.
     """
-    console = Console(stderr=True)
+    as_json = (values.get("log_format") or os.environ.get(variable_of("log_format"))) == "json"
+    configure_logging(level="info", log_format="json" if as_json else "console")
+    notices = Notices(as_json=as_json)
     try:
         settings = read_settings({name: value for name, value in values.items() if value is not None})
     except SettingsError as error:
-        raise _failed(console, error) from error
+        notices.fail(str(error))
+        raise typer.Exit(1) from error
     # Imported late: `--help` and mistakes in settings need nothing of the server.
     from server.startup.errors import StartError
     from server.startup.run import run
 
     try:
-        run(settings, console)
+        run(settings, notices)
     except StartError as error:
-        raise _failed(console, error) from error
+        notices.fail(str(error))
+        raise typer.Exit(1) from error
 
 
 def _escaped(text: str) -> str:
     """Square brackets are text here, not rich's markup."""
     return text.replace("[", "\\[")
-
-
-def _failed(console: Console, error: Exception) -> typer.Exit:
-    """Prints each sentence of the error; the exit that ends the program."""
-    for line in str(error).split("\n"):
-        console.print(f"[red]error:[/red] {_escaped(line)}", highlight=False)
-    return typer.Exit(1)
 
 
 def _parameter(name: str) -> inspect.Parameter:

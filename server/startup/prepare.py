@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from rich.console import Console
-
 from dijiang_model.errors import ConfigError
 from dijiang_model.text.folder import UnsupportedTokenizerError
 from dijiang_model.text.template import TemplateSyntaxFailure
@@ -26,6 +24,7 @@ from server.startup.assemble import (
     service_options,
 )
 from server.startup.errors import StartError
+from server.startup.notices import Notices
 from server.startup.settings import Settings
 from server.states.errors import StoreError
 from server.states.store import StateStore
@@ -76,16 +75,16 @@ class Prepared:
         return self._options(), load_tokenizer(self.model)
 
 
-def prepare(settings: Settings, console: Console) -> Prepared:
+def prepare(settings: Settings, notices: Notices) -> Prepared:
     """Finds the model and the device, and opens the store.
 
     Raises:
         StartError: one of them cannot be used.
     """
-    model, default_name = find_model(settings, console)
+    model, default_name = find_model(settings, notices)
     try:
         device = find_device(settings.device, num_ranks=settings.tensor_parallel)
-        store = open_store(settings, default_name, console)
+        store = open_store(settings, default_name, notices)
         config = engine_config(settings, model, device, store)
     except (HardwareError, StoreError) as error:
         raise StartError(str(error)) from error

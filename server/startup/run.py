@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import uvicorn
-from rich.console import Console
 
 from server.engine_client.client import EngineClient
 from server.errors import EngineUnavailableError
@@ -25,6 +24,7 @@ from server.startup.assemble import (
 from server.startup.errors import StartError
 from server.startup.keys import Files, key_options
 from server.startup.logs import configure_logging
+from server.startup.notices import Notices
 from server.startup.prepare import Prepared, prepare, started
 from server.startup.settings import Settings, misplaced_key
 from server.startup.summary import Summary
@@ -34,7 +34,7 @@ LOOK_EVERY_S = 5.0
 EXIT_OVERDUE = 1
 
 
-def run(settings: Settings, console: Console) -> None:
+def run(settings: Settings, notices: Notices) -> None:
     """Serves until a signal ends it.
 
     Raises:
@@ -42,16 +42,15 @@ def run(settings: Settings, console: Console) -> None:
     """
     configure_logging(level=settings.log_level, log_format=settings.log_format)
     if misplaced_key(settings):
-        console.print(
-            "[yellow]warning:[/yellow] DIJIANG_API_KEY is for clients; the server's keys are DIJIANG_API_KEYS, "
-            "and without them everybody has access",
-            highlight=False,
+        notices.warn(
+            "DIJIANG_API_KEY is for clients; the server's keys are DIJIANG_API_KEYS, "
+            "and without them everybody has access"
         )
-    prepared = prepare(settings, console)
-    _event_loop_runner()(_serve(prepared, _bind(settings), console))
+    prepared = prepare(settings, notices)
+    _event_loop_runner()(_serve(prepared, _bind(settings), notices))
 
 
-async def _serve(prepared: Prepared, listener: socket.socket, console: Console) -> None:
+async def _serve(prepared: Prepared, listener: socket.socket, notices: Notices) -> None:
     """Starts the engine, then all else; the port is served while the engine loads."""
     settings, engine = prepared.settings, prepared.engine
     async with started(prepared) as (service, tokenizer):
@@ -66,8 +65,8 @@ async def _serve(prepared: Prepared, listener: socket.socket, console: Console) 
         rereading = asyncio.create_task(_reread(settings, service, server.config))
         recipe = recipe_of(prepared.model)
         summary = Summary(settings, prepared.config, service.options, recipe, tokenizer, listener)
-        console.print(f"Loading {summary.model}; the port of {summary.base_url} is open already", highlight=False)
-        waiting = asyncio.create_task(_announce(engine, summary, console))
+        notices.say(f"Loading {summary.model}; the port of {summary.base_url} is open already")
+        waiting = asyncio.create_task(_announce(engine, summary, notices))
         try:
             await server.serve(sockets=[listener])
         finally:
@@ -103,9 +102,9 @@ async def _reread(settings: Settings, service: Service, config: uvicorn.Config) 
             log.info("keys and certificates were read again: %d keys", len(service.options.key_hashes))
 
 
-async def _announce(engine: EngineClient, summary: Summary, console: Console) -> None:
+async def _announce(engine: EngineClient, summary: Summary, notices: Notices) -> None:
     with contextlib.suppress(EngineUnavailableError):
-        console.print(summary.table(await engine.wait_ready()))
+        notices.show("DiJiang is ready", summary.rows(await engine.wait_ready()))
 
 
 def _end_at_once() -> None:

@@ -103,7 +103,7 @@ class Settings(BaseSettings):
     answers wait longer. auto: 512 on a CPU, 2048 on CUDA, or max_conversations if that is more."""
     speculate: Annotated[int, Field(ge=0, le=64)] | Auto = _in("Capacity", "auto")
     """Draft up to so many next tokens of an answer from what it repeats, and verify them in one step: faster answers,
-    the same tokens. 0: never; auto: 8 where the compiled CPU kernels run, which it needs."""
+    the same tokens. 0: never; auto: 15 where the compiled CPU kernels run, which it needs."""
     max_queue: int = _in("Capacity", 1024, ge=0, le=1_000_000)
     """Requests that may wait for a free conversation before new ones are refused with 503."""
     target_gap_ms: int = _in("Capacity", 100, ge=0)
@@ -255,7 +255,8 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = _in("Operation", "info")
     """Least important messages to log."""
     log_format: Literal["console", "json"] = _in("Operation", "console")
-    """console for eyes, json for machines. Prompts and answers are never logged."""
+    """console for eyes, json for machines: then every line that is written is an object. Prompts and answers are never
+    logged."""
 
     @model_validator(mode="after")
     def _take_effect(self) -> Self:

@@ -5,9 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from rich.table import Table
-from rich.text import Text
-
 from dijiang_model.formats.sizes import size_text
 from server.engine.types.requests import EngineConfig, EngineInfo
 from server.service import ServiceOptions
@@ -52,7 +49,7 @@ class Summary:
         elif config.states_folder is not None:
             self._states = f"up to {size_text(settings.states_disk)} in {Path(config.states_folder).parent}"
 
-    def table(self, info: EngineInfo) -> Table:
+    def rows(self, info: EngineInfo) -> dict[str, str]:
         total, each = info.num_slots * info.state_bytes_per_slot, size_text(info.state_bytes_per_slot)
         rows = {
             "model": f"{self.model} ({info.num_parameters / 1e6:,.1f} M parameters, loaded in {info.load_s:.1f} s)",
@@ -73,14 +70,9 @@ class Summary:
             "base_url": self.base_url,
             "playground": self._playground,
         }
-        table = Table(title="DiJiang is ready", show_header=False, title_justify="left", title_style="bold")
-        for name, value in rows.items():
-            table.add_row(name, Text(value))
         if info.slow_because is not None:
-            table.add_row(
-                "warning", Text(f"several times slower than it could be: {info.slow_because}"), style="yellow"
-            )
-        return table
+            rows["warning"] = f"several times slower than it could be: {info.slow_because}"
+        return rows
 
     def _ranks_text(self, info: EngineInfo) -> str:
         if info.num_ranks == 1:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dijiang_model.program import program
 from server.states.clock import ClockWatch, seconds_since_boot
 from server.states.errors import StoreError, StoreUnavailableError
 from server.states.files.local import INDEX_FILE, LocalFiles
@@ -49,7 +50,7 @@ def open_embedded_store(
         files.close()
         raise StoreError(
             f"the index of states {folder / INDEX_FILE} cannot be used: {error}; nothing was removed. Restore it with "
-            f"its files from a backup, or run `dijiang state repair {folder}`, which keeps what is whole"
+            f"its files from a backup, or run `{program()} state repair {folder}`, which keeps what is whole"
         ) from error
     except BaseException:
         files.close()
@@ -61,5 +62,6 @@ def _require_index(path: Path, files: Path) -> None:
     if (not path.exists() or path.stat().st_size == 0) and any(files.iterdir()):
         raise StoreError(
             f"{files} has files of states, and their index {path} is missing or empty; nothing was removed. Restore it "
-            f"from a backup, or run `dijiang state repair {path.parent}`, which makes an empty one and keeps the files"
+            f"from a backup, or run `{program()} state repair {path.parent}`, which makes an empty one and keeps "
+            "the files"
         )

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dijiang_model.program import program
 from server.states.errors import StoreError
 from server.states.files.local import INDEX_FILE, LocalFiles
 from server.states.index.schema import ensure_tables
@@ -169,5 +170,5 @@ def repair_command(
     if done.num_files:
         typer.echo(
             f"{done.num_files} files that the index does not name are in {folder / LOST_FOLDER}; "
-            "`dijiang state import` takes them in"
+            f"`{program()} state import` takes them in"
         )

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from tests.clients.loopback import Exchange
+
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 MODELS: dict[str, Any] = {
     "object": "list",
@@ -42,3 +44,11 @@ def chat_chunks(*pieces: str) -> list[dict[str, Any]]:
         {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "tiny", "choices": []}
         | {"usage": USAGE},
     ]
+
+
+def echo(exchange: Exchange) -> None:
+    """A server of one model, which repeats what was said last."""
+    if exchange.path == "/v1/models":
+        exchange.answer(200, MODELS)
+    else:
+        exchange.stream(*chat_chunks("You said: ", exchange.body["messages"][-1]["content"]))

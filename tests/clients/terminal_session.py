@@ -22,9 +22,8 @@ _PROGRAM = """\
 import fcntl, signal, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import typer
-from clients.cli import chat_command
-typer.run(chat_command)
+from server.cli import main
+main()
 """
 
 
@@ -78,15 +77,15 @@ class TerminalSession:
 
 
 @contextmanager
-def chat_at_terminal(arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator[TerminalSession]:
-    """`dijiang chat` at a terminal of its own; killed at the end if it still runs."""
+def at_terminal(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[TerminalSession]:
+    """`dijiang` at a terminal of its own; killed at the end if it still runs."""
     outside, inside = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, *arguments],
         stdin=inside,
         stdout=inside,
         stderr=inside,
-        env={**os.environ, "TERM": "xterm", **environment},
+        env={**os.environ, "TERM": "xterm", **(environment or {})},
         start_new_session=True,
     )
     os.close(inside)

@@ -4,28 +4,36 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.clients import answers
-from tests.clients.loopback import Exchange, loopback_server
-from tests.clients.terminal_session import CTRL_D, chat_at_terminal
+from tests.clients.loopback import Exchange, Handler, LoopbackServer, loopback_server
+from tests.clients.terminal_session import CTRL_D, TerminalSession, at_terminal
 from tests.waiting import PATIENCE_S
 
 PROMPT = "you> "
 
 
-def _chat_server(exchange: Exchange) -> None:
-    if exchange.path == "/v1/models":
-        exchange.answer(200, answers.MODELS)
-    else:
-        exchange.stream(*answers.chat_chunks("You said: ", exchange.body["messages"][-1]["content"]))
+@contextmanager
+def talking(handle: Handler) -> Iterator[tuple[LoopbackServer, TerminalSession]]:
+    """A server and `dijiang chat` with it, which asks for the first line."""
+    with (
+        loopback_server(handle) as server,
+        at_terminal(["chat", "--base-url", server.url, "--model", "tiny"]) as terminal,
+    ):
+        terminal.read_until(PROMPT)
+        yield server, terminal
 
 
 def test_conversation_keeps_its_history_and_obeys_commands(tmp_path: Path) -> None:
     saved = tmp_path / "talk.json"
     with (
-        loopback_server(_chat_server) as server,
-        chat_at_terminal(["--system", "Be brief.", "--temperature", "0"], {"DIJIANG_BASE_URL": server.url}) as terminal,
+        loopback_server(answers.echo) as server,
+        at_terminal(
+            ["chat", "--system", "Be brief.", "--temperature", "0"], {"DIJIANG_BASE_URL": server.url}
+        ) as terminal,
     ):
         assert "tiny at http://127.0.0.1" in terminal.read_until(PROMPT)
         terminal.type("one\n")
@@ -60,18 +68,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
 
     def handle(exchange: Exchange) -> None:
         if len(server.requests) > 1:
-            _chat_server(exchange)
+            answers.echo(exchange)
             return
         exchange.start_stream()
         exchange.send(b'data: {"choices":[{"delta":{"content":"begun"}}]}\n\n')
         exchange.wait_for_disconnect()
         stopped.set()
 
-    with (
-        loopback_server(handle) as server,
-        chat_at_terminal(["--base-url", server.url, "--model", "tiny"], {}) as terminal,
-    ):
-        terminal.read_until(PROMPT)
+    with talking(handle) as (server, terminal):
         terminal.type("one\n")
         terminal.read_until("begun")
         terminal.interrupt_until("(stopped)")
@@ -100,11 +104,7 @@ def test_failed_turn_is_told_and_forgotten_and_the_program_goes_on(tmp_path: Pat
         else:
             exchange.stream(*answers.chat_chunks("fine\x1b[2J"))
 
-    with (
-        loopback_server(handle) as server,
-        chat_at_terminal(["--base-url", server.url, "--model", "tiny"], {}) as terminal,
-    ):
-        terminal.read_until(PROMPT)
+    with talking(handle) as (server, terminal):
         terminal.type("too long\n")
         assert "error: prompt has 9,311 tokens" in terminal.read_until(PROMPT)
         terminal.type("short\n")
@@ -125,11 +125,7 @@ def test_a_model_without_a_chat_template_has_another_command() -> None:
     def refuse(exchange: Exchange) -> None:
         exchange.answer(400, answers.error("this model has no chat template", code="no_chat_template"))
 
-    with (
-        loopback_server(refuse) as server,
-        chat_at_terminal(["--base-url", server.url, "--model", "tiny"], {}) as terminal,
-    ):
-        terminal.read_until(PROMPT)
+    with talking(refuse) as (_, terminal):
         terminal.type("Hello\n")
         assert "| dijiang complete" in terminal.read_until(PROMPT)
 
@@ -141,11 +137,7 @@ def _thinking_server(exchange: Exchange) -> None:
 
 
 def test_what_is_thought_is_dimmed_and_not_kept() -> None:
-    with (
-        loopback_server(_thinking_server) as server,
-        chat_at_terminal(["--base-url", server.url, "--model", "tiny"], {}) as terminal,
-    ):
-        terminal.read_until(PROMPT)
+    with talking(_thinking_server) as (server, terminal):
         terminal.type("2+2?\n")
         assert "Let me see.\r\n\r\nIt is 4." in terminal.read_until(PROMPT)
         terminal.type("sure?\n")
@@ -164,11 +156,7 @@ def test_a_pipe_gets_the_answer_without_the_thought() -> None:
 
 
 def test_what_is_pasted_is_one_message_and_several_lines_can_be_typed() -> None:
-    with (
-        loopback_server(_chat_server) as server,
-        chat_at_terminal([], {"DIJIANG_BASE_URL": server.url, "TERM": "xterm"}) as terminal,
-    ):
-        terminal.read_until(PROMPT)
+    with talking(answers.echo) as (server, terminal):
         terminal.type("\x1b[200~one\ntwo\nthree\x1b[201~\r")
         terminal.read_until("You said: one")
         terminal.read_until(PROMPT)
@@ -179,5 +167,5 @@ def test_what_is_pasted_is_one_message_and_several_lines_can_be_typed() -> None:
         terminal.read_until("...> ")
         terminal.type("seven\r")
         terminal.read_until("You said: six")
-    bodies = [exchange.body for exchange in server.requests[1:]]
+    bodies = [exchange.body for exchange in server.requests]
     assert [body["messages"][-1]["content"] for body in bodies] == ["one\ntwo\nthree", "four\nfive", "six\nseven"]

@@ -30,12 +30,10 @@ def run(command: Callable[..., None], *arguments: str, stdin: str | bytes = "") 
 
 
 def _serve(exchange: Exchange) -> None:
-    if exchange.path == "/v1/models":
-        exchange.answer(200, answers.MODELS)
-    elif exchange.path == "/v1/completions":
+    if exchange.path == "/v1/completions":
         exchange.stream(answers.completion(" Par"), answers.completion("is\n"), answers.completion("", "stop"))
     else:
-        exchange.stream(*answers.chat_chunks("re: ", exchange.body["messages"][-1]["content"]))
+        answers.echo(exchange)
 
 
 def test_complete_reads_stdin_and_writes_exactly_the_continuation() -> None:
@@ -73,14 +71,14 @@ def test_environment_names_the_server_and_the_key(monkeypatch: pytest.MonkeyPatc
 def test_piped_chat_answers_each_line_and_nothing_else() -> None:
     with loopback_server(_serve) as server:
         result = run(chat_command, "--base-url", server.url, stdin="one\n\ntwo\n/system Be kind.\n /three")
-    assert (result.exit_code, result.stdout) == (0, "re: one\nre: two\nre: /three\n")
+    assert (result.exit_code, result.stdout) == (0, "You said: one\nYou said: two\nYou said: /three\n")
     messages = server.requests[-1].body["messages"]
     assert [message["content"] for message in messages] == [
         "Be kind.",
         "one",
-        "re: one",
+        "You said: one",
         "two",
-        "re: two",
+        "You said: two",
         "/three",
     ]
 

@@ -4,22 +4,22 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import typer
 
 from clients.client import Client
 from clients.measuring_cli import selfcheck_command
 from clients.scoring import score, summary
-from dijiang_model.batch import prefill
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.serving.network import freeze
-from dijiang_model.state import StateBuffer
-from tests.clients.loopback import loopback_server
+from tests.clients.loopback import Exchange, loopback_server
+from tests.clients.terminal_session import at_terminal
 from tests.e2e.serving import Server, serving
+from tests.read_at_once import log_probabilities
 from tests.tiny_models import write_tiny_model
 from tests.waiting import PATIENCE_S
 
@@ -40,18 +40,7 @@ def server(folder: Path) -> Iterator[Server]:
 def log_probability(folder: Path, text: str) -> float:
     """Of all bytes but the first, computed by the model directly."""
     model, tokens = freeze(load_model(folder)), list(text.encode())
-    state = StateBuffer(model.state_spec, 2)
-    state.storage.zero_()
-    with torch.inference_mode():
-        logits = prefill(
-            model,
-            torch.tensor(tokens),
-            lengths=[len(tokens)],
-            slots=torch.tensor([1]),
-            starts=torch.tensor([0]),
-            state=state,
-        )
-    return logits.log_softmax(dim=-1)[range(len(tokens) - 1), tokens[1:]].sum().item()
+    return log_probabilities(model, tokens)[range(len(tokens) - 1), tokens[1:]].sum().item()
 
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -123,6 +112,21 @@ def test_more_than_the_tolerance_is_a_failure(capsys: pytest.CaptureFixture[str]
     assert "2.50e-01" in shown.out
     assert "not possible here" in shown.out
     assert "that is more than 0.1" in shown.err
+
+
+def test_at_a_terminal_what_takes_its_time_says_so() -> None:
+    report = {"passed": True, "tolerance": 0.1, "largest_difference": 0.0, "findings": []}
+    is_seen = threading.Event()
+
+    def hold(exchange: Exchange) -> None:
+        assert is_seen.wait(PATIENCE_S)
+        exchange.answer(200, json.dumps(report))
+
+    with loopback_server(hold) as remote, at_terminal(["selfcheck", remote.url]) as terminal:
+        terminal.read_until("the server checks itself 0:00:0")
+        is_seen.set()
+        terminal.read_until("largest difference: 0.00e+00")
+        assert terminal.wait() == 0
 
 
 def test_without_an_admin_key_it_is_one_clear_line(server: Server) -> None:

@@ -5,14 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from dijiang_model.batch import prefill
 from dijiang_model.serving.network import FrozenModel
-from dijiang_model.state import StateBuffer
 from tests.compat.conftest import ROOT, require, run_client
 from tests.e2e.serving import Server
+from tests.read_at_once import log_probabilities
 
 TASKS = ROOT / "tests/compat/tasks"
 Samples = dict[str, list[dict[str, Any]]]
@@ -38,22 +34,6 @@ def recorded(server: Server, folder: Path, questions: Sequence[dict[str, Any]]) 
 def _read(folder: Path, task: str) -> list[dict[str, Any]]:
     (file,) = folder.glob(f"out/**/samples_{task}_*.jsonl")
     return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def log_probabilities(model: FrozenModel, token_ids: list[int]) -> Tensor:
-    """[T, vocab] of what follows each token, the whole text at once."""
-    state = StateBuffer(model.state_spec, 2)
-    state.storage.zero_()
-    with torch.inference_mode():
-        logits = prefill(
-            model,
-            torch.tensor(token_ids),
-            lengths=[len(token_ids)],
-            slots=torch.tensor([1]),
-            starts=torch.tensor([0]),
-            state=state,
-        )
-    return logits.log_softmax(dim=-1)
 
 
 def likelihood(model: FrozenModel, prompt: list[int], ending: list[int]) -> tuple[float, bool]:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import httpx
 import openai
@@ -49,14 +50,18 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(model: Path, *options: str) -> Iterator[Server]:
-    """Starts the real command on a free port, waits until it is ready, ends it and checks that it ends."""
+def serving(model: Path, *options: str, output: int | IO[bytes] = subprocess.DEVNULL) -> Iterator[Server]:
+    """Starts the real command on a free port, waits until it is ready, ends it and checks that it ends.
+
+    Args:
+        output: where everything goes that it writes.
+    """
     port = free_port()
     command = [sys.executable, "-m", "server", "serve", str(model), "--port", str(port), "--threads", "1", *options]
     if not any(option.startswith("--states") for option in options):
         command.append("--no-states")  # their default place is the user's
     base_url = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=output, stderr=output)
     client = openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0)
     server = Server(base_url, psutil.Process(process.pid), client)
     try:

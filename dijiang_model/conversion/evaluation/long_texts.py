@@ -15,13 +15,11 @@ from torch.nn import functional
 from dijiang_model.batch import PackedBatch, Step
 from dijiang_model.conversion.evaluation.ablations import silenced
 from dijiang_model.conversion.evaluation.evaluate import equal_window
+from dijiang_model.conversion.evaluation.wanted import LONG_EDGES
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.serving.network import freeze
 from dijiang_model.state import StateBuffer
 
-EDGES = (1024, 2048, 8192, 32_768)
-"""Ranges of positions: 1,024-2,048, 2,048-8,192 and 8,192-32,768. Fresh starts score the last range as the first."""
-LENGTH = EDGES[-1]
 CHUNK_TOKENS = 256
 SLOT = 1
 
@@ -31,7 +29,7 @@ class LongScore:
     """Mean negative log-likelihoods of one model, nats per token, over all texts.
 
     Attributes:
-        means: by range of `EDGES`.
+        means: by range of `LONG_EDGES`.
         fresh: of the last range's tokens, read again with a fresh start; None where that was not measured.
     """
 
@@ -58,7 +56,7 @@ def long_score(
     texts: Sequence[Tensor],
     *,
     with_fresh: bool,
-    edges: Sequence[int] = EDGES,
+    edges: Sequence[int] = LONG_EDGES,
     on_tokens: Callable[[int], None] = lambda num: None,
 ) -> LongScore:
     """Scores texts of at least `edges[-1]` tokens, [T] int64 each.
@@ -80,7 +78,7 @@ def long_score(
     return LongScore(means, float(torch.cat(fresh).mean()) if fresh else None)
 
 
-def tokens_to_read(num_texts: int, *, with_fresh: bool, edges: Sequence[int] = EDGES) -> int:
+def tokens_to_read(num_texts: int, *, with_fresh: bool, edges: Sequence[int] = LONG_EDGES) -> int:
     """What one model reads in `long_score`: with fresh starts about two and a half times as much."""
     segments = _fresh_segments(torch.zeros(edges[-1]), edges) if with_fresh else []
     return num_texts * (edges[-1] + sum(map(len, segments)))

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from dijiang_model.conversion.evaluation.evaluate import EDGES, Score
-from dijiang_model.conversion.evaluation.long_texts import EDGES as LONG_EDGES
 from dijiang_model.conversion.evaluation.long_texts import LongScore
 from dijiang_model.conversion.evaluation.recall import Recall, far_recall
+from dijiang_model.conversion.evaluation.wanted import LONG_EDGES
 
 RANGES = (*(f"{low}-{high}" for low, high in pairwise(EDGES)), f"{EDGES[-1]}+")
 SIZED = re.compile(r"ours(, [\d.]+ MiB)?")

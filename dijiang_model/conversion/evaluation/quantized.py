@@ -1,18 +1,17 @@
 """The model as it is served, with weights and states in fewer bits: what `dijiang evaluate --rounded` compares."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 
 from dijiang_model.checkpoints.quantized import choose, quantize_
 from dijiang_model.conversion.evaluation.evaluate import Variant
+from dijiang_model.conversion.evaluation.wanted import Rounding
 from dijiang_model.families import build_model
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.ops.torch.attention import TorchAttention
 from dijiang_model.quantization.tensors import InMemory
 
-Rounding = Literal["int8", "int4", "bfloat16-state", "int8-state"]
 _STATES: Mapping[Rounding, torch.dtype] = {"bfloat16-state": torch.bfloat16, "int8-state": torch.int8}
 
 

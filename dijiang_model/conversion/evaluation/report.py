@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dijiang_model.conversion.evaluation.evaluate import FAR_FROM
-from dijiang_model.conversion.evaluation.long_texts import EDGES as LONG_EDGES
 from dijiang_model.conversion.evaluation.measured import LONG_RANGES, RANGES, Evaluation
 from dijiang_model.conversion.evaluation.recall import Recall
 from dijiang_model.conversion.evaluation.report_plots import write_plots
+from dijiang_model.conversion.evaluation.wanted import LONG_EDGES
 from dijiang_model.errors import CheckpointError, ConfigError
 from dijiang_model.formats.atomic_file import write_atomically
 from dijiang_model.formats.json_fields import read_json_object

@@ -3,25 +3,21 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from dijiang_model.config import Basis, FeatureConfig
-from dijiang_model.conversion.training.costs import measured_speed, step_cost
-from dijiang_model.conversion.training.distill import Precision
-from dijiang_model.conversion.training.log import LOG_FILE, read_log
-from dijiang_model.conversion.training.loss_plot import plot_losses
-from dijiang_model.conversion.training.process_group import joined
-from dijiang_model.conversion.training.progress import replay, run
-from dijiang_model.conversion.training.setup import PLOT_FILE, StudentOptions, prepare_run
-from dijiang_model.conversion.training.train import Trainer, TrainingOptions
 from dijiang_model.errors import ConversionError, ModelError
 from dijiang_model.formats.dtype_names import dtype_name
 from dijiang_model.formats.model_folder import ADAPTER_FILE
+from dijiang_model.program import program
+
+if TYPE_CHECKING:
+    from dijiang_model.conversion.training.distill import Precision
+    from dijiang_model.conversion.training.train import Trainer, TrainingOptions
 
 Model = Annotated[Path, typer.Argument(help="Folder of a converted model, recipe hybrid or pure, not trained yet.")]
 Data = Annotated[
@@ -97,6 +93,10 @@ def train_command(
     resume: Resume = False,
 ) -> None:
     """Train the linear part of a converted model to imitate its teacher."""
+    # Imported late: `--help` and mistakes in options need nothing of torch.
+    from dijiang_model.conversion.training.setup import StudentOptions, prepare_run
+    from dijiang_model.conversion.training.train import TrainingOptions
+
     options = TrainingOptions(
         tokens=tokens,
         minutes=minutes,
@@ -122,7 +122,7 @@ def train_command(
 
 
 def _go(
-    prepare: Callable[..., Trainer],
+    prepare: "Callable[..., Trainer]",
     model: Path,
     out: Path,
     *,
@@ -132,6 +132,15 @@ def _go(
     save_every_s: float,
 ) -> None:
     """Runs, as one of the processes that a launcher started or alone; ends the command with its status."""
+    # Imported late, as above.
+    import torch
+
+    from dijiang_model.conversion.training.log import LOG_FILE, read_log
+    from dijiang_model.conversion.training.loss_plot import plot_losses
+    from dijiang_model.conversion.training.process_group import joined
+    from dijiang_model.conversion.training.progress import replay, run
+    from dijiang_model.conversion.training.setup import PLOT_FILE
+
     if threads > 0:
         torch.set_num_threads(threads)
     console = Console(stderr=True)
@@ -155,18 +164,20 @@ def _go(
         )
         raise typer.Exit(130)
     console.print(f"Adapter: {escape(str(out / ADAPTER_FILE))}", highlight=False)
-    merging = f"dijiang merge {model} {out} MERGED"
+    merging = f"{program()} merge {model} {out} MERGED"
     console.print(f"`{escape(merging)}` makes a model of it to serve", highlight=False)
 
 
-def trainer_cost(trainer: Trainer) -> str:
+def trainer_cost(trainer: "Trainer") -> str:
     """What each step of a run is going to cost, in words."""
+    from dijiang_model.conversion.training.costs import measured_speed, step_cost
+
     num_trained = sum(parameter.numel() for _, parameter in trainer.trained())
     cost = step_cost(trainer.model, trainer.options, num_trained=num_trained)
     return cost.text(measured_speed(trainer.model))
 
 
-def _refuse_contradictions(options: TrainingOptions, epochs: int) -> None:
+def _refuse_contradictions(options: "TrainingOptions", epochs: int) -> None:
     if not options.linear and options.stages != (2,):
         raise typer.BadParameter("goes with --stage 2", param_hint="--no-linear")
     if epochs > 0 and (options.stages != (1,) or options.minutes is not None):
@@ -180,13 +191,13 @@ def _stages(text: str) -> tuple[int, ...]:
     return stages[text]
 
 
-def _precision(text: str, device: str) -> Precision:
+def _precision(text: str, device: str) -> "Precision":
     if text == "auto":
         return "bf16" if device.startswith("cuda") else "fp32"
     text = {"float32": "fp32", "bfloat16": "bf16"}.get(str(dtype_name(text)), text)
-    if text not in get_args(Precision):
+    if text not in ("fp32", "bf16"):
         raise typer.BadParameter(f"{text!r} is none of auto, fp32, bf16", param_hint="--precision")
-    return cast(Precision, text)
+    return cast("Precision", text)
 
 
 def _bases(text: str) -> tuple[Basis, ...]:

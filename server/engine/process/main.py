@@ -11,6 +11,7 @@
 """
 
 import gc
+import logging
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ import msgspec
 import zmq
 
 from server.engine.engine import Engine
-from server.engine.failures import EXIT_LOAD_FAILED, EXIT_STEP_FAILED, is_permanent, log_failure, reason_of
+from server.engine.failures import EXIT_LOAD_FAILED, EXIT_STEP_FAILED, LineHandler, is_permanent, log_failure, reason_of
 from server.engine.process.messages import (
     COMMANDS_SOCKET,
     EVENTS_SOCKET,
@@ -162,6 +163,7 @@ def load_engine(config: EngineConfig) -> Engine:
 
 def main(load: Load = load_engine) -> int:
     """Entry point of the process; the folder of the sockets is the only argument."""
+    logging.basicConfig(handlers=[LineHandler()], level=logging.WARNING)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     standard_input = sys.stdin.buffer

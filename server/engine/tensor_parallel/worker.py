@@ -5,6 +5,7 @@ ends with rank 0, whichever way that went, and a failure here ends rank 0 (`serv
 """
 
 import gc
+import logging
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ import torch
 from dijiang_model.tensor_parallel.group import DistributedGroup
 from dijiang_model.tensor_parallel.loading import load_shard
 from dijiang_model.tensor_parallel.network import ShardedModel
-from server.engine.failures import EXIT_LOAD_FAILED, EXIT_STEP_FAILED, is_permanent, log_failure, reason_of
+from server.engine.failures import EXIT_LOAD_FAILED, EXIT_STEP_FAILED, LineHandler, is_permanent, log_failure, reason_of
 from server.engine.placement import device_of, num_threads_of, select_device, weights_dtype, weights_kind
 from server.engine.tensor_parallel.channel import (
     CopySlot,
@@ -126,6 +127,7 @@ def _end_with_leader(folder: str) -> None:
 
 def main() -> int:
     """Entry point of the process; the descriptor of the socket to rank 0 is the only argument."""
+    logging.basicConfig(handlers=[LineHandler()], level=logging.WARNING)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     return run(Connection(int(sys.argv[1])))

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dijiang_model.program import program
 from server.states.errors import StoreError
 from server.states.files.disk import require_disk
 from server.states.store import SnapshotRecord
@@ -119,7 +120,7 @@ class LocalFiles:
             raise StoreError(
                 f"the index and the files in {self.folder.parent} do not belong together: {len(lost)} files are "
                 f"missing or cut off, and {len(unknown)} are not in the index; nothing was removed. Restore both from "
-                f"one backup, or run `dijiang state repair {self.folder.parent}`, which keeps what is whole"
+                f"one backup, or run `{program()} state repair {self.folder.parent}`, which keeps what is whole"
             )
         self.remove(partial)
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import read_stored_config
-from dijiang_model.conversion.merge import merge_command
+from dijiang_model.conversion.merge_cli import merge_command
 from dijiang_model.conversion.training.adapters import adapted_model, load_adapter, save_adapter
 from tests.dijiang_model.conversion.training.test_adapters import made_for
 from tests.dijiang_model.stepping import logits_of, random_text

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from dijiang_model.checkpoints.checkpoint import load_model
@@ -19,6 +18,7 @@ from dijiang_model.errors import CheckpointError, ConfigError, ConversionError, 
 from dijiang_model.formats.stub_files import LFS_HEAD
 from server.startup.assemble import find_model
 from server.startup.errors import StartError
+from server.startup.notices import Notices
 from server.startup.settings import Settings
 from tests.dijiang_model.conversion.test_own_models import TEXT, edit_json, edit_tensors
 from tests.dijiang_model.conversion.training.test_adapters import made_for
@@ -230,7 +230,7 @@ def test_what_is_no_model_is_told_alike_by_every_command(tmp_path: Path, kind: s
         with pytest.raises(ConfigError, match=words):
             use(path)
     with pytest.raises(StartError, match=words):
-        find_model(Settings(model=path), Console())
+        find_model(Settings(model=path), Notices())
 
 
 def run_folder(folder: Path) -> Path:

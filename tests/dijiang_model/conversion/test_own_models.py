@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.checkpoints.config_json import read_stored_config
 from dijiang_model.conversion.convert import convert
-from dijiang_model.conversion.evaluation.cli import load_subjects
+from dijiang_model.conversion.evaluation.run import load_subjects
 from dijiang_model.conversion.merge import merge
 from dijiang_model.conversion.training.adapters import save_adapter
 from dijiang_model.errors import ConversionError

@@ -1,68 +1,32 @@
 """Log-probabilities on the wire, of a real tiny model, against what the model itself computes."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import torch
-from torch import Tensor
 
-from dijiang_model.batch import prefill
 from dijiang_model.serving.network import FrozenModel
-from dijiang_model.state import StateBuffer
 from server.text.tokenizer import Tokenizer
+from tests.read_at_once import log_probabilities
 from tests.server.conftest import OPTIONS, Loopback, serve
+from tests.server.generation.conftest import completed
 from tests.server.tiny_engine import TinyEngine
-from tests.tiny_models import tiny_network
 
 TOLERANCE = 2e-5
 """Between prompts in chunks of 16 tokens and at once: roundings of fp32 sums."""
 PROMPT = "naïve 東京, twice: naïve 東京."
 
 
-@pytest.fixture(scope="module")
-def model() -> FrozenModel:
-    return tiny_network()
-
-
-@pytest.fixture(scope="module")
-def server(
-    model: FrozenModel, byte_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Loopback]:
-    engine = TinyEngine(model, str(tmp_path_factory.mktemp("model")))
-    with serve(engine, OPTIONS, byte_tokenizer) as running:  # type: ignore[arg-type]
-        yield running
-
-
-def naive(model: FrozenModel, token_ids: list[int]) -> Tensor:
-    """[T, vocab] log-probabilities of what follows each token."""
-    state = StateBuffer(model.state_spec, 2)
-    state.storage.zero_()
-    with torch.inference_mode():
-        logits = prefill(
-            model,
-            torch.tensor(token_ids),
-            lengths=[len(token_ids)],
-            slots=torch.tensor([1]),
-            starts=torch.tensor([0]),
-            state=state,
-        )
-    return logits.log_softmax(dim=-1)
-
-
 def complete(server: Loopback, **fields: Any) -> dict[str, Any]:
     """One choice of a completion."""
-    body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, "ignore_eos": True, "return_token_ids": True, **fields}
-    answer = server.http.post("/v1/completions", json=body)
-    assert answer.status_code == 200, answer.text
-    return answer.json()["choices"][0]  # type: ignore[no-any-return]
+    return completed(server, **{"prompt": PROMPT, **fields})
 
 
-def events(server: Loopback, path: str, **body: Any) -> list[dict[str, Any]]:
-    with server.http.stream("POST", path, json={**body, "stream": True}) as response:
+def events(tiny_server: Loopback, path: str, **body: Any) -> list[dict[str, Any]]:
+    with tiny_server.http.stream("POST", path, json={**body, "stream": True}) as response:
         lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
@@ -72,10 +36,10 @@ def token_text(token_id: int) -> str:
     return bytes([token_id]).decode("utf-8", "replace") if token_id < 256 else "special"
 
 
-def test_a_completion_carries_parallel_lists(server: Loopback, model: FrozenModel) -> None:
-    choice = complete(server, logprobs=3)
+def test_a_completion_carries_parallel_lists(tiny_server: Loopback, tiny_model: FrozenModel) -> None:
+    choice = complete(tiny_server, logprobs=3)
     tokens, logprobs = choice["token_ids"], choice["logprobs"]
-    expected = naive(model, [*PROMPT.encode(), *tokens])[len(PROMPT.encode()) - 1 : -1]
+    expected = log_probabilities(tiny_model, [*PROMPT.encode(), *tokens])[len(PROMPT.encode()) - 1 : -1]
     assert logprobs.keys() == {"tokens", "token_logprobs", "top_logprobs", "text_offset"}
     assert all(len(values) == 8 for values in logprobs.values())
     for token_id, text, value, top, row in zip(
@@ -88,8 +52,8 @@ def test_a_completion_carries_parallel_lists(server: Loopback, model: FrozenMode
         assert len(top) <= 4
 
 
-def test_the_sampled_token_is_always_in_its_dictionary_bit_for_bit(server: Loopback) -> None:
-    choice = complete(server, logprobs=2, temperature=2, seed=5, max_tokens=40, return_tokens_as_token_ids=True)
+def test_the_sampled_token_is_always_in_its_dictionary_bit_for_bit(tiny_server: Loopback) -> None:
+    choice = complete(tiny_server, logprobs=2, temperature=2, seed=5, max_tokens=40, return_tokens_as_token_ids=True)
     logprobs = choice["logprobs"]
     assert logprobs["tokens"] == [f"token_id:{token_id}" for token_id in choice["token_ids"]]
     for text, value, top in zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
@@ -98,20 +62,22 @@ def test_the_sampled_token_is_always_in_its_dictionary_bit_for_bit(server: Loopb
     assert any(len(top) == 3 for top in logprobs["top_logprobs"])
 
 
-def test_zero_means_the_sampled_token_alone(server: Loopback) -> None:
-    logprobs = complete(server, logprobs=0, return_tokens_as_token_ids=True)["logprobs"]
+def test_zero_means_the_sampled_token_alone(tiny_server: Loopback) -> None:
+    logprobs = complete(tiny_server, logprobs=0, return_tokens_as_token_ids=True)["logprobs"]
     for text, value, top in zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
         assert top == {text: value}
-    assert complete(server)["logprobs"] is None
+    assert complete(tiny_server)["logprobs"] is None
 
 
-def test_an_echo_begins_with_the_prompt_and_its_first_token_has_no_value(server: Loopback, model: FrozenModel) -> None:
-    choice = complete(server, echo=True, logprobs=1)
+def test_an_echo_begins_with_the_prompt_and_its_first_token_has_no_value(
+    tiny_server: Loopback, tiny_model: FrozenModel
+) -> None:
+    choice = complete(tiny_server, echo=True, logprobs=1)
     prompt = list(PROMPT.encode())
     assert choice["text"].startswith(PROMPT)
     logprobs, tokens = choice["logprobs"], [*prompt, *choice["token_ids"]]
     assert (logprobs["token_logprobs"][0], logprobs["top_logprobs"][0]) == (None, None)
-    expected = naive(model, tokens)
+    expected = log_probabilities(tiny_model, tokens)
     assert len(logprobs["tokens"]) == len(tokens)
     for place in range(1, len(tokens)):
         value = expected[place - 1, tokens[place]].item()
@@ -120,25 +86,25 @@ def test_an_echo_begins_with_the_prompt_and_its_first_token_has_no_value(server:
         assert offset == len(bytes(tokens[:place]).decode("utf-8", "ignore")) or place > len(prompt)
 
 
-def test_an_echo_of_nothing_but_the_prompt(server: Loopback) -> None:
-    choice = complete(server, echo=True, logprobs=1, max_tokens=0)
+def test_an_echo_of_nothing_but_the_prompt(tiny_server: Loopback) -> None:
+    choice = complete(tiny_server, echo=True, logprobs=1, max_tokens=0)
     assert (choice["text"], choice["finish_reason"], choice["token_ids"]) == (PROMPT, "length", [])
     assert len(choice["logprobs"]["tokens"]) == len(PROMPT.encode())
-    assert complete(server, echo=True, max_tokens=0)["logprobs"] is None
-    one = complete(server, echo=True, logprobs=0, max_tokens=0, prompt="x")
+    assert complete(tiny_server, echo=True, max_tokens=0)["logprobs"] is None
+    one = complete(tiny_server, echo=True, logprobs=0, max_tokens=0, prompt="x")
     assert one["logprobs"] == {"tokens": ["x"], "token_logprobs": [None], "top_logprobs": [None], "text_offset": [0]}
 
 
-def test_an_echo_looks_for_no_stop_string_in_the_prompt(server: Loopback) -> None:
-    plain = complete(server)
-    choice = complete(server, echo=True, stop=["naïve"])
+def test_an_echo_looks_for_no_stop_string_in_the_prompt(tiny_server: Loopback) -> None:
+    plain = complete(tiny_server)
+    choice = complete(tiny_server, echo=True, stop=["naïve"])
     assert choice["text"] == PROMPT + plain["text"]
 
 
-def test_a_prompt_is_scored_by_token_id_with_ranks(server: Loopback, model: FrozenModel) -> None:
+def test_a_prompt_is_scored_by_token_id_with_ranks(tiny_server: Loopback, tiny_model: FrozenModel) -> None:
     prompt = list(PROMPT.encode())
-    choice = complete(server, prompt_logprobs=2, max_tokens=1)
-    expected = naive(model, prompt)
+    choice = complete(tiny_server, prompt_logprobs=2, max_tokens=1)
+    expected = log_probabilities(tiny_model, prompt)
     assert len(choice["prompt_logprobs"]) == len(prompt)
     assert choice["prompt_logprobs"][0] is None
     for place, entries in enumerate(choice["prompt_logprobs"][1:], start=1):
@@ -151,41 +117,41 @@ def test_a_prompt_is_scored_by_token_id_with_ranks(server: Loopback, model: Froz
         assert len(entries) <= 3
 
 
-def test_named_tokens_stand_in_place_of_the_most_likely_ones(server: Loopback, model: FrozenModel) -> None:
-    plain = complete(server, max_tokens=2)
+def test_named_tokens_stand_in_place_of_the_most_likely_ones(tiny_server: Loopback, tiny_model: FrozenModel) -> None:
+    plain = complete(tiny_server, max_tokens=2)
     first, second = plain["token_ids"]
     named = [65, second, 65, 66]
     fields: dict[str, Any] = {"logprob_token_ids": named, "max_tokens": 2, "return_tokens_as_token_ids": True}
-    expected = naive(model, [*PROMPT.encode(), first])[-2:]
+    expected = log_probabilities(tiny_model, [*PROMPT.encode(), first])[-2:]
     shown = [[first, 65, second, 66], [second, 65, 66]]  # the token itself, then the others, each once
     for num_top in (0, 3):
-        tops = complete(server, **fields, logprobs=num_top)["logprobs"]["top_logprobs"]
+        tops = complete(tiny_server, **fields, logprobs=num_top)["logprobs"]["top_logprobs"]
         for place, tokens in enumerate(shown):
             values = {f"token_id:{token_id}": expected[place, token_id].item() for token_id in tokens}
             assert list(tops[place]) == list(values)
             assert tops[place] == pytest.approx(values, abs=TOLERANCE)
 
 
-def test_named_tokens_of_a_chat_and_of_an_echo(server: Loopback) -> None:
+def test_named_tokens_of_a_chat_and_of_an_echo(tiny_server: Loopback) -> None:
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "temperature": 0, "ignore_eos": True}
     body |= {"logprob_token_ids": [65, 66], "return_tokens_as_token_ids": True, "logprobs": True}
-    answer = server.http.post("/v1/chat/completions", json={**body, "top_logprobs": 5}).json()
+    answer = tiny_server.http.post("/v1/chat/completions", json={**body, "top_logprobs": 5}).json()
     for entry in answer["choices"][0]["logprobs"]["content"]:
         itself, *others = entry["top_logprobs"]
         assert (itself["token"], itself["logprob"]) == (entry["token"], entry["logprob"])
         assert {"token_id:65", "token_id:66"} <= {other["token"] for other in others} | {itself["token"]}
         assert len(others) <= 2
     fields: dict[str, Any] = {"echo": True, "logprobs": 1, "return_tokens_as_token_ids": True, "max_tokens": 1}
-    tops = complete(server, **fields, logprob_token_ids=[65, 66])["logprobs"]["top_logprobs"]
-    plain = complete(server, **fields)["logprobs"]["top_logprobs"]
+    tops = complete(tiny_server, **fields, logprob_token_ids=[65, 66])["logprobs"]["top_logprobs"]
+    plain = complete(tiny_server, **fields)["logprobs"]["top_logprobs"]
     assert tops[:-1] == plain[:-1]
     assert {"token_id:65", "token_id:66"} <= tops[-1].keys() <= {"token_id:65", "token_id:66", *plain[-1]}
 
 
 @pytest.mark.parametrize("fields", [{}, {"logprobs": None}, {"logprobs": 1, "echo": True, "max_tokens": 0}], ids=str)
-def test_named_tokens_need_an_answer_with_log_probabilities(server: Loopback, fields: dict[str, Any]) -> None:
+def test_named_tokens_need_an_answer_with_log_probabilities(tiny_server: Loopback, fields: dict[str, Any]) -> None:
     body = {"prompt": "x", "logprob_token_ids": [65], **fields}
-    answer = server.http.post("/v1/completions", json=body)
+    answer = tiny_server.http.post("/v1/completions", json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "logprob_token_ids")
 
 
@@ -201,10 +167,10 @@ def test_named_tokens_need_an_answer_with_log_probabilities(server: Loopback, fi
         {"logprobs": 1, "echo": True, "prompt": [list("東京".encode())[:4], [7]]},
     ],
 )
-def test_a_stream_carries_exactly_what_the_whole_answer_does(server: Loopback, fields: dict[str, Any]) -> None:
+def test_a_stream_carries_exactly_what_the_whole_answer_does(tiny_server: Loopback, fields: dict[str, Any]) -> None:
     body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "ignore_eos": True, **fields}
-    whole = server.http.post("/v1/completions", json=body).json()["choices"]
-    chunks = [chunk["choices"][0] for chunk in events(server, "/v1/completions", **body)]
+    whole = tiny_server.http.post("/v1/completions", json=body).json()["choices"]
+    chunks = [chunk["choices"][0] for chunk in events(tiny_server, "/v1/completions", **body)]
     for choice in whole:
         mine = [chunk for chunk in chunks if chunk["index"] == choice["index"]]
         assert "".join(chunk["text"] for chunk in mine) == choice["text"]
@@ -218,7 +184,7 @@ def test_a_stream_carries_exactly_what_the_whole_answer_does(server: Loopback, f
         assert prompt == choice.get("prompt_logprobs", [])
 
 
-def test_a_chat_answer_carries_its_tokens(server: Loopback, model: FrozenModel) -> None:
+def test_a_chat_answer_carries_its_tokens(tiny_server: Loopback, tiny_model: FrozenModel) -> None:
     body = {
         "messages": [{"role": "user", "content": "Hi"}],
         "max_tokens": 6,
@@ -226,11 +192,11 @@ def test_a_chat_answer_carries_its_tokens(server: Loopback, model: FrozenModel) 
         "ignore_eos": True,
         "return_token_ids": True,
     }
-    answer = server.http.post(
+    answer = tiny_server.http.post(
         "/v1/chat/completions", json={**body, "logprobs": True, "top_logprobs": 2, "prompt_logprobs": 0}
     ).json()
     choice, prompt = answer["choices"][0], answer["prompt_token_ids"]
-    expected = naive(model, [*prompt, *choice["token_ids"]])
+    expected = log_probabilities(tiny_model, [*prompt, *choice["token_ids"]])
     assert choice["logprobs"]["refusal"] is None
     for place, entry in enumerate(choice["logprobs"]["content"]):
         row, token_id = expected[len(prompt) - 1 + place], choice["token_ids"][place]
@@ -242,11 +208,11 @@ def test_a_chat_answer_carries_its_tokens(server: Loopback, model: FrozenModel) 
         )
         assert entry["top_logprobs"][0]["logprob"] == entry["logprob"]
     assert len(answer["prompt_logprobs"]) == len(prompt)
-    bare = server.http.post("/v1/chat/completions", json={**body, "logprobs": True}).json()["choices"][0]
+    bare = tiny_server.http.post("/v1/chat/completions", json={**body, "logprobs": True}).json()["choices"][0]
     assert [entry["top_logprobs"] for entry in bare["logprobs"]["content"]] == [[]] * 6
 
 
-def test_a_streamed_chat_answer_carries_the_same(server: Loopback) -> None:
+def test_a_streamed_chat_answer_carries_the_same(tiny_server: Loopback) -> None:
     body = {
         "messages": [{"role": "user", "content": "Hi"}],
         "max_tokens": 20,
@@ -257,8 +223,8 @@ def test_a_streamed_chat_answer_carries_the_same(server: Loopback) -> None:
         "top_logprobs": 3,
         "prompt_logprobs": 1,
     }
-    whole = server.http.post("/v1/chat/completions", json=body).json()
-    chunks = events(server, "/v1/chat/completions", **body)
+    whole = tiny_server.http.post("/v1/chat/completions", json=body).json()
+    chunks = events(tiny_server, "/v1/chat/completions", **body)
     for choice in whole["choices"]:
         mine = [part for chunk in chunks for part in chunk["choices"] if part["index"] == choice["index"]]
         content = [entry for part in mine if part["logprobs"] for entry in part["logprobs"]["content"]]
@@ -268,15 +234,15 @@ def test_a_streamed_chat_answer_carries_the_same(server: Loopback) -> None:
     assert prompt == whole["prompt_logprobs"]
 
 
-def test_the_official_client_reads_both_forms(server: Loopback) -> None:
-    completion = server.openai.completions.create(
+def test_the_official_client_reads_both_forms(tiny_server: Loopback) -> None:
+    completion = tiny_server.openai.completions.create(
         model="org/tiny", prompt="Hello", max_tokens=3, logprobs=2, echo=True, temperature=0
     )
     logprobs = completion.choices[0].logprobs
     assert logprobs is not None
     assert logprobs.tokens is not None
     assert logprobs.tokens[:5] == list("Hello")
-    chat = server.openai.chat.completions.create(
+    chat = tiny_server.openai.chat.completions.create(
         model="org/tiny",
         messages=[{"role": "user", "content": "Hello"}],
         max_tokens=3,
@@ -289,40 +255,40 @@ def test_the_official_client_reads_both_forms(server: Loopback) -> None:
     assert [len(entry.top_logprobs) for entry in chat.choices[0].logprobs.content] == [2, 2, 2]
 
 
-def test_a_long_prompt_is_scored_in_a_stream_of_many_chunks(server: Loopback, model: FrozenModel) -> None:
+def test_a_long_prompt_is_scored_in_a_stream_of_many_chunks(tiny_server: Loopback, tiny_model: FrozenModel) -> None:
     prompt = torch.randint(0, 256, (1000,), generator=torch.Generator().manual_seed(1)).tolist()
-    chunks = events(server, "/v1/completions", prompt=prompt, echo=True, logprobs=0, max_tokens=0)
+    chunks = events(tiny_server, "/v1/completions", prompt=prompt, echo=True, logprobs=0, max_tokens=0)
     values = [value for chunk in chunks for value in (chunk["choices"][0]["logprobs"] or {}).get("token_logprobs", [])]
-    expected = naive(model, prompt)[torch.arange(999), prompt[1:]]
+    expected = log_probabilities(tiny_model, prompt)[torch.arange(999), prompt[1:]]
     assert len(chunks) > 50
     torch.testing.assert_close(torch.tensor(values[1:]), expected, atol=TOLERANCE, rtol=0)
 
 
-def test_too_many_for_one_answer_are_refused_before_anything_runs(server: Loopback) -> None:
+def test_too_many_for_one_answer_are_refused_before_anything_runs(tiny_server: Loopback) -> None:
     body = {"prompt": [65] * 60_000, "prompt_logprobs": 20, "max_tokens": 1}
     with pytest.raises(openai.BadRequestError) as caught:
-        server.openai.post("/completions", cast_to=object, body=body)
+        tiny_server.openai.post("/completions", cast_to=object, body=body)
     assert caught.value.param == "logprobs"
     assert "stream" in caught.value.message
 
 
 def test_one_prefill_of_scored_prompts_uses_no_cached_prefix(
-    model: FrozenModel, byte_tokenizer: Tokenizer, tmp_path: Path
+    tiny_model: FrozenModel, byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    engine = TinyEngine(model, str(tmp_path), prefix_cache_host_bytes=1 << 24)
-    with serve(engine, OPTIONS, byte_tokenizer) as server:  # type: ignore[arg-type]
-        first = complete(server, prompt=PROMPT * 3, echo=True, logprobs=0)
-        again = complete(server, prompt=PROMPT * 3, echo=True, logprobs=0)
+    engine = TinyEngine(tiny_model, str(tmp_path), prefix_cache_host_bytes=1 << 24)
+    with serve(engine, OPTIONS, byte_tokenizer) as tiny_server:  # type: ignore[arg-type]
+        first = complete(tiny_server, prompt=PROMPT * 3, echo=True, logprobs=0)
+        again = complete(tiny_server, prompt=PROMPT * 3, echo=True, logprobs=0)
     assert first["logprobs"]["tokens"] == again["logprobs"]["tokens"]
     assert first["logprobs"]["token_logprobs"][1:] == pytest.approx(
         again["logprobs"]["token_logprobs"][1:], abs=TOLERANCE
     )
 
 
-def test_a_stream_can_be_read_by_clients_that_break_lines_at_any_line_break(server: Loopback) -> None:
+def test_a_stream_can_be_read_by_clients_that_break_lines_at_any_line_break(tiny_server: Loopback) -> None:
     text = "a\x85b\u2028c\u2029d\ne"
     body = {"prompt": text, "echo": True, "max_tokens": 0, "stream": True}
-    answer = server.http.post("/v1/completions", json=body)
+    answer = tiny_server.http.post("/v1/completions", json=body)
     lines = [line for line in answer.text.splitlines() if line]
     assert all(line.startswith("data: ") for line in lines)
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]

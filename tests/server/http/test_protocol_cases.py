@@ -217,6 +217,29 @@ def test_a_local_server_answers_to_local_names_only(guarded: Loopback, host: str
     assert guarded.http.get("/v1/models", headers={"host": host}).status_code == status
 
 
+@pytest.mark.parametrize(
+    ("version", "hosts", "status"),
+    [
+        (b"1.1", (), 400),
+        (b"1.1", (b"localhost",), 200),
+        (b"1.1", (b"localhost", b"localhost"), 400),
+        (b"1.1", (b"localhost", b"evil.example"), 400),
+        (b"1.0", (), 200),
+        (b"1.0", (b"localhost", b"evil.example"), 400),
+    ],
+)
+@pytest.mark.parametrize("name", ["server", "guarded"])
+def test_a_request_names_one_host(
+    name: str, version: bytes, hosts: tuple[bytes, ...], status: int, request: pytest.FixtureRequest
+) -> None:
+    lines = b"".join(b"Host: %s\r\n" % host for host in hosts)
+    asked = b"GET /v1/models HTTP/%s\r\n%sConnection: close\r\n\r\n" % (version, lines)
+    head, _, body = raw_exchange(request.getfixturevalue(name), asked).partition(b"\r\n\r\n")
+    assert head.split()[1] == b"%d" % status
+    if status == 400:
+        assert json.loads(body)["error"]["code"] == "invalid_host"
+
+
 def test_every_served_name_is_taken_and_echoed(guarded: Loopback) -> None:
     assert [card["id"] for card in guarded.http.get("/v1/models").json()["data"]] == ["org/tiny", "second", "org/third"]
     for name in ("org/tiny", "second", "org/third"):

@@ -7,6 +7,7 @@ const folder = pathToFileURL(`${process.argv[2]}/`);
 const load = (name) => import(new URL(name, folder));
 const { Conversation } = await load("conversation.mjs");
 const { ApiError } = await load("api.mjs");
+const { Drafts, editing, NEW } = await load("drafts.mjs");
 const { Store, TakenError } = await load("store.mjs");
 
 /** Says the pieces of `script`; an error in it is thrown. */
@@ -155,8 +156,18 @@ api.script = [["back", STOP]];
 await all(left.say("Still here", {}));
 assert.equal((await store.conversations()).length, 1);
 await store.change(id, (record) => Object.assign(record, { deleted: 5 }));
+
+// Drafts are there for as long as their conversation can be brought back.
+const drafts = new Drafts(store, "one", new Map(), new Set());
+const changing = editing({ conversation: id, id: "turn" });
+for (const place of [NEW, id, changing]) drafts.keep(place, `in ${place}`);
+await drafts.purge();
+assert.equal((await store.settings("draft/")).size, 3);
 await store.purge(6);
 assert.deepEqual([await store.conversation(id), await store.turns(id)], [undefined, []]);
+await drafts.purge();
+assert.deepEqual([...(await store.settings("draft/")).values()], [`in ${NEW}`]);
+assert.deepEqual([drafts.of(NEW), drafts.of(id), drafts.of(changing)], [`in ${NEW}`, "", ""]);
 
 // A browser that cannot store says so, and the answer comes all the same.
 assert.deepEqual(problems, []);

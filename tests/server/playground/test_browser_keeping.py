@@ -181,6 +181,30 @@ def test_a_draft_belongs_to_the_tab_in_which_it_is_typed(server: Loopback) -> No
         expect(fourth.locator("#question")).to_have_value("to the right")
 
 
+def test_what_a_message_is_being_changed_to_outlives_a_reload(server: Loopback) -> None:
+    with page_at(server.url) as page:
+        say(server, "One.")
+        ask(page, "Question")
+        page.click(".turn.user >> text=Edit")
+        page.fill(".editor textarea", "Another ques")
+        expect_stored(page, "Another ques")
+        page.reload()
+        editor = page.locator(".editor textarea")
+        expect(editor).to_have_value("Another ques")
+        page.fill(".editor textarea", "Another question")
+        say(server, "Two.")
+        page.press(".editor textarea", "Enter")
+        ended(page)
+        page.reload()
+        shows(page, "Another question", "Two.")
+        page.click(".turn.user >> text=Edit")
+        page.fill(".editor textarea", "Never mind")
+        page.press(".editor textarea", "Escape")
+        page.reload()
+        shows(page, "Another question", "Two.")
+        expect(editor).to_have_count(0)
+
+
 def test_conversations_are_found_renamed_deleted_and_brought_back(server: Loopback) -> None:
     with page_at(server.url) as page:
         for question, answer in (("About cats", "They purr."), ("About dogs", "They bark.")):

@@ -9,6 +9,7 @@ import pytest
 
 from dijiang_model.checkpoints.default_sampling import DefaultSampling
 from dijiang_model.errors import ConfigError
+from server.engine.speculation.rules import DEFAULT_MAX_DRAFTS
 from server.hardware import (
     CONTROL_GROUP_FILES,
     Device,
@@ -20,7 +21,14 @@ from server.hardware import (
     max_connections,
     raised_descriptor_limit,
 )
-from server.startup.assemble import engine_config, recipe_of, service_options
+from server.startup.assemble import (
+    CPU_STEP_TOKENS,
+    CUDA_STEP_TOKENS,
+    MAX_AUTO_CACHE_BYTES,
+    engine_config,
+    recipe_of,
+    service_options,
+)
 from server.startup.errors import StartError
 from server.startup.keys import key_options
 from server.startup.settings import Settings, SettingsError, flag_of, misplaced_key, read_settings, variable_of
@@ -45,6 +53,14 @@ def model(tmp_path: Path) -> Path:
 
 def test_every_setting_is_described() -> None:
     assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_what_auto_means_is_told_with_the_numbers_of_the_code() -> None:
+    told = {name: field.description or "" for name, field in Settings.model_fields.items()}
+    assert f"auto: {DEFAULT_MAX_DRAFTS} where" in told["speculate"]
+    assert f"auto: {CPU_STEP_TOKENS} on a CPU, {CUDA_STEP_TOKENS} on CUDA" in told["max_step_tokens"]
+    assert MAX_AUTO_CACHE_BYTES == 1 << 30
+    assert "at\nmost 1GiB" in told["prefix_cache_memory"]
 
 
 def test_a_flag_wins_over_the_variable_and_the_variable_over_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

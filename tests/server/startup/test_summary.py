@@ -12,6 +12,7 @@ from server.hardware import Device
 from server.http.middleware import hash_key
 from server.service import ServiceOptions
 from server.startup.assemble import engine_config
+from server.startup.notices import Notices
 from server.startup.settings import Settings
 from server.startup.summary import Summary
 from tests.server.fake_engine import FakeEngine
@@ -44,7 +45,7 @@ def test_model_capacity_keys_and_the_url_to_paste_are_told(tmp_path: Path, host:
         port = listener.getsockname()[1]
         summary = Summary(settings, config, options, "hybrid", None, listener)
     with console.capture() as captured:
-        console.print(summary.table(info))
+        Notices(console).show("ready", summary.rows(info))
     text = captured.get()
     for part in ("org/[tiny]", "hybrid", "512 conversations of 4.4 MiB", "float32", "1 accepted", "token ids only",
                  "4.4 MiB: 284 places a head"):  # fmt: skip
@@ -62,6 +63,6 @@ def test_slow_steps_are_told_with_what_mends_them(tmp_path: Path) -> None:
         listener.bind(("127.0.0.1", 0))
         summary = Summary(settings, config, ServiceOptions(model_name="tiny"), "hybrid", None, listener)
     with console.capture() as captured:
-        console.print(summary.table(info))
+        Notices(console).show("ready", summary.rows(info))
     assert "the kernels are old; `make kernels` mends it" in captured.get()
     assert "torch operations" in captured.get()

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from server.startup.assemble import open_store
+from server.startup.notices import Notices
 from server.startup.settings import Settings, SettingsError, read_settings
 from server.states.errors import StoreError
 from server.states.indexed import IndexedStore
@@ -50,12 +51,12 @@ def test_without_the_extra_the_operator_is_told_what_to_install(
     for name in ("shared", "files.contents", "index.postgres"):
         monkeypatch.delitem(sys.modules, f"server.states.{name}")
     with pytest.raises(StoreError, match=r"pip install 'dijiang\[postgres\]'"):
-        open_store(Settings(state_store=URL, states_folder=tmp_path), "tiny", Console(file=io.StringIO()))
+        open_store(Settings(state_store=URL, states_folder=tmp_path), "tiny", Notices(Console(file=io.StringIO())))
 
 
 def test_a_store_that_is_not_there_is_no_reason_to_go_on_without(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="the store of states cannot be used"):
-        open_store(Settings(state_store=URL, cache_dir=tmp_path), "tiny", Console(file=io.StringIO()))
+        open_store(Settings(state_store=URL, cache_dir=tmp_path), "tiny", Notices(Console(file=io.StringIO())))
 
 
 async def test_settings_reach_the_store(shared_kind: SharedKind, tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ async def test_settings_reach_the_store(shared_kind: SharedKind, tmp_path: Path)
     settings = Settings(
         state_store=kind.postgres.url, state_store_schema=kind.schema, cache_dir=tmp_path, states_disk=12_345
     )
-    store = open_store(settings, "org/tiny", Console(file=io.StringIO()))
+    store = open_store(settings, "org/tiny", Notices(Console(file=io.StringIO())))
     assert isinstance(store, IndexedStore)
     assert store.files_folder == tmp_path / "states" / "org_tiny" / "replica-0" / "files"
     assert store.totals.max_bytes == 12_345

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from dijiang_model.checkpoints.checkpoint import load_model
 from dijiang_model.conversion.calibration.contexts import Context, Recalled
 from dijiang_model.conversion.convert import convert
-from dijiang_model.conversion.evaluation import cli as evaluate_cli
 from dijiang_model.conversion.evaluation import recall
-from dijiang_model.conversion.evaluation.cli import Measurements, evaluate, evaluate_command, load_subjects
+from dijiang_model.conversion.evaluation import run as evaluate_run
+from dijiang_model.conversion.evaluation.cli import evaluate_command
 from dijiang_model.conversion.evaluation.evaluate import (
     Score,
     Variant,
@@ -36,7 +36,9 @@ from dijiang_model.conversion.evaluation.report import (
     markdown,
     write_report,
 )
+from dijiang_model.conversion.evaluation.run import evaluate, load_subjects
 from dijiang_model.conversion.evaluation.teacher import load_teacher
+from dijiang_model.conversion.evaluation.wanted import Measurements
 from dijiang_model.conversion.training.chat_prompt import plain_chat
 from dijiang_model.conversion.training.cli import train_command
 from dijiang_model.conversion.training.text_windows import load_tokenizer
@@ -276,8 +278,8 @@ def test_long_texts_are_read_where_they_are_asked_for(
 ) -> None:
     folder = write_tiny_model(tmp_path / "model", llama_config(HYBRID, HYBRID))
     subjects = load_subjects(folder, folder)
-    monkeypatch.setattr(evaluate_cli, "LENGTH", 2500)
-    monkeypatch.setattr(evaluate_cli, "long_score", partial(long_score, edges=(100, 200, 400, 2500)))
+    monkeypatch.setattr(evaluate_run, "LONG_TOKENS", 2500)
+    monkeypatch.setattr(evaluate_run, "long_score", partial(long_score, edges=(100, 200, 400, 2500)))
     wanted = Measurements(num_windows=1, length=600, num_long=2)
     evaluation = evaluate(subjects, [text], load_tokenizer(folder), wanted, console=Console(quiet=True))
     assert evaluation.num_long == 2
@@ -286,7 +288,7 @@ def test_long_texts_are_read_where_they_are_asked_for(
     ours = evaluation.long_scores["ours"]
     assert ours.fresh is not None
     assert f"| ours | {' | '.join(f'{mean:.3f}' for mean in [*ours.means, ours.fresh])} |" in report
-    monkeypatch.setattr(evaluate_cli, "LENGTH", 10**6)
+    monkeypatch.setattr(evaluate_run, "LONG_TOKENS", 10**6)
     with pytest.raises(ConversionError, match="no file of text has 1,000,000 tokens"):
         evaluate(subjects, [text], load_tokenizer(folder), wanted, console=Console(quiet=True))
 

@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dijiang_model.batch import prefill
 from dijiang_model.serving.network import FrozenModel
-from dijiang_model.state import StateBuffer
 from server.engine.engine import Engine
 from server.engine.runner import ModelRunner
 from server.engine.sampling.sampler import Sampler
@@ -18,6 +16,7 @@ from server.engine.scheduler import Scheduler
 from server.engine.state.pool import StatePool
 from server.engine.types.logprobs import LogprobOptions, LogprobRow, LogprobTable
 from server.engine.types.requests import FinishReason, GenerationRequest, SamplingParams
+from tests.read_at_once import log_probabilities
 from tests.server.engine.fakes import engine_info
 from tests.server.engine.fakes import request as fake_request
 from tests.tiny_models import gpt_neox_config, llama_config, tiny_network
@@ -81,17 +80,6 @@ def run(
     return answers
 
 
-def naive(model: FrozenModel, token_ids: Iterable[int]) -> Tensor:
-    """[T, vocab] log-probabilities of what follows each token."""
-    tokens = torch.tensor(list(token_ids))
-    state = StateBuffer(model.state_spec, 2)
-    state.storage.zero_()
-    slots, starts = torch.tensor([1]), torch.tensor([0])
-    with torch.inference_mode():
-        logits = prefill(model, tokens, lengths=[len(tokens)], slots=slots, starts=starts, state=state)
-    return logits.log_softmax(dim=-1)
-
-
 def make_request(
     name: str, length: int, options: LogprobOptions, *, max_tokens: int = 6, **sampling: object
 ) -> GenerationRequest:
@@ -138,7 +126,7 @@ def test_log_probabilities_are_those_of_the_model(
     )
     for request in requests:
         answer, prompt, options = answers[request.request_id], request.prompt_token_ids, request.logprobs
-        expected = naive(model, (*prompt, *answer.tokens))
+        expected = log_probabilities(model, (*prompt, *answer.tokens))
         assert answer.reason is FinishReason.LENGTH
         assert len(answer.tokens) == 6
         if options.num_output is None:
@@ -156,7 +144,7 @@ def test_further_tokens_come_behind_the_most_likely_ones_of_the_output(model: Fr
     wide = make_request("wide", 12, LogprobOptions(num_output=2, num_prompt=1, token_ids=(7, 250, 0)))
     narrow = make_request("narrow", 5, LogprobOptions(num_output=0, token_ids=(9,)))
     answers = run(model, [wide, narrow])
-    expected = naive(model, (*wide.prompt_token_ids, *answers["wide"].tokens))
+    expected = log_probabilities(model, (*wide.prompt_token_ids, *answers["wide"].tokens))
     for place, row in enumerate(answers["wide"].output, start=11):
         assert row.token_ids[-3:] == (7, 250, 0)
         torch.testing.assert_close(torch.tensor(row.values[-3:]), expected[place, [7, 250, 0]], atol=TOLERANCE, rtol=0)
@@ -179,7 +167,7 @@ def test_they_are_of_the_model_whatever_shapes_the_sampling(model: FrozenModel) 
     )
     answer = run(model, [shaped])["shaped"]
     assert answer.tokens[0] == 5
-    expected = naive(model, (*shaped.prompt_token_ids, *answer.tokens))
+    expected = log_probabilities(model, (*shaped.prompt_token_ids, *answer.tokens))
     check_rows(answer.output, answer.tokens, expected[7:-1], num_top=4)
 
 
