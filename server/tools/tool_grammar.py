@@ -12,6 +12,8 @@ _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additional
 _TEXT = r"/(.|\n)*/"
 _NO_CALL = r"/[ \n\r\t]*(([^{< \n\r\t]|<[^|])(.|\n)*|<)?/"
 """A text that no call in the form of Llama can be taken for."""
+MOST_FORCED_CALLS = 16
+"""In one answer that must call; one that may call ends when the model says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +86,13 @@ def _written(form: ToolForm, name: str, number: int, *, is_special: bool) -> str
 
 
 def _calls(form: ToolForm, *, is_parallel: bool, is_special: bool) -> str:
-    """One call, or any number of them."""
-    separator = json.dumps(form.separator)
+    """One call, or several: not any number, for a small model that must call may repeat itself without end."""
+    separator, others = json.dumps(form.separator), f"{{0,{MOST_FORCED_CALLS - 1}}}"
     if form.in_list:
-        several = f"call ({separator} call)*" if is_parallel else "call"
+        several = f"call ({separator} call){others}" if is_parallel else "call"
         return f'{_mark(form.open, is_special=is_special)} "[" {several} "]"'
     begin = f"{_mark(form.open, is_special=is_special)} " if form.open else ""
-    return f"{begin}call ({separator} {begin}call)*" if is_parallel else f"{begin}call"
+    return f"{begin}call ({separator} {begin}call){others}" if is_parallel else f"{begin}call"
 
 
 def _lark(start: str, rules: Sequence[str]) -> GrammarSource:

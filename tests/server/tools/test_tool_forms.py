@@ -17,7 +17,7 @@ from server.text.template import ChatMessage
 from server.text.tokenizer import Tokenizer
 from server.tools.tool_calls import ArgumentsPart, CallPart, Part, TextPart
 from server.tools.tool_forms import HERMES, LLAMA, MISTRAL, ToolForm, tool_form
-from server.tools.tool_grammar import tool_grammar
+from server.tools.tool_grammar import MOST_FORCED_CALLS, tool_grammar
 from tests.server.conftest import Loopback, serve
 from tests.server.fake_engine import EOS_TOKEN_ID, FakeEngine
 from tests.server.text.test_chat_template import template
@@ -167,6 +167,10 @@ def test_forced_calls_are_valid_and_found_again(compiler: GrammarCompiler, form:
         assert accepts(compiler, source, list(two.encode())) is is_parallel
         for bad in ("", "text", written(form, ("add", {"n": "5"})), written(form, ("minus", {})), f"text {one}"):
             assert not accepts(compiler, source, list(bad.encode())), bad
+    source = tool_grammar([ADD, CLOCK], is_forced=True, is_parallel=True, form=form)
+    for count, is_good in ((MOST_FORCED_CALLS, True), (MOST_FORCED_CALLS + 1, False)):
+        many = written(form, *[("add", {"n": 5})] * count)
+        assert accepts(compiler, source, list(many.encode())) is is_good, "a model may repeat itself without end"
     parser = form.parser(["add", "clock"])
     assert len([part for part in parser.push(two) if isinstance(part, CallPart)]) == 2
 
