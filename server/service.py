@@ -31,6 +31,7 @@ from server.rate_limits import RateLimits
 from server.states.store import StateStore
 from server.text.reasoning import thought_form
 from server.text.template import template_of
+from server.text.threads import TextThreads
 from server.text.tokenizer import Tokenizer
 from server.tracing import NO_TRACER, Tracer
 
@@ -162,6 +163,7 @@ class Service:
         is_closing: what the service has started itself is being ended.
         background: responses that are made while nobody waits, by id.
         event_logs: their events so far, by id.
+        texts: where work on long texts is done.
         rate_limits: what each key has used of its minute.
         checking: held by a self-check; one at a time is enough.
         labels: what keys are called in logs and metrics.
@@ -198,6 +200,7 @@ class Service:
         self.chat_template = template_of(tokenizer)
         self.thoughts = thought_form(options.reasoning_parser, tokenizer)
         self._read_again = read_again
+        self.texts = TextThreads()
         self.rate_limits = RateLimits(options.rate_limit_requests, options.rate_limit_tokens)
         self._facts: Mapping[str, KeyFacts] = {}
         self.labels = KeyLabels()

@@ -5,7 +5,7 @@ from fastapi import APIRouter, Request, Response
 from server.api.json_body import JsonRoute, ServiceDependency
 from server.generation.anthropic_answers import AnthropicWriter
 from server.generation.prompts import encode_messages
-from server.generation.streaming import answer, json_response
+from server.generation.streaming import answer, json_response, owner_of
 from server.generation.tools import template_tools
 from server.http.sse import unless_disconnected
 from server.protocol.dialects.anthropic import CountTokensRequest, MessageOut, MessagesRequest, TokenCount
@@ -28,5 +28,5 @@ async def count_tokens(body: CountTokensRequest, request: Request, service: Serv
     service.require_model(body.model)
     with translated():
         chat = body.chat
-    encoding = encode_messages(service, chat, tools=template_tools(chat.tool_use))
+    encoding = encode_messages(service, owner_of(request), chat, tools=template_tools(chat.tool_use))
     return json_response(TokenCount(input_tokens=len(await unless_disconnected(request.receive, encoding))))

@@ -13,7 +13,7 @@ from server.event_log import EventLog
 from server.generation.sampling import deadline_of
 from server.generation.sessions import require_store, time_to_live
 from server.generation.streaming import close, collected, owner_of
-from server.http.sse import KEEP_ALIVE, EventStreamResponse
+from server.http.sse import KEEP_ALIVE, EventStreamResponse, unless_disconnected
 from server.protocol.response_items import page_of_items
 from server.protocol.responses import ResponseRequest
 from server.responses.background import make_in_background
@@ -41,7 +41,8 @@ async def create_response(body: ResponseRequest, request: Request, service: Serv
             return earlier
         info = service.admit(owner, body.model)
         run = _run(service, body, owner, source=source.decode(), once=once)
-        generation = await plan_response(service, info, body, run, deadline=deadline)
+        planning = plan_response(service, info, body, run, deadline=deadline)
+        generation = await unless_disconnected(request.receive, planning)
     await generation.start()
 
     async def end() -> None:

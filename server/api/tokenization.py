@@ -1,6 +1,7 @@
 """`POST /tokenize`, `POST /detokenize`, `POST /apply-template`, `GET /tokenizer_info`."""
 
 from collections.abc import Callable
+from functools import partial
 
 import orjson
 from fastapi import APIRouter, Request, Response
@@ -13,10 +14,9 @@ from server.generation.prompts import (
     encode_messages,
     require_chat_template,
     require_tokenizer,
-    run_if_long,
     template_variables,
 )
-from server.generation.streaming import json_response
+from server.generation.streaming import json_response, owner_of
 from server.generation.tools import template_tools
 from server.http.sse import unless_disconnected
 from server.protocol.tokenization import (
@@ -42,7 +42,8 @@ async def tokenize(body: TokenizeRequest, request: Request, service: ServiceDepe
     """Token ids of a text or of a conversation."""
     service.require_model(body.model)
     tokenizer = require_tokenizer(service, param="prompt")
-    token_ids = await unless_disconnected(request.receive, _encode(body, service))
+    owner = owner_of(request)
+    token_ids = await unless_disconnected(request.receive, _encode(body, owner, service))
     limit = service.options.max_prompt_tokens
     answer = TokenizeResponse(
         count=len(token_ids),
@@ -51,20 +52,22 @@ async def tokenize(body: TokenizeRequest, request: Request, service: ServiceDepe
         token_strs=[] if body.return_token_strs else None,
     )
     spelling = {"token_strs": tokenizer.piece} if body.return_token_strs else {}
-    return await run_if_long(len(token_ids), lambda: _with_lists(answer, token_ids, tokens=int, **spelling))
+    write = partial(_with_lists, answer, token_ids, tokens=int, **spelling)
+    return await service.texts.run(owner, len(token_ids), write)
 
 
-async def _encode(body: TokenizeRequest, service: Service) -> list[int]:
+async def _encode(body: TokenizeRequest, owner: str, service: Service) -> list[int]:
     if body.conversation is not None:
-        return list(await encode_messages(service, body.conversation, tools=template_tools(body.tool_use)))
+        return list(await encode_messages(service, owner, body.conversation, tools=template_tools(body.tool_use)))
     assert body.prompt is not None
     text, add_special_tokens = body.prompt, body.add_special_tokens is not False
     tokenizer = require_tokenizer(service, param="prompt")
-    return await run_if_long(len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+    encode = partial(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+    return await service.texts.run(owner, len(text), encode)
 
 
 @router.post("/apply-template", responses={200: {"model": ApplyTemplateResponse}}, response_class=Response)
-async def apply_template(body: ApplyTemplateRequest, service: ServiceDependency) -> Response:
+async def apply_template(body: ApplyTemplateRequest, request: Request, service: ServiceDependency) -> Response:
     """A conversation as the text that the model gets to read."""
     service.require_model(body.model)
     template = require_chat_template(service)
@@ -81,13 +84,14 @@ async def apply_template(body: ApplyTemplateRequest, service: ServiceDependency)
         )
 
     try:
-        return json_response(ApplyTemplateResponse(prompt=await run_if_long(num_characters, render)))
+        rendering = service.texts.run(owner_of(request), num_characters, render)
+        return json_response(ApplyTemplateResponse(prompt=await unless_disconnected(request.receive, rendering)))
     except TemplateFailure as error:
         raise InvalidRequestError(str(error), param="messages", code="chat_template_error") from error
 
 
 @router.post("/detokenize", responses={200: {"model": DetokenizeResponse}}, response_class=Response)
-async def detokenize(body: DetokenizeRequest, service: ServiceDependency) -> Response:
+async def detokenize(body: DetokenizeRequest, request: Request, service: ServiceDependency) -> Response:
     """The text of token ids."""
     service.require_model(body.model)
     tokenizer = require_tokenizer(service, param="tokens")
@@ -111,7 +115,8 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDependency) -> Res
             token_texts=lambda token: tokenizer.vocabulary.bytes_of(token).decode("utf-8", "replace"),
         )
 
-    return await run_if_long(len(body.tokens), decode)
+    decoding = service.texts.run(owner_of(request), len(body.tokens), decode)
+    return await unless_disconnected(request.receive, decoding)
 
 
 def _with_lists(answer: ResponseModel, token_ids: list[int], **lists: Callable[[int], object]) -> Response:

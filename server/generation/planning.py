@@ -124,7 +124,7 @@ async def plan_request(
     """
     check_counts(service.options, body)
     tools = template_tools(body.tool_use) if past.shows_tools else ()
-    prompts = past.prompts if past.prompts is not None else await _encode(service, body, past, tools)
+    prompts = past.prompts if past.prompts is not None else await _encode(service, owner, body, past, tools)
     if body.truncate_prompt_tokens is not None:
         num = body.truncate_prompt_tokens
         from_left = body.truncation_side != "right"
@@ -132,7 +132,7 @@ async def plan_request(
     thinking = _thinking(service, body, prompts[0])
     points: tuple[int, ...] = ()
     if isinstance(body, ChatRequest) and past.base is None and past.uses_cache:
-        points = await system_prefix(service, body.messages, prompts[0], tools=tools)
+        points = await system_prefix(service, owner, body.messages, prompts[0], tools=tools)
     grammar, wanted = None, body.wanted_grammar
     if wanted is not None or body.tool_use is not None:
         grammar = await checked_grammar(service, info, wanted, owner=owner, use=body.tool_use, thinking=thinking)
@@ -150,7 +150,7 @@ async def plan_request(
     return RequestPlan(
         owner=owner,
         fields=body,
-        requests=await _requests(service, body, prompts, grammar=grammar, limit=limit),
+        requests=await _requests(service, owner, body, prompts, grammar=grammar, limit=limit),
         num_prompts=len(prompts),
         session=_session(service, info, owner, body, past, points),
         deadline=deadline,
@@ -183,13 +183,13 @@ def _session(
 
 
 async def _encode(
-    service: Service, body: Body, past: Past, tools: Sequence[Mapping[str, Any]]
+    service: Service, owner: str, body: Body, past: Past, tools: Sequence[Mapping[str, Any]]
 ) -> list[tuple[int, ...]]:
     if isinstance(body, ChatRequest):
-        return [await encode_messages(service, body, base=past.base, tools=tools)]
+        return [await encode_messages(service, owner, body, base=past.base, tools=tools)]
     is_start = past.base is None
     with_special = is_start if body.add_special_tokens is None else body.add_special_tokens
-    return await encode_prompts(service, body.prompts, add_special_tokens=with_special, continues=not is_start)
+    return await encode_prompts(service, owner, body.prompts, add_special_tokens=with_special, continues=not is_start)
 
 
 def _thinking(service: Service, body: Body, prompt: Sequence[int]) -> Thinking | None:
@@ -203,6 +203,7 @@ def _thinking(service: Service, body: Body, prompt: Sequence[int]) -> Thinking |
 
 async def _requests(
     service: Service,
+    owner: str,
     body: Body,
     prompts: Sequence[tuple[int, ...]],
     *,
@@ -210,8 +211,8 @@ async def _requests(
     limit: int | None,
 ) -> tuple[GenerationRequest, ...]:
     """What the engine gets for every prompt and choice."""
-    bad_words = await bad_words_of(service, body)
-    predicted = await predicted_tokens(service, body.prediction) if isinstance(body, ChatRequest) else None
+    bad_words = await bad_words_of(service, owner, body)
+    predicted = await predicted_tokens(service, owner, body.prediction) if isinstance(body, ChatRequest) else None
     name, logprobs, num = body.own_id, body.logprob_options, body.num_choices
     return tuple(
         GenerationRequest(

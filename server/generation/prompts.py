@@ -1,8 +1,7 @@
 """From texts and messages to the tokens of prompts, alone or after a state."""
 
-import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dijiang_model.text.template import TemplateFailure
 from server.engine.speculation.index import MAX_PREDICTED
@@ -13,10 +12,8 @@ from server.service import Service
 from server.states.store import SnapshotRecord, TurnEnd
 from server.text.continuation import encode_continuation
 from server.text.template import NO_VARIABLES, ChatMessage, ChatTemplate, TemplateValue
+from server.text.threads import MAX_INLINE_CHARACTERS
 from server.text.tokenizer import Tokenizer
-
-MAX_INLINE_CHARACTERS = 4096
-T = TypeVar("T")
 
 
 def require_tokenizer(service: Service, *, param: str | None) -> Tokenizer:
@@ -40,13 +37,8 @@ def require_chat_template(service: Service) -> ChatTemplate:
     return service.chat_template
 
 
-async def run_if_long(num_characters: int, work: Callable[[], T]) -> T:
-    """Runs `work` here if it is short, else in a thread, so that the event loop goes on."""
-    return work() if num_characters <= MAX_INLINE_CHARACTERS else await asyncio.to_thread(work)
-
-
 async def encode_prompts(
-    service: Service, prompts: Sequence[Prompt], *, add_special_tokens: bool, continues: bool = False
+    service: Service, owner: str, prompts: Sequence[Prompt], *, add_special_tokens: bool, continues: bool = False
 ) -> list[tuple[int, ...]]:
     """Token ids of each prompt.
 
@@ -66,11 +58,12 @@ async def encode_prompts(
             return [tuple(tokenizer.encode_plain(text, continues=True)) for text in texts]
         return [tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens)) for text in texts]
 
-    return await run_if_long(sum(map(len, texts)), encode)
+    return await service.texts.run(owner, sum(map(len, texts)), encode)
 
 
 async def encode_messages(
     service: Service,
+    owner: str,
     body: ConversationFields,
     *,
     base: SnapshotRecord | None = None,
@@ -107,7 +100,7 @@ async def encode_messages(
         )
 
     try:
-        return await run_if_long(_size(conversation, tools), encode)
+        return await service.texts.run(owner, _size(conversation, tools), encode)
     except TemplateFailure as error:
         raise InvalidRequestError(str(error), param="messages", code="chat_template_error") from error
 
@@ -174,6 +167,7 @@ def _check_thinking(service: Service, thinks: bool, *, can_tell: bool) -> None:
 
 async def system_prefix(
     service: Service,
+    owner: str,
     messages: Sequence[MessageIn],
     prompt: Sequence[int],
     *,
@@ -185,15 +179,15 @@ async def system_prefix(
         return ()
     system = ChatMessage(first.role, first.text, first.name)
     try:
-        prefix = await run_if_long(
-            _size([system], tools), lambda: template.encode([system], tools=tools, add_generation_prompt=False)
+        prefix = await service.texts.run(
+            owner, _size([system], tools), lambda: template.encode([system], tools=tools, add_generation_prompt=False)
         )
     except TemplateFailure:
         return ()  # a template that wants a user's message first
     return (len(prefix),) if tuple(prompt[: len(prefix)]) == tuple(prefix) else ()
 
 
-async def predicted_tokens(service: Service, prediction: Prediction | None) -> tuple[int, ...] | None:
+async def predicted_tokens(service: Service, owner: str, prediction: Prediction | None) -> tuple[int, ...] | None:
     """The tokens that the answer may well have; None: nothing is predicted.
 
     Raises:
@@ -203,7 +197,7 @@ async def predicted_tokens(service: Service, prediction: Prediction | None) -> t
         return None
     tokenizer = require_tokenizer(service, param="prediction")
     text = prediction.content
-    token_ids = await run_if_long(len(text), lambda: tokenizer.encode_plain(text, continues=True))
+    token_ids = await service.texts.run(owner, len(text), lambda: tokenizer.encode_plain(text, continues=True))
     if len(token_ids) > MAX_PREDICTED:
         raise InvalidRequestError(
             f"the prediction has {len(token_ids):,} tokens, the limit is {MAX_PREDICTED:,}",

@@ -9,7 +9,7 @@ from server.engine.types.requests import SamplingParams
 from server.errors import ContextLengthError, InvalidRequestError
 from server.generation.deadline import Deadline
 from server.generation.logprobs import check_num_entries
-from server.generation.prompts import require_tokenizer, run_if_long
+from server.generation.prompts import require_tokenizer
 from server.protocol.sampling import GenerationFields, SamplingFields
 from server.service import Service, ServiceOptions
 from server.states.store import SnapshotRecord
@@ -59,12 +59,12 @@ def sampling_params(
     )
 
 
-async def bad_words_of(service: Service, fields: GenerationFields) -> tuple[tuple[int, ...], ...]:
+async def bad_words_of(service: Service, owner: str, fields: GenerationFields) -> tuple[tuple[int, ...], ...]:
     """`bad_words` as tokens. Raises a 400 when the model has no tokenizer to spell them with."""
     if not fields.bad_words:
         return ()
     tokenizer, words = require_tokenizer(service, param="bad_words"), fields.bad_words
-    return await run_if_long(sum(map(len, words)), lambda: bad_word_tokens(tokenizer, words))
+    return await service.texts.run(owner, sum(map(len, words)), lambda: bad_word_tokens(tokenizer, words))
 
 
 def bad_word_tokens(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from server.generation.prompts import MAX_INLINE_CHARACTERS
+from server.text.threads import MAX_INLINE_CHARACTERS
 from server.text.tokenizer import Tokenizer
 from tests.server.conftest import Loopback
 
