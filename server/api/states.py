@@ -135,7 +135,7 @@ async def export_state(
     layout = None if info is None else info.state_layout
     async with store.hold(head) as path:
         # Open files stay readable when they are deleted, so it is held no longer than this.
-        file = await asyncio.to_thread(_opened, path, head, layout)
+        file = await asyncio.to_thread(_opened, path, head, layout, state_id)
     headers = {
         "content-length": str(head.num_bytes),
         "content-disposition": f'attachment; filename="{record.id}.safetensors"',
@@ -172,7 +172,7 @@ def _turn_of(note: str) -> TurnEnd:
         return TurnEnd.TEXT
 
 
-def _opened(path: Path, head: SnapshotRecord, layout: StateLayout | None) -> BinaryIO:
+def _opened(path: Path, head: SnapshotRecord, layout: StateLayout | None, state_id: str) -> BinaryIO:
     """The file, whole and as it was saved, at its begin.
 
     Raises:
@@ -182,7 +182,7 @@ def _opened(path: Path, head: SnapshotRecord, layout: StateLayout | None) -> Bin
     try:
         file = path.open("rb")
     except OSError as error:
-        raise state_not_found(head.file) from error
+        raise state_not_found(state_id) from error
     try:
         if layout is not None and layout.fingerprint == head.fingerprint:
             parse_snapshot(file.read(), layout)
