@@ -74,6 +74,10 @@ def is_ready(client: httpx.Client) -> bool:
         return False
 
 
+def is_file_with(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
+
+
 def test_the_program_shows_the_version_of_the_project(programs: Path, tmp_path: Path) -> None:
     shown = subprocess.run(
         [programs / "dijiang", "--version"], env=environment(programs, tmp_path), capture_output=True, text=True
@@ -100,8 +104,8 @@ def test_the_default_model_is_made_and_answers(programs: Path, tmp_path: Path) -
 def test_the_wheel_has_the_code_at_hand(wheel: Path) -> None:
     folders = ("server/", "dijiang_model/", "clients/", "benchmarks/")
     with zipfile.ZipFile(wheel) as opened:
-        names = [name for name in opened.namelist() if name.startswith(folders) and not name.endswith(".so")]
-        other = [name for name in names if opened.read(name) != (ROOT / name).read_bytes()]
+        names = [name for name in opened.namelist() if name.startswith(folders) and not name.endswith((".so", "/"))]
+        other = [name for name in names if not is_file_with(ROOT / name, opened.read(name))]
         (version,) = (name for name in opened.namelist() if name.endswith(".dist-info/METADATA"))
     tracked = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=True)
     python = {name for name in tracked.stdout.splitlines() if name.endswith(".py")}
