@@ -56,7 +56,7 @@ dist: $(VENV)/.dev ## Source archive and wheel, in dist/; the wheel is built fro
 	rm -r dist/raw
 
 .PHONY: test-dist
-test-dist: $(VENV)/.dev dist ## The wheel in an empty environment, without a compiler
+test-dist: $(VENV)/.dev ## What `make dist` has built, in an empty environment without a compiler
 	TORCH_ARGS="$(TORCH_ARGS)" $(BIN)/python -m pytest -m dist tests/release
 
 .PHONY: test-docker

@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
@@ -22,19 +23,20 @@ _PROGRAMS = {"dijiang": "-m server", "python": ""}
 class Shell:
     """A folder, and what the last command has said.
 
-    It has a `.venv` with the programs that commands name, so that these can stand as they are.
+    It has a `.venv` with the programs that commands name, and the benchmarks, so that these can stand as they are.
     """
 
-    def __init__(self, folder: Path, server_address: str, text: Path) -> None:
+    def __init__(self, folder: Path, server_address: str, things: Mapping[str, Path]) -> None:
         self.folder = folder
         self.address = server_address
-        self._text = text
+        self._things = things
         self._output = ""
         self._programs = programs = folder / ".venv" / "bin"
         programs.mkdir(parents=True)
         for name, options in _PROGRAMS.items():
             (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {options} "$@"\n')
             (programs / name).chmod(0o755)
+        (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
         (folder / ".curlrc").write_text("fail-with-body\nsilent\nshow-error\n")
         self._environment = {
             **os.environ,
@@ -72,7 +74,7 @@ class Shell:
             command = re.sub(EARLIER_STATE, named[-1], command)
         for pattern, options in SMALLER.items():
             if re.match(rf"(\.venv/bin/)?{pattern}", command):
-                command = f"{_without_comment(command)} {options.format(text=self._text)}"
+                command = f"{_without_comment(command)} {options.format_map(self._things)}"
         return command
 
     def _serve(self, command: str) -> None:

@@ -27,6 +27,9 @@ SMALLER: Mapping[str, str] = {
     r"dijiang train": "--tokens 512 --sequence-length 64 --batch-size 2 --threads 1",
     r"dijiang evaluate": "--windows 1 --length 128 --facts 0 --threads 1",
     r"dijiang serve": "--threads 1 --no-states",
+    r"dijiang bench decode": "--cases 1:16 --weights fp32 --rivals hf --rounds 1 --threads 1 {model}",
+    r"dijiang bench serve": "--clients 1 --prompt-tokens 8 --tokens 4 --threads 1 {model}",
+    r"python benchmarks/experiments/long_run\.py": "--tokens 200",
 }
 """Options that are added to a command, so that it takes seconds: of two equal options the last one counts."""
 
@@ -45,15 +48,15 @@ RUN_ELSEWHERE: Mapping[str, str] = {"docs/transformers.md": "tests/dijiang_model
 SKIPPED: Mapping[str, str] = {
     r"make (serve|test|install|check|docs|dist).*": "sets up an environment of its own, or runs this test",
     r"\.venv/bin/pre-commit install": "changes the hooks of the checkout",
-    r"(MODEL_FOLDER=\S+ )?docker compose .*": "needs a Docker engine; make test-docker",
+    r"docker compose --profile cpu up .*": "needs a Docker engine; make test-docker",
+    r"MODEL_FOLDER=\S+ docker compose .*": "needs a Docker engine and an NVIDIA GPU; make check reads its file",
+    r"docker compose .*--profile (shared|observability|ui) .*": "needs images of a registry; make check reads its file",
     r"python -m dijiang_model\.hf lm_eval .*": "needs lm-evaluation-harness",
     r"dijiang ray deploy .*": "needs Ray; make test-ray",
     r"(kubectl|helm) .*": "needs a Kubernetes cluster; make test-chart",
     r"torchrun --nproc-per-node 4 .*": "needs four GPUs",
     r"dijiang serve path/to/model --tensor-parallel 2": "needs two CUDA devices; the next line does it on CPUs",
-    r"py-spy .*": "needs the right to look into other processes",
-    r"(\.venv/bin/)?dijiang bench (decode|serve) .*": "measures the default model for a minute",
-    r"\.venv/bin/python benchmarks/experiments/long_run\.py .*": "measures for minutes",
+    r"py-spy .*": "needs py-spy, and the right to look into other processes",
     r"python -m benchmarks\.(gpu_all|gpu\.decode|gpu\.prefill) .*": "needs a GPU",
     r"pip install '?dijiang.*": "installs a package",
     r"(export DIJIANG_STATE_STORE=|dijiang serve /models/chat).*": "needs a PostgreSQL; tests/server/states starts one",

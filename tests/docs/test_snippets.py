@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from server.cli import app
+from server.fleet.config import read_config
 from server.startup.keys import read_keys_file
 from tests.dijiang_model.teachers import llama_teacher, save_teacher
 from tests.docs.blocks import PARSED, Block, blocks
@@ -66,7 +67,7 @@ def test_every_snippet_of_a_page_works(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     address = server.base_url.removeprefix("http://")
-    shell = Shell(tmp_path, address, things["text"])
+    shell = Shell(tmp_path, address, things)
     monkeypatch.chdir(tmp_path)
     for name, kind in PREPARED.get(page, {}).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +124,10 @@ def parse(block: Block, folder: Path) -> None:
         file = folder / "keys.toml"
         file.write_text(re.sub(KEY_DIGEST, lambda _: f"sha256:{digest(next(numbers))}", block.text))
         assert read_keys_file(file)
+    elif "[fleet]" in block.text:
+        file = folder / "fleet.toml"
+        file.write_text(block.text)
+        assert read_config(file).fleet.max_replicas > 1
     else:
         assert tomllib.loads(block.text)
 

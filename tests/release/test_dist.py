@@ -7,6 +7,7 @@ import sys
 import tarfile
 import tomllib
 import venv
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +28,9 @@ DEFAULT_MODEL_PACKAGE = re.search(r"^DEFAULT_MODEL_PACKAGE := (\S+)$", (ROOT / "
 
 @pytest.fixture(scope="session")
 def wheel() -> Path:
-    (found,) = (ROOT / "dist").glob("*.whl")
-    return found
+    found = list((ROOT / "dist").glob("*.whl"))
+    assert len(found) == 1, "run `make dist` first"
+    return found[0]
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +74,10 @@ def is_ready(client: httpx.Client) -> bool:
         return False
 
 
+def is_file_with(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
+
+
 def test_the_program_shows_the_version_of_the_project(programs: Path, tmp_path: Path) -> None:
     shown = subprocess.run(
         [programs / "dijiang", "--version"], env=environment(programs, tmp_path), capture_output=True, text=True
@@ -93,6 +99,19 @@ def test_the_default_model_is_made_and_answers(programs: Path, tmp_path: Path) -
     with serving(programs, tmp_path) as client:
         answer = client.post("/v1/chat/completions", json={"messages": [question], "temperature": 0})
         assert "Paris" in answer.json()["choices"][0]["message"]["content"]
+
+
+def test_the_wheel_has_the_code_at_hand(wheel: Path) -> None:
+    folders = ("server/", "dijiang_model/", "clients/", "benchmarks/")
+    with zipfile.ZipFile(wheel) as opened:
+        names = [name for name in opened.namelist() if name.startswith(folders) and not name.endswith((".so", "/"))]
+        other = [name for name in names if not is_file_with(ROOT / name, opened.read(name))]
+        (version,) = (name for name in opened.namelist() if name.endswith(".dist-info/METADATA"))
+    tracked = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=True)
+    python = {name for name in tracked.stdout.splitlines() if name.endswith(".py")}
+    assert other == [], "run `make dist` again"
+    assert python <= set(names)
+    assert version.startswith(f"{PROJECT['name']}-{PROJECT['version']}.")
 
 
 def test_the_wheel_says_on_which_systems_it_runs(wheel: Path) -> None:

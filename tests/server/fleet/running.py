@@ -18,6 +18,7 @@ from tests.ports import free_port
 from tests.server.states.running import ANN, bearer
 from tests.waiting import PATIENCE_S, until
 
+CONFIG = "fleet.toml"
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -43,8 +44,15 @@ class Fleet:
         return openai.OpenAI(base_url=f"{self.base_url}/v1", api_key=ANN, max_retries=0, timeout=PATIENCE_S)
 
     def deploy(self, *, serve: dict[str, Any] | None = None, **fleet: Any) -> None:
-        """Another configuration, of the running fleet; returns when Ray has taken it."""
-        path = write_config(self.folder / "next.toml", fleet, self.serve | (serve or {}))
+        """Another configuration, of the running fleet; returns when Ray has taken it.
+
+        Not the one that it has: Ray would replace every engine.
+        """
+        path = self.folder / CONFIG
+        before = path.read_text()
+        write_config(path, fleet, self.serve | (serve or {}))
+        if path.read_text() == before:
+            return
         address = self.log.partition("the cluster is ")[2].split()[0]
         command = [*_COMMAND, str(path), "--address", address, "--port", str(self.port)]
         done = subprocess.run(
@@ -106,7 +114,7 @@ def _lines(table: dict[str, Any]) -> str:
 def running_fleet(folder: Path, serve: dict[str, Any], **fleet: Any) -> Iterator[Fleet]:
     """Starts one, waits until it is ready, and ends it with all its processes."""
     port = free_port()
-    path = write_config(folder / "first.toml", fleet, serve)
+    path = write_config(folder / CONFIG, fleet, serve)
     command = [*_COMMAND, str(path), "--address", "local", "--port", str(port)]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | ENVIRONMENT)
