@@ -44,7 +44,13 @@ Rotated = Annotated[
     bool, typer.Option("--rotated/--unrotated", help="Features after the rotary embedding, or before it.")
 ]
 Bases = Annotated[str, typer.Option(help="Transforms of the feature map, e.g. dct2 or dct2,dct4.")]
-Nodes = Annotated[str, typer.Option(help="Start values of the radii, see the README.")]
+Nodes = Annotated[
+    str,
+    typer.Option(
+        help="Start values of the features' radii. signed_sphere: equal, signs in turn; midpoint, van_der_corput, "
+        "kronecker: normal quantiles at such points."
+    ),
+]
 Windows = Annotated[
     str,
     typer.Option(help="keep: the model's. auto: each layer its own at the same mean; short prompts lose. Or tokens."),
