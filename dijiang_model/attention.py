@@ -9,7 +9,7 @@ from dijiang_model.config import AnchorConfig, ModelConfig
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import AttentionOp, LayerState
 from dijiang_model.ops.layout import StepLayout
-from dijiang_model.ops.selection import gated_norm
+from dijiang_model.ops.selection import gated_norm, grid_scores
 from dijiang_model.state import StateBuffer, StateTensor
 
 
@@ -55,7 +55,8 @@ class DiJiangAttention(nn.Module):
             assert layout.local is not None
             layout = layout.local
         if self.anchors is not None:
-            state = replace(state, token_scores=self.linear.token_scores(x))
+            weight, bias = self.linear.priority_weight, self.linear.priority_bias
+            state = replace(state, token_scores=grid_scores(x, weight, bias, grid=self.anchors.grid))
         attended: Tensor = op(q, k, v, kernel=self.linear, layout=layout, state=state)
         if self.read_out == "group_norm":
             return gated_norm(attended, self.gate(x), self.group_norm)

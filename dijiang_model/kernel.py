@@ -141,13 +141,6 @@ class LinearKernel(nn.Module):
         weight = self.mix_weight.view(self.num_kv_heads, -1, self.head_size)
         return self.num_features * torch.exp(bias + (q * weight).sum(-1))
 
-    def token_scores(self, x: Tensor) -> Tensor:
-        """s_g = a_g . x + b_g on the grid of the layer's anchors, of its normed input x [T, D]: [T, G]."""
-        assert self.attention.anchors is not None
-        grid = self.attention.anchors.grid
-        scores = functional.linear(x.to(self.priority_weight.dtype), self.priority_weight, self.priority_bias)
-        return (scores / grid).round() * grid
-
 
 def position_factors(read: Tensor, write: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The released position tables as a stable recurrence, exact for any table.

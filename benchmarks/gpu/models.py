@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dijiang_model.checkpoints.config_json import base_document
 from dijiang_model.checkpoints.quantized import install
-from dijiang_model.config import AttentionConfig, FeatureConfig, ModelConfig
+from dijiang_model.config import AnchorConfig, AttentionConfig, FeatureConfig, ModelConfig
 from dijiang_model.families import build_model
 from dijiang_model.features import node_radii
 from dijiang_model.kernel import released_log_decay
@@ -52,11 +52,18 @@ ATTENTION: Mapping[str, Callable[[int], AttentionConfig]] = {
     "hybrid": lambda size: AttentionConfig(
         FeatureConfig(scale=size**-0.25, nodes="signed_sphere", far_rank=16, rotated=False), window=60, sinks=4
     ),
+    "anchors": lambda size: AttentionConfig(
+        FeatureConfig(scale=size**-0.25, width=1, rotated=False),
+        window=60,
+        sinks=4,
+        anchors=AnchorConfig((643,), (60,)),
+    ),
     "released": lambda _: AttentionConfig(
         FeatureConfig(("matrix",), nodes="checkpoint"), read_out="group_norm", decay="table"
     ),
 }
-"""In softmax attention's place: features alone, beside a window of 60 + 4, or as the paper's authors released it."""
+"""In softmax attention's place: features alone, beside a window of 60 + 4, beside as many places a head as the default
+model's, or as the paper's authors released it."""
 
 
 WEIGHTS: Mapping[str, Quantization | None] = {
@@ -73,7 +80,11 @@ SPREAD = 0.02
 def config_of(shape: str, attention: str) -> ModelConfig:
     """A shape with the same attention in every layer."""
     config = SHAPES[shape]
-    return replace(config, layers=(ATTENTION[attention](config.head_size),) * config.num_layers)
+    layer = ATTENTION[attention](config.head_size)
+    if layer.anchors is not None:
+        places, windows = (one * config.num_kv_heads for one in (layer.anchors.places, layer.anchors.windows))
+        layer = replace(layer, anchors=replace(layer.anchors, places=places, windows=windows))
+    return replace(config, layers=(layer,) * config.num_layers)
 
 
 @torch.no_grad()

@@ -94,6 +94,19 @@ def gated_product(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tenso
     return activation(gate) * up
 
 
+def grid_scores(x: Tensor, weight: Tensor, bias: Tensor, *, grid: float) -> Tensor:
+    """s_g = a_g . x + b_g to the nearest multiple of `grid`, in weight's dtype: the scores [T, G] of tokens x [T, D].
+
+    Args:
+        weight, bias: [G, D] and [G].
+    """
+    if _is_fused(x) and weight.dtype == torch.float32:
+        from dijiang_model.ops.triton import around
+
+        return around.grid_scores(x, weight, bias, grid=grid)
+    return (functional.linear(x.to(weight.dtype), weight, bias) / grid).round() * grid
+
+
 def quantized_product(
     x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None, *, widened: Callable[[torch.dtype], Tensor]
 ) -> Tensor:

@@ -41,6 +41,7 @@ from tests.fake_cuda.training import trained_stages  # noqa: E402
 from tests.tiny_models import HYBRID, PURE, gpt_neox_config, llama_config  # noqa: E402
 
 COUNTED = {
+    "SmolLM2, the default model": Kind(config_of("smollm2-135m", "anchors"), weights="int8"),
     "SmolLM2, hybrid": Kind(config_of("smollm2-135m", "hybrid")),
     "SmolLM2, hybrid, int8": Kind(config_of("smollm2-135m", "hybrid"), weights="int8"),
     "SmolLM2, hybrid, int4": Kind(config_of("smollm2-135m", "hybrid"), weights="int4"),

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from dijiang_model.ops.triton.device import OPTIONS, on_device_of
 from dijiang_model.ops.triton.kernels.around import (
     gated_product_kernel,
+    grid_scores_kernel,
     residual_norm_kernel,
     two_norms_kernel,
     wide_product_kernel,
@@ -63,6 +64,17 @@ def wide_product(x: Tensor, weight: Tensor) -> Tensor:
         with on_device_of(x):
             wide_product_kernel[(num_rows, len(weight))](
                 *(x, weight, out, x.stride(0), width), BLOCK=PRODUCT_BLOCK, num_warps=4, **OPTIONS
+            )
+    return out
+
+
+def grid_scores(x: Tensor, weight: Tensor, bias: Tensor, *, grid: float) -> Tensor:
+    """x [T, D] weight^T [G, D] + bias [G] to the nearest multiples of `grid`: [T, G] fp32; x is widened on the way."""
+    (num_rows, width), out = x.shape, torch.empty(len(x), len(weight), dtype=torch.float32, device=x.device)
+    if num_rows > 0:
+        with on_device_of(x):
+            grid_scores_kernel[(num_rows, len(weight))](
+                *(x, weight, bias, out, x.stride(0), width, grid, 1 / grid), BLOCK=PRODUCT_BLOCK, num_warps=4, **OPTIONS
             )
     return out
 

@@ -20,8 +20,8 @@ STATE_DTYPES = (torch.float32, torch.bfloat16)
 class TritonAttention:
     """Decode rows in one launch, prefill segments in five; sums and decays in fp32, products in the weights' dtype.
 
-    Prompts of layers with anchors, and all of those with values of 4 bits or with less than 16 features, are computed
-    by torch operations.
+    Prompts of layers with anchors, all of those with values of 4 bits or without a linear part, and layers without
+    anchors that have fewer than 16 features are computed by torch operations.
 
     Fp64 models are not for it (`dijiang_model.ops.attention_for` gives them torch's).
     """
@@ -41,12 +41,13 @@ class TritonAttention:
     def _answer(
         self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
     ) -> Tensor:
-        if kernel.num_features < 16:
-            return TorchAttention()(q, k, v, kernel=kernel, layout=layout, state=state)
         anchors = kernel.attention.anchors
         if anchors is not None:
-            decode_rows = decode_anchors if anchors.value_bits == 8 else None  # the kernel knows no others
+            is_known = anchors.value_bits == 8 and kernel.num_features > 0
+            decode_rows = decode_anchors if is_known else None
             return anchored_attention(q, k, v, kernel=kernel, layout=layout, state=state, decode_rows=decode_rows)
+        if kernel.num_features < 16:
+            return TorchAttention()(q, k, v, kernel=kernel, layout=layout, state=state)
         split = layout.num_decode
         # Raw sums go through a norm before they are rounded.
         dtype = q.dtype if kernel.attention.read_out == "denominator" else torch.float32

@@ -26,6 +26,7 @@ ENGINES = (
     "OPT",
 )
 LAUNCHES = {
+    "SmolLM2, the default model": 276,
     "SmolLM2, hybrid": 276,
     "SmolLM2, hybrid, int8": 276,
     "SmolLM2, hybrid, int4": 276,

@@ -74,3 +74,21 @@ def wide_product_kernel(x, weight, out, x_row, width, BLOCK: tl.constexpr):
         value = tl.load(x + t * x_row + c, mask=mask, other=0.0).to(tl.float32)
         total += value * tl.load(weight + r * width + c, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + t * tl.num_programs(1) + r, tl.sum(total, 0).to(out.dtype.element_ty))
+
+
+@triton.jit
+def grid_scores_kernel(x, weight, bias, out, x_row, width, grid, inverse, BLOCK: tl.constexpr):
+    """Grid (T, G): out [T, G] = x weight^T + bias in fp32, each to the nearest multiple of `grid`, ties to even.
+
+    weight [G, width] and bias [G] fp32, rows of x `x_row` apart; `inverse` = 1 / grid.
+    """
+    t, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        mask = c < width
+        value = tl.load(x + t * x_row + c, mask=mask, other=0.0).to(tl.float32)
+        total += value * tl.load(weight + g * width + c, mask=mask, other=0.0)
+    score = (tl.sum(total, 0) + tl.load(bias + g)) * inverse
+    whole = (score + 12582912.0) - 12582912.0
+    tl.store(out + t * tl.num_programs(1) + g, whole * grid)

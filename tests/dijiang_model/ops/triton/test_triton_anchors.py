@@ -16,7 +16,7 @@ from dijiang_model.ops.triton import TritonAttention
 from tests.dijiang_model.ops.triton.test_triton_attention import HAS_GPU
 from tests.dijiang_model.stepping import Stepper, assert_close_in_norm, random_text
 from tests.dijiang_model.test_anchors import RANKED, UNROTATED, neox
-from tests.tiny_models import HYBRID, anchored, llama_config, opt_config, tiny_model
+from tests.tiny_models import CONSTANT, HYBRID, NO_LINEAR, anchored, llama_config, opt_config, tiny_model
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="these models are on the CPU, in the interpreter")
 NO_SINKS = replace(HYBRID, sinks=0)
@@ -25,6 +25,9 @@ CONFIGS = {
     "far queries": llama_config(anchored(2, base=RANKED)),
     "rotation of some channels": neox(anchored(3)),
     "nothing to rotate": opt_config(anchored(3)),
+    "a decayed mean, beside a layer without a linear part": llama_config(
+        anchored(2, base=CONSTANT), anchored(2, base=NO_LINEAR)
+    ),
     "no sinks": llama_config(anchored(2, base=NO_SINKS)),
     "channels and places that fill no block": replace(
         llama_config(anchored(1, places=(23,)), num_heads=3, num_kv_heads=1), head_size=48, rotary_dims=48

@@ -118,3 +118,23 @@ def test_a_product_with_few_rows_widens_what_it_reads(
     product = around.wide_product(x, weight)
     assert product.dtype == torch.float32
     assert_close_in_norm(product.cpu(), x.double().cpu() @ weight.double().cpu().T, tolerance=5e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_scores_are_the_nearest_on_their_grid(width: int, dtype: torch.dtype) -> None:
+    grid = 1 / 64
+    x, weight = random(7, width, seed=1, dtype=dtype), random(3, width, seed=2, dtype=torch.float32)
+    bias = random(3, seed=3, dtype=torch.float32)
+    found = around.grid_scores(x, weight, bias, grid=grid).double().cpu()
+    exact = x.double().cpu() @ weight.double().cpu().T + bias.double().cpu()
+    assert torch.equal(found, (found / grid).round() * grid)
+    assert (found - exact).abs().max() <= grid / 2 + 1e-5 * exact.abs().max()
+
+
+def test_a_score_between_two_goes_to_the_even_one_as_torch_does() -> None:
+    grid = 1 / 64
+    x = torch.tensor([[0.5], [1.5], [2.5], [-0.5], [-1.5], [0.0]], device=DEVICE) * grid
+    weight, bias = torch.ones(1, 1, device=DEVICE), torch.zeros(1, device=DEVICE)
+    expected = selection.grid_scores(x.cpu().double(), weight.cpu().double(), bias.cpu().double(), grid=grid)
+    assert torch.equal(around.grid_scores(x, weight, bias, grid=grid).cpu().double(), expected)

@@ -36,13 +36,11 @@ def test_every_launch_of_a_step_compiles_and_fits(shape: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_decode_kernel_of_places_compiles_and_fits() -> None:
-    lines = compiled("SmolLM2-135M, anchors")
-    assert {(line["capability"], line["kernel"]) for line in lines} == {
-        (capability, kernel)
-        for capability in SHARED_MEMORY_BYTES
-        for kernel in ("anchored_decode_kernel", "wide_product_kernel")
-    }
+@pytest.mark.parametrize("shape", ["SmolLM2-135M, anchors", "SmolLM2-135M, the default model"])
+def test_the_decode_kernel_of_places_compiles_and_fits(shape: str) -> None:
+    lines = compiled(shape)
+    for capability in SHARED_MEMORY_BYTES:
+        assert "anchored_decode_kernel" in {line["kernel"] for line in lines if line["capability"] == capability}
     for line in lines:
         assert line["shared_bytes"] <= SHARED_MEMORY_BYTES[line["capability"]], line
         assert line["stack_bytes"] <= 96, line

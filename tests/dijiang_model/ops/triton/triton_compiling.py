@@ -143,6 +143,16 @@ SHAPES: dict[str, tuple[int, int, int, AttentionConfig]] = {
 }
 ANCHORED: dict[str, tuple[int, int, int, AttentionConfig]] = {
     "SmolLM2-135M, anchors": (9, 3, 64, replace(HYBRID, anchors=AnchorConfig((1400, 356, 588), (60, 60, 60)))),
+    "SmolLM2-135M, the default model": (
+        9,
+        3,
+        64,
+        replace(
+            HYBRID,
+            features=FeatureConfig(scale=0.3, rotated=False, width=1),
+            anchors=AnchorConfig((1400, 356, 588), (60, 60, 60)),
+        ),
+    ),
     "LLaMA-2-7B, anchors": (32, 32, 128, replace(HYBRID, anchors=AnchorConfig((588,) * 32, (60,) * 32))),
 }
 """Query heads, key-value heads, head size and attention of a layer."""
@@ -217,8 +227,10 @@ def anchored_launches(shape: str, *, dtype: torch.dtype, state_dtype: torch.dtyp
     layout = StepLayout(num_decode, positions, slots, rotary, rotary, None)
     q = torch.zeros(num_decode, num_heads, size, dtype=dtype)
     k, v = torch.zeros(2, num_decode, num_groups, size, dtype=dtype)
-    state = replace(module.layer_state(buffer), token_scores=torch.zeros(num_decode, num_groups))
     with recorded() as launches:
+        x, weight = torch.zeros(num_decode, num_heads * size, dtype=dtype), torch.zeros(num_groups, num_heads * size)
+        scores = around.grid_scores(x, weight, torch.zeros(num_groups), grid=1 / 64)
+        state = replace(module.layer_state(buffer), token_scores=scores)
         TritonAttention()(q, k, v, kernel=module.linear, layout=layout, state=state)
     return launches
 
