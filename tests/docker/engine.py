@@ -103,7 +103,7 @@ def engine() -> Iterator[Engine]:
     for program in ("dockerd", "debootstrap"):
         if shutil.which(program) is None:
             raise NoEngineError(f"no Docker engine answers, and {program} is not installed")
-    with tempfile.TemporaryDirectory(prefix="dijiang-docker-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="dijiang-docker-") as folder:
         socket = f"unix://{folder}/socket"
         found.environment, found.has_bridge = {"DOCKER_HOST": socket}, False
         command = ["dockerd", "--data-root", f"{folder}/root", "--exec-root", f"{folder}/exec", "--host", socket]
@@ -118,6 +118,14 @@ def engine() -> Iterator[Engine]:
         finally:
             process.terminate()
             process.wait(PATIENCE_S)
+            for mounted in _mounts_in(folder):  # the network of its containers
+                _run(["umount", mounted], {}, PATIENCE_S)
+
+
+def _mounts_in(folder: str) -> list[str]:
+    """The innermost first."""
+    mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    return [path for path in reversed(mounted) if path.startswith(f"{folder}/")]
 
 
 def base_image(docker: Engine) -> str:
