@@ -194,6 +194,7 @@ def test_what_a_message_is_being_changed_to_outlives_a_reload(server: Loopback) 
         page.fill(".editor textarea", "Another question")
         say(server, "Two.")
         page.press(".editor textarea", "Enter")
+        shows(page, "Another question", "Two.")  # the answer before has ended already
         ended(page)
         page.reload()
         shows(page, "Another question", "Two.")

@@ -16,6 +16,7 @@ from tests.waiting import PATIENCE_S, until_async
 
 LONG, VERY_LONG = 5_000, 1_000_000
 TURNS = 20
+"""While the lock is held there are five at most, before and behind."""
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ async def test_the_event_loop_takes_its_turns_while_a_text_is_encoded(
     byte_tokenizer: Tokenizer, spaced_tokenizer: Tokenizer, how: str
 ) -> None:
     has_begun, has_ended = threading.Event(), threading.Event()
-    text = "7" * 200_000
+    text = "7" * 800_000  # half a second of work: hundreds of turns, of which a busy machine leaves some
 
     def encode() -> int:
         has_begun.set()
