@@ -15,18 +15,25 @@ EXIT_LOAD_FAILED = 71
 
 def log_failure(event: str, error: BaseException) -> None:
     """One line of JSON on standard error: what failed and where; no value of any variable."""
+    _write("error", event, **_told(error))
+
+
+class LineHandler(logging.Handler):
+    """What libraries log, as lines of the same form; with the error that a record carries."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        fields = {} if error is None else _told(error)
+        _write(record.levelname.lower(), record.getMessage(), logger=record.name, **fields)
+
+
+def _told(error: BaseException) -> dict[str, object]:
+    """What failed and where."""
     frames = [
         f"{os.path.basename(frame.filename)}:{frame.lineno} {frame.name}"
         for frame in traceback.extract_tb(error.__traceback__)
     ]
-    _write("error", event, error=type(error).__name__, message=str(error), frames=frames)
-
-
-class LineHandler(logging.Handler):
-    """What libraries log, as lines of the same form."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        _write(record.levelname.lower(), record.getMessage(), logger=record.name)
+    return {"error": type(error).__name__, "message": str(error), "frames": frames}
 
 
 def _write(level: str, event: str, **fields: object) -> None:

@@ -64,16 +64,23 @@ def gated_product_kernel(gate, up, out, width, gate_row, up_row, BLOCK: tl.const
 
 
 @triton.jit
-def wide_product_kernel(x, weight, out, x_row, width, BLOCK: tl.constexpr):
-    """Grid (T, R): out [T, R] = x weight^T in fp32; weight [R, width], rows of x `x_row` apart."""
-    t, r = tl.program_id(0).to(tl.int64), tl.program_id(1)
+def row_product(x, weight, width, BLOCK: tl.constexpr):
+    """The product of two rows of `width` numbers at pointers, in fp32."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         c = start + tl.arange(0, BLOCK)
         mask = c < width
-        value = tl.load(x + t * x_row + c, mask=mask, other=0.0).to(tl.float32)
-        total += value * tl.load(weight + r * width + c, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + t * tl.num_programs(1) + r, tl.sum(total, 0).to(out.dtype.element_ty))
+        value = tl.load(x + c, mask=mask, other=0.0).to(tl.float32)
+        total += value * tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def wide_product_kernel(x, weight, out, x_row, width, BLOCK: tl.constexpr):
+    """Grid (T, R): out [T, R] = x weight^T in fp32; weight [R, width], rows of x `x_row` apart."""
+    t, r = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    product = row_product(x + t * x_row, weight + r * width, width, BLOCK)
+    tl.store(out + t * tl.num_programs(1) + r, product.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -83,12 +90,6 @@ def grid_scores_kernel(x, weight, bias, out, x_row, width, grid, inverse, BLOCK:
     weight [G, width] and bias [G] fp32, rows of x `x_row` apart; `inverse` = 1 / grid.
     """
     t, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, width, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        mask = c < width
-        value = tl.load(x + t * x_row + c, mask=mask, other=0.0).to(tl.float32)
-        total += value * tl.load(weight + g * width + c, mask=mask, other=0.0)
-    score = (tl.sum(total, 0) + tl.load(bias + g)) * inverse
-    whole = (score + 12582912.0) - 12582912.0
+    score = row_product(x + t * x_row, weight + g * width, width, BLOCK) + tl.load(bias + g)
+    whole = (score * inverse + 12582912.0) - 12582912.0
     tl.store(out + t * tl.num_programs(1) + g, whole * grid)
