@@ -240,12 +240,10 @@ class BlockReader {
     for (int64_t n = 0; n < num_held_; ++n) w[held_[n].column] = scores[n];
     const int64_t used = places.used(position);
     places.hide(position, w);
-    *total = exponentials(w, padded_rows(used));
-    for (int64_t j = 0; j < used; ++j) w[j] *= held_scales_[j];
     Words words;
     words.high = planes_ + i * most_;
     words.low = words.high + kBlockTokens * most_;
-    round_words(w, used, words);
+    *total = weigh_words(w, used, held_scales_, words);
     for (int8_t* plane : {words.high, words.low}) {
       const int64_t behind = plane_bytes(used);
       if (behind < num_entries_) std::memset(plane + behind, 0, static_cast<size_t>(num_entries_ - behind));

@@ -258,7 +258,7 @@ class HeadGroup {
     auto score = [&](const float* queries, int64_t first, int64_t last) {
       if (!kReadsCodes)
         return scores(shared_, queries, d_, keys, at_.key_scales, first, last, weights_, stride, ahead(at_.values));
-      round_rows(queries, d_, d_);
+      for (int64_t r = 0; r < shared_; ++r) round_words(queries + r * d_, d_, words(r));
       score_codes(shared_, words_, d_, keys, at_.key_scales, first, last, weights_, stride, ahead(at_.values));
     };
     if (sinks > 0) score(sink_query_, 0, sinks);
@@ -266,11 +266,14 @@ class HeadGroup {
     for (int64_t r = 0; r < shared_; ++r) {
       float* w = weights_ + r * stride;
       places_.hide(token.position, w);
+      if (kReadsCodes) {
+        sums_[r] = weigh_words(w, used, at_.value_scales, words(r));
+        continue;
+      }
       sums_[r] = exponentials(w, stride);
       for (int64_t j = 0; j < used; ++j) w[j] *= at_.value_scales[j];
     }
     if (kReadsCodes) {
-      round_rows(weights_, used, stride);
       weigh_codes(shared_, words_, at_.values, a_.value_bits, d_, used, exact_, d_, ahead(at_.linear));
     } else if (a_.value_bits == 4) {
       weigh_nibbles(shared_, weights_, stride, at_.values, d_, used, exact_, d_, new_key_);
@@ -279,15 +282,12 @@ class HeadGroup {
     }
   }
 
-  // A row of numbers of each query head in 16 bits: `words_`.
-  void round_rows(const float* rows, int64_t count, int64_t stride) {
+  // The query head's row in 16 bits, to be written.
+  Words& words(int64_t r) {
     const int64_t plane = plane_bytes(std::max(d_, num_places_));
-    for (int64_t r = 0; r < shared_; ++r) {
-      Words& words = words_[r];
-      words.high = planes_ + 2 * r * plane;
-      words.low = words.high + plane;
-      round_words(rows + r * stride, count, words);
-    }
+    words_[r].high = planes_ + 2 * r * plane;
+    words_[r].low = words_[r].high + plane;
+    return words_[r];
   }
 
   // How much the linear part counts beside the window.

@@ -70,6 +70,13 @@ static inline Vec rounded_stochastically(Vec x, uint32_t place, uint32_t salt) {
 
 static inline uint32_t random_salt(int64_t position) { return static_cast<uint32_t>(position) * 0x85ebca6bu; }
 
+// The number of those bits without a sign, and NaN if it is not finite.
+static inline float magnitude_of(uint32_t bits) {
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return bits < kExponent ? result : std::numeric_limits<float>::quiet_NaN();
+}
+
 // The largest magnitude, and NaN if anything is not finite.
 static inline float magnitude(const float* x, int64_t size) {
   Bits most = all(0);  // magnitudes are in the order of their bits
@@ -83,9 +90,7 @@ static inline float magnitude(const float* x, int64_t size) {
   uint32_t lanes[kLanes], largest = 0;
   std::memcpy(lanes, &most, sizeof(lanes));
   for (uint32_t lane : lanes) largest = lane > largest ? lane : largest;
-  float result;
-  std::memcpy(&result, &largest, sizeof(result));
-  return largest < kExponent ? result : std::numeric_limits<float>::quiet_NaN();
+  return magnitude_of(largest);
 }
 
 // A row of keys or values comes in. Returns its scale: 1, or for int8 the largest magnitude over 127; a row that is not

@@ -30,26 +30,67 @@ static inline int64_t plane_bytes(int64_t count) { return (count + kCodeChannels
 
 typedef int32_t FourBytes __attribute__((aligned(1), may_alias));
 
-// The first `count` numbers of x [padded to vectors] in 16 bits, zeros up to the planes' end.
-static inline void round_words(const float* x, int64_t count, Words& words) {
-  const float most = magnitude(x, count);
-  const __m512 inverse = _mm512_set1_ps(most > 0.0f ? kLargestWord / most : 0.0f);
-  __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
-  for (int64_t i = 0; i < plane_bytes(count); i += 16) {
-    const int64_t left = count - i;
+// Numbers of up to 64 places from `at` on in 16 bits, in two vectors; those from `count` on are zero. A number that is not
+// finite becomes some integer.
+static inline DIJIANG_INLINE void round_sixty_four(const float* at, int64_t count, __m512 inverse, __m512i& high, __m512i& low) {
+  __m512i word[4];
+  each<4>([&](auto k) DIJIANG_INLINE {
+    const int64_t left = count - 16 * k;
     const __mmask16 here = left >= 16 ? 0xffffu : left > 0 ? (1u << left) - 1u : 0u;
-    // A number that is not finite becomes some integer; the scale says that it is none.
-    const __m512i word = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(here, x + i), inverse));
-    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(word, _mm512_set1_epi32(128)), 8);
-    const __m512i low = _mm512_sub_epi32(word, _mm512_slli_epi32(high, 8));
-    high_sum = _mm512_add_epi32(high_sum, high);
-    low_sum = _mm512_add_epi32(low_sum, low);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(words.high + i), _mm512_cvtepi32_epi8(high));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(words.low + i), _mm512_cvtepi32_epi8(low));
+    word[k] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(here, at + 16 * k), inverse));
+  });
+  __m512i above[2], below[2];
+  each<2>([&](auto k) DIJIANG_INLINE {
+    const __m512i pair = _mm512_packs_epi32(word[2 * k], word[2 * k + 1]);
+    above[k] = _mm512_srai_epi16(_mm512_add_epi16(pair, _mm512_set1_epi16(128)), 8);
+    below[k] = _mm512_sub_epi16(pair, _mm512_slli_epi16(above[k], 8));
+  });
+  // Packing goes quarter by quarter: fours of places come out as 0 4 8 12, 1 5 9 13 and so on.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  high = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(above[0], above[1]));
+  low = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(below[0], below[1]));
+}
+
+// The first `count` numbers of x in 16 bits, zeros up to the planes' end; `most`: the largest magnitude, or NaN.
+static inline void round_words(const float* x, int64_t count, float most, Words& words) {
+  const __m512 inverse = _mm512_set1_ps(most > 0.0f ? kLargestWord / most : 0.0f);
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += kCodeChannels) {
+    __m512i high, low;
+    round_sixty_four(x + i, count - i, inverse, high, low);
+    high_sum = _mm512_dpbusd_epi32(high_sum, ones, high);
+    low_sum = _mm512_dpbusd_epi32(low_sum, ones, low);
+    _mm512_storeu_si512(words.high + i, high);
+    _mm512_storeu_si512(words.low + i, low);
   }
   words.scale = most / kLargestWord;
   words.high_sum = _mm512_reduce_add_epi32(high_sum);
   words.low_sum = _mm512_reduce_add_epi32(low_sum);
+}
+
+static inline void round_words(const float* x, int64_t count, Words& words) {
+  round_words(x, count, magnitude(x, count), words);
+}
+
+// Scores of `count` places become weights in 16 bits: w[j] = exp(x[j] - max x) scales[j]. x [padded to vectors, -inf
+// behind the end] holds w then. Returns the sum of the exponentials.
+static inline float weigh_words(float* x, int64_t count, const float* scales, Words& words) {
+  const int64_t size = padded_rows(count);
+  const __m512 top = _mm512_set1_ps(most_of(x, size));
+  const __m512i unsign = _mm512_set1_epi32(0x7fffffff);
+  __m512 total = _mm512_setzero_ps();
+  __m512i most = _mm512_setzero_si512();  // magnitudes are in the order of their bits
+  for (int64_t j = 0; j < size; j += kLanes) {
+    const __mmask16 here = count - j >= 16 ? 0xffffu : (1u << (count - j)) - 1u;
+    const __m512 e = falling_exponential(_mm512_loadu_ps(x + j) - top);
+    total += e;
+    const __m512 w = _mm512_mul_ps(e, _mm512_maskz_loadu_ps(here, scales + j));
+    most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(w), unsign));
+    _mm512_storeu_ps(x + j, w);
+  }
+  round_words(x, count, magnitude_of(_mm512_reduce_max_epu32(most)), words);
+  return sum(total);
 }
 
 // total += four unsigned codes in each lane times the four signed bytes at `bytes`, in every lane. Not the intrinsic: the
@@ -172,6 +213,7 @@ static inline void weigh_code_rows(const Words* weights, const uint8_t* rows, in
 #else
 
 static inline void round_words(const float*, int64_t, Words&) {}
+static inline float weigh_words(float*, int64_t, const float*, Words&) { return 0.0f; }
 template <int R>
 static inline void score_code_rows(const Words*, int64_t, const int8_t*, const float*, int64_t, int64_t, float*,
                                    int64_t, const uint8_t*) {}

@@ -108,14 +108,13 @@ static inline float largest(Vec x) {
   return result;
 }
 
-// e^x to about one unit in the last place; 0 below -87.3, infinity above 88.7, NaN stays NaN.
-static inline Vec exponential(Vec x) {
-  const Vec low = splat(-87.3365f), high = splat(88.72283f);
-  Vec clamped = x < low ? low : x;  // this way round a NaN stays
-  clamped = clamped > high ? high : clamped;
+constexpr float kLeastPower = -87.3365f, kMostPower = 88.72283f;
+
+// e^x for x between those two; what it is for others is for the caller to say.
+static inline Vec exponential_between(Vec x) {
   const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec n = fma(clamped, splat(1.44269504088896341f), shift) - shift;
-  Vec r = fma(n, splat(-0.693359375f), clamped);
+  const Vec n = fma(x, splat(1.44269504088896341f), shift) - shift;
+  Vec r = fma(n, splat(-0.693359375f), x);
   r = fma(n, splat(2.12194440e-4f), r);
   Vec p = splat(1.9875691500e-4f);
   p = fma(p, r, splat(1.3981999507e-3f));
@@ -125,17 +124,32 @@ static inline Vec exponential(Vec x) {
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p, r * r, r) + splat(1.0f);
 #if defined(__AVX512F__)
-  Vec result = _mm512_scalef_ps(p, n);
+  return _mm512_scalef_ps(p, n);
 #else
   // 2^n in two factors: n = 128 has no exponent of its own.
   IntVec whole = __builtin_convertvector(n, IntVec);
   IntVec half = whole >> 1;
   Vec first = reinterpret_cast<Vec>((half + 127) << 23);
   Vec second = reinterpret_cast<Vec>((whole - half + 127) << 23);
-  Vec result = p * first * second;
+  return p * first * second;
 #endif
-  result = x < low ? splat(0.0f) : result;
-  return x > high ? splat(std::numeric_limits<float>::infinity()) : result;
+}
+
+// e^x to about one unit in the last place for x of at most kMostPower; 0 below kLeastPower, NaN stays NaN.
+static inline Vec falling_exponential(Vec x) {
+#if defined(__AVX512F__)
+  const Vec power = exponential_between(_mm512_max_ps(splat(kLeastPower), x));  // this way round a NaN stays
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, splat(kLeastPower), _CMP_NLT_UQ), power);
+#else
+  const Vec low = splat(kLeastPower);
+  return x < low ? splat(0.0f) : exponential_between(x < low ? low : x);
+#endif
+}
+
+// The same for any x: infinity above kMostPower.
+static inline Vec exponential(Vec x) {
+  const Vec high = splat(kMostPower);
+  return x > high ? splat(std::numeric_limits<float>::infinity()) : falling_exponential(x > high ? high : x);
 }
 
 static inline float exponential(float x) { return exponential(splat(x))[0]; }

@@ -136,17 +136,28 @@ static inline void hide(int64_t position, int64_t window, int64_t sinks, float* 
     if (position - modulo(ring - c, window) < sinks) scores[sinks + c] = hidden;
 }
 
+// The largest of x, `size` a multiple of the lanes.
+static inline float most_of(const float* x, int64_t size) {
+  Vec top[2] = {load(x), load(x)};
+  auto take = [&](Vec& most, int64_t i) DIJIANG_INLINE {
+    const Vec next = load(x + i);
+    most = next > most ? next : most;
+  };
+  int64_t i = kLanes;
+  for (; i + kLanes < size; i += 2 * kLanes) {
+    take(top[0], i);
+    take(top[1], i + kLanes);
+  }
+  if (i < size) take(top[0], i);
+  return largest(top[1] > top[0] ? top[1] : top[0]);
+}
+
 // x <- exp(x - max x); returns the sum. `size` a multiple of the lanes.
 static inline float exponentials(float* x, int64_t size) {
-  Vec top = load(x);
-  for (int64_t i = kLanes; i < size; i += kLanes) {
-    const Vec next = load(x + i);
-    top = next > top ? next : top;
-  }
-  const Vec most = splat(largest(top));
+  const Vec most = splat(most_of(x, size));
   Vec total = splat(0.0f);
   for (int64_t i = 0; i < size; i += kLanes) {
-    const Vec e = exponential(load(x + i) - most);
+    const Vec e = falling_exponential(load(x + i) - most);
     store(x + i, e);
     total += e;
   }
