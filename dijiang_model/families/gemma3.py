@@ -63,8 +63,8 @@ class Gemma3ForCausalLM(LlamaForCausalLM):
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         x = super().embed(token_ids, positions)
-        # As transformers does: the factor is rounded to the embedding's dtype.
-        return x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device=x.device)
+        # As transformers does: the factor is rounded to its dtype. `torch.tensor` would copy it from the host.
+        return x * x.new_full((), self.config.embedding_scale)
 
 
 def _gemma3(fields: Fields) -> ModelConfig:

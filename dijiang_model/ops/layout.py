@@ -53,7 +53,7 @@ class Rotary:
 
     def undo(self, x: Tensor, *, earlier: int = 0) -> Tensor:
         """Rotates x [T, heads, d] back from the positions that lie `earlier` tokens before these."""
-        position = torch.tensor([earlier], device=self.cos.device)
+        position = torch.full((1,), earlier, device=self.cos.device)  # made there: a captured step copies nothing
         step = Rotary.at(position, frequencies=self.frequencies, dtype=self.cos.dtype)
         cos = self.cos * step.cos + self.sin * step.sin
         sin = self.sin * step.cos - self.cos * step.sin

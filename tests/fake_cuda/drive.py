@@ -10,7 +10,6 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,10 +20,15 @@ from tests.fake_cuda.machine import Machine, build_guard
 machine = Machine(build_guard(Path(sys.argv[1])))  # before anything imports triton
 
 from benchmarks.gpu.models import config_of  # noqa: E402
+from dijiang_model.config import ModelConfig  # noqa: E402
 from dijiang_model.families import build_model  # noqa: E402
 from tests.byte_tokenizer import write_byte_tokenizer  # noqa: E402
 from tests.fake_cuda.engines import (  # noqa: E402
+    CAPTURED,
+    FAMILIES,
     KINDS,
+    OWN_MODULES,
+    WAIT_IN_PROMPTS,
     Kind,
     all_requests,
     decode_launches,
@@ -38,7 +42,7 @@ from tests.fake_cuda.engines import (  # noqa: E402
 from tests.fake_cuda.faults import FAULTS, Fault  # noqa: E402
 from tests.fake_cuda.ranks import leading_engine  # noqa: E402
 from tests.fake_cuda.training import trained_stages  # noqa: E402
-from tests.tiny_models import HYBRID, PURE, gpt_neox_config, llama_config  # noqa: E402
+from tests.tiny_models import HYBRID, PURE, llama_config  # noqa: E402
 
 COUNTED = {
     "SmolLM2, the default model": Kind(config_of("smollm2-135m", "anchors"), weights="int8"),
@@ -62,12 +66,19 @@ def engine(name: str, folder: Path) -> dict[str, int]:
     """Requests of all kinds; what was replayed, and where the host waited."""
     served = engine_of(network_of(KINDS[name], machine), machine, folder)
     machine.num_waits, before = 0, Counter(machine.launches)
-    if "anchors" in name:  # places are found on the host, prompt by prompt
+    if name in WAIT_IN_PROMPTS:
         with machine.waiting():
             found = run(served, all_requests()[:3])
     else:
         found = run(served, all_requests() if name == next(iter(KINDS)) else all_requests()[:3])
     return {**found, "replays": (machine.launches - before)["replay"], "waits": machine.num_waits}
+
+
+def captured(kind: Kind, folder: Path) -> int:
+    """What an engine launches while it starts, which records its steps."""
+    before = machine.launches.total()
+    engine_of(network_of(kind, machine), machine, folder)
+    return machine.launches.total() - before
 
 
 def states(folder: Path) -> dict[str, int]:
@@ -81,25 +92,19 @@ def grammars(folder: Path) -> dict[str, int]:
     return run_grammars(engine_of(network_of(TINY, machine), machine, folder))
 
 
-def ranks(folder: Path) -> dict[str, int]:
-    """Rank 0 of two, of both kinds of split blocks."""
-    found = {}
-    for name, config in {
-        "llama": llama_config(HYBRID, PURE),
-        "gpt_neox": replace(gpt_neox_config(), num_heads=4, num_kv_heads=4),
-    }.items():
-        served = leading_engine(config, machine, folder, size=2)
-        with machine.loading():
-            run(served, all_requests()[:1])  # makes what is made once
-        found[name] = (run(served, all_requests()[:3]) + run_states(served))["ends"]
-    return found
+def ranks(family: str, folder: Path) -> int:
+    """Rank 0 of two: how many requests end. Two kinds of split blocks keep states as well."""
+    served = leading_engine(FAMILIES[family], machine, folder, size=2)
+    with machine.loading():
+        run(served, all_requests()[:1])  # makes what is made once
+    ends = run(served, all_requests()[:3])["ends"]
+    return ends + (run_states(served)["ends"] if family in ("llama", "gpt_neox") else 0)
 
 
-def training() -> list[int]:
+def training(config: ModelConfig) -> list[int]:
     """Both stages, their products in bf16."""
     with machine.loading():
-        model = on_device(build_model(llama_config(HYBRID, HYBRID)))
-        return trained_stages(model)
+        return trained_stages(on_device(build_model(config)))
 
 
 def fault(change: Fault, folder: Path) -> str | None:
@@ -134,10 +139,13 @@ def main() -> None:
 
         for kind in KINDS:
             report(f"engine of {kind}", lambda kind=kind: engine(kind, folder()))
+        for kind, served in CAPTURED.items():
+            report(f"captured {kind}", lambda served=served: captured(served, folder()))
         report("states", lambda: states(folder()))
         report("grammars", lambda: grammars(folder()))
-        report("ranks", lambda: ranks(folder()))
-        report("training", training)
+        for family in OWN_MODULES:
+            report(f"ranks of {family}", lambda family=family: ranks(family, folder()))
+            report(f"training of {family}", lambda family=family: training(FAMILIES[family]))
         for model, kind in COUNTED.items():
             report(f"launches of {model}", lambda kind=kind: launches(kind))
         for mistake, change in FAULTS.items():

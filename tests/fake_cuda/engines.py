@@ -24,7 +24,20 @@ from server.engine.types.requests import EngineConfig, GenerationRequest, Gramma
 from server.engine.types.state import StateOptions
 from tests.fake_cuda.machine import Machine
 from tests.server.engine.some_requests import make_request, mixed_requests
-from tests.tiny_models import HYBRID, NO_LINEAR, PURE, anchored, llama_config, opt_config
+from tests.tiny_models import (
+    CONSTANT,
+    HYBRID,
+    NO_LINEAR,
+    PURE,
+    anchored,
+    gemma3_config,
+    gpt_neox_config,
+    llama_config,
+    olmo2_config,
+    opt_config,
+    qwen2_config,
+    qwen3_config,
+)
 
 CUDA = torch.device("cuda", 0)
 NUM_LAYERS = 2
@@ -54,6 +67,24 @@ def shape(name: str, attention: str, num_layers: int = NUM_LAYERS) -> ModelConfi
     return replace(config, layers=config.layers[:num_layers])
 
 
+UNROTATED = replace(HYBRID, features=replace(HYBRID.features, rotated=False))
+FAMILIES: Mapping[str, ModelConfig] = {
+    "gemma3_text": gemma3_config(),
+    "gpt_neox": replace(gpt_neox_config(HYBRID, PURE), num_heads=4, num_kv_heads=4),
+    "llama": llama_config(HYBRID, PURE),
+    "mistral": replace(llama_config(HYBRID, PURE), family="mistral"),
+    "olmo2": replace(olmo2_config(HYBRID, PURE), num_heads=4, num_kv_heads=4),
+    "opt": replace(opt_config(HYBRID, PURE), num_heads=4, num_kv_heads=4, hidden_size=64),
+    "opt, norms behind": replace(
+        opt_config(HYBRID, PURE, pre_norm=False, embedding_size=8), num_heads=4, num_kv_heads=4, hidden_size=64
+    ),
+    "phi3": replace(llama_config(HYBRID, PURE), family="phi3"),
+    "qwen2": qwen2_config(HYBRID, PURE),
+    "qwen3": qwen3_config(HYBRID, PURE),
+}
+"""Tiny networks of every family that two ranks can share."""
+OWN_MODULES = ("gemma3_text", "gpt_neox", "llama", "olmo2", "opt", "opt, norms behind", "qwen3")
+"""Those that are not LLaMA under another name."""
 KINDS: Mapping[str, Kind] = {
     "SmolLM2, hybrid": Kind(shape("smollm2-135m", "hybrid")),
     "SmolLM2, pure, fp32": Kind(shape("smollm2-135m", "pure"), dtype=torch.float32),
@@ -61,9 +92,18 @@ KINDS: Mapping[str, Kind] = {
     "SmolLM2, int4": Kind(shape("smollm2-135m", "hybrid"), weights="int4", states=torch.bfloat16),
     "LLaMA-2-7B, int4 with minimums": Kind(shape("llama-2-7b", "hybrid"), weights="int4-minimums"),
     "Pythia-2.8B, released": Kind(shape("pythia-2.8b", "released"), dtype=torch.float16),
-    "OPT": Kind(opt_config(HYBRID, PURE)),
+    **{f"family {name}": Kind(config) for name, config in FAMILIES.items()},
+    "unrotated features": Kind(llama_config(UNROTATED)),
+    "anchors of 4 bits": Kind(llama_config(anchored(2, value_bits=4), anchored(2, base=CONSTANT, value_bits=4))),
     "anchors": Kind(llama_config(anchored(2), anchored(2, base=NO_LINEAR), PURE), states=torch.int8),
 }
+WAIT_IN_PROMPTS = {"anchors", "anchors of 4 bits"}
+"""Kinds whose places are found on the host, prompt by prompt."""
+CAPTURED = {
+    "a constant feature": Kind(llama_config(CONSTANT)),
+    "a window alone": Kind(llama_config(NO_LINEAR), weights="int4"),
+}
+"""Kinds whose prompts torch reads, in shapes that the device tells; their decode steps are captured all the same."""
 
 
 def network_of(kind: Kind, machine: Machine) -> FrozenModel:

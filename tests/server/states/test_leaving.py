@@ -60,7 +60,7 @@ def test_nothing_is_lost_when_clients_leave(tiny: Path, tmp_path: Path) -> None:
         assert {*kept} <= ids
         for state_id in ids:
             assert server.http.delete(f"/v1/states/{state_id}").status_code == 200
-        assert [*files.iterdir()] == []
+        until(lambda: [*files.iterdir()] == [])  # whoever has written one may not have let go of it yet
         assert server.gauge("dijiang_slots_free") == 8
 
 
