@@ -9,7 +9,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from clients.calls import Call
 
 Labels = frozenset[tuple[str, str]]
-NO_LABELS: Labels = frozenset()
 
 
 @dataclass(frozen=True)

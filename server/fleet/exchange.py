@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-SAFE_METHODS = frozenset({"GET", "HEAD"})
 REPLICA_HEADER, RETRY_HEADER = "x-dijiang-replica", "x-dijiang-retry"
 
 
