@@ -88,7 +88,7 @@ class ServiceOptions:
         max_arriving_bytes: memory for all bodies that are arriving.
         body_timeout_s: longest time for a body to arrive.
         request_timeout_s: longest time for an answer; 0: no limit.
-        keepalive_s: silence in a stream after which a comment is sent.
+        keepalive_s: longest silence in a stream: a comment is sent in time.
         key_hashes: SHA-256 of the keys that are let in; empty: everybody is.
         admin_key_hashes: likewise, of the keys for `/admin/`; empty: nobody may go there.
         keys: what is known of some of these.

@@ -13,7 +13,7 @@ from server.event_log import EventLog
 from server.generation.sampling import deadline_of
 from server.generation.sessions import require_store, time_to_live
 from server.generation.streaming import close, collected, owner_of
-from server.http.sse import KEEP_ALIVE, EventStreamResponse, unless_disconnected
+from server.http.sse import IN_TIME, KEEP_ALIVE, EventStreamResponse, unless_disconnected
 from server.protocol.response_items import page_of_items
 from server.protocol.responses import ResponseRequest
 from server.responses.background import make_in_background
@@ -188,7 +188,7 @@ def _events(service: Service, owner: str, response_id: str, begin: int) -> Respo
 def _follow(service: Service, log: EventLog, begin: int) -> Response:
     """The events of a response that goes on without its readers."""
     return EventStreamResponse(
-        log.follow(begin, keepalive_s=service.options.keepalive_s, keepalive=KEEP_ALIVE), close=_nothing
+        log.follow(begin, keepalive_s=IN_TIME * service.options.keepalive_s, keepalive=KEEP_ALIVE), close=_nothing
     )
 
 

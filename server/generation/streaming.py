@@ -18,7 +18,7 @@ from server.generation.planning import Body, plan_request
 from server.generation.sampling import deadline_of
 from server.generation.sessions import find_past
 from server.http.errors import error_json, on_wire
-from server.http.sse import DONE, KEEP_ALIVE, EventStreamResponse, event, unless_disconnected
+from server.http.sse import DONE, IN_TIME, KEEP_ALIVE, EventStreamResponse, event, unless_disconnected
 from server.protocol.usage import Usage
 from server.protocol.wire import ResponseModel, StateError
 from server.service import Service
@@ -119,7 +119,7 @@ async def answer(
     writer = write(service, generation)
     end = partial(close, request, service, generation)
     if body.stream:
-        chunks = _chunks(writer, generation, idle_s=service.options.keepalive_s)
+        chunks = _chunks(writer, generation, idle_s=IN_TIME * service.options.keepalive_s)
         return EventStreamResponse(chunks, close=end, media_type=writer.media_type)
     answers = await collected(request, generation.collect(), close=end)
     num_entries = sum(whole.num_entries for whole in answers)

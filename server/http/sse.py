@@ -10,6 +10,8 @@ from starlette.types import Receive, Scope, Send
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+IN_TIME = 0.9
+"""Share of the longest silence in a stream after which KEEP_ALIVE is sent: it takes some time to arrive."""
 HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",

@@ -18,7 +18,7 @@ from server.generation.generation import Generation
 from server.generation.logprobs import LogprobFormat, check_num_entries
 from server.generation.streaming import state_error
 from server.http.errors import on_wire
-from server.http.sse import KEEP_ALIVE
+from server.http.sse import IN_TIME, KEEP_ALIVE
 from server.protocol.logprobs import ChatLogprobs
 from server.protocol.response_items import stored_item
 from server.protocol.responses import ResponseRequest, response_usage
@@ -290,7 +290,7 @@ class ResponseRun:
             for told in (*begun(self.object("in_progress")), *self.output.begin()):
                 yield told
         try:
-            async for delta in self.generation.deltas(idle_s=self._service.options.keepalive_s):
+            async for delta in self.generation.deltas(idle_s=IN_TIME * self._service.options.keepalive_s):
                 if delta is None:
                     yield None
                     continue

@@ -246,7 +246,7 @@ class Settings(BaseSettings):
     drain_timeout_s: float = _in("Operation", 30.0, ge=0)
     """After SIGTERM and drain_delay_s: longest time to finish what runs, seconds."""
     keepalive_s: float = _in("Operation", 15.0, gt=0)
-    """A stream that sends nothing gets a comment after that many seconds, so that proxies keep it open."""
+    """A stream that sends nothing gets a comment before that many seconds are over, so that proxies keep it open."""
     idle_connection_s: float = _in("Operation", 120.0, gt=0)
     """A connection without a request is closed after that many seconds; keep it above what proxies before it keep."""
     otlp_traces_endpoint: str | None = _in("Operation", None, pattern=r"^https?://.+")
