@@ -63,7 +63,8 @@ class Gemma3ForCausalLM(LlamaForCausalLM):
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         x = super().embed(token_ids, positions)
-        # As transformers does: the factor is rounded to its dtype. `torch.tensor` would copy it from the host.
+        # As transformers does: the factor is rounded to the embedding's dtype. It is made on the device, for a recorded
+        # step on CUDA may not copy from the host.
         return x * x.new_full((), self.config.embedding_scale)
 
 

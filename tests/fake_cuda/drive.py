@@ -98,7 +98,7 @@ def ranks(family: str, folder: Path) -> int:
     with machine.loading():
         run(served, all_requests()[:1])  # makes what is made once
     ends = run(served, all_requests()[:3])["ends"]
-    return ends + (run_states(served)["ends"] if family in ("llama", "gpt_neox") else 0)
+    return ends + (run_states(served)["ends"] if family in ("llama", "gpt_neox, released") else 0)
 
 
 def training(config: ModelConfig) -> list[int]:
@@ -143,8 +143,9 @@ def main() -> None:
             report(f"captured {kind}", lambda served=served: captured(served, folder()))
         report("states", lambda: states(folder()))
         report("grammars", lambda: grammars(folder()))
-        for family in OWN_MODULES:
+        for family in (*OWN_MODULES, "gpt_neox, released"):
             report(f"ranks of {family}", lambda family=family: ranks(family, folder()))
+        for family in OWN_MODULES:
             report(f"training of {family}", lambda family=family: training(FAMILIES[family]))
         for model, kind in COUNTED.items():
             report(f"launches of {model}", lambda kind=kind: launches(kind))

@@ -71,6 +71,7 @@ UNROTATED = replace(HYBRID, features=replace(HYBRID.features, rotated=False))
 FAMILIES: Mapping[str, ModelConfig] = {
     "gemma3_text": gemma3_config(),
     "gpt_neox": replace(gpt_neox_config(HYBRID, PURE), num_heads=4, num_kv_heads=4),
+    "gpt_neox, released": replace(gpt_neox_config(), num_heads=4, num_kv_heads=4),
     "llama": llama_config(HYBRID, PURE),
     "mistral": replace(llama_config(HYBRID, PURE), family="mistral"),
     "olmo2": replace(olmo2_config(HYBRID, PURE), num_heads=4, num_kv_heads=4),
@@ -84,7 +85,7 @@ FAMILIES: Mapping[str, ModelConfig] = {
 }
 """Tiny networks of every family that two ranks can share."""
 OWN_MODULES = ("gemma3_text", "gpt_neox", "llama", "olmo2", "opt", "opt, norms behind", "qwen3")
-"""Those that are not LLaMA under another name."""
+"""Those that are not LLaMA under another name, and can be trained."""
 KINDS: Mapping[str, Kind] = {
     "SmolLM2, hybrid": Kind(shape("smollm2-135m", "hybrid")),
     "SmolLM2, pure, fp32": Kind(shape("smollm2-135m", "pure"), dtype=torch.float32),
