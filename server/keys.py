@@ -10,6 +10,11 @@ OTHERS = "others"
 MAX_LABELS = 100
 
 
+def hash_key(key: bytes) -> bytes:
+    """SHA-256; keys themselves are not kept."""
+    return hashlib.sha256(key).digest()
+
+
 @dataclass(frozen=True, slots=True)
 class KeyFacts:
     """One key of a keys file.

@@ -57,7 +57,7 @@ LAYERS: Mapping[str, tuple[Set[str], ...]] = {
         {"text"},
         {"metrics", "protocol", "selfcheck", "tools"},
         {"engine_client", "grammar_check", "states"},
-        {"engine", "playground", "rate_limits"},
+        {"engine", "options", "playground", "rate_limits"},
         {"cli", "errors", "event_log", "hardware", "healthcheck", "keys", "tracing"},
     ),
     "server.engine": (

@@ -17,7 +17,8 @@ from server.fleet.scaling import BUSY, SLOTS
 from server.service import Service
 from server.startup.logs import configure_logging
 from server.startup.notices import Notices
-from server.startup.prepare import Prepared, prepare, started
+from server.startup.prepare import Prepared, prepare
+from server.startup.started import started
 
 SAVE_S, LOOK_S = 15.0, 0.25
 _log = logging.getLogger(__name__)

@@ -10,8 +10,9 @@ from server.errors import ContextLengthError, InvalidRequestError
 from server.generation.deadline import Deadline
 from server.generation.logprobs import check_num_entries
 from server.generation.prompts import require_tokenizer
+from server.options import ServiceOptions
 from server.protocol.sampling import GenerationFields, SamplingFields
-from server.service import Service, ServiceOptions
+from server.service import Service
 from server.states.store import SnapshotRecord
 from server.text.tokenizer import Tokenizer
 

@@ -1,7 +1,6 @@
 """Pure ASGI middleware, outermost first: request context and log, CORS (Starlette's), keys, bodies."""
 
 import asyncio
-import hashlib
 import hmac
 import logging
 import re
@@ -17,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import AuthenticationError, InternalError, OverloadedError, ServiceError
 from server.http.body_budget import BodyBudget
 from server.http.errors import HttpError, error_response, on_wire
-from server.keys import EVERYBODY, owner_of
+from server.keys import EVERYBODY, hash_key, owner_of
 from server.service import Service
 from server.tracing import NO_TRACER, tracing
 
@@ -173,11 +172,6 @@ def _check_key(authorization: str, known_hashes: frozenset[bytes], *, kind: str)
         raise AuthenticationError(
             f"{kind} is needed: `Authorization: Bearer KEY`" if not authorization else "the key is not valid"
         )
-
-
-def hash_key(key: bytes) -> bytes:
-    """SHA-256; keys themselves are not kept."""
-    return hashlib.sha256(key).digest()
 
 
 class BodyMiddleware:

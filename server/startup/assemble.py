@@ -19,7 +19,7 @@ from dijiang_model.formats.model_folder import no_model_problem
 from server.engine.types.requests import EngineConfig
 from server.grammar_check.checker import GrammarLimits
 from server.hardware import Device, HardwareError, default_state_bytes, default_threads
-from server.service import ServiceOptions
+from server.options import ServiceOptions
 from server.startup.errors import StartError
 from server.startup.keys import key_options
 from server.startup.notices import Notices

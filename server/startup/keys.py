@@ -19,8 +19,7 @@ from typing import TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
-from server.http.middleware import hash_key
-from server.keys import KeyFacts
+from server.keys import KeyFacts, hash_key
 from server.startup.errors import StartError
 from server.startup.settings import Settings
 

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from dijiang_model.formats.sizes import size_text
 from server.engine.types.requests import EngineConfig, EngineInfo
-from server.service import ServiceOptions
+from server.options import ServiceOptions
 from server.startup.settings import Settings
 from server.text.tokenizer import Tokenizer
 

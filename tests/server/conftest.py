@@ -19,7 +19,8 @@ import uvicorn
 from server.app import create_app
 from server.http.connections import ConnectionLimits, limited_protocol
 from server.http.draining import DrainingServer
-from server.service import Service, ServiceOptions
+from server.options import ServiceOptions
+from server.service import Service
 from server.startup.logs import configure_logging
 from server.text.tokenizer import Tokenizer, load_tokenizer
 from server.tracing import NO_TRACER, Tracer

@@ -8,8 +8,8 @@ import pytest
 
 from server.errors import RateLimitError
 from server.http.errors import on_wire
+from server.options import ServiceOptions
 from server.rate_limits import MAX_KEYS, RateLimits
-from server.service import ServiceOptions
 from server.text.tokenizer import Tokenizer
 from tests.server.conftest import serve
 from tests.server.fake_engine import FakeEngine

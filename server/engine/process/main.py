@@ -133,6 +133,7 @@ def run(config: EngineConfig, folder: str, *, load: Load) -> int:
             _send(events, LoadFailed(reason_of(error), is_permanent=is_permanent(error)))
             return EXIT_LOAD_FAILED
         gc.freeze()  # what was loaded stays: full collections need not look at it again between two steps
+        gc.enable()
         _send(events, EngineReady(engine.info))
         try:
             EngineLoop(engine, commands=commands, events=events).run_forever()
@@ -164,6 +165,7 @@ def load_engine(config: EngineConfig) -> Engine:
 def main(load: Load = load_engine) -> int:
     """Entry point of the process; the folder of the sockets is the only argument."""
     logging.basicConfig(handlers=[LineHandler()], level=logging.WARNING)
+    gc.disable()  # until the model is loaded: imports make a million objects, none of them garbage
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     standard_input = sys.stdin.buffer

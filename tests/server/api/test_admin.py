@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from server.engine.types.requests import GenerationRequest, TokenEvent
+from server.options import ServiceOptions
 from server.selfcheck import chunkings
-from server.service import ServiceOptions
 from server.text.tokenizer import Tokenizer
 from tests.e2e.serving import serving
 from tests.server.conftest import Loopback, serve

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from server.http.middleware import hash_key
-from server.service import ServiceOptions
+from server.keys import hash_key
+from server.options import ServiceOptions
 from server.text.tokenizer import Tokenizer
 from tests.server.api.test_bad_requests import assert_still_right
 from tests.server.conftest import OPTIONS, Loopback, raw_exchange, serve

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.http.middleware import hash_key
+from server.keys import hash_key
 from server.text.tokenizer import Tokenizer
 from tests.server.conftest import OPTIONS, Loopback, serve
 from tests.server.fake_engine import ANSWER, FakeEngine

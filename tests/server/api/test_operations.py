@@ -12,9 +12,8 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 
 from server.engine.types.requests import EngineInfo
-from server.http.middleware import hash_key
-from server.keys import KeyFacts, owner_of
-from server.service import ServiceOptions
+from server.keys import KeyFacts, hash_key, owner_of
+from server.options import ServiceOptions
 from server.startup.logs import configure_logging
 from server.text.tokenizer import Tokenizer
 from tests.server.conftest import Loopback, raw_exchange, serve

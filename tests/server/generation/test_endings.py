@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from server.engine.types.requests import EngineError, FinishReason
-from server.service import ServiceOptions
+from server.options import ServiceOptions
 from server.text.tokenizer import Tokenizer
 from tests.server.conftest import Loopback, serve
 from tests.server.fake_engine import ANSWER, FakeEngine, answer_tokens

@@ -8,7 +8,7 @@ import pytest
 
 from dijiang_model.checkpoints.default_sampling import DefaultSampling
 from server.generation.sampling import bad_word_tokens
-from server.service import ServiceOptions
+from server.options import ServiceOptions
 from server.text.tokenizer import Tokenizer
 from tests.server.conftest import Loopback, serve
 from tests.server.fake_engine import FakeEngine

@@ -10,9 +10,8 @@ import pytest
 from server.errors import OverloadedError
 from server.http import body_budget
 from server.http.body_budget import SMALL_BYTES, BodyBudget
-from server.http.middleware import hash_key
-from server.keys import EVERYBODY
-from server.service import ServiceOptions
+from server.keys import EVERYBODY, hash_key
+from server.options import ServiceOptions
 from server.text.tokenizer import Tokenizer
 from tests.server.conftest import Loopback, serve
 from tests.server.fake_engine import FakeEngine

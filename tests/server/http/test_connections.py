@@ -14,8 +14,8 @@ import uvicorn
 
 from server.engine.types.requests import GenerationRequest, TokenEvent
 from server.http.connections import ConnectionLimits
-from server.service import ServiceOptions
-from server.startup.run import http_config
+from server.options import ServiceOptions
+from server.startup.front import http_config
 from server.startup.settings import Settings
 from server.text.tokenizer import Tokenizer
 from tests.server.api.test_bad_requests import assert_still_right

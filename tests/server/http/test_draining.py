@@ -9,7 +9,8 @@ import pytest
 import uvicorn
 
 from server.http.draining import DrainingServer
-from server.service import Service, ServiceOptions
+from server.options import ServiceOptions
+from server.service import Service
 from server.text.tokenizer import Tokenizer
 from tests.server.conftest import Loopback, serve
 from tests.server.fake_engine import ANSWER, FakeEngine

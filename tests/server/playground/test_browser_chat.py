@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from server.http.middleware import hash_key
-from server.service import ServiceOptions
+from server.keys import hash_key
+from server.options import ServiceOptions
 from server.text.tokenizer import Tokenizer
 from tests.server.conftest import OPTIONS as FAKE_OPTIONS
 from tests.server.conftest import Loopback, serve

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from setuptools import find_packages
 
-from server.http.middleware import hash_key
+from server.keys import hash_key
+from server.options import ServiceOptions
 from server.playground import load_assets
-from server.service import ServiceOptions
 from server.text.tokenizer import Tokenizer
 from tests.server.conftest import Loopback, serve
 from tests.server.fake_engine import FakeEngine

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import InvalidRequestError
-from server.http.middleware import hash_key
+from server.keys import hash_key
+from server.options import ServiceOptions
 from server.playground.markdown import MAX_CHARACTERS, MAX_COLOURED_CHARACTERS, Node, render
 from server.playground.renderer import Renderer
-from server.service import ServiceOptions
 from server.text.tokenizer import Tokenizer
 from tests.server.conftest import Loopback, serve
 from tests.server.fake_engine import FakeEngine

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.keys import KeyFacts, owner_of
-from server.service import ServiceOptions
+from server.options import ServiceOptions
 from server.startup.errors import StartError
 from server.startup.keys import Files, key_options, read_keys_file
 from server.startup.settings import read_settings

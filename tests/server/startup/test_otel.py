@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from server.service import ServiceOptions
+from server.options import ServiceOptions
 from server.startup.assemble import make_tracer
 from server.startup.otel import OtelTracer
 from server.startup.settings import read_settings

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from dijiang_model.formats.sizes import size_text
 from server.hardware import Device
-from server.http.middleware import hash_key
-from server.service import ServiceOptions
+from server.keys import hash_key
+from server.options import ServiceOptions
 from server.startup.assemble import engine_config
 from server.startup.notices import Notices
 from server.startup.settings import Settings

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dijiang_model.text.folder import TokenizerFiles
 from server.engine.grammars.grammar import GrammarCompiler
 from server.grammar_check.sources import GrammarKind, GrammarSource, schema_text
-from server.service import ServiceOptions
+from server.options import ServiceOptions
 from server.text.template import ChatMessage
 from server.text.tokenizer import Tokenizer
 from server.tools.tool_calls import ArgumentsPart, CallPart, Part, TextPart
