@@ -10,7 +10,6 @@ for in all but llama.cpp's. Ratios are medians over rounds, so that other work o
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -29,12 +28,10 @@ from benchmarks.machine import (
     Machine,
     best_ms,
     interleaved,
-    is_cuda,
     kind_of_twin,
     median_ms,
     ratio,
 )
-from dijiang_model.errors import ModelError
 
 if TYPE_CHECKING:
     from benchmarks.rivals import Rivals
@@ -243,12 +240,13 @@ def decode_command(
     machine = report.measured_machine(clock, device, list(map(kind_of_twin, kinds)))
     told.introduce(machine)
     # Imported late: `--help` and mistakes in options need nothing of torch.
-    from benchmarks.rivals import Rivals, cache_bytes_per_token
+    from benchmarks.rivals import Rivals, Where, cache_bytes_per_token, files_for, twins_at
 
     with ExitStack() as stack:
-        models = _models(folder, kinds, device)
-        twins = _twins(folder, models, told) if set(wanted) - {LLAMA_CPP} else {}
-        files = _files(gguf, model, kinds, machine, device, told, stack) if LLAMA_CPP in wanted else {}
+        models = report.loaded_models(folder, kinds, device)
+        twins = twins_at(folder, models, told.note) if set(wanted) - {LLAMA_CPP} else {}
+        where = Where(device, machine.num_threads, told.note, stack)
+        files = files_for(model, gguf, kinds, where) if LLAMA_CPP in wanted else {}
         others = Rivals(
             names=tuple(wanted),
             twins=twins,
@@ -271,51 +269,12 @@ def decode_command(
     told.finish(machine, result, table(lines), lambda file: draw(lines, file))
 
 
-def _models(folder: Path, kinds: list[str], device: str) -> Mapping[str, DiJiangForCausalLM]:
-    from benchmarks.contenders import load_models
-
-    try:
-        return load_models(folder, kinds, device=device)
-    except ModelError as error:
-        raise report.failed(error) from error
-
-
 def _way(models: Mapping[str, DiJiangForCausalLM]) -> dict[str, str]:
     """How the first of them decodes."""
     from dijiang_model.serving.network import freeze
 
     frozen = freeze(next(iter(models.values())))
     return {"decode_path": frozen.decode_path, "kernels": frozen.kernels}
-
-
-def _twins(folder: Path, models: Mapping[str, DiJiangForCausalLM], told: report.Report) -> dict[str, Any]:
-    from benchmarks.contenders import has_transformers_twin
-    from benchmarks.transformers_twin import twins_of
-
-    if not has_transformers_twin(folder):
-        told.note("Without HF: its model is made of the LLaMA family's configuration, which is not at hand.")
-        return {}
-    return twins_of(folder, models)
-
-
-def _files(
-    gguf: Path | None,
-    model: Path | None,
-    kinds: list[str],
-    machine: Machine,
-    device: str,
-    told: report.Report,
-    stack: ExitStack,
-) -> Mapping[str, Path]:
-    from benchmarks import llama_cpp
-
-    source = gguf if gguf is not None else llama_cpp.default_gguf() if model is None else None
-    if not llama_cpp.is_available() or source is None or is_cuda(device):
-        told.note("Without llama.cpp: it needs the `bench` extra, a CPU, and --gguf unless it is the default model.")
-        return {}
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    wanted = [llama_cpp.CLASSES[kind] for kind in kinds if kind in llama_cpp.CLASSES]
-    return llama_cpp.files_of(source, folder, wanted, num_threads=machine.num_threads)
 
 
 if __name__ == "__main__":

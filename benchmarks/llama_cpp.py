@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,7 @@ def requantised(source: Path, target: Path, kind: int, *, num_threads: int) -> P
 class Conversations:
     """Conversations of equal length in one context of llama.cpp's; a call decodes one token of each.
 
-    The first one's beginning is read, and copied to the others. Keys and values are kept in 16 bits, as by default;
-    without flash attention, which takes longer here.
+    The first one's beginning is read, and copied to the others.
     """
 
     def __init__(self, file: Path, *, num_rows: int, context: int, num_threads: int, room: int) -> None:
@@ -68,6 +68,36 @@ class Conversations:
             num_threads: of all work.
             room: tokens that may follow in each.
         """
+        self._context = Context(file, num_rows=num_rows, num_tokens=context + room, num_threads=num_threads)
+        self._num_rows, self._position = num_rows, context
+        self._context.read(context, row=0)
+        for row in range(1, num_rows):
+            self._context.copy(0, row)
+
+    def __call__(self) -> None:
+        """One step; it is over when the logits are there."""
+        self._context.decode([(500, self._position, row) for row in range(self._num_rows)], wants_logits=True)
+        self._position += 1
+
+
+class Prompts:
+    """Prompts of given lengths; a call reads all of them from the beginning, to the logits of each last token."""
+
+    def __init__(self, file: Path, *, lengths: Sequence[int], num_threads: int) -> None:
+        self._context = Context(file, num_rows=len(lengths), num_tokens=max(lengths), num_threads=num_threads)
+        self._lengths = lengths
+
+    def __call__(self) -> None:
+        self._context.clear()
+        for row, length in enumerate(self._lengths):
+            self._context.read(length, row=row, wants_logits=True)
+
+
+class Context:
+    """Keys and values of some conversations, in 16 bits as by default; without flash attention, which is slower."""
+
+    def __init__(self, file: Path, *, num_rows: int, num_tokens: int, num_threads: int) -> None:
+        """`num_tokens`: the most of each."""
         import llama_cpp
 
         llama_cpp.llama_log_set(_SILENT, ctypes.c_void_p(0))
@@ -75,26 +105,15 @@ class Conversations:
         self._model = self._api.llama_model_load_from_file(str(file).encode(), self._api.llama_model_default_params())
         assert self._model, f"llama.cpp did not load {file}"
         parameters = self._api.llama_context_default_params()
-        parameters.n_ctx = num_rows * -(-(context + room) // STREAM_TOKENS) * STREAM_TOKENS
+        parameters.n_ctx = num_rows * -(-num_tokens // STREAM_TOKENS) * STREAM_TOKENS
         parameters.n_batch = parameters.n_ubatch = max(READ_TOKENS, num_rows)
         parameters.n_seq_max = num_rows
         parameters.n_threads = parameters.n_threads_batch = num_threads
         parameters.flash_attn_type = self._api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._context = self._api.llama_init_from_model(self._model, parameters)
-        assert self._context, f"llama.cpp has no room for {num_rows} x {context} tokens"
+        assert self._context, f"llama.cpp has no room for {num_rows} x {num_tokens} tokens"
         self._batch = self._api.llama_batch_init(max(READ_TOKENS, num_rows), 0, 1)
-        self._num_rows, self._position = num_rows, context
-        for begin in range(0, context, READ_TOKENS):
-            places = range(begin, min(context, begin + READ_TOKENS))
-            self._decode([(500 + place % 1000, place, 0) for place in places])
-        memory = self._api.llama_get_memory(self._context)
-        for row in range(1, num_rows):
-            self._api.llama_memory_seq_cp(memory, 0, row, -1, -1)
-
-    def __call__(self) -> None:
-        """One step; it is over when the logits are there."""
-        self._decode([(500, self._position, row) for row in range(self._num_rows)], with_logits=True)
-        self._position += 1
+        self._memory = self._api.llama_get_memory(self._context)
 
     def __del__(self) -> None:
         if hasattr(self, "_batch"):
@@ -102,14 +121,27 @@ class Conversations:
             self._api.llama_free(self._context)
             self._api.llama_model_free(self._model)
 
-    def _decode(self, tokens: list[tuple[int, int, int]], *, with_logits: bool = False) -> None:
+    def clear(self) -> None:
+        self._api.llama_memory_clear(self._memory, True)
+
+    def copy(self, row: int, other: int) -> None:
+        self._api.llama_memory_seq_cp(self._memory, row, other, -1, -1)
+
+    def read(self, num_tokens: int, *, row: int, wants_logits: bool = False) -> None:
+        """So many tokens of a conversation that has none; logits of the last one alone."""
+        for begin in range(0, num_tokens, READ_TOKENS):
+            places = range(begin, min(num_tokens, begin + READ_TOKENS))
+            tokens = [(500 + place % 1000, place, row) for place in places]
+            self.decode(tokens, wants_logits=False, wants_last=wants_logits and places.stop == num_tokens)
+
+    def decode(self, tokens: list[tuple[int, int, int]], *, wants_logits: bool, wants_last: bool = False) -> None:
         """Feeds (token, position, conversation)s."""
         batch = self._batch
         batch.n_tokens = len(tokens)
         for number, (token, position, row) in enumerate(tokens):
             batch.token[number], batch.pos[number] = token, position
             batch.n_seq_id[number], batch.seq_id[number][0] = 1, row
-            batch.logits[number] = with_logits
+            batch.logits[number] = wants_logits or (wants_last and number == len(tokens) - 1)
         failed = self._api.llama_decode(self._context, batch)
         assert failed == 0, f"llama.cpp did not decode: {failed}"
         self._api.llama_synchronize(self._context)

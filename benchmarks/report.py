@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +13,9 @@ from rich.table import Table
 from benchmarks import plots
 from benchmarks.machine import CLOCKS, WEIGHTS, Machine, document, is_cuda, save_document, this_machine
 from dijiang_model.errors import ModelError
+
+if TYPE_CHECKING:
+    from dijiang_model.model import DiJiangForCausalLM
 
 WIDTH = 140
 
@@ -99,6 +102,16 @@ def failed(error: object) -> typer.Exit:
     """Says what went wrong; the exit that ends the program."""
     Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
     return typer.Exit(1)
+
+
+def loaded_models(folder: Path, kinds: Sequence[str], device: str) -> dict[str, "DiJiangForCausalLM"]:
+    """A model in several kinds of weights; what is wrong with it ends the program with a sentence."""
+    from benchmarks.contenders import load_models
+
+    try:
+        return load_models(folder, kinds, device=device)
+    except ModelError as error:
+        raise failed(error) from error
 
 
 def prepare(threads: int | None, clock: str, device: str) -> None:

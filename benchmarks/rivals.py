@@ -7,8 +7,9 @@ it is timed.
 """
 
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,8 +19,9 @@ import psutil
 import torch
 
 from benchmarks import llama_cpp
+from benchmarks.contenders import has_transformers_twin
 from benchmarks.machine import COMPILED, CONTINUOUS, HF, LLAMA_CPP, is_cuda, synchronised
-from benchmarks.transformers_twin import CacheKind, Compiled, decode_step, token_times
+from benchmarks.transformers_twin import CacheKind, Compiled, decode_step, token_times, twins_of
 from dijiang_model.config import ModelConfig
 
 CACHES: tuple[CacheKind, ...] = ("dynamic", "static")
@@ -116,6 +118,45 @@ class Rivals:
             return True
         self.note(f"Without HF at {num_rows} x {context:,}: its caches would take {needed / 2**30:.0f} GiB")
         return False
+
+
+def twins_at(folder: Path, models: Mapping[str, Any], note: Callable[[str], None]) -> dict[str, Any]:
+    """HF's models on the base weights of ours, by kind; none, and a sentence, where HF's configuration is not known."""
+    if not has_transformers_twin(folder):
+        note("Without HF: its model is made of the LLaMA family's configuration, which is not at hand.")
+        return {}
+    return twins_of(folder, models)
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where rivals run.
+
+    Attributes:
+        device, num_threads: of all.
+        note: takes a sentence about what is left out.
+        keep: files that are made for them are deleted when it is closed.
+    """
+
+    device: str
+    num_threads: int
+    note: Callable[[str], None]
+    keep: ExitStack
+
+
+def files_for(model: Path | None, gguf: Path | None, kinds: Sequence[str], where: Where) -> dict[str, Path]:
+    """llama.cpp's files in the classes of our `kinds`, and `gguf` as it is; none, and a sentence, where it cannot run.
+
+    Args:
+        model: ours as it was asked for; None: the default one, whose file is known.
+    """
+    source = gguf or (llama_cpp.default_gguf() if model is None else None)
+    if not llama_cpp.is_available() or source is None or is_cuda(where.device):
+        where.note("Without llama.cpp: it needs the `bench` extra, a CPU, and --gguf unless it is the default model.")
+        return {}
+    folder = Path(where.keep.enter_context(tempfile.TemporaryDirectory()))
+    wanted = [llama_cpp.CLASSES[kind] for kind in kinds if kind in llama_cpp.CLASSES]
+    return llama_cpp.files_of(source, folder, wanted, num_threads=where.num_threads)
 
 
 def cache_bytes_per_token(config: ModelConfig) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from benchmarks import machine, rivals
+from benchmarks import llama_cpp, machine, rivals
 from server.cli import app
 from tests.tiny_models import write_tiny_model
 
@@ -108,6 +108,26 @@ def test_prefill_measures_prompts_alone_and_together(model: Path, tmp_path: Path
     assert plot.read_bytes().startswith(PNG)
 
 
+def test_prompts_are_read_beside_llama_cpp(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Silent:
+        def __init__(self, file: Path, *, lengths: list[int], num_threads: int) -> None:
+            assert file in (source, tmp_path / "Q8_0.gguf")
+            assert (lengths, num_threads) == ([5], 1)
+
+        def __call__(self) -> None:
+            pass
+
+    source = tmp_path / "model.Q4_1.gguf"
+    monkeypatch.setattr(llama_cpp, "is_available", lambda: True)
+    monkeypatch.setattr(llama_cpp, "requantised", lambda source, target, kind, num_threads: tmp_path / target.name)
+    monkeypatch.setattr(llama_cpp, "Prompts", Silent)
+    arguments = ("--lengths", "5", "--ragged", "", "--rounds", 1, "--threads", 1, "--weights", "int8")
+    lines = found(bench("prefill", model, *arguments, "--rivals", "llama.cpp", "--gguf", source))["lines"]
+    assert [line["name"] for line in lines] == ["ours int8", "llama.cpp Q8_0", "llama.cpp Q4_1"]
+    assert lines[0]["times_hf"] is None
+    assert lines[0]["times_llama_cpp"] > 0
+
+
 def test_train_measures_both_stages(model: Path, tmp_path: Path) -> None:
     plot = tmp_path / "train.png"
     lines = found(bench("train", model, "--length", 16, "--steps", 1, "--threads", 1, "--plot", plot))["lines"]
@@ -154,6 +174,7 @@ def test_only_the_line_of_json_is_printed_and_kept_on_request(model: Path, tmp_p
         (("decode", "--rivals", "vllm"), "none of hf, hf-compiled, hf-continuous, llama.cpp"),
         (("decode", "--weights", "fp31"), "none of fp32"),
         (("prefill", "--weights", ""), "at least one of fp32"),
+        (("prefill", "--rivals", "hf-compiled"), "none of hf, llama.cpp"),
         (("train", "--stages", ""), "at least one stage"),
         (("serve", "--weights", "fp32,int8"), "none of fp32"),
         (("decode", "--threads", "2", "--clock", "cpu"), "--threads 1"),
