@@ -10,7 +10,7 @@ from torch import Tensor
 from dijiang_model.config import AnchorConfig
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
-from dijiang_model.ops.layout import StepLayout, frequencies_on
+from dijiang_model.ops.layout import StepLayout, frequencies_on, sent
 from dijiang_model.ops.torch.places import PlaceTable, SegmentEvictions
 from dijiang_model.ops.triton.around import wide_product
 from dijiang_model.ops.triton.decode import DecodeBlocks
@@ -18,7 +18,7 @@ from dijiang_model.ops.triton.device import OPTIONS
 from dijiang_model.ops.triton.kernels.anchors import anchored_decode_kernel
 from dijiang_model.ops.triton.kernels.evictions import evictions_kernel, sources_kernel
 
-CANDIDATES, STEPS = 64, 64
+CANDIDATES, STEPS = 32, 64
 """Of one program, and of one turn of its loop."""
 
 
@@ -29,7 +29,7 @@ def _tables(anchors: AnchorConfig, sinks: int, device: torch.device) -> tuple[Te
     places, windows = torch.tensor(anchors.places), torch.tensor(anchors.windows)
     ages = torch.tensor([anchors.age], dtype=torch.float64)
     first, limits = places.cumsum(0) - places, places - windows - sinks
-    return first.to(device), windows.to(device), limits.to(device), ages.to(device)
+    return sent(first, device), sent(windows, device), sent(limits, device), sent(ages, device)
 
 
 def decode_anchors(
