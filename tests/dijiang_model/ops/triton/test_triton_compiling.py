@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -47,14 +48,12 @@ def test_the_kernels_of_places_compile_and_fit(shape: str) -> None:
     for line in lines:
         assert line["shared_bytes"] <= SHARED_MEMORY_BYTES[line["capability"]], line
         assert line["stack_bytes"] <= (96 if line["kernel"] == "anchored_decode_kernel" else 0), line
-        if line["kernel"] != "sources_kernel":
-            assert line["registers"] <= 255, line
+        assert line["registers"] <= {"evictions_kernel": 192, "sources_kernel": 64}.get(line["kernel"], 255), line
+        if line["kernel"] in ("anchored_decode_kernel", "evictions_kernel"):
             assert line["fp64_sums"] >= 2, f"priorities are rounded as nowhere else: {line}"
-        else:
-            assert line["registers"] <= 64, line
 
 
-def compiled(shape: str) -> list[dict[str, int]]:
+def compiled(shape: str) -> list[dict[str, Any]]:
     """What `triton_compiling` prints of a shape."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.dijiang_model.ops.triton.triton_compiling", shape]
