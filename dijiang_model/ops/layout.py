@@ -5,6 +5,7 @@ The first `num_decode` sequences have one token each and take the recurrent path
 segments, cut into chunks of at most `CHUNK_TOKENS`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 
@@ -25,6 +26,20 @@ def frequencies_on(frequencies: Frequencies, device: torch.device) -> Tensor:
     """
     with torch.inference_mode(False):
         return torch.tensor(frequencies, dtype=torch.float64, device=device)
+
+
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; nobody waits for a copy to CUDA."""
+    if device.type == "cuda":
+        numbers = numbers.pin_memory()
+    return numbers.to(device, non_blocking=True)
+
+
+def sent_lists(lists: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
+    """Each list as a tensor [its length] int64, in one copy."""
+    numbers = torch.tensor([number for one in lists for number in one], dtype=torch.int64)
+    on_device: tuple[Tensor, ...] = sent(numbers, device).split([len(one) for one in lists])
+    return on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +134,12 @@ class PrefillWindow:
 class WindowWrites:
     """What the segments leave in the exact rows for one (window, sinks) pair.
 
-    On a CUDA device the host waits for how many they are; so nobody asks who does not write.
+    How many they are follows from the lengths alone, so that the host waits for no device.
 
     Attributes:
-        rows, tokens, sequences: exact row, token and sequence of each write.
-        sink_rows, sink_tokens, sink_sequences: the same for tokens that are sinks, written before the others.
+        rows, tokens, sequences: exact row, token and sequence of each write: of the last W tokens of each segment.
+        sink_rows, sink_tokens, sink_sequences: the same for its first Z tokens, written before the others. One that is
+            no sink has its row in the ring, which is that token's, or another's by then.
     """
 
     rows: Tensor
@@ -161,11 +177,7 @@ class PrefillLayout:
         chunks = [(n, offset) for n, length in enumerate(lengths) for offset in range(0, length, CHUNK_TOKENS)]
         self.chunk_tokens, self.num_chunks = CHUNK_TOKENS, len(chunks)
         sequences, offsets = zip(*chunks, strict=True)
-        lists = (sequences, offsets, self.starts, first_chunks)
-        numbers = torch.tensor([number for one in lists for number in one])
-        if device.type == "cuda":  # one copy, which nobody waits for
-            numbers = numbers.pin_memory()
-        on_device = numbers.to(device, non_blocking=True).split([len(one) for one in lists])
+        on_device = sent_lists((sequences, offsets, self.starts, first_chunks), device)
         self.chunk_sequence, self.chunk_offset, self.cu_seqlens, self.first_chunks = on_device
         self.sequence_start = self.cu_seqlens[:-1]
         self.sequence_length = self.cu_seqlens[1:] - self.sequence_start
@@ -204,14 +216,17 @@ class PrefillLayout:
 
     @cached_property
     def rounds(self) -> list[tuple[Tensor, Tensor]]:
-        rounds: list[list[tuple[int, int]]] = [[] for _ in range(-(-max(self.lengths) // CHUNK_TOKENS))]
+        num_rounds = -(-max(self.lengths) // CHUNK_TOKENS)
+        chunks: list[list[int]] = [[] for _ in range(num_rounds)]
+        sequences: list[list[int]] = [[] for _ in range(num_rounds)]
         m = 0
         for n, length in enumerate(self.lengths):
             for index in range(-(-length // CHUNK_TOKENS)):
-                rounds[index].append((m, n))
+                chunks[index].append(m)
+                sequences[index].append(n)
                 m += 1
-        pairs = (torch.tensor(one, device=self.positions.device).unbind(1) for one in rounds)
-        return [(chunks, sequences) for chunks, sequences in pairs]
+        on_device = sent_lists((*chunks, *sequences), self.positions.device)
+        return list(zip(on_device[:num_rounds], on_device[num_rounds:], strict=True))
 
     @cached_property
     def sequence_of_token(self) -> Tensor:
@@ -259,20 +274,22 @@ class PrefillLayout:
         )
 
     def writes(self, *, window: int, sinks: int) -> WindowWrites:
-        """The writes for one (window, sinks) pair; found once a step."""
+        """The writes for one (window > 0, sinks) pair; found once a step."""
         key = (window, sinks)
         if key not in self._writes:
-            sequence = self.sequence_of_token
-            left = self.cu_seqlens[1:][sequence] - torch.arange(len(sequence), device=sequence.device)
-            kept = (left <= window).nonzero().squeeze(1)
-            sink_tokens = (self.positions < sinks).nonzero().squeeze(1)
+            own = [range(*ends) for ends in zip(self.starts, self.starts[1:], strict=False)]
+            kept = [(token, n) for n, tokens in enumerate(own) for token in tokens[-window:]]
+            first = [(token, n) for n, tokens in enumerate(own) for token in tokens[:sinks]]
+            columns = [[pair[i] for pair in pairs] for pairs in (kept, first) for i in range(2)]
+            tokens, sequences, sink_tokens, sink_sequences = sent_lists(columns, self.positions.device)
+            ring, position = sinks + self.positions % window, self.positions[sink_tokens]
             self._writes[key] = WindowWrites(
-                rows=sinks + self.positions[kept] % window,
-                tokens=kept,
-                sequences=sequence[kept],
-                sink_rows=self.positions[sink_tokens],
+                rows=ring[tokens],
+                tokens=tokens,
+                sequences=sequences,
+                sink_rows=torch.where(position < sinks, position, ring[sink_tokens]),
                 sink_tokens=sink_tokens,
-                sink_sequences=sequence[sink_tokens],
+                sink_sequences=sink_sequences,
             )
         return self._writes[key]
 

@@ -24,20 +24,18 @@ from dijiang_model.config import ModelConfig  # noqa: E402
 from dijiang_model.families import build_model  # noqa: E402
 from tests.byte_tokenizer import write_byte_tokenizer  # noqa: E402
 from tests.fake_cuda.engines import (  # noqa: E402
-    CAPTURED,
     FAMILIES,
     KINDS,
     OWN_MODULES,
-    WAIT_IN_PROMPTS,
     Kind,
     all_requests,
-    decode_launches,
     engine_of,
     network_of,
     on_device,
     run,
     run_grammars,
     run_states,
+    step_launches,
 )
 from tests.fake_cuda.faults import FAULTS, Fault  # noqa: E402
 from tests.fake_cuda.ranks import leading_engine  # noqa: E402
@@ -56,29 +54,18 @@ COUNTED = {
 TINY = Kind(llama_config(HYBRID, PURE))
 
 
-def launches(kind: Kind) -> int:
-    """Of a decode step of the whole model."""
-    one, two = (sum(decode_launches(kind, layers, machine).values()) for layers in (1, 2))
+def launches(kind: Kind, lengths: tuple[int, ...] = (1, 1, 1)) -> int:
+    """Of a step of the whole model."""
+    one, two = (sum(step_launches(kind, layers, machine, lengths=lengths).values()) for layers in (1, 2))
     return one + (two - one) * (kind.config.num_layers - 1)
 
 
 def engine(name: str, folder: Path) -> dict[str, int]:
-    """Requests of all kinds; what was replayed, and where the host waited."""
+    """Requests of all kinds; what was replayed."""
     served = engine_of(network_of(KINDS[name], machine), machine, folder)
-    machine.num_waits, before = 0, Counter(machine.launches)
-    if name in WAIT_IN_PROMPTS:
-        with machine.waiting():
-            found = run(served, all_requests()[:3])
-    else:
-        found = run(served, all_requests() if name == next(iter(KINDS)) else all_requests()[:3])
-    return {**found, "replays": (machine.launches - before)["replay"], "waits": machine.num_waits}
-
-
-def captured(kind: Kind, folder: Path) -> int:
-    """What an engine launches while it starts, which records its steps."""
-    before = machine.launches.total()
-    engine_of(network_of(kind, machine), machine, folder)
-    return machine.launches.total() - before
+    before = Counter(machine.launches)
+    found = run(served, all_requests() if name == next(iter(KINDS)) else all_requests()[:3])
+    return {**found, "replays": (machine.launches - before)["replay"]}
 
 
 def states(folder: Path) -> dict[str, int]:
@@ -139,8 +126,6 @@ def main() -> None:
 
         for kind in KINDS:
             report(f"engine of {kind}", lambda kind=kind: engine(kind, folder()))
-        for kind, served in CAPTURED.items():
-            report(f"captured {kind}", lambda served=served: captured(served, folder()))
         report("states", lambda: states(folder()))
         report("grammars", lambda: grammars(folder()))
         for family in (*OWN_MODULES, "gpt_neox, released"):
@@ -149,6 +134,7 @@ def main() -> None:
             report(f"training of {family}", lambda family=family: training(FAMILIES[family]))
         for model, kind in COUNTED.items():
             report(f"launches of {model}", lambda kind=kind: launches(kind))
+            report(f"launches of a prompt of {model}", lambda kind=kind: launches(kind, (500,)))
         for mistake, change in FAULTS.items():
             report(f"fault {mistake}", lambda change=change: fault(change, folder()))
 

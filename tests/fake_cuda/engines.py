@@ -97,14 +97,9 @@ KINDS: Mapping[str, Kind] = {
     "unrotated features": Kind(llama_config(UNROTATED)),
     "anchors of 4 bits": Kind(llama_config(anchored(2, value_bits=4), anchored(2, base=CONSTANT, value_bits=4))),
     "anchors": Kind(llama_config(anchored(2), anchored(2, base=NO_LINEAR), PURE), states=torch.int8),
-}
-WAIT_IN_PROMPTS = {"anchors", "anchors of 4 bits"}
-"""Kinds whose places are found on the host, prompt by prompt."""
-CAPTURED = {
     "a constant feature": Kind(llama_config(CONSTANT)),
     "a window alone": Kind(llama_config(NO_LINEAR), weights="int4"),
 }
-"""Kinds whose prompts torch reads, in shapes that the device tells; their decode steps are captured all the same."""
 
 
 def network_of(kind: Kind, machine: Machine) -> FrozenModel:
@@ -203,14 +198,16 @@ def run_grammars(engine: Engine) -> Counter[str]:
     return run(engine, [*requests, drawn, make_request("free", 6), make_request("free, drawn", 6, temperature=0.7)])
 
 
-def decode_launches(kind: Kind, num_layers: int, machine: Machine) -> Counter[str]:
-    """What one decode step of three rows launches, in a model of so many layers."""
+def step_launches(kind: Kind, num_layers: int, machine: Machine, *, lengths: tuple[int, ...]) -> Counter[str]:
+    """What one step with so many tokens of each sequence launches, in a model of so many layers; a token each: decode
+    rows."""
     config = kind.config
     deep = replace(config, layers=config.layers[:1] * num_layers)
     network = network_of(replace(kind, config=deep), machine)
     state = StateBuffer(network.state_spec, 4, CUDA, cleared=True)
-    numbers = torch.arange(3, device=CUDA)
-    batch = PackedBatch(numbers, numbers, numbers + 1, (1, 1, 1), 3, numbers)
+    tokens, slots = torch.arange(sum(lengths), device=CUDA), torch.arange(len(lengths), device=CUDA)
+    num_decode = len(lengths) if max(lengths) == 1 else 0
+    batch = PackedBatch(tokens, tokens, slots + 1, lengths, num_decode, slots)
     with torch.inference_mode():
         with machine.loading():
             network(batch, state)  # makes what is made once

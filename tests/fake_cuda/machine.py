@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy.typing as npt
 import torch
@@ -66,7 +66,6 @@ class Machine:
 
     Attributes:
         launches: what was started on the device, by name; a graph's when it was captured, and one for each replay.
-        num_waits: how often the host has waited where it was allowed to, by `waiting`.
         is_capturing: a graph is captured.
     """
 
@@ -74,9 +73,8 @@ class Machine:
         """Takes what `build_guard` has made."""
         ctypes.CDLL(str(guard))
         self.launches: Counter[str] = Counter()
-        self.num_waits = 0
         self.is_capturing = False
-        self._is_loading = self._may_wait = False
+        self._is_loading = False
         self._is_busy = False
         self._pinned: dict[int, Tensor] = {}
         self._arriving: dict[int, Tensor] = {}
@@ -109,15 +107,6 @@ class Machine:
             yield
         finally:
             self._is_loading = False
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """While something runs that is known to wait; captured graphs still do not."""
-        self._may_wait = True
-        try:
-            yield
-        finally:
-            self._may_wait = False
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
@@ -204,12 +193,10 @@ class Machine:
         elif is_waited_for or _key(source) not in self._pinned:
             self._refuse(f"a copy of {list(source.shape)} to the device from memory that is not pinned")
 
-    def _refuse(self, what: str) -> None:
+    def _refuse(self, what: str) -> NoReturn:
         if self.is_capturing:
             raise CaptureError(what)
-        if not self._may_wait:
-            raise HiddenSyncError(what)
-        self.num_waits += 1
+        raise HiddenSyncError(what)
 
 
 class _Watch(TorchDispatchMode):

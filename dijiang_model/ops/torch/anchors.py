@@ -15,7 +15,7 @@ from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
 from dijiang_model.ops.torch.branches import Queries, branch_queries, read_out, store_linear
 from dijiang_model.ops.torch.linear import chunked, recurrent_step
-from dijiang_model.ops.torch.places import Evictions, PlaceTable, evictions, place_table
+from dijiang_model.ops.torch.places import FindEvictions, PlaceTable, place_table, priorities, segment_evictions
 from dijiang_model.ops.torch.rounding import packed_nibbles, round_rows, unpacked_nibbles
 from dijiang_model.ops.torch.window import decode_window
 
@@ -105,6 +105,7 @@ def anchored_attention(
     layout: StepLayout,
     state: LayerState,
     decode_rows: DecodeRows | None = None,
+    find_evictions: FindEvictions = segment_evictions,
 ) -> Tensor:
     """[T, H, d]; `state.token_scores` has the scores of the step's tokens."""
     split, parts = layout.num_decode, []
@@ -127,7 +128,8 @@ def anchored_attention(
     if layout.prefill is not None:
         own = PlaceRows(*(tensor[split:] for tensor in new.tensors()))
         rows = queries.rows(split, None)
-        parts.append(_prefill(rows, own, kernel=kernel, step=layout, state=state).flatten(1, 2))
+        found = _prefill(rows, own, kernel=kernel, step=layout, state=state, find_evictions=find_evictions)
+        parts.append(found.flatten(1, 2))
     return torch.cat([part.to(parts[-1].dtype) for part in parts])
 
 
@@ -180,7 +182,7 @@ def _take_in(
     leaver = replace(leaver, scores=leaver_scores)
     rank, anchors = _lowest_anchor(rows.at(sequence[:, :, None], table.flat), table)
     is_full = leaving - sinks >= table.num_anchors
-    priority = _priorities(leaver_scores, leaver.positions, table)
+    priority = priorities(leaver_scores, leaver.positions, table)
     wins = leaves & (~is_full | (priority >= rank))
     target = torch.where(is_full, anchors, sinks + window + leaving - sinks)
     target = table.flat[heads, torch.where(wins, target, own)]  # else to its own place, where it is overwritten
@@ -200,17 +202,12 @@ def _remember(scores: Tensor, state: LayerState, *, slots: Tensor, positions: Te
     return shared
 
 
-def _priorities(scores: Tensor, positions: Tensor, table: PlaceTable) -> Tensor:
-    """In fp64, in which every number here is exact but for the age's share: the same in every implementation."""
-    return scores.double() + table.anchors.age * positions.double()
-
-
 def _lowest_anchor(held: PlaceRows, table: PlaceTable) -> tuple[Tensor, Tensor]:
     """Priority and column [N, G] of the anchor that goes next, as if all places were taken: of equals the oldest."""
     is_anchor = (table.columns >= (table.sinks + table.window)[:, None]) & table.is_place
-    priorities = _priorities(held.scores, held.positions, table).masked_fill(~is_anchor, torch.inf)
-    lowest = priorities.amin(-1)
-    is_lowest = (priorities == lowest[..., None]) & is_anchor
+    ranking = priorities(held.scores, held.positions, table).masked_fill(~is_anchor, torch.inf)
+    lowest = ranking.amin(-1)
+    is_lowest = (ranking == lowest[..., None]) & is_anchor
     age = torch.where(is_lowest, held.positions, torch.iinfo(torch.int32).max)
     return lowest, age.argmin(-1)
 
@@ -239,11 +236,20 @@ def decayed_features(keys: Tensor, is_evicted: Tensor, distance: Tensor, *, kern
     return torch.where(is_evicted[..., None], features, 0.0)
 
 
-def _prefill(q: Queries, new: PlaceRows, *, kernel: LinearKernel, step: StepLayout, state: LayerState) -> Tensor:
+def _prefill(
+    q: Queries,
+    new: PlaceRows,
+    *,
+    kernel: LinearKernel,
+    step: StepLayout,
+    state: LayerState,
+    find_evictions: FindEvictions,
+) -> Tensor:
     layout, dtype = step.prefill, kernel.log_decay.dtype
     assert layout is not None
     segments = [
-        _segment(q, new, n, layout=layout, kernel=kernel, state=state) for n in range(layout.num_sequences)
+        _segment(q, new, n, layout=layout, kernel=kernel, state=state, find_evictions=find_evictions)
+        for n in range(layout.num_sequences)
     ]  # each moves its slot's places on
     loser = PlaceRows(*(torch.cat(parts) for parts in zip(*(s.loser.tensors() for s in segments), strict=True)))
     is_evicted = torch.cat([segment.is_evicted for segment in segments])
@@ -272,84 +278,68 @@ class _Segment:
 
 
 def _segment(
-    q: Queries, new: PlaceRows, number: int, *, layout: PrefillLayout, kernel: LinearKernel, state: LayerState
+    q: Queries,
+    new: PlaceRows,
+    number: int,
+    *,
+    layout: PrefillLayout,
+    kernel: LinearKernel,
+    state: LayerState,
+    find_evictions: FindEvictions,
 ) -> _Segment:
     table, dtype = place_table(kernel.attention, q.exact.device), kernel.log_decay.dtype
     tokens = slice(layout.starts[number], layout.starts[number + 1])
-    slot, rows, own = int(layout.slots[number]), PlaceRows.of(state), q.rows(tokens.start, tokens.stop)
-    first, length = int(layout.positions[tokens.start]), tokens.stop - tokens.start
-    held = PlaceRows(*(tensor[slot][table.flat] for tensor in rows.tensors()))  # [G, J, ...]
+    slot, first = layout.slots[number : number + 1], layout.positions[tokens.start : tokens.start + 1]
+    rows, own = PlaceRows.of(state), q.rows(tokens.start, tokens.stop)
+    held = rows.at(slot, table.flat)  # [G, J, ...]
     fresh = PlaceRows(*(tensor[tokens].transpose(0, 1) for tensor in new.tensors()))  # [G, T, ...]
     both = (torch.cat(pair, dim=1) for pair in zip(held.tensors(), fresh.tensors(), strict=True))
     candidates = PlaceRows(*both)
-    shared_scores_(candidates.scores, fresh.scores, _present(state.recent_scores)[slot], table, first=first)
-    found = segment_evictions(candidates.scores, candidates.positions, table, first=first, num_tokens=length)
-    times = torch.tensor([one.times for one in found], dtype=torch.float64, device=q.exact.device)
-    is_held = table.holds(layout.positions[tokens.start : tokens.start + 1])[0]
-    times[:, : len(table.columns)].masked_fill_(~is_held, -1)
+    share_scores_(candidates.scores, fresh.scores, _present(state.recent_scores), table, slot=slot, first=first)
+    found = find_evictions(candidates.scores, candidates.positions, table, first=first)
+    found.times[:, : len(table.columns)].masked_fill_(~table.holds(first)[0], -1)
     exact = attend_until(
         own,
         candidates.wide_keys(dtype),
         candidates.wide_values(dtype),
         positions=candidates.positions,
-        times=times,
+        times=found.times,
         query_positions=layout.positions[tokens],
         sinks=table.sinks,
         scale=kernel.head_size**-0.5,
     )
-    losers = torch.tensor([one.losers for one in found], device=q.exact.device)  # [G, T]
-    sources = torch.tensor([one.sources for one in found], device=q.exact.device)  # [G, J]
-    heads = torch.arange(len(found), device=q.exact.device)[:, None]
-    kept = candidates.at(heads, sources)
-    for tensor, rows_now in zip(rows.tensors(), kept.tensors(), strict=True):
-        tensor[slot] = rows_now[table.head_of, table.column_of]
-    loser = candidates.at(heads, losers.clamp(min=0))
-    return _Segment(exact, PlaceRows(*(t.transpose(0, 1) for t in loser.tensors())), (losers >= 0).T)
+    heads = torch.arange(len(table.window), device=q.exact.device)[:, None]
+    kept = candidates.at(heads, found.sources)
+    rows.write((slot,), kept.at(table.head_of, table.column_of))
+    loser = candidates.at(heads, found.losers.clamp(min=0))
+    return _Segment(exact, PlaceRows(*(t.transpose(0, 1) for t in loser.tensors())), (found.losers >= 0).T)
 
 
-def shared_scores_(scores: Tensor, fresh: Tensor, recent: Tensor, table: PlaceTable, *, first: int) -> None:
+def share_scores_(
+    scores: Tensor, fresh: Tensor, recent: Tensor, table: PlaceTable, *, slot: Tensor, first: Tensor
+) -> None:
     """Shares the scores of a segment's tokens in the candidates' [G, J + T], and notes the last ones in `recent`.
 
     Args:
         fresh: [G, T] of the new tokens alone.
-        recent: [G, 2 span + 1] of the slot, written.
-        first: position of the first new token.
+        recent: [P, G, 2 span + 1] of all slots, written at `slot` [1].
+        first: [1], position of the first new token.
     """
     size, span, num_tokens = table.anchors.num_scores, table.anchors.span, fresh.shape[1]
-    num_columns, device = len(table.columns), scores.device
-    earlier = torch.arange(first - size, first, device=device)
-    before = recent[:, earlier % size].masked_fill(earlier < 0, -torch.inf)
+    earlier, own = first + torch.arange(-size, 0, device=first.device), recent[slot][0]
+    before = own[:, earlier % size].masked_fill(earlier < 0, -torch.inf)
     shared = torch.cat([before, fresh], 1).unfold(1, size, 1)[:, 1:].amax(-1)  # of positions first - span and on
+    positions = first - span + torch.arange(num_tokens, device=first.device)
+    shares = positions >= table.sinks  # sinks keep their own
     is_old = min(span, num_tokens)
-    heads = torch.arange(len(fresh), device=device)
-    for i in range(max(0, table.sinks - first + span), is_old):
-        columns = table.of_token(torch.tensor([first - span + i], device=device))[0]
-        scores[heads, columns] = shared[:, i]
-    start = max(0, table.sinks - first)  # sinks keep their own
-    scores[:, num_columns + start : num_columns + num_tokens - is_old] = shared[:, is_old + start :]
-    last = torch.arange(max(first, first + num_tokens - size), first + num_tokens, device=device)
-    recent[:, last % size] = fresh[:, last - first]
-
-
-def segment_evictions(
-    scores: Tensor, positions: Tensor, table: PlaceTable, *, first: int, num_tokens: int
-) -> list[Evictions]:
-    """Of each head, from its candidates' shared scores and positions [G, J + T]; one copy to the host."""
-    priorities = _priorities(scores, positions, table).tolist()
-    windows, places = table.anchors.windows, table.anchors.places
-    return [
-        evictions(
-            first=first,
-            num_tokens=num_tokens,
-            sinks=table.sinks,
-            window=windows[g],
-            limit=places[g] - table.sinks - windows[g],
-            num_columns=len(table.columns),
-            priorities=priorities[g],
-            positions=own,
-        )
-        for g, own in enumerate(positions.tolist())
-    ]
+    # Tokens of the window, no two of one entry; what is no such token's entry is written as it is.
+    columns = (table.sinks + positions[:is_old] % table.window[:, None]).contiguous()
+    old = torch.where(shares[:is_old], shared[:, :is_old].to(scores.dtype), scores.gather(1, columns))
+    scores.scatter_(1, columns, old)
+    new = scores[:, len(table.columns) : scores.shape[1] - is_old]
+    new.copy_(torch.where(shares[is_old:], shared[:, is_old:].to(scores.dtype), new))
+    last = torch.arange(max(0, num_tokens - size), num_tokens, device=first.device)
+    recent[slot[:, None], :, (first + last) % size] = fresh[:, -size:].T
 
 
 def attend_until(

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heapify, heappush, heappushpop
 from math import inf
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dijiang_model.config import AnchorConfig, AttentionConfig
+from dijiang_model.ops.layout import sent
 
 Anchor = tuple[float, int, int, int]
 """Priority, position, candidate and place: the order in which anchors give way."""
@@ -79,7 +81,12 @@ def _place_table(anchors: AnchorConfig, sinks: int, device: torch.device) -> Pla
     window = torch.tensor(anchors.windows)
     own = [(head, column) for head, num_places in enumerate(anchors.places) for column in range(num_places)]
     tensors = (flat, is_place, window, places - sinks - window, columns, *torch.tensor(own).unbind(1))
-    return PlaceTable(sinks, anchors, *(tensor.to(device) for tensor in tensors))
+    return PlaceTable(sinks, anchors, *(sent(tensor, device) for tensor in tensors))
+
+
+def priorities(scores: Tensor, positions: Tensor, table: PlaceTable) -> Tensor:
+    """In fp64, in which every number here is exact but for the age's share: the same in every implementation."""
+    return scores.double() + table.anchors.age * positions.double()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,3 +154,48 @@ def _let_in(
     heappushpop(anchors, (priority, position, candidate, place))
     sources[place] = candidate
     return loser
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentEvictions:
+    """`Evictions` of all heads of a layer: times [G, J + T] fp64, losers [G, T] and sources [G, J] int64."""
+
+    times: Tensor
+    losers: Tensor
+    sources: Tensor
+
+
+class FindEvictions(Protocol):
+    """A device's own way to the evictions of a segment, in the place of `segment_evictions`."""
+
+    def __call__(self, scores: Tensor, positions: Tensor, table: PlaceTable, *, first: Tensor) -> SegmentEvictions:
+        """Of each head.
+
+        Args:
+            scores, positions: [G, J + T], shared scores and positions of the candidates.
+            first: [1] int64, position of the first of the T new tokens.
+        """
+
+
+def segment_evictions(scores: Tensor, positions: Tensor, table: PlaceTable, *, first: Tensor) -> SegmentEvictions:
+    """See `FindEvictions`: head after head on the host, which waits for a device's numbers."""
+    rankings = priorities(scores, positions, table).tolist()
+    windows, places, num_columns = table.anchors.windows, table.anchors.places, len(table.columns)
+    found = [
+        evictions(
+            first=int(first),
+            num_tokens=scores.shape[1] - num_columns,
+            sinks=table.sinks,
+            window=windows[g],
+            limit=places[g] - table.sinks - windows[g],
+            num_columns=num_columns,
+            priorities=rankings[g],
+            positions=own,
+        )
+        for g, own in enumerate(positions.tolist())
+    ]
+    return SegmentEvictions(
+        torch.tensor([one.times for one in found], dtype=torch.float64, device=scores.device),
+        torch.tensor([one.losers for one in found], device=scores.device),
+        torch.tensor([one.sources for one in found], device=scores.device),
+    )

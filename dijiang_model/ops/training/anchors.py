@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops.layout import PrefillLayout
-from dijiang_model.ops.torch.anchors import attend_until, decayed_features, round_values, segment_evictions
+from dijiang_model.ops.torch.anchors import attend_until, decayed_features, round_values
 from dijiang_model.ops.torch.branches import Queries
 from dijiang_model.ops.torch.linear import LinearResult, chunked
-from dijiang_model.ops.torch.places import PlaceTable, place_table
+from dijiang_model.ops.torch.places import PlaceTable, place_table, segment_evictions
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +57,9 @@ def _segment(scores: Tensor, table: PlaceTable) -> tuple[Tensor, Tensor]:
     shared = around.unfold(1, table.anchors.num_scores, 1).amax(-1)
     nothing = scores.new_zeros((len(scores), num_columns))  # the columns of an empty state
     positions = torch.arange(-num_columns, num_tokens, device=scores.device).expand(len(scores), -1)
-    found = segment_evictions(torch.cat([nothing, shared], 1), positions, table, first=0, num_tokens=num_tokens)
-    times = torch.tensor([one.times[num_columns:] for one in found], dtype=torch.float64, device=scores.device)
-    losers = torch.tensor([one.losers for one in found], device=scores.device)
-    return times, torch.where(losers >= 0, losers - num_columns, -1)
+    first = torch.zeros(1, dtype=torch.int64, device=scores.device)
+    found = segment_evictions(torch.cat([nothing, shared], 1), positions, table, first=first)
+    return found.times[:, num_columns:], torch.where(found.losers >= 0, found.losers - num_columns, -1)
 
 
 def rounded(x: Tensor, bits: int = 8) -> Tensor:

@@ -1,4 +1,5 @@
-"""Launches the decode kernel of layers with anchors; see `kernels.anchors`. Their prompts are torch's."""
+"""Launches the kernels of layers with anchors: a step of decode rows (`kernels.anchors`), and who gives way in a prompt
+(`kernels.evictions`), whose attention is torch's."""
 
 from functools import lru_cache
 
@@ -9,11 +10,16 @@ from torch import Tensor
 from dijiang_model.config import AnchorConfig
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
-from dijiang_model.ops.layout import StepLayout, frequencies_on
+from dijiang_model.ops.layout import StepLayout, frequencies_on, sent
+from dijiang_model.ops.torch.places import PlaceTable, SegmentEvictions
 from dijiang_model.ops.triton.around import wide_product
 from dijiang_model.ops.triton.decode import DecodeBlocks
 from dijiang_model.ops.triton.device import OPTIONS
 from dijiang_model.ops.triton.kernels.anchors import anchored_decode_kernel
+from dijiang_model.ops.triton.kernels.evictions import evictions_kernel, sources_kernel
+
+CANDIDATES, STEPS = 32, 64
+"""Of one program, and of one turn of its loop."""
 
 
 @lru_cache(maxsize=256)
@@ -23,7 +29,7 @@ def _tables(anchors: AnchorConfig, sinks: int, device: torch.device) -> tuple[Te
     places, windows = torch.tensor(anchors.places), torch.tensor(anchors.windows)
     ages = torch.tensor([anchors.age], dtype=torch.float64)
     first, limits = places.cumsum(0) - places, places - windows - sinks
-    return first.to(device), windows.to(device), limits.to(device), ages.to(device)
+    return sent(first, device), sent(windows, device), sent(limits, device), sent(ages, device)
 
 
 def decode_anchors(
@@ -85,6 +91,29 @@ def decode_anchors(
         num_warps=blocks.warps,
         **OPTIONS,
     )
+
+
+def find_evictions(scores: Tensor, positions: Tensor, table: PlaceTable, *, first: Tensor) -> SegmentEvictions:
+    """As `ops.torch.places.segment_evictions`, on the device: scores are fp32, positions int32, and nobody waits."""
+    (num_heads, num_candidates), num_columns = scores.shape, len(table.columns)
+    num_tokens, device = num_candidates - num_columns, scores.device
+    _, *rules = _tables(table.anchors, table.sinks, device)
+    times = torch.empty((num_heads, num_candidates), dtype=torch.float64, device=device)
+    losers = torch.empty((num_heads, num_tokens), dtype=torch.int64, device=device)
+    sources = torch.empty((num_heads, num_columns), dtype=torch.int64, device=device)
+    sizes = num_columns, num_tokens
+    evictions_kernel[(num_heads, triton.cdiv(num_candidates, CANDIDATES))](
+        *(scores.contiguous(), positions.contiguous(), first, *rules, times, losers, *sizes),
+        SINKS=table.sinks,
+        BLOCK_J=CANDIDATES,
+        BLOCK_T=STEPS,
+        num_warps=4,
+        **OPTIONS,
+    )
+    sources_kernel[(num_heads, triton.cdiv(num_columns, CANDIDATES))](
+        *(first, *rules[:2], times, sources, *sizes), SINKS=table.sinks, BLOCK_J=CANDIDATES, num_warps=2, **OPTIONS
+    )
+    return SegmentEvictions(times, losers, sources)
 
 
 def _states(state: LayerState) -> list[Tensor]:

@@ -15,6 +15,7 @@ from dijiang_model.ops.triton.kernels.decode import (
     softmax_rows,
     store_tile,
 )
+from dijiang_model.ops.triton.kernels.evictions import priority_of
 from dijiang_model.ops.triton.kernels.parts import INDICES, features, rounded_as
 
 
@@ -44,7 +45,7 @@ def lowest_anchor(scores, places, start, limit, age, BLOCK_J: tl.constexpr):
         j = first + lane
         place = tl.load(places + start + j, mask=j < limit, other=0x7FFFFFFF)
         score = tl.load(scores + start + j, mask=j < limit, other=float("inf"))
-        priority = score.to(tl.float64) + age * place.to(tl.float64)
+        priority = priority_of(score, place, age)
         is_lower = (priority < best) | ((priority == best) & (place < best_place))
         best = tl.where(is_lower, priority, best)
         best_place = tl.where(is_lower, place, best_place)
@@ -122,7 +123,7 @@ def next_places(
     age = tl.load(ages)
     lowest, column = lowest_anchor(scores, places, SINKS + window, limit * leaves, age, BLOCK_J)
     is_full = leaving - SINKS >= limit
-    priority = own_score.to(tl.float64) + age * own_place.to(tl.float64)
+    priority = priority_of(own_score, own_place, age)
     wins = leaves * tl.where((is_full == 0) | ((priority >= lowest) & (limit > 0)), 1, 0)
     target = tl.where(is_full, column, position)  # places fill up in order: leaving + window
     is_evicted = leaves * tl.where(is_full, 1, 0)

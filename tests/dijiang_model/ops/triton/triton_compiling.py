@@ -4,8 +4,9 @@
 
 Runs layers of real shapes on CPU tensors with every launch recorded in place of being run, then compiles each
 recorded launch for compute capabilities 8.0, 9.0 and 10.0. Prints one JSON line per launch: kernel, shape, registers,
-spills and shared memory; at last one line for each kernel that would be compiled anew for some steps of one model,
-with the number of its variants. Needs triton's own assembler and no driver. Not in Triton's interpreter.
+spills, shared memory and sums in fp64 that are not fused with a product; at last one line for each kernel that would be
+compiled anew for some steps of one model, with the number of its variants. Needs triton's own assembler and no driver.
+Not in Triton's interpreter.
 """
 
 import json
@@ -30,6 +31,7 @@ from dijiang_model.config import AnchorConfig, AttentionConfig, FeatureConfig, M
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
+from dijiang_model.ops.torch.places import place_table
 from dijiang_model.ops.triton import TritonAttention, anchors, around, decode, prefill, quantized, read_out
 from dijiang_model.rotary import rotary_frequencies
 from dijiang_model.state import StateBuffer, StateSpec
@@ -235,8 +237,19 @@ def anchored_launches(shape: str, *, dtype: torch.dtype, state_dtype: torch.dtyp
     return launches
 
 
+def eviction_launches(shape: str, *, first: int = 0, num_tokens: int = 512) -> list[Launch]:
+    """The launches that find who gives way in one segment, in a layer of `ANCHORED`."""
+    attention = ANCHORED[shape][3]
+    table = place_table(attention, torch.device("cpu"))
+    candidates = torch.zeros(len(table.window), len(table.columns) + num_tokens)
+    positions = torch.zeros(first + num_tokens, dtype=torch.int64)
+    with recorded() as launches:
+        anchors.find_evictions(candidates, candidates.int(), table, first=positions[first : first + 1])
+    return launches
+
+
 def resources(compiled: Any) -> dict[str, int]:
-    """Registers of a thread, bytes of its spills and of a program's shared memory."""
+    """Registers of a thread, bytes of its spills and of a program's shared memory; sums in fp64 of their own."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -248,6 +261,7 @@ def resources(compiled: Any) -> dict[str, int]:
         "stack_bytes": found["STACK"] + found["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
+        "fp64_sums": len(re.findall(r"add(?:\.rn)?\.f64", compiled.asm["ptx"])),
     }
 
 
@@ -293,13 +307,23 @@ def main() -> None:
 
 
 def compile_anchored(shape: str) -> None:
-    """Compiles the decode kernel of one of `ANCHORED`."""
+    """Compiles the kernels of one of `ANCHORED`: of decode rows, and of who gives way in prompts."""
     for capability in CAPABILITIES:
+        for launch in eviction_launches(shape):
+            about = {"shape": shape, "capability": capability, "kernel": launch.kernel.__name__}
+            _say({**about, **resources(launch.compiled(capability))})
         for dtype, state_dtype in ((torch.bfloat16, torch.float32), (torch.bfloat16,) * 2, (torch.float32,) * 2):
             kind = f"{dtype}, states in {state_dtype}".replace("torch.", "")
             for launch in anchored_launches(shape, dtype=dtype, state_dtype=state_dtype):
                 about = {"shape": shape, "capability": capability, "kind": kind, "kernel": launch.kernel.__name__}
                 _say({**about, **resources(launch.compiled(capability))})
+    found: dict[str, set[tuple[object, ...]]] = {}
+    for first, num_tokens in enumerate((1, 16, 17, 512)):
+        for launch in eviction_launches(shape, first=first, num_tokens=num_tokens):
+            found.setdefault(launch.kernel.__name__, set()).add(launch.variant)
+    for name, variants in found.items():
+        if len(variants) > 1:
+            _say({"shape": shape, "kernel": name, "variants": len(variants)})
 
 
 def _say(line: dict[str, object]) -> None:
