@@ -22,11 +22,11 @@ TOKENS_PER_QUERY = 64
 """Targets are not learned from where fewer queries look at a token than one for so many tokens of the context."""
 NUM_HELD_OUT = 4
 """Contexts on which a predictor fitted to the others is judged; what is used in the end is fitted to all."""
-NUM_LOSS_CONTEXTS = 6
+NUM_LOSS_CONTEXTS = 12
 """Contexts on which losses are measured."""
 LOSS_STRIDE = 16
 """Every so many queries of running text count in the losses."""
-ANSWER_WEIGHT = 1.0
+ANSWER_WEIGHT = 4.0
 """Of the loss where facts are answered beside that of running text."""
 
 

@@ -12,7 +12,7 @@ from dijiang_model.conversion.training.text_windows import load_tokenizer
 
 TEXT = Path(__file__).with_name("text.txt")
 """Read where the user names none; `text.md` says where it comes from."""
-NUM_CONTEXTS = 12
+NUM_CONTEXTS = 16
 CONTEXT_TOKENS = 2048
 MAX_CHARACTERS = 1_000_000
 SEED = 0

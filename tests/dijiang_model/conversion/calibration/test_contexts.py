@@ -93,7 +93,7 @@ def test_too_little_text_is_refused_with_numbers(tokenizer: Tokenizer) -> None:
 def test_the_text_that_ships_is_enough_and_small(folder: Path) -> None:
     config = llama_config()
     contexts = calibration_contexts(config, folder, [])
-    assert len(contexts) == 12
+    assert len(contexts) == 16
     assert all(len(context.token_ids) <= config.max_position_embeddings for context in contexts)
     assert TEXT.stat().st_size < 300_000
 
