@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dijiang_model.native.choose import NOT_FINITE
 from dijiang_model.ops import AttentionOp
+from dijiang_model.ops.drawing import Draws
 from dijiang_model.ops.layout import Rotary
 from dijiang_model.ops.quantized import QuantizedMatrix
+from dijiang_model.ops.torch import drawing as torch_drawing
 from dijiang_model.ops.torch.attention import TorchAttention
 from dijiang_model.rotary import Frequencies
 
@@ -129,6 +132,37 @@ def quantized_rows(ids: Tensor, matrix: QuantizedMatrix, dtype: torch.dtype) -> 
 
         return quantized.looked_up(ids, matrix, dtype)
     return matrix.codes[ids].to(dtype) * matrix.scales[ids].to(dtype)[..., None]
+
+
+def drawn_tokens(logits: Tensor, draws: Draws) -> Tensor:
+    """A token for each row of logits [M, vocab] fp32, by inverse CDF over what the filters leave; [M] int64.
+
+    -inf: not this token. Of a row of NaN the last one.
+    """
+    if _are_drawn_by_a_kernel(logits, draws):
+        from dijiang_model.ops.triton import drawing
+
+        return drawing.drawn_tokens(logits, draws)
+    return torch_drawing.drawn_tokens(logits, draws)
+
+
+def chosen_tokens(logits: Tensor, draws: Draws) -> Tensor:
+    """`drawn_tokens` of what a model says as it is: [M] int64, one launch where a kernel does it.
+
+    The first of the most likely tokens where the temperature is 0; `NOT_FINITE` where not all logits are finite.
+    """
+    if _are_drawn_by_a_kernel(logits, draws):
+        from dijiang_model.ops.triton import drawing
+
+        return drawing.drawn_tokens(logits, draws, is_checked=True)
+    is_finite = torch.isfinite(logits.sum(dim=-1))
+    drawn = torch_drawing.drawn_tokens(logits, draws)
+    tokens = torch.where(draws.temperatures > 0, drawn, logits.argmax(dim=-1))
+    return tokens.masked_fill_(~is_finite, NOT_FINITE)  # a number of the host, which no recording may wait for
+
+
+def _are_drawn_by_a_kernel(logits: Tensor, draws: Draws) -> bool:
+    return draws.typical_p is None and logits.dtype == torch.float32 and has_kernels(logits.device, logits.dtype)
 
 
 def _is_fused(*inputs: Tensor, norm: nn.Module | None = None) -> bool:
