@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dijiang_model.native.choose import NOT_FINITE
 from dijiang_model.ops import AttentionOp
 from dijiang_model.ops.drawing import Draws
 from dijiang_model.ops.layout import Rotary
@@ -146,19 +145,20 @@ def drawn_tokens(logits: Tensor, draws: Draws) -> Tensor:
     return torch_drawing.drawn_tokens(logits, draws)
 
 
-def chosen_tokens(logits: Tensor, draws: Draws) -> Tensor:
+def chosen_tokens(logits: Tensor, draws: Draws, *, is_greedy: bool) -> Tensor:
     """`drawn_tokens` of what a model says as it is: [M] int64, one launch where a kernel does it.
 
-    The first of the most likely tokens where the temperature is 0; `NOT_FINITE` where not all logits are finite.
+    The first of the most likely tokens where the temperature is 0; `NOT_FINITE` of `native.choose` where not all
+    logits are finite.
+
+    Args:
+        is_greedy: the temperature of every row is 0.
     """
     if _are_drawn_by_a_kernel(logits, draws):
         from dijiang_model.ops.triton import drawing
 
         return drawing.drawn_tokens(logits, draws, is_checked=True)
-    is_finite = torch.isfinite(logits.sum(dim=-1))
-    drawn = torch_drawing.drawn_tokens(logits, draws)
-    tokens = torch.where(draws.temperatures > 0, drawn, logits.argmax(dim=-1))
-    return tokens.masked_fill_(~is_finite, NOT_FINITE)  # a number of the host, which no recording may wait for
+    return torch_drawing.chosen_tokens(logits, draws, is_greedy=is_greedy)
 
 
 def _are_drawn_by_a_kernel(logits: Tensor, draws: Draws) -> bool:

@@ -16,18 +16,18 @@ DTYPES: dict[str, frozenset[torch.dtype]] = {
     **dict.fromkeys(
         (
             *("slots", "positions", "starts", "first_chunks", "chunk_sequence", "chunk_offset", "ids"),
-            *("first_place", "windows", "limits"),
+            *("first_place", "windows", "limits", "top_k", "tokens"),
         ),
         frozenset((torch.int64,)),
     ),
     "near_positions": frozenset((torch.int32,)),
-    **dict.fromkeys(("frequencies", "ages"), frozenset((torch.float64,))),
+    **dict.fromkeys(("frequencies", "ages", "uniforms", "temperatures", "min_p", "top_p"), frozenset((torch.float64,))),
     **dict.fromkeys(
         (
             *("cos", "sin", "cos_sink", "sin_sink", "late_cos", "late_sin", "basis", "nodes", "log_weights"),
             *("log_decay", "table_decay", "table_write", "table_read", "low", "far_up", "mix_bias", "mix_weight"),
             *("normaliser", "near_key_scales", "near_value_scales", "key_scales", "value_scales"),
-            *("chunk_normalisers", "parts", "token_scores", "near_scores", "recent_scores", "entering"),
+            *("chunk_normalisers", "parts", "token_scores", "near_scores", "recent_scores", "entering", "logits"),
         ),
         frozenset((torch.float32,)),
     ),

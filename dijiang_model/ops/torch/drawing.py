@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dijiang_model.native.choose import NOT_FINITE
 from dijiang_model.ops.drawing import Draws
 
 
@@ -29,6 +30,15 @@ def drawn_tokens(logits: Tensor, draws: Draws) -> Tensor:
     targets = draws.uniforms.unsqueeze(1) * mass[:, -1:]
     token_ids = torch.searchsorted(mass, targets, right=True).squeeze(1)
     return token_ids.clamp_(max=logits.shape[-1] - 1)  # only a row of NaN ever points behind the end
+
+
+def chosen_tokens(logits: Tensor, draws: Draws, *, is_greedy: bool) -> Tensor:
+    """[M, vocab] fp32 -> [M] int64; see `selection.chosen_tokens`."""
+    is_finite = torch.isfinite(logits.sum(dim=-1))
+    tokens = logits.argmax(dim=-1)
+    if not is_greedy:
+        tokens = torch.where(draws.temperatures > 0, drawn_tokens(logits, draws), tokens)
+    return tokens.masked_fill_(~is_finite, NOT_FINITE)  # a number of the host, which no recording may wait for
 
 
 def _top_k_floor(logits: Tensor, top_k: Tensor, max_top_k: int) -> Tensor:

@@ -15,13 +15,13 @@ from dijiang_model.ops.selection import chosen_tokens
 from server.engine.fast_steps.graphs import DecodeGraphs
 from server.engine.sampling.penalties import is_penalised
 from server.engine.sampling.randomness import uniform
-from server.engine.sampling.sampler import FAULTY, KEEP_ALL_MASS, clamped_temperature
+from server.engine.sampling.sampler import KEEP_ALL_MASS, clamped_temperature
 from server.engine.sequence import Chunk
 from server.engine.transfer import Transfer
 
 Kind = Literal["greedy", "drawn", "filtered"]
 KINDS: tuple[Kind, ...] = ("greedy", "drawn", "filtered")
-"""argmax; with temperatures and min-p; with top-k and top-p as well. The last two are one launch where kernels draw."""
+"""argmax; with temperatures and min-p; with top-k and top-p as well. Each is one launch where kernels draw."""
 _NUM_PLACES = 2
 """Integers of a row before those of sampling: slot and position."""
 
@@ -78,11 +78,9 @@ def prepare(chunks: Items[Chunk], bucket: int, vocab_size: int, transfer: Transf
 
 
 def choose(logits: Tensor, words: Tensor, *, kind: Kind) -> Tensor:
-    """Device side: logits [R, vocab] fp32 and a step's words [F, R] int64 -> [R] int64, `FAULTY` where not finite."""
-    if kind == "greedy":
-        is_finite = torch.isfinite(logits.sum(dim=-1))
-        return logits.argmax(dim=-1).masked_fill_(~is_finite, FAULTY)  # a number of the host, for no recording waits
-    return chosen_tokens(logits, _draws(words, logits.shape[-1], is_filtered=kind == "filtered"))
+    """Device side: logits [R, vocab] fp32 and a step's words [F, R] int64 -> [R] int64, negative where not finite."""
+    draws = _draws(words, logits.shape[-1], is_filtered=kind == "filtered")
+    return chosen_tokens(logits, draws, is_greedy=kind == "greedy")
 
 
 def _uniform(chunk: Chunk) -> float:

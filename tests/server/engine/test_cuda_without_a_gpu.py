@@ -57,6 +57,8 @@ LAUNCHES = {
     "Pythia-2.8B, released": 357,
 }
 """Of a decode step, a captured one too; these only go down."""
+SAMPLING_LAUNCHES = {"greedy": 1, "drawn": 1, "filtered": 1}
+"""Of choosing a captured step's tokens; these only go down, too."""
 FAULTS = {
     "parameter_on_the_host": "WrongLaunchError",
     "norm_on_the_host": "FakeTensorDeviceMismatchError",
@@ -141,6 +143,15 @@ def test_no_family_is_left_out_and_all_that_is_driven_is_looked_at(found: dict[s
 @pytest.mark.parametrize(("model", "most"), LAUNCHES.items())
 def test_a_decode_step_launches_no_more_than_it_did(model: str, most: int, found: dict[str, Any]) -> None:
     launches = found[f"launches of {model}"]
+    assert isinstance(launches, int), launches
+    assert launches <= most
+
+
+@pytest.mark.parametrize(("kind", "most"), SAMPLING_LAUNCHES.items())
+def test_tokens_of_a_captured_step_are_chosen_by_no_more_launches_than_they_were(
+    kind: str, most: int, found: dict[str, Any]
+) -> None:
+    launches = found[f"sampling {kind}"]
     assert isinstance(launches, int), launches
     assert launches <= most
 

@@ -184,11 +184,11 @@ def test_a_step_as_the_model_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = draws_of(8, 70, seed=7)
     draws.temperatures[torch.tensor([0, 1, 5])] = 0.0
     tokens = drawn(logits, draws, is_checked=True)
-    assert tokens == selection.chosen_tokens(logits, draws).tolist()
+    assert tokens == selection.chosen_tokens(logits, draws, is_greedy=False).tolist()
     assert tokens[:2] == [int(logits[0].argmax()), 20]
     assert tokens[3:7] == [-1] * 4
     monkeypatch.setattr(selection, "has_kernels", lambda device, dtype: True)
-    launched = selection.chosen_tokens(logits.to(DEVICE), on_device(draws))
+    launched = selection.chosen_tokens(logits.to(DEVICE), on_device(draws), is_greedy=False)
     assert (launched.tolist(), launched.dtype) == (tokens, torch.int64)
 
 
