@@ -88,7 +88,7 @@ STAGES = (
     _tests(
         "kernels", 0.4,
         *(f"tests/dijiang_model/ops/triton/test_triton_{name}.py"
-          for name in ("gpu", "around", "attention", "int8_windows")),
+          for name in ("gpu", "around", "attention", "drawing", "int8_windows")),
     ),
     _tests("graphs", 0.2, "tests/server/engine/fast_steps/test_graphs_cuda.py"),
     _decode(
@@ -100,6 +100,7 @@ STAGES = (
             "--batches", "1,16,64,256"),
     _decode("decode-smollm2", 0.5, "--shapes", "smollm2-135m", "--attention", "anchors,hybrid",
             "--contexts", "2048,8192"),
+    Stage("sampling", "benchmarks.gpu.sampling", ("--no-plots",), 0.4),
     _decode("decode-states", 0.5, "--shapes", "smollm2-135m,llama-2-7b", "--attention", "hybrid", "--no-hf",
             "--states", "float32,int8,bfloat16", "--batches", "256,16"),
     _decode("decode-rounded", 0.5, "--shapes", "llama-2-7b,smollm2-135m", "--attention", "pure", "--no-hf",

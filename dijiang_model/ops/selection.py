@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dijiang_model.ops import AttentionOp
+from dijiang_model.ops.drawing import Draws
 from dijiang_model.ops.layout import Rotary
 from dijiang_model.ops.quantized import QuantizedMatrix
+from dijiang_model.ops.torch import drawing as torch_drawing
 from dijiang_model.ops.torch.attention import TorchAttention
 from dijiang_model.rotary import Frequencies
 
@@ -129,6 +131,38 @@ def quantized_rows(ids: Tensor, matrix: QuantizedMatrix, dtype: torch.dtype) -> 
 
         return quantized.looked_up(ids, matrix, dtype)
     return matrix.codes[ids].to(dtype) * matrix.scales[ids].to(dtype)[..., None]
+
+
+def drawn_tokens(logits: Tensor, draws: Draws) -> Tensor:
+    """A token for each row of logits [M, vocab] fp32, by inverse CDF over what the filters leave; [M] int64.
+
+    -inf: not this token. Of a row of NaN the last one.
+    """
+    if _are_drawn_by_a_kernel(logits, draws):
+        from dijiang_model.ops.triton import drawing
+
+        return drawing.drawn_tokens(logits, draws)
+    return torch_drawing.drawn_tokens(logits, draws)
+
+
+def chosen_tokens(logits: Tensor, draws: Draws, *, is_greedy: bool) -> Tensor:
+    """`drawn_tokens` of what a model says as it is: [M] int64, one launch where a kernel does it.
+
+    The first of the most likely tokens where the temperature is 0; `NOT_FINITE` of `native.choose` where not all
+    logits are finite.
+
+    Args:
+        is_greedy: the temperature of every row is 0.
+    """
+    if _are_drawn_by_a_kernel(logits, draws):
+        from dijiang_model.ops.triton import drawing
+
+        return drawing.drawn_tokens(logits, draws, is_checked=True)
+    return torch_drawing.chosen_tokens(logits, draws, is_greedy=is_greedy)
+
+
+def _are_drawn_by_a_kernel(logits: Tensor, draws: Draws) -> bool:
+    return draws.typical_p is None and logits.dtype == torch.float32 and has_kernels(logits.device, logits.dtype)
 
 
 def _is_fused(*inputs: Tensor, norm: nn.Module | None = None) -> bool:

@@ -11,6 +11,7 @@ import torch
 from benchmarks.costs import weight_bytes
 from benchmarks.gpu import decode as gpu_decode
 from benchmarks.gpu import prefill as gpu_prefill
+from benchmarks.gpu import sampling as gpu_sampling
 from benchmarks.gpu.command import attempt
 from benchmarks.gpu.models import WEIGHTS, config_of, random_model, softmax_twin
 from benchmarks.transformers_twin import decode_step
@@ -85,6 +86,18 @@ def test_prefill_tells_every_contender(tmp_path: Path, capsys: pytest.CaptureFix
     assert all(line["ms"] > 0 for line in result["lines"])
 
 
+def test_sampling_tells_every_kind_of_filter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # torch alone
+    gpu_sampling.main(["--tiny", "--out", str(tmp_path)])
+    lines = json.loads(capsys.readouterr().out.splitlines()[-1])["lines"]
+    assert [line["failure"] for line in lines] == [None] * len(lines)
+    assert {line["filters"] for line in lines} == set(gpu_sampling.FILTERS)
+    assert {line["name"] for line in lines} == {"torch"}
+    assert (tmp_path / "gpu-sampling-cpu-sampling.json").is_file()
+
+
 @pytest.mark.parametrize("num_tokens", [1, 5, 9, 2048])
 def test_ragged_prompts_have_as_many_tokens_as_one(num_tokens: int) -> None:
     lengths = gpu_prefill.ragged(num_tokens)
@@ -129,7 +142,8 @@ def test_ours_are_measured_although_the_rival_cannot_be_made(
 
 
 def test_ours_need_no_transformers() -> None:
-    code = "import sys; sys.modules['transformers'] = None; import benchmarks.gpu.decode, benchmarks.gpu.prefill"
+    code = "import sys; sys.modules['transformers'] = None; import benchmarks.gpu.decode, benchmarks.gpu.prefill, "
+    code += "benchmarks.gpu.sampling"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)
 
 

@@ -22,6 +22,7 @@ machine = Machine(build_guard(Path(sys.argv[1])))  # before anything imports tri
 from benchmarks.gpu.models import config_of  # noqa: E402
 from dijiang_model.config import ModelConfig  # noqa: E402
 from dijiang_model.families import build_model  # noqa: E402
+from server.engine.fast_steps import graph_sampling  # noqa: E402
 from tests.byte_tokenizer import write_byte_tokenizer  # noqa: E402
 from tests.fake_cuda.engines import (  # noqa: E402
     FAMILIES,
@@ -35,6 +36,7 @@ from tests.fake_cuda.engines import (  # noqa: E402
     run,
     run_grammars,
     run_states,
+    sampling_launches,
     step_launches,
 )
 from tests.fake_cuda.faults import FAULTS, Fault  # noqa: E402
@@ -135,6 +137,8 @@ def main() -> None:
         for model, kind in COUNTED.items():
             report(f"launches of {model}", lambda kind=kind: launches(kind))
             report(f"launches of a prompt of {model}", lambda kind=kind: launches(kind, (500,)))
+        for way in graph_sampling.KINDS:
+            report(f"sampling {way}", lambda way=way: sampling_launches(way, machine))
         for mistake, change in FAULTS.items():
             report(f"fault {mistake}", lambda change=change: fault(change, folder()))
 

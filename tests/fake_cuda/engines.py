@@ -17,6 +17,8 @@ from dijiang_model.quantization.config import Quantization
 from dijiang_model.serving.network import FrozenModel, freeze
 from dijiang_model.state import StateBuffer
 from server.engine.engine import Engine
+from server.engine.fast_steps import graph_sampling
+from server.engine.fast_steps.graphs import DecodeGraphs
 from server.engine.grammars.grammar import HEADER
 from server.engine.loading import build_engine
 from server.engine.types.logprobs import LogprobOptions
@@ -214,3 +216,13 @@ def step_launches(kind: Kind, num_layers: int, machine: Machine, *, lengths: tup
         before = Counter(machine.launches)
         network(batch, state)
     return machine.launches - before
+
+
+def sampling_launches(kind: graph_sampling.Kind, machine: Machine) -> int:
+    """What choosing the tokens of a captured step launches, from its logits on."""
+    logits = torch.empty((3, 260), device=CUDA)
+    words = torch.empty((DecodeGraphs.NUM_WORDS, 3), dtype=torch.int64, device=CUDA)
+    before = machine.launches.total()
+    with torch.inference_mode(), machine.capturing():
+        graph_sampling.choose(logits, words, kind=kind)
+    return machine.launches.total() - before

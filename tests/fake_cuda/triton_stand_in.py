@@ -16,13 +16,15 @@ DTYPES: dict[str, frozenset[torch.dtype]] = {
     **dict.fromkeys(
         (
             *("slots", "positions", "starts", "first_chunks", "chunk_sequence", "chunk_offset", "ids"),
-            *("first_place", "windows", "limits"),
+            *("first_place", "windows", "limits", "top_k", "tokens"),
         ),
         frozenset((torch.int64,)),
     ),
     **dict.fromkeys(("losers", "sources"), frozenset((torch.int64,))),
     **dict.fromkeys(("near_positions", "candidate_places"), frozenset((torch.int32,))),
-    **dict.fromkeys(("frequencies", "ages", "times"), frozenset((torch.float64,))),
+    **dict.fromkeys(
+        ("frequencies", "ages", "times", "uniforms", "temperatures", "min_p", "top_p"), frozenset((torch.float64,))
+    ),
     **dict.fromkeys(
         (
             *("cos", "sin", "cos_sink", "sin_sink", "late_cos", "late_sin", "basis", "nodes", "log_weights"),
@@ -36,6 +38,7 @@ DTYPES: dict[str, frozenset[torch.dtype]] = {
                 "near_scores",
                 "recent_scores",
                 "entering",
+                "logits",
             ),
         ),
         frozenset((torch.float32,)),

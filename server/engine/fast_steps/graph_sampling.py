@@ -10,17 +10,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dijiang_model.ops.drawing import Draws
+from dijiang_model.ops.selection import chosen_tokens
 from server.engine.fast_steps.graphs import DecodeGraphs
 from server.engine.sampling.penalties import is_penalised
 from server.engine.sampling.randomness import uniform
-from server.engine.sampling.sampler import FAULTY, KEEP_ALL_MASS, DrawPlan, clamped_temperature, draw
+from server.engine.sampling.sampler import KEEP_ALL_MASS, clamped_temperature
 from server.engine.sequence import Chunk
-from server.engine.transfer import Field, Transfer, TransferredFields
+from server.engine.transfer import Transfer
 
 Kind = Literal["greedy", "drawn", "filtered"]
 KINDS: tuple[Kind, ...] = ("greedy", "drawn", "filtered")
-"""argmax; with temperatures and min-p; with top-k and top-p as well, which sort."""
-MAX_TOP_K = 1024
+"""argmax; with temperatures and min-p; with top-k and top-p as well. Each is one launch where kernels draw."""
 _NUM_PLACES = 2
 """Integers of a row before those of sampling: slot and position."""
 
@@ -40,7 +41,7 @@ def kind_of(chunks: Items[Chunk], vocab_size: int) -> Kind | None:
     """The simplest kind that serves all these rows; None: some row wants more."""
     kind: Kind = "greedy"
     for chunk in chunks:
-        if not _is_plain(chunk, vocab_size):
+        if not _is_plain(chunk):
             return None
         sampling = chunk.sequence.sampling
         if sampling.temperature > 0:
@@ -51,7 +52,7 @@ def kind_of(chunks: Items[Chunk], vocab_size: int) -> Kind | None:
     return kind
 
 
-def _is_plain(chunk: Chunk, vocab_size: int) -> bool:
+def _is_plain(chunk: Chunk) -> bool:
     sampling, sequence = chunk.sequence.sampling, chunk.sequence
     assert chunk.output_index is not None
     return (
@@ -60,7 +61,6 @@ def _is_plain(chunk: Chunk, vocab_size: int) -> bool:
         and not is_penalised(sequence)
         and chunk.output_index >= sampling.min_tokens
         and (sampling.temperature == 0 or sampling.typical_p >= 1)
-        and (sampling.temperature == 0 or sampling.top_k <= MAX_TOP_K or sampling.top_k >= vocab_size)
     )
 
 
@@ -69,24 +69,18 @@ def prepare(chunks: Items[Chunk], bucket: int, vocab_size: int, transfer: Transf
     params = [chunk.sequence.sampling for chunk in chunks]
     rest = bucket - len(params)
     top_k = [one.top_k if 0 < one.top_k < vocab_size else vocab_size for one in params]
-    transfer.integers([int(one.temperature > 0) for one in params] + [0] * rest)
     transfer.integers(top_k + [vocab_size] * rest)
     transfer.reals([_uniform(chunk) for chunk in chunks] + [0.0] * rest)
-    transfer.reals([clamped_temperature(one.temperature or 1.0) for one in params] + [1.0] * rest)
+    temperatures = [clamped_temperature(one.temperature) if one.temperature > 0 else 0.0 for one in params]
+    transfer.reals(temperatures + [0.0] * rest)
     transfer.reals([one.min_p for one in params] + [0.0] * rest)
     transfer.reals([one.top_p if one.top_p < 1 else KEEP_ALL_MASS for one in params] + [KEEP_ALL_MASS] * rest)
 
 
 def choose(logits: Tensor, words: Tensor, *, kind: Kind) -> Tensor:
-    """Device side: logits [R, vocab] fp32 and a step's words [F, R] int64 -> [R] int64, `FAULTY` where not finite."""
-    num_rows, vocab_size = logits.shape
-    is_finite = torch.isfinite(logits.sum(dim=-1))
-    token_ids = logits.argmax(dim=-1)
-    if kind != "greedy":
-        plan, arrived = _plan(num_rows, vocab_size, is_filtered=kind == "filtered"), _arrived(words)
-        drawn = draw(logits, plan, arrived)
-        token_ids = torch.where(words[_NUM_PLACES] > 0, drawn, token_ids)
-    return token_ids.masked_fill(~is_finite, FAULTY)  # a number of the host, which no recording may wait for
+    """Device side: logits [R, vocab] fp32 and a step's words [F, R] int64 -> [R] int64, negative where not finite."""
+    draws = _draws(words, logits.shape[-1], is_filtered=kind == "filtered")
+    return chosen_tokens(logits, draws, is_greedy=kind == "greedy")
 
 
 def _uniform(chunk: Chunk) -> float:
@@ -94,20 +88,10 @@ def _uniform(chunk: Chunk) -> float:
     return uniform(chunk.sequence.sampling.seed, chunk.output_index)
 
 
-def _arrived(words: Tensor) -> TransferredFields:
-    return TransferredFields(words.view(-1), (_NUM_PLACES + 2) * words.shape[1])
-
-
-def _plan(num_rows: int, vocab_size: int, *, is_filtered: bool) -> DrawPlan:
-    """The plan of a step whose rows all draw, over the fields of `prepare`."""
-    uniforms, temperatures, min_p, top_p = (Field(True, n * num_rows, (n + 1) * num_rows) for n in range(4))
-    return DrawPlan(
-        rows=None,
-        uniforms=uniforms,
-        temperatures=temperatures,
-        min_p=min_p,
-        top_k=Field(False, 3 * num_rows, 4 * num_rows) if is_filtered else None,
-        max_top_k=min(MAX_TOP_K, vocab_size),
-        top_p=top_p if is_filtered else None,
-        typical_p=None,
-    )
+def _draws(words: Tensor, vocab_size: int, *, is_filtered: bool) -> Draws:
+    """The fields of `prepare`; greedy rows have temperature 0."""
+    top_k, reals = words[_NUM_PLACES], words[_NUM_PLACES + 1 :].view(torch.float64)
+    uniforms, temperatures, min_p, top_p = reals
+    if not is_filtered:
+        return Draws(uniforms, temperatures, min_p)
+    return Draws(uniforms, temperatures, min_p, top_k, max_top_k=vocab_size, top_p=top_p)

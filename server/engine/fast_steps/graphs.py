@@ -93,8 +93,8 @@ class DecodeGraphs:
         buckets: the captured numbers of rows, ascending.
     """
 
-    NUM_WORDS = 8
-    """Words of a row: slot, position, and up to six of its sampling."""
+    NUM_WORDS = 7
+    """Words of a row: slot, position, and up to five of its sampling."""
 
     def __init__(
         self,

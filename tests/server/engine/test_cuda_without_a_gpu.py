@@ -67,6 +67,9 @@ PROMPT_LAUNCHES = {
     "Pythia-2.8B, released": 455,
 }
 """Of a step that reads 500 tokens of one prompt, layers with anchors in torch's operations; these only go down."""
+
+SAMPLING_LAUNCHES = {"greedy": 1, "drawn": 1, "filtered": 1}
+"""Of choosing a captured step's tokens; these only go down, too."""
 FAULTS = {
     "parameter_on_the_host": "WrongLaunchError",
     "norm_on_the_host": "FakeTensorDeviceMismatchError",
@@ -141,6 +144,15 @@ def test_a_decode_step_launches_no_more_than_it_did(model: str, most: int, found
 @pytest.mark.parametrize(("model", "most"), PROMPT_LAUNCHES.items())
 def test_a_prompt_launches_no_more_than_it_did(model: str, most: int, found: dict[str, Any]) -> None:
     launches = found[f"launches of a prompt of {model}"]
+    assert isinstance(launches, int), launches
+    assert launches <= most
+
+
+@pytest.mark.parametrize(("kind", "most"), SAMPLING_LAUNCHES.items())
+def test_tokens_of_a_captured_step_are_chosen_by_no_more_launches_than_they_were(
+    kind: str, most: int, found: dict[str, Any]
+) -> None:
+    launches = found[f"sampling {kind}"]
     assert isinstance(launches, int), launches
     assert launches <= most
 

@@ -25,13 +25,23 @@ def test_every_launch_of_a_step_compiles_and_fits(shape: str) -> None:
     assert [line for line in lines if "variants" in line] == [], "a kernel is compiled anew while the model is served"
     for capability, most in SHARED_MEMORY_BYTES.items():
         launches = [line for line in lines if line["capability"] == capability]
-        assert {"decode_kernel", "queries_kernel", "entering_kernel", "states_kernel", "outputs_kernel"} <= {
-            launch["kernel"] for launch in launches
+        expected = {
+            "decode_kernel",
+            "queries_kernel",
+            "entering_kernel",
+            "states_kernel",
+            "outputs_kernel",
+            "draw_kernel",
         }
+        assert expected <= {launch["kernel"] for launch in launches}
         for launch in launches:
             assert launch["shared_bytes"] <= most, launch
             if "hybrid" not in shape or launch["kernel"] != "outputs_kernel":
                 assert launch["stack_bytes"] <= 96, launch
+            if launch["kernel"] == "draw_kernel":
+                assert launch["registers"] * 32 * launch["warps"] <= 2**16, launch
+                assert launch["stack_bytes"] <= 32, launch
+                assert launch["shared_bytes"] <= 1024, launch
         assert sum(launch["kernel"] == "decode_kernel" for launch in launches) == 3 + ("hybrid" in shape)
 
 

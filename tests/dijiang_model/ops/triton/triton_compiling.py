@@ -30,9 +30,19 @@ from dijiang_model.attention import DiJiangAttention
 from dijiang_model.config import AnchorConfig, AttentionConfig, FeatureConfig, ModelConfig
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
+from dijiang_model.ops.drawing import Draws
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
 from dijiang_model.ops.torch.places import place_table
-from dijiang_model.ops.triton import TritonAttention, anchors, around, decode, prefill, quantized, read_out
+from dijiang_model.ops.triton import (
+    TritonAttention,
+    anchors,
+    around,
+    decode,
+    drawing,
+    prefill,
+    quantized,
+    read_out,
+)
 from dijiang_model.rotary import rotary_frequencies
 from dijiang_model.state import StateBuffer, StateSpec
 
@@ -120,7 +130,7 @@ class _Recorder:
 def recorded() -> Iterator[list[Launch]]:
     """Every launch of the operator's kernels goes into the list, and nothing runs."""
     launches: list[Launch] = []
-    hosts = (decode, anchors, prefill, read_out, around, quantized)
+    hosts = (decode, anchors, prefill, read_out, around, quantized, drawing)
     kernels = [(host, name) for host in hosts for name in vars(host) if name.endswith("_kernel")]
     originals = [(host, name, getattr(host, name)) for host, name in kernels]
     try:
@@ -132,6 +142,7 @@ def recorded() -> Iterator[list[Launch]]:
             setattr(host, name, kernel)
 
 
+VOCAB_SIZE = 49_152
 FEATURES = FeatureConfig(scale=0.3, rotated=False, far_rank=16)
 HYBRID = AttentionConfig(features=FEATURES, window=60, sinks=4)
 PURE = AttentionConfig(features=FeatureConfig(scale=0.3))
@@ -207,7 +218,17 @@ def launches_of(
         if not has_normaliser:
             norm = torch.nn.GroupNorm(size, num_heads * size, dtype=dtype)
             read_out.gated_norm(attended, torch.zeros(num_tokens, num_heads * size, dtype=dtype), norm)
+        _draw(num_decode)
     return launches
+
+
+def _draw(num_rows: int) -> None:
+    """A captured step's draw, and a fresh one's with a temperature alone: views into the step's one copy."""
+    logits = torch.zeros(num_rows, VOCAB_SIZE)
+    top_k, reals = torch.zeros(7, num_rows, dtype=torch.int64)[2], torch.zeros(7, num_rows, dtype=torch.float64)[3:]
+    uniforms, temperatures, min_p, top_p = reals
+    drawing.drawn_tokens(logits, Draws(uniforms, temperatures, min_p, top_k, VOCAB_SIZE, top_p), is_checked=True)
+    drawing.drawn_tokens(logits, Draws(uniforms, temperatures))
 
 
 def anchored_launches(shape: str, *, dtype: torch.dtype, state_dtype: torch.dtype, num_decode: int = 2) -> list[Launch]:
@@ -271,7 +292,7 @@ STEPS = ((1, (69,)), (2, (64, 1)), (3, (130,)), (4, (64, 64)), (6, (65, 64, 1)))
 
 
 def num_variants(shape: str, **kind: Any) -> dict[str, int]:
-    """How often each kernel is compiled for steps of one model; angles and read-out included."""
+    """How often each kernel is compiled for steps of one model; angles, read-out and drawing included."""
     found: dict[str, set[tuple[object, ...]]] = {}
     for num_decode, lengths in STEPS:
         for launch in launches_of(shape, num_decode=num_decode, lengths=lengths, **kind):
