@@ -168,8 +168,10 @@ def codes_at(rows, c, mask):
     """Entries c of exact rows at pointers, 0 where masked; uint8: two codes of 4 bits to a byte, the even one below."""
     if rows.dtype.element_ty == tl.uint8:
         both = tl.load(rows + c // 2, mask=mask, other=0x88).to(tl.int32)
-        return ((both >> (c % 2 * 4)) & 15) - 8
-    return tl.load(rows + c, mask=mask, other=0.0)
+        codes = ((both >> (c % 2 * 4)) & 15) - 8
+    else:
+        codes = tl.load(rows + c, mask=mask, other=0.0)
+    return codes
 
 
 @triton.jit

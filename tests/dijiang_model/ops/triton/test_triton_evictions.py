@@ -46,16 +46,16 @@ class Places:
         lengths, columns = (1 + num_tokens // 3, num_tokens), len(table.columns)
         positions = torch.cat([new[:length].long() for length in lengths])
         layout = PrefillLayout(positions, torch.arange(2, device=DEVICE), lengths)
-        both = [
-            [candidates[:, : columns + length] for candidates in (candidate_scores, candidate_positions)]
-            for length in lengths
-        ]
-        packed = [torch.cat([one.flatten() for one in ones]) for ones in zip(*both, strict=True)]
-        found = find_evictions(*packed, table, layout=layout)
+        scored, placed = (
+            [candidates[:, : columns + length] for length in lengths]
+            for candidates in (candidate_scores, candidate_positions)
+        )
+        packed = [torch.cat([one.flatten() for one in ones]) for ones in (scored, placed)]
+        found = find_evictions(packed[0], packed[1], table, layout=layout)
         times = found.times.split([len(scores) * (columns + length) for length in lengths])
         losers = found.losers.split([len(scores) * length for length in lengths])
-        for n, candidates in enumerate(both):
-            expected = segment_evictions(*candidates, table, first=new[:1].long())
+        for n in range(2):
+            expected = segment_evictions(scored[n], placed[n], table, first=new[:1].long())
             assert torch.equal(times[n].view_as(expected.times), expected.times)
             assert torch.equal(losers[n].view_as(expected.losers), expected.losers)
             assert torch.equal(found.sources[n], expected.sources)

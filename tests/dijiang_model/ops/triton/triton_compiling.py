@@ -163,6 +163,16 @@ ANCHORED: dict[str, tuple[int, int, int, AttentionConfig]] = {
             anchors=AnchorConfig((1400, 356, 588), (60, 60, 60)),
         ),
     ),
+    "SmolLM2-135M, values of 4 bits, no linear part": (
+        9,
+        3,
+        64,
+        replace(
+            HYBRID,
+            features=FeatureConfig(scale=0.3, rotated=False, width=0),
+            anchors=AnchorConfig((1400, 356, 588), (60, 60, 60), value_bits=4),
+        ),
+    ),
     "LLaMA-2-7B, anchors": (32, 32, 128, replace(HYBRID, anchors=AnchorConfig((588,) * 32, (60,) * 32))),
 }
 """Query heads, key-value heads, head size and attention of a layer."""
