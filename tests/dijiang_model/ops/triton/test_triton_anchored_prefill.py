@@ -103,6 +103,7 @@ def check(shape: Shape, steps: Steps, *, dtype: torch.dtype = torch.float32, tol
     assert torch.equal(ours.buffer.storage[1], untouched)
 
 
+@pytest.mark.skipif(HAS_GPU, reason="every example is compiled anew")
 @settings(max_examples=8)
 @given(
     heads=st.lists(st.tuples(st.integers(1, 9), st.sampled_from((0, 0, 1, 2, 5, 20))), min_size=1, max_size=3),
@@ -135,8 +136,8 @@ def test_segments_of_two_sequences_however_they_are_cut(
 
 @pytest.mark.parametrize("value_bits", [4, 8])
 @pytest.mark.parametrize("features", ["unrotated", "none"])
-def test_segments_of_several_chunks_beside_decode_rows(features: str, value_bits: int) -> None:
-    """In steps of every kind; 133 tokens are past the range of sinks, 50."""
+def test_segments_of_several_chunks_behind_padding(features: str, value_bits: int) -> None:
+    """133 tokens are past the range of sinks, 50; padding goes through torch, or the kernel of decode rows."""
     shape = shape_of([(20, 60), (7, 0)], features=features, span=3, value_bits=value_bits)
     check(shape, [((), {0: 33, 1: 1}), ((), {1: 65}), ((), {0: 100})])
 
