@@ -88,7 +88,7 @@ STAGES = (
     _tests(
         "kernels", 0.4,
         *(f"tests/dijiang_model/ops/triton/test_triton_{name}.py"
-          for name in ("gpu", "around", "attention", "drawing", "int8_windows")),
+          for name in ("gpu", "around", "attention", "drawing", "int8_windows", "anchored_prefill")),
     ),
     _tests("graphs", 0.2, "tests/server/engine/fast_steps/test_graphs_cuda.py"),
     _decode(

@@ -16,7 +16,7 @@ DTYPES: dict[str, frozenset[torch.dtype]] = {
     **dict.fromkeys(
         (
             *("slots", "positions", "starts", "first_chunks", "chunk_sequence", "chunk_offset", "ids"),
-            *("first_place", "windows", "limits", "top_k", "tokens"),
+            *("first_place", "windows", "limits", "token_sequence", "top_k", "tokens"),
         ),
         frozenset((torch.int64,)),
     ),
@@ -39,6 +39,7 @@ DTYPES: dict[str, frozenset[torch.dtype]] = {
                 "recent_scores",
                 "entering",
                 "logits",
+                "entering_keys",
             ),
         ),
         frozenset((torch.float32,)),
@@ -46,8 +47,10 @@ DTYPES: dict[str, frozenset[torch.dtype]] = {
     "state": frozenset((torch.float32, torch.bfloat16)),
     **dict.fromkeys(
         ("near_keys", "near_values", "rotated", "int8_values", "v"),
-        frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int8)),
+        frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)),
     ),
+    "keys": frozenset((torch.int8,)),
+    "values": frozenset((torch.int8, torch.uint8)),
     "codes": frozenset((torch.int8, torch.uint8)),
     **dict.fromkeys(("scales", "minimums"), frozenset((torch.float32, torch.float16))),
 }

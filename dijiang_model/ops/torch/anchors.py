@@ -15,7 +15,7 @@ from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
 from dijiang_model.ops.torch.branches import Queries, branch_queries, read_out, store_linear
 from dijiang_model.ops.torch.linear import chunked, recurrent_step
-from dijiang_model.ops.torch.places import FindEvictions, PlaceTable, place_table, priorities, segment_evictions
+from dijiang_model.ops.torch.places import PlaceTable, place_table, priorities, segment_evictions
 from dijiang_model.ops.torch.rounding import packed_nibbles, round_rows, unpacked_nibbles
 from dijiang_model.ops.torch.window import decode_window
 
@@ -79,21 +79,24 @@ def round_values(v: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return round_rows(v) if bits == 8 else round_rows(v, largest_code=LARGEST_NIBBLE)
 
 
-class DecodeRows(Protocol):
-    """A kernel for the decode rows of a layer with anchors, in the place of the torch operations here."""
+class AnswerRows(Protocol):
+    """A device's own way to some rows of a layer with anchors, in the place of the torch operations here."""
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        kernel: LinearKernel,
-        layout: StepLayout,
-        state: LayerState,
-        out: Tensor,
-    ) -> None:
-        """Answers q [N, H, d], k and v [N, G, d], as projected, in `out` [N, H, d], and moves the states on."""
+        self, q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
+    ) -> Tensor:
+        """Answers q [T, H, d], k and v [T, G, d] of these rows, as projected: [T, H, d]. Moves their states on."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorKernels:
+    """What a device has kernels for: decode rows, prefill segments. None: torch operations."""
+
+    decode: AnswerRows | None = None
+    prefill: AnswerRows | None = None
+
+
+NO_KERNELS = AnchorKernels()
 
 
 def anchored_attention(
@@ -104,17 +107,28 @@ def anchored_attention(
     kernel: LinearKernel,
     layout: StepLayout,
     state: LayerState,
-    decode_rows: DecodeRows | None = None,
-    find_evictions: FindEvictions = segment_evictions,
+    kernels: AnchorKernels = NO_KERNELS,
 ) -> Tensor:
     """[T, H, d]; `state.token_scores` has the scores of the step's tokens."""
-    split, parts = layout.num_decode, []
-    if split > 0 and decode_rows is not None:
-        out = torch.empty((split, *q.shape[1:]), dtype=q.dtype, device=q.device)
-        decode_rows(q[:split], k[:split], v[:split], kernel=kernel, layout=layout, state=state, out=out)
-        if layout.prefill is None:
-            return out
-        parts.append(out)
+    split, num_tokens = layout.num_decode, len(q)
+    kinds = ((0, split, kernels.decode), (split, num_tokens, kernels.prefill))
+    parts = {
+        start: answer(q[start:stop], k[start:stop], v[start:stop], kernel=kernel, layout=layout, state=state)
+        for start, stop, answer in kinds
+        if start < stop and answer is not None
+    }
+    missing = [(start, stop) for start, stop, answer in kinds if start < stop and answer is None]
+    if missing:
+        parts |= _by_torch(q, k, v, missing, kernel=kernel, layout=layout, state=state)
+    both = [parts[start] for start in sorted(parts)]
+    return both[0] if len(both) == 1 else torch.cat([part.to(both[-1].dtype) for part in both])
+
+
+def _by_torch(
+    q: Tensor, k: Tensor, v: Tensor, ends: list[tuple[int, int]], *, kernel: LinearKernel, layout: StepLayout,
+    state: LayerState,
+) -> dict[int, Tensor]:  # fmt: skip
+    """The rows between these ends, all decode rows or all segments each, [T, H, d] by their first one."""
     dtype = kernel.log_decay.dtype
     q, k, v, scores = q.to(dtype), layout.rotary.apply(k.to(dtype)), v.to(dtype), _present(state.token_scores)
     queries = branch_queries(q, kernel=kernel, layout=layout)
@@ -122,15 +136,13 @@ def anchored_attention(
     anchors = kernel.attention.anchors
     assert anchors is not None
     new = PlaceRows.rounded(k, v, positions, scores, value_bits=anchors.value_bits)
-    if split > 0 and decode_rows is None:
-        own = PlaceRows(*(tensor[:split] for tensor in new.tensors()))
-        parts.append(_decode(queries.rows(0, split), own, kernel=kernel, layout=layout, state=state).flatten(1, 2))
-    if layout.prefill is not None:
-        own = PlaceRows(*(tensor[split:] for tensor in new.tensors()))
-        rows = queries.rows(split, None)
-        found = _prefill(rows, own, kernel=kernel, step=layout, state=state, find_evictions=find_evictions)
-        parts.append(found.flatten(1, 2))
-    return torch.cat([part.to(parts[-1].dtype) for part in parts])
+    found = {}
+    for start, stop in ends:
+        own = PlaceRows(*(tensor[start:stop] for tensor in new.tensors()))
+        answer = _decode if start < layout.num_decode else _prefill
+        rows = answer(queries.rows(start, stop), own, kernel=kernel, layout=layout, state=state)
+        found[start] = rows.flatten(1, 2)
+    return found
 
 
 def _decode(q: Queries, new: PlaceRows, *, kernel: LinearKernel, layout: StepLayout, state: LayerState) -> Tensor:
@@ -236,35 +248,26 @@ def decayed_features(keys: Tensor, is_evicted: Tensor, distance: Tensor, *, kern
     return torch.where(is_evicted[..., None], features, 0.0)
 
 
-def _prefill(
-    q: Queries,
-    new: PlaceRows,
-    *,
-    kernel: LinearKernel,
-    step: StepLayout,
-    state: LayerState,
-    find_evictions: FindEvictions,
-) -> Tensor:
-    layout, dtype = step.prefill, kernel.log_decay.dtype
-    assert layout is not None
+def _prefill(q: Queries, new: PlaceRows, *, kernel: LinearKernel, layout: StepLayout, state: LayerState) -> Tensor:
+    step, dtype = layout.prefill, kernel.log_decay.dtype
+    assert step is not None
     segments = [
-        _segment(q, new, n, layout=layout, kernel=kernel, state=state, find_evictions=find_evictions)
-        for n in range(layout.num_sequences)
+        _segment(q, new, n, layout=step, kernel=kernel, state=state) for n in range(step.num_sequences)
     ]  # each moves its slot's places on
     loser = PlaceRows(*(torch.cat(parts) for parts in zip(*(s.loser.tensors() for s in segments), strict=True)))
     is_evicted = torch.cat([segment.is_evicted for segment in segments])
     exact = (torch.cat([s.exact[0] for s in segments]), torch.cat([s.exact[1] for s in segments]))
     linear = chunked(
         kernel.phi(q.linear),
-        linear_features(loser, is_evicted, layout.positions, kernel=kernel, rotary=step.rotary),
+        linear_features(loser, is_evicted, step.positions, kernel=kernel, rotary=layout.rotary),
         torch.where(is_evicted[..., None], loser.wide_values(dtype), 0.0),
         log_decay=kernel.log_decay,
-        state=state.linear_state[layout.slots].to(dtype),
-        normaliser=_present(state.normaliser)[layout.slots],
-        layout=layout,
+        state=state.linear_state[step.slots].to(dtype),
+        normaliser=_present(state.normaliser)[step.slots],
+        layout=step,
     )
-    last = layout.sequence_start + layout.sequence_length - 1
-    store_linear(linear, layout.slots, state, positions=layout.positions[last])
+    last = step.sequence_start + step.sequence_length - 1
+    store_linear(linear, step.slots, state, positions=step.positions[last])
     return read_out(linear, exact, q.mix, kernel)
 
 
@@ -285,7 +288,6 @@ def _segment(
     layout: PrefillLayout,
     kernel: LinearKernel,
     state: LayerState,
-    find_evictions: FindEvictions,
 ) -> _Segment:
     table, dtype = place_table(kernel.attention, q.exact.device), kernel.log_decay.dtype
     tokens = slice(layout.starts[number], layout.starts[number + 1])
@@ -296,7 +298,7 @@ def _segment(
     both = (torch.cat(pair, dim=1) for pair in zip(held.tensors(), fresh.tensors(), strict=True))
     candidates = PlaceRows(*both)
     share_scores_(candidates.scores, fresh.scores, _present(state.recent_scores), table, slot=slot, first=first)
-    found = find_evictions(candidates.scores, candidates.positions, table, first=first)
+    found = segment_evictions(candidates.scores, candidates.positions, table, first=first)
     found.times[:, : len(table.columns)].masked_fill_(~table.holds(first)[0], -1)
     exact = attend_until(
         own,

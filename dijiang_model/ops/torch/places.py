@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heapify, heappush, heappushpop
 from math import inf
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -165,20 +164,13 @@ class SegmentEvictions:
     sources: Tensor
 
 
-class FindEvictions(Protocol):
-    """A device's own way to the evictions of a segment, in the place of `segment_evictions`."""
-
-    def __call__(self, scores: Tensor, positions: Tensor, table: PlaceTable, *, first: Tensor) -> SegmentEvictions:
-        """Of each head.
-
-        Args:
-            scores, positions: [G, J + T], shared scores and positions of the candidates.
-            first: [1] int64, position of the first of the T new tokens.
-        """
-
-
 def segment_evictions(scores: Tensor, positions: Tensor, table: PlaceTable, *, first: Tensor) -> SegmentEvictions:
-    """See `FindEvictions`: head after head on the host, which waits for a device's numbers."""
+    """Of each head, head after head on the host, which waits for a device's numbers.
+
+    Args:
+        scores, positions: [G, J + T], shared scores and positions of the candidates.
+        first: [1] int64, position of the first of the T new tokens.
+    """
     rankings = priorities(scores, positions, table).tolist()
     windows, places, num_columns = table.anchors.windows, table.anchors.places, len(table.columns)
     found = [

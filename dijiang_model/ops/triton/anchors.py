@@ -1,5 +1,4 @@
-"""Launches the kernels of layers with anchors: a step of decode rows (`kernels.anchors`), and who gives way in a prompt
-(`kernels.evictions`), whose attention is torch's."""
+"""Launches the kernel of decode rows of layers with anchors (`kernels.anchors`); prompts: `anchored_prefill`."""
 
 from functools import lru_cache
 
@@ -11,20 +10,15 @@ from dijiang_model.config import AnchorConfig
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import StepLayout, frequencies_on, sent
-from dijiang_model.ops.torch.places import PlaceTable, SegmentEvictions
 from dijiang_model.ops.triton.around import wide_product
 from dijiang_model.ops.triton.decode import DecodeBlocks
 from dijiang_model.ops.triton.device import OPTIONS
 from dijiang_model.ops.triton.kernels.anchors import anchored_decode_kernel
-from dijiang_model.ops.triton.kernels.evictions import evictions_kernel, sources_kernel
-
-CANDIDATES, STEPS = 32, 64
-"""Of one program, and of one turn of its loop."""
 
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(mode=False)
-def _tables(anchors: AnchorConfig, sinks: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def head_tables(anchors: AnchorConfig, sinks: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """First place, window and most anchors of each head [G] int64, and the age [1] fp64."""
     places, windows = torch.tensor(anchors.places), torch.tensor(anchors.windows)
     ages = torch.tensor([anchors.age], dtype=torch.float64)
@@ -33,14 +27,15 @@ def _tables(anchors: AnchorConfig, sinks: int, device: torch.device) -> tuple[Te
 
 
 def decode_anchors(
-    q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState, out: Tensor
-) -> None:
-    """The decode rows of a step, as `decode`; `state.token_scores` has the scores of the step's tokens."""
+    q: Tensor, k: Tensor, v: Tensor, *, kernel: LinearKernel, layout: StepLayout, state: LayerState
+) -> Tensor:
+    """The decode rows of a step, as `decode`, [N, H, d]; `state.token_scores` has the scores of the step's tokens."""
     config, (num_rows, num_heads, head_size) = kernel.attention, q.shape
     anchors = config.anchors
     assert anchors is not None
     scores, states = state.token_scores, _states(state)
     assert scores is not None
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     blocks = DecodeBlocks.of(head_size=head_size, num_features=kernel.num_features, is_int8=True)
     rank, groups = config.features.far_rank, kernel.num_kv_heads
     anchored_decode_kernel[(num_rows, groups)](
@@ -58,7 +53,7 @@ def decode_anchors(
         layout.sink_rotary.cos,
         layout.sink_rotary.sin,
         frequencies_on(layout.rotary.frequencies, q.device),
-        *_tables(anchors, config.sinks, q.device),
+        *head_tables(anchors, config.sinks, q.device),
         kernel.basis,
         kernel.ones if kernel.is_whole_projection else kernel.nodes,
         kernel.zeros if kernel.is_whole_projection else kernel.log_weights,
@@ -67,9 +62,7 @@ def decode_anchors(
         kernel.mix_bias,
         kernel.mix_weight,
         *states,
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
+        *(stride for x in (q, k, v) for stride in x.stride()[:2]),
         *(states[index].stride(0) for index in (0, 1, 2, 4, 8)),
         config.features.scale,
         R=num_heads // groups,
@@ -91,29 +84,7 @@ def decode_anchors(
         num_warps=blocks.warps,
         **OPTIONS,
     )
-
-
-def find_evictions(scores: Tensor, positions: Tensor, table: PlaceTable, *, first: Tensor) -> SegmentEvictions:
-    """As `ops.torch.places.segment_evictions`, on the device: scores are fp32, positions int32, and nobody waits."""
-    (num_heads, num_candidates), num_columns = scores.shape, len(table.columns)
-    num_tokens, device = num_candidates - num_columns, scores.device
-    _, *rules = _tables(table.anchors, table.sinks, device)
-    times = torch.empty((num_heads, num_candidates), dtype=torch.float64, device=device)
-    losers = torch.empty((num_heads, num_tokens), dtype=torch.int64, device=device)
-    sources = torch.empty((num_heads, num_columns), dtype=torch.int64, device=device)
-    sizes = num_columns, num_tokens
-    evictions_kernel[(num_heads, triton.cdiv(num_candidates, CANDIDATES))](
-        *(scores.contiguous(), positions.contiguous(), first, *rules, times, losers, *sizes),
-        SINKS=table.sinks,
-        BLOCK_J=CANDIDATES,
-        BLOCK_T=STEPS,
-        num_warps=4,
-        **OPTIONS,
-    )
-    sources_kernel[(num_heads, triton.cdiv(num_columns, CANDIDATES))](
-        *(first, *rules[:2], times, sources, *sizes), SINKS=table.sinks, BLOCK_J=CANDIDATES, num_warps=2, **OPTIONS
-    )
-    return SegmentEvictions(times, losers, sources)
+    return out
 
 
 def _states(state: LayerState) -> list[Tensor]:

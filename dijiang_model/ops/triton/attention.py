@@ -6,9 +6,10 @@ from torch import Tensor
 from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.layout import Rotary, StepLayout
-from dijiang_model.ops.torch.anchors import anchored_attention
+from dijiang_model.ops.torch.anchors import AnchorKernels, anchored_attention
 from dijiang_model.ops.torch.attention import TorchAttention
-from dijiang_model.ops.triton.anchors import decode_anchors, find_evictions
+from dijiang_model.ops.triton.anchored_prefill import prefill_anchors
+from dijiang_model.ops.triton.anchors import decode_anchors
 from dijiang_model.ops.triton.decode import decode
 from dijiang_model.ops.triton.device import on_device_of
 from dijiang_model.ops.triton.prefill import prefill
@@ -18,11 +19,11 @@ STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class TritonAttention:
-    """Decode rows in one launch, prefill segments in five; sums and decays in fp32, products in the weights' dtype.
+    """Decode rows in one launch, prefill segments in five, with anchors in eleven; sums and decays in fp32, products in
+    the weights' dtype.
 
-    Prompts of layers with anchors (but for who gives way to whom), all of those with values of 4 bits or without a
-    linear part, and layers without anchors that have fewer than 16 features are computed by torch operations. None of
-    these makes the host wait for the device.
+    Decode rows of layers with anchors that have values of 4 bits or no linear part, and layers without anchors that
+    have fewer than 16 features are computed by torch operations. None of these makes the host wait for the device.
 
     Fp64 models are not for it (`dijiang_model.ops.attention_for` gives them torch's).
     """
@@ -45,17 +46,8 @@ class TritonAttention:
         anchors = kernel.attention.anchors
         if anchors is not None:
             is_known = anchors.value_bits == 8 and kernel.num_features > 0
-            decode_rows = decode_anchors if is_known else None
-            return anchored_attention(
-                q,
-                k,
-                v,
-                kernel=kernel,
-                layout=layout,
-                state=state,
-                decode_rows=decode_rows,
-                find_evictions=find_evictions,
-            )
+            kernels = AnchorKernels(decode_anchors if is_known else None, prefill_anchors)
+            return anchored_attention(q, k, v, kernel=kernel, layout=layout, state=state, kernels=kernels)
         if kernel.num_features < 16:
             return TorchAttention()(q, k, v, kernel=kernel, layout=layout, state=state)
         split = layout.num_decode

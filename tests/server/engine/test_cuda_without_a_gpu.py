@@ -58,7 +58,7 @@ LAUNCHES = {
 }
 """Of a decode step, a captured one too; these only go down."""
 PROMPT_LAUNCHES = {
-    "SmolLM2, the default model": 13288,
+    "SmolLM2, the default model": 579,
     "SmolLM2, hybrid": 518,
     "SmolLM2, hybrid, int8": 518,
     "SmolLM2, hybrid, int4": 518,
@@ -66,7 +66,7 @@ PROMPT_LAUNCHES = {
     "LLaMA-2-7B, pure": 360,
     "Pythia-2.8B, released": 455,
 }
-"""Of a step that reads 500 tokens of one prompt, layers with anchors in torch's operations; these only go down."""
+"""Of a step that reads 500 tokens of one prompt; these only go down."""
 
 SAMPLING_LAUNCHES = {"greedy": 1, "drawn": 1, "filtered": 1}
 """Of choosing a captured step's tokens; these only go down, too."""

@@ -2,8 +2,8 @@
 
 Whoever leaves the window joins the anchors and the lowest one goes: after every step the L highest of all that have
 left are held. So a candidate is evicted in the first step by which L others that outrank it have left, and each one
-counts for itself. Candidates of a head are its J columns as the segment finds them, then the T new tokens; the naive
-twin is `ops.torch.places.evictions`.
+counts for itself. Candidates of a head are its J columns as the segment finds them, then the T new tokens; those of a
+step's N segments lie one segment after another. The naive twin is `ops.torch.places.evictions`.
 """
 
 import triton
@@ -11,8 +11,8 @@ import triton.language as tl
 
 from dijiang_model.ops.triton.kernels.parts import INDICES
 
-SIZES = ("num_columns", "num_tokens")
-"""Every segment has its own."""
+SIZES = ("num_columns",)
+"""Every layer has its own."""
 
 
 @triton.jit
@@ -50,26 +50,32 @@ def leaving_step(j, first, window, num_columns, num_tokens, SINKS: tl.constexpr)
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=INDICES)
 def evictions_kernel(
-    candidate_scores, candidate_places, positions, windows, limits, ages, times, losers, num_columns, num_tokens,
+    candidate_scores, candidate_places, positions, starts, windows, limits, ages, times, losers, num_columns,
     SINKS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Grid (G, ceil((J + T) / BLOCK_J)): when each candidate is evicted, and who is in each step.
+    """Grid (N, G, ceil((J + T) / BLOCK_J)), T the most of a segment: when each candidate is evicted, and who is in each
+    step.
 
     Args:
-        candidate_scores, candidate_places: [G, J + T], shared scores fp32 and positions int32.
-        positions: int64, begins with that of the segment's first token.
-        times: [G, J + T] fp64, written: position of the query from which on a candidate is not held, inf: of none.
-        losers: [G, T] int64, written: candidate that is evicted as each new token comes, -1: none.
+        candidate_scores, candidate_places: by segment [G, J + T], shared scores fp32 and positions int32.
+        positions, starts: of the segments' tokens, and the first token of each segment, int64.
+        times: by segment [G, J + T] fp64, written: position of the query from which on a candidate is not held, inf: of
+            none.
+        losers: by segment [G, T] int64, written: candidate that is evicted as each new token comes, -1: none.
     """
-    g = tl.program_id(0).to(tl.int64)
-    first = tl.load(positions).to(tl.int32)
+    n, g, num_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    begin_row = tl.load(starts + n)
+    num_tokens = (tl.load(starts + n + 1) - begin_row).to(tl.int32)
+    first = tl.load(positions + begin_row).to(tl.int32)
     window, limit = tl.load(windows + g).to(tl.int32), tl.load(limits + g).to(tl.int32)
     age = tl.load(ages)
     num_candidates = num_columns + num_tokens
-    scores, places = candidate_scores + g * num_candidates, candidate_places + g * num_candidates
+    segment = num_heads * (n * num_columns + begin_row) + g * num_candidates
+    scores, places = candidate_scores + segment, candidate_places + segment
+    own_losers = losers + num_heads * begin_row + g * num_tokens
     start = SINKS + window  # column of the first anchor
     before, begin = tl.minimum(limit, tl.maximum(first - start, 0)), tl.maximum(start - first, 0)
-    j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
+    j = tl.program_id(2) * BLOCK_J + tl.arange(0, BLOCK_J)
     joins = leaving_step(j, first, window, num_columns, num_tokens, SINKS)
     joins = tl.where((j >= start) & (j < start + before), -1, joins)
     is_live = (joins < num_tokens) & (j < num_candidates)
@@ -97,31 +103,33 @@ def evictions_kernel(
         block += BLOCK_T
     is_evicted = is_live & (evicted_in < num_tokens)
     time = tl.where(is_evicted, (first + evicted_in).to(tl.float64), float("inf"))
-    tl.store(times + g * num_candidates + j, time, mask=j < num_candidates)
-    tl.store(losers + g * num_tokens + evicted_in, j.to(tl.int64), mask=is_evicted)
+    tl.store(times + segment + j, time, mask=j < num_candidates)
+    tl.store(own_losers + evicted_in, j.to(tl.int64), mask=is_evicted)
     step = j - num_columns  # of the new token that is a candidate here
     has_loser = (step >= begin) & (before + step - begin >= limit)
     none = tl.zeros([BLOCK_J], tl.int64) - 1
-    tl.store(losers + g * num_tokens + step, none, mask=(step >= 0) & (step < num_tokens) & (has_loser == 0))
+    tl.store(own_losers + step, none, mask=(step >= 0) & (step < num_tokens) & (has_loser == 0))
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=INDICES)
 def sources_kernel(
-    positions, windows, limits, times, sources, num_columns, num_tokens, SINKS: tl.constexpr, BLOCK_J: tl.constexpr
+    positions, starts, windows, limits, times, sources, num_columns, SINKS: tl.constexpr, BLOCK_J: tl.constexpr
 ):
-    """Grid (G, ceil(J / BLOCK_J)): the candidate that stands in each column after the segment.
+    """Grid (N, G, ceil(J / BLOCK_J)): the candidate that stands in each column after the segment.
 
     Args:
-        positions, times: as in `evictions_kernel`.
-        sources: [G, J] int64, written; a column that holds nothing, or that no head's place is, keeps its own.
+        positions, starts, times: as in `evictions_kernel`.
+        sources: [N, G, J] int64, written; a column that holds nothing, or that no head's place is, keeps its own.
     """
-    g = tl.program_id(0).to(tl.int64)
-    first = tl.load(positions).to(tl.int32)
+    n, g, num_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    begin_row = tl.load(starts + n)
+    num_tokens = (tl.load(starts + n + 1) - begin_row).to(tl.int32)
+    first = tl.load(positions + begin_row).to(tl.int32)
     window, limit = tl.load(windows + g).to(tl.int32), tl.load(limits + g).to(tl.int32)
-    own_times = times + g * (num_columns + num_tokens)
+    own_times = times + num_heads * (n * num_columns + begin_row) + g * (num_columns + num_tokens)
     start, last = SINKS + window, first + num_tokens - 1
     before = tl.minimum(limit, tl.maximum(first - start, 0))
-    j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
+    j = tl.program_id(2) * BLOCK_J + tl.arange(0, BLOCK_J)
     token = tl.where(j < SINKS, j, last - (last - (j - SINKS) + window) % window)  # of sinks and of the ring
     is_new = (j < start) & (token >= tl.where(j < SINKS, first, tl.maximum(first, SINKS))) & (token <= last)
     source = tl.where(is_new, num_columns + token - first, j)
@@ -135,4 +143,4 @@ def sources_kernel(
         leaving = tl.where(is_out, time, 0.0).to(tl.int32) - window
         source = tl.where(is_out, candidate_of(leaving, first, window, num_columns, SINKS), source)
         time = tl.load(own_times + source, mask=is_out, other=float("inf"))
-    tl.store(sources + g * num_columns + j, source.to(tl.int64), mask=j < num_columns)
+    tl.store(sources + (n * num_heads + g) * num_columns + j, source.to(tl.int64), mask=j < num_columns)

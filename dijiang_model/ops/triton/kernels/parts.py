@@ -158,9 +158,20 @@ def rounded_as(value, exact, factor):
 def scale_at(scales, mask, exact):
     """Scales of exact rows at pointers; 1 for rows that have none. 0 where masked."""
     scale = 1.0
-    if exact.dtype.element_ty == tl.int8:
+    if exact.dtype.element_ty.primitive_bitwidth == 8:
         scale = tl.load(scales, mask=mask, other=0.0)
     return scale
+
+
+@triton.jit
+def codes_at(rows, c, mask):
+    """Entries c of exact rows at pointers, 0 where masked; uint8: two codes of 4 bits to a byte, the even one below."""
+    if rows.dtype.element_ty == tl.uint8:
+        both = tl.load(rows + c // 2, mask=mask, other=0x88).to(tl.int32)
+        codes = ((both >> (c % 2 * 4)) & 15) - 8
+    else:
+        codes = tl.load(rows + c, mask=mask, other=0.0)
+    return codes
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dijiang_model.ops.triton.kernels.parts import INDICES, operand, rounded, scale_at, turned
+from dijiang_model.ops.triton.kernels.parts import INDICES, codes_at, operand, rounded, scale_at, turned
 from dijiang_model.ops.triton.kernels.prefill_features import chunk_at
 from dijiang_model.ops.triton.kernels.prefill_states import chunk_totals
 
@@ -18,7 +18,7 @@ def softmax_step(
     Codes are multiplied as they are, exact in bf16; their scales [J] go to the scores and to the weights.
     """
     keys = operand(tl.load(key_at[:, None] + c, mask=exists[:, None] & (c < D), other=0.0), like, EMULATED)
-    values = operand(tl.load(value_at[:, None] + col, mask=exists[:, None] & (col < D), other=0.0), like, EMULATED)
+    values = operand(codes_at(value_at[:, None], col, exists[:, None] & (col < D)), like, EMULATED)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * root
     if key_at.dtype.element_ty == tl.int8:
         scores *= scale_at(key_scale_at, exists, key_at)[None, :]
@@ -28,7 +28,7 @@ def softmax_step(
     weights = tl.exp(scores - base[:, None])
     shrink = tl.exp(largest - base)
     total = total * shrink + tl.sum(weights, 1)
-    if value_at.dtype.element_ty == tl.int8:
+    if value_at.dtype.element_ty.primitive_bitwidth == 8:
         weights *= scale_at(value_scale_at, exists, value_at)[None, :]
     sums = tl.dot(rounded(weights, like, EMULATED), values, sums * shrink[:, None], input_precision=PRECISION)
     return now, total, sums

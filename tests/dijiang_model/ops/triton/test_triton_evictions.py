@@ -11,8 +11,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs the extra `triton`; run by `make test-triton`")
 
 from dijiang_model.config import AnchorConfig
+from dijiang_model.ops.layout import PrefillLayout
 from dijiang_model.ops.torch.places import PlaceTable, place_table, segment_evictions
-from dijiang_model.ops.triton.anchors import CANDIDATES, STEPS, find_evictions
+from dijiang_model.ops.triton.anchored_prefill import CANDIDATES, STEPS, find_evictions
 from tests.dijiang_model.ops.triton.test_triton_attention import DEVICE, HAS_GPU, HYBRID
 
 pytestmark = [pytest.mark.cuda] if HAS_GPU else []
@@ -41,14 +42,25 @@ class Places:
         new = torch.arange(self.num_seen, self.num_seen + num_tokens, dtype=torch.int32, device=DEVICE)
         candidate_scores = torch.cat([self.scores, scores.to(DEVICE)], 1)
         candidate_positions = torch.cat([self.positions, new.expand(len(scores), -1)], 1)
-        first = torch.tensor([-1, self.num_seen, -1], device=DEVICE)[1:2]  # a view into a step's numbers
-        found = find_evictions(candidate_scores, candidate_positions, table, first=first)
-        expected = segment_evictions(candidate_scores, candidate_positions, table, first=first)
-        assert torch.equal(found.times, expected.times)
-        assert torch.equal(found.losers, expected.losers)
-        assert torch.equal(found.sources, expected.sources)
-        self.scores = candidate_scores.gather(1, found.sources)
-        self.positions = candidate_positions.gather(1, found.sources)
+        # Two segments of a step: a part of this one, and the whole.
+        lengths, columns = (1 + num_tokens // 3, num_tokens), len(table.columns)
+        positions = torch.cat([new[:length].long() for length in lengths])
+        layout = PrefillLayout(positions, torch.arange(2, device=DEVICE), lengths)
+        scored, placed = (
+            [candidates[:, : columns + length] for length in lengths]
+            for candidates in (candidate_scores, candidate_positions)
+        )
+        packed = [torch.cat([one.flatten() for one in ones]) for ones in (scored, placed)]
+        found = find_evictions(packed[0], packed[1], table, layout=layout)
+        times = found.times.split([len(scores) * (columns + length) for length in lengths])
+        losers = found.losers.split([len(scores) * length for length in lengths])
+        for n in range(2):
+            expected = segment_evictions(scored[n], placed[n], table, first=new[:1].long())
+            assert torch.equal(times[n].view_as(expected.times), expected.times)
+            assert torch.equal(losers[n].view_as(expected.losers), expected.losers)
+            assert torch.equal(found.sources[n], expected.sources)
+        self.scores = candidate_scores.gather(1, found.sources[1])
+        self.positions = candidate_positions.gather(1, found.sources[1])
         self.num_seen += num_tokens
 
     def held(self) -> tuple[Tensor, Tensor]:

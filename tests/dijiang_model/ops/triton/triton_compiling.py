@@ -32,9 +32,9 @@ from dijiang_model.kernel import LinearKernel
 from dijiang_model.ops import LayerState
 from dijiang_model.ops.drawing import Draws
 from dijiang_model.ops.layout import PrefillLayout, Rotary, StepLayout
-from dijiang_model.ops.torch.places import place_table
 from dijiang_model.ops.triton import (
     TritonAttention,
+    anchored_prefill,
     anchors,
     around,
     decode,
@@ -130,7 +130,7 @@ class _Recorder:
 def recorded() -> Iterator[list[Launch]]:
     """Every launch of the operator's kernels goes into the list, and nothing runs."""
     launches: list[Launch] = []
-    hosts = (decode, anchors, prefill, read_out, around, quantized, drawing)
+    hosts = (decode, anchors, anchored_prefill, prefill, read_out, around, quantized, drawing)
     kernels = [(host, name) for host in hosts for name in vars(host) if name.endswith("_kernel")]
     originals = [(host, name, getattr(host, name)) for host, name in kernels]
     try:
@@ -164,6 +164,16 @@ ANCHORED: dict[str, tuple[int, int, int, AttentionConfig]] = {
             HYBRID,
             features=FeatureConfig(scale=0.3, rotated=False, width=1),
             anchors=AnchorConfig((1400, 356, 588), (60, 60, 60)),
+        ),
+    ),
+    "SmolLM2-135M, values of 4 bits, no linear part": (
+        9,
+        3,
+        64,
+        replace(
+            HYBRID,
+            features=FeatureConfig(scale=0.3, rotated=False, width=0),
+            anchors=AnchorConfig((1400, 356, 588), (60, 60, 60), value_bits=4),
         ),
     ),
     "LLaMA-2-7B, anchors": (32, 32, 128, replace(HYBRID, anchors=AnchorConfig((588,) * 32, (60,) * 32))),
@@ -231,8 +241,15 @@ def _draw(num_rows: int) -> None:
     drawing.drawn_tokens(logits, Draws(uniforms, temperatures))
 
 
-def anchored_launches(shape: str, *, dtype: torch.dtype, state_dtype: torch.dtype, num_decode: int = 2) -> list[Launch]:
-    """The launches of a decode step of one of `ANCHORED`."""
+def anchored_launches(
+    shape: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    state_dtype: torch.dtype = torch.float32,
+    num_decode: int = 2,
+    lengths: tuple[int, ...] = (69,),
+) -> list[Launch]:
+    """The launches of a step of one of `ANCHORED`, with decode rows and prefill segments."""
     num_heads, num_groups, size, attention = ANCHORED[shape]
     config = ModelConfig(
         "llama", 260, num_heads * size, 64, num_heads, num_groups, size, size, 1e4, 2048, 1e-5, "silu", False, False,
@@ -243,29 +260,20 @@ def anchored_launches(shape: str, *, dtype: torch.dtype, state_dtype: torch.dtyp
     for parameter in module.parameters():
         parameter.data.fill_(0.5)
     module.linear.prepare()
-    buffer = StateBuffer(StateSpec(module.state_tensors()), num_decode + 1, cleared=True)
-    positions, slots = torch.arange(num_decode), torch.arange(1, num_decode + 1)
+    num_tokens, num_slots = num_decode + sum(lengths), num_decode + len(lengths) + 1
+    buffer = StateBuffer(StateSpec(module.state_tensors()), num_slots, cleared=True)
+    positions, slots = torch.arange(num_tokens), torch.arange(1, num_slots)
     frequencies = rotary_frequencies(size, theta=1e4)
     rotary = Rotary.at(positions, frequencies=frequencies, dtype=torch.float32)
-    layout = StepLayout(num_decode, positions, slots, rotary, rotary, None)
-    q = torch.zeros(num_decode, num_heads, size, dtype=dtype)
-    k, v = torch.zeros(2, num_decode, num_groups, size, dtype=dtype)
+    q = torch.zeros(num_tokens, num_heads, size, dtype=dtype)
+    k, v = torch.zeros(2, num_tokens, num_groups, size, dtype=dtype)
     with recorded() as launches:
-        x, weight = torch.zeros(num_decode, num_heads * size, dtype=dtype), torch.zeros(num_groups, num_heads * size)
+        prefill = PrefillLayout(positions[num_decode:], slots[num_decode:], lengths)
+        layout = StepLayout(num_decode, positions, slots[:num_decode], rotary, rotary, prefill)
+        x, weight = torch.zeros(num_tokens, num_heads * size, dtype=dtype), torch.zeros(num_groups, num_heads * size)
         scores = around.grid_scores(x, weight, torch.zeros(num_groups), grid=1 / 64)
         state = replace(module.layer_state(buffer), token_scores=scores)
         TritonAttention()(q, k, v, kernel=module.linear, layout=layout, state=state)
-    return launches
-
-
-def eviction_launches(shape: str, *, first: int = 0, num_tokens: int = 512) -> list[Launch]:
-    """The launches that find who gives way in one segment, in a layer of `ANCHORED`."""
-    attention = ANCHORED[shape][3]
-    table = place_table(attention, torch.device("cpu"))
-    candidates = torch.zeros(len(table.window), len(table.columns) + num_tokens)
-    positions = torch.zeros(first + num_tokens, dtype=torch.int64)
-    with recorded() as launches:
-        anchors.find_evictions(candidates, candidates.int(), table, first=positions[first : first + 1])
     return launches
 
 
@@ -328,22 +336,19 @@ def main() -> None:
 
 
 def compile_anchored(shape: str) -> None:
-    """Compiles the kernels of one of `ANCHORED`: of decode rows, and of who gives way in prompts."""
+    """Compiles the kernels of one of `ANCHORED`: of decode rows and of segments."""
     for capability in CAPABILITIES:
-        for launch in eviction_launches(shape):
-            about = {"shape": shape, "capability": capability, "kernel": launch.kernel.__name__}
-            _say({**about, **resources(launch.compiled(capability))})
         for dtype, state_dtype in ((torch.bfloat16, torch.float32), (torch.bfloat16,) * 2, (torch.float32,) * 2):
             kind = f"{dtype}, states in {state_dtype}".replace("torch.", "")
             for launch in anchored_launches(shape, dtype=dtype, state_dtype=state_dtype):
                 about = {"shape": shape, "capability": capability, "kind": kind, "kernel": launch.kernel.__name__}
                 _say({**about, **resources(launch.compiled(capability))})
     found: dict[str, set[tuple[object, ...]]] = {}
-    for first, num_tokens in enumerate((1, 16, 17, 512)):
-        for launch in eviction_launches(shape, first=first, num_tokens=num_tokens):
+    for num_decode, lengths in STEPS:
+        for launch in anchored_launches(shape, num_decode=num_decode, lengths=lengths):
             found.setdefault(launch.kernel.__name__, set()).add(launch.variant)
     for name, variants in found.items():
-        if len(variants) > 1:
+        if len(variants) > (2 if name == "places_kernel" else 1):  # of anchors, and of others
             _say({"shape": shape, "kernel": name, "variants": len(variants)})
 
 
