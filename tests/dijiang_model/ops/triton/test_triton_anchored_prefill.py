@@ -76,7 +76,7 @@ def shape_of(
 
 
 def check(shape: Shape, steps: Steps, *, dtype: torch.dtype = torch.float32, tolerance: float = TOLERANCE) -> None:
-    """What is not held yet is NaN in our places, unless torch decodes; slot 1 stays as it was, and 0 is for padding."""
+    """What is not held yet is NaN in our places, unless rows are decoded; slot 1 stays as it was, 0 is for padding."""
     lengths = [sum((n in decode) + prefill.get(n, 0) for decode, prefill in steps) for n in range(2)]
     lengths = [max(1, length) for length in lengths]
     ours = Layer(shape, lengths, dtype=dtype, op=ScoredTriton())
