@@ -10,7 +10,7 @@ everything on a CPU, with TRITON_INTERPRET=1 the kernel too, in Triton's interpr
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
@@ -64,7 +64,7 @@ def draws_of(filters: str, num_rows: int, vocab_size: int, device: str) -> Draws
     if not {"top_k", "top_p"} & numbers_of.keys():
         return draws
     top_k = column("top_k", vocab_size, torch.int64)
-    return Draws(uniforms, draws.temperatures, draws.min_p, top_k, vocab_size, column("top_p", 2.0))
+    return replace(draws, top_k=top_k, max_top_k=vocab_size, top_p=column("top_p", 2.0))
 
 
 def contenders(device: str, logits: Tensor, draws: Draws, filters: str) -> dict[str, Work]:

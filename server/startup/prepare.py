@@ -6,11 +6,7 @@ from pathlib import Path
 from server.engine.types.requests import EngineConfig
 from server.engine_client.client import EngineClient
 from server.hardware import HardwareError, find_device
-from server.startup.assemble import (
-    engine_config,
-    find_model,
-    open_store,
-)
+from server.startup.assemble import engine_config, find_model, open_store
 from server.startup.errors import StartError
 from server.startup.notices import Notices
 from server.startup.settings import Settings
