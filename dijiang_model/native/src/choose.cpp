@@ -32,16 +32,16 @@ static inline int64_t greedy(const float* logits, int64_t count) {
     spoilt_any += logits[k] * 0.0f;
   }
   if (!(spoilt_any == 0.0f)) return -1;
-  for (int64_t first = 0; first + kLanes <= count; first += kLanes) {
-    const IntVec found = load(logits + first) == splat(most);
+  int64_t first = 0;
+  for (; first + kChains * kLanes <= count; first += kChains * kLanes) {
+    IntVec found{};
+    each<kChains>([&](auto c) { found |= load(logits + first + c * kLanes) == splat(most); });
     int32_t any = 0;
     for (int lane = 0; lane < kLanes; ++lane) any |= found[lane];
-    if (any == 0) continue;
-    for (int lane = 0; lane < kLanes; ++lane)
-      if (found[lane] != 0) return first + lane;
+    if (any != 0) break;
   }
-  for (int64_t k = count / kLanes * kLanes; k < count; ++k)
-    if (logits[k] == most) return k;
+  for (; first < count; ++first)
+    if (logits[first] == most) return first;
   return -1;
 }
 

@@ -129,31 +129,47 @@ class Drawing {
 
   // Weights below the lightest of the fewest that reach `share` of all, at least one, become 0.
   void keep_heaviest(double share) {
+    const double all = sum_blocks(), wanted = share * all;
+    if (all == 0.0) return;
+    // Whatever is lighter than this is, taken together, less than half of what may be left out.
+    gather_keys(static_cast<float>(0.5 * (1.0 - share) * all / static_cast<double>(num_)));
     std::fill(masses_.begin(), masses_.end(), 0.0);
-    for (int64_t i = 0; i < num_; ++i) masses_[bin_of(weights_[at(i)])] += static_cast<double>(weights_[at(i)]);
-    double all = 0.0, mass = 0.0;
-    size_t bin = kBins - 1, last = kBins;  // the last one of any mass
-    for (size_t i = kBins; i-- > 0;) {
-      if (masses_[i] > 0.0) last = i;
-      all += masses_[i];
-    }
-    if (last == kBins) return;
-    const double wanted = share * all;
+    for (const uint32_t key : keys_) masses_[key >> kShift] += static_cast<double>(number_of(key));
+    size_t last = 0, bin = kBins - 1;  // the last one of any mass, so that roundings never go past it
+    while (masses_[last] == 0.0) ++last;
+    double mass = 0.0;
     for (; bin > last && (masses_[bin] == 0.0 || mass + masses_[bin] < wanted); --bin) mass += masses_[bin];
-    keys_.clear();
-    for (int64_t i = 0; i < num_; ++i)
-      if (bin_of(weights_[at(i)]) == bin) keys_.push_back(key_of(weights_[at(i)]));
-    std::sort(keys_.begin(), keys_.end(), std::greater<uint32_t>());
+    const auto others = std::remove_if(keys_.begin(), keys_.end(), [&](uint32_t key) { return key >> kShift != bin; });
+    std::sort(keys_.begin(), others, std::greater<uint32_t>());
     float least = 0.0f;
-    for (size_t i = 0; i < keys_.size() && (i == 0 || mass < wanted); ++i) {
-      least = number_of(keys_[i]);
+    for (auto key = keys_.begin(); key != others && (key == keys_.begin() || mass < wanted); ++key) {
+      least = number_of(*key);
       mass += static_cast<double>(least);
     }
-    for (int64_t i = 0; i < num_; ++i) weights_[at(i)] = weights_[at(i)] >= least ? weights_[at(i)] : 0.0f;
+    for (int64_t i = 0; i < num_; i += kLanes) {
+      const Vec w = load(&weights_[at(i)]);
+      store(&weights_[at(i)], w >= splat(least) ? w : splat(0.0f));
+    }
   }
 
-  // The first whose weight and those before it are more than `uniform` of all.
-  int64_t place_at(double uniform) {
+  // Keys of the weights above 0 that are at least `least`.
+  void gather_keys(float least) {
+    keys_.clear();
+    for (int64_t first = 0; first < num_; first += kChunk) {
+      const int64_t last = std::min(first + kChunk, num_);
+      Vec best = splat(0.0f);
+      for (int64_t i = first; i < last; i += kLanes) {
+        const Vec next = load(&weights_[at(i)]);
+        best = next > best ? next : best;
+      }
+      if (largest(best) < least) continue;
+      for (int64_t i = first; i < last; ++i)
+        if (const float w = weights_[at(i)]; w > 0.0f && w >= least) keys_.push_back(key_of(w));
+    }
+  }
+
+  // Sums of the weights, block by block, and of all.
+  double sum_blocks() {
     sums_.clear();
     double all = 0.0;
     for (int64_t first = 0; first < num_; first += kBlock) {
@@ -165,6 +181,12 @@ class Drawing {
       sums_.push_back(total);
       all += total;
     }
+    return all;
+  }
+
+  // The first whose weight and those before it are more than `uniform` of all.
+  int64_t place_at(double uniform) {
+    const double all = sum_blocks();
     const double target = uniform * all;
     double mass = 0.0;
     for (size_t block = 0; block < sums_.size(); ++block) {
@@ -186,9 +208,7 @@ class Drawing {
 
   static size_t at(int64_t i) { return static_cast<size_t>(i); }
 
-  // A bin for some numbers of each sign and power of two.
-  static size_t bin_of(float x) { return key_of(x) >> kShift; }
-  static constexpr int kShift = 20;
+  static constexpr int kShift = 20;  // a bin for some numbers of each sign and power of two
   static constexpr size_t kBins = size_t{1} << (32 - kShift);
   static constexpr int64_t kChunk = 64, kBlock = 32 * kLanes;
 

@@ -60,6 +60,14 @@ def test_equals_are_kept_together(library: CDLL) -> None:
         assert drawn.tolist() == [1, 1, 1, 2, 3, 3, 3]
 
 
+@pytest.mark.parametrize("spread", [0.01, 3.0, 30.0])
+def test_top_p_of_a_whole_vocabulary(library: CDLL, spread: float) -> None:
+    logits = noise(1, 32_003, seed=10) / 3 * spread
+    for share in (0.0, 0.3, 0.9, 0.9999, 1.0):
+        expected = sampled_token(logits[0], uniform=0.77, top_p=share)
+        assert int(sampled_tokens(logits, [rules(uniform=0.77, top_p=share)], library)) == expected
+
+
 def test_what_is_ruled_out_is_never_drawn(library: CDLL) -> None:
     logits = noise(len(UNIFORMS), 200, seed=5)
     logits[:, ::2] = -math.inf
