@@ -29,7 +29,7 @@ def sampled_tokens(logits: Tensor, rules: Sequence[DrawRules], library: CDLL) ->
     logits = logits.contiguous()
     num_rows, vocab_size = logits.shape
     assert len(rules) == num_rows
-    tokens = torch.empty(num_rows, dtype=torch.int64)
+    tokens = torch.zeros(num_rows, dtype=torch.int64)
     array = (DrawRules * num_rows)(*rules)
     if library.dijiang_draw(logits.data_ptr(), num_rows, vocab_size, array, tokens.data_ptr(), torch.get_num_threads()):
         raise MemoryError("there is no memory to draw tokens in")

@@ -141,7 +141,7 @@ class Network(ctypes.Structure):
 
 
 class DrawRules(ctypes.Structure):
-    """How one row's token is drawn."""
+    """How one row's token is drawn; `temperature` 0: it is not."""
 
     _fields_ = (
         ("uniform", ctypes.c_double),

@@ -12,7 +12,7 @@ from ctypes import CDLL
 import torch
 from torch import Tensor
 
-from dijiang_model.native.structures import Matrix, Network
+from dijiang_model.native.structures import DrawRules, Matrix, Network
 from dijiang_model.state import StateBuffer
 
 
@@ -62,7 +62,7 @@ class Decoding:
         hidden = torch.empty((num_rows, network.hidden_size), dtype=torch.float32)
         self._chosen = array("q", bytes(8 * num_rows))
         places = (array("q", positions), array("q", slots), array("q", range(num_rows)), array("q", [1]) * num_rows)
-        self._run, self._table = library.dijiang_decode, table
+        self._run, self._draw, self._table = library.dijiang_decode, library.dijiang_draw, table
         self._alive = (network, kept, hidden, places, last_token_ids, state.storage)
         self._arguments = (
             ctypes.addressof(network),
@@ -76,19 +76,34 @@ class Decoding:
             self.logits.data_ptr(),
         )
         self._num_threads = torch.get_num_threads()
+        self._slots = tuple(slots)
+        self._last = (ctypes.c_int64 * len(last_token_ids)).from_address(last_token_ids.data_ptr())
 
     def step(self) -> Tensor:
         """Feeds every sequence's last token and moves its slot on; `logits`. The caller notes the next last tokens."""
         self._feed(None)
         return self.logits
 
-    def choose(self) -> list[int]:
-        """The same, then the most likely token of each row, the sequence's last one from now on.
+    def choose(self, rules: "ctypes.Array[DrawRules] | None" = None) -> list[int]:
+        """The same, then the most likely token of each row, or a drawn one, the sequence's last one from now on.
+
+        Args:
+            rules: N, of rows that are drawn; a temperature of 0: the most likely token. None: that of every row.
 
         Returns:
             N tokens; `choose.NOT_FINITE` where not all logits are finite, and token 0 is the last one.
+
+        Raises:
+            MemoryError: there was none.
         """
-        self._feed(self._chosen.buffer_info()[0])
+        chosen, num_rows = self._chosen.buffer_info()
+        self._feed(chosen)
+        if rules is not None:
+            logits = self.logits
+            if self._draw(logits.data_ptr(), num_rows, logits.shape[1], rules, chosen, self._num_threads):
+                raise MemoryError(f"no memory to draw the tokens of {num_rows} rows")
+            for slot, token in zip(self._slots, self._chosen, strict=True):
+                self._last[slot] = max(token, 0)
         return self._chosen.tolist()
 
     def _feed(self, chosen: int | None) -> None:

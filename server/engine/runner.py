@@ -106,8 +106,8 @@ class ModelRunner:
         if batch.preempted or batch.resumed:
             self._change_hands(batch)
         kept = None if self._decode_rows is None else self._decode_rows.of(batch)
-        if kept is not None and kept.is_greedy:
-            self._in_flight.append(_InFlight(batch, len(batch.sampled), None, kept.decoding.choose(), None))
+        if kept is not None and kept.rules is not None:
+            self._in_flight.append(_InFlight(batch, len(batch.sampled), None, kept.tokens(batch), None))
         else:
             self._launch(batch, kept)
 

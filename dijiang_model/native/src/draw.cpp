@@ -20,7 +20,8 @@ extern "C" {
 
 int64_t dijiang_sizeof_draw() { return sizeof(dijiang::DrawRules); }
 
-// tokens [num_rows]: one of each row of logits [num_rows, vocab_size], by its `rules`.
+// tokens [num_rows]: one of each row of logits [num_rows, vocab_size], by its `rules`. A row without a temperature, or
+// whose token is below 0, keeps its own.
 // Returns 0, or 1 when memory ran out.
 int dijiang_draw(const float* logits, int64_t num_rows, int64_t vocab_size, const dijiang::DrawRules* rules,
                  int64_t* tokens, int num_threads) {
@@ -31,6 +32,7 @@ int dijiang_draw(const float* logits, int64_t num_rows, int64_t vocab_size, cons
     const int most = num_threads < kMaxThreads ? num_threads : kMaxThreads;
     std::vector<Drawing>& own = drawings(vocab_size, most);
     pool.run(num_rows, most, [&](int64_t row, int thread) {
+      if (!(rules[row].temperature > 0.0f) || tokens[row] < 0) return;
       tokens[row] = own[static_cast<size_t>(thread)].draw(logits + row * vocab_size, rules[row]);
     });
   } catch (const std::bad_alloc&) {

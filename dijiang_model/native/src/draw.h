@@ -15,7 +15,7 @@ typedef double DoubleVec __attribute__((vector_size(kLanes * 8)));
 
 struct DrawRules {
   double uniform;     // in [0, 1)
-  float temperature;  // > 0
+  float temperature;  // > 0; 0: nothing is drawn
   float min_p;        // weights below it are left out, the largest weight being 1; 0: none
   int64_t top_k;      // so many largest logits stay, and equals of the last; from the vocabulary's size on: all
   double top_p;       // as few of the heaviest as reach this share of all stay, and equals of the last; above 1: all

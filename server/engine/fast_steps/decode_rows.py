@@ -5,16 +5,19 @@ small tensors anew and choosing tokens with operations on tensors took a tenth o
 """
 
 from collections.abc import Sequence as Items
+from ctypes import Array
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dijiang_model.native.structures import DrawRules
 from dijiang_model.serving.decoding import Decoding
 from dijiang_model.state import StateBuffer
 from server.engine.batch import Batch
 from server.engine.fast_steps import graph_sampling
+from server.engine.sampling.sampler import draw_rules, uniform_of
 from server.engine.sequence import Sequence
 
 
@@ -33,12 +36,25 @@ class DecodeStep:
     Attributes:
         decoding: at the positions of this step.
         slots: [N] int64.
-        is_greedy: nobody wants anything but the most likely token.
+        rules: how the kernels draw each row's token, but for its random number; a temperature of 0: the most likely
+            one. None: some row wants more than that.
+        is_greedy: every row wants the most likely token.
     """
 
     decoding: Decoding
     slots: Tensor
+    rules: "Array[DrawRules] | None"
     is_greedy: bool
+
+    def tokens(self, batch: Batch) -> list[int]:
+        """Runs the step, and chooses by `rules`; see `Decoding.choose`."""
+        assert self.rules is not None
+        if self.is_greedy:
+            return self.decoding.choose()
+        for rule, chunk in zip(self.rules, batch.chunks, strict=True):
+            if rule.temperature > 0:
+                rule.uniform = uniform_of(chunk)
+        return self.decoding.choose(self.rules)
 
 
 class DecodeRows:
@@ -84,5 +100,10 @@ class DecodeRows:
         if decoding is None:
             return None
         wants_logprobs = any(chunk.sequence.request.logprobs.num_output is not None for chunk in batch.chunks)
-        is_greedy = not wants_logprobs and graph_sampling.kind_of(batch.sampled, self._vocab_size) == "greedy"
-        return DecodeStep(decoding, torch.tensor(slots), is_greedy)
+        kind = None if wants_logprobs else graph_sampling.kind_of(batch.sampled, self._vocab_size)
+        rules = None if kind is None else self._rules(batch)
+        return DecodeStep(decoding, torch.tensor(slots), rules, is_greedy=kind == "greedy")
+
+    def _rules(self, batch: Batch) -> "Array[DrawRules]":
+        wanted = [draw_rules(chunk.sequence.sampling, self._vocab_size) for chunk in batch.chunks]
+        return (DrawRules * len(wanted))(*wanted)

@@ -14,8 +14,7 @@ from dijiang_model.ops.drawing import Draws
 from dijiang_model.ops.selection import chosen_tokens
 from server.engine.fast_steps.graphs import DecodeGraphs
 from server.engine.sampling.penalties import is_penalised
-from server.engine.sampling.randomness import uniform
-from server.engine.sampling.sampler import KEEP_ALL_MASS, clamped_temperature
+from server.engine.sampling.sampler import KEEP_ALL_MASS, clamped_temperature, uniform_of
 from server.engine.sequence import Chunk
 from server.engine.transfer import Transfer
 
@@ -70,7 +69,7 @@ def prepare(chunks: Items[Chunk], bucket: int, vocab_size: int, transfer: Transf
     rest = bucket - len(params)
     top_k = [one.top_k if 0 < one.top_k < vocab_size else vocab_size for one in params]
     transfer.integers(top_k + [vocab_size] * rest)
-    transfer.reals([_uniform(chunk) for chunk in chunks] + [0.0] * rest)
+    transfer.reals([uniform_of(chunk) for chunk in chunks] + [0.0] * rest)
     temperatures = [clamped_temperature(one.temperature) if one.temperature > 0 else 0.0 for one in params]
     transfer.reals(temperatures + [0.0] * rest)
     transfer.reals([one.min_p for one in params] + [0.0] * rest)
@@ -81,11 +80,6 @@ def choose(logits: Tensor, words: Tensor, *, kind: Kind) -> Tensor:
     """Device side: logits [R, vocab] fp32 and a step's words [F, R] int64 -> [R] int64, negative where not finite."""
     draws = _draws(words, logits.shape[-1], is_filtered=kind == "filtered")
     return chosen_tokens(logits, draws, is_greedy=kind == "greedy")
-
-
-def _uniform(chunk: Chunk) -> float:
-    assert chunk.output_index is not None
-    return uniform(chunk.sequence.sampling.seed, chunk.output_index)
 
 
 def _draws(words: Tensor, vocab_size: int, *, is_filtered: bool) -> Draws:

@@ -196,7 +196,7 @@ class Sampler:
         in_use = [k for k in top_k if k < self.vocab_size]
         return DrawPlan(
             rows=transfer.integers(rows) if len(rows) < len(chunks) else None,
-            uniforms=transfer.reals(_uniform(chunks[row]) for row in rows),
+            uniforms=transfer.reals(uniform_of(chunks[row]) for row in rows),
             temperatures=transfer.reals(clamped_temperature(sampling.temperature) for sampling in params),
             min_p=_unless_off([p.min_p for p in params], 0.0, transfer),
             top_k=transfer.integers(top_k) if in_use else None,
@@ -223,7 +223,18 @@ def clamped_temperature(temperature: float) -> float:
     return min(max(temperature, _MIN_TEMPERATURE), _MAX_TEMPERATURE)
 
 
-def _uniform(chunk: Chunk) -> float:
+def draw_rules(sampling: SamplingParams, vocab_size: int) -> DrawRules:
+    """How the kernels draw a request's tokens, but for the random number of each; temperature 0 where it is greedy."""
+    return DrawRules(
+        temperature=clamped_temperature(sampling.temperature) if sampling.temperature > 0 else 0.0,
+        min_p=sampling.min_p,
+        top_k=_effective_top_k(sampling, vocab_size),
+        top_p=_mass(sampling.top_p),
+    )
+
+
+def uniform_of(chunk: Chunk) -> float:
+    """The random number of the token that a chunk's row samples."""
     assert chunk.output_index is not None
     return uniform(chunk.sequence.sampling.seed, chunk.output_index)
 

@@ -15,8 +15,10 @@ from dijiang_model.config import ModelConfig
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.native.choose import NOT_FINITE
 from dijiang_model.native.library import VARIANTS, load_library, load_variant
+from dijiang_model.native.structures import DrawRules
 from dijiang_model.quantization.config import INT8, Quantization
 from dijiang_model.reference.choosing import greedy_token
+from dijiang_model.reference.drawing import sampled_token
 from dijiang_model.serving.decoding import Decoding
 from dijiang_model.serving.network import FrozenModel, NativeModel
 from dijiang_model.state import StateBuffer
@@ -110,6 +112,35 @@ def test_a_row_that_is_not_finite_has_no_token_and_the_next_step_a_valid_one_to_
     assert [token == NOT_FINITE for token in chosen] == [False, True, False]
     assert last[SLOTS].tolist() == [chosen[0], 0, chosen[2]]
     assert rows.choose()[1] == NOT_FINITE
+
+
+@torch.no_grad()
+def test_rows_are_drawn_by_their_rules_beside_greedy_ones_and_feed_what_was_drawn() -> None:
+    model = tiny_network()
+    state, twin = cleared(model), cleared(model)
+    last = torch.tensor([9, 8, 7, 6, 5, 4])
+    rows, expected = decoding(model, last, state), last[SLOTS]
+    for number in range(NUM_STEPS):
+        positions = torch.tensor(STARTS) + number
+        logits = decode(model, expected, slots=torch.tensor(SLOTS), positions=positions, state=twin)
+        uniform = (number + 0.5) / NUM_STEPS
+        drawn = sampled_token(logits[1], uniform=uniform, temperature=3.0, top_p=0.9)
+        expected = torch.tensor([greedy_token(logits[0]), drawn, greedy_token(logits[2])])
+        greedy, hot = DrawRules(top_k=2**40, top_p=2.0), DrawRules(uniform, 3.0, 0.0, 2**40, 0.9)
+        assert rows.choose((DrawRules * 3)(greedy, hot, greedy)) == expected.tolist()
+        assert last[SLOTS].tolist() == expected.tolist()
+
+
+@torch.no_grad()
+def test_a_row_that_is_not_finite_is_not_drawn() -> None:
+    model = tiny_network()
+    state = cleared(model)
+    state.storage[SLOTS[1]] = POISON
+    last = torch.tensor([9, 8, 7, 6, 5, 4])
+    hot = DrawRules(0.5, 1.0, 0.0, 2**40, 2.0)
+    chosen = decoding(model, last, state).choose((DrawRules * 3)(hot, hot, hot))
+    assert [token == NOT_FINITE for token in chosen] == [False, True, False]
+    assert last[SLOTS].tolist() == [chosen[0], 0, chosen[2]]
 
 
 @pytest.mark.parametrize("slots", [[-1], [6], [1, 6]])

@@ -89,19 +89,22 @@ def test_a_slot_that_another_sequence_has_taken_is_prepared_anew() -> None:
         assert cast(Prepared, found.decoding).step() == {1: position}
 
 
-def test_a_step_in_which_anybody_wants_more_than_the_likeliest_token_is_not_greedy() -> None:
+def test_the_kernels_choose_unless_anybody_wants_more_than_they_can() -> None:
     wishes = (
-        (request("plain"), True),
-        (request("drawn", temperature=0.5), False),
-        (request("biased", logit_bias=((3, 1.0),)), False),
-        (request("long", min_tokens=4), False),
-        (replace(request("scored"), logprobs=LogprobOptions(num_output=1)), False),
+        (request("plain"), True, True),
+        (request("drawn", temperature=0.5), False, True),
+        (request("filtered", temperature=0.5, top_p=0.9, top_k=7, min_p=0.1), False, True),
+        (request("typical", temperature=0.5, typical_p=0.9), False, False),
+        (request("biased", logit_bias=((3, 1.0),)), False, False),
+        (request("long", min_tokens=4), False, False),
+        (replace(request("scored"), logprobs=LogprobOptions(num_output=1)), False, False),
     )
-    for wish, is_greedy in wishes:
+    for wish, is_greedy, by_rules in wishes:
         sequences = {1: Sequence(request("other"), ()), 2: Sequence(wish, ())}
         found = decode_rows().of(decoding(sequences, {1: 3, 2: 5}))
         assert found is not None
         assert found.is_greedy is is_greedy
+        assert (found.rules is not None) is by_rules
 
 
 def test_steps_that_nothing_can_prepare_are_asked_for_again() -> None:
