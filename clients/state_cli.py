@@ -35,11 +35,16 @@ def list_command(base_url: BaseUrl = DEFAULT_BASE_URL, api_key: ApiKey = None) -
             state.name if state.name is not None else "",
             state.id,
             f"{state.num_tokens:,}",
-            f"{state.bytes / 2**10:,.1f} KiB",
+            size_in_words(state.bytes),
             datetime.fromtimestamp(state.last_used_at).isoformat(" ", "minutes"),
             ", ".join(point.name for point in state.points),
         )
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def size_in_words(num_bytes: int) -> str:
+    """In the units of the page and the documentation."""
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.1f} kB"
 
 
 @app.command("export")

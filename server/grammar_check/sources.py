@@ -1,6 +1,8 @@
 """Grammars as clients write them, and their translation into the one dialect that the engine takes."""
 
 import json
+import re
+import sys
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -154,13 +156,27 @@ def _delimited(regex: str) -> str:
     return regex_to_lark(regex).replace("\n", r"\n")
 
 
+_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
+
+
+def _unescaped(escape: re.Match[str]) -> str:
+    """The character of an escape that Lark has no such escape for, where it can stand for itself."""
+    number = int(next((digits for digits in escape.groups() if digits), "0"), 16)
+    is_character = 0 < number <= sys.maxunicode and not 0xD800 <= number < 0xE000
+    return chr(number) if is_character and (chr(number).isalnum() or number > 0xA0) else escape[0]
+
+
 def _from_client(text: str) -> str:
-    from llguidance.gbnf_to_lark import any_to_lark
+    from llguidance.gbnf_to_lark import RepetitionNode, gbnf_to_lark, is_lark_syntax
 
     if "%llguidance" in text:
         raise SourceError("a grammar may not set %llguidance options here")
+    if is_lark_syntax(text):
+        return text
+    # The converter leaves out the parentheses of a repetition that is repeated: `("a"+)*` became `"a"+*`.
+    RepetitionNode.is_atomic = lambda _: False  # type: ignore[method-assign,assignment]
     try:
-        lark = any_to_lark(text)
+        lark = gbnf_to_lark(_ESCAPE.sub(_unescaped, text))
     except Exception as error:  # the converter raises plain exceptions of many kinds
         raise SourceError(f"it is neither Lark nor GBNF: {error}"[:300]) from error
     lines = lark.splitlines()

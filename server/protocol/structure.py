@@ -40,7 +40,7 @@ def with_structure(body: Any) -> Any:
     if not isinstance(body, dict):
         return body
     body = _without_nvidia(body)
-    given = [name for name in STRUCTURE_NAMES if body.get(name) not in _NOTHING]
+    given = [name for name in STRUCTURE_NAMES if name in body and not _is_nothing(name, body[name])]
     if not given:
         return body
     if len(given) > 1 or body.get("structured_outputs") is not None:
@@ -52,6 +52,11 @@ def with_structure(body: Any) -> Any:
     if body.get(_WHITESPACE) is not None:
         wanted["whitespace_pattern"] = body[_WHITESPACE]
     return {**body, "structured_outputs": wanted}
+
+
+def _is_nothing(name: str, value: Any) -> bool:
+    """An empty schema is one: any JSON follows it."""
+    return value in _NOTHING and not (value == {} and STRUCTURE_NAMES[name] == "json")
 
 
 def _without_nvidia(body: dict[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,15 @@ class ErrorEnvelope(ResponseModel):
     """What went wrong."""
 
 
+_OF_BODIES = {
+    "missing": "the body is missing",
+    "model_type": "the body must be a JSON object",
+    "model_attributes_type": "the body must be a JSON object",
+    "dict_type": "the body must be a JSON object",
+}
+"""What pydantic finds of a body as a whole, in words."""
+
+
 @contextmanager
 def translated() -> Iterator[None]:
     """What is wrong with a request of another dialect, once it is one of ours, is the client's too."""
@@ -110,4 +119,6 @@ def _describe(error: Mapping[str, Any]) -> str:
         return f"the body is not valid JSON: {error.get('ctx', {}).get('error', 'syntax error')}{place}"
     path = field_path(error["loc"])
     message = error["msg"].removeprefix("Value error, ")
-    return f"{path}: {message}" if path is not None else f"the body: {message}"
+    if path is not None:
+        return f"{path}: {message}"
+    return _OF_BODIES.get(error["type"], f"the body: {message}")

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from dijiang_model.program import program
 from server.states.clock import ClockWatch, seconds_since_boot
-from server.states.errors import StoreError, StoreUnavailableError
-from server.states.files.local import INDEX_FILE, LocalFiles
+from server.states.errors import DiskFullError, StoreError, StoreUnavailableError
+from server.states.files.disk import free_bytes
+from server.states.files.local import INDEX_FILE, SPARE_BYTES, LocalFiles
 from server.states.index.index import StateIndex
 from server.states.index.sqlite import Sqlite
 from server.states.indexed import IndexedStore, StoreOptions
@@ -42,12 +43,18 @@ def open_embedded_store(
         raise StoreError(f"the folder of states {folder} cannot be used: {error}") from error
     try:
         _require_index(folder / INDEX_FILE, files.folder)
-        database = Sqlite(folder / INDEX_FILE, clock=clock)
-        watch = ClockWatch(monotonic)
-        index = StateIndex(database, replica=files.replica, budget=options.budget, home=files, watch=watch)
-        return IndexedStore(index, files, options, is_shared=False, num_threads=1)
-    except (OSError, sqlite3.Error, StoreUnavailableError) as error:
+        with files.spare_space():  # a start on a full disk has its few writes, too
+            database = Sqlite(folder / INDEX_FILE, clock=clock)
+            watch = ClockWatch(monotonic)
+            index = StateIndex(database, replica=files.replica, budget=options.budget, home=files, watch=watch)
+            return IndexedStore(index, files, options, is_shared=False, num_threads=1)
+    except (DiskFullError, OSError, sqlite3.Error, StoreUnavailableError) as error:
         files.close()
+        if isinstance(error, DiskFullError) or (_is_io_error(error) and free_bytes(folder) < SPARE_BYTES):
+            raise StoreError(
+                f"the disk of the states in {folder} is full: {SPARE_BYTES:,} bytes are needed to start; nothing was "
+                "removed"
+            ) from error
         raise StoreError(
             f"the index of states {folder / INDEX_FILE} cannot be used: {error}; nothing was removed. Restore it with "
             f"its files from a backup, or run `{program()} state repair {folder}`, which keeps what is whole"
@@ -55,6 +62,11 @@ def open_embedded_store(
     except BaseException:
         files.close()
         raise
+
+
+def _is_io_error(error: BaseException) -> bool:
+    """Whether SQLite could not read or write; on a full disk it sometimes knows no more than that."""
+    return isinstance(error, sqlite3.Error) and error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_IOERR
 
 
 def _require_index(path: Path, files: Path) -> None:

@@ -99,8 +99,12 @@ class LocalFiles:
             self._keep_spare_space()
 
     def _keep_spare_space(self) -> None:
-        with suppress(OSError), self._spare.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, SPARE_BYTES)
+        """As much as there is, up to `SPARE_BYTES`; what is kept is not given up for more."""
+        with suppress(OSError), self._spare.open("ab") as file:
+            for halvings in range(5):
+                with suppress(OSError):
+                    os.posix_fallocate(file.fileno(), 0, SPARE_BYTES >> halvings)
+                    return
 
     def remove(self, files: Collection[str]) -> None:
         """See `SnapshotHome.remove`."""
@@ -126,6 +130,7 @@ class LocalFiles:
 
     def close(self) -> None:
         """See `SnapshotFiles.close`."""
+        self._keep_spare_space()  # an index that is closed takes less
         os.close(self._lock)
 
 

@@ -126,7 +126,8 @@ COMPLETION_ERRORS = [
     ({"state_id": "../x"}, "state_id"),
     ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
     ({"grammar": 'root ::= "a"', "regex": "a"}, "regex"),
-    ({"guided_json": {}, "guided_choice": ["a"], "structured_outputs": {"regex": "a"}}, "guided_choice"),
+    ({"guided_json": {}, "guided_choice": ["a"], "structured_outputs": {"regex": "a"}}, "guided_json"),
+    ({"guided_regex": {}, "guided_choice": ["a"], "structured_outputs": {"regex": "a"}}, "guided_choice"),
     ({"mirostat": 2}, "mirostat"),
     ({"repeat_penalty": 1.1}, "repeat_penalty"),
     ({"n_predict": 5}, "n_predict"),
@@ -285,6 +286,12 @@ def test_a_body_that_is_no_json_object_is_a_400(server: Loopback, body: bytes) -
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
         assert len(answer.content) < 3000
     assert_still_right(server)
+
+
+@pytest.mark.parametrize(("body", "words"), [(b"", "the body is missing"), (b"[]", "the body must be a JSON object")])
+def test_what_a_body_must_be_is_told_in_words(server: Loopback, body: bytes, words: str) -> None:
+    answer = server.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.json()["error"]["message"] == words
 
 
 def test_broken_json_is_told_with_its_place_and_no_field(server: Loopback) -> None:

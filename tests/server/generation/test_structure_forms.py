@@ -97,6 +97,14 @@ def test_a_pattern_is_kept_wherever_it_stands(server: Server, fields: dict[str, 
     assert re.fullmatch(PATTERN, post(server, path, fields))
 
 
+@pytest.mark.parametrize("fields", [{"guided_json": {}}, {"json_schema": {}}, {"structured_outputs": {"json": {}}}])
+def test_an_empty_schema_is_kept_with_any_json(server: Server, fields: dict[str, Any]) -> None:
+    biased = {"stop_token_ids": [], "logit_bias": {}, "max_tokens": 1, "n": 4, "temperature": 2}
+    texts = server.client.post("/completions", cast_to=object, body={"prompt": "Say", "seed": 5, **biased, **fields})
+    assert isinstance(texts, dict)
+    assert all(choice["text"][:1] in '{["-0123456789tfn' for choice in texts["choices"])
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "vLLM, SGLang: structural tags": (form("structural_tag", structures=[], triggers=[]), "response_format"),
     "SGLang: structural_tag": ({"structural_tag": "{}"}, "structural_tag"),

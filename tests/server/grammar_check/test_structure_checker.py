@@ -12,7 +12,7 @@ import pytest
 
 from server.engine.grammars.grammar import HEADER
 from server.grammar_check.checker import GrammarChecker, GrammarLimits, GrammarRefusedError, GrammarsBusyError
-from server.grammar_check.sources import GrammarKind, GrammarSource, SourceError, schema_text
+from server.grammar_check.sources import GrammarKind, GrammarSource, SourceError, schema_text, translate
 from tests.server.fake_engine import FakeEngine
 
 INFO = FakeEngine().info
@@ -64,6 +64,8 @@ GOOD = [
     source("grammar", 'start: mid "a" | "a"\nmid: other\nother: start "a" | start'),
     source("grammar", 'start: nothing start "a" | "a"\nnothing: "" | "b"'),
     source("grammar", 'root ::= "yes" | "no" root'),
+    source("grammar", 'root ::= ("a"?)* (("b" | "c"){2}){3}'),
+    source("grammar", r'root ::= "\x41\u00e9\U0001F642" [\u00e0-\u00ff] [^"\\\x7F\x00-\x1F] "\n\\x41"'),
 ]
 BAD = [
     (schema({"type": "object", "not": {}}), "Unimplemented keys"),
@@ -88,6 +90,18 @@ async def test_good_grammars_become_grammars_for_the_engine(tokenizer_folder: Pa
     async with checking(tokenizer_folder) as checker:
         for good in GOOD:
             assert (await checker.check(good, INFO)).text.startswith(HEADER)
+
+
+@pytest.mark.parametrize(
+    ("gbnf", "lark"),
+    [
+        ('root ::= ("a"?)* "b"', 'start: ("a"?)* "b"'),
+        (r'root ::= "\x41\u00e9" [\u00e0-\x7a] "\\x41"', r'start: "Aé" /[à-z]/ "\\x41"'),
+        (r'root ::= "\x22" [\x00-\x1F]', r'start: "\x22" /[\x00-\x1F]/'),
+    ],
+)
+def test_gbnf_keeps_its_parentheses_and_characters(gbnf: str, lark: str) -> None:
+    assert translate(source("grammar", gbnf)).strip() == lark
 
 
 async def test_bad_grammars_are_refused_in_words(tokenizer_folder: Path) -> None:

@@ -199,6 +199,23 @@ def test_what_is_no_http_is_answered_in_the_envelope(server: Loopback) -> None:
     assert b'{"error": {"message"' in answer
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_is_no_http_behind_requests_costs_none_of_their_answers(server: Loopback, count: int) -> None:
+    body = b'{"prompt": "x", "max_tokens": 3}'
+    request = POST + f"content-length: {len(body)}\r\n\r\n".encode() + body
+    with connect(server) as connection:
+        connection.sendall(request * count + b"no HTTP\r\n\r\n")
+        assert read_all(connection).count(b"HTTP/1.1 200 OK") == count
+
+
+def test_a_body_of_no_length_is_refused_with_a_sentence(server: Loopback) -> None:
+    with connect(server) as connection:
+        connection.sendall(POST + b'\r\n{"prompt": "x"}')
+        answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"the body" in answer
+
+
 @pytest.mark.parametrize("in_two", [False, True], ids=["one segment", "two segments"])
 def test_a_body_whose_chunks_cannot_be_read_is_answered_too(server: Loopback, in_two: bool) -> None:
     head = POST + b'transfer-encoding: chunked\r\n\r\n5\r\n{"pro\r\n'

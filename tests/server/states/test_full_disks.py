@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from server.states.errors import DiskFullError
+from server.states.errors import DiskFullError, StoreError
+from server.states.files.local import SPARE_FILE
 from tests.server.states.postgres_server import PostgresServer
 from tests.server.states.running import Running, start
 from tests.server.states.stores import EmbeddedKind, SharedKind, make, put_response
@@ -80,6 +81,36 @@ async def test_a_full_disk_still_reads_deletes_and_tells_how_responses_ended(dis
     store = kind.open(max_bytes=1 << 30)
     assert (await store.get_response("ann", "resp_1")).body["error"]["code"] == "state_storage_full"
     assert len(await store.list_states("ann", limit=9, after=None, name=None)) == 3
+    await store.close()
+
+
+async def test_a_store_opens_on_a_full_disk_and_reads_and_deletes(disk: SmallDisk) -> None:
+    kind = EmbeddedKind(disk.folder / "states")
+    store = kind.open(max_bytes=1 << 30)
+    states = [await make(store, content=b"x" * 1000) for _ in range(3)]
+    await store.close()
+    disk.fill()
+    for number in range(5):
+        store = kind.open(max_bytes=1 << 30)
+        assert (await store.use("ann", states[0].id)).head == states[0].head
+        if number == 0:
+            await store.delete("ann", states[1].id)
+        await store.close()
+        disk.fill()
+
+
+async def test_a_start_without_spare_space_on_a_full_disk_says_what_it_needs(disk: SmallDisk) -> None:
+    kind = EmbeddedKind(disk.folder / "states")
+    store = kind.open(max_bytes=1 << 30)
+    state = await make(store)
+    await store.close()
+    (disk.folder / "states" / SPARE_FILE).unlink()
+    disk.fill()
+    with pytest.raises(StoreError, match="is full: 1,048,576 bytes are needed to start"):
+        kind.open(max_bytes=1 << 30)
+    disk.clear()
+    store = kind.open(max_bytes=1 << 30)
+    assert (await store.use("ann", state.id)).head == state.head
     await store.close()
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 from clients.cli import chat_command
 from clients.client import AsyncClient, Client
 from clients.errors import BadRequestError, ConflictError, NotFoundError
-from clients.state_cli import app
+from clients.state_cli import app, size_in_words
 from clients.states import AsyncStates, States
 from tests.server.states.running import ANN, BOB, Running
 
@@ -87,7 +87,8 @@ def test_the_asynchronous_client_does_the_same(server: Running) -> None:
 
 def test_states_at_the_command_line(server: Running, client: Client, tmp_path: Path) -> None:
     States(client).create(MESSAGES, name="for the shell")
-    assert "for the shell" in command(server, "list").stdout
+    row = next(line for line in command(server, "list").stdout.splitlines() if "for the shell" in line)
+    assert " kB " in row
     assert "for the shell" not in command(server, "list", key=BOB).stdout
     file = tmp_path / "state.safetensors"
     assert command(server, "export", "for the shell", str(file)).exit_code == 0
@@ -108,6 +109,10 @@ def test_states_at_the_command_line(server: Running, client: Client, tmp_path: P
     assert command(server, "delete", "branched").exit_code == 0
     gone = command(server, "delete", "branched")
     assert (gone.exit_code, gone.stderr.strip()) == (1, "error: you have no state named 'branched'")
+
+
+def test_sizes_are_written_as_on_the_page() -> None:
+    assert [size_in_words(size) for size in (36_200, 999_999, 8_366_912)] == ["36.2 kB", "1,000.0 kB", "8.4 MB"]
 
 
 def test_files_that_are_not_there_are_one_clear_line(server: Running, tmp_path: Path) -> None:
