@@ -27,7 +27,7 @@ class BlockReader {
     const int64_t entries = padded_entries(places), channels = padded_codes(d);
     const int64_t bytes = 2 * entries * channels + 4 * shared * kBlockTokens * channels + 2 * kBlockTokens * entries +
                           4 * kTileBytes + 2 * kBlockTokens * channels;
-    return bytes / 4 + kBlockTokens * entries + 3 * entries + 2 * shared * kBlockTokens + 13 * 16;
+    return bytes / 4 + kBlockTokens * entries + 3 * entries + 2 * shared * kBlockTokens + entries / 64 + 15 * 16;
   }
 
   BlockReader(float* scratch, int64_t places, int64_t shared, int64_t d, int64_t value_bits)
@@ -50,7 +50,11 @@ class BlockReader {
     value_scales_ = take(most_);
     held_scales_ = take(most_);
     query_scales_ = take(2 * shared * kBlockTokens);
+    is_packed_ = reinterpret_cast<uint8_t*>(take_bytes(most_ / kTileRows + 4));
   }
+
+  // Places were written to outside of blocks, or for the first time: nothing that is packed counts any more.
+  void forget() { std::memset(is_packed_, 0, static_cast<size_t>(most_ / kTileRows)); }
 
   // Before any of the block's tokens takes its place: the columns that `used` says, those of the last token.
   void begin(const GroupState& state, int64_t used) {
@@ -58,8 +62,14 @@ class BlockReader {
     first_new_ = padded_rows(used);
     count_ = changes_ = 0;
     const auto* keys = reinterpret_cast<const int8_t*>(state.keys);
-    for (int64_t j = 0; j < used; j += kTileRows) pack_keys(keys + j * d_, used - j, j);
-    for (int64_t j = 0; j < used; j += kTileRows) pack_values(state.values + j * value_bytes(), used - j, j);
+    for (int64_t n = 0; n < num_written_; ++n) is_packed_[written_[n] / kTileRows] = 0;
+    num_written_ = 0;
+    for (int64_t j = 0; j < used; j += kTileRows) {
+      if (is_packed_[j / kTileRows] != 0) continue;
+      pack_keys(keys + j * d_, used - j, j);
+      pack_values(state.values + j * value_bytes(), used - j, j);
+      is_packed_[j / kTileRows] = used - j >= kTileRows ? 1 : 0;
+    }
     std::memcpy(key_scales_, state.key_scales, static_cast<size_t>(used) * sizeof(float));
     std::memcpy(value_scales_, state.value_scales, static_cast<size_t>(used) * sizeof(float));
   }
@@ -95,8 +105,8 @@ class BlockReader {
   // the token at `position` + i sees. `out` [tokens, stride].
   void read(int64_t r, const Places& places, int64_t position, int64_t sinks, float* out, int64_t stride, float* sums) {
     const TileSession session(kTileRowBytes);
-    score(2 * r, 0, first_new_ + kTileRows);
-    score_sinks(r, sinks);
+    score(2 * r, 0, first_new_ + kTileRows, first_new_ + kTileRows);
+    if (sinks > 0) score(2 * r + 1, 0, (sinks + kTileRows - 1) / kTileRows * kTileRows, sinks);
     std::memcpy(held_scales_, value_scales_, static_cast<size_t>(used_) * sizeof(float));
     float scales[kBlockTokens];
     num_held_ = 0;
@@ -115,13 +125,14 @@ class BlockReader {
 
   void change(int64_t column, int64_t entry) {
     all_changes_[changes_++] = {static_cast<int32_t>(column), static_cast<int32_t>(entry)};
+    written_[num_written_++] = static_cast<int32_t>(column);
   }
 
   void round_query(const float* query, int64_t which) {
     Words words;
     words.high = queries_ + 2 * which * kBlockTokens * channels_ + count_ * channels_;
     words.low = words.high + kBlockTokens * channels_;
-    round_words(query, d_, words);
+    round_words<false>(query, d_, words);
     query_scales_[which * kBlockTokens + count_] = words.scale;
   }
 
@@ -171,17 +182,25 @@ class BlockReader {
     }
   }
 
-  // Scores of entries first ... last - 1 with one kind of queries, to the rows of weights.
-  void score(int64_t which, int64_t first, int64_t last) {
+  // Scores of entries first ... last - 1 with one kind of queries, to the rows of weights: of those before `kept` alone, for
+  // the sinks are asked by queries of their own.
+  void score(int64_t which, int64_t first, int64_t last, int64_t kept) {
     const int8_t* high = queries_ + 2 * which * kBlockTokens * channels_;
     const int8_t* low = high + kBlockTokens * channels_;
     const float* scales = query_scales_ + which * kBlockTokens;
+    const bool is_one_step = channels_ == kCodeChannels;  // queries stay in their tiles then
+    if (is_one_step) {
+      load_tile<4>(high, channels_);
+      load_tile<5>(low, channels_);
+    }
     for (int64_t j = first; j < last; j += 2 * kTileRows) {
       each<4>([&](auto tile) DIJIANG_INLINE { clear_tile<tile>(); });
       const int8_t* keys = keys_ + j * channels_;
       for (int64_t c = 0; c < channels_; c += kCodeChannels, keys += kTileBytes) {
-        load_tile<4>(high + c, channels_);
-        load_tile<5>(low + c, channels_);
+        if (!is_one_step) {
+          load_tile<4>(high + c, channels_);
+          load_tile<5>(low + c, channels_);
+        }
         load_tile<6>(keys, kTileRowBytes);
         multiply_signed<0, 4, 6>();
         multiply_signed<1, 5, 6>();
@@ -191,32 +210,24 @@ class BlockReader {
         multiply_signed<3, 5, 7>();
       }
       each<4>([&](auto tile) DIJIANG_INLINE { store_tile<tile>(sums_ + tile * kTileBytes / 4, kTileRowBytes); });
-      put_scores(scales, j, sums_);
-      if (j + kTileRows < last) put_scores(scales, j + kTileRows, sums_ + 2 * kTileBytes / 4);
+      put_scores(scales, j, sums_, first_lanes(kept - j));
+      if (j + kTileRows < last)
+        put_scores(scales, j + kTileRows, sums_ + 2 * kTileBytes / 4, first_lanes(kept - j - kTileRows));
     }
   }
 
-  void put_scores(const float* scales, int64_t entry, const int32_t* high) {
+  void put_scores(const float* scales, int64_t entry, const int32_t* high, __mmask16 kept) {
     const __m512 key_scales = _mm512_loadu_ps(key_scales_ + entry);
     const int32_t* low = high + kTileBytes / 4;
-    for (int64_t i = 0; i < count_; ++i) {
+    float* to = weights_ + entry;
+    auto one = [&](int64_t i) DIJIANG_INLINE {
       const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(_mm512_loadu_si512(high + i * kLanes), 8),
                                              _mm512_loadu_si512(low + i * kLanes));
       const __m512 score = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(scales[i]));
-      _mm512_storeu_ps(weights_ + i * most_ + entry, _mm512_mul_ps(score, key_scales));
-    }
-  }
-
-  // The sinks are asked by queries of their own: only their columns are kept.
-  void score_sinks(int64_t r, int64_t sinks) {
-    alignas(64) float others[kBlockTokens][kTileRows];
-    for (int64_t first = 0; first < sinks; first += kTileRows) {
-      const int64_t left = sinks - first;
-      for (int64_t i = 0; i < count_; ++i) std::memcpy(others[i], weights_ + i * most_ + first, sizeof(others[i]));
-      score(2 * r + 1, first, first + kTileRows);
-      for (int64_t i = 0; i < count_ && left < kTileRows; ++i)
-        std::memcpy(weights_ + i * most_ + first + left, others[i] + left, static_cast<size_t>(kTileRows - left) * sizeof(float));
-    }
+      _mm512_mask_storeu_ps(to + i * most_, kept, _mm512_mul_ps(score, key_scales));
+    };
+    if (count_ == kBlockTokens) return each<kBlockTokens>(one);
+    for (int64_t i = 0; i < count_; ++i) one(i);
   }
 
   // Changes of columns up to token i are taken in.
@@ -243,7 +254,7 @@ class BlockReader {
     Words words;
     words.high = planes_ + i * most_;
     words.low = words.high + kBlockTokens * most_;
-    *total = weigh_words(w, used, held_scales_, words);
+    *total = weigh_words<false>(w, used, held_scales_, words);
     for (int8_t* plane : {words.high, words.low}) {
       const int64_t behind = plane_bytes(used);
       if (behind < num_entries_) std::memset(plane + behind, 0, static_cast<size_t>(num_entries_ - behind));
@@ -298,6 +309,9 @@ class BlockReader {
   float *weights_, *key_scales_, *value_scales_, *held_scales_, *query_scales_;
   Change all_changes_[2 * kBlockTokens], held_[2 * kBlockTokens];  // held: what columns hold now, not as the block began
   int64_t changed_before_[kBlockTokens + 1] = {};
+  uint8_t* is_packed_;  // of each sixteen columns: as they are now
+  int32_t written_[2 * kBlockTokens];  // columns that the last block wrote to
+  int64_t num_written_ = 0;
 };
 
 #else
@@ -306,6 +320,7 @@ class BlockReader {
  public:
   static int64_t scratch_size(int64_t, int64_t, int64_t) { return 0; }
   BlockReader(float*, int64_t, int64_t, int64_t, int64_t) {}
+  void forget() {}
   void begin(const GroupState&, int64_t) {}
   void ask(const float*, const float*) {}
   void moved(int64_t, int64_t) {}

@@ -53,6 +53,7 @@ class HeadGroup {
     block_sums_ = take(together);
     block_mix_ = take(together * shared_);
     block_below_ = take(together * shared_);
+    if (a.has_anchors()) block_.forget();
     linear_key_ = linear_rows_ + shared_ * d_;
     phi_key_ = phi_ + shared_ * a.num_features;
   }
@@ -67,6 +68,7 @@ class HeadGroup {
     rotate(key(projected), d_, heads_.rotary_half, token.cos, token.sin, new_key_);
     if (is_asked) turn_queries(token, projected, far_low);
     if (a_.has_anchors()) {
+      block_.forget();
       leaves = move_places(token, value(projected), projected[heads_.score_start + group_]);
       if (is_asked) read_places(token);
       if (is_asked) weigh(projected);
@@ -162,8 +164,9 @@ class HeadGroup {
       const float* own = query(projected, r);
       float *linear = linear_rows_ + r * d_, *rotated = rotated_ + r * d_, *sink = sink_query_ + r * d_;
       rotate(own, d_, half, token.cos, token.sin, rotated);
-      far_query(own, far_low, a_.far_up + (first_head_ + r) * d_, a_.far_rank, heads_.num_heads * d_, d_, linear);
-      if (is_rotated() && far_low == nullptr) std::memcpy(linear, rotated, row_bytes());
+      if (a_.num_features > 1 || far_low != nullptr)
+        far_query(own, far_low, a_.far_up + (first_head_ + r) * d_, a_.far_rank, heads_.num_heads * d_, d_, linear);
+      if (a_.num_features > 1 && is_rotated() && far_low == nullptr) std::memcpy(linear, rotated, row_bytes());
       if (is_rotated() && far_low != nullptr) {
         std::memcpy(exact_, linear, row_bytes());
         rotate(exact_, d_, half, token.cos, token.sin, linear);
@@ -222,13 +225,14 @@ class HeadGroup {
     const bool has_nibbles = a_.value_bits == 4;
     const bool leaves = places_.make_room(token.position, score, [&](const Evicted& evicted) {
       const int64_t row = evicted.column;
-      take_row(keys + row * d_, d_, at_.key_scales[row], linear_key_);
       if (has_nibbles) {
         take_nibbles(at_.values + row * d_ / 2, d_, at_.value_scales[row], linear_value_);
       } else {
         take_row(values + row * d_, d_, at_.value_scales[row], linear_value_);
       }
       late_ = exponential(a_.log_decay[group_] * static_cast<float>(token.position - evicted.position));
+      if (a_.num_features <= 1) return;  // one constant feature asks no key
+      take_row(keys + row * d_, d_, at_.key_scales[row], linear_key_);
       if (!is_rotated()) unrotate(linear_key_, evicted.position);
     }, [this](int64_t from, int64_t to) {
       if (reads_block_) block_.moved(from, to);

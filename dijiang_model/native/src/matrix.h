@@ -9,7 +9,7 @@
 #include "operands.h"
 #include "round_rows.h"
 #include "threads.h"
-#include "tiles.h"
+#include "tile_panels.h"
 
 namespace dijiang {
 

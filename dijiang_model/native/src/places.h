@@ -19,7 +19,11 @@ class Places {
  public:
   Places(const Attention& a, const GroupState& state, int64_t group, int64_t head_size)
       : at_(state), age_(a.age), sinks_(a.sinks), window_(a.has_anchors() ? a.windows[group] : 0), span_(a.span),
-        limit_(a.places(group) - a.sinks - window_), d_(head_size), value_bytes_(head_size * a.value_bits / 8) {}
+        limit_(a.places(group) - a.sinks - window_), d_(head_size), value_bytes_(head_size * a.value_bits / 8) {
+    constexpr int64_t kFewest = 4 * kWide;
+    part_size_ = std::max((limit_ + kMostParts - 1) / kMostParts, kFewest);
+    std::fill(lowest_, lowest_ + kMostParts, -1);
+  }
 
   // Columns that may hold a token once that at `position` has come: the first so many.
   int64_t used(int64_t position) const {
@@ -48,7 +52,7 @@ class Places {
       if (count < limit_) {
         move(own, sinks_ + window_ + count);
         moved(own, sinks_ + window_ + count);
-        lowest_ = -1;
+        forget_lowest(sinks_ + window_ + count);
       } else {
         const int64_t lowest = limit_ > 0 ? lowest_anchor() : own;
         const int64_t loser = limit_ > 0 && priority(own) >= priority(lowest) ? lowest : own;
@@ -57,7 +61,7 @@ class Places {
         if (loser != own) {
           move(own, loser);
           moved(own, loser);
-          lowest_ = -1;
+          forget_lowest(loser);
         }
       }
     }
@@ -84,11 +88,10 @@ class Places {
 
   // The score that the token `span` before this one shares.
   float remember(int64_t position, float score) {
-    const int64_t size = 2 * span_ + 1, first = position - 2 * span_;
+    const int64_t size = 2 * span_ + 1, held = position + 1 < size ? position + 1 : size;
     at_.recent[position % size] = score;
     float most = score;
-    for (int64_t j = first < 0 ? 0 : first; j < position; ++j)
-      most = at_.recent[j % size] > most ? at_.recent[j % size] : most;
+    for (int64_t j = 0; j < held; ++j) most = at_.recent[j] > most ? at_.recent[j] : most;
     return most;
   }
 
@@ -101,29 +104,41 @@ class Places {
     at_.scores[to] = at_.scores[from];
   }
 
-  // The column of the anchor of the lowest priority, all places being taken; of equals the oldest.
+  // Whether an anchor goes before another one: of equals the older.
+  bool is_lower(int64_t column, int64_t other) const {
+    const double p = priority(column), q = priority(other);
+    return p < q || (p == q && at_.positions[column] < at_.positions[other]);
+  }
+
+  // The column of the anchor of the lowest priority, all places being taken: that of each part is known as long as
+  // nothing in the part changes.
   int64_t lowest_anchor() {
-    if (lowest_ >= 0) return lowest_;
+    int64_t lowest = -1;
+    for (int64_t first = 0, part = 0; first < limit_; first += part_size_, ++part) {
+      if (lowest_[part] < 0)
+        lowest_[part] = static_cast<int32_t>(lowest_of(first, std::min(first + part_size_, limit_)));
+      if (lowest < 0 || is_lower(lowest_[part], lowest)) lowest = lowest_[part];
+    }
+    return lowest;
+  }
+
+  // The same of anchors first ... last - 1.
+  int64_t lowest_of(int64_t first, int64_t last) const {
     const int64_t start = sinks_ + window_;
-    int64_t j = 0;
-    lowest_ = start;
-    double best = priority(start);
-    auto take = [&](double p, int64_t column) {
-      if (p < best || (p == best && at_.positions[column] < at_.positions[lowest_])) {
-        best = p;
-        lowest_ = column;
-      }
+    int64_t j = first, lowest = start + first;
+    auto take = [&](int64_t column) {
+      if (is_lower(column, lowest)) lowest = column;
     };
-    if (limit_ >= kWide) {
+    if (last - first >= kWide) {
       const Wide age = wide(age_);
       Wide least, oldest;
       WideInt where;
-      for (; j + kWide <= limit_; j += kWide) {
+      for (; j + kWide <= last; j += kWide) {
         const Wide score = __builtin_convertvector(*reinterpret_cast<const PartAt*>(at_.scores + start + j), Wide);
         const Wide place = __builtin_convertvector(*reinterpret_cast<const PartIntAt*>(at_.positions + start + j), Wide);
         const Wide p = score + age * place;
         const WideInt here = j - WideInt{};
-        if (j == 0) {
+        if (j == first) {
           least = p, oldest = place, where = here;
           continue;
         }
@@ -132,16 +147,20 @@ class Places {
         oldest = is_less ? place : oldest;
         where = is_less ? here : where;
       }
-      for (int lane = 0; lane < kWide; ++lane) take(least[lane], start + where[lane] + lane);
+      for (int lane = 0; lane < kWide; ++lane) take(start + where[lane] + lane);
     }
-    for (; j < limit_; ++j) take(priority(start + j), start + j);
-    return lowest_;
+    for (; j < last; ++j) take(start + j);
+    return lowest;
   }
+
+  void forget_lowest(int64_t column) { lowest_[(column - sinks_ - window_) / part_size_] = -1; }
 
   const GroupState at_;
   const double age_;
   const int64_t sinks_, window_, span_, limit_, d_, value_bytes_;
-  int64_t lowest_ = -1;  // as long as no anchor changes
+  static constexpr int64_t kMostParts = 32;
+  int64_t part_size_ = 1;
+  int32_t lowest_[kMostParts];  // of each part; -1: not known
 };
 
 }  // namespace dijiang

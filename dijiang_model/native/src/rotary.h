@@ -43,12 +43,18 @@ static inline void back_angles(int64_t position, const double* frequencies, int6
 }
 
 static inline void rotate(const float* x, int64_t size, int64_t half, const float* cos, const float* sin, float* out) {
-  for (int64_t i = 0; i < half; ++i) {
+  int64_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    const Vec first = load(x + i), second = load(x + half + i), c = load(cos + i), s = load(sin + i);
+    store(out + i, first * c - second * s);
+    store(out + half + i, second * c + first * s);
+  }
+  for (; i < half; ++i) {
     const float first = x[i], second = x[half + i];
     out[i] = first * cos[i] - second * sin[i];
     out[half + i] = second * cos[i] + first * sin[i];
   }
-  for (int64_t i = 2 * half; i < size; ++i) out[i] = x[i];
+  for (i = 2 * half; i < size; ++i) out[i] = x[i];
 }
 
 // Undoes `rotate` in place; cos and sin of the difference of two angles, given those of each.

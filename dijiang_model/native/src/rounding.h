@@ -87,10 +87,14 @@ static inline float magnitude(const float* x, int64_t size) {
   int64_t j = 0;
   for (; j + kLanes <= size; j += kLanes) take(load(x + j));
   if (j < size) take(load_first(x + j, size - j));
+#if defined(__AVX512F__)
+  return magnitude_of(_mm512_reduce_max_epu32(reinterpret_cast<__m512i>(most)));
+#else
   uint32_t lanes[kLanes], largest = 0;
   std::memcpy(lanes, &most, sizeof(lanes));
   for (uint32_t lane : lanes) largest = lane > largest ? lane : largest;
   return magnitude_of(largest);
+#endif
 }
 
 // A row of keys or values comes in. Returns its scale: 1, or for int8 the largest magnitude over 127; a row that is not

@@ -44,14 +44,13 @@ static inline void apply(const Norm& norm, const float* x, int64_t size, float* 
   }
 }
 
+static inline Vec silu(Vec x) { return x / (splat(1.0f) + exponential(-x)); }
+
 // x <- f(x), f(x) * gate's partner afterwards. Written without regard to where a range begins: lanes are independent.
 static inline void activate(ActivationKind kind, float* x, int64_t size) {
   if (kind == kSilu) {
     int64_t j = 0;
-    for (; j + kLanes <= size; j += kLanes) {
-      const Vec v = load(x + j);
-      store(x + j, v / (splat(1.0f) + exponential(-v)));
-    }
+    for (; j + kLanes <= size; j += kLanes) store(x + j, silu(load(x + j)));
     for (; j < size; ++j) x[j] = x[j] / (1.0f + exponential(-x[j]));
     return;
   }

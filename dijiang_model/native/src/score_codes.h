@@ -34,11 +34,17 @@ typedef int32_t FourBytes __attribute__((aligned(1), may_alias));
 // finite becomes some integer.
 static inline DIJIANG_INLINE void round_sixty_four(const float* at, int64_t count, __m512 inverse, __m512i& high, __m512i& low) {
   __m512i word[4];
-  each<4>([&](auto k) DIJIANG_INLINE {
-    const int64_t left = count - 16 * k;
-    const __mmask16 here = left >= 16 ? 0xffffu : left > 0 ? (1u << left) - 1u : 0u;
-    word[k] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(here, at + 16 * k), inverse));
-  });
+  if (count >= kCodeChannels) {
+    each<4>([&](auto k) DIJIANG_INLINE {
+      word[k] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(at + 16 * k), inverse));
+    });
+  } else {
+    each<4>([&](auto k) DIJIANG_INLINE {
+      const int64_t left = count - 16 * k;
+      const __mmask16 here = left >= 16 ? 0xffffu : left > 0 ? (1u << left) - 1u : 0u;
+      word[k] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(here, at + 16 * k), inverse));
+    });
+  }
   __m512i above[2], below[2];
   each<2>([&](auto k) DIJIANG_INLINE {
     const __m512i pair = _mm512_packs_epi32(word[2 * k], word[2 * k + 1]);
@@ -51,7 +57,9 @@ static inline DIJIANG_INLINE void round_sixty_four(const float* at, int64_t coun
   low = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(below[0], below[1]));
 }
 
-// The first `count` numbers of x in 16 bits, zeros up to the planes' end; `most`: the largest magnitude, or NaN.
+// The first `count` numbers of x in 16 bits, zeros up to the planes' end; `most`: the largest magnitude, or NaN. The
+// matrix unit needs no sums.
+template <bool kSums = true>
 static inline void round_words(const float* x, int64_t count, float most, Words& words) {
   const __m512 inverse = _mm512_set1_ps(most > 0.0f ? kLargestWord / most : 0.0f);
   const __m512i ones = _mm512_set1_epi8(1);
@@ -59,37 +67,55 @@ static inline void round_words(const float* x, int64_t count, float most, Words&
   for (int64_t i = 0; i < count; i += kCodeChannels) {
     __m512i high, low;
     round_sixty_four(x + i, count - i, inverse, high, low);
-    high_sum = _mm512_dpbusd_epi32(high_sum, ones, high);
-    low_sum = _mm512_dpbusd_epi32(low_sum, ones, low);
+    if (kSums) high_sum = _mm512_dpbusd_epi32(high_sum, ones, high);
+    if (kSums) low_sum = _mm512_dpbusd_epi32(low_sum, ones, low);
     _mm512_storeu_si512(words.high + i, high);
     _mm512_storeu_si512(words.low + i, low);
   }
   words.scale = most / kLargestWord;
+  if (!kSums) return;
   words.high_sum = _mm512_reduce_add_epi32(high_sum);
   words.low_sum = _mm512_reduce_add_epi32(low_sum);
 }
 
+template <bool kSums = true>
 static inline void round_words(const float* x, int64_t count, Words& words) {
-  round_words(x, count, magnitude(x, count), words);
+  round_words<kSums>(x, count, magnitude(x, count), words);
+}
+
+// 2^t to 2e-7 of it, for t of at most 1; 0 below -120, NaN stays NaN.
+static inline DIJIANG_INLINE __m512 power_of_two(__m512 t) {
+  constexpr int kDown = 9;  // towards minus infinity, without a flag
+  const __m512 part = _mm512_reduce_ps(t, kDown);
+  __m512 p = _mm512_set1_ps(1.8775767e-3f);
+  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(8.9893397e-3f));
+  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(5.5826318e-2f));
+  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(2.4015361e-1f));
+  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(6.9315308e-1f));
+  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(9.9999994e-1f));
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, _mm512_set1_ps(-120.0f), _CMP_NLT_UQ), p, t);
 }
 
 // Scores of `count` places become weights in 16 bits: w[j] = exp(x[j] - max x) scales[j]. x [padded to vectors, -inf
 // behind the end] holds w then. Returns the sum of the exponentials.
+template <bool kSums = true>
 static inline float weigh_words(float* x, int64_t count, const float* scales, Words& words) {
+  constexpr float kPowers = 1.44269504088896341f;  // of two in e
   const int64_t size = padded_rows(count);
-  const __m512 top = _mm512_set1_ps(most_of(x, size));
-  const __m512i unsign = _mm512_set1_epi32(0x7fffffff);
+  const __m512 powers = _mm512_set1_ps(kPowers), top = _mm512_set1_ps(most_of(x, size) * kPowers);
   __m512 total = _mm512_setzero_ps();
-  __m512i most = _mm512_setzero_si512();  // magnitudes are in the order of their bits
-  for (int64_t j = 0; j < size; j += kLanes) {
-    const __mmask16 here = count - j >= 16 ? 0xffffu : (1u << (count - j)) - 1u;
-    const __m512 e = falling_exponential(_mm512_loadu_ps(x + j) - top);
+  __m512i most = _mm512_setzero_si512();  // no weight is negative: they are in the order of their bits, NaN behind all
+  auto weigh = [&](int64_t j, __m512 own) DIJIANG_INLINE {
+    const __m512 e = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(x + j), powers, top));
+    const __m512 w = _mm512_mul_ps(e, own);
     total += e;
-    const __m512 w = _mm512_mul_ps(e, _mm512_maskz_loadu_ps(here, scales + j));
-    most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(w), unsign));
+    most = _mm512_max_epu32(most, _mm512_castps_si512(w));
     _mm512_storeu_ps(x + j, w);
-  }
-  round_words(x, count, magnitude_of(_mm512_reduce_max_epu32(most)), words);
+  };
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) weigh(j, _mm512_loadu_ps(scales + j));
+  if (j < count) weigh(j, _mm512_maskz_loadu_ps((1u << (count - j)) - 1u, scales + j));
+  round_words<kSums>(x, count, magnitude_of(_mm512_reduce_max_epu32(most)), words);
   return sum(total);
 }
 
@@ -212,7 +238,9 @@ static inline void weigh_code_rows(const Words* weights, const uint8_t* rows, in
 
 #else
 
+template <bool kSums = true>
 static inline void round_words(const float*, int64_t, Words&) {}
+template <bool kSums = true>
 static inline float weigh_words(float*, int64_t, const float*, Words&) { return 0.0f; }
 template <int R>
 static inline void score_code_rows(const Words*, int64_t, const int8_t*, const float*, int64_t, int64_t, float*,

@@ -11,14 +11,14 @@
 #include "head_group.h"
 #include "network.h"
 #include "shares.h"
-#include "threads.h"
+#include "step_rows.h"
 
 namespace dijiang {
 
-class Step {
+class Step : private StepRows {
  public:
   Step(const Model& model, Scratch& scratch, float* hidden, int64_t num_rows, int num_threads)
-      : model_(model), num_rows_(num_rows), threads_(num_threads), hidden_(hidden) {
+      : StepRows(num_rows, num_threads), model_(model), hidden_(hidden) {
     const Heads& heads = model.heads;
     const Layer& layer = model.layers[0];
     projected_width_ = layer.query.rows + layer.key.rows + layer.value.rows + heads.num_scores;
@@ -90,7 +90,6 @@ class Step {
     add_product(layer.output, attended_, layer.attention_output_norm);
     if (!is_parallel) norm(layer.mlp_norm, mlp_normed_, layer.mlp_up);
     mlp(layer);
-    if (layer.mlp_down.reads_quantized()) for_prepared(inner_, layer.mlp_down, [](int64_t) {});
     add_product(layer.mlp_down, inner_, layer.mlp_output_norm);
   }
 
@@ -124,50 +123,6 @@ class Step {
   }
 
  private:
-  RowBuffer rows(Scratch& scratch, size_t which, int64_t width) const {
-    float* values = scratch.floats(which, num_rows_ * width);
-    float* rounded = scratch.floats(which + 1, rounded_bytes(num_rows_, width) / 4 + 1);
-    float* scales = scratch.floats(which + 2, num_rows_ * (padded_sums(width) + 1));
-    return {values, reinterpret_cast<uint8_t*>(rounded), scales, scales + num_rows_, width};
-  }
-
-  // Work too small to share is done at once: handing it over takes about a microsecond.
-  template <class Task>
-  void for_rows(const Task& task) const {
-    Pool::instance().run(num_rows_, num_rows_ >= 8 ? threads_ : 1, [&](int64_t n, int) { task(n); });
-  }
-
-  // task(n) for each row, then what it has written made ready for the matrix that reads it.
-  template <class Task>
-  void for_prepared(const RowBuffer& out, const Matrix& reader, const Task& task) const {
-    const int64_t together = rows_together(reader, num_rows_), parts = (num_rows_ + together - 1) / together;
-    Pool::instance().run(parts, num_rows_ >= 8 ? threads_ : 1, [&](int64_t part, int) {
-      const int64_t first = part * together, count = std::min(together, num_rows_ - first);
-      for (int64_t n = first; n < first + count; ++n) task(n);
-      out.prepare(first, count, num_rows_, reader);
-    });
-  }
-
-  // Rows in blocks, for products with small matrices.
-  template <class Task>
-  void for_blocks(const Task& task) const {
-    constexpr int64_t kRows = 4;
-    const int64_t num_blocks = (num_rows_ + kRows - 1) / kRows;
-    Pool::instance().run(num_blocks, num_rows_ >= 8 ? threads_ : 1, [&](int64_t block, int) {
-      task(block * kRows, std::min(num_rows_, (block + 1) * kRows));
-    });
-  }
-
-  template <class Task>
-  void for_outputs(int64_t count, int64_t num_rows, const Task& task, int64_t panel = kPanelOutputs) const {
-    if (num_rows == 0) return;
-    const int64_t share = outputs_per_task(count, threads_, panel);
-    Pool::instance().run((count + share - 1) / share, threads_, [&](int64_t index, int) {
-      const int64_t first = index * share, last = first + share < count ? first + share : count;
-      task(first, last);
-    });
-  }
-
   void norm(const Norm& norm, const RowBuffer& out, const Matrix& reader) const {
     for_prepared(out, reader, [&](int64_t n) {
       const float* hidden = hidden_ + n * model_.hidden_size;
@@ -298,21 +253,29 @@ class Step {
   void attend_all(const Layer& layer) const {
     const Attention& attention = layer.attention;
     const auto num_split = static_cast<int64_t>(shares_.split.size()), num_parts = shares_.num_parts;
+    const auto num_whole = static_cast<int64_t>(shares_.whole.size());
     std::vector<GroupState> starts(static_cast<size_t>(num_split * num_parts));  // of the parts
+    std::atomic<int64_t> num_started{0};  // shares whose starts are found
     if (attention.far_rank > 0) lower_queries(layer);
-    Pool::instance().run(num_split + static_cast<int64_t>(shares_.whole.size()), threads_, [&](int64_t index, int thread) {
+    Pool::instance().run(num_split + num_whole + num_split * num_parts, threads_, [&](int64_t index, int thread) {
       if (index < num_split) {
         find_starts(layer, index, thread, starts.data() + index * num_parts);
+        num_started.fetch_add(1, std::memory_order_release);
         return;
       }
-      const Share& share = shares_.whole[static_cast<size_t>(index - num_split)];
+      index -= num_split;
+      const bool is_part = index >= num_whole;
+      if (is_part) index -= num_whole;
+      const auto number = static_cast<size_t>(is_part ? index / num_parts : index);
+      const Share& share = is_part ? shares_.split[number] : shares_.whole[number];
       const Segment& segment = segments_[static_cast<size_t>(share.segment)];
-      walk(layer, share.group, state_of(attention, segment, share.group, thread), segment.first, segment.last, true,
-           thread, keys_of(attention, index - num_split + threads_));
-    });
-    Pool::instance().run(num_split * num_parts, threads_, [&](int64_t index, int thread) {
-      const Share& share = shares_.split[static_cast<size_t>(index / num_parts)];
-      const Segment& segment = segments_[static_cast<size_t>(share.segment)];
+      if (!is_part) {
+        walk(layer, share.group, state_of(attention, segment, share.group, thread), segment.first, segment.last, true,
+             thread, keys_of(attention, index + threads_));
+        return;
+      }
+      // Tasks are taken in order: another thread is at it, if it is not done.
+      while (num_started.load(std::memory_order_acquire) < num_split) relax();
       const int64_t part = index % num_parts;
       walk(layer, share.group, starts[static_cast<size_t>(index)], shares_.start_of(segment, part),
            shares_.start_of(segment, part + 1), true, thread, nullptr);
@@ -345,7 +308,11 @@ class Step {
     });
   }
 
+  // Inner rows, ready for the product down.
   void mlp(const Layer& layer) const {
+#if DIJIANG_TILES
+    if (takes_columns(layer.mlp_up, layer.mlp_gate, layer.mlp_down, num_rows_)) return mlp_in_columns(layer);
+#endif
     const Activations x = mlp_normed_.activations();
     const int64_t width = inner_.width;
     const auto kind = static_cast<ActivationKind>(model_.activation);
@@ -359,7 +326,24 @@ class Step {
         for (int64_t j = first; is_gated && j < last; ++j) up[j] *= gate[j];
       }
     });
+    if (layer.mlp_down.reads_quantized()) for_prepared(inner_, layer.mlp_down, [](int64_t) {});
   }
+
+#if DIJIANG_TILES
+  // The same by sixteen rows, which lie side by side and need not be turned round on their way to the next product.
+  void mlp_in_columns(const Layer& layer) const {
+    const Activations x = mlp_normed_.activations();
+    const auto kind = static_cast<ActivationKind>(model_.activation);
+    for_outputs(inner_.width, num_rows_, [&](int64_t first, int64_t last) {
+      tile_columns(layer.mlp_up, layer.mlp_gate, kind, x, num_rows_, first, last, inner_.values);
+    });
+    Pool::instance().run((num_rows_ + kTileRows - 1) / kTileRows, num_rows_ >= 8 ? threads_ : 1, [&](int64_t part, int) {
+      const int64_t n = part * kTileRows, count = std::min(kTileRows, num_rows_ - n);
+      round_columns_to_tiles(layer.mlp_down, inner_.values + n * inner_.width, count,
+                             inner_.rounded + n * 2 * padded(inner_.width), inner_.scales + n);
+    });
+  }
+#endif
 
   // To the hidden rows: the product, or its norm. What the MLP reads is not needed at either time.
   void add_product(const Matrix& matrix, const RowBuffer& x, const Norm& norm) const {
@@ -379,8 +363,6 @@ class Step {
   }
 
   const Model& model_;
-  int64_t num_rows_;
-  int threads_;
   float* hidden_;  // [N, D], each layer adds to it
   int64_t projected_width_ = 0, arena_size_ = 0, copy_bytes_ = 0;
   uint8_t* copies_ = nullptr;  // by thread: a copy of a group's state

@@ -37,20 +37,33 @@ static inline DIJIANG_INLINE void put_codes(const float* x, int64_t count, __m51
   });
 }
 
-// 64 bytes from 32 numbers, of which `count` are there: the nearest in bf16, ties to even; a NaN stays one.
+// The nearest numbers in bf16, ties to even; a NaN stays one.
+static inline DIJIANG_INLINE __m512i nearest_halves(__m512 values) {
+  const __m512i bits = _mm512_castps_si512(values), upper = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  return _mm512_mask_or_epi32(_mm512_srli_epi32(rounded, 16), is_nan, upper, _mm512_set1_epi32(64));
+}
+
+// 64 bytes from 32 numbers, of which `count` are there.
 static inline DIJIANG_INLINE void put_halves(const float* x, int64_t count, uint8_t* to) {
   each<2>([&](auto i) DIJIANG_INLINE {
     const __m512 values = _mm512_maskz_loadu_ps(first_lanes(count - i * kLanes), x + i * kLanes);
-    const __m512i bits = _mm512_castps_si512(values), upper = _mm512_srli_epi32(bits, 16);
-    const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-    const __m512i halves = _mm512_mask_or_epi32(_mm512_srli_epi32(rounded, 16), is_nan, upper, _mm512_set1_epi32(64));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * i), _mm512_cvtepi32_epi16(halves));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * i), _mm512_cvtepi32_epi16(nearest_halves(values)));
   });
 }
 
-// What a row is multiplied with to become codes, and its scale: NaN for a row that is not finite.
+// What a row is multiplied with to become codes, from the bits of its largest magnitude, and its scale: NaN for a row
+// that is not finite.
+static inline float inverse_of_largest(int32_t bits, float& scale) {
+  float largest;
+  std::memcpy(&largest, &bits, sizeof(largest));
+  const bool is_finite = bits < 0x7f800000;
+  scale = is_finite ? largest / 32767.0f : std::numeric_limits<float>::quiet_NaN();
+  return is_finite && largest > 0.0f ? 32767.0f / largest : 0.0f;
+}
+
 static inline float inverse_of_row(const float* x, int64_t columns, float& scale) {
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);  // in the order of the numbers
   __m512i most = _mm512_setzero_si512();
@@ -58,12 +71,7 @@ static inline float inverse_of_row(const float* x, int64_t columns, float& scale
     const __m512i bits = _mm512_castps_si512(_mm512_maskz_loadu_ps(first_lanes(columns - j), x + j));
     most = _mm512_max_epi32(most, _mm512_and_si512(bits, magnitude));
   }
-  const int32_t bits = _mm512_reduce_max_epi32(most);
-  float largest;
-  std::memcpy(&largest, &bits, sizeof(largest));
-  const bool is_finite = bits < 0x7f800000;
-  scale = is_finite ? largest / 32767.0f : std::numeric_limits<float>::quiet_NaN();
-  return is_finite && largest > 0.0f ? 32767.0f / largest : 0.0f;
+  return inverse_of_largest(_mm512_reduce_max_epi32(most), scale);
 }
 
 // One row as it lies.
@@ -107,6 +115,53 @@ static inline void round_rows_to_tiles(const Matrix& reader, const float* x, int
     put_tile(high, to);
     put_tile(low, to + kTileBytes);
   }
+}
+
+// Four numbers to each lane: the low bytes of their codes, and the high bytes.
+static inline DIJIANG_INLINE void put_four_codes(const __m512i (&codes)[4], uint8_t* high, uint8_t* low) {
+  // A lane's bytes: low, low, high, high of two codes.
+  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15));
+  constexpr __mmask32 kOdd = 0xaaaaaaaau;
+  __m512i pairs[2];
+  each<2>([&](auto i) DIJIANG_INLINE {
+    pairs[i] = _mm512_mask_blend_epi16(kOdd, codes[2 * i], _mm512_slli_epi32(codes[2 * i + 1], 16));
+    pairs[i] = _mm512_shuffle_epi8(pairs[i], order);
+  });
+  _mm512_storeu_si512(low, _mm512_mask_blend_epi16(kOdd, pairs[0], _mm512_slli_epi32(pairs[1], 16)));
+  _mm512_storeu_si512(high, _mm512_mask_blend_epi16(kOdd, _mm512_srli_epi32(pairs[0], 16), pairs[1]));
+}
+
+// The same from columns [columns][16 rows], a multiple of 64 of them, to the same bits.
+static inline void round_columns_to_tiles(const Matrix& reader, const float* x, int64_t count, uint8_t* to, float* scales) {
+  const int64_t columns = reader.columns;
+  if (reader.halves != nullptr) {
+    for (int64_t j = 0; j < columns; j += 2, x += 2 * kLanes, to += kTileRowBytes) {
+      const __m512i even = nearest_halves(_mm512_loadu_ps(x)), odd = nearest_halves(_mm512_loadu_ps(x + kLanes));
+      _mm512_storeu_si512(to, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+    }
+    return;
+  }
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512i most[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+  for (int64_t j = 0; j < columns; j += 2)
+    each<2>([&](auto i) DIJIANG_INLINE {
+      const __m512i bits = _mm512_castps_si512(_mm512_loadu_ps(x + (j + i) * kLanes));
+      most[i] = _mm512_max_epi32(most[i], _mm512_and_si512(bits, magnitude));
+    });
+  alignas(64) int32_t largest[kLanes];
+  alignas(64) float inverses[kLanes] = {};
+  _mm512_store_si512(largest, _mm512_max_epi32(most[0], most[1]));
+  for (int64_t n = 0; n < count; ++n) inverses[n] = inverse_of_largest(largest[n], scales[n]);
+  const __m512 inverse = _mm512_load_ps(inverses);
+  const __mmask16 is_there = _mm512_cmp_ps_mask(inverse, _mm512_setzero_ps(), _CMP_NEQ_UQ);  // infinity times 0 is no code
+  for (int64_t j = 0; j < columns; j += kCodeBlock, to += 2 * kTileBytes)
+    for (int64_t k = 0; k < kTileRows; ++k, x += 4 * kLanes) {
+      __m512i codes[4];
+      each<4>([&](auto i) DIJIANG_INLINE {
+        codes[i] = _mm512_maskz_cvtps_epi32(is_there, _mm512_mul_ps(_mm512_loadu_ps(x + i * kLanes), inverse));
+      });
+      put_four_codes(codes, to + k * kTileRowBytes, to + kTileBytes + k * kTileRowBytes);
+    }
 }
 
 #endif

@@ -101,11 +101,15 @@ static inline Vec4 sum4(Vec a, Vec b, Vec c, Vec d) {
 }
 
 static inline float largest(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(x);
+#else
   float lanes[kLanes];
   store(lanes, x);
   float result = lanes[0];
   for (int i = 1; i < kLanes; ++i) result = lanes[i] > result ? lanes[i] : result;
   return result;
+#endif
 }
 
 constexpr float kLeastPower = -87.3365f, kMostPower = 88.72283f;
