@@ -43,8 +43,8 @@ def _write(level: str, event: str, **fields: object) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """What the service is told."""
-    return f"{type(error).__name__}: {error}"
+    """What the service is told: of wrong files and settings their own sentences, of others their kind as well."""
+    return str(error) if is_permanent(error) else f"{type(error).__name__}: {error}"
 
 
 def is_permanent(error: Exception) -> bool:

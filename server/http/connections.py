@@ -270,9 +270,7 @@ class LimitedProtocol(HttpToolsProtocol):
             assert self.cycle is not None
             is_in_body = not (self._awaits_head or self.pipeline or self.cycle.response_started)
             if not is_in_body:
-                self.cycle.keep_alive = (
-                    False  # other answers are on their way: nothing comes between, and nothing after
-                )
+                self.cycle.keep_alive = False  # answers are on their way: nothing comes between, nor after
                 return
             self.cycle.disconnected = True  # this answer is the only one to what has begun
         body = error_json(HttpError(message, code=_CODES[status], status=status))

@@ -195,6 +195,14 @@ class BodyMiddleware:
                 code="unsupported_content_encoding",
                 status=415,
             )
+        if headers.get("transfer-encoding", "chunked").strip().lower() != "chunked":
+            encoding = printable(headers["transfer-encoding"], 40)
+            raise HttpError(
+                f"bodies of transfer encoding {encoding!r} are not read here: chunked alone is known",
+                code="unsupported_transfer_encoding",
+                status=501,
+                headers=dict(CLOSING),
+            )
         is_state = scope["path"] == STATE_IMPORT_PATH
         if scope["path"].startswith(OLLAMA_PATHS) and "origin" not in headers:
             scope = _with_json_type(scope)

@@ -163,12 +163,12 @@ def repair_command(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     typer.echo(
-        f"{done.num_states} states are there; {done.num_lost_states} were given up, for their files are not whole"
+        f"states that are there: {done.num_states}; given up, for their files are not whole: {done.num_lost_states}"
     )
     if done.old_index is not None:
         typer.echo(f"the damaged index is {done.old_index} now, and what could be read of it is in the new one")
     if done.num_files:
         typer.echo(
-            f"{done.num_files} files that the index does not name are in {folder / LOST_FOLDER}; "
-            f"`{program()} state import` takes them in"
+            f"files that the index does not name, now in {folder / LOST_FOLDER}: {done.num_files}; "
+            f"`{program()} state import` takes in those that are whole"
         )

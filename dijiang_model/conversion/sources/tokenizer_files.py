@@ -62,7 +62,7 @@ class StagedTokenizer:
     def described(self, ids: Sequence[int]) -> tuple[str, ...]:
         """Tokens for people, e.g. `<|im_end|> (2)`."""
         if not self.is_there:
-            return tuple(f"{index}" for index in ids)
+            return tuple(f"token {index}" for index in ids)
         tokenizer = _read(self.folder)
         return tuple(f"{tokenizer.id_to_token(index)} ({index})" for index in ids)
 

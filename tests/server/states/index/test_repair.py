@@ -94,5 +94,5 @@ async def test_the_command_says_what_it_has_done(tmp_path: Path) -> None:
     (tmp_path / "files" / files[0]).unlink()
     done = CliRunner().invoke(app, ["state", "repair", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert "1 states are there; 1 were given up" in done.output
+    assert "are there: 1; given up, for their files are not whole: 1" in done.output
     assert CliRunner().invoke(app, ["state", "repair", str(tmp_path / "none")]).exit_code == 1
