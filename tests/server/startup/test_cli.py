@@ -127,6 +127,7 @@ def test_a_certificate_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pem").write_text("no certificate")
     pem = str(tmp_path / "pem")
-    answer = dijiang("serve", str(tmp_path), "--port", "0", "--tls-cert", pem, "--tls-key", pem)
+    states = str(tmp_path / "states")  # not the one of whoever runs this
+    answer = dijiang("serve", str(tmp_path), "--port=0", "--states-folder", states, "--tls-cert", pem, "--tls-key", pem)
     assert answer.returncode == 1
     assert "error: tls_cert and tls_key cannot be used" in " ".join(answer.stderr.split())
