@@ -66,7 +66,8 @@ def open_embedded_store(
 
 def _is_io_error(error: BaseException) -> bool:
     """Whether SQLite could not read or write; on a full disk it sometimes knows no more than that."""
-    return isinstance(error, sqlite3.Error) and error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_IOERR
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)  # missing where we have raised it ourselves
+    return isinstance(code, int) and code & 0xFF == sqlite3.SQLITE_IOERR
 
 
 def _require_index(path: Path, files: Path) -> None:

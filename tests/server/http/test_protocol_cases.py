@@ -101,13 +101,12 @@ def test_an_encoded_body_is_415_and_named(server: Loopback, encoding: str) -> No
     assert encoding in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(("coding", "status"), [("chunked", 200), ("Chunked", 200), ("gzip, chunked", 501)])
-def test_a_body_in_another_transfer_encoding_is_501_and_named(server: Loopback, coding: str, status: int) -> None:
-    headers = {"transfer-encoding": coding, "content-type": "application/json"}
-    body = iter([b'{"prompt": "a", "max_tokens": 1}'])
-    answer = server.http.post("/v1/completions", content=body, headers=headers)
-    assert answer.status_code == status
-    assert status == 200 or coding in answer.json()["error"]["message"]
+@pytest.mark.parametrize(("coding", "status"), [(b"chunked", 200), (b"Chunked", 200), (b"gzip, chunked", 501)])
+def test_a_body_in_another_transfer_encoding_is_501_and_named(server: Loopback, coding: bytes, status: int) -> None:
+    asked = head(b"Connection: close\r\n", framing=b"Transfer-Encoding: " + coding + b"\r\n") + CHUNKED
+    answer = raw_exchange(server, asked)
+    assert answer.startswith(b"HTTP/1.1 %d" % status)
+    assert status == 200 or coding in answer
 
 
 @pytest.mark.parametrize("temperature", [1e-8, 1e-320, 0.0, 0, 9.9e-5])
