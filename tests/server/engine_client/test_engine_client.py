@@ -227,7 +227,7 @@ async def test_a_client_that_was_never_started_is_stopped() -> None:
 
 async def test_what_can_never_load_fails_at_once_with_its_reason() -> None:
     async with fake_client(model_path="damaged") as client:
-        with pytest.raises(EngineUnavailableError, match="CheckpointError: a tensor is missing"):
+        with pytest.raises(EngineUnavailableError, match=r"^(?!.*CheckpointError).*a tensor is missing"):
             await client.wait_ready()
         assert (client.status, client.num_restarts) == (EngineStatus.FAILED, 0)
         with pytest.raises(EngineUnavailableError) as refusal:
