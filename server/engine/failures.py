@@ -44,7 +44,8 @@ def _write(level: str, event: str, **fields: object) -> None:
 
 def reason_of(error: Exception) -> str:
     """What the service is told: of wrong files and settings their own sentences, of others their kind as well."""
-    return str(error) if is_permanent(error) else f"{type(error).__name__}: {error}"
+    words = str(error)
+    return words if words and is_permanent(error) else f"{type(error).__name__}: {words}"
 
 
 def is_permanent(error: Exception) -> bool:

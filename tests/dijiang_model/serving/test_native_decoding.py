@@ -1,5 +1,6 @@
 """Steps prepared once for sequences that decode: the bits of single steps, and tokens of the naive choice."""
 
+import ctypes
 import gc
 import weakref
 from collections.abc import Callable
@@ -101,17 +102,20 @@ def test_a_step_without_a_choice_leaves_the_last_tokens_to_the_caller() -> None:
         assert last[SLOTS].tolist() == fed.tolist()
 
 
+@pytest.mark.parametrize("rules", [None, (DrawRules * 3)(*[DrawRules(0.5, 1.0, 0.0, 2**40, 2.0)] * 3)])
 @torch.no_grad()
-def test_a_row_that_is_not_finite_has_no_token_and_the_next_step_a_valid_one_to_feed() -> None:
+def test_a_row_that_is_not_finite_has_no_token_and_the_next_step_a_valid_one_to_feed(
+    rules: "ctypes.Array[DrawRules] | None",
+) -> None:
     model = tiny_network()
     state = cleared(model)
     state.storage[SLOTS[1]] = POISON
     last = torch.tensor([9, 8, 7, 6, 5, 4])
     rows = decoding(model, last, state)
-    chosen = rows.choose()
+    chosen = rows.choose(rules)
     assert [token == NOT_FINITE for token in chosen] == [False, True, False]
     assert last[SLOTS].tolist() == [chosen[0], 0, chosen[2]]
-    assert rows.choose()[1] == NOT_FINITE
+    assert rows.choose(rules)[1] == NOT_FINITE
 
 
 @torch.no_grad()
@@ -129,18 +133,6 @@ def test_rows_are_drawn_by_their_rules_beside_greedy_ones_and_feed_what_was_draw
         greedy, hot = DrawRules(top_k=2**40, top_p=2.0), DrawRules(uniform, 3.0, 0.0, 2**40, 0.9)
         assert rows.choose((DrawRules * 3)(greedy, hot, greedy)) == expected.tolist()
         assert last[SLOTS].tolist() == expected.tolist()
-
-
-@torch.no_grad()
-def test_a_row_that_is_not_finite_is_not_drawn() -> None:
-    model = tiny_network()
-    state = cleared(model)
-    state.storage[SLOTS[1]] = POISON
-    last = torch.tensor([9, 8, 7, 6, 5, 4])
-    hot = DrawRules(0.5, 1.0, 0.0, 2**40, 2.0)
-    chosen = decoding(model, last, state).choose((DrawRules * 3)(hot, hot, hot))
-    assert [token == NOT_FINITE for token in chosen] == [False, True, False]
-    assert last[SLOTS].tolist() == [chosen[0], 0, chosen[2]]
 
 
 @pytest.mark.parametrize("slots", [[-1], [6], [1, 6]])

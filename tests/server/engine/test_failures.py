@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from server.engine.failures import LineHandler, log_failure
+from server.engine.failures import LineHandler, log_failure, reason_of
 
 
 def fail() -> None:
@@ -29,3 +29,9 @@ def test_an_error_that_a_library_logs_is_told_like_one_of_our_own(capsys: pytest
     assert (logged["level"], logged["event"], logged["logger"]) == ("error", "a task failed", "library")
     assert (plain["level"], plain["event"]) == ("warning", "old kernels")
     assert "error" not in plain
+
+
+def test_a_reason_is_a_sentence_of_its_own_where_there_is_one_and_never_nothing() -> None:
+    assert reason_of(ValueError("an unknown dtype")) == "an unknown dtype"
+    assert reason_of(RuntimeError("no device")) == "RuntimeError: no device"
+    assert reason_of(ValueError()) == "ValueError: "
