@@ -26,6 +26,7 @@ const api = new Api(new URL("..", import.meta.url), storedKey);
 const store = await openStore();
 const tab = sessionStorage.getItem(TAB) ?? newId();
 sessionStorage.setItem(TAB, tab);
+let lastSystem = (await store.setting(LAST_SYSTEM)) ?? "";
 const problem = (error) => tell(find("chat-error"), new Error(`This browser could not store it: ${error.message}`));
 
 const memory = new MemoryView();
@@ -71,19 +72,27 @@ function place(id) {
   list.current = id;
 }
 
+/** Counts what was chosen: whoever chooses again meanwhile does not want the former any more. */
+let choice = 0;
+
 async function open(id) {
+  const mine = ++choice;
   const running = chat.running(id);
   const conversation = running ?? fresh();
-  if (running === undefined && !(await conversation.open(id))) return begin();
+  const isStored = running !== undefined || (await conversation.open(id));
+  if (mine !== choice) return undefined;
+  if (!isStored) return begin();
   place(id);
   chat.open(conversation);
   drawer.close();
   return states.refresh();
 }
 
+/** Shows an empty conversation at once: what is typed next belongs to it. */
 async function begin() {
+  choice += 1;
   place(null);
-  chat.open(fresh((await store.setting(LAST_SYSTEM)) ?? ""));
+  chat.open(fresh(lastSystem));
   drawer.close();
   if (!drawer.isDrawer) find("question").focus();
   await states.refresh();
@@ -143,7 +152,10 @@ for (const name of TABS) {
   });
 }
 find("top-new").addEventListener("click", begin);
-find("system").addEventListener("input", () => store.setSetting(LAST_SYSTEM, find("system").value.trim()).catch(problem));
+find("system").addEventListener("input", () => {
+  lastSystem = find("system").value.trim();
+  store.setSetting(LAST_SYSTEM, lastSystem).catch(problem);
+});
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || find("asker").open || event.defaultPrevented) return;
   if (drawer.close()) return;

@@ -152,6 +152,38 @@ def test_a_browser_that_is_killed_forgets_nothing(server: Loopback, tmp_path: Pa
         expect(page.locator("#question")).to_have_value("another one")
 
 
+def test_a_new_conversation_is_there_at_once(server: Loopback) -> None:
+    with page_at(server.url) as page:
+        say(server, "An answer.")
+        ask(page, "A question")
+        turns = page.evaluate("() => (document.getElementById('new').click(), document.querySelectorAll('.turn').length)")
+        assert turns == 0
+
+
+def test_the_conversation_chosen_last_is_shown_however_long_another_takes(server: Loopback) -> None:
+    with page_at(server.url) as page:
+        for question in ("About cats", "About dogs"):
+            say(server, "Yes.")
+            page.click("#new")
+            ask(page, question)
+        page.evaluate("""() => {
+            const [dogs, cats] = [...document.querySelectorAll("#talks .name")];
+            cats.click();
+            dogs.click();
+            cats.click();
+            document.getElementById("new").click();
+        }""")
+        page.wait_for_timeout(300)
+        expect(page.locator(".turn")).to_have_count(0)
+        page.evaluate("""() => {
+            const [dogs, cats] = [...document.querySelectorAll("#talks .name")];
+            document.getElementById("new").click();
+            cats.click();
+            dogs.click();
+        }""")
+        shows(page, "About dogs", "Yes.")
+
+
 def expect_stored(page: Any, *texts: str) -> None:
     """Waits until the browser has them as drafts."""
     stored = """async () => {
