@@ -6,7 +6,16 @@
 
 namespace dijiang {
 
+// A group that the same thread is likely to feed next.
+struct NextGroup {
+  GroupState state{};
+  int64_t num_places = 0;  // that it reads; 0: there is no next group
+};
+
 // Feeds tokens of one sequence to one group, in order, moving its state on.
+//
+// A state is read once with every token, from memory: while keys are read the values are asked for, then what comes behind
+// them, and in the end the keys of the next group.
 class HeadGroup {
  public:
   // Floats of scratch that one needs.
@@ -19,9 +28,8 @@ class HeadGroup {
            25 * 16;
   }
 
-  // `next`: keys that this thread is likely to read next, or null.
   HeadGroup(const Attention& a, const Heads& heads, int64_t group, const GroupState& state, float* scratch,
-            const uint8_t* next)
+            const NextGroup& next)
       : a_(a), heads_(heads), at_(state), next_(next), group_(group), shared_(heads.num_heads / heads.num_groups),
         d_(heads.head_size), num_places_(a.places(group)), first_head_(group * shared_),
         places_(a, state, group, heads.head_size),
@@ -151,8 +159,34 @@ class HeadGroup {
     return projected + heads_.value_start + group_ * heads_.value_step;
   }
 
-  // What the state's other parts are asked for with; those of a sequence's later tokens are in the cache.
-  const uint8_t* ahead(const uint8_t* at) const { return is_warm_ ? nullptr : at; }
+  // The values, while keys are read; those of a sequence's later tokens are in the cache.
+  Behind values_behind(int64_t num_places) const {
+    const int64_t row = a_.has_anchors() ? d_ * a_.value_bits / 8 : d_ * bytes_of(a_.exact_numbers);
+    return is_warm_ ? Behind() : Behind(at_.values, num_places * row, num_places);
+  }
+
+  // What comes behind the values, while they are read: a linear state that is worth it, or the next group.
+  Behind state_behind(int64_t num_places) const {
+    if (!is_large()) return keys_behind(num_places);
+    return is_warm_ ? Behind() : Behind(at_.linear, GroupBytes(a_, heads_, group_).linear, num_places);
+  }
+
+  // The next group's keys, in parts with so many rows.
+  Behind keys_behind(int64_t num_rows) const {
+    if (is_warm_) return {};
+    return {next_.state.keys, next_.num_places * d_ * bytes_of(a_.exact_numbers), num_rows};
+  }
+
+  bool is_large() const { return a_.num_features > 1; }
+
+  // What the next group's places are chosen and weighed by.
+  void ask_next_places() const {
+    const GroupState& next = next_.state;
+    if (is_warm_) return;
+    for (const void* part : {static_cast<const void*>(next.positions), static_cast<const void*>(next.scores),
+                             static_cast<const void*>(next.key_scales), static_cast<const void*>(next.value_scales)})
+      Behind(part, next_.num_places * 4, 1).ask(0, 1);
+  }
 
   void turn_queries(const Token& token, const float* projected, const float* far_low) {
     const int64_t half = heads_.rotary_half;
@@ -206,8 +240,9 @@ class HeadGroup {
   void read_window(const Token& token) {
     const int64_t stride = padded_rows(num_places_);
     const auto *keys = reinterpret_cast<const Kept*>(at_.keys), *values = reinterpret_cast<const Kept*>(at_.values);
-    scores(shared_, sink_query_, d_, keys, at_.key_scales, 0, a_.sinks, weights_, stride, ahead(at_.values));
-    scores(shared_, exact_query_, d_, keys, at_.key_scales, a_.sinks, num_places_, weights_, stride, ahead(at_.values));
+    scores(shared_, sink_query_, d_, keys, at_.key_scales, 0, a_.sinks, weights_, stride, values_behind(num_places_));
+    scores(shared_, exact_query_, d_, keys, at_.key_scales, a_.sinks, num_places_, weights_, stride,
+           values_behind(num_places_));
     for (int64_t r = 0; r < shared_; ++r) {
       float* w = weights_ + r * stride;
       hide(token.position, a_.window, a_.sinks, w);
@@ -215,7 +250,7 @@ class HeadGroup {
       if (std::is_same_v<Kept, int8_t>)
         for (int64_t j = 0; j < num_places_; ++j) w[j] *= at_.value_scales[j];
     }
-    weighted(shared_, weights_, stride, values, d_, num_places_, exact_, d_, ahead(at_.linear));
+    weighted(shared_, weights_, stride, values, d_, num_places_, exact_, d_, state_behind(num_places_));
   }
 
   // The new token takes its place; whoever is evicted for it goes over into the linear state: then true.
@@ -261,12 +296,13 @@ class HeadGroup {
     const int64_t used = places_.used(token.position), stride = padded_rows(used), sinks = std::min(a_.sinks, used);
     auto score = [&](const float* queries, int64_t first, int64_t last) {
       if (!kReadsCodes)
-        return scores(shared_, queries, d_, keys, at_.key_scales, first, last, weights_, stride, ahead(at_.values));
+        return scores(shared_, queries, d_, keys, at_.key_scales, first, last, weights_, stride, values_behind(used));
       for (int64_t r = 0; r < shared_; ++r) round_words(queries + r * d_, d_, words(r));
-      score_codes(shared_, words_, d_, keys, at_.key_scales, first, last, weights_, stride, ahead(at_.values));
+      score_codes(shared_, words_, d_, keys, at_.key_scales, first, last, weights_, stride, values_behind(used));
     };
     if (sinks > 0) score(sink_query_, 0, sinks);
     score(exact_query_, sinks, used);
+    ask_next_places();
     for (int64_t r = 0; r < shared_; ++r) {
       float* w = weights_ + r * stride;
       places_.hide(token.position, w);
@@ -278,11 +314,11 @@ class HeadGroup {
       for (int64_t j = 0; j < used; ++j) w[j] *= at_.value_scales[j];
     }
     if (kReadsCodes) {
-      weigh_codes(shared_, words_, at_.values, a_.value_bits, d_, used, exact_, d_, ahead(at_.linear));
+      weigh_codes(shared_, words_, at_.values, a_.value_bits, d_, used, exact_, d_, state_behind(used));
     } else if (a_.value_bits == 4) {
       weigh_nibbles(shared_, weights_, stride, at_.values, d_, used, exact_, d_, new_key_);
     } else {
-      weighted(shared_, weights_, stride, values, d_, used, exact_, d_, ahead(at_.linear));
+      weighted(shared_, weights_, stride, values, d_, used, exact_, d_, state_behind(used));
     }
   }
 
@@ -339,8 +375,8 @@ class HeadGroup {
       if (a_.late != nullptr) write = a_.late[group_];
     }
     for (int64_t j = 0; j < features; ++j) phi_key_[j] = leaves ? phi_key_[j] * write : 0.0f;
-    const int64_t next_bytes = (GroupBytes(a_, heads_, group_).keys / features + 63) / 64 * 64;
-    const Update update{decay, phi_key_, linear_value_, random_salt(token.position), ahead(next_), next_bytes};
+    const Behind behind = is_large() || a_.window == 0 ? keys_behind(features) : Behind();
+    const Update update{decay, phi_key_, linear_value_, random_salt(token.position), behind};
     const int64_t num_read = reads_ ? shared_ : 0;
     if (a_.linear_numbers == Numbers::kFloat) {
       update_and_read(num_read, phi_, features, reinterpret_cast<float*>(at_.linear), d_, features, linear_, d_,
@@ -378,7 +414,7 @@ class HeadGroup {
   const Attention& a_;
   const Heads& heads_;
   const GroupState at_;
-  const uint8_t* next_;
+  const NextGroup next_;
   const int64_t group_, shared_, d_, num_places_, first_head_;
   Places places_;
   BlockReader block_;

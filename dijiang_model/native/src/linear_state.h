@@ -16,8 +16,7 @@ struct Update {
   const float* keys;   // [K], write factors folded in
   const float* value;  // [width]
   uint32_t salt;       // of the token's position: `random_salt`
-  const uint8_t* behind;  // memory that is asked for meanwhile, so many bytes with each row of S; null: none
-  int64_t behind_bytes;
+  Behind behind;  // asked for with the rows of S
 };
 
 // out[r] = sum_j x[r][j] S[j] over T vectors of the width from channel `v` on, after the update and before any rounding.
@@ -33,7 +32,7 @@ static inline void update_tile(const float* x, int64_t x_stride, Kept* state, in
   const Vec decay = splat(update.decay);
   for (int64_t j = 0; j < num_rows; ++j) {
     const int64_t place = j * width + v;
-    if (kKeep && v == 0) fetch_bytes(update.behind, j * update.behind_bytes, (j + 1) * update.behind_bytes);
+    if (kKeep && v == 0) update.behind.ask(j, j + 1);
     Vec entry[T];
     each<T>([&](auto t) DIJIANG_INLINE {
       entry[t] = fma(splat(update.keys[j]), added[t], load(state + place + t * kLanes) * decay);

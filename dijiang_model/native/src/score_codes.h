@@ -174,9 +174,9 @@ static inline DIJIANG_INLINE void score_sixteen(const Words* queries, int64_t d,
 
 template <int R>
 static inline void score_code_rows(const Words* queries, int64_t d, const int8_t* keys, const float* scales,
-                                   int64_t first, int64_t last, float* scores, int64_t stride, const uint8_t* behind) {
+                                   int64_t first, int64_t last, float* scores, int64_t stride, const Behind& behind) {
   for (int64_t j = first; j < last; j += 16) {
-    fetch_bytes(behind, j * d, (j + 16) * d);
+    behind.ask(j, j + 16);
     score_sixteen<R>(queries, d, keys + j * d, scales + j, last - j, scores + j, stride);
   }
 }
@@ -184,7 +184,7 @@ static inline void score_code_rows(const Words* queries, int64_t d, const int8_t
 // out[r] = sum_j w[r][j] rows[j] for `num_rows` rows, up to 64 channels from `c` on.
 template <int R, int Bits>
 static inline void weigh_channels(const Words* weights, const uint8_t* rows, int64_t d, int64_t c, int64_t num_rows,
-                                  float* out, int64_t stride, const uint8_t* behind) {
+                                  float* out, int64_t stride, const Behind& behind) {
   constexpr int32_t kShift = Bits == 8 ? 128 : 8;
   const int64_t bytes = d * Bits / 8;
   __m512i high[R][4], low[R][4];
@@ -192,7 +192,7 @@ static inline void weigh_channels(const Words* weights, const uint8_t* rows, int
     each<4>([&](auto k) DIJIANG_INLINE { high[r][k] = low[r][k] = _mm512_setzero_si512(); });
   });
   for (int64_t j = 0; j < num_rows; j += 4) {
-    fetch_bytes(behind, j * d, (j + 4) * d);
+    behind.ask(j, j + 4);
     __m512i row[4];
     each<4>([&](auto o) DIJIANG_INLINE {  // rows behind the last one have no weight
       row[o] = value_codes<Bits>(rows + (j + o < num_rows ? j + o : j) * bytes, c, d);
@@ -226,12 +226,13 @@ static inline void weigh_channels(const Words* weights, const uint8_t* rows, int
 
 template <int R>
 static inline void weigh_code_rows(const Words* weights, const uint8_t* rows, int64_t bits, int64_t d, int64_t num_rows,
-                                   float* out, int64_t stride, const uint8_t* behind) {
-  for (int64_t c = 0; c < d; c += kCodeChannels, behind = nullptr) {
+                                   float* out, int64_t stride, const Behind& behind) {
+  for (int64_t c = 0; c < d; c += kCodeChannels) {
+    const Behind some = c == 0 ? behind : Behind();
     if (bits == 8) {
-      weigh_channels<R, 8>(weights, rows, d, c, num_rows, out, stride, behind);
+      weigh_channels<R, 8>(weights, rows, d, c, num_rows, out, stride, some);
     } else {
-      weigh_channels<R, 4>(weights, rows, d, c, num_rows, out, stride, behind);
+      weigh_channels<R, 4>(weights, rows, d, c, num_rows, out, stride, some);
     }
   }
 }
@@ -244,10 +245,10 @@ template <bool kSums = true>
 static inline float weigh_words(float*, int64_t, const float*, Words&) { return 0.0f; }
 template <int R>
 static inline void score_code_rows(const Words*, int64_t, const int8_t*, const float*, int64_t, int64_t, float*,
-                                   int64_t, const uint8_t*) {}
+                                   int64_t, const Behind&) {}
 template <int R>
 static inline void weigh_code_rows(const Words*, const uint8_t*, int64_t, int64_t, int64_t, float*, int64_t,
-                                   const uint8_t*) {}
+                                   const Behind&) {}
 
 #endif
 
@@ -266,18 +267,18 @@ static inline void by_threes(int64_t num_queries, const Body& body) {
 // scores[r][j] = q[r] . keys[j] scales[j] for rows first ... last - 1.
 static inline void score_codes(int64_t num_queries, const Words* queries, int64_t d, const int8_t* keys,
                                const float* scales, int64_t first, int64_t last, float* out, int64_t stride,
-                               const uint8_t* behind) {
+                               const Behind& behind) {
   by_threes(num_queries, [&](int64_t r, auto some) {
     score_code_rows<some>(queries + r, d, keys, scales, first, last, out + r * stride, stride,
-                          r == 0 ? behind : nullptr);
+                          r == 0 ? behind : Behind());
   });
 }
 
 // out[r] = sum_j w[r][j] rows[j] for values of `bits`.
 static inline void weigh_codes(int64_t num_queries, const Words* weights, const uint8_t* rows, int64_t bits, int64_t d,
-                               int64_t num_rows, float* out, int64_t stride, const uint8_t* behind) {
+                               int64_t num_rows, float* out, int64_t stride, const Behind& behind) {
   by_threes(num_queries, [&](int64_t r, auto some) {
-    weigh_code_rows<some>(weights + r, rows, bits, d, num_rows, out + r * stride, stride, r == 0 ? behind : nullptr);
+    weigh_code_rows<some>(weights + r, rows, bits, d, num_rows, out + r * stride, stride, r == 0 ? behind : Behind());
   });
 }
 

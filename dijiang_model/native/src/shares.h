@@ -28,6 +28,7 @@ class Shares {
  public:
   static constexpr int64_t kLong = 64;  // tokens of a segment for which that is worth it
   static constexpr int64_t kMostParts = 4;
+  static constexpr int64_t kTasks = 8;  // of each thread, where shares are short: within a task it is known what comes next
 
   Shares() = default;
 
@@ -41,6 +42,7 @@ class Shares {
     const int64_t left = threads > 1 ? count % threads : 0;
     if (left > 0) num_parts = std::min(threads / std::gcd(left, threads), kMostParts);
     // The others go first, before anything that is short.
+    if (count == 0) together = std::max<int64_t>(static_cast<int64_t>(whole.size()) / (kTasks * threads), 1);
     whole.insert(whole.begin(), split.begin(), split.end() - left);
     split.erase(split.begin(), split.end() - left);
   }
@@ -54,6 +56,7 @@ class Shares {
 
   std::vector<Share> whole, split;
   int64_t num_parts = 1;  // of each that is split
+  int64_t together = 1;   // of `whole`, in one task
 };
 
 }  // namespace dijiang

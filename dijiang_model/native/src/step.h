@@ -101,7 +101,7 @@ class Step : private StepRows {
       const Attention& attention = model_.layers[layer].attention;
       const float* rows = kept + layer * row_stride * projected_width_;
       HeadGroup head(attention, model_.heads, group, group_state(attention, model_.heads, tokens_[0].slot, group),
-                     arenas_ + thread * arena_size_, nullptr);
+                     arenas_ + thread * arena_size_, NextGroup());
       for (int64_t n = 0; n < num_rows_; ++n)
         head.feed(tokens_of(model_.layers[layer])[static_cast<size_t>(n)], rows + n * projected_width_, nullptr, nullptr);
     });
@@ -218,11 +218,13 @@ class Step : private StepRows {
     return copied(attention, model_.heads, group, state, copies_ + thread * copy_bytes_);
   }
 
-  // The keys of a share that is read whole; null: there are no more.
-  const uint8_t* keys_of(const Attention& attention, int64_t index) const {
-    if (index >= static_cast<int64_t>(shares_.whole.size())) return nullptr;
+  // A share that is read whole, if there are so many.
+  NextGroup next_of(const Attention& attention, int64_t index) const {
+    if (index >= static_cast<int64_t>(shares_.whole.size())) return {};
     const Share& share = shares_.whole[static_cast<size_t>(index)];
-    return slot_state(attention, share).keys;
+    const Token& token = tokens_[static_cast<size_t>(segments_[static_cast<size_t>(share.segment)].first)];
+    const int64_t taken = std::max(attention.sinks + attention.recent_window(share.group), token.position + 1);
+    return {slot_state(attention, share), std::min(attention.places(share.group), taken)};
   }
 
   GroupState slot_state(const Attention& attention, const Share& share) const {
@@ -233,7 +235,7 @@ class Step : private StepRows {
 
   // Feeds rows first ... last - 1 to a group's state, and answers them if is_asked.
   void walk(const Layer& layer, int64_t group, const GroupState& state, int64_t first, int64_t last, bool is_asked,
-            int thread, const uint8_t* next) const {
+            int thread, const NextGroup& next) const {
     const int64_t rank = layer.attention.far_rank;
     HeadGroup head(layer.attention, model_.heads, group, state, arenas_ + thread * arena_size_, next);
     const Token* tokens = tokens_of(layer).data();
@@ -253,34 +255,43 @@ class Step : private StepRows {
   void attend_all(const Layer& layer) const {
     const Attention& attention = layer.attention;
     const auto num_split = static_cast<int64_t>(shares_.split.size()), num_parts = shares_.num_parts;
-    const auto num_whole = static_cast<int64_t>(shares_.whole.size());
+    const auto num_whole = static_cast<int64_t>(shares_.whole.size()), together = shares_.together;
+    const int64_t num_runs = (num_whole + together - 1) / together;
     std::vector<GroupState> starts(static_cast<size_t>(num_split * num_parts));  // of the parts
     std::atomic<int64_t> num_started{0};  // shares whose starts are found
     if (attention.far_rank > 0) lower_queries(layer);
-    Pool::instance().run(num_split + num_whole + num_split * num_parts, threads_, [&](int64_t index, int thread) {
+    Pool::instance().run(num_split + num_runs + num_split * num_parts, threads_, [&](int64_t index, int thread) {
       if (index < num_split) {
         find_starts(layer, index, thread, starts.data() + index * num_parts);
         num_started.fetch_add(1, std::memory_order_release);
         return;
       }
       index -= num_split;
-      const bool is_part = index >= num_whole;
-      if (is_part) index -= num_whole;
-      const auto number = static_cast<size_t>(is_part ? index / num_parts : index);
-      const Share& share = is_part ? shares_.split[number] : shares_.whole[number];
+      if (index < num_runs) return walk_run(layer, index * together, thread);
+      index -= num_runs;
+      const Share& share = shares_.split[static_cast<size_t>(index / num_parts)];
       const Segment& segment = segments_[static_cast<size_t>(share.segment)];
-      if (!is_part) {
-        walk(layer, share.group, state_of(attention, segment, share.group, thread), segment.first, segment.last, true,
-             thread, keys_of(attention, index + threads_));
-        return;
-      }
       // Tasks are taken in order: another thread is at it, if it is not done.
       while (num_started.load(std::memory_order_acquire) < num_split) relax();
       const int64_t part = index % num_parts;
       walk(layer, share.group, starts[static_cast<size_t>(index)], shares_.start_of(segment, part),
-           shares_.start_of(segment, part + 1), true, thread, nullptr);
+           shares_.start_of(segment, part + 1), true, thread, {});
     });
     finish_attention(layer);
+  }
+
+  // Shares that are read whole, from `first` on, as many as a task has.
+  void walk_run(const Layer& layer, int64_t first, int thread) const {
+    const Attention& attention = layer.attention;
+    const int64_t together = shares_.together, last = std::min(first + together, static_cast<int64_t>(shares_.whole.size()));
+    for (int64_t index = first; index < last; ++index) {
+      const Share& share = shares_.whole[static_cast<size_t>(index)];
+      const Segment& segment = segments_[static_cast<size_t>(share.segment)];
+      // Then this thread is likely to take the task behind those that the others have.
+      const int64_t next = index + 1 < last ? index + 1 : last + (threads_ - 1) * together;
+      walk(layer, share.group, state_of(attention, segment, share.group, thread), segment.first, segment.last, true, thread,
+           next_of(attention, next));
+    }
   }
 
   // The states at the beginnings of a share's parts: copies, but the last one is the slot's own.
@@ -292,8 +303,7 @@ class Step : private StepRows {
     for (int64_t part = 0; part < last; ++part) {
       uint8_t* memory = shared_copies_ + (index * last + part) * copy_bytes_;
       starts[part] = copied(layer.attention, model_.heads, share.group, state, memory);
-      walk(layer, share.group, state, shares_.start_of(segment, part), shares_.start_of(segment, part + 1), false, thread,
-           nullptr);
+      walk(layer, share.group, state, shares_.start_of(segment, part), shares_.start_of(segment, part + 1), false, thread, {});
     }
     starts[last] = state;
   }

@@ -102,7 +102,7 @@ class RowPanels {
       TileOperands t = operands_of<kIsHalf>(target_.matrix(0), target_.x, row, last_, n);
       t.weights[1] = weights_of<kIsHalf>(target_.matrix(1), Target::row_of(row, 1));
       t.outputs = std::min(Target::kOutputs, last_ - row) * 2 * kTileRows / Target::kOutputs;
-      if (!is_last) ask_behind(t, pair * lines, std::min(lines, 2 * kTileRows - pair * lines));
+      if (!is_last) ask_behind(t, pair * lines, (pair + 1) * lines);
       if (!kIsHalf || num_rows_ - n > kTileRows) {
         multiply<2>(t, row, n);
       } else {
@@ -118,12 +118,14 @@ class RowPanels {
  private:
   static constexpr int64_t kTogether = kIsHalf ? 2 * kTileRows : kTileRows;
 
-  // Rows first ... first + count - 1 of the next pair of blocks.
-  static void ask_behind(TileOperands& t, int64_t first, int64_t count) {
-    if (count <= 0) return;
-    const int64_t block = first / kTileRows, row = first % kTileRows;
-    t.behind = t.weights[block] + Target::kOutputs * t.stride + row * t.stride;
-    t.behind_lines = count;
+  // Rows first ... last - 1 of the next pair of blocks.
+  static void ask_behind(TileOperands& t, int64_t first, int64_t last) {
+    for (int64_t block = 0; block < 2; ++block) {
+      const int64_t start = block * kTileRows, from = std::max(first, start), to = std::min(last, start + kTileRows);
+      if (from >= to) continue;
+      t.behind[block] = t.weights[block] + (Target::kOutputs + from - start) * t.stride;
+      t.behind_lines[block] = to - from;
+    }
   }
 
   template <int kRights>

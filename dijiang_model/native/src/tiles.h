@@ -17,8 +17,8 @@ struct TileOperands {
   int64_t outputs;
   const uint8_t* right;
   int64_t right_step, right_other, right_stride;  // bytes to the next step, to the second tile, between rows of a tile
-  const uint8_t* behind;  // weights that are asked for meanwhile, so many lines with each step; or null
-  int64_t behind_lines;
+  const uint8_t* behind[2];  // weights that are asked for meanwhile, so many lines of either with each step
+  int64_t behind_lines[2];
 };
 
 // Weights of fewer than 16 outputs or less than 64 bytes: zeros stand for the others.
@@ -65,10 +65,11 @@ static inline DIJIANG_INLINE void sum_tiles(const TileOperands& t, const Between
     between(j);
   };
   int64_t j = 0;
-  if (t.behind != nullptr)
+  if (t.behind_lines[0] + t.behind_lines[1] > 0)
     for (; j < whole; ++j) {
-      for (int64_t line = 0; line < t.behind_lines; ++line)
-        fetch(t.behind + (j * t.behind_lines + line) * kTileRowBytes);
+      for (int either = 0; either < 2; ++either)
+        for (int64_t line = 0; line < t.behind_lines[either]; ++line)
+          fetch(t.behind[either] + (j * t.behind_lines[either] + line) * kTileRowBytes);
       step(j, std::true_type{});
     }
   for (; j < whole; ++j) step(j, std::true_type{});
@@ -168,7 +169,7 @@ static inline TileOperands operands_of(const Matrix& m, const Activations& x, in
   const int64_t size = padded(m.columns), stride = weight_stride<kIsHalf>(m), tile_rows = kTileRows * 2 * size;
   const uint8_t* weights = weights_of<kIsHalf>(m, row);
   TileOperands t{{}, stride, last - row, x.rounded + n / kTileRows * tile_rows, kIsHalf ? kTileBytes : 2 * kTileBytes,
-                 kIsHalf ? tile_rows : kTileBytes, kTileRowBytes, nullptr, 0};
+                 kIsHalf ? tile_rows : kTileBytes, kTileRowBytes, {}, {}};
   each<4>([&](auto block) DIJIANG_INLINE { t.weights[block] = weights + block * kTileRows * stride; });
   return t;
 }
@@ -183,8 +184,8 @@ static void multiply_row(const Matrix& m, const Activations& x, int64_t first, i
     t.right_other = padded(m.columns);
     t.right_stride = sizeof(int32_t);
     if (row + 2 * kPanel <= last) {  // the panel behind is asked for
-      t.behind = t.weights[0] + kPanel * t.stride;
-      t.behind_lines = kPanel;
+      t.behind[0] = t.weights[0] + kPanel * t.stride;
+      t.behind_lines[0] = kPanel;
     }
     sum_tiles<kIsHalf, kBlocks, kIsHalf ? 1 : 2>(t, [](int64_t) {});
     put_column<kIsHalf, kBlocks>(m, x, row, last, y, add);

@@ -1,6 +1,7 @@
 // The window of one key-value head: exact softmax over recent tokens in a ring and the first ones (sinks).
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "rounding.h"
@@ -19,21 +20,31 @@ static inline int64_t modulo(int64_t a, int64_t b) {
 
 static inline int64_t padded_rows(int64_t num_rows) { return (num_rows + kLanes - 1) / kLanes * kLanes; }
 
-// Asks for memory that is going to be read soon; null: for none.
-static inline void fetch_bytes(const uint8_t* at, int64_t first, int64_t last) {
-  if (at == nullptr) return;
-  for (int64_t i = first / 64 * 64; i < last; i += 64) fetch(at + i);
-}
+// Memory that is read next, and asked for while rows of something else are read, a part with each row.
+struct Behind {
+  const uint8_t* at = nullptr;
+  int64_t bytes = 0, step = 0;
+
+  Behind() = default;  // nothing
+  Behind(const void* memory, int64_t size, int64_t num_rows)
+      : at(static_cast<const uint8_t*>(memory)), bytes(memory == nullptr ? 0 : size),
+        step(num_rows > 0 ? (size + num_rows - 1) / num_rows : size) {}
+
+  // With rows first ... last - 1.
+  DIJIANG_INLINE void ask(int64_t first, int64_t last) const {
+    const int64_t end = std::min(last * step, bytes);
+    for (int64_t i = (first * step + 63) / 64 * 64; i < end; i += 64) fetch(at + i);
+  }
+};
 
 // out[r] = sum_j x[r][j] rows[j] over T vectors of the width.
 template <int R, int T, class Kept>
 static inline void weighted_tile(const float* x, int64_t x_stride, const Kept* rows, int64_t width, int64_t num_rows,
-                                 float* out, int64_t out_stride, const uint8_t* behind) {
+                                 float* out, int64_t out_stride, const Behind& behind) {
   Vec total[R][T];
   each<R>([&](auto r) DIJIANG_INLINE { each<T>([&](auto t) DIJIANG_INLINE { total[r][t] = splat(0.0f); }); });
-  const int64_t bytes = width * static_cast<int64_t>(sizeof(Kept));
   for (int64_t j = 0; j < num_rows; ++j) {
-    fetch_bytes(behind, j * bytes, (j + 1) * bytes);
+    behind.ask(j, j + 1);
     Vec entry[T];
     each<T>([&](auto t) DIJIANG_INLINE { entry[t] = load(rows + j * width + t * kLanes); });
     each<R>([&](auto r) DIJIANG_INLINE {
@@ -48,22 +59,23 @@ static inline void weighted_tile(const float* x, int64_t x_stride, const Kept* r
 
 template <int R, class Kept>
 static inline void weighted_heads(const float* x, int64_t x_stride, const Kept* rows, int64_t width, int64_t num_rows,
-                                  float* out, int64_t out_stride, const uint8_t* behind) {
+                                  float* out, int64_t out_stride, const Behind& behind) {
   int64_t v = 0;
-  for (; v + kTile * kLanes <= width; v += kTile * kLanes, behind = nullptr)
-    weighted_tile<R, kTile>(x, x_stride, rows + v, width, num_rows, out + v, out_stride, behind);
-  for (; v < width; v += kLanes, behind = nullptr)
-    weighted_tile<R, 1>(x, x_stride, rows + v, width, num_rows, out + v, out_stride, behind);
+  const auto first = [&behind](int64_t at) { return at == 0 ? behind : Behind(); };
+  for (; v + kTile * kLanes <= width; v += kTile * kLanes)
+    weighted_tile<R, kTile>(x, x_stride, rows + v, width, num_rows, out + v, out_stride, first(v));
+  for (; v < width; v += kLanes)
+    weighted_tile<R, 1>(x, x_stride, rows + v, width, num_rows, out + v, out_stride, first(v));
 }
 
-// out[r] = sum_j x[r][j] rows[j] for any number of heads, row after row in the order of memory. As many bytes of
-// `behind` are asked for meanwhile.
+// out[r] = sum_j x[r][j] rows[j] for any number of heads, row after row in the order of memory. `behind` is asked
+// for meanwhile.
 template <class Kept>
 static inline void weighted(int64_t num_heads, const float* x, int64_t x_stride, const Kept* rows, int64_t width,
-                            int64_t num_rows, float* out, int64_t out_stride, const uint8_t* behind = nullptr) {
+                            int64_t num_rows, float* out, int64_t out_stride, const Behind& behind = {}) {
   for (int64_t r = 0; r < num_heads; r += kHeads, x += kHeads * x_stride, out += kHeads * out_stride) {
     auto some = [&](auto heads) DIJIANG_INLINE {
-      weighted_heads<heads>(x, x_stride, rows, width, num_rows, out, out_stride, r == 0 ? behind : nullptr);
+      weighted_heads<heads>(x, x_stride, rows, width, num_rows, out, out_stride, r == 0 ? behind : Behind());
     };
     switch (num_heads - r) {
       case 1: some(std::integral_constant<int, 1>{}); break;
@@ -77,12 +89,11 @@ static inline void weighted(int64_t num_heads, const float* x, int64_t x_stride,
 // scores[r][j] = q[r] . k[j] scale[j] for rows first ... last - 1 and R queries; each key is read once for all of them.
 template <int R, class Kept>
 static inline void score_rows(const float* queries, int64_t d, const Kept* keys, const float* scales, int64_t first,
-                              int64_t last, float* scores, int64_t stride, const uint8_t* behind) {
+                              int64_t last, float* scores, int64_t stride, const Behind& behind) {
   constexpr bool kIsScaled = std::is_same_v<Kept, int8_t>;
-  const int64_t bytes = d * static_cast<int64_t>(sizeof(Kept));
   int64_t j = first;
   for (; j + 4 <= last; j += 4) {
-    fetch_bytes(behind, j * bytes, (j + 4) * bytes);
+    behind.ask(j, j + 4);
     Vec total[R][4];
     each<R>([&](auto r) DIJIANG_INLINE { each<4>([&](auto o) DIJIANG_INLINE { total[r][o] = splat(0.0f); }); });
     for (int64_t i = 0; i < d; i += kLanes) {
@@ -109,11 +120,11 @@ static inline void score_rows(const float* queries, int64_t d, const Kept* keys,
 
 template <class Kept>
 static inline void scores(int64_t num_queries, const float* queries, int64_t d, const Kept* keys, const float* scales,
-                          int64_t first, int64_t last, float* out, int64_t stride, const uint8_t* behind) {
+                          int64_t first, int64_t last, float* out, int64_t stride, const Behind& behind) {
   for (int64_t r = 0; r < num_queries; r += kScored) {
     auto some = [&](auto heads) DIJIANG_INLINE {
       score_rows<heads>(queries + r * d, d, keys, scales, first, last, out + r * stride, stride,
-                        r == 0 ? behind : nullptr);
+                        r == 0 ? behind : Behind());
     };
     switch (num_queries - r) {
       case 1: some(std::integral_constant<int, 1>{}); break;
