@@ -10,7 +10,8 @@ from torch import Tensor
 
 from benchmarks.machine import PLAIN, synchronised
 from dijiang_model.batch import PackedBatch, decode
-from dijiang_model.checkpoints.checkpoint import load_model
+from dijiang_model.checkpoints.checkpoint import load_model, load_quantization
+from dijiang_model.errors import QuantizationError
 from dijiang_model.model import DiJiangForCausalLM
 from dijiang_model.native.choose import greedy_tokens
 from dijiang_model.native.library import load_library
@@ -25,8 +26,17 @@ def load_models(folder: Path, weights: Sequence[str], *, device: str) -> dict[st
 
 
 def load_weights(folder: Path, kind: str, *, device: str) -> DiJiangForCausalLM:
-    """The model as it is, with weights of one of the kinds `machine.WEIGHTS`."""
+    """The model as it is, with weights of one of the kinds `machine.WEIGHTS`.
+
+    Raises:
+        ModelError: the folder is not a model, or its weights were rounded to another kind.
+    """
     if kind in PLAIN:
+        if (stored := load_quantization(folder)) is not None:
+            raise QuantizationError(
+                f"the weights in {folder} are stored in {stored.weights}, so there is no {kind} to measure; "
+                f"pass --weights {stored.weights}, or the model from which they were rounded"
+            )
         return load_model(folder, device=device, dtype=getattr(torch, PLAIN[kind]))
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     return load_model(folder, device=device, dtype=dtype, weights=cast(WeightKind, kind))

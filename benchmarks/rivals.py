@@ -22,6 +22,7 @@ from benchmarks import llama_cpp
 from benchmarks.contenders import has_transformers_twin
 from benchmarks.machine import COMPILED, CONTINUOUS, HF, LLAMA_CPP, is_cuda, synchronised
 from benchmarks.transformers_twin import CacheKind, Compiled, decode_step, token_times, twins_of
+from dijiang_model.checkpoints.checkpoint import load_quantization
 from dijiang_model.config import ModelConfig
 
 CACHES: tuple[CacheKind, ...] = ("dynamic", "static")
@@ -124,6 +125,9 @@ def twins_at(folder: Path, models: Mapping[str, Any], note: Callable[[str], None
     """HF's models on the base weights of ours, by kind; none, and a sentence, where HF's configuration is not known."""
     if not has_transformers_twin(folder):
         note("Without HF: its model is made of the LLaMA family's configuration, which is not at hand.")
+        return {}
+    if (stored := load_quantization(folder)) is not None:
+        note(f"Without HF: it needs the weights before they were rounded to {stored.weights}.")
         return {}
     return twins_of(folder, models)
 

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from benchmarks import llama_cpp, machine, rivals
+from dijiang_model.conversion.quantize import quantize_folder
 from server.cli import app
 from tests.tiny_models import write_tiny_model
 
@@ -86,6 +87,18 @@ def test_caches_that_do_not_fit_in_memory_are_left_out_in_words(model: Path, mon
     document = found(bench("decode", model, "--cases", "1:8", "--rounds", 1, "--threads", 1))
     assert [line["name"] for line in document["lines"]] == ["ours fp32", "ours int8"]
     assert "Without HF at 1 x 8" in document["notes"][0]
+
+
+def test_weights_that_are_stored_rounded_are_measured_as_they_are(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "int8"
+    quantize_folder(model, folder, kind="int8")
+    small = ("--cases", "1:8", "--rounds", 1, "--threads", 1)
+    document = found(bench("decode", folder, *small, "--weights", "int8"))
+    assert [line["name"] for line in document["lines"]] == ["ours int8"]
+    assert document["notes"] == ["Without HF: it needs the weights before they were rounded to int8."]
+    refused = bench("decode", folder, *small)
+    assert refused.exit_code == 1
+    assert "are stored in int8, so there is no fp32 to measure; pass --weights int8" in refused.output
 
 
 def test_what_takes_too_long_is_given_up() -> None:
