@@ -156,7 +156,9 @@ def test_a_new_conversation_is_there_at_once(server: Loopback) -> None:
     with page_at(server.url) as page:
         say(server, "An answer.")
         ask(page, "A question")
-        turns = page.evaluate("() => (document.getElementById('new').click(), document.querySelectorAll('.turn').length)")
+        turns = page.evaluate(
+            "() => (document.getElementById('new').click(), document.querySelectorAll('.turn').length)"
+        )
         assert turns == 0
 
 
@@ -166,6 +168,7 @@ def test_the_conversation_chosen_last_is_shown_however_long_another_takes(server
             say(server, "Yes.")
             page.click("#new")
             ask(page, question)
+        expect(page.locator("#talks .name")).to_have_text(["About dogs", "About cats"])
         page.evaluate("""() => {
             const [dogs, cats] = [...document.querySelectorAll("#talks .name")];
             cats.click();
