@@ -41,8 +41,8 @@ class Shares {
     const auto count = static_cast<int64_t>(split.size()), threads = static_cast<int64_t>(num_threads);
     const int64_t left = threads > 1 ? count % threads : 0;
     if (left > 0) num_parts = std::min(threads / std::gcd(left, threads), kMostParts);
-    // The others go first, before anything that is short.
     if (count == 0) together = std::max<int64_t>(static_cast<int64_t>(whole.size()) / (kTasks * threads), 1);
+    // The others go first, before anything that is short.
     whole.insert(whole.begin(), split.begin(), split.end() - left);
     split.erase(split.begin(), split.end() - left);
   }

@@ -1,4 +1,4 @@
-"""Long prompts whose attention several threads share: logits and states are those of one thread, bit for bit."""
+"""Attention that several threads share: logits and states are those of one thread, or of one row, bit for bit."""
 
 from collections.abc import Iterator
 
@@ -52,3 +52,16 @@ def test_any_number_of_threads_leaves_the_same_logits_and_states(threads: int, m
     for slot in (1, 2, 3, 4):
         for name, tensor in alone.state(slot).items():
             assert torch.equal(shared.state(slot)[name], tensor), (slot, name)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_many_rows_leave_what_each_leaves_by_itself(threads: int, model: FrozenModel) -> None:
+    slots = range(1, 38)  # so many that a task has several groups in a row, and the last one fewer
+    torch.set_num_threads(threads)
+    alone, beside = (Stepper(model, num_slots=38).open(*slots) for _ in range(2))
+    for position in range(3):
+        tokens = {slot: (7 * slot + position) % 256 for slot in slots}
+        found = beside.step(decode=tokens)
+        for slot, token in tokens.items():
+            assert torch.equal(found[slot], alone.step(decode={slot: token})[slot]), (position, slot)
+    assert torch.equal(beside.buffer.storage[1:], alone.buffer.storage[1:])
